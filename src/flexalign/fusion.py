@@ -1,0 +1,219 @@
+"""Equation 5 of the paper, in its one home.
+
+The realigned distribution of a token is ``softmax(λ·aligned + (1−λ)·reference)`` over the logits
+of two models (arXiv 2506.12704, equation 5; token-level DeRa). Training, decoding, serving and
+evaluation are different ways of feeding :func:`fuse`. This module imports torch and the errors
+alone and knows nothing of models, tokenizers or devices.
+"""
+
+import math
+import numbers
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from flexalign.errors import ConfigError, LambdaError
+
+__all__ = [
+    "Lambda",
+    "as_lambda",
+    "concatenate_hidden",
+    "fuse",
+    "gated_lambda",
+    "plausibility_mask",
+    "total_variation",
+]
+
+Lambda: TypeAlias = float | Tensor
+"""One λ for everything, or a tensor that broadcasts over the leading dimensions."""
+
+_ORDINARY_LOGIT = 1e30
+"""Magnitude below which no masked value (−inf or a dtype's minimum) can have entered a sum."""
+
+
+def as_lambda(lam: object) -> Lambda:
+    """Check a λ and return it as a float or as a floating-point tensor.
+
+    Args:
+        lam: A real number, or a real tensor of any shape. Booleans are refused: ``true`` in a
+            request is a mistake, not λ=1.
+
+    Raises:
+        LambdaError: If it is not a real number or tensor, or if any value is NaN or infinite.
+    """
+    if isinstance(lam, Tensor):
+        if lam.dtype == torch.bool or lam.is_complex():
+            raise LambdaError(f"λ must be real numbers, got a tensor of {lam.dtype}.")
+        lam = lam if lam.is_floating_point() else lam.to(torch.float32)
+        if not bool(torch.isfinite(lam).all()):
+            raise LambdaError("λ must be finite, got a tensor with NaN or infinity in it.")
+        return lam
+    if isinstance(lam, bool) or not isinstance(lam, numbers.Real):
+        raise LambdaError(f"λ must be a real number or a tensor, got {lam!r}.")
+    value = float(lam)
+    if not math.isfinite(value):
+        raise LambdaError(f"λ must be finite, got {value}.")
+    return value
+
+
+def fuse(reference: Tensor, aligned: Tensor, lam: Lambda, gate: float | None = None) -> Tensor:
+    """Fuse two models' logits: ``λ·aligned + (1−λ)·reference`` (equation 5).
+
+    λ=0 gives the reference and λ=1 the aligned logits exactly; between them it interpolates,
+    above 1 it extrapolates, below 0 it moves away from the aligned model. For any other λ a token
+    that either model masks (−inf, or the minimum of its dtype) is masked with −inf. The result is
+    never NaN for inputs without NaN.
+
+    Args:
+        reference: Logits of the reference model, shape ``(..., V)``.
+        aligned: Logits of the aligned model, same shape.
+        lam: A number, or a tensor of shape ``(B,)``, ``(B, T)`` or any other that broadcasts,
+            aligned from the left, over the leading dimensions.
+        gate: τ in [0, 1]. If given, λ outside [0, 1] is used only at positions where the total
+            variation between the two distributions exceeds τ; elsewhere the nearer end of [0, 1].
+
+    Returns:
+        Fused logits, shape ``(..., V)``, in float32, or in the inputs' own precision where that
+        is higher. It may share storage with an input when λ is 0 or 1.
+
+    Raises:
+        LambdaError: If λ is not finite or does not broadcast over the leading dimensions.
+        ConfigError: If the gate is outside [0, 1].
+        ValueError: If the two shapes differ.
+    """
+    if reference.shape != aligned.shape:
+        raise ValueError(
+            f"reference logits {tuple(reference.shape)} and aligned logits {tuple(aligned.shape)} "
+            "must have one shape; cut padded vocabularies to the shared width first."
+        )
+    lam = as_lambda(lam)
+    dtype = _working_dtype(reference, aligned)
+    masked_below = 0.5 * max(_minimum(reference), _minimum(aligned))
+    reference, aligned = reference.to(dtype), aligned.to(dtype)
+    if gate is not None:
+        lam = gated_lambda(reference, aligned, lam, gate)
+    if isinstance(lam, float):
+        if lam == 0.0:
+            return reference
+        if lam == 1.0:
+            return aligned
+        weight = torch.as_tensor(lam, dtype=dtype, device=reference.device)
+    else:
+        weight = _over_leading_dimensions(lam, reference).to(dtype).unsqueeze(-1)
+
+    # lerp and not r + λ(a − r): its two branches are exact at both ends.
+    fused = torch.lerp(reference, aligned, weight)
+    if fused.numel() == 0 or bool(torch.linalg.vector_norm(fused, math.inf) < _ORDINARY_LOGIT):
+        return fused
+    masked = (reference <= masked_below) | (aligned <= masked_below)
+    limits = torch.finfo(dtype)
+    fused = fused.clamp(limits.min, limits.max).masked_fill(masked, -math.inf)
+    fused = torch.where(weight == 0, reference, fused)
+    return torch.where(weight == 1, aligned, fused)
+
+
+def gated_lambda(reference: Tensor, aligned: Tensor, lam: Lambda, gate: float) -> Lambda:
+    """Return the λ that the gate lets through at each position.
+
+    Extrapolation multiplies every difference between the two models, noise included. The gate
+    keeps a λ outside [0, 1] only where they really differ: where their total variation exceeds
+    the gate. Elsewhere the nearer end of [0, 1] is taken.
+
+    Args:
+        reference: Logits, shape ``(..., V)``.
+        aligned: Logits, same shape.
+        lam: As in :func:`fuse`.
+        gate: τ in [0, 1], in units of probability.
+
+    Returns:
+        A tensor over the leading dimensions, or `lam` itself when nothing lies outside [0, 1].
+    """
+    if isinstance(gate, bool) or not isinstance(gate, numbers.Real) or not 0 <= gate <= 1:
+        raise ConfigError(f"the gate must be a number in [0, 1] (a total variation), got {gate!r}.")
+    lam = as_lambda(lam)
+    outside = not 0 <= lam <= 1 if isinstance(lam, float) else bool(((lam < 0) | (lam > 1)).any())
+    if not outside:
+        return lam
+    if isinstance(lam, float):
+        wanted = reference.new_full((), lam, dtype=_working_dtype(reference, aligned))
+    else:
+        wanted = _over_leading_dimensions(lam, reference)
+    return torch.where(total_variation(reference, aligned) > gate, wanted, wanted.clamp(0, 1))
+
+
+def total_variation(reference: Tensor, aligned: Tensor) -> Tensor:
+    """Half the L1 distance between the two distributions: shape ``(...)`` from ``(..., V)``."""
+    dtype = _working_dtype(reference, aligned)
+    difference = torch.softmax(reference.to(dtype), -1) - torch.softmax(aligned.to(dtype), -1)
+    return 0.5 * difference.abs().sum(-1)
+
+
+def plausibility_mask(reference: Tensor, aligned: Tensor, alpha: float) -> Tensor:
+    """Mark the tokens that at least one of the two models finds plausible.
+
+    A token is kept if its probability under either model is at least ``alpha`` times that model's
+    largest (the constraint of contrastive decoding, for a pair). Nothing here applies it by
+    default; ``fused.masked_fill(~mask, -inf)`` does.
+
+    Args:
+        reference: Logits, shape ``(..., V)``.
+        aligned: Logits, same shape.
+        alpha: A share in [0, 1]; 0 keeps everything.
+
+    Returns:
+        A boolean tensor, shape ``(..., V)``.
+    """
+    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real) or not 0 <= alpha <= 1:
+        raise ConfigError(f"alpha must be a share in [0, 1], got {alpha!r}.")
+    if alpha == 0:
+        return torch.ones_like(reference, dtype=torch.bool)
+    return _near_the_top(reference, alpha) | _near_the_top(aligned, alpha)
+
+
+def concatenate_hidden(reference_hidden: Tensor, aligned_hidden: Tensor, lam: Lambda) -> Tensor:
+    """Scale and join two hidden states so that ONE head product gives the fused logits.
+
+    With linear heads, ``[(1−λ)·h_ref, λ·h_al] @ [W_ref, W_al]ᵀ`` is equation 5: the two products
+    and the mix become one matrix product over the joined width.
+
+    Args:
+        reference_hidden: Shape ``(..., H_ref)``.
+        aligned_hidden: Shape ``(..., H_al)``, same leading dimensions.
+        lam: As in :func:`fuse`.
+
+    Returns:
+        Shape ``(..., H_ref + H_al)``, in the dtype of the hidden states.
+    """
+    lam = as_lambda(lam)
+    if isinstance(lam, Tensor):
+        lam = _over_leading_dimensions(lam, reference_hidden).unsqueeze(-1)
+    scaled = ((1 - lam) * reference_hidden, lam * aligned_hidden)
+    dtype = torch.promote_types(reference_hidden.dtype, aligned_hidden.dtype)
+    return torch.cat([part.to(dtype) for part in scaled], dim=-1)
+
+
+def _near_the_top(logits: Tensor, alpha: float) -> Tensor:
+    return logits >= logits.amax(-1, keepdim=True) + math.log(alpha)
+
+
+def _working_dtype(reference: Tensor, aligned: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(reference.dtype, aligned.dtype), torch.float32)
+
+
+def _minimum(logits: Tensor) -> float:
+    return torch.finfo(logits.dtype).min
+
+
+def _over_leading_dimensions(lam: Tensor, logits: Tensor) -> Tensor:
+    """Shape λ, aligned from the left, so that it broadcasts over ``logits.shape[:-1]``."""
+    leading = logits.shape[:-1]
+    shaped = lam.to(logits.device).reshape(lam.shape + (1,) * max(0, len(leading) - lam.ndim))
+    if shaped.ndim > len(leading) or any(
+        have not in (1, want) for have, want in zip(shaped.shape, leading, strict=False)
+    ):
+        raise LambdaError(
+            f"λ of shape {tuple(lam.shape)} does not broadcast over the leading dimensions "
+            f"{tuple(leading)}; give one number, one per row, or one per row and position."
+        )
+    return shaped
