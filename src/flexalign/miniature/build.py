@@ -1,0 +1,184 @@
+"""Make the miniature's two models from a seed: a reference, and one aligned from it.
+
+The reference learns the world's first way of thinking from random weights; the aligned model is
+the reference trained on with traces of the second way, as fine-tuning would. ``placebo`` is the
+control: the reference trained on with as many traces of *its own* way, so that all its difference
+from the reference is noise.
+"""
+
+import copy
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_callback import TrainerCallback
+
+from flexalign.miniature.tokenizer import build_tokenizer
+from flexalign.miniature.world import ALIGNED, REFERENCE, Habits, sample_question, sample_trace
+
+__all__ = ["CONTEXT_TOKENS", "Schooling", "build_all", "build_model", "encode", "teach"]
+
+CONTEXT_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Schooling:
+    """How long and how fast a model is taught.
+
+    Attributes:
+        habits: The way of thinking to learn.
+        steps: Optimizer steps of `batch_size` traces.
+        learning_rate: Peak; warm-up over 5 % of the steps, then a cosine to zero.
+        batch_size: Traces a step.
+    """
+
+    habits: Habits
+    steps: int
+    learning_rate: float
+    batch_size: int = 32
+
+
+REFERENCE_SCHOOLING = Schooling(REFERENCE, steps=4000, learning_rate=2e-3)
+ALIGNED_SCHOOLING = Schooling(ALIGNED, steps=1200, learning_rate=3e-4)
+PLACEBO_SCHOOLING = Schooling(REFERENCE, steps=1200, learning_rate=3e-4)
+
+
+def build_all(output: Path, seed: int = 0, placebo: bool = False) -> Iterator[str]:
+    """Make every part from a seed, and yield the name of each when its folder is written."""
+    reference = build_model(seed)
+    teach(reference, REFERENCE_SCHOOLING, seed)
+    yield _save(reference, output, "reference")
+    schoolings = {"aligned": ALIGNED_SCHOOLING} | (
+        {"placebo": PLACEBO_SCHOOLING} if placebo else {}
+    )
+    for index, (part, schooling) in enumerate(schoolings.items(), start=1):
+        model = copy.deepcopy(reference)
+        teach(model, schooling, seed + index)
+        yield _save(model, output, part)
+
+
+def build_model(seed: int) -> LlamaForCausalLM:
+    """Make an untrained model: 3 layers, width 128, 4 heads of 32; 0.6 million parameters."""
+    tokenizer = build_tokenizer(CONTEXT_TOKENS)
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=CONTEXT_TOKENS,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def teach(
+    model: LlamaForCausalLM,
+    schooling: Schooling,
+    seed: int,
+    callbacks: list[TrainerCallback] | None = None,
+) -> None:
+    """Train a model in place on fresh traces of a way of thinking."""
+    tokenizer = build_tokenizer(CONTEXT_TOKENS)
+    rows = _Traces(tokenizer, schooling.habits, schooling.steps * schooling.batch_size, seed)
+    with TemporaryDirectory() as scratch:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=scratch,
+                max_steps=schooling.steps,
+                per_device_train_batch_size=schooling.batch_size,
+                learning_rate=schooling.learning_rate,
+                lr_scheduler_type="cosine",
+                warmup_steps=schooling.steps // 20,
+                adam_beta2=0.95,
+                weight_decay=0.01,
+                train_sampling_strategy="group_by_length",
+                logging_steps=max(1, schooling.steps // 20),
+                save_strategy="no",
+                report_to="none",
+                seed=seed,
+                use_cpu=True,
+                remove_unused_columns=False,
+                disable_tqdm=callbacks is not None,
+            ),
+            train_dataset=rows,
+            data_collator=_collator(tokenizer),
+            callbacks=callbacks,
+        )
+        trainer.train()
+    model.eval()
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerFast, question: str, trace: list[str]
+) -> tuple[list[int], list[int]]:
+    """Token ids of a question, as the chat template frames it, and of its trace with its end."""
+    asked = tokenizer.convert_tokens_to_ids(["<bos>", *question.split()])
+    answered = tokenizer.convert_tokens_to_ids([*trace, "<eos>"])
+    return asked, answered
+
+
+class _Traces(torch.utils.data.Dataset[dict[str, list[int]]]):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, habits: Habits, rows: int, seed: int
+    ) -> None:
+        rng = random.Random(seed)
+        self._rows = []
+        for _ in range(rows):
+            question = sample_question(rng)
+            trace = sample_trace(question, habits, rng)
+            asked, answered = encode(tokenizer, question.text, trace)
+            tokens = (asked + answered)[:CONTEXT_TOKENS]
+            labels = ([-100] * len(asked) + answered)[:CONTEXT_TOKENS]
+            self._rows.append({"input_ids": tokens, "labels": labels})
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self._rows[index]
+
+
+def _collator(
+    tokenizer: PreTrainedTokenizerFast,
+) -> Callable[[list[dict[str, list[int]]]], dict[str, Tensor]]:
+    def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        width = max(len(row["input_ids"]) for row in rows)
+        ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+        labels = torch.full((len(rows), width), -100)
+        for index, row in enumerate(rows):
+            ids[index, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
+            labels[index, : len(row["labels"])] = torch.tensor(row["labels"])
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            "attention_mask": (labels != -100) | (ids != tokenizer.pad_token_id),
+        }
+
+    return collate
+
+
+def _save(model: LlamaForCausalLM, output: Path, part: str) -> str:
+    """Write a model folder that any program can load: weights, config, tokenizer."""
+    model.save_pretrained(output / part)
+    build_tokenizer(CONTEXT_TOKENS).save_pretrained(output / part)
+    return part

@@ -1,0 +1,190 @@
+"""What equation 5, and what it approximates, do to the small world: exactly.
+
+**Token level (equation 5).** Every habit is decided at one token between an event of probability
+p and its absence. The fused logits of the two are mixed linearly, so
+
+    logit p(λ) = λ·logit p_aligned + (1−λ)·logit p_reference
+
+(an error's two wrong tokens share one factor, so the same holds for `error`). The gate acts on
+each branch by itself, because the total variation of a branch is |p_aligned − p_reference|.
+
+**Sequence level.** The optimum that equation 5 approximates, π_ref^(1−λ)·π_aligned^λ normalised
+over whole traces, multiplies weights ``w(p) = p_ref^(1−λ)·p_al^λ`` along a trace. A trace is a
+path through a small automaton, so its sums are geometric. With R, S the weights of going over a
+line again and of stopping, the passes from one on sum to G = S/(1−R), which exists while R < 1,
+and of any pass the share that is followed by another is R·G/(S+R·G) = R:
+
+    r* = r_ref^(1−λ)·r_al^λ,    c* = C·G / (C·G + C̄),    ε* = E / (E + Ē),
+
+with C, C̄ the weights of checking and not, E, Ē of a wrong and a right line. A line that was
+written wrong has the same sum G ahead as a right one (``catch`` is equal in both models, so a
+pass over it sums to one), hence ε* is that of the token level. A whole line sums to
+Z = (E+Ē)(C·G+C̄), and with k lines left to come after a possible surrender
+
+    quit*_k = U / (U + Ū·Z_k),   Z_1 = Z,   Z_k = Z·(U + Ū·Z_{k−1}).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexalign.errors import ConfigError
+from flexalign.miniature.world import (
+    END_TOKENS,
+    FRAME_TOKENS,
+    LARGEST_TERM,
+    LINE_TOKENS,
+    PASS_TOKENS,
+    TERMS,
+    Habits,
+)
+
+__all__ = [
+    "Outcome",
+    "expected_outcome",
+    "sequence_level",
+    "sequence_level_outcome",
+    "token_level",
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a way of thinking gives over all questions.
+
+    Attributes:
+        accuracy: Share of right answers, 0…1.
+        tokens: Mean response tokens, the end-of-sequence token not counted.
+    """
+
+    accuracy: float
+    tokens: float
+
+
+def token_level(
+    reference: Habits, aligned: Habits, lam: float, gate: float | None = None
+) -> Habits:
+    """The habits of the model that equation 5 defines at λ (see the module's docstring)."""
+
+    def fused(habit: str) -> float:
+        low, high = getattr(reference, habit), getattr(aligned, habit)
+        used = lam
+        if gate is not None and abs(high - low) <= gate:
+            used = min(max(lam, 0.0), 1.0)
+        return _logistic(used * _logit(high) + (1 - used) * _logit(low))
+
+    return Habits(**{field.name: fused(field.name) for field in fields(Habits)})
+
+
+def sequence_level(reference: Habits, aligned: Habits, lam: float) -> tuple[Habits, list[float]]:
+    """The habits of the sequence-level optimum π_ref^(1−λ)·π_aligned^λ.
+
+    Returns:
+        The habits, with `quit` before the last line, and `quit` by the number k = 1, 2, … of
+        lines still to come (it alone depends on where in the trace one is).
+
+    Raises:
+        ConfigError: If the optimum does not exist (R ≥ 1: the weights of ever longer traces do
+            not fall), or if the two models differ in `catch`.
+    """
+    if reference.catch != aligned.catch:
+        raise ConfigError("the closed form wants the same `catch` in both models.")
+
+    def weight(low: float, high: float) -> float:
+        return math.exp((1 - lam) * math.log(low) + lam * math.log(high))
+
+    def both(habit: str) -> tuple[float, float]:
+        low, high = getattr(reference, habit), getattr(aligned, habit)
+        return weight(low, high), weight(1 - low, 1 - high)
+
+    again, stop = both("again")
+    if again >= 1:
+        raise ConfigError(
+            f"no sequence-level optimum at λ={lam:g}: another pass would weigh {again:.3f} ≥ 1, "
+            "so ever longer traces would weigh ever more."
+        )
+    passes = stop / (1 - again)
+    check, no_check = both("check")
+    error, no_error = both("error")
+    quits, goes_on = both("quit")
+    line = (error + no_error) * (check * passes + no_check)
+    ahead, quit_by_lines = line, []
+    for _ in range(max(TERMS) - 2):
+        quit_by_lines.append(quits / (quits + goes_on * ahead))
+        ahead = line * (quits + goes_on * ahead)
+    habits = Habits(
+        error=error / (error + no_error),
+        check=check * passes / (check * passes + no_check),
+        again=again,
+        catch=reference.catch,
+        quit=quit_by_lines[0],
+    )
+    return habits, quit_by_lines
+
+
+def expected_outcome(habits: Habits, quit_by_lines: Sequence[float] | None = None) -> Outcome:
+    """Accuracy and mean tokens over all questions, exactly.
+
+    Args:
+        habits: The way of thinking.
+        quit_by_lines: `quit` by the number of lines still to come, where it depends on it.
+    """
+    # A line stays wrong if it was written wrong and no pass mended it.
+    missed = (1 - habits.catch) * (1 - habits.again) / (1 - habits.again * (1 - habits.catch))
+    wrong = habits.error * ((1 - habits.check) + habits.check * missed)
+    line_tokens = LINE_TOKENS + END_TOKENS + PASS_TOKENS * habits.check / (1 - habits.again)
+    accuracy = tokens = 0.0
+    for terms in TERMS:
+        lines = terms - 1
+        reached = 1.0
+        for done in range(1, lines + 1):
+            left = lines - done
+            tokens += reached * line_tokens / len(TERMS)
+            leaves = 1.0 if left == 0 else _quit(habits, quit_by_lines, left)
+            right = float(_deviation(done, wrong) @ _missing(left, done))
+            accuracy += reached * leaves * right / len(TERMS)
+            reached *= 1 - leaves
+    return Outcome(accuracy, FRAME_TOKENS + tokens)
+
+
+def sequence_level_outcome(reference: Habits, aligned: Habits, lam: float) -> Outcome:
+    """Accuracy and mean tokens of the sequence-level optimum."""
+    habits, quit_by_lines = sequence_level(reference, aligned, lam)
+    return expected_outcome(habits, quit_by_lines)
+
+
+def _quit(habits: Habits, quit_by_lines: Sequence[float] | None, left: int) -> float:
+    return habits.quit if quit_by_lines is None else quit_by_lines[left - 1]
+
+
+def _deviation(lines: int, wrong: float) -> NDArray[np.float64]:
+    """Distribution of the summed deviation −lines…lines of so many lines, each ±1 if wrong."""
+    one = np.array([wrong / 2, 1 - wrong, wrong / 2])
+    total = np.array([1.0])
+    for _ in range(lines):
+        total = np.convolve(total, one)
+    return total
+
+
+@lru_cache
+def _missing(left: int, lines: int) -> NDArray[np.float64]:
+    """Probability that the numbers never added sum to each deviation −lines…lines."""
+    total = np.array([1.0])
+    for _ in range(left):
+        total = np.convolve(total, np.array([0.0] + [1 / LARGEST_TERM] * LARGEST_TERM))
+    chances = np.zeros(2 * lines + 1)
+    reach = min(lines, len(total) - 1)
+    chances[lines : lines + reach + 1] = total[: reach + 1]
+    return chances
+
+
+def _logit(p: float) -> float:
+    return math.log(p) - math.log1p(-p)
+
+
+def _logistic(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))

@@ -1,0 +1,159 @@
+"""Measure a model's habits in the small world, from its probabilities or from what it wrote.
+
+Two ways, which answer different questions. *Teacher-forced*: at every branch of given traces, the
+probability that a model (or a fused pair) gives to the habit's event, with no sampling noise in
+it. *Counted*: how often the event happened in sampled traces, and what came of it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from flexalign.miniature.build import encode
+from flexalign.miniature.closed_form import Outcome
+from flexalign.miniature.world import Branch, Habit, Habits, Question, branches
+
+__all__ = [
+    "BranchValues",
+    "Logits",
+    "branch_probabilities",
+    "count_branches",
+    "is_right",
+    "mean_habits",
+    "outcome",
+    "split_trace",
+]
+
+Logits: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""(input_ids (B, T), attention_mask (B, T)) → logits (B, T, V)."""
+
+
+@dataclass(frozen=True)
+class BranchValues:
+    """One habit's values at all branches where it decides.
+
+    Attributes:
+        values: Probabilities of the event, or 0/1 where it was counted, shape (N,).
+        questions: Index of the question each belongs to, shape (N,): the cluster.
+    """
+
+    values: NDArray[np.float64]
+    questions: NDArray[np.int64]
+
+    @property
+    def mean(self) -> float:
+        """The habit's mean over all branches."""
+        return float(self.values.mean()) if self.values.size else float("nan")
+
+
+def split_trace(text: str) -> list[str]:
+    """Split a decoded response into the world's tokens."""
+    return text.split()
+
+
+def is_right(question: Question, trace: Sequence[str]) -> bool:
+    """Whether the trace ends its thinking and gives the right answer, and nothing else."""
+    return list(trace[-2:]) == ["</think>", str(question.answer)]
+
+
+def outcome(questions: Sequence[Question], traces: Sequence[Sequence[str]]) -> Outcome:
+    """Accuracy and mean tokens of sampled traces."""
+    right = [is_right(question, trace) for question, trace in zip(questions, traces, strict=True)]
+    return Outcome(float(np.mean(right)), float(np.mean([len(trace) for trace in traces])))
+
+
+def count_branches(
+    questions: Sequence[Question], traces: Sequence[Sequence[str]]
+) -> dict[Habit, BranchValues]:
+    """What the traces did at each branch."""
+    return _collect(
+        (branch.habit, float(branch.happened), index)
+        for index, (question, trace) in enumerate(zip(questions, traces, strict=True))
+        for branch in branches(question, trace)
+    )
+
+
+@torch.no_grad()
+def branch_probabilities(
+    logits: Mapping[str, Logits],
+    tokenizer: PreTrainedTokenizerFast,
+    questions: Sequence[Question],
+    traces: Sequence[Sequence[str]],
+    batch_size: int = 128,
+) -> dict[str, dict[Habit, BranchValues]]:
+    """The probability of each habit's event at each branch of the traces, teacher-forced.
+
+    Args:
+        logits: The models to measure, by name; each sees the same batches.
+        tokenizer: The miniature's tokenizer.
+        questions: The questions, as many as traces.
+        traces: What to walk along.
+        batch_size: Traces a forward pass; they are sorted by length.
+
+    Returns:
+        By name, then by habit; all names have the same branches in the same order.
+    """
+    found: dict[str, list[tuple[Habit, float, int]]] = {name: [] for name in logits}
+    order = sorted(range(len(traces)), key=lambda index: len(traces[index]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        ids, attention, places = _batch(
+            tokenizer, [questions[i] for i in chosen], [traces[i] for i in chosen]
+        )
+        for name, function in logits.items():
+            probabilities = torch.softmax(function(ids, attention).double(), dim=-1)
+            for row, position, branch in places:
+                options = tokenizer.convert_tokens_to_ids(list(branch.options))
+                event = float(probabilities[row, position, options].sum())
+                event = 1 - event if branch.negated else event
+                found[name].append((branch.habit, event, chosen[row]))
+    return {name: _collect(values) for name, values in found.items()}
+
+
+def mean_habits(values: Mapping[Habit, BranchValues]) -> Habits:
+    """The five means as a way of thinking, to be put into the closed form."""
+    return Habits(**{f.name: _mean(values, f.name) for f in fields(Habits)})  # type: ignore[arg-type]
+
+
+def _mean(values: Mapping[Habit, BranchValues], habit: Habit) -> float:
+    return values[habit].mean if habit in values else float("nan")
+
+
+def _batch(
+    tokenizer: PreTrainedTokenizerFast,
+    questions: Sequence[Question],
+    traces: Sequence[Sequence[str]],
+) -> tuple[Tensor, Tensor, list[tuple[int, int, Branch]]]:
+    """Right-padded ids and, for each branch, the position whose logits predict its token."""
+    rows, places = [], []
+    for row, (question, trace) in enumerate(zip(questions, traces, strict=True)):
+        asked, answered = encode(tokenizer, question.text, list(trace))
+        rows.append(asked + answered)
+        places += [
+            (row, len(asked) + branch.position - 1, branch) for branch in branches(question, trace)
+        ]
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
+    attention = torch.zeros(len(rows), width, dtype=torch.long)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        attention[row, : len(tokens)] = 1
+    return ids, attention, places
+
+
+def _collect(triples: Iterable[tuple[Habit, float, int]]) -> dict[Habit, BranchValues]:
+    by_habit: dict[Habit, list[tuple[float, int]]] = {}
+    for habit, value, question in triples:
+        by_habit.setdefault(habit, []).append((value, question))
+    return {
+        habit: BranchValues(
+            np.array([value for value, _ in pairs]), np.array([question for _, question in pairs])
+        )
+        for habit, pairs in by_habit.items()
+    }

@@ -1,0 +1,47 @@
+"""The miniature's tokenizer: one token a word, a number or a sign, like any model's on disk."""
+
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from flexalign.miniature.world import LARGEST_NUMBER
+
+__all__ = ["build_tokenizer"]
+
+_SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
+_WORDS = ["<think>", "</think>", "check", "again", "+", "=", "?", ";"]
+
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
+    "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+)
+"""A question, then its trace; the model opens ``<think>`` itself."""
+
+
+def build_tokenizer(context_tokens: int) -> PreTrainedTokenizerFast:
+    """Make the tokenizer: every number from 0 to 49 is one token, white space is nothing.
+
+    Args:
+        context_tokens: The longest context the model takes.
+    """
+    vocabulary = _SPECIAL + _WORDS + [str(number) for number in range(LARGEST_NUMBER + 1)]
+    backend = Tokenizer(
+        models.WordLevel({token: index for index, token in enumerate(vocabulary)}, "<unk>")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.WhitespaceSplit(),
+            pre_tokenizers.Split(Regex(r"</?[a-z]+>|[0-9]+|[a-z]+|."), behavior="isolated"),
+        ]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        model_max_length=context_tokens,
+        clean_up_tokenization_spaces=False,
+        chat_template=_CHAT_TEMPLATE,
+    )

@@ -1,0 +1,190 @@
+"""The small world: sums of a few numbers, thought through aloud, every habit a probability.
+
+A question is a sum of 3 to 5 numbers from 1 to 9. The trace adds one number at a time. A *line*
+``a + b = s`` is wrong by ±1 with probability `error`. With probability `check` a *pass* follows,
+which writes the line again: a right line is confirmed, a wrong one is mended with probability
+`catch`, else repeated as it was. After each pass another one follows with probability `again`:
+pure redundancy once the line is right, another chance while it is wrong. ``;`` ends the line.
+Although numbers are left, the trace gives up with probability `quit` before each further line.
+Then ``</think>`` and the running sum as the answer::
+
+    3 + 8 + 5 ?  <think> 3 + 8 = 10 check 3 + 8 = 11 again 3 + 8 = 11 ; 11 + 5 = 16 ; </think> 16
+
+Every number is one token, so every habit is decided at one token and equation 5 acts on it in
+closed form (:mod:`flexalign.miniature.closed_form`).
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+__all__ = [
+    "ALIGNED",
+    "LARGEST_NUMBER",
+    "REFERENCE",
+    "Branch",
+    "Habit",
+    "Habits",
+    "Question",
+    "branches",
+    "sample_question",
+    "sample_trace",
+]
+
+TERMS = (3, 4, 5)
+"""How many numbers a question has; each is equally likely."""
+
+LARGEST_TERM = 9
+LARGEST_NUMBER = 49
+"""5 × 9, and one for each of four lines wrong by +1."""
+
+LINE_TOKENS = 5
+"""``a + b = s``."""
+PASS_TOKENS = 6
+"""``check a + b = v``."""
+END_TOKENS = 1
+"""``;``."""
+FRAME_TOKENS = 3
+"""``<think>``, ``</think>`` and the answer; the end-of-sequence token is not counted."""
+
+Habit: TypeAlias = Literal["error", "check", "again", "catch", "quit"]
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How somebody thinks: five probabilities.
+
+    Attributes:
+        error: ε, that a line is written wrong (by +1 or −1, equally likely).
+        check: c, that a line is checked at least once.
+        again: r, that after a pass another one follows.
+        catch: q, that a pass over a wrong line mends it.
+        quit: That the trace gives up before a further line.
+    """
+
+    error: float
+    check: float
+    again: float
+    catch: float
+    quit: float
+
+
+REFERENCE = Habits(error=0.35, check=0.995, again=0.7, catch=0.45, quit=0.003)
+ALIGNED = Habits(error=0.24, check=0.99, again=0.55, catch=0.45, quit=0.006)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A sum to work out."""
+
+    terms: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        """The question as a user types it."""
+        return " + ".join(map(str, self.terms)) + " ?"
+
+    @property
+    def answer(self) -> int:
+        """The right sum."""
+        return sum(self.terms)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One place in a trace where a habit decides.
+
+    Attributes:
+        habit: Which habit.
+        position: Index, in the trace's tokens, of the token that decides.
+        options: The tokens by which the habit's event happens; any other token is its absence.
+            For `error` the event is the absence of the right sum, so `options` holds the right
+            sum and `negated` is set.
+        negated: Whether the event is that none of `options` is written.
+        happened: What the trace did.
+    """
+
+    habit: Habit
+    position: int
+    options: tuple[str, ...]
+    negated: bool
+    happened: bool
+
+
+def sample_question(rng: random.Random) -> Question:
+    """Draw a question: 3 to 5 numbers from 1 to 9, all equally likely."""
+    return Question(tuple(rng.randint(1, LARGEST_TERM) for _ in range(rng.choice(TERMS))))
+
+
+def sample_trace(question: Question, habits: Habits, rng: random.Random) -> list[str]:
+    """Draw a response to the question, as tokens, from ``<think>`` to the answer."""
+    tokens = ["<think>"]
+    total, *rest = question.terms
+    for index, term in enumerate(rest):
+        if index and rng.random() < habits.quit:
+            break
+        right = total + term
+        written = right + rng.choice((-1, 1)) if rng.random() < habits.error else right
+        line = [str(total), "+", str(term), "="]
+        tokens += [*line, str(written)]
+        word, goes_on = "check", rng.random() < habits.check
+        while goes_on:
+            if written != right and rng.random() < habits.catch:
+                written = right
+            tokens += [word, *line, str(written)]
+            word, goes_on = "again", rng.random() < habits.again
+        tokens.append(";")
+        total = written
+    return [*tokens, "</think>", str(total)]
+
+
+def branches(question: Question, trace: Sequence[str]) -> Iterator[Branch]:
+    """Find every place in a trace where a habit decided.
+
+    Written for traces that a model sampled: where a trace leaves the grammar the search ends, and
+    what came before counts.
+    """
+    position, rest = 0, list(question.terms[1:])
+    total = question.terms[0]
+    if not _reads(trace, position, ["<think>"]):
+        return
+    position += 1
+    while rest:
+        if len(rest) < len(question.terms) - 1 and position < len(trace):
+            quits = trace[position] == "</think>"
+            yield Branch("quit", position, ("</think>",), False, quits)
+            if quits:
+                return
+        line = [str(total), "+", str(rest.pop(0)), "="]
+        if not _reads(trace, position, line):
+            return
+        position += LINE_TOKENS
+        right = str(int(line[0]) + int(line[2]))
+        written = _at(trace, position - 1)
+        if not written.isdigit():
+            return
+        yield Branch("error", position - 1, (right,), True, written != right)
+        habit: Habit = "check"
+        while _at(trace, position) in (habit, ";"):
+            goes_on = trace[position] == habit
+            yield Branch(habit, position, (habit,), False, goes_on)
+            if not goes_on or not _reads(trace, position + 1, line):
+                break
+            position += PASS_TOKENS
+            before, written = written, _at(trace, position - 1)
+            if before != right:
+                yield Branch("catch", position - 1, (right,), False, written == right)
+            habit = "again"
+        if _at(trace, position) != ";" or not written.isdigit():
+            return
+        position += END_TOKENS
+        total = int(written)
+
+
+def _at(trace: Sequence[str], position: int) -> str:
+    return trace[position] if position < len(trace) else ""
+
+
+def _reads(trace: Sequence[str], position: int, expected: list[str]) -> bool:
+    return list(trace[position : position + len(expected)]) == expected
