@@ -1,0 +1,229 @@
+"""What every test stands on: no network, one thread, seeds, and models built on the spot.
+
+Fixtures for all tests:
+
+* ``tiny_tokenizer``: a real byte-level BPE tokenizer with special tokens and a chat template.
+* ``tiny_model(family="qwen2", vocab_size=None, seed=0, **config)``: a two-layer random model.
+* ``tiny_pair``: ``(reference, aligned)``, two model folders with that tokenizer. Read only.
+* ``run_cli(*args)``: the command line, in this process, with what it printed.
+"""
+
+import atexit
+import os
+import tempfile
+
+_hub = tempfile.TemporaryDirectory(prefix="flexalign-tests-")
+atexit.register(_hub.cleanup)
+os.environ.update(
+    HF_HOME=_hub.name,
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    WANDB_MODE="disabled",
+    MPLBACKEND="Agg",
+    COLUMNS="200",
+    TERM="dumb",
+    NO_COLOR="1",
+)
+for _name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):
+    os.environ.pop(_name, None)
+
+import contextlib
+import io
+import ipaddress
+import random
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import hypothesis
+import numpy
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+hypothesis.settings.register_profile("offline", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("offline")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ message['content'] }}<|im_end|>{% endif %}\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+CORPUS = (
+    "user assistant system what is one plus two plus three",
+    "the answer is six because one and two make three and three more make six",
+    "1+2=3 3+3=6 again 12+34=46 check 46+5=51",
+)
+
+
+class Result(NamedTuple):
+    """What a command line run left behind."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+class TinyPair(NamedTuple):
+    """Two model folders with one tokenizer."""
+
+    reference: Path
+    aligned: Path
+
+
+def _is_loopback(host: str) -> bool:
+    if host in ("", "localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _require_local(family: int, address: Any) -> None:
+    if family in (socket.AF_INET, socket.AF_INET6) and not _is_loopback(str(address[0])):
+        raise OSError(f"the tests run offline: a connection to {address} was refused")
+
+
+class _LocalSocket(socket.socket):
+    """A socket that reaches this machine and no other."""
+
+    def connect(self, address: Any) -> None:
+        _require_local(self.family, address)
+        super().connect(address)
+
+    def connect_ex(self, address: Any) -> int:
+        _require_local(self.family, address)
+        return super().connect_ex(address)
+
+    def sendto(self, data: Any, *args: Any) -> int:
+        _require_local(self.family, args[-1])
+        return super().sendto(data, *args)
+
+
+_resolve = socket.getaddrinfo
+
+
+def _resolve_local(host: Any, *args: Any, **kwargs: Any) -> Any:
+    name = host.decode() if isinstance(host, bytes) else host
+    if name is not None and not _is_loopback(name):
+        raise OSError(f"the tests run offline: the name {name!r} was not looked up")
+    return _resolve(host, *args, **kwargs)
+
+
+socket.socket = _LocalSocket  # type: ignore[misc]
+socket.getaddrinfo = _resolve_local
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE over all 256 bytes, a few merges, ChatML with assistant masks."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        bos_token="<|bos|>",
+        eos_token="<|im_end|>",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=512,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., PreTrainedModel]:
+    """A factory of random two-layer models, width 64, in eval mode and float32."""
+
+    def make(
+        family: str = "qwen2", vocab_size: int | None = None, seed: int = 0, **config: Any
+    ) -> PreTrainedModel:
+        settings: dict[str, Any] = {
+            "vocab_size": vocab_size or len(tiny_tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 512,
+            "pad_token_id": tiny_tokenizer.pad_token_id,
+            "bos_token_id": tiny_tokenizer.bos_token_id,
+            "eos_token_id": tiny_tokenizer.eos_token_id,
+        }
+        settings |= config
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
+        return model.float().eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_pair(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tiny_model: Callable[..., PreTrainedModel],
+) -> TinyPair:
+    """A reference and an aligned model: the reference's weights plus a little noise."""
+    folder = tmp_path_factory.mktemp("tiny_pair")
+    pair = TinyPair(folder / "reference", folder / "aligned")
+    model = tiny_model()
+    generator = torch.Generator().manual_seed(1)
+    for path in pair:
+        model.save_pretrained(path)
+        tiny_tokenizer.save_pretrained(path)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return pair
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Call ``flexalign ARGS…`` in this process, through ``main`` as the console script does."""
+    from flexalign.cli import app
+
+    def run(*args: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["flexalign", *map(str, args)])
+        stdout, stderr = io.StringIO(), io.StringIO()
+        exit_code = 0
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            try:
+                app.main()
+            except SystemExit as stop:
+                exit_code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        return Result(exit_code, stdout.getvalue(), stderr.getvalue())
+
+    return run
