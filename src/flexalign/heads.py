@@ -1,0 +1,264 @@
+"""What turns a last hidden state into logits, exactly.
+
+A head is ``softcap·tanh(scale·(h·Wᵀ + b)/softcap)``: a matrix product in most families, a scaled
+one in Granite and Cohere, a capped one in Gemma 2. :meth:`Head.of` reads the numbers from a model
+and proves them on the spot, so that a family with some other head is refused and not approximated.
+:func:`last_hidden` runs the rest of the model: all that comes before the head.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from flexalign.errors import PairMismatchError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Head", "can_mix_hidden", "last_hidden"]
+
+_DIVISORS = ("logits_scaling",)
+_FACTORS = ("logit_scale", "lm_head_multiplier")
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+_PROBE_TOKENS = 7
+_PROBE_TOLERANCE = 1e-5
+"""Relative to the largest logit; in half precision two units in the last place are wider."""
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A head: ``logits = softcap·tanh(scale·(hidden·weightᵀ + bias)/softcap)``.
+
+    Attributes:
+        weight: Shape ``(V, H)``. The model's own parameter, so gradients reach it.
+        bias: Shape ``(V,)``, or None.
+        scale: What the product is multiplied with.
+        softcap: The bound that a tanh keeps the logits within, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, *, probe: bool = True) -> "Head":
+        """Read the head of a causal language model and check it against the model's logits.
+
+        Args:
+            model: A transformers causal language model, or a PEFT wrapper of one.
+            probe: Run a few tokens through the model and compare. Leave it out only where the
+                weights cannot be used as they lie (sharded, on the meta device).
+
+        Raises:
+            UnsupportedModelError: If there is no plain head, if PEFT adapts it, if it is
+                quantised, or if the probe shows that the model's logits are something else.
+        """
+        plain = _unwrap(model)
+        output = getattr(plain, "get_output_embeddings", lambda: None)()
+        head = _read(output, plain)
+        if probe:
+            _check(head, model, _name(plain))
+        return head
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Return the logits, shape ``(..., V)``, of hidden states of shape ``(..., H)``."""
+        logits = nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens the head scores, padding included."""
+        return self.weight.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden state the head takes."""
+        return self.weight.shape[1]
+
+    def cut(self, vocab_size: int) -> "Head":
+        """Return the head of the first ``vocab_size`` tokens: the same storage, less padding.
+
+        Raises:
+            PairMismatchError: If the head has fewer tokens than that.
+        """
+        if vocab_size > self.vocab_size:
+            raise PairMismatchError(
+                f"a head of {self.vocab_size} tokens cannot be cut to {vocab_size}; "
+                "cut both models to the smaller vocabulary."
+            )
+        if vocab_size == self.vocab_size:
+            return self
+        bias = None if self.bias is None else self.bias[:vocab_size]
+        return replace(self, weight=self.weight[:vocab_size], bias=bias)
+
+
+def last_hidden(model: nn.Module, **inputs: Any) -> Tensor:
+    """Run a model up to its head: the final, normalised hidden state that the head takes.
+
+    No cache is built: with one, packed documents would see each other.
+
+    Args:
+        model: A transformers causal language model (of a vision-language model, the text tower),
+            or a PEFT wrapper of one; its active adapter takes part.
+        **inputs: ``input_ids``, ``attention_mask``, ``position_ids`` and what else the model's
+            decoder takes. Those that are None are left out.
+
+    Returns:
+        Shape ``(B, T, H)``.
+
+    Raises:
+        UnsupportedModelError: If the model has no decoder of its own, or if PEFT adds virtual
+            tokens to its input (prompt and prefix tuning).
+    """
+    active = getattr(model, "active_peft_config", None)
+    if active is not None and active.is_prompt_learning:
+        raise UnsupportedModelError(
+            f"the PEFT adapter is of type {active.peft_type}, which adds virtual tokens to the "
+            "input; use an adapter that changes weights, such as LoRA."
+        )
+    plain = _unwrap(model)
+    decoder = getattr(plain, "get_decoder", lambda: plain)()
+    if decoder is plain:
+        raise UnsupportedModelError(
+            f"{_name(plain)}: no decoder apart from the head was found; "
+            "give a transformers causal language model."
+        )
+    given = {name: value for name, value in inputs.items() if value is not None}
+    hidden: Tensor = decoder(**given, use_cache=False, return_dict=True)[0]
+    return hidden
+
+
+def can_mix_hidden(reference: Head, aligned: Head, gate: float | None = None) -> bool:
+    """Say whether two hidden states may be mixed before one head product.
+
+    They may if that gives equation 5 exactly: the two heads are one (the same storage), it is
+    linear, and no gate is set, which needs the logits of both models.
+    """
+    return (
+        gate is None
+        and reference.softcap is None
+        and aligned.softcap is None
+        and reference.scale == aligned.scale
+        and _is_same(reference.weight, aligned.weight)
+        and _is_same(reference.bias, aligned.bias)
+    )
+
+
+def _is_same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one is other or (
+        one.data_ptr() == other.data_ptr()
+        and one.shape == other.shape
+        and one.stride() == other.stride()
+        and one.dtype == other.dtype
+        and one.device == other.device
+        and not one.is_meta
+    )
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """Return the transformers model inside a PEFT wrapper; its layers keep their adapters."""
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        plain: nn.Module = model.get_base_model()
+        return plain
+    return model
+
+
+def _name(model: nn.Module) -> str:
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    return f"{type(model).__name__} (family {family})" if family else type(model).__name__
+
+
+def _read(output: Any, model: nn.Module) -> Head:
+    if type(output).__module__.startswith("peft."):
+        raise UnsupportedModelError(
+            f"{_name(model)}: a PEFT adapter changes its head, so the head is not one matrix; "
+            "leave lm_head out of the adapter's target modules and of modules_to_save, "
+            "or merge the adapter first (merge_and_unload)."
+        )
+    weight = getattr(output, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        raise UnsupportedModelError(
+            f"{_name(model)}: it has no output matrix (get_output_embeddings gave "
+            f"{type(output).__name__}); give a causal language model."
+        )
+    if not weight.is_floating_point():
+        raise UnsupportedModelError(
+            f"{_name(model)}: its head is quantised ({weight.dtype}); load the model de-quantised."
+        )
+    config: Any = model.config
+    text_config = config.get_text_config()
+    scale = 1.0
+    for name in _FACTORS:
+        scale *= _number(text_config, name) or 1.0
+    for name in _DIVISORS:
+        scale /= _number(text_config, name) or 1.0
+    softcap = next((cap for name in _SOFTCAPS if (cap := _number(text_config, name))), None)
+    return Head(weight, getattr(output, "bias", None), scale, softcap)
+
+
+def _number(config: Any, name: str) -> float | None:
+    value = getattr(config, name, None)
+    return float(value) if isinstance(value, int | float) else None
+
+
+@torch.no_grad()
+def _check(head: Head, model: nn.Module, name: str) -> None:
+    """Compare ``head(last_hidden)`` with the model's own logits on a few tokens.
+
+    Raises:
+        UnsupportedModelError: If they differ by more than rounding.
+    """
+    device = head.weight.device
+    tokens = torch.arange(1, _PROBE_TOKENS + 1, device=device) % head.vocab_size
+    inputs = {"input_ids": tokens[None], "attention_mask": torch.ones_like(tokens)[None]}
+    with _evaluating(model):
+        expected = model(**inputs, use_cache=False).logits.float()
+        found = head(last_hidden(model, **inputs)).float()
+    if found.shape == expected.shape:
+        size = expected.abs().max()
+        off = float((found - expected).abs().max() / size.clamp(min=torch.finfo(size.dtype).tiny))
+        if off <= max(2 * torch.finfo(head.weight.dtype).eps, _PROBE_TOLERANCE):
+            return
+        problem = f"its head, read as {_describe(head)}, misses its logits by {off:.1%}"
+    else:
+        problem = (
+            f"its head gives {tuple(found.shape)} where its logits are {tuple(expected.shape)}"
+        )
+    raise UnsupportedModelError(
+        f"{name}: {problem}; its logits are not a (scaled, capped) matrix product of the last "
+        "hidden state, which the chunked loss and the fused decoder need."
+    )
+
+
+def _describe(head: Head) -> str:
+    parts = [f"a {head.vocab_size}×{head.width} matrix"]
+    if head.bias is not None:
+        parts.append("a bias")
+    if head.scale != 1.0:
+        parts.append(f"scale {head.scale:g}")
+    if head.softcap is not None:
+        parts.append(f"soft-cap {head.softcap:g}")
+    return ", ".join(parts)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> "Iterator[None]":
+    """Switch dropout off inside, and put every module's own mode back after."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
