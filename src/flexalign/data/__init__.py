@@ -1,0 +1,18 @@
+"""Data formats in, TRL data sets out; thinking tags; the making of traces."""
+
+from flexalign.data.formats import data_fingerprint, load_prompts, load_traces
+from flexalign.data.length import Lengths, measure_lengths
+from flexalign.data.thinking import ThinkingTags, strip_thinking
+from flexalign.data.traces import SamplingSettings, make_traces
+
+__all__ = [
+    "Lengths",
+    "SamplingSettings",
+    "ThinkingTags",
+    "data_fingerprint",
+    "load_prompts",
+    "load_traces",
+    "make_traces",
+    "measure_lengths",
+    "strip_thinking",
+]

@@ -1,0 +1,146 @@
+"""How long the rows are, in tokens, and what a cut-off does to them."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from flexalign.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Lengths", "measure_lengths", "render_chat"]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """The lengths of a data set's rows, in tokens.
+
+    Attributes:
+        rows: Rows measured.
+        kept: Rows of which at least one response token lies within the cut-off.
+        truncated: Of those, the rows whose response the cut-off shortens.
+        prompt_tokens: All prompt tokens within the cut-off.
+        response_tokens: All response tokens within the cut-off: what the loss counts.
+        longest: Tokens of the longest row, before the cut-off.
+        shortest: Tokens of the shortest row, before the cut-off.
+    """
+
+    rows: int
+    kept: int
+    truncated: int
+    prompt_tokens: int
+    response_tokens: int
+    longest: int
+    shortest: int
+
+    def to_dict(self) -> dict[str, int]:
+        """The figures by name, for JSON."""
+        return asdict(self)
+
+
+def measure_lengths(
+    dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", max_length: int | None
+) -> Lengths:
+    """Count tokens as TRL's trainer will: with the chat template, or plain text with EOS.
+
+    Args:
+        dataset: Prompts and completions, as `load_traces` returns them.
+        tokenizer: The model's own.
+        max_length: The cut-off in tokens, prompt and response together; None for none.
+
+    Raises:
+        DataError: If no row fits the cut-off whole, or if the chat template leaves a part of a
+            response out.
+    """
+    if len(dataset) == 0:
+        raise DataError("the data set is empty; nothing to work on.")
+    sizes = list(_sizes(dataset, tokenizer))
+    lengths = [prompt + response for prompt, response in sizes]
+    cut = max_length if max_length is not None else max(lengths)
+    if min(lengths) > cut:
+        raise DataError(
+            f"all {len(sizes)} rows are longer than the cut-off of {cut} tokens "
+            f"(the shortest has {min(lengths)}, the longest {max(lengths)}); "
+            "raise max_length or use shorter data."
+        )
+    return Lengths(
+        rows=len(sizes),
+        kept=sum(prompt < cut for prompt, _ in sizes),
+        truncated=sum(prompt < cut < prompt + response for prompt, response in sizes),
+        prompt_tokens=sum(min(prompt, cut) for prompt, _ in sizes),
+        response_tokens=sum(max(min(prompt + size, cut) - prompt, 0) for prompt, size in sizes),
+        longest=max(lengths),
+        shortest=min(lengths),
+    )
+
+
+def _sizes(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase") -> Iterator[tuple[int, int]]:
+    from trl.data_utils import common_prefix_length
+
+    for number, row in enumerate(dataset, start=1):
+        if isinstance(row["prompt"], str):
+            eos = tokenizer.eos_token or ""
+            prompt = _token_ids(tokenizer, row["prompt"])
+            whole = _token_ids(tokenizer, row["prompt"] + row["completion"].removesuffix(eos) + eos)
+        else:
+            rendered = render_chat(tokenizer, row["prompt"] + row["completion"])
+            _check_rendering(number, rendered, row["completion"])
+            opening = render_chat(tokenizer, row["prompt"], add_generation_prompt=True)
+            prompt = _token_ids(tokenizer, opening, add_special_tokens=False)
+            whole = _token_ids(tokenizer, rendered, add_special_tokens=False)
+        start = common_prefix_length(prompt, whole)
+        yield start, len(whole) - start
+
+
+def render_chat(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[dict[str, Any]],
+    *,
+    add_generation_prompt: bool = False,
+) -> str:
+    """Render messages with the tokenizer's chat template.
+
+    Raises:
+        DataError: If it has none, or its template refuses the messages.
+    """
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise DataError(
+            "the data are conversations, but the tokenizer has no chat template; "
+            "give prompts and completions as plain text, or a tokenizer with a template."
+        )
+    try:
+        return cast(
+            "str",
+            tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            ),
+        )
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise DataError(
+            f"the chat template refuses a conversation of the roles {roles} ({error}); "
+            "change the data to what the template takes."
+        ) from error
+
+
+def _token_ids(
+    tokenizer: "PreTrainedTokenizerBase", text: str, *, add_special_tokens: bool = True
+) -> list[int]:
+    return cast("list[int]", tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+
+def _check_rendering(number: int, rendered: str, completion: list[dict[str, Any]]) -> None:
+    if any(_squeeze(message["content"]) not in _squeeze(rendered) for message in completion):
+        raise DataError(
+            f"row {number}: the chat template leaves a part of the response out (some drop the "
+            "thinking), so it would not be trained on; set training.chat_template_path to a "
+            "template that keeps it, or use plain text rows (flexalign sample --plain)."
+        )
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split())

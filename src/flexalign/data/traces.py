@@ -1,0 +1,291 @@
+"""Making traces: sampled responses to prompts, written so that a broken-off run can go on.
+
+Work is done in blocks of `batch_size` (prompt, sample) pairs in file order, and every pair has
+a seed of its own, derived from the run's seed and the pair's two indices. A run that goes on
+makes the block in which it was broken off again and keeps what is missing, so the finished file
+equals that of an uninterrupted run.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from flexalign.data.formats import data_fingerprint
+from flexalign.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+__all__ = ["Generate", "Prompt", "SamplingSettings", "TraceSummary", "make_traces", "open_run"]
+
+Prompt = str | list[dict[str, Any]]
+"""Text that the model continues as it stands, or messages for the chat template."""
+
+
+class Sampled(Protocol):
+    """What a generator returns for one prompt."""
+
+    @property
+    def text(self) -> str:
+        """The response, thinking tags kept, without the end token."""
+
+    @property
+    def tokens(self) -> int | None:
+        """Its length in tokens, if known."""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether it was cut off by the limit on new tokens."""
+
+
+Generate = Callable[[Sequence[Prompt], Sequence[int]], Sequence[Sampled]]
+"""Answers prompts, given one seed for each; a generator that seeds a batch takes the first."""
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How responses are drawn.
+
+    Attributes:
+        samples: Responses per prompt.
+        max_new_tokens: Tokens after which a response is cut off.
+        temperature: 0 is greedy.
+        top_p: Probability mass sampled from, 0 < top_p ≤ 1.
+        batch_size: Responses made together.
+        seed: Of the whole run.
+        plain: Whether rows are written as text (rendered prompt, raw response) instead of
+            messages, for templates that would drop a part of the response.
+    """
+
+    samples: int = 1
+    max_new_tokens: int = 2048
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_size: int = 16
+    seed: int = 0
+    plain: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("samples", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.temperature < 0:
+            raise ConfigError(f"temperature must not be negative, got {self.temperature}.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+        if self.temperature == 0 and self.samples > 1:
+            raise ConfigError(
+                f"samples is {self.samples} at temperature 0, which would write the same response "
+                "each time; raise the temperature or take one sample."
+            )
+
+
+@dataclass(frozen=True)
+class TraceSummary:
+    """What a finished file holds.
+
+    Attributes:
+        prompts: Prompts answered.
+        rows: Rows in the file.
+        made: Rows that this run added.
+        truncated: Rows cut off by `max_new_tokens`.
+        mean_tokens: Mean length of the responses, in tokens; None if no length is known.
+    """
+
+    prompts: int
+    rows: int
+    made: int
+    truncated: int
+    mean_tokens: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures by name, for JSON."""
+        return asdict(self)
+
+
+def open_run(
+    prompts: "Dataset", output: Path, settings: SamplingSettings, source: dict[str, Any]
+) -> int:
+    """Begin a run, or find where an earlier one of the same configuration stopped.
+
+    A last line that was half written is removed. Needs no model, so call it before loading one.
+
+    Args:
+        prompts: As `load_prompts` returns them.
+        output: The JSONL file; its manifest stands beside it.
+        settings: How responses are drawn.
+        source: What makes them (a model's name and fingerprint, an endpoint), for the manifest.
+
+    Returns:
+        The number of rows that the file already holds.
+
+    Raises:
+        ConfigError: If the file is there without a manifest, or with one of another run.
+        DataError: If a line before the last is damaged.
+    """
+    manifest = {
+        "format_version": 1,
+        "source": source,
+        "prompts": {"rows": len(prompts), "fingerprint": data_fingerprint(prompts)},
+        "settings": asdict(settings),
+    }
+    path = output.with_name(output.name + ".manifest.json")
+    if path.exists():
+        _check_manifest(path, manifest)
+    elif output.exists():
+        raise ConfigError(
+            f"{output} is there already and no manifest says how it was made; "
+            "move it away or name another output."
+        )
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".partial")
+        temporary.write_text(json.dumps(manifest, ensure_ascii=False, indent=2) + "\n")
+        temporary.replace(path)
+    return _drop_half_line(output)
+
+
+def make_traces(
+    prompts: "Dataset",
+    output: Path,
+    generate: Generate,
+    settings: SamplingSettings,
+    *,
+    done: int = 0,
+    progress: Callable[[int], None] | None = None,
+    render: Callable[[Prompt], str] | None = None,
+) -> TraceSummary:
+    """Answer every prompt `samples` times and append the responses to `output`.
+
+    Rows are `prompt` and `completion` (messages, or text after a plain prompt), `answer` if the
+    prompt has one, `prompt_index`, `sample`, `tokens` and `truncated`; `load_traces` reads them.
+
+    Args:
+        prompts: As `load_prompts` returns them.
+        output: The JSONL file that `open_run` prepared.
+        generate: Makes the responses.
+        settings: How many, and with which seeds.
+        done: Rows already in the file, from `open_run`.
+        progress: Called with the number of rows after each block.
+        render: Renders a prompt of messages as text; needed where `settings.plain` is set.
+    """
+    pairs = [(index, sample) for index in range(len(prompts)) for sample in range(settings.samples)]
+    with output.open("a", encoding="utf-8", newline="\n") as file:
+        for start in range(done - done % settings.batch_size, len(pairs), settings.batch_size):
+            block = pairs[start : start + settings.batch_size]
+            rows = [prompts[index] for index, _ in block]
+            responses = generate(
+                [row["prompt"] for row in rows],
+                [derive_seed(settings.seed, *pair) for pair in block],
+            )
+            made = [
+                _trace(row, pair, response, render if settings.plain else None)
+                for row, pair, response in zip(rows, block, responses, strict=True)
+            ]
+            file.writelines(
+                json.dumps(row, ensure_ascii=False) + "\n" for row in made[max(done - start, 0) :]
+            )
+            file.flush()
+            os.fsync(file.fileno())
+            if progress is not None:
+                progress(start + len(block))
+    return _summarise(output, len(prompts), made=len(pairs) - done)
+
+
+def derive_seed(seed: int, prompt_index: int, sample: int) -> int:
+    """The seed of one response: 31 bits from the run's seed and the response's two indices."""
+    digest = hashlib.blake2b(f"{seed}/{prompt_index}/{sample}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def _trace(
+    row: dict[str, Any],
+    pair: tuple[int, int],
+    response: Sampled,
+    render: Callable[[Prompt], str] | None,
+) -> dict[str, Any]:
+    prompt: Prompt = row["prompt"]
+    if render is not None:
+        prompt = render(prompt)
+    completion: Any = response.text
+    if not isinstance(prompt, str):
+        completion = [{"role": "assistant", "content": response.text}]
+    answer = {"answer": row["answer"]} if row.get("answer") is not None else {}
+    return {
+        "prompt": prompt,
+        "completion": completion,
+        **answer,
+        "prompt_index": pair[0],
+        "sample": pair[1],
+        "tokens": response.tokens,
+        "truncated": response.truncated,
+    }
+
+
+def _check_manifest(path: Path, expected: dict[str, Any]) -> None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is not a manifest of traces ({error}); move it away or name another output."
+        ) from error
+    different = [key for key in expected if found.get(key) != expected[key]]
+    if different:
+        details = "; ".join(
+            f"{key}: {json.dumps(found.get(key))} there, {json.dumps(expected[key])} asked"
+            for key in different
+        )
+        raise ConfigError(
+            f"{path} belongs to another run ({details}); "
+            "repeat that run's options to go on with it, or name another output."
+        )
+
+
+def _drop_half_line(output: Path) -> int:
+    """Cut the file after its last whole row; return how many rows are left."""
+    if not output.exists():
+        return 0
+    rows, end = 0, 0
+    with output.open("r+b") as file:
+        for number, line in enumerate(file, start=1):
+            whole = line.endswith(b"\n")
+            if whole and not _is_json(line):
+                raise DataError(
+                    f"{output}: line {number} is damaged; remove that line and all after it, "
+                    "then run again."
+                )
+            if whole:
+                rows, end = number, end + len(line)
+        file.truncate(end)
+    return rows
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _summarise(output: Path, prompts: int, made: int) -> TraceSummary:
+    rows = list(_read(output))
+    lengths = [row["tokens"] for row in rows if row["tokens"] is not None]
+    return TraceSummary(
+        prompts=prompts,
+        rows=len(rows),
+        made=made,
+        truncated=sum(row["truncated"] for row in rows),
+        mean_tokens=sum(lengths) / len(lengths) if lengths else None,
+    )
+
+
+def _read(output: Path) -> Iterator[dict[str, Any]]:
+    with output.open(encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)

@@ -1,0 +1,1 @@
+"""Measuring systems: grading, intervals, pictures."""
