@@ -1,9 +1,11 @@
 """The ``flexalign`` command: a table of commands, and what happens when one fails."""
 
+import errno
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
+from rich.markup import escape
 
 from flexalign._version import __version__
 from flexalign.cli._shared import console
@@ -29,16 +31,46 @@ def _print_version(wanted: bool) -> None:
 def _root(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
-    """Choose [bold]how much[/bold] of an alignment you want, as a number λ."""
+    """Choose [bold]how much[/bold] of an alignment you want, as a number λ.
+
+    λ = 0 is the reference model, λ = 1 the aligned one; between them is a mixture, and beyond 1
+    the alignment goes further than it was trained.
+
+    Start with: [cyan]flexalign demo[/cyan]
+    """
 
 
 def main() -> None:
-    """Run the command line; a known error becomes one sentence and an exit code."""
+    """Run the command line; an error that was foreseen becomes one sentence and an exit code.
+
+    Exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted.
+    """
     try:
         app(prog_name="flexalign")
     except FlexAlignError as error:
-        console.print(f"[red]error:[/red] {error}", markup=True, soft_wrap=True)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
+        _fail(str(error), 2 if isinstance(error, ValueError) else 1)
+    except OSError as error:
+        _fail(_explain(error), 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    console.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True)
+    sys.exit(code)
+
+
+def _explain(error: OSError) -> str:
+    where = f" {error.filename}" if error.filename else ""
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return f"the disk is full, writing{where or ' output'}; free space and run it again."
+        case errno.EROFS:
+            return f"{where.strip() or 'the output'} is on a read-only disk; name another --output."
+        case errno.EACCES | errno.EPERM:
+            return f"no permission for{where or ' a file'}; change its rights or name another path."
+        case _:
+            return str(error)

@@ -1,0 +1,111 @@
+"""Exit codes and sentences of the command line, and what its help must not load."""
+
+import errno
+import json
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from flexalign import __version__, errors
+from flexalign.cli import app as app_module
+
+LEAVES = sorted(set(errors.__all__) - {"FlexAlignError"})
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch):
+    """Put one command on the line that raises what it is given."""
+
+    def install(error: BaseException) -> None:
+        line = typer.Typer(pretty_exceptions_enable=False)
+
+        @line.callback()
+        def root() -> None: ...
+
+        @line.command()
+        def burn() -> None:
+            raise error
+
+        monkeypatch.setattr(app_module, "app", line)
+
+    return install
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_foreseen_errors_are_one_sentence_and_a_code(name, failing, run_cli):
+    kind = getattr(errors, name)
+    failing(kind("the [dev] part of [0, 2] is wrong; write [1, 2]."))
+    result = run_cli("burn")
+    assert result.exit_code == (2 if issubclass(kind, ValueError) else 1)
+    assert result.stderr == "error: the [dev] part of [0, 2] is wrong; write [1, 2].\n"
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOSPC, "the disk is full, writing /out/model; free space"),
+        (errno.EDQUOT, "the disk is full, writing /out/model; free space"),
+        (errno.EROFS, "/out/model is on a read-only disk; name another --output"),
+        (errno.EACCES, "no permission for /out/model; change its rights"),
+        (errno.EIO, "boom: '/out/model'"),
+    ],
+)
+def test_disk_errors_say_what_to_do(number, says, failing, run_cli):
+    failing(OSError(number, "boom", "/out/model"))
+    result = run_cli("burn")
+    assert result.exit_code == 1
+    assert says in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_interrupt_is_130(failing, run_cli):
+    failing(KeyboardInterrupt())
+    assert run_cli("burn").exit_code == 130
+
+
+def test_a_bug_keeps_its_traceback(failing, run_cli):
+    failing(ZeroDivisionError("a bug"))
+    with pytest.raises(ZeroDivisionError):
+        run_cli("burn")
+
+
+def test_wrong_usage_is_2(run_cli):
+    assert run_cli("no-such-command").exit_code == 2
+    assert run_cli("--no-such-option").exit_code == 2
+
+
+def test_version_alone_on_stdout(run_cli):
+    assert run_cli("--version") == (0, f"flexalign {__version__}\n", "")
+
+
+HELP_OF_EVERYTHING = """
+import contextlib, io, json, sys
+import typer.main
+from flexalign.cli.app import app
+
+def walk(command, path):
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as said:
+        root.main([*path, "--help"], prog_name="flexalign")
+    shown[" ".join(path)] = len(said.getvalue())
+    for name, child in getattr(command, "commands", {}).items():
+        walk(child, [*path, name])
+
+shown = {}
+root = typer.main.get_command(app)
+walk(root, [])
+heavy = ["torch", "transformers", "trl", "datasets", "matplotlib", "numpy", "fastapi"]
+print(json.dumps({"shown": shown, "loaded": [name for name in heavy if name in sys.modules]}))
+"""
+
+
+def test_no_help_loads_a_heavy_library():
+    done = subprocess.run(
+        [sys.executable, "-c", HELP_OF_EVERYTHING], capture_output=True, text=True, check=True
+    )
+    report = json.loads(done.stdout)
+    assert report["loaded"] == []
+    assert len(report["shown"]) > len(app_module.app.registered_commands)
+    assert min(report["shown"].values()) > 100

@@ -1,0 +1,110 @@
+"""Imports go down only; the command line loads heavy libraries inside its functions alone."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import flexalign
+
+SOURCE = Path(flexalign.__file__).parent
+LAYERS = (
+    {"errors", "_version"},
+    {"fusion", "schedules"},
+    {"losses", "loading", "pairing", "heads", "data", "miniature", "policies"},
+    {"trra", "decoding"},
+    {"inra"},
+    {"evaluation"},
+    {"serving", "calibration"},
+    {"cli"},
+)
+LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+MODULES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
+COMMANDS = sorted((SOURCE / "cli").glob("[!_]*.py"))
+LIGHT = {"typer", "rich", "yaml", "flexalign"} | sys.stdlib_module_names
+
+
+class _Imports(ast.NodeVisitor):
+    """Collect (line, dotted name) of the imports that run, not of those for types alone."""
+
+    def __init__(self, *, in_functions: bool) -> None:
+        self.found: list[tuple[int, str]] = []
+        self._in_functions = in_functions
+
+    def visit_Import(self, node: ast.Import) -> None:
+        self.found += [(node.lineno, alias.name) for alias in node.names]
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        assert node.level == 0, f"line {node.lineno}: write the import absolutely"
+        assert node.module is not None
+        if node.module == "flexalign":
+            self.found += [(node.lineno, f"flexalign.{alias.name}") for alias in node.names]
+        else:
+            self.found.append((node.lineno, node.module))
+
+    def visit_If(self, node: ast.If) -> None:
+        typing_only = ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for child in [*([] if typing_only else node.body), *node.orelse]:
+            self.visit(child)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        if self._in_functions:
+            self.generic_visit(node)
+
+
+def _imports(source: str, *, in_functions: bool = True) -> list[tuple[int, str]]:
+    visitor = _Imports(in_functions=in_functions)
+    visitor.visit(ast.parse(source))
+    return visitor.found
+
+
+def _upward(part: str, source: str) -> list[str]:
+    found = []
+    for line, name in _imports(source):
+        package, _, rest = name.partition(".")
+        target = rest.split(".")[0]
+        if package != "flexalign" or target in ("", "__version__"):
+            continue
+        if LEVEL[target] > LEVEL[part]:
+            found.append(f"line {line}: {part} imports {name}, which lies above it")
+    return found
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(SOURCE).as_posix()
+
+
+def _part(path: Path) -> str:
+    return path.relative_to(SOURCE).with_suffix("").parts[0]
+
+
+def test_every_part_has_a_layer():
+    assert {_part(path) for path in MODULES} <= set(LEVEL)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_imports_go_down(path: Path):
+    assert _upward(_part(path), path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=_name)
+def test_commands_load_nothing_heavy_at_import(path: Path):
+    found = _imports(path.read_text(encoding="utf-8"), in_functions=False)
+    assert {name.split(".")[0] for _, name in found} - LIGHT == set()
+
+
+def test_fusion_stands_on_torch_and_errors():
+    found = _imports((SOURCE / "fusion.py").read_text(encoding="utf-8"))
+    names = {name for _, name in found if name.split(".")[0] not in sys.stdlib_module_names}
+    assert names == {"torch", "flexalign.errors"}
+
+
+def test_the_rule_catches_what_it_should():
+    hidden = "def f():\n    if True:\n        from flexalign.cli import app\n"
+    typing_only = "if TYPE_CHECKING:\n    from flexalign.cli import app\n"
+    assert _upward("trra", hidden) == ["line 3: trra imports flexalign.cli, which lies above it"]
+    assert _upward("trra", typing_only) == []
+    assert _upward("cli", "from flexalign import trra") == []
+    assert _upward("fusion", "from flexalign import trra") != []
+    assert _imports(hidden, in_functions=False) == []
