@@ -1,0 +1,85 @@
+"""One folder, one run: which run an output folder belongs to, and whether it is done."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from flexalign.errors import CheckpointError, ConfigError
+from flexalign.trra.checkpoints import MANIFEST, fault_of
+
+__all__ = ["RUN", "claim_output", "state_of_output"]
+
+RUN = "run.json"
+"""The file that says whose folder it is: everything that decides the trained weights."""
+
+State = Literal["new", "unfinished", "done"]
+
+
+def state_of_output(output: Path, identity: Mapping[str, Any]) -> State:
+    """Say whether a run may write to a folder, and how far an earlier start came.
+
+    Args:
+        output: The folder; it need not exist.
+        identity: Everything that decides the result: settings, fingerprints of pair and data.
+
+    Returns:
+        ``"new"`` for a missing or empty folder, ``"unfinished"`` or ``"done"`` for this same run.
+
+    Raises:
+        ConfigError: If the folder holds another run (naming the first differences) or files that
+            are of no run.
+    """
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"output {output} is a file; name a folder.")
+    if not output.is_dir() or not any(output.iterdir()):
+        return "new"
+    try:
+        before = json.loads((output / RUN).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"output {output} holds files that are of no realignment; name a new or empty folder."
+        ) from None
+    except ValueError:
+        raise ConfigError(f"{output / RUN} cannot be read; name another output folder.") from None
+    differences = list(_differences(before, json.loads(json.dumps(identity))))
+    if differences:
+        raise ConfigError(
+            f"output {output} holds another run ({'; '.join(differences[:3])}); "
+            "name another output, or delete that folder."
+        )
+    return "done" if (output / MANIFEST).exists() and fault_of(output) is None else "unfinished"
+
+
+def claim_output(output: Path, identity: Mapping[str, Any]) -> None:
+    """Make the folder and write down whose it is, atomically.
+
+    Raises:
+        CheckpointError: If the folder cannot be written to.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        partial = output / f".{RUN}.partial"
+        text = json.dumps(identity, ensure_ascii=False, indent=2)
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, output / RUN)
+    except OSError as error:
+        raise CheckpointError(
+            f"output {output} cannot be written to ({error.strerror}); "
+            "name another folder or mend its permissions."
+        ) from error
+
+
+def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted(before.keys() | now.keys()):
+            inner = f"{key}.{name}" if key else name
+            yield from _differences(before.get(name), now.get(name), inner)
+    elif before != now:
+        yield f"{key} was {_short(before)}, now {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"

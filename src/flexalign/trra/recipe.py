@@ -1,0 +1,250 @@
+"""The recipe of a realignment: one YAML file, typed, with overrides."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from flexalign.errors import ConfigError
+from flexalign.trra.settings import check_settings, read_yaml, set_value, split_assignment
+
+__all__ = ["DEFAULT_TRAINING", "Recipe", "Watch"]
+
+DEFAULT_TRAINING: dict[str, Any] = {
+    "max_steps": 200,
+    "learning_rate": 2e-5,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 16,
+    "max_length": 8192,
+    "logging_steps": 5,
+    "save_steps": 50,
+    "save_total_limit": 2,
+    "report_to": "none",
+}
+"""Where ``training`` differs from TRL's defaults: the paper's run (200 steps, batch 16, lr 2e-5,
+cosine, warm-up over the first tenth) and two checkpoints kept."""
+
+_YAML_NAMES = {"lam": "lambda"}
+_TOP_LEVEL = ("lam", "divergence", "beta", "gate", "chunk_size", "teacher", "rounds", "rollouts")
+# Fields that change what is shown or kept, not what is learned.
+_WITHOUT_INFLUENCE = ("logging_", "save_", "report_to", "run_name", "disable_tqdm", "dataloader_")
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What is measured while the student learns: its own answers to a few prompts.
+
+    Attributes:
+        prompts: File of prompts; rows with an ``answer`` give an accuracy too.
+        every_steps: Steps between two measurements; the untrained student comes before step 0.
+        samples: Prompts used, the first ones of the file.
+        max_new_tokens: Where an answer is cut off; it then counts as truncated.
+        temperature: Of sampling; 0 is greedy.
+        batch_size: Prompts answered at one time.
+    """
+
+    prompts: str
+    every_steps: int = 50
+    samples: int = 32
+    max_new_tokens: int = 512
+    temperature: float = 1.0
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A realignment, as a YAML file says it (there, `lam` is called ``lambda``).
+
+    Attributes:
+        reference: Path or known name of the reference model, λ=0.
+        aligned: Path or known name of the aligned model, λ=1, or of a PEFT adapter on the
+            reference.
+        data: Traces: prompts with responses, as JSONL, JSON, Parquet or a saved data set.
+        output: Folder of the realigned model and its checkpoints.
+        lam: λ of the fused teacher (equation 5), or a schedule over the training step.
+        divergence: ``reverse``, ``forward`` or ``jsd``.
+        beta: Where ``jsd`` lies, 0 forward to 1 reverse.
+        gate: τ: extrapolate only where the pair differs by more; None for the paper's form.
+        chunk_size: Tokens whose logits exist at one time.
+        rounds: 1 is TrRa; k is TrRa-iter, k realignments of the reference.
+        teacher: ``online``.
+        rollouts: Share of batches that the student samples; 0.
+        lora: Fields of ``peft.LoraConfig`` for a LoRA student; None trains all weights.
+        merge: Save a LoRA student as a plain model too, in ``output/merged``.
+        watch: What is measured during training; None for nothing.
+        training: Fields of ``trl.SFTConfig``, over `DEFAULT_TRAINING`.
+    """
+
+    reference: str
+    aligned: str
+    data: str
+    output: str
+    lam: float | dict[str, Any]
+    divergence: str = "reverse"
+    beta: float = 0.5
+    gate: float | None = None
+    chunk_size: int = 256
+    rounds: int = 1
+    teacher: str = "online"
+    rollouts: float = 0.0
+    lora: dict[str, Any] | None = None
+    merge: bool = False
+    watch: Watch | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        overrides: Sequence[str] = (),
+        **settings: Any,
+    ) -> "Recipe":
+        """Read a recipe.
+
+        Args:
+            path: The YAML file.
+            overrides: ``key=value`` texts with dotted keys, the value as YAML.
+            **settings: Top-level values that win over both, by Python name; None is ignored.
+
+        Raises:
+            ConfigError: If the file cannot be read, a key is unknown (the nearest known one is
+                named), a value has a wrong type, or this version cannot do what is asked.
+            LambdaError: If λ is not a finite number or a schedule.
+        """
+        tree = read_yaml(path)
+        for override in overrides:
+            key, value = split_assignment(override)
+            set_value(tree, key, value)
+        for name, value in settings.items():
+            if value is not None:
+                tree[_YAML_NAMES.get(name, name)] = value
+        return cls.parse(tree)
+
+    @classmethod
+    def parse(cls, tree: Mapping[str, Any]) -> "Recipe":
+        """Check a mapping in the form of the YAML file; raises as `load` does."""
+        if isinstance(tree.get("lambda"), list):
+            raise ConfigError(
+                f"lambda: this version trains one λ in a run, got {len(tree['lambda'])}; "
+                "start one run for each (several in one come with a later release)."
+            )
+        hints = get_type_hints(cls)
+        hints |= {"watch": dict[str, Any] | None, "training": dict[str, Any] | None}
+        wanted = {_YAML_NAMES.get(name, name): hint for name, hint in hints.items()}
+        required = [
+            _YAML_NAMES.get(item.name, item.name)
+            for item in fields(cls)
+            if item.default is MISSING and item.default_factory is MISSING
+        ]
+        given = check_settings(tree, wanted, "", required)
+        given["lam"] = given.pop("lambda")
+        if given.get("watch") is not None:
+            given["watch"] = _parse_watch(given["watch"])
+        given["training"] = _parse_training(given.get("training"))
+        recipe = cls(**given)
+        recipe._check()
+        return recipe
+
+    def training_arguments(self, output: str | Path) -> Any:
+        """Build the trainer's settings, a ``TrRaConfig`` that writes to `output`.
+
+        Raises:
+            ConfigError: If a value is out of its range.
+        """
+        from flexalign.trra.config import TrRaConfig
+
+        training = DEFAULT_TRAINING | self.training
+        if "num_train_epochs" in self.training and "max_steps" not in self.training:
+            training["max_steps"] = -1
+        own = {name: getattr(self, name) for name in _TOP_LEVEL}
+        try:
+            return TrRaConfig(output_dir=str(output), **training, **own)
+        except ConfigError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"training: {' '.join(str(error).split())}") from error
+
+    def peft_config(self) -> Any:
+        """Build the LoRA settings, or None where all weights are trained.
+
+        Raises:
+            ConfigError: If PEFT refuses them.
+        """
+        if self.lora is None:
+            return None
+        from peft import LoraConfig
+
+        try:
+            return LoraConfig(
+                **({"task_type": "CAUSAL_LM", "target_modules": "all-linear"} | self.lora)
+            )
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"lora: {' '.join(str(error).split())}") from error
+
+    def to_tree(self) -> dict[str, Any]:
+        """The recipe in the form of the YAML file, defaults left out."""
+        tree = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value != item.default and value != {}:
+                tree[_YAML_NAMES.get(item.name, item.name)] = value
+        if self.watch is not None:
+            tree["watch"] = asdict(self.watch)
+        return tree
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, defaults left out."""
+        text: str = yaml.safe_dump(self.to_tree(), sort_keys=False, allow_unicode=True)
+        return text
+
+    def identity(self) -> dict[str, Any]:
+        """Everything in the recipe that decides the trained weights."""
+        training = DEFAULT_TRAINING | self.training
+        kept = {
+            name: value
+            for name, value in training.items()
+            if not name.startswith(_WITHOUT_INFLUENCE)
+        }
+        own = {_YAML_NAMES.get(name, name): getattr(self, name) for name in _TOP_LEVEL}
+        return own | {"lora": self.lora, "training": kept}
+
+    def _check(self) -> None:
+        if self.lora is not None:
+            from peft import LoraConfig
+
+            check_settings(self.lora, get_type_hints(LoraConfig), "lora")
+        elif self.merge:
+            raise ConfigError("merge is for a LoRA student; add `lora:` or leave merge out.")
+        self.training_arguments(self.output)
+        self.peft_config()
+
+
+def _parse_watch(values: object) -> Watch:
+    watch = Watch(**check_settings(values, get_type_hints(Watch), "watch", ["prompts"]))
+    for name in ("every_steps", "samples", "max_new_tokens", "batch_size"):
+        if getattr(watch, name) < 1:
+            raise ConfigError(f"watch.{name} must be at least 1, got {getattr(watch, name)}.")
+    if watch.temperature < 0:
+        raise ConfigError(f"watch.temperature must not be negative, got {watch.temperature}.")
+    return watch
+
+
+def _parse_training(values: object) -> dict[str, Any]:
+    from trl import SFTConfig
+
+    hints = get_type_hints(SFTConfig)
+    wanted = {item.name: hints[item.name] for item in fields(SFTConfig) if item.init}
+    training = check_settings(values or {}, wanted, "training")
+    if "output_dir" in training:
+        raise ConfigError("training.output_dir is the recipe's `output`; set that instead.")
+    if training.get("save_total_limit") == 1:
+        raise ConfigError(
+            "training.save_total_limit: 1 would delete the last complete checkpoint before the "
+            "next is written; keep at least 2."
+        )
+    return training

@@ -1,0 +1,187 @@
+"""YAML into typed settings: unknown keys and wrong types become one sentence."""
+
+import difflib
+import types
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+
+from flexalign.errors import ConfigError
+
+__all__ = ["check_settings", "read_yaml", "set_value", "split_assignment"]
+
+_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    dict: "a mapping",
+    list: "a list",
+}
+
+
+class _MismatchError(Exception):
+    """A value does not have the type that is wanted."""
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file that holds one mapping.
+
+    Raises:
+        ConfigError: If the file is missing, is not YAML, or holds something else.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"the recipe {path} is not there; check the path.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the recipe {path} cannot be read: {error}.") from None
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        line = f" at line {place.line + 1}" if place else ""
+        problem = getattr(error, "problem", None) or "malformed"
+        raise ConfigError(f"{path} is not YAML{line}: {problem}.") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold `key: value` lines, as examples/realign.yaml does.")
+    return tree
+
+
+def split_assignment(text: str) -> tuple[str, Any]:
+    """Read ``training.max_steps=100`` into a dotted key and a value, the value as YAML.
+
+    Raises:
+        ConfigError: If there is no ``=``, or the value is not YAML.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {text!r}: write key=value, such as training.max_steps=100.")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {text!r}: the value {value!r} is not YAML.") from None
+
+
+def set_value(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested mappings, which are made as needed.
+
+    Raises:
+        ConfigError: If the key leads through something that is not a mapping.
+    """
+    *parents, last = key.split(".")
+    for depth, parent in enumerate(parents):
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
+        if not isinstance(tree, dict):
+            raise ConfigError(
+                f"{'.'.join(parents[: depth + 1])} is no mapping; {key} has no place."
+            )
+    tree[last] = value
+
+
+def check_settings(
+    values: object, wanted: Mapping[str, Any], where: str, required: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Check the keys and the types of one mapping.
+
+    Numbers that YAML 1.1 takes for text (``2e-5``, without a point) are read as numbers where a
+    number is wanted, and whole numbers as floats where a float is wanted.
+
+    Args:
+        values: What the file holds.
+        wanted: The permitted keys with their type annotations.
+        where: What to call the mapping in messages: ``"training"``, or ``""`` for the whole file.
+        required: Keys that must be there.
+
+    Returns:
+        The values, converted.
+
+    Raises:
+        ConfigError: For an unknown key (with the nearest known one), a missing key, or a value of
+            another type.
+    """
+    prefix = f"{where}." if where else ""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where or 'the recipe'} must be a mapping, got {values!r}.")
+    checked = {}
+    for key, value in values.items():
+        if key not in wanted:
+            raise ConfigError(f"unknown key {prefix}{key}; {_suggest(str(key), wanted, prefix)}")
+        try:
+            checked[key] = _convert(value, wanted[key])
+        except _MismatchError:
+            wish = _describe(wanted[key])
+            raise ConfigError(f"{prefix}{key} must be {wish}, got {value!r}.") from None
+    for key in required:
+        if checked.get(key) is None:
+            raise ConfigError(f"{prefix}{key} is missing; add a line `{key}: …`.")
+    return checked
+
+
+def _suggest(key: str, wanted: Iterable[str], prefix: str) -> str:
+    known = list(wanted)
+    near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean {prefix}{near[0]}?"
+    if len(known) > 20:
+        return "it is no field of this section."
+    return f"known are {', '.join(known)}."
+
+
+def _convert(value: Any, wanted: Any) -> Any:
+    origin = get_origin(wanted)
+    if wanted is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_to_any(value, get_args(wanted))
+    if origin is Literal:
+        return _require(value, value in get_args(wanted))
+    plain = origin or wanted
+    if plain is float:
+        return _number(value)
+    if plain is int:
+        return _require(value, isinstance(value, int) and not isinstance(value, bool))
+    if plain in (bool, str, dict, list):
+        return _require(value, isinstance(value, plain))
+    if plain is types.NoneType:
+        return _require(value, value is None)
+    # Enumerations and configuration objects: whoever defines them checks them.
+    return value
+
+
+def _convert_to_any(value: Any, choices: tuple[Any, ...]) -> Any:
+    for choice in sorted(choices, key=lambda choice: choice is str):
+        try:
+            return _convert(value, choice)
+        except _MismatchError:
+            continue
+    raise _MismatchError
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise _MismatchError
+    try:
+        return float(value)
+    except ValueError:
+        raise _MismatchError from None
+
+
+def _require(value: Any, holds: bool) -> Any:
+    if not holds:
+        raise _MismatchError
+    return value
+
+
+def _describe(wanted: Any) -> str:
+    origin = get_origin(wanted)
+    if origin in (Union, types.UnionType):
+        parts = [_describe(part) for part in get_args(wanted) if part is not types.NoneType]
+        return " or ".join(dict.fromkeys(parts))
+    if origin is Literal:
+        return " or ".join(repr(choice) for choice in get_args(wanted))
+    plain = origin or wanted
+    return _NAMES.get(plain, getattr(plain, "__name__", str(plain)))
