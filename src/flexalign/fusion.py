@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from flexalign.errors import ConfigError, LambdaError
+from flexalign.errors import ConfigError, LambdaError, PairMismatchError
 
 __all__ = [
     "Lambda",
@@ -21,6 +21,7 @@ __all__ = [
     "concatenate_hidden",
     "fuse",
     "gated_lambda",
+    "per_position",
     "plausibility_mask",
     "total_variation",
 ]
@@ -29,7 +30,9 @@ Lambda: TypeAlias = float | Tensor
 """One λ for everything, or a tensor that broadcasts over the leading dimensions."""
 
 _ORDINARY_LOGIT = 1e30
-"""Magnitude below which no masked value (−inf or a dtype's minimum) can have entered a sum."""
+"""Magnitude below which no masked value (−inf, or the minimum of a wide dtype) entered a sum."""
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def as_lambda(lam: object) -> Lambda:
@@ -51,10 +54,9 @@ def as_lambda(lam: object) -> Lambda:
         return lam
     if isinstance(lam, bool) or not isinstance(lam, numbers.Real):
         raise LambdaError(f"λ must be a real number or a tensor, got {lam!r}.")
-    value = float(lam)
-    if not math.isfinite(value):
-        raise LambdaError(f"λ must be finite, got {value}.")
-    return value
+    if not -_LARGEST <= lam <= _LARGEST:
+        raise LambdaError(f"λ must be finite, got {lam}.")
+    return float(lam)
 
 
 def fuse(reference: Tensor, aligned: Tensor, lam: Lambda, gate: float | None = None) -> Tensor:
@@ -80,16 +82,16 @@ def fuse(reference: Tensor, aligned: Tensor, lam: Lambda, gate: float | None = N
     Raises:
         LambdaError: If λ is not finite or does not broadcast over the leading dimensions.
         ConfigError: If the gate is outside [0, 1].
-        ValueError: If the two shapes differ.
+        PairMismatchError: If the two shapes differ.
     """
     if reference.shape != aligned.shape:
-        raise ValueError(
+        raise PairMismatchError(
             f"reference logits {tuple(reference.shape)} and aligned logits {tuple(aligned.shape)} "
             "must have one shape; cut padded vocabularies to the shared width first."
         )
     lam = as_lambda(lam)
     dtype = _working_dtype(reference, aligned)
-    masked_below = 0.5 * max(_minimum(reference), _minimum(aligned))
+    floors = _floor(reference), _floor(aligned)
     reference, aligned = reference.to(dtype), aligned.to(dtype)
     if gate is not None:
         lam = gated_lambda(reference, aligned, lam, gate)
@@ -104,10 +106,11 @@ def fuse(reference: Tensor, aligned: Tensor, lam: Lambda, gate: float | None = N
 
     # lerp and not r + λ(a − r): its two branches are exact at both ends.
     fused = torch.lerp(reference, aligned, weight)
-    if fused.numel() == 0 or bool(torch.linalg.vector_norm(fused, math.inf) < _ORDINARY_LOGIT):
+    if max(floors) < -_ORDINARY_LOGIT and _is_ordinary(fused):
         return fused
-    masked = (reference <= masked_below) | (aligned <= masked_below)
+    masked = (reference <= floors[0]) | (aligned <= floors[1])
     limits = torch.finfo(dtype)
+    fused = torch.lerp(_ordinary(reference), _ordinary(aligned), weight)
     fused = fused.clamp(limits.min, limits.max).masked_fill(masked, -math.inf)
     fused = torch.where(weight == 0, reference, fused)
     return torch.where(weight == 1, aligned, fused)
@@ -140,6 +143,18 @@ def gated_lambda(reference: Tensor, aligned: Tensor, lam: Lambda, gate: float) -
     else:
         wanted = _over_leading_dimensions(lam, reference)
     return torch.where(total_variation(reference, aligned) > gate, wanted, wanted.clamp(0, 1))
+
+
+def per_position(lam: Lambda, hidden: Tensor) -> Lambda:
+    """Return λ as a number, or as one value per position of ``hidden``: ``(..., H)`` → ``(N,)``.
+
+    Raises:
+        LambdaError: As in :func:`fuse`.
+    """
+    lam = as_lambda(lam)
+    if isinstance(lam, float):
+        return lam
+    return _over_leading_dimensions(lam, hidden).expand(hidden.shape[:-1]).reshape(-1)
 
 
 def total_variation(reference: Tensor, aligned: Tensor) -> Tensor:
@@ -201,8 +216,18 @@ def _working_dtype(reference: Tensor, aligned: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(reference.dtype, aligned.dtype), torch.float32)
 
 
-def _minimum(logits: Tensor) -> float:
-    return torch.finfo(logits.dtype).min
+def _floor(logits: Tensor) -> float:
+    """Return the value at and below which a logit counts as masked: half its dtype's minimum."""
+    return 0.5 * torch.finfo(logits.dtype).min
+
+
+def _is_ordinary(logits: Tensor) -> bool:
+    return logits.numel() == 0 or bool(torch.linalg.vector_norm(logits, math.inf) < _ORDINARY_LOGIT)
+
+
+def _ordinary(logits: Tensor) -> Tensor:
+    """Bound the logits so that no difference of two of them overflows."""
+    return logits.clamp(-_ORDINARY_LOGIT, _ORDINARY_LOGIT)
 
 
 def _over_leading_dimensions(lam: Tensor, logits: Tensor) -> Tensor:

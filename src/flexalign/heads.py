@@ -126,7 +126,7 @@ def last_hidden(model: nn.Module, **inputs: Any) -> Tensor:
             "input; use an adapter that changes weights, such as LoRA."
         )
     plain = _unwrap(model)
-    decoder = getattr(plain, "get_decoder", lambda: plain)()
+    decoder: Any = getattr(plain, "get_decoder", lambda: plain)()
     if decoder is plain:
         raise UnsupportedModelError(
             f"{_name(plain)}: no decoder apart from the head was found; "
