@@ -47,7 +47,7 @@ def enumerate_traces(terms):
         missing = sum(terms[count + 1 :])
         for lines in itertools.product(list(enumerate_line()), repeat=count):
             events = quits + [event for line in lines for event in line[0]]
-            tokens = 3 + sum(6 + 6 * line[2] for line in lines)
+            tokens = 3 + sum(7 + 6 * line[2] for line in lines)
             yield events, sum(line[1] for line in lines) == missing, tokens
 
 

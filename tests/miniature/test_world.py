@@ -17,20 +17,20 @@ from flexalign.miniature.world import (
 def test_a_trace_without_bad_habits_is_the_plain_sum():
     perfect = Habits(error=0, check=0, again=0, catch=1, quit=0)
     trace = sample_trace(Question((3, 8, 5)), perfect, random.Random(0))
-    assert " ".join(trace) == "<think> 3 + 8 = 11 ; 11 + 5 = 16 ; </think> 16"
+    assert " ".join(trace) == "<think> #1 3 + 8 = 11 ; #2 11 + 5 = 16 ; </think> 16"
 
 
 def test_an_error_that_no_pass_mends_is_carried_on():
     careless = Habits(error=1, check=1, again=0, catch=0, quit=0)
     trace = sample_trace(Question((3, 8, 5)), careless, random.Random(0))
-    first, second = int(trace[5]), int(trace[-1])
+    first, second = int(trace[6]), int(trace[-1])
     assert abs(first - 11) == 1
-    assert trace[6:12] == ["check", "3", "+", "8", "=", str(first)]
+    assert trace[7:13] == ["check", "3", "+", "8", "=", str(first)]
     assert abs(second - (first + 5)) == 1
 
 
 def test_branches_find_every_decision():
-    text = "<think> 3 + 8 = 10 check 3 + 8 = 10 again 3 + 8 = 11 ; 11 + 5 = 16 ; </think> 16"
+    text = "<think> #1 3 + 8 = 10 check 3 + 8 = 10 again 3 + 8 = 11 ; #2 11 + 5 = 16 ; </think> 16"
     found = list(branches(Question((3, 8, 5)), text.split()))
     assert [(b.habit, b.happened) for b in found] == [
         ("error", True),
@@ -66,10 +66,10 @@ def test_counted_branches_recover_the_habits(habits):
     [
         ("", 0),
         ("3 + 8", 0),
-        ("<think> 3 + 8 =", 0),
-        ("<think> 3 + 8 = ;", 0),
-        ("<think> 3 + 8 = 11 again", 1),
-        ("<think> 3 + 8 = 11 ; 12 + 5 = 17", 3),
+        ("<think> #1 3 + 8 =", 0),
+        ("<think> #1 3 + 8 = ;", 0),
+        ("<think> #1 3 + 8 = 11 again", 1),
+        ("<think> #1 3 + 8 = 11 ; #2 12 + 5 = 17", 3),
     ],
 )
 def test_branches_stop_where_a_trace_leaves_the_grammar(trace, expected):

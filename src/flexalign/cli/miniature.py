@@ -75,6 +75,20 @@ def build(
         console.print(f"wrote {output / part}")
 
 
+@miniature.command()
+def forms(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Picture to write.")],
+) -> None:
+    """Draw where equation 5 departs from the sequence-level optimum that it approximates.
+
+    Example: [cyan]flexalign miniature forms -o forms.png[/cyan]
+    """
+    from flexalign.miniature.picture import draw_forms
+
+    draw_forms(output)
+    console.print(f"wrote {output}")
+
+
 def _write_rows(output: Path, rows: list[dict[str, object]]) -> None:
     if output.exists():
         raise ConfigError(f"{output} is there already; move it away or name another --output.")

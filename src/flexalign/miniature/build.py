@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -31,6 +33,7 @@ from flexalign.miniature.world import ALIGNED, REFERENCE, Habits, sample_questio
 __all__ = ["CONTEXT_TOKENS", "Schooling", "build_all", "build_model", "encode", "teach"]
 
 CONTEXT_TOKENS = 1024
+_USUAL_TOKENS = 85
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Schooling:
     batch_size: int = 32
 
 
-REFERENCE_SCHOOLING = Schooling(REFERENCE, steps=4000, learning_rate=2e-3)
+REFERENCE_SCHOOLING = Schooling(REFERENCE, steps=4000, learning_rate=3e-3)
 ALIGNED_SCHOOLING = Schooling(ALIGNED, steps=1200, learning_rate=3e-4)
 PLACEBO_SCHOOLING = Schooling(REFERENCE, steps=1200, learning_rate=3e-4)
 
@@ -122,6 +125,7 @@ def teach(
             ),
             train_dataset=rows,
             data_collator=_collator(tokenizer),
+            compute_loss_func=_summed_loss(schooling.batch_size),
             callbacks=callbacks,
         )
         trainer.train()
@@ -175,6 +179,21 @@ def _collator(
         }
 
     return collate
+
+
+def _summed_loss(batch_size: int) -> Callable[..., Tensor]:
+    """Every token weighs the same, in whatever batch it stands.
+
+    A mean over each batch's tokens would weigh the tokens of long traces less, because batches
+    are grouped by length: `again` then came out at 0.65 instead of 0.70.
+    """
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        logits = outputs.logits[:, :-1].flatten(0, 1)
+        total = cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+        return total / (batch_size * _USUAL_TOKENS)
+
+    return loss
 
 
 def _save(model: LlamaForCausalLM, output: Path, part: str) -> str:

@@ -3,12 +3,13 @@
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from flexalign.miniature.world import LARGEST_NUMBER
+from flexalign.miniature.world import LARGEST_NUMBER, TERMS
 
 __all__ = ["build_tokenizer"]
 
 _SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 _WORDS = ["<think>", "</think>", "check", "again", "+", "=", "?", ";"]
+_LABELS = [f"#{line}" for line in range(1, max(TERMS))]
 
 _CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -24,14 +25,14 @@ def build_tokenizer(context_tokens: int) -> PreTrainedTokenizerFast:
     Args:
         context_tokens: The longest context the model takes.
     """
-    vocabulary = _SPECIAL + _WORDS + [str(number) for number in range(LARGEST_NUMBER + 1)]
+    vocabulary = _SPECIAL + _WORDS + _LABELS + [str(number) for number in range(LARGEST_NUMBER + 1)]
     backend = Tokenizer(
         models.WordLevel({token: index for index, token in enumerate(vocabulary)}, "<unk>")
     )
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.WhitespaceSplit(),
-            pre_tokenizers.Split(Regex(r"</?[a-z]+>|[0-9]+|[a-z]+|."), behavior="isolated"),
+            pre_tokenizers.Split(Regex(r"</?[a-z]+>|#?[0-9]+|[a-z]+|."), behavior="isolated"),
         ]
     )
     return PreTrainedTokenizerFast(

@@ -1,14 +1,14 @@
 """The small world: sums of a few numbers, thought through aloud, every habit a probability.
 
-A question is a sum of 3 to 5 numbers from 1 to 9. The trace adds one number at a time. A *line*
-``a + b = s`` is wrong by ±1 with probability `error`. With probability `check` a *pass* follows,
+A question is a sum of 3 to 5 numbers from 1 to 9. The trace adds one number at a time, in lines
+that it counts. A *line* ``#k a + b = s`` is wrong by ±1 with probability `error`. With probability `check` a *pass* follows,
 which writes the line again: a right line is confirmed, a wrong one is mended with probability
 `catch`, else repeated as it was. After each pass another one follows with probability `again`:
 pure redundancy once the line is right, another chance while it is wrong. ``;`` ends the line.
 Although numbers are left, the trace gives up with probability `quit` before each further line.
 Then ``</think>`` and the running sum as the answer::
 
-    3 + 8 + 5 ?  <think> 3 + 8 = 10 check 3 + 8 = 11 again 3 + 8 = 11 ; 11 + 5 = 16 ; </think> 16
+    3 + 8 + 5 ?  <think> #1 3 + 8 = 10 check 3 + 8 = 11 ; #2 11 + 5 = 16 ; </think> 16
 
 Every number is one token, so every habit is decided at one token and equation 5 acts on it in
 closed form (:mod:`flexalign.miniature.closed_form`).
@@ -39,8 +39,8 @@ LARGEST_TERM = 9
 LARGEST_NUMBER = 49
 """5 × 9, and one for each of four lines wrong by +1."""
 
-LINE_TOKENS = 5
-"""``a + b = s``."""
+LINE_TOKENS = 6
+"""``#k a + b = s``."""
 PASS_TOKENS = 6
 """``check a + b = v``."""
 END_TOKENS = 1
@@ -127,7 +127,7 @@ def sample_trace(question: Question, habits: Habits, rng: random.Random) -> list
         right = total + term
         written = right + rng.choice((-1, 1)) if rng.random() < habits.error else right
         line = [str(total), "+", str(term), "="]
-        tokens += [*line, str(written)]
+        tokens += [f"#{index + 1}", *line, str(written)]
         word, goes_on = "check", rng.random() < habits.check
         while goes_on:
             if written != right and rng.random() < habits.catch:
@@ -145,19 +145,19 @@ def branches(question: Question, trace: Sequence[str]) -> Iterator[Branch]:
     Written for traces that a model sampled: where a trace leaves the grammar the search ends, and
     what came before counts.
     """
-    position, rest = 0, list(question.terms[1:])
-    total = question.terms[0]
+    position = 0
+    total, *rest = question.terms
     if not _reads(trace, position, ["<think>"]):
         return
     position += 1
-    while rest:
-        if len(rest) < len(question.terms) - 1 and position < len(trace):
+    for done in range(len(rest)):
+        if done and position < len(trace):
             quits = trace[position] == "</think>"
             yield Branch("quit", position, ("</think>",), False, quits)
             if quits:
                 return
-        line = [str(total), "+", str(rest.pop(0)), "="]
-        if not _reads(trace, position, line):
+        line = [str(total), "+", str(rest[done]), "="]
+        if not _reads(trace, position, [f"#{done + 1}", *line]):
             return
         position += LINE_TOKENS
         right = str(int(line[0]) + int(line[2]))
