@@ -1,0 +1,271 @@
+"""λ as a function of the training step or of the generated token.
+
+One JSON form serves Python, YAML, the command line and HTTP::
+
+    2.0                                                          one λ throughout
+    {"kind": "linear", "start": 0, "end": 2, "steps": 200}       straight from start to end
+    {"kind": "cosine", "start": 0, "end": 2, "steps": 200}       the same, slow at both ends
+    {"kind": "piecewise", "points": [[0, 0.5], [100, 2]]}        straight lines between points
+    {"kind": "thinking", "think": 0.0, "answer": 1.0}            one λ inside the thinking, one after
+    {"kind": "thinking", "think": 0.0, "answer": 1.0, "budget": 2000, "end": 1.5}
+
+A step is an optimizer step in training and a generated token, the first of them 0, in generation.
+With a ``budget``, λ goes in a straight line from ``think`` to ``end`` over thinking tokens
+0…``budget`` and stays there until the thinking closes. This module needs no torch.
+"""
+
+import json
+import math
+import numbers
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, TypeAlias, TypeVar, Union
+
+from flexalign.errors import ConfigError, LambdaError
+
+__all__ = ["JsonSchedule", "Schedule"]
+
+JsonSchedule: TypeAlias = float | dict[str, Any]
+"""The JSON form: a number, or an object with a ``kind``."""
+
+_Value = TypeVar("_Value")
+
+_REQUIRED = {
+    "constant": ("start",),
+    "linear": ("start", "end", "steps"),
+    "cosine": ("start", "end", "steps"),
+    "piecewise": ("points",),
+    "thinking": ("think", "answer"),
+}
+_OPTIONAL = {"constant": ("end",), "thinking": ("budget", "end")}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """λ over steps. Compares, hashes and pickles by its values.
+
+    Attributes:
+        kind: ``"constant"``, ``"linear"``, ``"cosine"``, ``"piecewise"`` or ``"thinking"``.
+        start: λ at step 0.
+        end: λ from the last step on; for ``thinking``, λ from the budget on.
+        steps: Steps from ``start`` to ``end``.
+        points: ``(step, λ)`` in order of their steps. Two points at one step are a jump.
+        think: λ inside the thinking, at its first token.
+        answer: λ outside the thinking.
+        budget: Thinking tokens over which λ goes from ``think`` to ``end``.
+
+    Raises:
+        ConfigError: If a value is missing, malformed, or does not belong to the kind.
+        LambdaError: If a λ is not a finite number.
+    """
+
+    kind: str
+    start: float | None = None
+    end: float | None = None
+    steps: int | None = None
+    points: tuple[tuple[float, float], ...] | None = None
+    think: float | None = None
+    answer: float | None = None
+    budget: int | None = None
+
+    def __post_init__(self) -> None:
+        self._check_keys()
+        for name in ("start", "end", "think", "answer"):
+            if getattr(self, name) is not None:
+                self._set(name, _lambda(getattr(self, name), name))
+        for name in ("steps", "budget"):
+            if getattr(self, name) is not None:
+                self._set(name, _count(getattr(self, name), name))
+        if self.points is not None:
+            self._set("points", _points(self.points))
+        if self.kind == "constant":
+            if self.end not in (None, self.start):
+                raise ConfigError(
+                    f"a constant schedule has one λ, got start {self.start} and end {self.end}; "
+                    "write the number alone, or kind linear."
+                )
+            self._set("end", self.start)
+        if self.kind == "thinking" and (self.budget is None) != (self.end is None):
+            raise ConfigError(
+                "a thinking schedule takes 'budget' and 'end' together: λ goes from think to end "
+                "over budget thinking tokens."
+            )
+
+    @classmethod
+    def parse(cls, value: Union["Schedule", float, str, Mapping[str, Any]]) -> "Schedule":
+        """Read a schedule from a number, its JSON form (an object or a text), or a schedule.
+
+        Example:
+            >>> Schedule.parse('{"kind": "linear", "start": 0, "end": 2, "steps": 200}').at(50)
+            0.5
+
+        Raises:
+            ConfigError: If it is malformed; names the key and the nearest known one.
+            LambdaError: If a λ in it is not a finite number.
+        """
+        if isinstance(value, Schedule):
+            return value
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise ConfigError(
+                    f"a schedule must be a number or a JSON object, got {value!r} ({error})."
+                ) from error
+        if not isinstance(value, Mapping):
+            return cls("constant", start=_lambda(value, "lambda"))
+        known = [field.name for field in fields(cls)]
+        for key in value:
+            if key not in known:
+                raise ConfigError(f"a schedule has no key {key!r}{_nearest(key, known)}.")
+        if "kind" not in value:
+            raise ConfigError(f"a schedule needs a 'kind': one of {', '.join(_REQUIRED)}.")
+        given = dict(value)
+        if given["kind"] == "constant":
+            given.setdefault("start", given.get("end"))
+        return cls(**given)
+
+    def at(self, step: float, *, inside: bool = False, thinking_tokens: int = 0) -> float:
+        """Return λ at a step.
+
+        Args:
+            step: Optimizer steps done, or index of the generated token (the first is 0).
+            inside: Whether that token lies inside the thinking. Only ``thinking`` asks.
+            thinking_tokens: Index of that token among the row's thinking tokens, likewise.
+        """
+        if self.kind == "thinking":
+            if not inside:
+                return _known(self.answer)
+            if self.budget is None:
+                return _known(self.think)
+            return _between(_known(self.think), _known(self.end), thinking_tokens / self.budget)
+        if self.kind == "piecewise":
+            return _along(_known(self.points), step)
+        if self.kind == "constant":
+            return _known(self.start)
+        share = min(max(step / _known(self.steps), 0.0), 1.0)
+        if self.kind == "cosine":
+            share = 0.5 * (1 - math.cos(math.pi * share))
+        return _between(_known(self.start), _known(self.end), share)
+
+    @property
+    def end_value(self) -> float:
+        """λ when the schedule has run its course; of a thinking schedule, that of the answer."""
+        if self.kind == "thinking":
+            return _known(self.answer)
+        return _known(self.points)[-1][1] if self.kind == "piecewise" else _known(self.end)
+
+    @property
+    def follows_thinking(self) -> bool:
+        """Whether :meth:`at` must be told where the thinking is; never so in training."""
+        return self.kind == "thinking"
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The λ's it is made of; every λ it gives lies between the least and the largest."""
+        numbers_ = (self.start, self.end, self.think, self.answer)
+        points = self.points or ()
+        return tuple(v for v in numbers_ if v is not None) + tuple(v for _, v in points)
+
+    def to_json(self) -> JsonSchedule:
+        """Return the JSON form: a number if constant, else an object. ``parse`` takes it back."""
+        if self.kind == "constant":
+            return _known(self.start)
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        result = {name: value for name, value in given.items() if value is not None}
+        if self.points is not None:
+            result["points"] = [list(point) for point in self.points]
+        return result
+
+    def _check_keys(self) -> None:
+        if not isinstance(self.kind, str) or self.kind not in _REQUIRED:
+            raise ConfigError(
+                f"kind {self.kind!r} is no schedule{_nearest(self.kind, list(_REQUIRED))}; "
+                f"known kinds: {', '.join(_REQUIRED)}."
+            )
+        required = _REQUIRED[self.kind]
+        allowed = required + _OPTIONAL.get(self.kind, ())
+        for field in fields(self)[1:]:
+            given = getattr(self, field.name) is not None
+            if given and field.name not in allowed:
+                raise ConfigError(
+                    f"a {self.kind} schedule takes no {field.name!r}; it takes "
+                    f"{', '.join(allowed)}."
+                )
+            if not given and field.name in required:
+                raise ConfigError(
+                    f"a {self.kind} schedule needs {field.name!r}; it takes {', '.join(allowed)}."
+                )
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+
+def _known(value: _Value | None) -> _Value:
+    """Return a value that ``__post_init__`` has made sure of."""
+    assert value is not None
+    return value
+
+
+def _between(start: float, end: float, share: float) -> float:
+    """Go from start to end; exact at both, and no further."""
+    share = min(max(share, 0.0), 1.0)
+    return end if share == 1.0 else start + (end - start) * share
+
+
+def _along(points: tuple[tuple[float, float], ...], step: float) -> float:
+    after = bisect_right(points, step, key=lambda point: point[0])
+    if after == 0:
+        return points[0][1]
+    if after == len(points):
+        return points[-1][1]
+    (left, start), (right, end) = points[after - 1], points[after]
+    return _between(start, end, (step - left) / (right - left))
+
+
+def _real(value: object) -> float:
+    """Return a number as a float, NaN for what is none (a boolean included)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _lambda(value: object, name: str) -> float:
+    number = _real(value)
+    if not math.isfinite(number):
+        raise LambdaError(f"{name} must be a finite number (a λ), got {value!r}.")
+    return number
+
+
+def _count(value: object, name: str) -> int:
+    number = _real(value)
+    if not (number >= 1 and number.is_integer()):
+        raise ConfigError(f"{name} must be a whole number ≥ 1, got {value!r}.")
+    return int(number)
+
+
+def _points(value: object) -> tuple[tuple[float, float], ...]:
+    hint = "points must be pairs [step, λ] in order of their steps, such as [[0, 0.5], [100, 2]]"
+    if not isinstance(value, list | tuple) or not value:
+        raise ConfigError(f"{hint}; got {value!r}.")
+    points: list[tuple[float, float]] = []
+    for point in value:
+        if not isinstance(point, list | tuple) or len(point) != 2:
+            raise ConfigError(f"{hint}; got {point!r} among them.")
+        step = _real(point[0])
+        if not 0 <= step < math.inf:
+            raise ConfigError(f"{hint}; the step {point[0]!r} is not a number ≥ 0.")
+        if points and step < points[-1][0]:
+            raise ConfigError(f"{hint}; step {step:g} comes after {points[-1][0]:g}.")
+        points.append((step, _lambda(point[1], f"points at step {step:g}")))
+    return tuple(points)
+
+
+def _nearest(name: object, known: list[str]) -> str:
+    close = get_close_matches(str(name), known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
