@@ -1,5 +1,6 @@
 """The pins satisfy the ranges, and what is built holds what is needed."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -41,6 +42,25 @@ def test_pin_of_an_extra_satisfies_its_range(line: str):
     requirement = Requirement(line)
     pin = _pins().get(canonicalize_name(requirement.name))
     assert pin is None or pin in requirement.specifier
+
+
+def test_pins_reach_what_the_dependencies_depend_on():
+    queue = [Requirement(line) for line in [*PROJECT["dependencies"], *EXTRAS["dev"]]]
+    seen: set[tuple[str, frozenset[str]]] = set()
+    while queue:
+        requirement = queue.pop()
+        name, extras = canonicalize_name(requirement.name), frozenset(requirement.extras)
+        if (name, extras) in seen:
+            continue
+        seen.add((name, extras))
+        if name == "torch":  # what its CUDA build asks for depends on the build
+            continue
+        for line in importlib.metadata.requires(name) or ():
+            child = Requirement(line)
+            chosen = [{"extra": extra} for extra in ("", *extras)]
+            if child.marker is None or any(map(child.marker.evaluate, chosen)):
+                queue.append(child)
+    assert {name for name, _ in seen} - set(_pins()) == set()
 
 
 def test_pins_are_exact_and_portable():
