@@ -1,0 +1,234 @@
+"""From what the user names (paths, modules, adapters) to a student and two teachers.
+
+A base that serves more than one of the three is held once: a LoRA student that starts at the
+reference leaves the reference's weights as they are, so the reference is the student with its
+adapters off; and an aligned model that is an adapter on the reference joins them there.
+"""
+
+import copy
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from flexalign.errors import ConfigError
+from flexalign.loading import load_model, load_tokenizer
+from flexalign.pairing import ModelPair
+from flexalign.trra.config import TrRaConfig
+from flexalign.trra.forward import HeadForm, inner_model, require_plain_head
+from flexalign.trra.teachers import Teacher
+
+__all__ = ["ALIGNED_ADAPTER", "STUDENT_ADAPTER", "Model", "Parts", "assemble"]
+
+STUDENT_ADAPTER = "default"
+"""The one name under which PEFT saves an adapter as the folder itself."""
+
+ALIGNED_ADAPTER = "aligned"
+
+Model = str | Path | nn.Module
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A student, its two teachers and their tokenizer.
+
+    Attributes:
+        student: What is trained: a transformers model, or a PEFT wrapper of one.
+        form: The form of its head.
+        reference: The teacher of λ=0.
+        aligned: The teacher of λ=1.
+        tokenizer: Of all three.
+    """
+
+    student: nn.Module
+    form: HeadForm
+    reference: Teacher
+    aligned: Teacher
+    tokenizer: PreTrainedTokenizerBase
+
+    def models(self) -> dict[str, nn.Module]:
+        """Return the modules by their role, each once."""
+        teachers = {"reference": self.reference, "aligned": self.aligned}
+        own = {role: t.model for role, t in teachers.items() if not t.shares_student}
+        return {"student": self.student, **own}
+
+
+def assemble(
+    model: Model | None,
+    reference: Model | None,
+    aligned: Model | None,
+    pair: ModelPair | None,
+    args: TrRaConfig,
+    peft_config: PeftConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Parts:
+    """Load what is named, check that it fits, and let shared bases be one.
+
+    Args:
+        model: Where the student starts; None: at the reference.
+        reference: The model of λ=0; None: `model` as it is now.
+        aligned: The model of λ=1.
+        pair: Both, loaded; instead of the two.
+        args: The settings: the precision and, for a new adapter, the seed are read from them.
+        peft_config: Makes the student an adapter on its start.
+        tokenizer: Of modules that do not come from a folder.
+
+    Raises:
+        ConfigError: If models are missing or contradict each other.
+        UnsupportedModelError: If an adapter changes the head, or a head is not a plain one.
+    """
+    if pair is not None and (reference is not None or aligned is not None):
+        raise ConfigError("pair already holds reference and aligned; give one or the other.")
+    if isinstance(model, PeftModel) and peft_config is not None:
+        raise ConfigError("model is an adapter already; leave out peft_config to train it on.")
+    at_reference = model is None or model is reference or (reference is None and pair is None)
+    if pair is None:
+        pair = _load_pair(model, reference, aligned, args, peft_config, tokenizer)
+    at_reference = at_reference or model is pair.reference
+    if _is_adapter_of(model, pair) or (at_reference and peft_config is not None):
+        return _on_the_base(model, pair, args, peft_config)
+    student = _own_student(model, reference, pair, at_reference, args)
+    if peft_config is not None:
+        student = _with_adapter(student, args, peft_config)
+    if pair.shared_base:
+        names: tuple[str, ...] = tuple(pair.aligned.active_adapters)
+        return _parts(student, pair, (pair.aligned, ()), (pair.aligned, names))
+    return _parts(student, pair, (pair.reference, None), (pair.aligned, None))
+
+
+def _load_pair(
+    model: Model | None,
+    reference: Model | None,
+    aligned: Model | None,
+    args: TrRaConfig,
+    peft_config: PeftConfig | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> ModelPair:
+    start = model if reference is None else reference
+    if start is None or aligned is None:
+        raise ConfigError("TrRa needs a reference and an aligned model, or a pair of them.")
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    if isinstance(start, str | Path) and isinstance(aligned, str | Path):
+        return ModelPair.load(start, aligned, dtype=dtype)
+    if isinstance(start, str | Path):
+        tokenizer = tokenizer or load_tokenizer(start)
+        start = load_model(start, dtype=dtype)
+    elif start is model and peft_config is None:
+        start = copy.deepcopy(start)  # the module itself is going to be trained
+    if tokenizer is None:
+        raise ConfigError("the models are modules; give their tokenizer as processing_class.")
+    if isinstance(aligned, str | Path):
+        if _is_adapter_folder(aligned):
+            aligned = PeftModel.from_pretrained(start, aligned, adapter_name=ALIGNED_ADAPTER)
+        else:
+            aligned = load_model(aligned, dtype=dtype)
+    return ModelPair.of(start, aligned, tokenizer)
+
+
+def _on_the_base(
+    model: Model | None, pair: ModelPair, args: TrRaConfig, peft_config: PeftConfig | None
+) -> Parts:
+    """Make the student an adapter on the pair's own base, beside the aligned adapter if any."""
+    aligned_adapters = None
+    if isinstance(model, PeftModel):
+        student = model
+    elif not pair.shared_base:
+        base = inner_model(pair.reference)
+        if peft_config is None:
+            student = PeftModel.from_pretrained(base, model, is_trainable=True)
+        else:
+            student = _with_adapter(base, args, peft_config)
+    else:
+        student = pair.aligned
+        aligned_adapters = (_free_the_name(student),)
+        if peft_config is None:
+            student.load_adapter(model, STUDENT_ADAPTER, is_trainable=True)
+        else:
+            set_seed(args.seed)
+            student.add_adapter(STUDENT_ADAPTER, peft_config)
+        student.set_adapter(STUDENT_ADAPTER)
+        # What is saved is the student, without the frozen adapter beside it.
+        student.save_pretrained = functools.partial(
+            student.save_pretrained, selected_adapters=[STUDENT_ADAPTER]
+        )
+    aligned = (student if aligned_adapters else pair.aligned, aligned_adapters)
+    return _parts(student, pair, (student, ()), aligned)
+
+
+def _own_student(
+    model: Model | None,
+    reference: Model | None,
+    pair: ModelPair,
+    at_reference: bool,
+    args: TrRaConfig,
+) -> nn.Module:
+    """Give a student with weights of its own."""
+    if isinstance(model, nn.Module) and model is not pair.reference:
+        return model
+    path = model if model is not None else reference
+    if isinstance(path, str | Path):
+        dtype = (args.model_init_kwargs or {}).get("dtype", torch.float32)
+        return load_model(path, dtype=dtype)
+    source = (
+        copy.deepcopy(pair.aligned).unload() if pair.shared_base else copy.deepcopy(pair.reference)
+    )
+    return source.float().requires_grad_(True)
+
+
+def _with_adapter(base: nn.Module, args: TrRaConfig, peft_config: PeftConfig) -> PeftModel:
+    set_seed(args.seed)
+    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+    # ZeRO-3 gathers parameters of one dtype only.
+    return get_peft_model(
+        base, peft_config, adapter_name=STUDENT_ADAPTER, autocast_adapter_dtype=not zero3
+    )
+
+
+def _free_the_name(model: PeftModel) -> str:
+    """Return the aligned adapter's name, moved away from the one that the student needs."""
+    name = str(model.active_adapters[0])
+    if name != STUDENT_ADAPTER:
+        return name
+    state = get_peft_model_state_dict(model, adapter_name=name)
+    model.add_adapter(ALIGNED_ADAPTER, model.peft_config[name])
+    set_peft_model_state_dict(model, state, adapter_name=ALIGNED_ADAPTER)
+    model.set_adapter(ALIGNED_ADAPTER)
+    model.delete_adapter(name)
+    return ALIGNED_ADAPTER
+
+
+def _is_adapter_folder(path: str | Path) -> bool:
+    return (Path(path) / "adapter_config.json").is_file()
+
+
+def _is_adapter_of(model: Model | None, pair: ModelPair) -> bool:
+    """Whether the student is an adapter on the reference: a folder of one, or a module."""
+    if isinstance(model, PeftModel):
+        return inner_model(model) is inner_model(pair.reference)
+    return isinstance(model, str | Path) and _is_adapter_folder(model)
+
+
+def _parts(
+    student: nn.Module,
+    pair: ModelPair,
+    reference: tuple[nn.Module, tuple[str, ...] | None],
+    aligned: tuple[nn.Module, tuple[str, ...] | None],
+) -> Parts:
+    require_plain_head(student)
+    forms: dict[int, HeadForm] = {}
+    for model in (student, reference[0], aligned[0]):
+        if id(model) not in forms:
+            forms[id(model)] = HeadForm.of(model, pair.vocab_size)
+        if model is not student:
+            model.eval().requires_grad_(False)
+
+    def teacher(side: tuple[nn.Module, tuple[str, ...] | None]) -> Teacher:
+        model, adapters = side
+        return Teacher(model, adapters, forms[id(model)], shares_student=model is student)
+
+    return Parts(student, forms[id(student)], teacher(reference), teacher(aligned), pair.tokenizer)

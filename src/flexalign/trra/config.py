@@ -1,0 +1,189 @@
+"""The settings of a TrRa run: TRL's for supervised fine-tuning, and what realignment adds."""
+
+import math
+import numbers
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from flexalign.errors import ConfigError
+from flexalign.losses import DIVERGENCES
+from flexalign.schedules import Schedule
+
+__all__ = ["TrRaConfig"]
+
+_TEACHERS = ("online", "cached")
+
+_WITHOUT_EFFECT = {
+    "loss_type": "nll",
+    "label_smoothing_factor": 0.0,
+    "use_liger_kernel": False,
+    "router_aux_loss_coef": 0.0,
+}
+"""TRL's settings of another loss than ours, each with the value that leaves it out."""
+
+
+@dataclass
+class TrRaConfig(SFTConfig):  # type: ignore[misc]
+    """Settings of a TrRa run.
+
+    Every field of `trl.SFTConfig` is one of these too. Two defaults differ from TRL's: `bf16` is
+    on only where an accelerator is used, and `router_aux_loss_coef` is 0. The help of each field
+    below is its metadata.
+
+    Raises:
+        ConfigError: If a value is out of its range, or asks for what this version cannot do.
+        LambdaError: If a λ is not a finite number.
+    """
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "lam"]  # noqa: RUF012
+
+    lam: Any = field(
+        default=1.0,
+        metadata={
+            "help": "λ of the fused teacher, equation 5: 0 the reference, 1 the aligned model, "
+            "above 1 beyond it. A number, or a schedule over the training step such as "
+            '{"kind": "linear", "start": 0, "end": 2, "steps": 200}.'
+        },
+    )
+    divergence: str = field(
+        default="reverse",
+        metadata={
+            "help": "What is minimised: 'reverse' is KL(student‖teacher), the paper's equation 6; "
+            "'forward' is KL(teacher‖student), the released code's; 'jsd' lies between them.",
+            "choices": list(DIVERGENCES),
+        },
+    )
+    beta: float = field(
+        default=0.5,
+        metadata={"help": "Where 'jsd' lies: 0 is forward, 1 is reverse. From 0 to 1."},
+    )
+    gate: float | None = field(
+        default=None,
+        metadata={
+            "help": "τ, a total variation from 0 to 1: λ outside [0, 1] is used only at tokens "
+            "where reference and aligned differ by more. Off by default."
+        },
+    )
+    chunk_size: int = field(
+        default=256,
+        metadata={"help": "Tokens whose logits exist at one time, in each of the three models."},
+    )
+    teacher: str = field(
+        default="online",
+        metadata={
+            "help": "'online' runs both teachers in every step; 'cached' reads their hidden "
+            "states from cache_dir.",
+            "choices": list(_TEACHERS),
+        },
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the hidden states, for teacher='cached'."}
+    )
+    rounds: int = field(
+        default=1,
+        metadata={
+            "help": "1 is TrRa; k is TrRa-iter: round i realigns the reference with what round "
+            "i−1 made as the aligned model. One trainer runs one round."
+        },
+    )
+    rollouts: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the batches, from 0 to 1, whose responses the student samples."
+        },
+    )
+    router_aux_loss_coef: float | None = field(
+        default=0.0,
+        metadata={"help": "The load-balancing loss of experts. TrRa has none: 0."},
+    )
+
+    def __post_init__(self) -> None:
+        self._check_realignment()
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and torch.accelerator.is_available()
+        # TRL's default goes by the old name of this field, which transformers warns about.
+        if self.activation_checkpointing is None:
+            self.activation_checkpointing = bool(self.gradient_checkpointing)
+        if self.activation_checkpointing_kwargs is None:
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        super().__post_init__()
+        self._check_training()
+
+    @property
+    def schedule(self) -> Schedule:
+        """λ as a function of the training step."""
+        return Schedule.parse(self.lam)
+
+    def _check_realignment(self) -> None:
+        if isinstance(self.lam, list | tuple):
+            raise ConfigError(
+                f"lam: this version trains one λ in a run, got {len(self.lam)}; "
+                "start one run for each (several in one come with a later release)."
+            )
+        schedule = Schedule.parse(self.lam)
+        if schedule.follows_thinking:
+            raise ConfigError(
+                "lam: a thinking schedule goes by generated tokens; in training λ is a number or "
+                "a schedule over the step (linear, cosine, piecewise)."
+            )
+        self.lam = schedule.to_json()
+        _require_choice("divergence", self.divergence, DIVERGENCES)
+        _require_choice("teacher", self.teacher, _TEACHERS)
+        _require_share("beta", self.beta)
+        _require_share("rollouts", self.rollouts)
+        if self.gate is not None:
+            _require_share("gate", self.gate)
+        _require_count("chunk_size", self.chunk_size)
+        _require_count("rounds", self.rounds)
+        if self.teacher == "cached" or self.cache_dir is not None:
+            raise ConfigError(
+                "teacher='cached' (and cache_dir): this version trains with the online teacher "
+                "only; leave both out (the cache comes with a later release)."
+            )
+        if self.rollouts > 0:
+            raise ConfigError(
+                f"rollouts={self.rollouts}: this version trains on the responses of the data "
+                "only; leave it out (rollouts come with a later release)."
+            )
+
+    def _check_training(self) -> None:
+        for name, neutral in _WITHOUT_EFFECT.items():
+            value = getattr(self, name)
+            if value != neutral:
+                raise ConfigError(
+                    f"{name}={value!r} is of another loss; the divergence to the fused teacher "
+                    "has no such part, so leave it out."
+                )
+        if self.packing and self.packing_strategy == "wrapped":
+            raise ConfigError(
+                "packing_strategy='wrapped' cuts documents and lets the pieces see each other; "
+                "use 'bfd' or 'bfd_split'."
+            )
+        if not self.average_tokens_across_devices:
+            raise ConfigError(
+                "average_tokens_across_devices=False weighs tokens by the process they are on; "
+                "the loss has one denominator, the response tokens of the whole step, so leave "
+                "it out."
+            )
+
+
+def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def _require_share(name: str, value: object) -> None:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, numbers.Real)
+        or not (math.isfinite(value) and 0 <= value <= 1)
+    ):
+        raise ConfigError(f"{name} must be a number from 0 to 1, got {value!r}.")
+
+
+def _require_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")

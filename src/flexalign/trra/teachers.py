@@ -1,0 +1,104 @@
+"""The two frozen teachers of a run: modules of their own, or adapters on the student's base.
+
+Where the aligned model is a PEFT adapter on the reference and the student a LoRA on the same base,
+one module holds all three: the reference is that module with every adapter off, the aligned model
+with its adapter on. The switch touches no ``requires_grad``, so an optimizer and a DDP wrapper
+see the same parameters throughout.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from trl.models import prepare_deepspeed, prepare_fsdp
+
+from flexalign.heads import last_hidden
+from flexalign.trra.forward import HeadForm, inner_model, run_inside
+
+__all__ = ["Teacher", "as_teacher"]
+
+
+@dataclass
+class Teacher:
+    """One side of the pair, ready to give hidden states.
+
+    Attributes:
+        model: The module: a transformers model, or a PEFT wrapper of one.
+        adapters: The adapters to switch on for this side, all others off; None: as they are.
+        form: The form of its head.
+        shares_student: True if `model` is the student's own module.
+    """
+
+    model: nn.Module
+    adapters: tuple[str, ...] | None
+    form: HeadForm
+    shares_student: bool
+    _wrapped: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._wrapped = self.model
+
+    def prepare(self, accelerator: Accelerator, *, deepspeed: bool, fsdp: bool) -> None:
+        """Place a module of its own as the student is placed: moved, or sharded like it."""
+        if self.shares_student:
+            return
+        if deepspeed:
+            self._wrapped = prepare_deepspeed(self.model, accelerator)
+        elif fsdp:
+            self._wrapped = prepare_fsdp(self.model, accelerator)
+        else:
+            self.model.to(accelerator.device)
+
+    @torch.no_grad()
+    def hidden(self, inputs: dict[str, Any]) -> Tensor:
+        """Return the final hidden states, shape ``(B, T, H)``, without gradient or dropout.
+
+        A teacher that shares the student's module is called within the student's forward.
+        """
+        inner = inner_model(self.model)
+        with as_teacher(self.model, self.adapters):
+            if self.shares_student:
+                return last_hidden(inner, **inputs)
+            return run_inside(
+                self._wrapped, inner, lambda **given: last_hidden(inner, **given), **inputs
+            )
+
+
+@contextmanager
+def as_teacher(model: nn.Module, adapters: tuple[str, ...] | None) -> Iterator[None]:
+    """Switch dropout off and the adapters as told; put both back after.
+
+    Args:
+        model: A transformers model or a PEFT wrapper.
+        adapters: Names to switch on, all others off; None leaves them as they are.
+    """
+    training = [module for module in model.modules() if module.training]
+    switches = (
+        [part for part in model.modules() if isinstance(part, _SWITCHES)]
+        if adapters is not None and isinstance(model, PeftModel)
+        else []
+    )
+    before = [(part, part._active_adapter, part._disable_adapters) for part in switches]
+    for module in training:
+        module.training = False
+    for part in switches:
+        part._disable_adapters = not adapters
+        if adapters:
+            part._active_adapter = list(adapters)
+    try:
+        yield
+    finally:
+        for part, active, disabled in before:
+            part._active_adapter, part._disable_adapters = active, disabled
+        for module in training:
+            module.training = True
+
+
+_SWITCHES = (BaseTunerLayer, AuxiliaryTrainingWrapper)

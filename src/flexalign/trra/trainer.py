@@ -1,0 +1,225 @@
+"""Training-time realignment: TRL's supervised fine-tuning with another loss.
+
+Templates, completion masks, packing, accumulation, PEFT, reporters and resume are TRL's. Ours is
+the loss, equation 6: at every response token, the divergence between the student and the fused
+teacher ``softmax(λ·aligned + (1−λ)·reference)``.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl import SFTTrainer
+
+from flexalign.errors import ConfigError
+from flexalign.pairing import ModelPair
+from flexalign.trra.assembly import assemble
+from flexalign.trra.config import TrRaConfig
+from flexalign.trra.forward import inner_model
+from flexalign.trra.meter import Meter
+from flexalign.trra.objective import Objective
+from flexalign.trra.probes import require_packable
+
+__all__ = ["TrRaTrainer"]
+
+
+class TrRaTrainer(SFTTrainer):  # type: ignore[misc]
+    """Train a student towards the fusion of a reference and an aligned model.
+
+    Example::
+
+        trainer = TrRaTrainer(
+            reference="models/base",
+            aligned="models/concise",
+            args=TrRaConfig(output_dir="out", lam=2.0, max_steps=200),
+            train_dataset=traces,
+        )
+        trainer.train()
+
+    Each of the three models is a path, a known name, or a module; the aligned model and the
+    student may be PEFT adapters on the reference. Where they are, or where `peft_config` is given,
+    the base's parameters are held once: the reference is then the student with its adapters off.
+    A module that serves as such a base is changed in place.
+
+    Every log line has `divergence` (nats per response token), `lambda`, `kl_reference` and
+    `kl_aligned` (KL of the student to either model, nats per token) and `tokens_seen` (input
+    tokens without padding since step 0; it lives in the trainer's state, so a resumed run goes on
+    counting).
+
+    Args:
+        model: Where the student starts. None: at the reference, as in the paper.
+        reference: The model of λ=0. None: `model` as it is at the start.
+        aligned: The model of λ=1.
+        pair: Both at once, already loaded and checked; instead of the two.
+        args: The settings.
+        train_dataset: As `SFTTrainer` takes it; use `prompt` and `completion` (or `messages` with
+            `assistant_only_loss`) so that only responses are trained on.
+        eval_dataset: Likewise; its loss is the same divergence.
+        processing_class: The tokenizer; None: the pair's.
+        peft_config: Makes the student an adapter (LoRA) on its start.
+        callbacks: As `Trainer` takes them.
+        **options: `optimizers`, `data_collator`, … of `SFTTrainer`.
+
+    Raises:
+        ConfigError: If models are missing or contradict each other, or for a setting that the
+            loss cannot serve.
+        PairMismatchError: If the models do not fit together.
+        UnsupportedModelError: If one has no plain head, or lets packed documents see each other.
+    """
+
+    _tag_names = ["flexalign", "trra"]  # noqa: RUF012
+    _name = "TrRa"
+    loss_is_scaled_for_ga = True
+    """Trainer must not divide by the accumulation steps: the denominator is the whole step's."""
+
+    def __init__(
+        self,
+        model: str | nn.Module | None = None,
+        reference: str | nn.Module | None = None,
+        aligned: str | nn.Module | None = None,
+        *,
+        args: TrRaConfig,
+        train_dataset: Dataset | IterableDataset,
+        pair: ModelPair | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Any] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        **options: Any,
+    ) -> None:
+        for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+            if options.get(name) is not None:
+                raise ConfigError(f"{name}: the loss builds no logits and is fixed; leave it out.")
+        parts = assemble(model, reference, aligned, pair, args, peft_config, processing_class)
+        if args.packing or args.padding_free:
+            require_packable(parts.models())
+        forward = inner_model(parts.student).__dict__.get("forward")
+        super().__init__(
+            model=parts.student,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class or parts.tokenizer,
+            callbacks=list(callbacks) if callbacks is not None else None,
+            **options,
+        )
+        _take_out_fused_head(inner_model(parts.student), forward)
+        self._refuse_sequence_parallelism()
+        for teacher in (parts.reference, parts.aligned):
+            teacher.prepare(
+                self.accelerator, deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled
+            )
+        self.objective = Objective(
+            student=parts.student,
+            form=parts.form,
+            reference=parts.reference,
+            aligned=parts.aligned,
+            divergence=args.divergence,
+            beta=args.beta,
+            gate=args.gate,
+            chunk_size=args.chunk_size,
+        )
+        # The step's denominator is counted over shifted labels, whatever the model's own loss is.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+        self._schedule = args.schedule
+        self._last_lam = self._schedule.at(0)
+        self._meters = {"train": Meter(), "eval": Meter()}
+
+    @property
+    def lam(self) -> float:
+        """λ at the current step."""
+        return self._schedule.at(self.state.global_step)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Equation 6 on one batch, as its share of the whole step's mean.
+
+        Args:
+            model: The student as it is wrapped.
+            inputs: A batch of the collator, `labels` included.
+            return_outputs: Not possible: no logits are built.
+            num_items_in_batch: Response tokens of the step, over all batches and processes. None
+                (in an evaluation): those of this batch.
+        """
+        if return_outputs:
+            raise ConfigError("the loss builds no logits; evaluate with prediction_loss_only=True.")
+        given = {key: value for key, value in inputs.items() if key != "labels"}
+        mask = inputs["labels"][:, 1:] != -100
+        response_tokens = mask.sum()
+        num_items = response_tokens if num_items_in_batch is None else num_items_in_batch
+        num_items = torch.as_tensor(num_items, device=mask.device).clamp(min=1)
+        lam = self.lam
+        with self.accelerator.autocast():
+            loss, metrics = self.objective(model, given, mask, lam, num_items)
+        self._last_lam = lam
+        meter = self._meters[self._mode]
+        meter.add(loss, metrics, num_items, response_tokens, _count_tokens(given))
+        if num_items_in_batch is None:
+            return loss
+        # DDP and FSDP average gradients over processes; the denominator is already the sum's.
+        return loss * (self.accelerator.num_processes // self.get_tp_size())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the divergence, λ, both KL and the tokens seen so far."""
+        means = self._meters[self._mode].take_means(self.accelerator)
+        if means:
+            prefix = "" if self._mode == "train" else "eval_"
+            values = {**means, "lambda": self._last_lam}
+            logs.update({prefix + name: value for name, value in values.items()})
+            if self._mode == "train":
+                logs["tokens_seen"] = self._update_tokens_seen()
+        super().log(logs, start_time)
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _update_tokens_seen(self) -> int:
+        self.state.num_input_tokens_seen += self._meters["train"].take_input_tokens(
+            self.accelerator
+        )
+        return int(self.state.num_input_tokens_seen)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Leave the state's count to :meth:`_update_tokens_seen`, which knows packed rows."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._update_tokens_seen()
+        super()._save_checkpoint(model, trial)
+
+    def _refuse_sequence_parallelism(self) -> None:
+        config = self.accelerator.parallelism_config
+        if config is not None and (config.cp_enabled or config.sp_enabled):
+            raise ConfigError(
+                "context and sequence parallelism split a sequence over devices, which the loss "
+                "does not follow; use data parallelism (DDP, FSDP2, ZeRO-3)."
+            )
+
+
+def _count_tokens(inputs: dict[str, Any]) -> Tensor:
+    attention_mask: Tensor | None = inputs.get("attention_mask")
+    if attention_mask is not None:
+        return attention_mask.sum()
+    ids: Tensor = inputs["input_ids"]
+    return torch.tensor(ids.numel(), device=ids.device)
+
+
+def _take_out_fused_head(model: nn.Module, forward: Any) -> None:
+    """Undo TRL's patch of the model's forward, which serves its own loss.
+
+    A copy of a model with the patch would run the original's weights.
+    """
+    if forward is None:
+        model.__dict__.pop("forward", None)
+    else:
+        model.forward = forward
