@@ -30,7 +30,7 @@ Lambda: TypeAlias = float | Tensor
 """One λ for everything, or a tensor that broadcasts over the leading dimensions."""
 
 _ORDINARY_LOGIT = 1e30
-"""Magnitude below which no masked value (−inf, or the minimum of a wide dtype) entered a sum."""
+"""Magnitude that no logit of a model has; beyond it lie the values that mask a token."""
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -54,9 +54,13 @@ def as_lambda(lam: object) -> Lambda:
         return lam
     if isinstance(lam, bool) or not isinstance(lam, numbers.Real):
         raise LambdaError(f"λ must be a real number or a tensor, got {lam!r}.")
-    if not -_LARGEST <= lam <= _LARGEST:
+    try:
+        value = float(lam)
+    except OverflowError:
+        value = math.inf
+    if not abs(value) <= _LARGEST:
         raise LambdaError(f"λ must be finite, got {lam}.")
-    return float(lam)
+    return value
 
 
 def fuse(reference: Tensor, aligned: Tensor, lam: Lambda, gate: float | None = None) -> Tensor:
@@ -105,13 +109,10 @@ def fuse(reference: Tensor, aligned: Tensor, lam: Lambda, gate: float | None = N
         weight = _over_leading_dimensions(lam, reference).to(dtype).unsqueeze(-1)
 
     # lerp and not r + λ(a − r): its two branches are exact at both ends.
-    fused = torch.lerp(reference, aligned, weight)
-    if max(floors) < -_ORDINARY_LOGIT and _is_ordinary(fused):
-        return fused
-    masked = (reference <= floors[0]) | (aligned <= floors[1])
-    limits = torch.finfo(dtype)
-    fused = torch.lerp(_ordinary(reference), _ordinary(aligned), weight)
-    fused = fused.clamp(limits.min, limits.max).masked_fill(masked, -math.inf)
+    if _is_ordinary(reference, floors[0]) and _is_ordinary(aligned, floors[1]):
+        return _bounded(torch.lerp(reference, aligned, weight))
+    fused = _bounded(torch.lerp(_ordinary(reference), _ordinary(aligned), weight))
+    fused = fused.masked_fill((reference <= floors[0]) | (aligned <= floors[1]), -math.inf)
     fused = torch.where(weight == 0, reference, fused)
     return torch.where(weight == 1, aligned, fused)
 
@@ -221,13 +222,22 @@ def _floor(logits: Tensor) -> float:
     return 0.5 * torch.finfo(logits.dtype).min
 
 
-def _is_ordinary(logits: Tensor) -> bool:
-    return logits.numel() == 0 or bool(torch.linalg.vector_norm(logits, math.inf) < _ORDINARY_LOGIT)
+def _is_ordinary(logits: Tensor, floor: float) -> bool:
+    """Say whether nothing is masked, infinite or NaN, as in nearly every call."""
+    if logits.numel() == 0:
+        return True
+    return bool(torch.linalg.vector_norm(logits, math.inf) < min(_ORDINARY_LOGIT, -floor))
 
 
 def _ordinary(logits: Tensor) -> Tensor:
     """Bound the logits so that no difference of two of them overflows."""
     return logits.clamp(-_ORDINARY_LOGIT, _ORDINARY_LOGIT)
+
+
+def _bounded(logits: Tensor) -> Tensor:
+    """Keep what an enormous λ made infinite representable."""
+    limits = torch.finfo(logits.dtype)
+    return logits.clamp_(limits.min, limits.max)
 
 
 def _over_leading_dimensions(lam: Tensor, logits: Tensor) -> Tensor:

@@ -182,8 +182,7 @@ class Schedule:
     def _check_keys(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in _REQUIRED:
             raise ConfigError(
-                f"kind {self.kind!r} is no schedule{_nearest(self.kind, list(_REQUIRED))}; "
-                f"known kinds: {', '.join(_REQUIRED)}."
+                f"kind {self.kind!r} is no schedule{_nearest(self.kind, list(_REQUIRED))}."
             )
         required = _REQUIRED[self.kind]
         allowed = required + _OPTIONAL.get(self.kind, ())
