@@ -1,0 +1,183 @@
+"""λ over steps: the closed forms, the JSON form and what is refused."""
+
+import json
+import math
+import pickle
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexalign.errors import ConfigError, LambdaError
+from flexalign.schedules import Schedule
+
+LINEAR = {"kind": "linear", "start": -1, "end": 3, "steps": 8}
+COSINE = {"kind": "cosine", "start": -1, "end": 3, "steps": 8}
+PIECEWISE = {"kind": "piecewise", "points": [[2, 0.5], [4, 1.5], [4, 0.0], [8, 2.0]]}
+THINKING = {"kind": "thinking", "think": 0.25, "answer": 1.0}
+BUDGET = {**THINKING, "budget": 2000, "end": 1.25}
+ALL = (2.0, LINEAR, COSINE, PIECEWISE, THINKING, BUDGET)
+
+
+def test_a_number_is_that_lambda_at_every_step() -> None:
+    for value in (2, "2", 2.0, {"kind": "constant", "start": 2}, {"kind": "constant", "end": 2}):
+        schedule = Schedule.parse(value)
+        assert [schedule.at(step) for step in (0, 1, 10**9)] == [2.0] * 3
+        assert schedule.to_json() == 2.0
+        assert schedule.end_value == 2.0
+
+
+def test_linear_is_a_straight_line_held_at_its_ends() -> None:
+    schedule = Schedule.parse(LINEAR)
+    assert [schedule.at(step) for step in (-5, 0, 2, 4, 6, 8, 99)] == [-1, -1, 0, 1, 2, 3, 3]
+    assert schedule.end_value == 3
+
+
+def test_cosine_is_half_a_wave() -> None:
+    schedule = Schedule.parse(COSINE)
+    for step in range(9):
+        assert schedule.at(step) == pytest.approx(1 - 2 * math.cos(math.pi * step / 8), abs=1e-12)
+    assert (schedule.at(-1), schedule.at(8), schedule.at(99)) == (-1, 3, 3)
+    assert schedule.end_value == 3
+
+
+def test_piecewise_goes_straight_between_points_and_jumps_where_two_share_a_step() -> None:
+    schedule = Schedule.parse(PIECEWISE)
+    expected = {0: 0.5, 2: 0.5, 3: 1.0, 3.75: 1.375, 4: 0.0, 6: 1.0, 8: 2.0, 50: 2.0}
+    assert {step: schedule.at(step) for step in expected} == expected
+    assert schedule.end_value == 2
+    assert Schedule("piecewise", points=((0, 7),)).at(3) == 7
+
+
+def test_thinking_has_one_lambda_inside_and_another_outside() -> None:
+    schedule = Schedule.parse(THINKING)
+    assert schedule.at(9, inside=True, thinking_tokens=9) == 0.25
+    assert schedule.at(9, inside=False, thinking_tokens=9) == 1.0
+    assert schedule.end_value == 1.0
+
+
+def test_a_budget_bends_lambda_over_the_thinking_tokens_and_then_holds_it() -> None:
+    schedule = Schedule.parse(BUDGET)
+    at = {n: schedule.at(n, inside=True, thinking_tokens=n) for n in (0, 500, 1000, 2000, 9000)}
+    assert at == {0: 0.25, 500: 0.5, 1000: 0.75, 2000: 1.25, 9000: 1.25}
+    assert schedule.at(5000, thinking_tokens=5000) == 1.0
+    assert schedule.end_value == 1.0
+
+
+def test_only_thinking_asks_where_the_thinking_is() -> None:
+    assert [Schedule.parse(form).follows_thinking for form in ALL] == [False] * 4 + [True] * 2
+    schedule = Schedule.parse(LINEAR)
+    assert schedule.at(2, inside=True, thinking_tokens=5) == schedule.at(2)
+
+
+@pytest.mark.parametrize("form", ALL, ids=str)
+def test_every_form_comes_back_from_json_text_pickle_and_itself(form: object) -> None:
+    schedule = Schedule.parse(form)  # type: ignore[arg-type]
+    text = json.dumps(schedule.to_json())
+    assert json.loads(text) == form
+    for again in (Schedule.parse(text), pickle.loads(pickle.dumps(schedule))):
+        assert again == schedule
+        assert hash(again) == hash(schedule)
+    assert Schedule.parse(schedule) is schedule
+
+
+def test_schedules_that_differ_are_unequal() -> None:
+    assert len({Schedule.parse(form) for form in ALL}) == len(ALL)
+    assert Schedule.parse({**LINEAR, "steps": 9}) != Schedule.parse(LINEAR)
+
+
+@given(
+    st.one_of(
+        st.builds(
+            Schedule,
+            kind=st.sampled_from(["linear", "cosine"]),
+            start=st.floats(-10, 10),
+            end=st.floats(-10, 10),
+            steps=st.integers(1, 1000),
+        ),
+        st.lists(st.tuples(st.integers(0, 50), st.floats(-10, 10)), min_size=1).map(
+            lambda points: Schedule("piecewise", points=tuple(sorted(points)))
+        ),
+        st.builds(
+            Schedule,
+            kind=st.just("thinking"),
+            think=st.floats(-10, 10),
+            answer=st.floats(-10, 10),
+            budget=st.integers(1, 1000),
+            end=st.floats(-10, 10),
+        ),
+    ),
+    st.integers(0, 2000),
+    st.booleans(),
+)
+def test_no_lambda_leaves_the_range_of_the_values(
+    schedule: Schedule, step: int, inside: bool
+) -> None:
+    lam = schedule.at(step, inside=inside, thinking_tokens=step)
+    assert min(schedule.values) - 1e-12 <= lam <= max(schedule.values) + 1e-12
+    assert schedule.end_value in schedule.values
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"kind": "lineer"}, "kind 'lineer' is no schedule; did you mean 'linear'"),
+        ({"kind": 3}, "kind 3 is no schedule; known are constant, linear"),
+        ({"kind": ["linear"]}, "is no schedule"),
+        ({**LINEAR, "step": 3}, "no key 'step'; did you mean 'steps'"),
+        ({**LINEAR, 7: 3}, "no key 7"),
+        ({"start": 0, "end": 2, "steps": 200}, "needs a 'kind'"),
+        ({"kind": "linear", "start": 0, "end": 2}, "a linear schedule needs 'steps'"),
+        ({**COSINE, "points": [[0, 1]]}, "a cosine schedule takes no 'points'"),
+        ({"kind": "constant"}, "a constant schedule needs 'start'"),
+        ({"kind": "constant", "start": 1, "end": 2}, "one λ, got start 1.0 and end 2.0"),
+        ({**LINEAR, "steps": 0}, "steps must be a whole number ≥ 1, got 0"),
+        ({**LINEAR, "steps": 2.5}, "steps must be a whole number ≥ 1, got 2.5"),
+        ({**LINEAR, "steps": True}, "steps must be a whole number ≥ 1, got True"),
+        ({**LINEAR, "steps": "8"}, "steps must be a whole number ≥ 1, got '8'"),
+        ({**BUDGET, "budget": math.nan}, "budget must be a whole number ≥ 1, got nan"),
+        ({**THINKING, "budget": 10}, "takes 'budget' and 'end' together"),
+        ({**THINKING, "end": 1.0}, "takes 'budget' and 'end' together"),
+        ({"kind": "thinking", "think": 1.0}, "a thinking schedule needs 'answer'"),
+        ({"kind": "piecewise", "points": []}, r"points must be pairs \[step, λ\]"),
+        ({"kind": "piecewise", "points": 3}, r"points must be pairs \[step, λ\]"),
+        ({"kind": "piecewise", "points": [[0, 1, 2]]}, r"got \[0, 1, 2\] among them"),
+        ({"kind": "piecewise", "points": [[-1, 2]]}, "the step -1 is not a number ≥ 0"),
+        ({"kind": "piecewise", "points": [[True, 2]]}, "the step True is not a number"),
+        ({"kind": "piecewise", "points": [[5, 1], [4, 2]]}, "step 4 comes after 5"),
+        ("fast", "a number or a JSON object, got 'fast'"),
+        ('{"kind": ', "a number or a JSON object"),
+    ],
+)
+def test_a_malformed_schedule_is_refused_by_its_key(form: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Schedule.parse(form)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (math.nan, "lambda must be a finite number"),
+        ("Infinity", "lambda must be a finite number"),
+        (10**400, "lambda must be a finite number"),
+        (True, "got True"),
+        (None, "got None"),
+        ([1, 2], r"got \[1, 2\]"),
+        ({**LINEAR, "end": math.inf}, "end must be a finite number"),
+        ({**LINEAR, "start": "0"}, "start must be a finite number"),
+        ({**THINKING, "think": False}, "think must be a finite number"),
+        ({"kind": "piecewise", "points": [[3, math.nan]]}, "points at step 3 must be a finite"),
+    ],
+)
+def test_a_lambda_that_is_no_finite_number_is_refused_by_its_place(
+    form: object, message: str
+) -> None:
+    with pytest.raises(LambdaError, match=message):
+        Schedule.parse(form)  # type: ignore[arg-type]
+
+
+def test_a_schedule_needs_no_torch() -> None:
+    code = "import sys, flexalign.schedules; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
