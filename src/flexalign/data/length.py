@@ -2,15 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
+from flexalign.data.rendering import check_rendering, render_chat
 from flexalign.errors import DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Lengths", "measure_lengths", "render_chat"]
+__all__ = ["Lengths", "measure_lengths"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _sizes(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase") -> Iterator
             whole = _token_ids(tokenizer, row["prompt"] + row["completion"].removesuffix(eos) + eos)
         else:
             rendered = render_chat(tokenizer, row["prompt"] + row["completion"])
-            _check_rendering(number, rendered, row["completion"])
+            check_rendering(number, rendered, row["completion"])
             opening = render_chat(tokenizer, row["prompt"], add_generation_prompt=True)
             prompt = _token_ids(tokenizer, opening, add_special_tokens=False)
             whole = _token_ids(tokenizer, rendered, add_special_tokens=False)
@@ -94,53 +95,7 @@ def _sizes(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase") -> Iterator
         yield start, len(whole) - start
 
 
-def render_chat(
-    tokenizer: "PreTrainedTokenizerBase",
-    messages: list[dict[str, Any]],
-    *,
-    add_generation_prompt: bool = False,
-) -> str:
-    """Render messages with the tokenizer's chat template.
-
-    Raises:
-        DataError: If it has none, or its template refuses the messages.
-    """
-    from jinja2 import TemplateError
-
-    if not tokenizer.chat_template:
-        raise DataError(
-            "the data are conversations, but the tokenizer has no chat template; "
-            "give prompts and completions as plain text, or a tokenizer with a template."
-        )
-    try:
-        return cast(
-            "str",
-            tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            ),
-        )
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise DataError(
-            f"the chat template refuses a conversation of the roles {roles} ({error}); "
-            "change the data to what the template takes."
-        ) from error
-
-
 def _token_ids(
     tokenizer: "PreTrainedTokenizerBase", text: str, *, add_special_tokens: bool = True
 ) -> list[int]:
     return cast("list[int]", tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
-
-
-def _check_rendering(number: int, rendered: str, completion: list[dict[str, Any]]) -> None:
-    if any(_squeeze(message["content"]) not in _squeeze(rendered) for message in completion):
-        raise DataError(
-            f"row {number}: the chat template leaves a part of the response out (some drop the "
-            "thinking), so it would not be trained on; set training.chat_template_path to a "
-            "template that keeps it, or use plain text rows (flexalign sample --plain)."
-        )
-
-
-def _squeeze(text: str) -> str:
-    return "".join(text.split())

@@ -176,8 +176,10 @@ def make_traces(
     """
     pairs = [(index, sample) for index in range(len(prompts)) for sample in range(settings.samples)]
     with output.open("a", encoding="utf-8", newline="\n") as file:
-        for start in range(done - done % settings.batch_size, len(pairs), settings.batch_size):
+        for start in range(0, len(pairs), settings.batch_size):
             block = pairs[start : start + settings.batch_size]
+            if done >= start + len(block):
+                continue
             rows = [prompts[index] for index, _ in block]
             responses = generate(
                 [row["prompt"] for row in rows],

@@ -1,0 +1,98 @@
+"""What `flexalign sample` asks for responses: a model on this machine, or a server."""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from flexalign.cli._shared import console
+from flexalign.data.endpoint import Endpoint, EndpointResponse
+from flexalign.data.rendering import keeps_thinking, plain_prompt
+from flexalign.data.thinking import ThinkingTags
+from flexalign.data.traces import Prompt, SamplingSettings
+from flexalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flexalign.decoding.responses import Response
+
+
+class LocalModel:
+    """A model on this machine. Its weights are loaded when the first response is asked for."""
+
+    def __init__(self, name: str | None, dtype: str, settings: SamplingSettings) -> None:
+        from flexalign.loading import fingerprint, load_tokenizer, resolve
+
+        if name is None:
+            raise ConfigError("name a MODEL, or a server with --endpoint and --model-name.")
+        self._source = resolve(name)
+        self._dtype = dtype
+        self._settings = settings
+        self._tokenizer = load_tokenizer(self._source)
+        self.source = {"model": name, "fingerprint": fingerprint(self._source), "dtype": dtype}
+        tags = ThinkingTags.detect(self._tokenizer)
+        conversations = bool(self._tokenizer.chat_template) and not settings.plain
+        if conversations and tags and not keeps_thinking(self._tokenizer, tags):
+            console.print(
+                "[yellow]note:[/yellow] this model's chat template drops the thinking of "
+                "responses, so training on these traces will need --plain here, or another "
+                "template there."
+            )
+
+    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> "list[Response]":
+        """Answer a batch; its first seed seeds it."""
+        from flexalign.decoding.responses import generate_responses
+
+        settings = self._settings
+        return generate_responses(
+            self._model,
+            self._tokenizer,
+            prompts,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            batch_size=settings.batch_size,
+            seed=seeds[0],
+        )
+
+    def render(self, prompt: Prompt) -> str:
+        """The text that the model is given."""
+        return prompt if isinstance(prompt, str) else plain_prompt(self._tokenizer, prompt)
+
+    @cached_property
+    def _model(self) -> Any:
+        from flexalign.loading import load_model
+
+        return load_model(self._source, dtype=self._dtype)
+
+
+class Server:
+    """A model behind a server; the server has the chat template."""
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None,
+        api_key: str | None,
+        concurrency: int,
+        settings: SamplingSettings,
+    ) -> None:
+        if model is None:
+            raise ConfigError("--endpoint needs --model-name, the model's name on that server.")
+        self._endpoint = Endpoint(
+            url,
+            model,
+            settings.max_new_tokens,
+            settings.temperature,
+            settings.top_p,
+            concurrency=concurrency,
+            api_key=api_key,
+        )
+        self.source = {"endpoint": url, "model": model}
+
+    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[EndpointResponse]:
+        """Answer a batch, each prompt with its own seed."""
+        return self._endpoint.generate(prompts, seeds)
+
+    def render(self, prompt: Prompt) -> str:
+        """The prompt as it is sent."""
+        return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)

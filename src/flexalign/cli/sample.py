@@ -1,0 +1,175 @@
+"""``flexalign sample``: make traces from prompts, with a model or a server."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from flexalign.cli._shared import console, print_json
+from flexalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from flexalign.data.traces import Prompt, SamplingSettings
+
+_PREVIEWED = 2
+
+
+def sample(
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            help="JSONL, JSON, Parquet or a saved data set, with problem, question, instruction, "
+            "messages or prompt (text in prompt skips the chat template)."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="JSONL file to write, or to go on with.")
+    ],
+    model: Annotated[
+        str | None, typer.Argument(help="A model folder or a known name; none with --endpoint.")
+    ] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(help="A server of OpenAI's protocol, such as http://localhost:8000/v1."),
+    ] = None,
+    model_name: Annotated[str | None, typer.Option(help="The model's name at --endpoint.")] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable that holds the endpoint's key.")
+    ] = None,
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="Requests under way at the endpoint at one time.")
+    ] = 8,
+    samples: Annotated[int, typer.Option("--samples", "-n", help="Responses per prompt.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens at which one is cut off.")] = 2048,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Probability mass sampled from.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Responses made, and saved, together.")] = 16,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same traces.")] = 0,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first prompts, this many.")
+    ] = None,
+    plain: Annotated[
+        bool,
+        typer.Option(
+            "--plain",
+            help="Write rendered text instead of messages, for chat templates that would drop "
+            "the thinking in training.",
+        ),
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Leave bad rows out instead of stopping.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check everything and show two prompts; write nothing."),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The summary as JSON on stdout.")] = False,
+) -> None:
+    """Make the traces that TrRa trains on: responses to prompts, as JSON Lines.
+
+    A run that broke off goes on where it stopped when the same command is given again.
+
+    Example: [cyan]flexalign sample smollm2 --prompts questions.jsonl -o traces.jsonl[/cyan]
+
+    Example: [cyan]flexalign sample --endpoint http://localhost:8000/v1 --model-name R1
+    --prompts math.json -n 4 -o traces.jsonl[/cyan]
+    """
+    from flexalign.cli._generators import LocalModel, Server
+    from flexalign.data.formats import load_prompts
+    from flexalign.data.traces import SamplingSettings, make_traces, open_run
+
+    settings = SamplingSettings(
+        samples, max_new_tokens, temperature, top_p, batch_size, seed, plain
+    )
+    generator: LocalModel | Server
+    if endpoint is None:
+        _refuse({"--model-name": model_name, "--api-key-env": api_key_env}, "without --endpoint")
+        generator = LocalModel(model, dtype, settings)
+    else:
+        _refuse({"MODEL": model, "--plain": plain or None}, "with --endpoint")
+        generator = Server(endpoint, model_name, _secret(api_key_env), concurrency, settings)
+    dataset = load_prompts(prompts, skip_bad_rows=skip_bad_rows)
+    if limit is not None:
+        dataset = dataset.select(range(min(limit, len(dataset))))
+    total = len(dataset) * samples
+
+    if dry_run:
+        _preview(dataset, generator.render, settings, as_json)
+        return
+    done = open_run(dataset, output, settings, generator.source)
+    if done:
+        console.print(f"{escape(str(output))} holds {done} of {total} rows; going on.")
+    with _bar(total, done) as progress:
+        try:
+            summary = make_traces(
+                dataset,
+                output,
+                generator.generate,
+                settings,
+                done=done,
+                progress=progress,
+                render=generator.render,
+            )
+        except KeyboardInterrupt:
+            console.print("What is written is whole; give the same command again to go on.")
+            raise
+    if as_json:
+        print_json({"output": str(output), **summary.to_dict()})
+        return
+    tokens = "unknown" if summary.mean_tokens is None else f"{summary.mean_tokens:.1f}"
+    console.print(
+        f"{escape(str(output))}: {summary.rows} traces of {summary.prompts} prompts, "
+        f"{summary.made} made now; mean tokens {tokens}, cut off {summary.truncated}."
+    )
+
+
+def _refuse(options: Mapping[str, object | None], where: str) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(f"{name} has no meaning {where}; leave one of the two out.")
+
+
+def _secret(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    value = os.environ.get(variable)
+    if not value:
+        raise ConfigError(f"--api-key-env: the environment variable {variable!r} is not set.")
+    return value
+
+
+def _preview(
+    dataset: "Dataset",
+    render: "Callable[[Prompt], str]",
+    settings: "SamplingSettings",
+    as_json: bool,
+) -> None:
+    shown = [render(prompt) for prompt in dataset[:_PREVIEWED]["prompt"]]
+    rows = len(dataset) * settings.samples
+    if as_json:
+        print_json({"prompts": len(dataset), "rows": rows, "preview": shown})
+        return
+    for number, text in enumerate(shown, start=1):
+        console.rule(f"prompt {number}")
+        console.print(text, markup=False, soft_wrap=True)
+    console.rule()
+    console.print(
+        f"would make {rows} traces of {len(dataset)} prompts, "
+        f"at most {rows * settings.max_new_tokens} tokens."
+    )
+
+
+@contextmanager
+def _bar(total: int, done: int) -> "Iterator[Callable[[int], None]]":
+    columns = (TextColumn("traces"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("traces", total=total, completed=done)
+        yield lambda completed: progress.update(task, completed=completed)
