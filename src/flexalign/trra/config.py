@@ -40,7 +40,8 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "lam"]  # noqa: RUF012
 
-    lam: Any = field(
+    # The form that lets transformers' argument parser hand a JSON text through.
+    lam: dict[str, Any] | str | float | None = field(
         default=1.0,
         metadata={
             "help": "λ of the fused teacher, equation 5: 0 the reference, 1 the aligned model, "
@@ -115,7 +116,8 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
     @property
     def schedule(self) -> Schedule:
         """λ as a function of the training step."""
-        return Schedule.parse(self.lam)
+        lam: Any = self.lam
+        return Schedule.parse(lam)
 
     def _check_realignment(self) -> None:
         if isinstance(self.lam, list | tuple):
@@ -123,7 +125,7 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
                 f"lam: this version trains one λ in a run, got {len(self.lam)}; "
                 "start one run for each (several in one come with a later release)."
             )
-        schedule = Schedule.parse(self.lam)
+        schedule = self.schedule
         if schedule.follows_thinking:
             raise ConfigError(
                 "lam: a thinking schedule goes by generated tokens; in training λ is a number or "
