@@ -20,10 +20,10 @@ class LocalModel:
     """A model on this machine. Its weights are loaded when the first response is asked for."""
 
     def __init__(self, name: str | None, dtype: str, settings: SamplingSettings) -> None:
-        from flexalign.loading import fingerprint, load_tokenizer, resolve
-
         if name is None:
             raise ConfigError("name a MODEL, or a server with --endpoint and --model-name.")
+        from flexalign.loading import fingerprint, load_tokenizer, resolve
+
         self._source = resolve(name)
         self._dtype = dtype
         self._settings = settings

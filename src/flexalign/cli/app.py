@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from flexalign._version import __version__
 from flexalign.cli._shared import console
+from flexalign.cli.sample import sample
 from flexalign.errors import FlexAlignError
 
 app = typer.Typer(
@@ -43,6 +44,9 @@ def _root(
 
     Start with: [cyan]flexalign demo[/cyan]
     """
+
+
+app.command()(sample)
 
 
 def main() -> None:

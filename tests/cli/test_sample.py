@@ -1,0 +1,200 @@
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flexalign.data import load_traces
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"problem": f"what is {i} plus two", "answer": i + 2} for i in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """Answers every chat with its seed."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            key = self.headers.get("Authorization", "no key")
+            choice = {"message": {"content": f"{body['seed']} {key}"}, "finish_reason": "stop"}
+            content = json.dumps({"choices": [choice]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
+    yield f"http://127.0.0.1:{http.server_port}/v1"
+    http.shutdown()
+    http.server_close()
+
+
+@pytest.fixture
+def sample(run_cli: Callable[..., Any], tiny_pair: Any, prompts: Path) -> Callable[..., Any]:
+    def run(*options: object, model: object = tiny_pair.reference) -> Any:
+        return run_cli(
+            "sample",
+            model,
+            "--prompts",
+            prompts,
+            "--max-new-tokens",
+            8,
+            "--batch-size",
+            4,
+            *options,
+        )
+
+    return run
+
+
+def test_a_model_answers_every_prompt(sample: Callable[..., Any], tmp_path: Path) -> None:
+    output = tmp_path / "traces.jsonl"
+    result = sample("-o", output, "-n", 3, "--json")
+    assert result.exit_code == 0, result.stderr
+    summary = json.loads(result.stdout)
+    rows = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    assert (summary["prompts"], summary["rows"], summary["made"]) == (3, 9, 9)
+    assert summary["truncated"] == sum(row["truncated"] for row in rows)
+    assert [row["answer"] for row in rows] == ["2"] * 3 + ["3"] * 3 + ["4"] * 3
+    assert all(0 <= row["tokens"] <= 8 for row in rows)
+    assert len({row["completion"][0]["content"] for row in rows}) > 3
+
+
+def test_a_run_that_broke_off_ends_in_the_same_file(
+    sample: Callable[..., Any], tmp_path: Path
+) -> None:
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    for output in (whole, cut):
+        assert sample("-o", output, "-n", 3).exit_code == 0
+    content = whole.read_bytes()
+    assert cut.read_bytes() == content
+    end = content.rindex(b"\n", 0, len(content) // 2)
+    cut.write_bytes(content[: end - 10])
+    result = sample("-o", cut, "-n", 3)
+    assert result.exit_code == 0
+    assert "going on" in result.stderr
+    assert cut.read_bytes() == content
+
+
+def test_the_seed_changes_the_traces(sample: Callable[..., Any], tmp_path: Path) -> None:
+    for seed in (0, 1):
+        assert sample("-o", tmp_path / f"{seed}.jsonl", "--seed", seed).exit_code == 0
+    assert (tmp_path / "0.jsonl").read_bytes() != (tmp_path / "1.jsonl").read_bytes()
+
+
+def test_another_configuration_is_refused(
+    sample: Callable[..., Any], tiny_pair: Any, tmp_path: Path
+) -> None:
+    output = tmp_path / "traces.jsonl"
+    assert sample("-o", output, "--limit", 1).exit_code == 0
+    before = output.read_bytes()
+    for options in (
+        {"model": tiny_pair.aligned},
+        {"options": ["--seed", 1]},
+        {"options": ["--temperature", 0.5]},
+        {"options": ["--limit", 2]},
+    ):
+        model = options.get("model", tiny_pair.reference)
+        result = sample("-o", output, "--limit", 1, *options.get("options", []), model=model)
+        assert result.exit_code == 2
+        assert "belongs to another run" in result.stderr
+        assert output.read_bytes() == before
+
+
+def test_plain_traces_hold_the_rendered_prompt(
+    sample: Callable[..., Any], tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    output = tmp_path / "traces.jsonl"
+    assert sample("-o", output, "--plain", "--limit", 1).exit_code == 0
+    messages = [{"role": "user", "content": "what is 0 plus two"}]
+    rendered = tiny_tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    (row,) = load_traces(output).to_list()
+    assert row["prompt"] == rendered
+    assert isinstance(row["completion"], str)
+
+
+def test_a_dry_run_shows_prompts_and_writes_nothing(
+    sample: Callable[..., Any], tmp_path: Path
+) -> None:
+    output = tmp_path / "traces.jsonl"
+    result = sample("-o", output, "-n", 3, "--dry-run")
+    assert result.exit_code == 0
+    assert "<|im_start|>user\nwhat is 1 plus two<|im_end|>" in result.stderr
+    assert "would make 9 traces of 3 prompts, at most 72 tokens" in result.stderr
+    result = sample("-o", output, "--dry-run", "--json")
+    assert json.loads(result.stdout)["rows"] == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.jsonl"]
+
+
+def test_a_server_answers_with_a_seed_of_its_own_for_each(
+    run_cli: Callable[..., Any],
+    server: str,
+    prompts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SERVER_KEY", "secret")
+    output = tmp_path / "traces.jsonl"
+    result = run_cli(
+        "sample", "--endpoint", server, "--model-name", "m", "--prompts", prompts, "-o", output,
+        "-n", 2, "--api-key-env", "SERVER_KEY",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    said = [row["completion"][0]["content"] for row in load_traces(output)]
+    assert len(set(said)) == 6
+    assert all(text.endswith(" Bearer secret") for text in said)
+    assert "mean tokens unknown" in result.stderr
+    assert "secret" not in (tmp_path / "traces.jsonl.manifest.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a MODEL, or a server with --endpoint"),
+        (["--endpoint", "http://127.0.0.1:9"], "--endpoint needs --model-name"),
+        (["m", "--endpoint", "http://127.0.0.1:9"], "MODEL has no meaning with --endpoint"),
+        (["--endpoint", "http://127.0.0.1:9", "--plain"], "--plain has no meaning with"),
+        (["m", "--model-name", "m"], "--model-name has no meaning without --endpoint"),
+        (
+            ["--endpoint", "http://127.0.0.1:9", "--model-name", "m", "--api-key-env", "NO_SUCH"],
+            "'NO_SUCH' is not set",
+        ),
+        (["m", "--temperature", "-1"], "temperature must not be negative"),
+        (["no/such/model"], "no/such/model"),
+    ],
+)
+def test_contradictions_are_refused_in_a_sentence(
+    run_cli: Callable[..., Any], prompts: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    result = run_cli("sample", *arguments, "--prompts", prompts, "-o", tmp_path / "o.jsonl")
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (tmp_path / "o.jsonl.manifest.json").exists()
+
+
+def test_bad_prompts_are_named_by_line(
+    sample: Callable[..., Any], prompts: Path, tmp_path: Path
+) -> None:
+    prompts.write_text(prompts.read_text() + '{"problem": ""}\n{"prob')
+    result = sample("-o", tmp_path / "o.jsonl")
+    assert result.exit_code == 2
+    assert "2 of 5 rows cannot be used" in result.stderr
+    assert "line 5: cut off" in result.stderr
+    with pytest.warns(UserWarning, match="skipped: 2 of 5 rows"):
+        assert sample("-o", tmp_path / "o.jsonl", "--skip-bad-rows").exit_code == 0
