@@ -1,0 +1,33 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from families import family_model
+from transformers import PreTrainedModel
+
+from flexalign.errors import UnsupportedModelError
+from flexalign.trra.probes import packing_leak, require_packable
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "gpt_neox", "smollm3"])
+def test_documents_in_a_row_do_not_see_each_other(family: str) -> None:
+    assert packing_leak(family_model(family)) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["falcon", "opt", "gpt_oss"])
+def test_a_family_that_leaks_is_refused_by_role_and_name(family: str) -> None:
+    models = {"student": family_model("llama"), "aligned": family_model(family)}
+    with pytest.raises(UnsupportedModelError, match=rf"aligned model \(family {family}\).*packing"):
+        require_packable(models)
+
+
+def test_half_precision_has_its_own_rounding(tiny_model: Callable[..., PreTrainedModel]) -> None:
+    require_packable({"student": tiny_model().to(torch.bfloat16)})
+
+
+def test_a_model_with_dropout_is_measured_without(
+    tiny_model: Callable[..., PreTrainedModel],
+) -> None:
+    model = tiny_model(attention_dropout=0.5).train()
+    assert packing_leak(model) < 1e-5
+    assert model.training
