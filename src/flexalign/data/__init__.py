@@ -1,7 +1,7 @@
 """Data formats in, TRL data sets out; thinking tags; the making of traces."""
 
 from flexalign.data.formats import data_fingerprint, load_prompts, load_traces
-from flexalign.data.length import Lengths, measure_lengths
+from flexalign.data.length import Lengths, measure_lengths, split_tokens
 from flexalign.data.thinking import ThinkingTags, strip_thinking
 from flexalign.data.traces import SamplingSettings, make_traces
 
@@ -14,5 +14,6 @@ __all__ = [
     "load_traces",
     "make_traces",
     "measure_lengths",
+    "split_tokens",
     "strip_thinking",
 ]

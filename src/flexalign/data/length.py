@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Lengths", "measure_lengths"]
+__all__ = ["Lengths", "measure_lengths", "split_tokens"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ def measure_lengths(
     """
     if len(dataset) == 0:
         raise DataError("the data set is empty; nothing to work on.")
-    sizes = list(_sizes(dataset, tokenizer))
+    parts = split_tokens(dataset, tokenizer)
+    sizes = [(len(prompt), len(response)) for prompt, response in parts]
     lengths = [prompt + response for prompt, response in sizes]
     cut = max_length if max_length is not None else max(lengths)
     if min(lengths) > cut:
@@ -77,7 +78,21 @@ def measure_lengths(
     )
 
 
-def _sizes(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase") -> Iterator[tuple[int, int]]:
+def split_tokens(
+    dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Tokenize rows as TRL's trainer will, and split each into prompt and response.
+
+    Args:
+        dataset: As in `measure_lengths`.
+        tokenizer: The model's own.
+
+    Yields:
+        The prompt's token ids (which the loss leaves out) and the response's (which it counts).
+
+    Raises:
+        DataError: If the chat template leaves a part of a response out.
+    """
     from trl.data_utils import common_prefix_length
 
     for number, row in enumerate(dataset, start=1):
@@ -92,7 +107,7 @@ def _sizes(dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase") -> Iterator
             prompt = _token_ids(tokenizer, opening, add_special_tokens=False)
             whole = _token_ids(tokenizer, rendered, add_special_tokens=False)
         start = common_prefix_length(prompt, whole)
-        yield start, len(whole) - start
+        yield whole[:start], whole[start:]
 
 
 def _token_ids(
