@@ -135,7 +135,10 @@ GOOD = json.dumps({"prompt": "1+2=", "completion": "3"}).encode() + b"\n"
         (b'{"messages": [{"role": "ai", "content": "a"}]}\n', r"\[0\] has the unknown role 'ai'"),
         (b'{"messages": [{"role": "user"}]}\n', r"messages\[0\] has no text"),
         (b'{"text": "half \\ud83d pair"}\n', r"'text' has half of a surrogate pair"),
-        (b'{"prompt": [], "chosen": [], "rejected": []}\n', r"a preference pair has no single"),
+        (
+            b'{"conversations": [], "chosen": [], "rejected": []}\n',
+            r"a preference pair has no single response; keep one as completion",
+        ),
         (
             b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}\n',
             r"messages\[0\] has parts that are not text",

@@ -43,6 +43,8 @@ def trace_row(row: dict[str, Any]) -> dict[str, Any]:
         prompt, completion = _text_or_messages(row, "prompt"), _text_or_messages(row, "completion")
         if isinstance(prompt, str) != isinstance(completion, str):
             raise Unusable("of prompt and completion one is text and the other is messages")
+    elif "chosen" in row and "rejected" in row:
+        raise Unusable("a preference pair has no single response; keep one as completion")
     elif (messages := _conversation(row)) is not None:
         if messages[-1]["role"] != "assistant":
             raise Unusable(
@@ -55,8 +57,6 @@ def trace_row(row: dict[str, Any]) -> dict[str, Any]:
         completion = [_message("assistant", _text(row, "output"))]
     elif "text" in row:
         prompt, completion = "", _text(row, "text")
-    elif "chosen" in row and "rejected" in row:
-        raise Unusable("a preference pair has no single response; keep one as completion")
     else:
         raise Unusable(f"unknown fields {_names(row)}; expected {_TRACE_FORMS}")
     if isinstance(completion, list) and any(m["role"] == "user" for m in completion):
