@@ -132,7 +132,10 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]
-    """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second one stops at once."""
+    """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second one stops at once.
+
+    The last step of all ends with a checkpoint too, whatever `save_strategy` says.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -155,8 +158,9 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
         """Ask for a checkpoint and the end, on all processes in the same step."""
         if _any_process(self.requested, args.device):
             self.requested = True
-            control.should_save = True
             control.should_training_stop = True
+        if self.requested or state.global_step >= state.max_steps:
+            control.should_save = True
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self.requested:

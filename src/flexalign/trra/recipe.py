@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 import yaml
 
-from flexalign.errors import ConfigError
+from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.trra.settings import check_settings, read_yaml, set_value, split_assignment
 
 __all__ = ["DEFAULT_TRAINING", "Recipe", "Watch"]
@@ -164,7 +164,7 @@ class Recipe:
         own = {name: getattr(self, name) for name in _TOP_LEVEL}
         try:
             return TrRaConfig(output_dir=str(output), **training, **own)
-        except ConfigError:
+        except FlexAlignError:
             raise
         except (ValueError, TypeError) as error:
             raise ConfigError(f"training: {' '.join(str(error).split())}") from error
@@ -242,6 +242,10 @@ def _parse_training(values: object) -> dict[str, Any]:
     training = check_settings(values or {}, wanted, "training")
     if "output_dir" in training:
         raise ConfigError("training.output_dir is the recipe's `output`; set that instead.")
+    if training.get("save_only_model"):
+        raise ConfigError(
+            "training.save_only_model: such a run could not be resumed; leave it out."
+        )
     if training.get("save_total_limit") == 1:
         raise ConfigError(
             "training.save_total_limit: 1 would delete the last complete checkpoint before the "

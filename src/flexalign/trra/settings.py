@@ -106,17 +106,20 @@ def check_settings(
     prefix = f"{where}." if where else ""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where or 'the recipe'} must be a mapping, got {values!r}.")
+    required = tuple(required)
     checked = {}
     for key, value in values.items():
         if key not in wanted:
             raise ConfigError(f"unknown key {prefix}{key}; {_suggest(str(key), wanted, prefix)}")
+        if value is None and key in required:
+            continue
         try:
             checked[key] = _convert(value, wanted[key])
         except _MismatchError:
             wish = _describe(wanted[key])
             raise ConfigError(f"{prefix}{key} must be {wish}, got {value!r}.") from None
     for key in required:
-        if checked.get(key) is None:
+        if key not in checked:
             raise ConfigError(f"{prefix}{key} is missing; add a line `{key}: …`.")
     return checked
 
