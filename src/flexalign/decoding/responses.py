@@ -1,0 +1,207 @@
+"""Responses to many prompts, in batches: the one generator that the library uses.
+
+It serves whatever has transformers' ``generate``: a plain model, a PEFT wrapper, or a
+:class:`flexalign.TwoModelDecoder`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from flexalign._modes import evaluating
+from flexalign.data.rendering import render_chat
+from flexalign.data.thinking import ThinkingTags
+from flexalign.errors import ConfigError, DataError, LambdaError
+
+__all__ = ["Prompt", "Response", "generate_responses"]
+
+Prompt = str | list[dict[str, Any]]
+"""Text that the model goes on from as it is, or messages for the chat template."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response to one prompt.
+
+    Attributes:
+        text: What was written, without special tokens; thinking tags are kept.
+        token_ids: The tokens, without the one that ends the response.
+        tokens: How many those are.
+        truncated: Whether the limit on new tokens cut it off.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    tokens: int
+    truncated: bool
+
+
+@torch.no_grad()
+def generate_responses(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 32,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    **generate_kwargs: Any,
+) -> list[Response]:
+    """Answer every prompt once.
+
+    Sampling is from the model's own distribution: settings that a checkpoint brings along
+    (top_k, a repetition penalty) are left out unless given here. The same seed, prompts and
+    batch size give the same responses; torch's own random state is left as it was.
+
+    Args:
+        model: Anything with transformers' ``generate``.
+        tokenizer: Its tokenizer.
+        prompts: Texts, used as they are, or lists of messages, for the chat template.
+        max_new_tokens: Tokens after which a response is cut off.
+        temperature: 0 is greedy.
+        top_p: Probability mass sampled from, 0 < top_p ≤ 1.
+        batch_size: Responses made together.
+        seed: Of all sampling.
+        progress: Called after each batch with (responses made, responses in all).
+        **generate_kwargs: More for ``generate``. ``lam`` may have one value per prompt.
+
+    Returns:
+        One response per prompt, in their order.
+
+    Raises:
+        ConfigError: If a setting is out of its range.
+        DataError: If a prompt is empty, or is a conversation and there is no chat template.
+        LambdaError: If ``lam`` has another length than the prompts.
+    """
+    _check(max_new_tokens, temperature, top_p, batch_size)
+    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    lams = _per_prompt(generate_kwargs.pop("lam", None), len(prompts))
+    settings = _settings(model, tokenizer, max_new_tokens, temperature, top_p, generate_kwargs)
+    # The longest come first: what does not fit in memory fails at once.
+    order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
+    responses: list[Response | None] = [None] * len(encoded)
+    reader = _Reader(tokenizer, settings)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with evaluating(model), torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            inputs = _left_padded([encoded[i] for i in batch], settings.pad_token_id, model.device)
+            if lams is not None:
+                generate_kwargs["lam"] = [lams[index] for index in batch]
+            written = model.generate(**inputs, generation_config=settings, **generate_kwargs)
+            rows = written[:, inputs["input_ids"].shape[1] :].tolist()
+            for index, row in zip(batch, rows, strict=True):
+                responses[index] = reader.read(row)
+            if progress is not None:
+                progress(start + len(batch), len(order))
+    return cast("list[Response]", responses)
+
+
+class _Reader:
+    """Turns a row of generated tokens into a response."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig) -> None:
+        self._tokenizer = tokenizer
+        self._ends = set(settings.eos_token_id)
+        self._pad = settings.pad_token_id
+        self._limit = settings.max_new_tokens
+        tags = ThinkingTags.detect(tokenizer)
+        kept = set(tokenizer.convert_tokens_to_ids([tags.open, tags.close])) if tags else set()
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._hidden = (special | set(tokenizer.all_special_ids)) - kept
+
+    def read(self, row: list[int]) -> Response:
+        end = next((place for place, token in enumerate(row) if token in self._ends), None)
+        if end is None:
+            end = len(row)
+            while end and row[end - 1] == self._pad:
+                end -= 1
+        ids = row[:end]
+        text = self._tokenizer.decode(
+            [token for token in ids if token not in self._hidden],
+            clean_up_tokenization_spaces=False,
+        )
+        return Response(text, tuple(ids), len(ids), truncated=end == self._limit)
+
+
+def _check(max_new_tokens: int, temperature: float, top_p: float, batch_size: int) -> None:
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}.")
+    if not 0 <= temperature < float("inf"):
+        raise ConfigError(f"temperature must be a number ≥ 0 (0 is greedy), got {temperature}.")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p must be above 0 and at most 1, got {top_p}.")
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    else:
+        text = render_chat(tokenizer, prompt, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise DataError(f"the prompt {prompt!r} is empty: there is no token to go on from.")
+    return cast("list[int]", ids)
+
+
+def _per_prompt(lam: Any, count: int) -> list[Any] | None:
+    """Return one λ (or schedule) for each prompt, or None if there is none."""
+    if lam is None:
+        return None
+    if isinstance(lam, Tensor):
+        lam = lam.tolist()
+    if not isinstance(lam, list | tuple):
+        return [lam] * count
+    if len(lam) != count:
+        raise LambdaError(f"lam has {len(lam)} values for {count} prompts; give one, or as many.")
+    return list(lam)
+
+
+def _settings(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    given: dict[str, Any],
+) -> GenerationConfig:
+    """Gather all that governs the sampling; what `given` says of it goes here too."""
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list | tuple) else [ends]
+    ends = [end for end in dict.fromkeys([*ends, tokenizer.eos_token_id]) if end is not None]
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = ends[0] if ends else 0
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=ends,
+        pad_token_id=pad,
+        bos_token_id=tokenizer.bos_token_id,
+        **(sampling if temperature > 0 else {"do_sample": False, **_NEUTRAL}),
+    )
+    for name in [name for name in given if name in settings.to_dict()]:
+        setattr(settings, name, given.pop(name))
+    return settings
+
+
+_NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
+"""transformers' own defaults: any other value beside greedy decoding draws a warning."""
+
+
+def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
+    longest = max(map(len, rows))
+    input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": input_ids, "attention_mask": mask.to(device)}
