@@ -133,6 +133,7 @@ GOOD = json.dumps({"prompt": "1+2=", "completion": "3"}).encode() + b"\n"
         (b'{"messages": [{"role": "user", "content": "a"}]}\n', r"ends with a message of role"),
         (b'{"messages": [{"role": "assistant", "content": "a"}]}\n', r"no message before"),
         (b'{"messages": [{"role": "ai", "content": "a"}]}\n', r"\[0\] has the unknown role 'ai'"),
+        (b'{"messages": [{"role": ["user"], "content": "a"}]}\n', r"unknown role \['user'\]"),
         (b'{"messages": [{"role": "user"}]}\n', r"messages\[0\] has no text"),
         (b'{"text": "half \\ud83d pair"}\n', r"'text' has half of a surrogate pair"),
         (
@@ -223,6 +224,9 @@ def test_a_folder_must_be_one_data_set(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"the splits train, test; name one of them"):
         load_traces(tmp_path / "two")
     assert load_traces(tmp_path / "two" / "test")["completion"] == ["a"]
+    next((tmp_path / "two" / "test").glob("*.arrow")).write_bytes(b"no arrow")
+    with pytest.raises(DataError, match="this data set cannot be read"):
+        load_traces(tmp_path / "two" / "test")
 
 
 def test_a_prompt_that_is_already_answered_is_none(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def test_every_prompt_is_answered_samples_times(tmp_path: Path) -> None:
         "rows": 15,
         "made": 15,
         "truncated": 3,
+        "empty": 0,
         "mean_tokens": pytest.approx((3 * (1 + 2 + 3 + 4) + 1 + 2 + 3) / 15),
     }
     loaded = load_traces(output)
@@ -118,6 +119,17 @@ def test_plain_prompts_give_plain_traces(tmp_path: Path) -> None:
     summary = make_traces(prompts, output, say, settings)
     assert summary.mean_tokens is None
     assert load_traces(output).to_list() == [{"prompt": "1+2=", "completion": "3"}]
+
+
+def test_empty_responses_are_kept_and_counted(tmp_path: Path) -> None:
+    output = tmp_path / "traces.jsonl"
+
+    def half_silent(prompts: Sequence[Any], seeds: Sequence[int]) -> list[Said]:
+        return [Said("" if index % 2 else "3", 0, False) for index, _ in enumerate(prompts)]
+
+    assert run(output, half_silent).empty == 7
+    with pytest.warns(UserWarning, match="skipped: 7 of 15 rows"):
+        assert len(load_traces(output, skip_bad_rows=True)) == 8
 
 
 def test_plain_settings_render_the_prompt(tmp_path: Path) -> None:

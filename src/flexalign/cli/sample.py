@@ -129,6 +129,8 @@ def sample(
         f"{escape(str(output))}: {summary.rows} traces of {summary.prompts} prompts, "
         f"{summary.made} made now; mean tokens {tokens}, cut off {summary.truncated}."
     )
+    if summary.empty:
+        console.print(f"{summary.empty} responses are empty; train with --skip-bad-rows.")
 
 
 def _refuse(options: Mapping[str, object | None], where: str) -> None:

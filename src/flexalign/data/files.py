@@ -170,6 +170,10 @@ def _saved_rows(path: Path) -> Iterator[Row]:
             f"{path}: this folder is not a data set written by datasets' save_to_disk; "
             f"give {_READABLE}."
         ) from error
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path}: this data set cannot be read ({error}); copy it again."
+        ) from error
     if isinstance(saved, datasets.DatasetDict):
         splits = list(saved)
         if len(splits) != 1:

@@ -134,7 +134,7 @@ def _normal_message(where: str, message: Any) -> dict[str, str]:
     if not isinstance(message, dict):
         raise Unusable(f"{where} is not a message with a role and a content")
     role = message.get("role", message.get("from"))
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise Unusable(f"{where} has the unknown role {role!r}")
     if message.get("tool_calls"):
         raise Unusable(f"{where} calls tools, which is not supported")

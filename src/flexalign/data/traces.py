@@ -94,6 +94,7 @@ class TraceSummary:
         rows: Rows in the file.
         made: Rows that this run added.
         truncated: Rows cut off by `max_new_tokens`.
+        empty: Rows whose response has no text; `load_traces` counts them as bad rows.
         mean_tokens: Mean length of the responses, in tokens; None if no length is known.
     """
 
@@ -101,6 +102,7 @@ class TraceSummary:
     rows: int
     made: int
     truncated: int
+    empty: int
     mean_tokens: float | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -283,8 +285,14 @@ def _summarise(output: Path, prompts: int, made: int) -> TraceSummary:
         rows=len(rows),
         made=made,
         truncated=sum(row["truncated"] for row in rows),
+        empty=sum(not _response(row).strip() for row in rows),
         mean_tokens=sum(lengths) / len(lengths) if lengths else None,
     )
+
+
+def _response(row: dict[str, Any]) -> str:
+    completion = row["completion"]
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
 def _read(output: Path) -> Iterator[dict[str, Any]]:
