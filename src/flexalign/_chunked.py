@@ -172,16 +172,17 @@ def _divergence(
         terms = log_s.sub_(log_t).mul_(s)
         kl = terms.sum(-1, keepdim=True)
         return kl.sum(), terms.addcmul_(s, kl, value=-1)
-    # log m/s from log t/s alone, so that nothing large cancels; gradient (1−β)·s·(log s/m − KL(s‖m))
+    # With x = log t/s: log m/s = softplus(x + logit β) + log(1−β). The constant is left out of the
+    # gradient, (1−β)·s·(log s/m − KL(s‖m)), where it would only cancel.
     t = torch.exp(log_t, out=two)
-    t_over_s = log_t.sub_(log_s)
-    m_over_s = torch.add(t_over_s, math.log(beta), out=one)
-    torch.logaddexp(m_over_s, m_over_s.new_tensor(math.log1p(-beta)), out=m_over_s)
-    from_teacher = t_over_s.sub_(m_over_s).mul_(t).sum()
+    x = log_t.sub_(log_s)
+    softplus = torch.add(x, math.log(beta) - math.log1p(-beta), out=one)
+    torch.logaddexp(softplus, softplus.new_zeros(()), out=softplus)
+    from_teacher = x.sub_(softplus).mul_(t).sum()
     s = log_s.exp_()
-    terms = m_over_s.neg_().mul_(s)
+    terms = softplus.neg_().mul_(s)
     kl = terms.sum(-1, keepdim=True)
-    value = beta * from_teacher + (1 - beta) * kl.sum()
+    value = beta * from_teacher + (1 - beta) * kl.sum() - len(s) * math.log1p(-beta)
     return value, terms.addcmul_(s, kl, value=-1).mul_(1 - beta)
 
 
