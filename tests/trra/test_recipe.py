@@ -48,7 +48,7 @@ def test_overrides_win_over_the_file_and_options_over_both(tmp_path: Path) -> No
     assert recipe.training == {"max_steps": 7, "seed": 3}
     assert (recipe.lam, recipe.output, recipe.gate) == (3.0, "elsewhere", 0.01)
     lora = recipe.peft_config()
-    assert (lora.r, lora.target_modules, str(lora.task_type.value)) == (
+    assert (lora.r, lora.target_modules, lora.task_type) == (
         2,
         "all-linear",
         "CAUSAL_LM",
