@@ -21,6 +21,17 @@ def test_a_family_that_leaks_is_refused_by_role_and_name(family: str) -> None:
         require_packable(models)
 
 
+@pytest.mark.parametrize("family", ["bloom", "jamba", "falcon"])
+def test_half_precision_hides_no_small_leak(family: str) -> None:
+    with pytest.raises(UnsupportedModelError, match="packing: false"):
+        require_packable({"reference": family_model(family).to(torch.bfloat16)})
+
+
+def test_a_family_that_cannot_run_packed_rows_is_refused_alike() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"qwen3_next\) cannot run packed"):
+        require_packable({"reference": family_model("qwen3_next")})
+
+
 def test_half_precision_has_its_own_rounding(tiny_model: Callable[..., PreTrainedModel]) -> None:
     require_packable({"student": tiny_model().to(torch.bfloat16)})
 
