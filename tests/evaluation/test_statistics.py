@@ -144,6 +144,21 @@ def test_a_paired_difference_of_shares_is_covered_near_the_end() -> None:
     assert np.mean([high - low for low, _, high in intervals]) < 0.1
 
 
+def test_ends_of_a_paired_interval_are_where_the_score_test_turns() -> None:
+    n, b, c = 50, 12, 2
+    first = [1] * b + [0] * c + [1] * (n - b - c)
+    second = [0] * b + [1] * c + [1] * (n - b - c)
+    low, mean, high = paired_difference_interval(first, range(n), second, range(n))
+    assert mean == pytest.approx((b - c) / n)
+    for end, sign in ((low, 1), (high, -1)):
+        # The likelihood of the three cells given the difference, maximised on a fine grid.
+        q = np.linspace(max(0.0, -end), (1 - end) / 2, 400_001)[1:-1]
+        likelihood = b * np.log(q + end) + c * np.log(q) + (n - b - c) * np.log(1 - 2 * q - end)
+        best = float(q[likelihood.argmax()])
+        score = (b - c - n * end) / math.sqrt(n * (2 * best + end * (1 - end)))
+        assert score == pytest.approx(sign * t_quantile(0.95, n - 1), abs=1e-3)
+
+
 def test_two_systems_that_never_disagree_may_still_differ() -> None:
     low, mean, high = paired_difference_interval([1] * 100, range(100), [1] * 100, range(100))
     t2 = t_quantile(0.95, 99) ** 2
