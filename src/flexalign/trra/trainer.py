@@ -18,6 +18,7 @@ from trl import SFTTrainer
 from flexalign.errors import ConfigError
 from flexalign.pairing import ModelPair
 from flexalign.trra.assembly import assemble
+from flexalign.trra.checkpoints import SealedCheckpoints
 from flexalign.trra.config import TrRaConfig
 from flexalign.trra.forward import inner_model
 from flexalign.trra.meter import Meter
@@ -27,7 +28,7 @@ from flexalign.trra.probes import require_packable
 __all__ = ["TrRaTrainer"]
 
 
-class TrRaTrainer(SFTTrainer):  # type: ignore[misc]
+class TrRaTrainer(SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
     """Train a student towards the fusion of a reference and an aligned model.
 
     Example::
@@ -48,7 +49,7 @@ class TrRaTrainer(SFTTrainer):  # type: ignore[misc]
     Every log line has `divergence` (nats per response token), `lambda`, `kl_reference` and
     `kl_aligned` (KL of the student to either model, nats per token) and `tokens_seen` (input
     tokens without padding since step 0; it lives in the trainer's state, so a resumed run goes on
-    counting).
+    counting). Checkpoints are sealed by a manifest: see `flexalign.trra.checkpoints`.
 
     Args:
         model: Where the student starts. None: at the reference, as in the paper.
