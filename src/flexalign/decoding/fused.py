@@ -1,0 +1,147 @@
+"""Transformers' own ``generate``, for models whose forward returns fused logits.
+
+Two models, or one model with an adapter stream, decode by the same loop: the one in transformers,
+with its sampling options, beams, stop strings and streamers. What is added here is λ: fixed for
+every prompt before ``generate`` repeats rows, and handed to ``forward`` at every step.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+
+from flexalign.data.thinking import ThinkingTags
+from flexalign.decoding.dials import RowDials, TagTokens
+from flexalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["FusedDecoding"]
+
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+_INNER_OUTPUTS = ("output_hidden_states", "output_attentions")
+
+
+class FusedDecoding(GenerationMixin):  # type: ignore[misc]
+    """`generate` with a λ, for a module whose ``forward`` takes ``lam`` and ``gate``.
+
+    A subclass says which transformers model leads (its configuration, its way of preparing
+    inputs), what λ is meant where none is given, and what else its forward needs.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase | None" = None
+    thinking_tags: ThinkingTags | None = None
+
+    @property
+    def _leader(self) -> "PreTrainedModel":
+        raise NotImplementedError
+
+    def _default_dial(self) -> Any:
+        raise NotImplementedError
+
+    def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
+        """Return what ``forward`` needs besides λ, such as a cache, for these prompts."""
+        raise NotImplementedError
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        lam: Any = None,
+        policy: Any = None,
+        gate: float | None = None,
+        **options: Any,
+    ) -> Any:
+        """Generate as transformers does, every prompt by its own λ.
+
+        Args:
+            inputs: Prompts, shape ``(B, T)``, left padded; or ``input_ids`` among the options.
+            lam: A number, a schedule over the generated token's index (first 0), a policy, a list
+                with one of these for each prompt, or a tensor ``(B,)``, or ``(B, K)`` with λ by
+                generated token. The model's default λ if not given.
+            policy: The same as ``lam``, under the name that a policy goes by.
+            gate: As in :func:`flexalign.fusion.fuse`.
+            **options: Whatever transformers' ``generate`` takes, assisted decoding and caches
+                other than the dynamic one excepted.
+
+        Returns:
+            What transformers' ``generate`` returns.
+
+        Raises:
+            LambdaError: If a λ is not finite, or their number is not that of the prompts.
+            ConfigError: If an option is not available here.
+        """
+        if lam is not None and policy is not None:
+            raise ConfigError("give lam or policy, not both: they are two names of one dial.")
+        ids = inputs if inputs is not None else options.get("input_ids")
+        prompts = ids if ids is not None else options.get("inputs_embeds")
+        if prompts is None:
+            raise ConfigError("generate needs input_ids: the prompts, shape (B, T).")
+        dial = policy if lam is None else lam
+        dials = RowDials.of(self._default_dial() if dial is None else dial, len(prompts))
+        self._check_options(options)
+        options |= self._decoding_inputs(dials, options)
+        return super().generate(
+            inputs,
+            dials=dials,
+            dial_rows=torch.arange(len(prompts)),
+            prompt_tokens=0 if ids is None else ids.shape[1],
+            tags=self._tag_tokens(options) if dials.follow_thinking else None,
+            gate=gate,
+            **options,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        *,
+        dials: RowDials,
+        dial_rows: Tensor,
+        prompt_tokens: int,
+        tags: TagTokens | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Look up each row's λ for the next token; the rest is the leading model's own way."""
+        index = max(0, input_ids.shape[1] - prompt_tokens)
+        lam = dials.at(dial_rows, index, input_ids, tags)
+        prepared: dict[str, Any] = self._leader.prepare_inputs_for_generation(
+            input_ids, lam=lam, **kwargs
+        )
+        return prepared
+
+    def _setting(self, name: str, options: dict[str, Any]) -> Any:
+        """Return an option of ``generate``, given directly or in a generation config."""
+        configs = (options.get("generation_config"), self.generation_config)
+        given = [options.get(name), *(getattr(config, name, None) for config in configs)]
+        return next((value for value in given if value is not None), None)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        for name in _ASSISTED:
+            if self._setting(name, options):
+                raise ConfigError(
+                    f"assisted decoding ({name}) is not available for fused models: the drafts "
+                    "would have to be verified in both; leave it out."
+                )
+        cache = self._setting("cache_implementation", options)
+        if cache not in (None, "hybrid"):
+            raise ConfigError(
+                f"cache_implementation={cache!r} is not available for fused models, which build "
+                "their own dynamic cache; leave it out."
+            )
+        for name in _INNER_OUTPUTS:
+            if self._setting(name, options):
+                raise ConfigError(
+                    f"{name} is not available for fused models, which have two of each; "
+                    "run the models one by one for them."
+                )
+
+    def _tag_tokens(self, options: dict[str, Any]) -> TagTokens:
+        tokenizer = options.get("tokenizer") or self.tokenizer
+        if tokenizer is None:
+            raise ConfigError("a thinking schedule needs the tokenizer: pass tokenizer=….")
+        if self._setting("prefill_chunk_size", options):
+            raise ConfigError("a thinking schedule needs the prompt whole; no prefill_chunk_size.")
+        tags = self.thinking_tags or ThinkingTags.detect(tokenizer) or ThinkingTags()
+        return TagTokens(tokenizer, tags)
