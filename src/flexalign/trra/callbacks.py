@@ -47,7 +47,7 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
 
     The untrained student is measured before step 0 and the trained one after the last step. Rows
     go to ``curve.jsonl``: mean tokens, the share of truncated answers and, over the prompts with a
-    known answer, the share of right ones. The random state of the training is left as it was.
+    known answer, the share of right ones.
     """
 
     def __init__(
@@ -67,7 +67,8 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
             prompts: Text or lists of messages.
             known_answers: One per prompt, None where it is not known.
             every_steps: Steps between two measurements.
-            respond: Answers prompts with a model.
+            respond: Answers prompts with a model, and leaves its mode and all random state as
+                they were, so that watching changes nothing in the training.
             judge: Says whether an answer agrees with the known one.
             bracket: Low, mean and high of values, one per prompt; told whether they are yes/no.
             report: Is given each row.
@@ -99,15 +100,7 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
         return bool(state.global_step % self._every == 0 or state.global_step == state.max_steps)
 
     def _measure(self, curve: Path, step: int, model: Any) -> None:
-        training = model.training
-        model.eval()
-        devices = [model.device] if model.device.type == "cuda" else []
-        try:
-            with torch.random.fork_rng(devices=devices), torch.no_grad():
-                answers = self._respond(model, self._prompts)
-        finally:
-            model.train(training)
-        row = {"step": step, **self._figures(answers)}
+        row = {"step": step, **self._figures(self._respond(model, self._prompts))}
         with writing(CURVE, curve.parent), curve.open("a", encoding="utf-8") as file:
             file.write(_as_line(row))
         self._report(row)

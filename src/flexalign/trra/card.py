@@ -9,12 +9,12 @@ import yaml
 
 from flexalign.trra.recipe import Recipe
 
-__all__ = ["model_card", "tested_versions"]
+__all__ = ["model_card", "versions_in_use"]
 
 _PACKAGES = ("flexalign", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
-def tested_versions() -> dict[str, str]:
+def versions_in_use() -> dict[str, str]:
     """Versions of Python and of the packages that a run depends on."""
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
@@ -78,7 +78,7 @@ def model_card(
         "with",
         f"```yaml\n{recipe.to_yaml()}```",
         "## Versions",
-        _table(("package", "version"), list(tested_versions().items())),
+        _table(("package", "version"), list(versions_in_use().items())),
         _usage(recipe),
     ]
     return "\n\n".join(parts) + "\n"

@@ -1,0 +1,157 @@
+"""What ``flexalign realign`` does before training: read, check, and show on request."""
+
+import math
+from typing import Any
+
+from datasets import Dataset
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+from safetensors import safe_open
+
+from flexalign.cli._shared import console, print_json, result_console
+from flexalign.cli._training import read_watched
+from flexalign.data import Lengths, load_traces, measure_lengths, split_tokens
+from flexalign.loading import load_config, load_tokenizer, resolve
+from flexalign.trra.estimate import count_parameters, estimate_memory
+from flexalign.trra.recipe import Recipe
+from flexalign.trra.rounds import effective_lambda
+from flexalign.trra.run import Realignment
+
+__all__ = ["prepare", "preview"]
+
+_SAMPLES = 2
+
+
+def prepare(
+    recipe: Recipe, *, command: str, extrapolate: bool, skip_bad_rows: bool
+) -> tuple[Realignment, Lengths, Any]:
+    """Read and check everything that needs no weights.
+
+    Returns:
+        The run, the lengths of its data, and the prompts to watch (None if there are none).
+    """
+    tokenizer = load_tokenizer(recipe.reference)
+    traces = load_traces(recipe.data, skip_bad_rows=skip_bad_rows)
+    arguments = recipe.training_arguments(recipe.output)
+    lengths = measure_lengths(traces, tokenizer, arguments.max_length)
+    watched = read_watched(recipe.watch) if recipe.watch else None
+    run = Realignment(
+        recipe,
+        traces,
+        tokenizer,
+        command=command,
+        extrapolate=extrapolate,
+        say=lambda line: console.print(escape(line), soft_wrap=True),
+    )
+    return run, lengths, watched
+
+
+def preview(run: Realignment, lengths: Lengths, *, as_json: bool) -> None:
+    """Show what a run would do: two samples, the data's sizes, steps and memory."""
+    facts = _facts(run, lengths)
+    samples = _samples(run)
+    if as_json:
+        print_json(facts | {"samples": samples})
+        return
+    for number, sample in enumerate(samples, start=1):
+        result_console.rule(f"sample {number}: dim is given, «bold» is trained on")
+        text = Text.assemble((sample["masked"], "dim"), ("«", "green"))
+        text.append(sample["trained"], "bold green").append("»", "green")
+        result_console.print(text, soft_wrap=True)
+    result_console.print(_table(facts))
+
+
+def _facts(run: Realignment, lengths: Lengths) -> dict[str, Any]:
+    recipe, arguments = run.recipe, run.recipe.training_arguments(run.recipe.output)
+    batch = (
+        arguments.per_device_train_batch_size
+        * arguments.gradient_accumulation_steps
+        * max(arguments.world_size, 1)
+    )
+    longest = min(lengths.longest, arguments.max_length or lengths.longest)
+    rows = lengths.rows
+    if arguments.packing:
+        longest = arguments.max_length
+        rows = math.ceil((lengths.prompt_tokens + lengths.response_tokens) / longest)
+    steps = arguments.max_steps
+    if steps <= 0:
+        steps = math.ceil(math.ceil(rows / batch) * arguments.num_train_epochs)
+    return {
+        "reference": recipe.reference,
+        "aligned": recipe.aligned,
+        "lambda": recipe.lam,
+        "rounds": recipe.rounds,
+        "effective_lambda": effective_lambda(recipe.lam, recipe.rounds, extrapolate=True),
+        "output": recipe.output,
+        "output_state": run.state,
+        "data": {"path": recipe.data, **lengths.to_dict()},
+        "steps": steps,
+        "effective_batch": batch,
+        "epochs": round(steps * batch / rows, 3),
+        "trained_parameters": 0,
+        "memory_gib": {},
+    } | _memory(run, longest)
+
+
+def _memory(run: Realignment, longest: int) -> dict[str, Any]:
+    recipe, arguments = run.recipe, run.recipe.training_arguments(run.recipe.output)
+    config = load_config(recipe.reference)
+    sizes = count_parameters(config, recipe.peft_config())
+    need = estimate_memory(
+        config,
+        sizes,
+        aligned_parameters=_aligned_parameters(recipe.aligned),
+        rows=arguments.per_device_train_batch_size,
+        tokens=longest,
+        chunk_size=arguments.chunk_size,
+        half_precision=bool(arguments.bf16),
+        checkpointing=bool(arguments.gradient_checkpointing),
+    )
+    return {"trained_parameters": sizes.trainable, "memory_gib": need.to_gib()}
+
+
+def _aligned_parameters(name: str) -> int:
+    folder = resolve(name)
+    weights = folder / "adapter_model.safetensors"
+    if not weights.exists():
+        return count_parameters(load_config(name)).base
+    with safe_open(weights, "pt") as tensors:
+        return sum(
+            math.prod(tensors.get_slice(key).get_shape())
+            for key in tensors.keys()  # noqa: SIM118
+        )
+
+
+def _samples(run: Realignment) -> list[dict[str, str]]:
+    cut = run.recipe.training_arguments(run.recipe.output).max_length
+    rows: Dataset = run.traces.select(range(min(_SAMPLES, len(run.traces))))
+    samples = []
+    for prompt, response in split_tokens(rows, run.tokenizer):
+        kept = len(response) if cut is None else max(cut - len(prompt), 0)
+        masked, trained = run.tokenizer.decode(prompt[:cut]), run.tokenizer.decode(response[:kept])
+        samples.append({"masked": masked, "trained": trained})
+    return samples
+
+
+def _table(facts: dict[str, Any]) -> Table:
+    data, memory = facts["data"], facts["memory_gib"]
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    rows = {
+        "reference, aligned": f"{facts['reference']}, {facts['aligned']}",
+        "λ": f"{facts['lambda']}",
+        "rows": f"{data['rows']:,}, of which {data['kept']:,} keep response tokens and "
+        f"{data['truncated']:,} are shortened by the cut-off",
+        "tokens": f"{data['prompt_tokens']:,} prompt, {data['response_tokens']:,} response; "
+        f"rows of {data['shortest']:,} to {data['longest']:,}",
+        "steps": f"{facts['steps']:,} of {facts['effective_batch']} rows, {facts['epochs']} epochs",
+        "trained": f"{facts['trained_parameters']:,} parameters",
+        "memory": f"about {memory['total']:.3g} GiB: "
+        + ", ".join(f"{name} {size:.3g}" for name, size in memory.items() if name != "total"),
+        "output": f"{facts['output']} ({facts['output_state']})",
+    }
+    if facts["rounds"] > 1:
+        rows["λ"] += f", {facts['rounds']} rounds: effective {facts['effective_lambda']:g}"
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    return table

@@ -1,0 +1,108 @@
+"""What the training commands share: a progress line, and a watcher of the student's answers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from flexalign.cli._shared import console
+from flexalign.data import load_prompts
+from flexalign.decoding.responses import generate_responses
+from flexalign.evaluation.grading import grade
+from flexalign.evaluation.statistics import clustered_interval
+from flexalign.trra.callbacks import Answer, Watcher
+from flexalign.trra.recipe import Watch
+
+__all__ = ["StepProgress", "make_watcher", "read_watched"]
+
+_SHOWN = ("divergence", "lambda", "kl_reference", "kl_aligned")
+
+
+class StepProgress(TrainerCallback):  # type: ignore[misc]
+    """A bar over the steps on stderr, with the last logged figures beside it."""
+
+    def __init__(self, name: str = "steps") -> None:
+        columns = (
+            TextColumn(name),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+        )
+        self._bar = Progress(*columns, console=console)
+        self._task = self._bar.add_task(name, figures="")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the bar."""
+        if state.is_world_process_zero:
+            self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
+            self._bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move it."""
+        self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Show the latest figures."""
+        values = {name: (logs or {}).get(name) for name in _SHOWN}
+        text = "  ".join(
+            f"{name} {value:.4g}" for name, value in values.items() if value is not None
+        )
+        if text:
+            self._bar.update(self._task, figures=text)
+
+    def close(self) -> None:
+        """Take the bar off the screen's bottom line; what it showed stays."""
+        self._bar.stop()
+
+
+def read_watched(watch: Watch) -> tuple[list[Any], list[str | None]]:
+    """Read the prompts to watch, the first ones of the file, with their answers where known."""
+    rows = load_prompts(watch.prompts)
+    rows = rows.select(range(min(watch.samples, len(rows))))
+    answers = rows["answer"] if "answer" in rows.column_names else [None] * len(rows)
+    return list(rows["prompt"]), list(answers)
+
+
+def make_watcher(
+    watch: Watch, watched: tuple[list[Any], list[str | None]], tokenizer: Any
+) -> Watcher:
+    """Join generator, grader and interval into the callback that measures the student."""
+
+    def respond(model: Any, prompts: Sequence[Any]) -> Sequence[Answer]:
+        return generate_responses(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=watch.max_new_tokens,
+            temperature=watch.temperature,
+            batch_size=watch.batch_size,
+            use_cache=True,
+        )
+
+    def judge(answer: Answer, known: str) -> bool:
+        return grade(answer.text, known, truncated=answer.truncated).correct
+
+    def bracket(values: Sequence[float], share: bool) -> tuple[float, float, float]:
+        return clustered_interval(values, range(len(values)), share=share)
+
+    def report(row: dict[str, Any]) -> None:
+        accuracy = f", accuracy {row['accuracy']:.3f}" if "accuracy" in row else ""
+        console.print(
+            f"step {row['step']}: {row['tokens']:.1f} tokens per answer, "
+            f"{row['truncated']:.1%} truncated{accuracy}"
+        )
+
+    prompts, answers = watched
+    return Watcher(
+        prompts,
+        answers,
+        every_steps=watch.every_steps,
+        respond=respond,
+        judge=judge,
+        bracket=bracket,
+        report=report,
+    )

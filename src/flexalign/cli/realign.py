@@ -1,0 +1,184 @@
+"""``flexalign realign``: train a student to be the pair at a λ of your choice."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from flexalign.cli._shared import console, parse_lambdas, print_json
+
+if TYPE_CHECKING:
+    from flexalign.trra.recipe import Recipe
+    from flexalign.trra.run import Outcome, Realignment
+
+
+def realign(
+    recipe: Annotated[Path, typer.Argument(help="YAML file; the keys are described above.")],
+    lam: Annotated[
+        str | None,
+        typer.Option("--lambda", help="λ instead of the recipe's: a number, or a JSON schedule."),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Output folder instead of the recipe's.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other key, such as training.max_steps=100; repeatable."),
+    ] = None,
+    merge: Annotated[
+        bool,
+        typer.Option("--merge", help="Save a LoRA student as a plain model too, in OUTPUT/merged."),
+    ] = False,
+    extrapolate: Annotated[
+        bool, typer.Option("--extrapolate", help="Allow rounds beyond an effective λ of 4.")
+    ] = False,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show samples, sizes, steps and memory; load no weights."),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON, alone, on stdout.")
+    ] = False,
+) -> None:
+    """Train a student towards the fusion of a reference and an aligned model (TrRa).
+
+    A recipe is a YAML file; only the first five keys are needed:
+
+    \b
+      reference: miniature:reference  # path or known name: λ = 0
+      aligned: miniature:aligned      # the same, or a PEFT adapter on the reference: λ = 1
+      data: traces.jsonl              # prompts with responses, see flexalign sample
+      output: out/realigned           # holds one run; started again, the run goes on
+      lambda: 2.0                     # or {kind: linear, start: 0, end: 2, steps: 200}
+      gate: null                      # e.g. 0.01: extrapolate only where the pair differs
+      divergence: reverse             # or forward, jsd (with beta)
+      rounds: 1                       # k: TrRa-iter, each round from the last one's result
+      lora: {r: 16}                   # fields of peft.LoraConfig; absent: all weights
+      watch:                          # let the student answer prompts while it learns
+        prompts: questions.jsonl      # rows with an answer give an accuracy too
+        every_steps: 50               # also before step 0 and after the last
+        samples: 32                   # how many of the prompts
+        max_new_tokens: 512
+        temperature: 1.0
+        batch_size: 32
+      training:                       # any field of trl.SFTConfig
+        max_steps: 200
+        learning_rate: 2.0e-5
+        max_length: 8192
+
+    Look first: [cyan]flexalign realign recipe.yaml --dry-run[/cyan]
+
+    Then: [cyan]flexalign realign recipe.yaml --lambda 2 --set training.max_steps=100[/cyan]
+
+    Ctrl-C saves a checkpoint at the end of the step; the same command goes on from there.
+    """
+    from flexalign.trra.recipe import Recipe
+
+    plan = Recipe.load(
+        recipe,
+        overrides=assignments or (),
+        lam=_parse_lambda(lam),
+        output=output,
+        merge=merge or None,
+    )
+    _quieten_libraries()
+
+    from flexalign.cli._realign import prepare, preview
+
+    run, lengths, watched = prepare(
+        plan,
+        command=shlex.join(["flexalign", *sys.argv[1:]]),
+        extrapolate=extrapolate,
+        skip_bad_rows=skip_bad_rows,
+    )
+    if dry_run:
+        preview(run, lengths, as_json=as_json)
+        return
+    _announce(run)
+    outcome = _train(run, watched)
+    if as_json:
+        print_json(outcome.to_dict())
+    _summarise(plan, outcome)
+
+
+def _parse_lambda(text: str | None) -> Any:
+    if text is None or text.lstrip().startswith("{"):
+        return text
+    values = parse_lambdas(text)
+    return values[0] if len(values) == 1 else values
+
+
+def _quieten_libraries() -> None:
+    """Keep other libraries' notices off the terminal: ours say what matters."""
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+def _announce(run: "Realignment") -> None:
+    from flexalign.trra.rounds import effective_lambda
+
+    recipe = run.recipe
+    if run.state == "done":
+        console.print(f"{escape(recipe.output)} holds this run already, finished.")
+    elif recipe.rounds > 1:
+        effective = effective_lambda(recipe.lam, recipe.rounds, extrapolate=True)
+        console.print(f"{recipe.rounds} rounds; effective λ = λ^{recipe.rounds} = {effective:g}")
+
+
+def _train(run: "Realignment", watched: Any) -> "Outcome":
+    from flexalign.cli._training import StepProgress, make_watcher
+    from flexalign.trra.callbacks import StopOnSignal
+    from flexalign.trra.run import Stopped
+
+    bars: list[StepProgress] = []
+
+    def callbacks(round_: Any) -> list[Any]:
+        name = f"round {round_.number}" if run.recipe.rounds > 1 else "steps"
+        bars.append(StepProgress(name))
+        watch = run.recipe.watch
+        watcher = [make_watcher(watch, watched, run.tokenizer)] if watch else []
+        return [*watcher, bars[-1]]
+
+    try:
+        return run.run(callbacks, StopOnSignal())
+    except Stopped as stop:
+        console.print(
+            f"stopped after {escape(str(stop.checkpoint))}; "
+            "give the same command again to go on from there."
+        )
+        raise typer.Exit(130) from None
+    finally:
+        for bar in bars:
+            bar.close()
+
+
+def _summarise(recipe: "Recipe", outcome: "Outcome") -> None:
+    console.print(f"the realigned model: [bold]{escape(str(outcome.output))}[/bold]")
+    if outcome.merged:
+        console.print(f"as a plain model:    {escape(str(outcome.merged))}")
+    if len(outcome.curve) > 1:
+        first, last = outcome.curve[0], outcome.curve[-1]
+        cut = 1 - last["tokens"] / first["tokens"] if first["tokens"] else 0.0
+        accuracy = (
+            f", accuracy {first['accuracy']:.3f} → {last['accuracy']:.3f}"
+            if "accuracy" in first and "accuracy" in last
+            else ""
+        )
+        console.print(
+            f"tokens per answer:   {first['tokens']:.1f} → {last['tokens']:.1f} "
+            f"({cut:+.1%} cut){accuracy}"
+        )
+    model = shlex.quote(str(outcome.merged or outcome.output))
+    console.print(
+        f"next: [cyan]flexalign inspect {escape(model)}[/cyan], "
+        f"[cyan]flexalign sample {escape(model)} --prompts questions.jsonl -o answers.jsonl[/cyan]"
+    )
