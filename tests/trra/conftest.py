@@ -116,7 +116,7 @@ def make_trainer(
 
     def make(train_dataset: Dataset | None = None, *, models: Any = None, **options: Any) -> Any:
         chosen = models or {
-            "model": copy.deepcopy(modules.reference),
+            "model": copy.deepcopy(modules.reference).requires_grad_(True),
             "reference": modules.reference,
             "aligned": modules.aligned,
         }

@@ -220,6 +220,11 @@ def _parts(
     aligned: tuple[nn.Module, tuple[str, ...] | None],
 ) -> Parts:
     require_plain_head(student)
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ConfigError(
+            "no weight of the student is trainable (a teacher's copy is frozen like it); call "
+            "requires_grad_(True) on the model, or give a peft_config."
+        )
     forms: dict[int, HeadForm] = {}
     for model in (student, reference[0], aligned[0]):
         if id(model) not in forms:
