@@ -7,8 +7,8 @@ from datasets import Dataset
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
-from safetensors import safe_open
 
+from flexalign._weights import tensor_infos
 from flexalign.cli._shared import console, print_json, result_console
 from flexalign.cli._training import read_watched
 from flexalign.data import Lengths, load_traces, measure_lengths, split_tokens
@@ -112,15 +112,10 @@ def _memory(run: Realignment, longest: int) -> dict[str, Any]:
 
 
 def _aligned_parameters(name: str) -> int:
-    folder = resolve(name)
-    weights = folder / "adapter_model.safetensors"
-    if not weights.exists():
-        return count_parameters(load_config(name)).base
-    with safe_open(weights, "pt") as tensors:
-        return sum(
-            math.prod(tensors.get_slice(key).get_shape())
-            for key in tensors.keys()  # noqa: SIM118
-        )
+    source = resolve(name)
+    if not source.is_adapter:
+        return count_parameters(load_config(source)).base
+    return sum(math.prod(info.shape) for info in tensor_infos(source.path).values())
 
 
 def _samples(run: Realignment) -> list[dict[str, str]]:

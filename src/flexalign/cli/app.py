@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from flexalign._version import __version__
 from flexalign.cli._shared import console
+from flexalign.cli.realign import realign
 from flexalign.cli.sample import sample
 from flexalign.errors import FlexAlignError
 
@@ -46,6 +47,7 @@ def _root(
     """
 
 
+app.command()(realign)
 app.command()(sample)
 
 

@@ -51,18 +51,18 @@ def realign(
     A recipe is a YAML file; only the first five keys are needed:
 
     \b
-      reference: miniature:reference  # path or known name: λ = 0
-      aligned: miniature:aligned      # the same, or a PEFT adapter on the reference: λ = 1
-      data: traces.jsonl              # prompts with responses, see flexalign sample
-      output: out/realigned           # holds one run; started again, the run goes on
-      lambda: 2.0                     # or {kind: linear, start: 0, end: 2, steps: 200}
-      gate: null                      # e.g. 0.01: extrapolate only where the pair differs
+      reference: miniature:reference  # λ = 0: path or known name
+      aligned: miniature:aligned      # λ = 1: or a PEFT adapter on the reference
+      data: traces.jsonl              # prompts with responses (flexalign sample)
+      output: out/realigned           # one run; started again, it goes on
+      lambda: 2.0                     # or {kind: linear, start: 0, end: 2, …}
+      gate: null                      # 0.01: beyond 1 only where both differ
       divergence: reverse             # or forward, jsd (with beta)
-      rounds: 1                       # k: TrRa-iter, each round from the last one's result
-      lora: {r: 16}                   # fields of peft.LoraConfig; absent: all weights
-      watch:                          # let the student answer prompts while it learns
+      rounds: 1                       # k: TrRa-iter, each on the one before
+      lora: {r: 16}                   # of peft.LoraConfig; absent: all weights
+      watch:                          # the student answers while it learns
         prompts: questions.jsonl      # rows with an answer give an accuracy too
-        every_steps: 50               # also before step 0 and after the last
+        every_steps: 50               # also before step 0 and at the end
         samples: 32                   # how many of the prompts
         max_new_tokens: 512
         temperature: 1.0
