@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from flexalign.errors import ConfigError
-from flexalign.loading import load_model, load_tokenizer
+from flexalign.loading import Source, load_model, load_tokenizer, resolve
 from flexalign.pairing import ModelPair
 from flexalign.trra.config import TrRaConfig
 from flexalign.trra.forward import HeadForm, inner_model, require_plain_head
@@ -30,7 +30,7 @@ STUDENT_ADAPTER = "default"
 
 ALIGNED_ADAPTER = "aligned"
 
-Model = str | Path | nn.Module
+Model = str | Path | Source | nn.Module
 
 
 @dataclass(frozen=True)
