@@ -458,3 +458,23 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         fused_divergence(**make_case().arguments() | {"lam": 2.0} | change)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cuda_equals_the_twin(kind: str, dtype: torch.dtype) -> None:
+    case = make_case(kind)
+    gate = 0.5 if kind == "gate" else None
+
+    def there(value: Any) -> Any:
+        if isinstance(value, Head):
+            bias = None if value.bias is None else value.bias.to("cuda", dtype)
+            return dataclasses.replace(value, weight=value.weight.to("cuda", dtype), bias=bias)
+        return value.cuda() if value.dtype == torch.bool else value.to("cuda", dtype)
+
+    case = Case(**{name: there(value) for name, value in case.arguments().items()})
+    found = with_gradients(case, lambda c: fused_divergence(**c.arguments(), lam=2.0, gate=gate))
+    expected = with_gradients(case, lambda c: twin(c, 2.0, "reverse", 1, gate))
+    assert_agree(found, expected, 5e-6 if dtype == torch.float32 else 1e-2)

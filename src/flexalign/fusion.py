@@ -226,7 +226,9 @@ def _is_ordinary(logits: Tensor, floor: float) -> bool:
     """Say whether nothing is masked, infinite or NaN, as in nearly every call."""
     if logits.numel() == 0:
         return True
-    return bool(torch.linalg.vector_norm(logits, math.inf) < min(_ORDINARY_LOGIT, -floor))
+    bound = min(_ORDINARY_LOGIT, -floor)
+    least, largest = torch.aminmax(logits)
+    return bool((least > -bound) & (largest < bound))
 
 
 def _ordinary(logits: Tensor) -> Tensor:

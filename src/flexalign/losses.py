@@ -119,7 +119,7 @@ def fused_divergence(
         num_items: The denominator: the number of counted positions across all accumulation steps
             and processes. None: those of this call.
         chunk_size: Tokens per chunk. Memory is about four matrices of ``chunk_size × V`` float32.
-        metrics: Also return :class:`DivergenceMetrics` (some 15 % more time).
+        metrics: Also return :class:`DivergenceMetrics` (about a quarter more time).
 
     Returns:
         The sum over counted positions divided by the denominator, in nats per token: a float32

@@ -1,0 +1,214 @@
+"""The chunked loss beside its peers: time, and peak memory above the inputs.
+
+Run it from the repository:
+
+    python benchmarks/loss.py             # the whole table, about ten minutes on one core
+    python benchmarks/loss.py --quick     # one small shape, a few seconds
+
+Peers, all given the same float32 hidden states and heads, forward and backward:
+
+* ``materialised``: the same reverse KL by log_softmax and autograd, logits in full;
+* ``released``: the formula of the paper's released code (forward KL, normalised over dim 1, batch
+  row 0 only), logits in full; it computes something else and is here for its cost;
+* ``trl``: TRL's chunked distillation loss, fed with the joined teacher [(1−λ)·h_ref, λ·h_al] and
+  [W_ref, W_al], which makes it the same reverse KL. The joined weight is made beforehand and not
+  counted. Its tiles are sized for GPUs; what is measured here is the CPU.
+
+Every shape runs in a process of its own, methods take turns, and a figure is the median of its
+runs. Time is CPU time, which other work on the machine disturbs least. Memory is the growth of the
+resident set, by the kernel's high-water mark; gradients count, inputs do not.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+from flexalign.fusion import concatenate_hidden, fuse
+from flexalign.losses import fused_divergence
+
+LAM = 2.0
+FULL = [
+    # T, V, H, runs of each method
+    (1024, 49152, 576, 3),
+    (2048, 49152, 576, 1),
+    (4096, 49152, 576, 3),
+    (8192, 49152, 576, 1),
+    (1024, 49152, 1536, 1),
+    (1024, 151936, 576, 1),
+    (1024, 151936, 1536, 1),
+]
+QUICK = [(1024, 8192, 256, 3)]
+RESULTS = Path(__file__).parent / "results" / "loss.md"
+MIB = 2**20
+
+
+class Inputs:
+    """Hidden states and heads of a student and two teachers."""
+
+    def __init__(self, T: int, V: int, H: int) -> None:
+        torch.manual_seed(0)
+        self.hidden = [torch.randn(1, T, H) for _ in range(3)]
+        self.heads = [torch.randn(V, H) / H**0.5 for _ in range(3)]
+        self.mask = torch.ones(1, T, dtype=torch.bool)
+        self.joined_head = torch.cat([self.heads[1], self.heads[2]], dim=1)
+        self.leaves = (self.hidden[0].requires_grad_(), self.heads[0].requires_grad_())
+
+
+def ours(x: Inputs) -> Tensor:
+    sides = [side for pair in zip(x.hidden, x.heads, strict=True) for side in pair]
+    return fused_divergence(*sides, x.mask, LAM)
+
+
+def teacher_logits(x: Inputs) -> Tensor:
+    with torch.no_grad():
+        return fuse(x.hidden[1] @ x.heads[1].mT, x.hidden[2] @ x.heads[2].mT, LAM)
+
+
+def materialised(x: Inputs) -> Tensor:
+    log_t = teacher_logits(x).log_softmax(-1)
+    log_s = (x.hidden[0] @ x.heads[0].mT).log_softmax(-1)
+    return (log_s.exp() * (log_s - log_t)).sum(-1).mean()
+
+
+def released(x: Inputs) -> Tensor:
+    t = teacher_logits(x).softmax(1)
+    log_s = (x.hidden[0] @ x.heads[0].mT).log_softmax(1)
+    return torch.nn.functional.kl_div(log_s[0], t[0], reduction="batchmean")
+
+
+def trl(x: Inputs) -> Tensor:
+    joined = concatenate_hidden(x.hidden[1][0], x.hidden[2][0], LAM)
+    divergence, _ = ChunkedDivergenceFunction.apply(
+        x.hidden[0][0], x.heads[0], None, joined, x.joined_head, None, 1.0
+    )
+    return divergence.mean()
+
+
+METHODS = {"ours": ours, "materialised": materialised, "released": released, "trl": trl}
+
+
+def resident(field: str) -> int:
+    """VmRSS, VmHWM or VmSize of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+def available() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def measure(method: Callable[[Inputs], Tensor], x: Inputs) -> dict[str, float]:
+    """One run: CPU seconds, MiB above what was there before, the loss."""
+    for leaf in x.leaves:
+        leaf.grad = None
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    start = time.process_time()
+    loss = method(x)
+    loss.backward()
+    seconds = time.process_time() - start
+    return {
+        "seconds": seconds,
+        "mib": (resident("VmHWM") - before) / MIB,
+        "loss": float(loss.detach()),
+    }
+
+
+def run_shape(T: int, V: int, H: int, runs: int, names: list[str]) -> dict[str, dict[str, float]]:
+    """Let the methods take turns at one shape; those that do not fit are left out."""
+    small = Inputs(8, 64, 16)
+    for name in names:  # what is loaded or set up once is no part of a run
+        METHODS[name](small)
+    x = Inputs(T, V, H)
+    limit = resident("VmSize") + available() - 1024 * MIB
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for _ in range(runs):
+        for name in list(found):
+            try:
+                found[name].append(measure(METHODS[name], x))
+            except (RuntimeError, MemoryError) as error:
+                if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
+                    raise
+                del found[name]
+    return {
+        name: {key: statistics.median(run[key] for run in runs_) for key in runs_[0]}
+        for name, runs_ in found.items()
+    }
+
+
+def in_own_process(shape: tuple[int, ...], options: list[str]) -> dict[str, dict[str, float]]:
+    command = [sys.executable, __file__, "--shape", json.dumps(shape), *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    result: dict[str, dict[str, float]] = json.loads(done.stdout)
+    return result
+
+
+def table(shapes: list[tuple[int, ...]], names: list[str], threads: int) -> str:
+    lines = [
+        "| T | V | H | runs | method | CPU seconds | peak extra MiB | time, ours = 1 | memory, ours = 1 |",
+        "|--:|--:|--:|--:|---|--:|--:|--:|--:|",
+    ]
+    print("\n".join(lines), flush=True)
+    for shape in shapes:
+        found = in_own_process(shape, ["--threads", str(threads), "--methods", *names])
+        base = found["ours"]
+        for name in names:
+            row = "| " + " | ".join(str(part) for part in shape) + f" | {name} | "
+            if name not in found:
+                row += f"does not fit | > {available() / MIB - 1024:.0f} | | |"
+            else:
+                one = found[name]
+                row += (
+                    f"{one['seconds']:.2f} | {one['mib']:.0f} | "
+                    f"{one['seconds'] / base['seconds']:.2f} | {one['mib'] / base['mib']:.2f} |"
+                )
+                if name in ("materialised", "trl"):
+                    assert abs(one["loss"] / base["loss"] - 1) < 1e-4, (name, one, base)
+            print(row, flush=True)
+            lines.append(row)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one small shape, nothing written")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--shape", type=json.loads, help="[T, V, H, runs]; prints JSON")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.shape:
+        print(json.dumps(run_shape(*arguments.shape, arguments.methods)))
+        return
+    shapes = QUICK if arguments.quick else FULL
+    text = table(shapes, arguments.methods, arguments.threads)
+    if arguments.quick:
+        return
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(
+        "# The chunked loss beside its peers\n\n"
+        f"`python benchmarks/loss.py`, torch {torch.__version__}, {platform.machine()}, "
+        f"{arguments.threads} thread, {available() / 2**30:.0f} GiB free. Forward and backward, "
+        "float32, λ = 2, reverse KL, chunks of 256 tokens.\n\n" + text + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
