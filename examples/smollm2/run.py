@@ -1,0 +1,172 @@
+"""A real model: SmolLM2-135M, a concise version of it, and students at several λ.
+
+    python examples/smollm2/run.py --data instructions.json            # about half an hour
+    python examples/smollm2/run.py --data instructions.json --quick    # about five minutes
+
+Stages whose result is there are passed over, so a run that was broken off goes on where it stopped.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from align import train_aligned
+from concise import read_rows, split, write_rows
+from report import make_report
+
+HERE = Path(__file__).parent
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is done.
+
+    Attributes:
+        held_out: Prompts of the measurements.
+        traces: Prompts of the traces that the students learn from.
+        trace_tokens: Where a trace is cut off.
+        aligned_steps: Steps of the aligned model's training.
+        realign_steps: Steps of each student's training.
+        answer_tokens: Where a measured answer is cut off.
+        lams: λ of the students.
+    """
+
+    held_out: int
+    traces: int
+    trace_tokens: int
+    aligned_steps: int
+    realign_steps: int
+    answer_tokens: int
+    lams: tuple[float, ...]
+
+
+FULL = Sizes(80, 240, 96, 60, 40, 256, (0.5, 1.0, 2.0))
+QUICK = Sizes(24, 48, 64, 20, 12, 128, (2.0,))
+
+
+def main() -> None:
+    """Run what is missing and write the report."""
+    options = _parse_arguments()
+    sizes = QUICK if options.quick else FULL
+    reference, output = options.reference, options.output
+    output.mkdir(parents=True, exist_ok=True)
+    _claim(output, {"reference": reference, "seed": SEED, **asdict(sizes)})
+    start = time.monotonic()
+    with _stage("split the data"):
+        _split(options.data, output, sizes)
+    with _stage("train the aligned model"):
+        _align(reference, output, sizes)
+    with _stage("make traces with the reference"):
+        _make_traces(reference, output, sizes)
+    models = {"reference": reference, "aligned": output / "aligned" / "merged"}
+    for lam in sizes.lams:
+        with _stage(f"realign at λ = {lam:g}"):
+            _realign(reference, lam, output, sizes)
+        models[f"lambda={lam:g}"] = output / f"lambda={lam:g}" / "merged"
+    for name, model in models.items():
+        with _stage(f"answers of {name}"):
+            _answer(name, model, output, sizes)
+    with _stage("measure"):
+        make_report(output, reference, sizes.lams)
+    print(f"\n{output / 'report.md'}; {(time.monotonic() - start) / 60:.1f} minutes")
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=os.environ.get("FLEXALIGN_DATA"),
+        help="prompts with answers, such as an Alpaca file (default: $FLEXALIGN_DATA)",
+    )
+    parser.add_argument("--output", type=Path, default=Path("out/smollm2"), help="%(default)s")
+    parser.add_argument("--reference", default="smollm2", help="known name or folder: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="small sizes, λ = 2 alone")
+    options = parser.parse_args()
+    if options.data is None:
+        parser.error("name an instruction file with --data, or in $FLEXALIGN_DATA")
+    return options
+
+
+def _claim(output: Path, settings: dict[str, object]) -> None:
+    """Keep runs of different sizes out of one folder."""
+    path = output / "settings.json"
+    text = json.dumps(settings, indent=2) + "\n"
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        sys.exit(f"error: {output} holds a run with other settings; name another --output.")
+    path.write_text(text, encoding="utf-8")
+
+
+def _split(data: Path, output: Path, sizes: Sizes) -> None:
+    parts = split(data, held_out=sizes.held_out, seed=SEED)
+    write_rows(output / "held_out.jsonl", parts.held_out)
+    write_rows(output / "prompts.jsonl", parts.prompts[: sizes.traces])
+    write_rows(output / "concise.jsonl", parts.concise)
+
+
+def _align(reference: str, output: Path, sizes: Sizes) -> None:
+    if (output / "aligned").exists():
+        return
+    rows = read_rows(output / "concise.jsonl")
+    train_aligned(reference, rows, HERE / "aligned.yaml", output / "aligned", sizes.aligned_steps)
+
+
+def _make_traces(reference: str, output: Path, sizes: Sizes) -> None:
+    _flexalign(
+        *("sample", reference, "--prompts", output / "prompts.jsonl"),
+        *("--output", output / "traces.jsonl", "--max-new-tokens", sizes.trace_tokens),
+        *("--batch-size", 48, "--seed", SEED),
+    )
+
+
+def _realign(reference: str, lam: float, output: Path, sizes: Sizes) -> None:
+    settings = {
+        "reference": reference,
+        "aligned": output / "aligned",
+        "data": output / "traces.jsonl",
+        "training.max_steps": sizes.realign_steps,
+    }
+    assignments = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    target = output / f"lambda={lam:g}"
+    _flexalign(
+        "realign", HERE / "realign.yaml", "--lambda", f"{lam:g}", "--output", target, *assignments
+    )
+
+
+def _answer(name: str, model: str | Path, output: Path, sizes: Sizes) -> None:
+    _flexalign(
+        *("sample", model, "--prompts", output / "held_out.jsonl"),
+        *("--output", output / "answers" / f"{name}.jsonl"),
+        *("--max-new-tokens", sizes.answer_tokens, "--temperature", 0.7, "--top-p", 0.95),
+        *("--batch-size", 40, "--seed", SEED),
+    )
+
+
+def _flexalign(*arguments: object) -> None:
+    """Run one of the library's commands, as a user would."""
+    words = [str(argument) for argument in arguments]
+    print("$", shlex.join(["flexalign", *words]), flush=True)
+    code = subprocess.run([Path(sys.executable).with_name("flexalign"), *words]).returncode
+    if code:
+        sys.exit(code)
+
+
+@contextmanager
+def _stage(title: str) -> Iterator[None]:
+    print(f"\n== {title}", flush=True)
+    start = time.monotonic()
+    yield
+    print(f"   {time.monotonic() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
