@@ -81,7 +81,7 @@ def fingerprint_module(model: nn.Module) -> str:
     Of a PEFT wrapper it is the base that counts.
     """
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        model = model.get_base_model()
+        return fingerprint_module(model.get_base_model())  # type: ignore[operator]
     tensors: dict[str, Tensor] = {}
     seen = set()
     for name, tensor in model.state_dict().items():
