@@ -1,6 +1,7 @@
 """Rows, a pair and a trainer small enough to run in a test."""
 
 import copy
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from flexalign.trra import TrRaConfig
+
+gc.freeze()  # every `train` collects garbage; what was imported is none
 
 
 class Modules(NamedTuple):

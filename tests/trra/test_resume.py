@@ -47,20 +47,30 @@ def student(modules: Modules) -> Any:
         {},
         {"packing": True, "max_length": 48, "per_device_train_batch_size": 1},
         {"lora": True},
-        pytest.param({"lora": True, "packing": True, "max_length": 48}, marks=pytest.mark.slow),
+        {"shared": True, "packing": True, "max_length": 48},
     ],
-    ids=["full", "full-packed", "lora", "lora-packed"],
+    ids=["full", "full-packed", "lora", "shared-packed"],
 )
 def test_stopped_and_resumed_is_uninterrupted(
-    make_trainer: Callable[..., Any], modules: Modules, tmp_path: Path, case: dict[str, Any]
+    make_trainer: Callable[..., Any],
+    modules: Modules,
+    adapter_folder: tuple[Path, Path],
+    tmp_path: Path,
+    case: dict[str, Any],
 ) -> None:
     case = dict(case)
-    peft = {"peft_config": lora(lora_dropout=0.1)} if case.pop("lora", False) else {}
+    shared, adapter = case.pop("shared", False), case.pop("lora", False)
+    peft = {"peft_config": lora(lora_dropout=0.1)} if shared or adapter else {}
+
+    def models() -> dict[str, Any]:
+        if shared:
+            return dict(zip(("reference", "aligned"), map(str, adapter_folder), strict=True))
+        return {"model": student(modules), "aligned": modules.aligned}
 
     def run(name: str, stop: int | None = None, resume: bool = False) -> Any:
         trainer = make_trainer(
             make_rows(40),
-            models={"model": student(modules), "aligned": modules.aligned},
+            models=models(),
             callbacks=[_StopAfter(stop)] if stop else None,
             output_dir=str(tmp_path / name),
             **peft,
