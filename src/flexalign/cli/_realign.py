@@ -1,18 +1,22 @@
 """What ``flexalign realign`` does before training: read, check, and show on request."""
 
 import math
-from typing import Any
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from flexalign._examination import ModelFacts, PairFacts, examine_pair
 from flexalign._weights import tensor_infos
 from flexalign.cli._shared import console, print_json, result_console
-from flexalign.cli._training import read_watched
-from flexalign.data import Lengths, load_traces, measure_lengths, split_tokens
-from flexalign.loading import load_config, load_tokenizer, resolve
+from flexalign.cli._training import read_traces, read_watched
+from flexalign.data import Lengths, measure_lengths, split_tokens
+from flexalign.errors import PairMismatchError
+from flexalign.loading import load_tokenizer
 from flexalign.trra.estimate import count_parameters, estimate_memory
 from flexalign.trra.recipe import Recipe
 from flexalign.trra.rounds import effective_lambda
@@ -23,34 +27,66 @@ __all__ = ["prepare", "preview"]
 _SAMPLES = 2
 
 
-def prepare(
-    recipe: Recipe, *, command: str, extrapolate: bool, skip_bad_rows: bool
-) -> tuple[Realignment, Lengths, Any]:
-    """Read and check everything that needs no weights.
+class Prepared(NamedTuple):
+    """Everything about a run that needs no weights.
 
-    Returns:
-        The run, the lengths of its data, and the prompts to watch (None if there are none).
+    Attributes:
+        run: The run.
+        pair: What is known of the two models.
+        lengths: Of its data.
+        watched: Prompts and known answers to watch; None if there are none.
     """
-    tokenizer = load_tokenizer(recipe.reference)
-    traces = load_traces(recipe.data, skip_bad_rows=skip_bad_rows)
+
+    run: Realignment
+    pair: PairFacts
+    lengths: Lengths
+    watched: tuple[list[Any], list[str | None]] | None
+
+
+def prepare(recipe: Recipe, *, command: str, extrapolate: bool, skip_bad_rows: bool) -> Prepared:
+    """Read and check everything that needs no weights."""
+    facts = examine_pair(recipe.reference, recipe.aligned)
+    if facts.problems:
+        raise PairMismatchError(
+            f"{recipe.reference} and {recipe.aligned} do not fit: {' Also: '.join(facts.problems)}"
+        )
     arguments = recipe.training_arguments(recipe.output)
+    tokenizer = _tokenizer(facts, arguments.chat_template_path)
+    traces = read_traces(recipe.data, skip_bad_rows=skip_bad_rows)
     lengths = measure_lengths(traces, tokenizer, arguments.max_length)
-    watched = read_watched(recipe.watch) if recipe.watch else None
     run = Realignment(
         recipe,
         traces,
         tokenizer,
+        pair=(facts.reference.fingerprint, facts.aligned.fingerprint),
         command=command,
         extrapolate=extrapolate,
         say=lambda line: console.print(escape(line), soft_wrap=True),
     )
-    return run, lengths, watched
+    watched = read_watched(recipe.watch) if recipe.watch else None
+    return Prepared(run, facts, lengths, watched)
 
 
-def preview(run: Realignment, lengths: Lengths, *, as_json: bool) -> None:
+def _tokenizer(facts: PairFacts, chat_template: str | None) -> Any:
+    """The pair's tokenizer, with the chat template that training is going to use."""
+    tokenizer = facts.reference.tokenizer
+    if not tokenizer.chat_template and facts.aligned.tokenizer.chat_template:
+        tokenizer = facts.aligned.tokenizer
+    if chat_template is not None:
+        path = Path(chat_template)
+        if path.is_file():
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        else:
+            tokenizer.chat_template = load_tokenizer(path).chat_template
+    return tokenizer
+
+
+def preview(prepared: Prepared, *, as_json: bool) -> None:
     """Show what a run would do: two samples, the data's sizes, steps and memory."""
-    facts = _facts(run, lengths)
-    samples = _samples(run)
+    for warning in prepared.pair.warnings:
+        warnings.warn(warning, stacklevel=1)
+    facts = _facts(prepared)
+    samples = _samples(prepared.run)
     if as_json:
         print_json(facts | {"samples": samples})
         return
@@ -62,7 +98,8 @@ def preview(run: Realignment, lengths: Lengths, *, as_json: bool) -> None:
     result_console.print(_table(facts))
 
 
-def _facts(run: Realignment, lengths: Lengths) -> dict[str, Any]:
+def _facts(prepared: Prepared) -> dict[str, Any]:
+    run, lengths = prepared.run, prepared.lengths
     recipe, arguments = run.recipe, run.recipe.training_arguments(run.recipe.output)
     batch = (
         arguments.per_device_train_batch_size
@@ -89,19 +126,18 @@ def _facts(run: Realignment, lengths: Lengths) -> dict[str, Any]:
         "steps": steps,
         "effective_batch": batch,
         "epochs": round(steps * batch / rows, 3),
-        "trained_parameters": 0,
-        "memory_gib": {},
-    } | _memory(run, longest)
+    } | _memory(prepared, longest)
 
 
-def _memory(run: Realignment, longest: int) -> dict[str, Any]:
-    recipe, arguments = run.recipe, run.recipe.training_arguments(run.recipe.output)
-    config = load_config(recipe.reference)
+def _memory(prepared: Prepared, longest: int) -> dict[str, Any]:
+    recipe = prepared.run.recipe
+    arguments = recipe.training_arguments(recipe.output)
+    config = prepared.pair.reference.config
     sizes = count_parameters(config, recipe.peft_config())
     need = estimate_memory(
         config,
         sizes,
-        aligned_parameters=_aligned_parameters(recipe.aligned),
+        aligned_parameters=_parameters(prepared.pair.aligned),
         rows=arguments.per_device_train_batch_size,
         tokens=longest,
         chunk_size=arguments.chunk_size,
@@ -111,11 +147,10 @@ def _memory(run: Realignment, longest: int) -> dict[str, Any]:
     return {"trained_parameters": sizes.trainable, "memory_gib": need.to_gib()}
 
 
-def _aligned_parameters(name: str) -> int:
-    source = resolve(name)
-    if not source.is_adapter:
-        return count_parameters(load_config(source)).base
-    return sum(math.prod(info.shape) for info in tensor_infos(source.path).values())
+def _parameters(model: ModelFacts) -> int:
+    if model.kind == "adapter":
+        return sum(math.prod(info.shape) for info in tensor_infos(model.source.path).values())
+    return count_parameters(model.config).base
 
 
 def _samples(run: Realignment) -> list[dict[str, str]]:

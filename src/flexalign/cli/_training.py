@@ -1,20 +1,30 @@
 """What the training commands share: a progress line, and a watcher of the student's answers."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from datasets import Dataset
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
 from flexalign.cli._shared import console
-from flexalign.data import load_prompts
+from flexalign.data import load_prompts, load_traces
 from flexalign.decoding.responses import generate_responses
 from flexalign.evaluation.grading import grade
 from flexalign.evaluation.statistics import clustered_interval
+from flexalign.miniature import make_questions, make_traces
 from flexalign.trra.callbacks import Answer, Watcher
 from flexalign.trra.recipe import Watch
 
-__all__ = ["StepProgress", "make_watcher", "read_watched"]
+__all__ = ["StepProgress", "make_watcher", "read_traces", "read_watched", "warnings_as_notes"]
+
+_MINIATURE = "miniature"
+_MINIATURE_TRACES = 4000
+_QUESTION_SEED = 10_000
+"""Far from the seed of the traces."""
 
 _SHOWN = ("divergence", "lambda", "kl_reference", "kl_aligned")
 
@@ -59,8 +69,33 @@ class StepProgress(TrainerCallback):  # type: ignore[misc]
         self._bar.stop()
 
 
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """Print warnings for users as one line each on stderr, and drop those for developers."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if category is UserWarning:
+            console.print(f"[yellow]note:[/yellow] {escape(str(message))}", soft_wrap=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = show
+        yield
+
+
+def read_traces(data: str, *, skip_bad_rows: bool) -> Dataset:
+    """Read training data: a path, or ``miniature`` for traces of its reference."""
+    if data == _MINIATURE:
+        return Dataset.from_list(make_traces(_MINIATURE_TRACES, seed=0))
+    return load_traces(data, skip_bad_rows=skip_bad_rows)
+
+
 def read_watched(watch: Watch) -> tuple[list[Any], list[str | None]]:
     """Read the prompts to watch, the first ones of the file, with their answers where known."""
+    if watch.prompts == _MINIATURE:
+        questions = make_questions(watch.samples, _QUESTION_SEED)
+        prompts = [[{"role": "user", "content": question.text}] for question in questions]
+        return prompts, [str(question.answer) for question in questions]
     rows = load_prompts(watch.prompts)
     rows = rows.select(range(min(watch.samples, len(rows))))
     answers = rows["answer"] if "answer" in rows.column_names else [None] * len(rows)

@@ -11,7 +11,6 @@ from rich.markup import escape
 from flexalign.cli._shared import console, parse_lambdas, print_json
 
 if TYPE_CHECKING:
-    from flexalign.trra.recipe import Recipe
     from flexalign.trra.run import Outcome, Realignment
 
 
@@ -90,21 +89,23 @@ def realign(
     _quieten_libraries()
 
     from flexalign.cli._realign import prepare, preview
+    from flexalign.cli._training import warnings_as_notes
 
-    run, lengths, watched = prepare(
-        plan,
-        command=shlex.join(["flexalign", *sys.argv[1:]]),
-        extrapolate=extrapolate,
-        skip_bad_rows=skip_bad_rows,
-    )
-    if dry_run:
-        preview(run, lengths, as_json=as_json)
-        return
-    _announce(run)
-    outcome = _train(run, watched)
+    with warnings_as_notes():
+        prepared = prepare(
+            plan,
+            command=shlex.join(["flexalign", *sys.argv[1:]]),
+            extrapolate=extrapolate,
+            skip_bad_rows=skip_bad_rows,
+        )
+        if dry_run:
+            preview(prepared, as_json=as_json)
+            return
+        _announce(prepared.run)
+        outcome = _train(prepared.run, prepared.watched)
     if as_json:
         print_json(outcome.to_dict())
-    _summarise(plan, outcome)
+    _summarise(outcome)
 
 
 def _parse_lambda(text: str | None) -> Any:
@@ -161,7 +162,7 @@ def _train(run: "Realignment", watched: Any) -> "Outcome":
             bar.close()
 
 
-def _summarise(recipe: "Recipe", outcome: "Outcome") -> None:
+def _summarise(outcome: "Outcome") -> None:
     console.print(f"the realigned model: [bold]{escape(str(outcome.output))}[/bold]")
     if outcome.merged:
         console.print(f"as a plain model:    {escape(str(outcome.merged))}")

@@ -13,7 +13,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from flexalign.data import data_fingerprint
 from flexalign.errors import CheckpointError
-from flexalign.loading import fingerprint, load_model
+from flexalign.loading import load_model
 from flexalign.trra.callbacks import StopOnSignal, read_curve
 from flexalign.trra.card import model_card, versions_in_use
 from flexalign.trra.checkpoints import MANIFEST, Found, newest_complete, seal, writing
@@ -25,8 +25,15 @@ from flexalign.trra.trainer import TrRaTrainer
 __all__ = ["Outcome", "Realignment", "Stopped"]
 
 # What a checkpoint holds beside the model: the trainer's own state.
-_TRAINER_FILES = ("optimizer*", "scheduler*", "scaler*", "rng_state*", "trainer_state.json")
-_TRAINER_FILES += ("training_args.bin", MANIFEST)
+_TRAINER_FILES = (
+    "optimizer*",
+    "scheduler*",
+    "scaler*",
+    "rng_state*",
+    "trainer_state.json",
+    "training_args.bin",
+    MANIFEST,
+)
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
@@ -72,13 +79,13 @@ class Outcome:
 class Realignment:
     """A recipe with its data, ready to run or to go on where it stopped.
 
-    Making one reads the pair's fingerprints and decides whether the output folder may be used,
-    before anything expensive.
+    Making one decides whether the output folder may be used, before anything expensive.
 
     Args:
         recipe: What to do.
         traces: The training data, from ``flexalign.data.load_traces``.
-        tokenizer: The reference's.
+        tokenizer: The pair's.
+        pair: Fingerprints of reference and aligned model.
         command: The command line, for the model card.
         extrapolate: Allow several rounds beyond an effective λ of 4.
         say: Is given one line at a time for people.
@@ -93,6 +100,7 @@ class Realignment:
         traces: Dataset,
         tokenizer: PreTrainedTokenizerBase,
         *,
+        pair: tuple[str | None, str | None],
         command: str,
         extrapolate: bool = False,
         say: Callable[[str], None] = lambda line: None,
@@ -103,7 +111,7 @@ class Realignment:
         effective_lambda(recipe.lam, recipe.rounds, extrapolate=extrapolate)
         self.rounds = plan_rounds(recipe.aligned, recipe.output, recipe.rounds)
         self._identity = recipe.identity() | {
-            "pair": [fingerprint(recipe.reference), fingerprint(recipe.aligned)],
+            "pair": list(pair),
             "data": data_fingerprint(traces),
         }
         self.state = state_of_output(self.rounds[-1].output, self._identity_of(self.rounds[-1]))

@@ -1,0 +1,202 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+RunCli = Callable[..., Any]
+
+
+@pytest.fixture
+def traces(tmp_path: Path) -> Path:
+    path = tmp_path / "traces.jsonl"
+    rows = [{"prompt": f"{n}+{n}=", "completion": f" {2 * n}, again {2 * n}"} for n in range(6)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tree(tmp_path: Path, tiny_pair: Any, traces: Path) -> dict[str, Any]:
+    return {
+        "reference": str(tiny_pair.reference),
+        "aligned": str(tiny_pair.aligned),
+        "data": str(traces),
+        "output": str(tmp_path / "out"),
+        "lambda": 2.0,
+        "training": {
+            "max_steps": 3,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "max_length": 64,
+        },
+    }
+
+
+@pytest.fixture
+def realign(tmp_path: Path, run_cli: RunCli) -> Callable[..., Any]:
+    def run(tree: dict[str, Any], *options: object) -> Any:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+        return run_cli("realign", path, *options)
+
+    return run
+
+
+@pytest.fixture
+def weightless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail if any model's weights are loaded."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
+
+
+@pytest.mark.usefixtures("weightless")
+def test_a_dry_run_shows_what_is_trained_on_and_writes_nothing(
+    realign: Callable[..., Any], tree: dict[str, Any]
+) -> None:
+    result = realign(tree, "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    assert "0+0=« 0, again 0<|im_end|>»" in result.stdout
+    assert "1+1=« 2, again 2<|im_end|>»" in result.stdout
+    assert "3 of 2 rows" in result.stdout
+    assert not Path(tree["output"]).exists()
+
+
+@pytest.mark.usefixtures("weightless")
+def test_a_dry_run_in_json_is_json_alone(
+    realign: Callable[..., Any], tree: dict[str, Any], tiny_model: Callable[..., Any]
+) -> None:
+    tree["rounds"] = 2
+    tree["training"]["gradient_accumulation_steps"] = 2
+    result = realign(tree, "--dry-run", "--json", "--lambda", "1.5", "--set", "gate=0.01")
+    facts = json.loads(result.stdout)
+    parameters = sum(part.numel() for part in tiny_model().parameters())
+    assert facts["trained_parameters"] == parameters
+    assert facts["memory_gib"]["weights"] == pytest.approx(3 * 4 * parameters / 2**30, abs=1e-4)
+    assert (facts["lambda"], facts["effective_lambda"]) == (1.5, 2.25)
+    assert (facts["steps"], facts["effective_batch"], facts["epochs"]) == (3, 4, 2.0)
+    assert facts["data"]["rows"] == facts["data"]["kept"] == 6
+    assert facts["output_state"] == "new"
+    assert facts["samples"][0] == {"masked": "0+0=", "trained": " 0, again 0<|im_end|>"}
+
+
+@pytest.mark.usefixtures("weightless")
+def test_the_cut_off_shortens_what_is_shown(
+    realign: Callable[..., Any], tree: dict[str, Any]
+) -> None:
+    tree["data"] = str(Path(tree["data"]).with_name("mixed.jsonl"))
+    rows = [{"prompt": "abc=", "completion": "x" * 50}, {"prompt": "a=", "completion": "b"}]
+    Path(tree["data"]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = realign(tree, "--dry-run", "--json", "--set", "training.max_length=10")
+    facts = json.loads(result.stdout)
+    assert facts["data"]["truncated"] == 1
+    assert facts["samples"][0] == {"masked": "abc=", "trained": "x" * 6}
+
+
+def _empty(tree: dict[str, Any]) -> None:
+    Path(tree["data"]).write_text("", encoding="utf-8")
+
+
+def _other_run(tree: dict[str, Any]) -> None:
+    output = Path(tree["output"])
+    output.mkdir()
+    (output / "run.json").write_text(json.dumps({"lambda": 1.0}), encoding="utf-8")
+
+
+def _long_rows(tree: dict[str, Any]) -> None:
+    tree["training"]["max_length"] = 4
+
+
+def _other_vocabulary(tree: dict[str, Any]) -> None:
+    copy = Path(tree["output"]).with_name("other")
+    shutil.copytree(tree["aligned"], copy)
+    text = (copy / "tokenizer.json").read_text(encoding="utf-8")
+    (copy / "tokenizer.json").write_text(text.replace("<think>", "<thonk>"), encoding="utf-8")
+    tree["aligned"] = str(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        ({"refernce": "x"}, [], "did you mean reference?"),
+        ({"training": {"max_stpes": 3}}, [], "did you mean training.max_steps?"),
+        ({"reference": "no/such/model"}, [], "no/such/model"),
+        ({"aligned": "no/such/model"}, [], "no/such/model"),
+        ({"data": "no/such/traces.jsonl"}, [], "no/such/traces.jsonl"),
+        ({"watch": {"prompts": "no/such/questions"}}, [], "no/such/questions"),
+        ({"lambda": {"kind": "linear", "start": 0}}, [], "end"),
+        ({"lambda": {"kind": "linaer", "start": 0, "end": 1, "steps": 2}}, [], "linear"),
+        ({"rounds": 3}, [], "--extrapolate"),
+        ({}, ["--lambda", "two"], "'two' is not a finite number"),
+        ({}, ["--lambda", "0,1"], "one λ in a run"),
+        ({}, ["--lambda", '{"kind": "linear"'], "lambda"),
+        ({}, ["--set", "training.max_steps"], "key=value"),
+        ({}, ["--merge"], "LoRA student"),
+        (_empty, [], "empty"),
+        (_long_rows, [], "longer than the cut-off of 4 tokens"),
+        (_other_run, [], "holds another run (beta was"),
+        (_other_vocabulary, [], "<th"),
+    ],
+)
+@pytest.mark.usefixtures("weightless")
+def test_bad_input_is_one_sentence_and_exit_code_two(
+    realign: Callable[..., Any],
+    tree: dict[str, Any],
+    change: Any,
+    options: list[str],
+    message: str,
+) -> None:
+    if callable(change):
+        change(tree)
+    else:
+        tree |= change
+    result = realign(tree, *options)
+    assert result.exit_code == 2, result.stderr
+    assert result.stdout == ""
+    [line] = result.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_a_missing_recipe_is_one_sentence(run_cli: RunCli) -> None:
+    result = run_cli("realign", "no/such/recipe.yaml")
+    assert result.exit_code == 2
+    assert "no/such/recipe.yaml is not there" in result.stderr
+
+
+@pytest.mark.parametrize("row", ['{"prompt": "a", "compl', "", "\xff", "[1]"])
+def test_bad_rows_are_named_by_file_and_line(
+    realign: Callable[..., Any], tree: dict[str, Any], row: str
+) -> None:
+    data = Path(tree["data"])
+    data.write_bytes(data.read_bytes() + row.encode("latin-1") + b"\n")
+    result = realign(tree, "--dry-run")
+    if row:
+        assert result.exit_code == 2
+        assert "traces.jsonl" in result.stderr
+        assert "7" in result.stderr
+    skipped = realign(tree, "--dry-run", "--skip-bad-rows", "--json")
+    assert skipped.exit_code == 0, skipped.stderr
+    assert json.loads(skipped.stdout)["data"]["rows"] == 6
+
+
+@pytest.mark.usefixtures("weightless")
+def test_a_pair_that_does_not_differ_is_warned_of(
+    realign: Callable[..., Any], tree: dict[str, Any]
+) -> None:
+    tree["aligned"] = tree["reference"]
+    result = realign(tree, "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    assert "nothing to realign" in result.stderr
+
+
+def test_help_teaches_by_example(run_cli: RunCli) -> None:
+    result = run_cli("realign", "--help")
+    assert result.exit_code == 0
+    for part in ("--dry-run", "every_steps: 50", "lambda: 2.0", "training.max_steps=100"):
+        assert part in result.stdout
