@@ -12,7 +12,10 @@ from flexalign import errors
 
 SOURCE = Path(flexalign.__file__).parent
 PUBLIC = [
+    "Fixed",
     "FlexAlignError",
+    "InRaConfig",
+    "InRaModel",
     "ModelPair",
     "Schedule",
     "TrRaConfig",

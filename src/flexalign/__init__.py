@@ -12,11 +12,16 @@ from flexalign.errors import FlexAlignError
 if TYPE_CHECKING:
     from flexalign.decoding import TwoModelDecoder, interpolate
     from flexalign.fusion import fuse
+    from flexalign.inra import InRaConfig, InRaModel
     from flexalign.pairing import ModelPair
+    from flexalign.policies import Fixed
     from flexalign.schedules import Schedule
     from flexalign.trra import TrRaConfig, TrRaTrainer
 
 _HOMES = {
+    "Fixed": "flexalign.policies",
+    "InRaConfig": "flexalign.inra",
+    "InRaModel": "flexalign.inra",
     "ModelPair": "flexalign.pairing",
     "Schedule": "flexalign.schedules",
     "TrRaConfig": "flexalign.trra",
@@ -27,7 +32,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "Fixed",
     "FlexAlignError",
+    "InRaConfig",
+    "InRaModel",
     "ModelPair",
     "Schedule",
     "TrRaConfig",

@@ -95,7 +95,8 @@ class RowDials:
                     f"({rows},), or ({rows}, K) with one λ per generated token."
                 )
             return cls(table.reshape(rows, -1), [None] * rows)
-        dials = [parse_dial(one) for one in (lam if isinstance(lam, list | tuple) else [lam])]
+        given = lam if isinstance(lam, list | tuple) else [lam]
+        dials = [parse_dial(one.item() if isinstance(one, Tensor) else one) for one in given]
         if isinstance(lam, list | tuple):
             if len(dials) != rows:
                 raise LambdaError(

@@ -32,7 +32,6 @@ class FusedDecoding(GenerationMixin):  # type: ignore[misc]
     """
 
     tokenizer: "PreTrainedTokenizerBase | None" = None
-    thinking_tags: ThinkingTags | None = None
 
     @property
     def _leader(self) -> "PreTrainedModel":
@@ -40,6 +39,10 @@ class FusedDecoding(GenerationMixin):  # type: ignore[misc]
 
     def _default_dial(self) -> Any:
         raise NotImplementedError
+
+    def _thinking_tags(self) -> ThinkingTags | None:
+        """Return the tags that the model is known to use; None for those of its tokenizer."""
+        return None
 
     def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
         """Return what ``forward`` needs besides λ, such as a cache, for these prompts."""
@@ -75,7 +78,9 @@ class FusedDecoding(GenerationMixin):  # type: ignore[misc]
         """
         if lam is not None and policy is not None:
             raise ConfigError("give lam or policy, not both: they are two names of one dial.")
-        ids = inputs if inputs is not None else options.get("input_ids")
+        if inputs is not None:
+            options["input_ids"] = inputs
+        ids = options.get("input_ids")
         prompts = ids if ids is not None else options.get("inputs_embeds")
         if prompts is None:
             raise ConfigError("generate needs input_ids: the prompts, shape (B, T).")
@@ -84,7 +89,6 @@ class FusedDecoding(GenerationMixin):  # type: ignore[misc]
         self._check_options(options)
         options |= self._decoding_inputs(dials, options)
         return super().generate(
-            inputs,
             dials=dials,
             dial_rows=torch.arange(len(prompts)),
             prompt_tokens=0 if ids is None else ids.shape[1],
@@ -143,5 +147,5 @@ class FusedDecoding(GenerationMixin):  # type: ignore[misc]
             raise ConfigError("a thinking schedule needs the tokenizer: pass tokenizer=….")
         if self._setting("prefill_chunk_size", options):
             raise ConfigError("a thinking schedule needs the prompt whole; no prefill_chunk_size.")
-        tags = self.thinking_tags or ThinkingTags.detect(tokenizer) or ThinkingTags()
+        tags = self._thinking_tags() or ThinkingTags.detect(tokenizer) or ThinkingTags()
         return TagTokens(tokenizer, tags)

@@ -1,19 +1,16 @@
-"""The adapter: copies of a model's first decoder layer, made the identity, and its file."""
+"""The adapter: copies of a model's first decoder layer, made the identity."""
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flexalign._modes import evaluating
-from flexalign.errors import CheckpointError, UnsupportedModelError
+from flexalign.errors import UnsupportedModelError
 from flexalign.inra.identity import LayerCall, make_identity
 
-__all__ = ["copy_first_layer", "decoder_layers", "identity_adapter", "load_weights"]
+__all__ = ["copy_first_layer", "decoder_layers", "identity_adapter"]
 
 _PROBE_ROWS, _PROBE_TOKENS = 2, 24
 
@@ -81,39 +78,6 @@ def identity_adapter(model: nn.Module, adapter_layers: int, name: str) -> nn.Mod
             make_identity(layer.float(), call, name)
         layer.to(dtype)
     return copies
-
-
-def load_weights(adapter: nn.ModuleList, path: Path) -> None:
-    """Load an adapter's weights from its file.
-
-    Raises:
-        CheckpointError: If the file is missing, truncated or corrupt, or holds other tensors.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: the folder holds no complete InRa adapter.")
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}): truncated or corrupt; copy or save it again."
-        ) from error
-    expected = adapter.state_dict()
-    wrong = sorted(
-        key
-        for key in expected.keys() | weights.keys()
-        if _shape(expected, key) != _shape(weights, key)
-    )
-    if wrong:
-        raise CheckpointError(
-            f"{path} does not fit this base: {len(wrong)} tensors are missing, unknown or of "
-            f"another shape, the first of them {wrong[0]!r} (file {_shape(weights, wrong[0])}, "
-            f"base {_shape(expected, wrong[0])})."
-        )
-    adapter.load_state_dict(weights)
-
-
-def _shape(tensors: dict[str, Tensor], key: str) -> tuple[int, ...] | None:
-    return tuple(tensors[key].shape) if key in tensors else None
 
 
 def _record_call(model: nn.Module, layer: nn.Module) -> LayerCall:

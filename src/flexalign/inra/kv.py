@@ -59,8 +59,7 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch, copies side by side."""
         if self.plan is not None:
-            rows = torch.arange(len(self.plan.streams), device=self.plan.streams.device)
-            self.take(rows.repeat_interleave(repeats))
+            self.take(torch.arange(len(self.plan.streams)).repeat_interleave(repeats))
 
     def take(self, rows: Tensor, streams: Tensor | None = None) -> None:
         """Make a new batch out of rows of this one.
@@ -75,15 +74,13 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
         if self.plan is None:
             return
         old = self.plan
-        rows = rows.to(old.streams.device)
-        kept = old.streams[rows]
+        kept = old.streams[rows.cpu()]
         if streams is not None:
-            streams = streams.to(kept.device)
             if bool((streams & ~kept).any()):
-                raise ConfigError("the cache does not hold a stream that this λ needs.")
+                raise ConfigError("the cache does not hold a stream that is to be kept.")
             kept = streams
-        new = Plan(kept)
-        sources = rows[new.rows]
+        new = Plan(kept, old.device)
+        sources = rows.to(old.device)[new.rows]
         base = old.base_at[sources[: new.entry]]
         adapter = old.adapter_at[sources[new.entry :]]
         self._index(torch.cat([base, adapter]), adapter - old.entry)
@@ -94,7 +91,7 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
         assert self.plan is not None
         assert other.plan is not None
         mine, theirs = self.plan, other.plan
-        new = Plan(mine.streams | theirs.streams)
+        new = Plan(mine.streams | theirs.streams, mine.device)
         shift = len(mine.rows)
         base = torch.where(mine.base_at < 0, theirs.base_at + shift, mine.base_at)
         adapter = torch.where(mine.adapter_at < 0, theirs.adapter_at + shift, mine.adapter_at)

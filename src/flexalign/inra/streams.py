@@ -25,17 +25,20 @@ class Plan:
     The stack holds the base stream's rows first, then the adapter stream's.
 
     Attributes:
-        streams: Per row of the batch BASE, ADAPTER, BOTH, or 0 for neither. Shape ``(B,)``.
+        streams: Per row of the batch BASE, ADAPTER, BOTH, or 0 for neither. Shape ``(B,)``, on
+            the CPU; what follows is on the batch's device.
         rows: Per row of the stack its row in the batch. Shape ``(N,)``.
         entry: The first row of the stack that goes through the adapter.
+        is_mixed: Whether any row travels by both.
         base_at: Per row of the batch its place in the base stream's part, or −1. Shape ``(B,)``.
         adapter_at: The same for the adapter stream, counted from the stack's start.
     """
 
-    def __init__(self, streams: Tensor) -> None:
-        self.streams = streams
+    def __init__(self, streams: Tensor, device: torch.device) -> None:
+        self.streams = streams = streams.to("cpu")
+        self.device = device
         base, adapter = ((streams & code).nonzero().flatten() for code in (BASE, ADAPTER))
-        self.rows = torch.cat([base, adapter])
+        self.rows = torch.cat([base, adapter]).to(device)
         self.entry = len(base)
         self.base_at = self._places(base, 0)
         self.adapter_at = self._places(adapter, self.entry)
@@ -44,10 +47,9 @@ class Plan:
         self._aligned = torch.where(self.adapter_at < 0, self.base_at, self.adapter_at)
         self._is_batch = len(self.rows) == len(streams) and not self.is_mixed
 
-    @classmethod
-    def both(cls, rows: int, device: torch.device) -> "Plan":
-        """Send every row by both streams."""
-        return cls(torch.full((rows,), BOTH, device=device))
+    def has(self, needed: Tensor) -> bool:
+        """Whether every row travels by the streams that it needs."""
+        return bool((needed & ~self.streams == 0).all())
 
     def stack(self, value: Any) -> Any:
         """Bring a tensor of the batch, ``(B, …)``, into the order of the stack, ``(N, …)``.
@@ -74,8 +76,8 @@ class Plan:
 
     def _places(self, rows: Tensor, start: int) -> Tensor:
         places = torch.full_like(self.streams, -1)
-        places[rows] = torch.arange(start, start + len(rows), device=rows.device)
-        return places
+        places[rows] = torch.arange(start, start + len(rows))
+        return places.to(self.device)
 
 
 class Entry:

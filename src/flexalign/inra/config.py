@@ -1,0 +1,109 @@
+"""What an InRa adapter says of itself: ``inra_config.json``."""
+
+import json
+import math
+import numbers
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from flexalign.data.thinking import ThinkingTags
+from flexalign.errors import CheckpointError, ConfigError, FlexAlignError, LambdaError
+
+__all__ = ["CONFIG_FILE", "FORMAT_VERSION", "InRaConfig"]
+
+CONFIG_FILE = "inra_config.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class InRaConfig:
+    """An adapter's settings. Changed by ``dataclasses.replace``, or by hand in its file.
+
+    Attributes:
+        base: Name or path of the base model that it was made for.
+        base_fingerprint: The base's fingerprint (``flexalign.loading.fingerprint``).
+        adapter_layers: Number of layers in the adapter.
+        default_lambda: λ where a request gives none.
+        lambda_range: The least and the largest λ that the command line and the server take. The
+            library takes any finite λ, and warns once outside the range.
+        thinking_tags: The opening and the closing tag around the model's thinking, or None for
+            those that its tokenizer shows.
+        calibration: What calibration found, or None.
+        format_version: Of the folder's format.
+
+    Raises:
+        ConfigError: If a value is malformed.
+        LambdaError: If a λ is not finite, or the range is empty.
+    """
+
+    base: str
+    base_fingerprint: str
+    adapter_layers: int = 1
+    default_lambda: float = 0.0
+    lambda_range: tuple[float, float] = (0.0, 1.0)
+    thinking_tags: tuple[str, str] | None = None
+    calibration: dict[str, Any] | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("base", "base_fingerprint"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} must be a text, got {getattr(self, name)!r}.")
+        layers = self.adapter_layers
+        if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
+            raise ConfigError(f"adapter_layers must be a whole number ≥ 1, got {layers!r}.")
+        object.__setattr__(self, "default_lambda", _lambda(self.default_lambda, "default_lambda"))
+        limits = self.lambda_range
+        if not isinstance(limits, list | tuple) or len(limits) != 2:
+            raise ConfigError(f"lambda_range must be [least, largest], got {limits!r}.")
+        low, high = (_lambda(limit, "lambda_range") for limit in limits)
+        if low > high:
+            raise LambdaError(f"lambda_range must be [least, largest], got [{low:g}, {high:g}].")
+        object.__setattr__(self, "lambda_range", (low, high))
+        if self.thinking_tags is not None:
+            tags = ThinkingTags(*self.thinking_tags)
+            object.__setattr__(self, "thinking_tags", (tags.open, tags.close))
+
+    def to_json(self) -> str:
+        """Return the file's text."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def load(cls, folder: Path) -> "InRaConfig":
+        """Read the settings of the adapter in a folder.
+
+        Raises:
+            CheckpointError: If the file is missing, corrupt, or of a later format.
+        """
+        path = folder / CONFIG_FILE
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder} holds no InRa adapter ({CONFIG_FILE} is missing); give a folder that "
+                "InRaModel.save_pretrained or flexalign adapt wrote."
+            )
+        try:
+            given = json.loads(path.read_text(encoding="utf-8"))
+            version = given.get("format_version")
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path} is corrupt ({error}); copy or save it again.") from error
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format_version {version!r} and this flexalign reads {FORMAT_VERSION}; "
+                "install the flexalign that wrote it."
+            )
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise CheckpointError(f"{path} has unknown keys: {', '.join(unknown)}.")
+        try:
+            return cls(**given)
+        except (FlexAlignError, TypeError) as error:
+            raise CheckpointError(f"{path} is not usable: {error}") from error
+
+
+def _lambda(value: object, name: str) -> float:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not math.isfinite(float(value)):  # type: ignore[arg-type]
+        raise LambdaError(f"{name} must be a finite number (a λ), got {value!r}.")
+    return float(value)  # type: ignore[arg-type]

@@ -1,0 +1,72 @@
+"""An adapter's folder: ``inra_config.json`` and ``inra_adapter.safetensors``."""
+
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from flexalign.errors import CheckpointError, PairMismatchError
+from flexalign.inra.config import CONFIG_FILE, InRaConfig
+
+__all__ = ["WEIGHTS_FILE", "load_weights", "require_base", "save_adapter"]
+
+WEIGHTS_FILE = "inra_adapter.safetensors"
+
+
+def save_adapter(adapter: nn.Module, settings: InRaConfig, folder: Path) -> None:
+    """Write an adapter's folder; each file is written beside its place and then moved there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in adapter.state_dict().items()}
+    weights, config = folder / WEIGHTS_FILE, folder / CONFIG_FILE
+    partial = {path: path.with_name(f".{path.name}.partial") for path in (weights, config)}
+    save_file(tensors, partial[weights], metadata={"format": "pt"})
+    partial[config].write_text(settings.to_json(), encoding="utf-8")
+    for path, written in partial.items():
+        os.replace(written, path)
+
+
+def load_weights(adapter: nn.Module, folder: Path) -> None:
+    """Load an adapter's weights from its folder.
+
+    Raises:
+        CheckpointError: If the file is missing, truncated or corrupt, or holds other tensors.
+    """
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: the folder holds no complete InRa adapter.")
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): truncated or corrupt; copy or save it again."
+        ) from error
+    expected = adapter.state_dict()
+    keys = expected.keys() | weights.keys()
+    wrong = sorted(key for key in keys if _shape(expected, key) != _shape(weights, key))
+    if wrong:
+        raise CheckpointError(
+            f"{path} does not fit this base: {len(wrong)} tensors are missing, unknown or of "
+            f"another shape, the first of them {wrong[0]!r} (here {_shape(weights, wrong[0])}, in "
+            f"the base {_shape(expected, wrong[0])})."
+        )
+    adapter.load_state_dict(weights)
+
+
+def require_base(settings: InRaConfig, found: str, name: str, folder: Path) -> None:
+    """Refuse a base that an adapter was not made for.
+
+    Raises:
+        PairMismatchError: If the base's fingerprint is not the one in the adapter's settings.
+    """
+    if found != settings.base_fingerprint:
+        raise PairMismatchError(
+            f"the adapter {folder} was made for {settings.base} (fingerprint "
+            f"{settings.base_fingerprint}), and {name} has {found}: other weights. Give its own "
+            "base, or say any_base=True (--any-base)."
+        )
+
+
+def _shape(tensors: dict[str, Tensor], key: str) -> tuple[int, ...] | None:
+    return tuple(tensors[key].shape) if key in tensors else None
