@@ -23,6 +23,9 @@ _ROWS, _TOKENS, _PADDING = 2, 4, 1
 
 _TOLERANCE = 1e-4
 
+_STACKED = "its two streams disturb each other when they run as rows of one batch"
+_CACHED = "its streams come out differently with a cache than without"
+
 
 @torch.no_grad()
 def probe_streams(model: StackedStreams, name: str) -> None:
