@@ -83,7 +83,7 @@ class FusedTeacher:
             self.aligned.scale * self.aligned_hidden[rows].to(out.dtype),
             lam,
         )
-        left, right = joined.split([self.reference.width, self.aligned.width], dim=-1)
-        project(left, self.reference.weight, out)
-        project(right, self.aligned.weight, out, add=True)
+        width = self.reference.width
+        project(joined[:, :width], self.reference.weight, out)
+        project(joined[:, width:], self.aligned.weight, out, add=True)
         return out

@@ -168,8 +168,9 @@ def _is_same(one: Tensor | None, other: Tensor | None) -> bool:
 
 def _unwrap(model: nn.Module) -> nn.Module:
     """Return the transformers model inside a PEFT wrapper; its layers keep their adapters."""
+    wrapper: Any = model
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        plain: nn.Module = model.get_base_model()
+        plain: nn.Module = wrapper.get_base_model()
         return plain
     return model
 
