@@ -198,3 +198,27 @@ def test_bad_prompts_are_named_by_line(
     assert "line 5: cut off" in result.stderr
     with pytest.warns(UserWarning, match="skipped: 2 of 5 rows"):
         assert sample("-o", tmp_path / "o.jsonl", "--skip-bad-rows").exit_code == 0
+
+
+def test_an_interrupted_run_says_how_to_go_on(
+    sample: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flexalign.decoding import responses
+
+    output, whole = tmp_path / "traces.jsonl", tmp_path / "whole.jsonl"
+    answer = responses.generate_responses
+
+    def stop_at_the_second(*args: Any, **options: Any) -> Any:
+        if output.read_bytes():
+            raise KeyboardInterrupt
+        return answer(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(responses, "generate_responses", stop_at_the_second)
+        result = sample("-o", output, "-n", 3)
+    assert result.exit_code == 130
+    assert "same command again to go on" in result.stderr
+    assert output.read_bytes().count(b"\n") == 4
+    assert sample("-o", output, "-n", 3).exit_code == 0
+    assert sample("-o", whole, "-n", 3).exit_code == 0
+    assert output.read_bytes() == whole.read_bytes()
