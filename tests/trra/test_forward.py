@@ -7,10 +7,10 @@ from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from flexalign._adapters import inner_model
 from flexalign.errors import UnsupportedModelError
 from flexalign.trra.forward import (
     HeadForm,
-    inner_model,
     require_plain_head,
     run_inside,
     run_with_head,

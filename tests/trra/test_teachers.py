@@ -33,7 +33,9 @@ def test_each_side_is_the_model_that_it_would_be_alone(
 ) -> None:
     reference = Teacher(two_adapters, (), HeadForm(1.0, None, 300), shares_student=True)
     aligned = Teacher(two_adapters, ("aligned",), HeadForm(1.0, None, 300), shares_student=True)
-    assert torch.equal(reference.hidden({"input_ids": IDS}), last_hidden(tiny_model(), input_ids=IDS))
+    assert torch.equal(
+        reference.hidden({"input_ids": IDS}), last_hidden(tiny_model(), input_ids=IDS)
+    )
 
     alone = get_peft_model(tiny_model(), lora(r=4)).eval()
     mine, its = lora_state(two_adapters, "aligned"), alone.state_dict()
@@ -54,7 +56,9 @@ def test_a_teacher_leaves_no_trace(two_adapters) -> None:
             assert not any(module.training for module in two_adapters.modules())
         teacher = Teacher(two_adapters, adapters, HeadForm(1.0, None, 300), shares_student=True)
         assert not teacher.hidden({"input_ids": IDS}).requires_grad
-    assert torch.equal(last_hidden(two_adapters, input_ids=IDS), before)  # and the same random state
+    assert torch.equal(
+        last_hidden(two_adapters, input_ids=IDS), before
+    )  # and the same random state
     assert {name: p.requires_grad for name, p in two_adapters.named_parameters()} == wants_gradient
     assert {name: m.training for name, m in two_adapters.named_modules()} == modes
 

@@ -9,6 +9,7 @@ import copy
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -16,11 +17,13 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from flexalign.errors import ConfigError
+from flexalign._adapters import inner_model
+from flexalign._examination import examine_pair
+from flexalign.errors import ConfigError, PairMismatchError
 from flexalign.loading import Source, load_model, load_tokenizer, resolve
 from flexalign.pairing import ModelPair
 from flexalign.trra.config import TrRaConfig
-from flexalign.trra.forward import HeadForm, inner_model, require_plain_head
+from flexalign.trra.forward import HeadForm, require_plain_head
 from flexalign.trra.teachers import Teacher
 
 __all__ = ["ALIGNED_ADAPTER", "STUDENT_ADAPTER", "Model", "Parts", "assemble"]
@@ -31,6 +34,8 @@ STUDENT_ADAPTER = "default"
 ALIGNED_ADAPTER = "aligned"
 
 Model = str | Path | Source | nn.Module
+
+_PLACES = (str, Path, Source)
 
 
 @dataclass(frozen=True)
@@ -84,9 +89,13 @@ def assemble(
     """
     if pair is not None and (reference is not None or aligned is not None):
         raise ConfigError("pair already holds reference and aligned; give one or the other.")
-    if isinstance(model, PeftModel) and peft_config is not None:
+    if peft_config is not None and _is_adapter(model):
         raise ConfigError("model is an adapter already; leave out peft_config to train it on.")
-    at_reference = model is None or model is reference or (reference is None and pair is None)
+    at_reference = model is None or (reference is None and pair is None)
+    if isinstance(model, _PLACES) and isinstance(reference, _PLACES):
+        at_reference = str(model) == str(reference)
+        if not at_reference:
+            _require_one_vocabulary(reference, model, args)
     if pair is None:
         pair = _load_pair(model, reference, aligned, args, peft_config, tokenizer)
     at_reference = at_reference or model is pair.reference
@@ -112,22 +121,38 @@ def _load_pair(
     start = model if reference is None else reference
     if start is None or aligned is None:
         raise ConfigError("TrRa needs a reference and an aligned model, or a pair of them.")
-    dtype = torch.bfloat16 if args.bf16 else torch.float32
-    if isinstance(start, str | Path) and isinstance(aligned, str | Path):
-        return ModelPair.load(start, aligned, dtype=dtype)
-    if isinstance(start, str | Path):
+    options: dict[str, Any] = {
+        "dtype": torch.bfloat16 if args.bf16 else torch.float32,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    if isinstance(start, _PLACES) and isinstance(aligned, _PLACES):
+        return ModelPair.load(start, aligned, **options)
+    if isinstance(start, _PLACES):
         tokenizer = tokenizer or load_tokenizer(start)
-        start = load_model(start, dtype=dtype)
+        start = load_model(start, **options)
     elif start is model and peft_config is None:
         start = copy.deepcopy(start)  # the module itself is going to be trained
     if tokenizer is None:
         raise ConfigError("the models are modules; give their tokenizer as processing_class.")
-    if isinstance(aligned, str | Path):
-        if _is_adapter_folder(aligned):
-            aligned = PeftModel.from_pretrained(start, aligned, adapter_name=ALIGNED_ADAPTER)
-        else:
-            aligned = load_model(aligned, dtype=dtype)
-    return ModelPair.of(start, aligned, tokenizer)
+    if isinstance(aligned, _PLACES):
+        source = resolve(aligned)
+        other: nn.Module = (
+            PeftModel.from_pretrained(start, source.path, adapter_name=ALIGNED_ADAPTER)
+            if source.is_adapter
+            else load_model(source, **options)
+        )
+    else:
+        other = aligned
+    return ModelPair.of(start, other, tokenizer)
+
+
+def _require_one_vocabulary(reference: Any, model: Any, args: TrRaConfig) -> None:
+    facts = examine_pair(reference, model, trust_remote_code=args.trust_remote_code)
+    if facts.problems:
+        raise PairMismatchError(
+            f"the student {model} does not fit the reference {reference}: "
+            + " Also: ".join(facts.problems)
+        )
 
 
 def _on_the_base(
@@ -135,19 +160,20 @@ def _on_the_base(
 ) -> Parts:
     """Make the student an adapter on the pair's own base, beside the aligned adapter if any."""
     aligned_adapters = None
+    folder = resolve(model).path if isinstance(model, _PLACES) and peft_config is None else None
     if isinstance(model, PeftModel):
         student = model
     elif not pair.shared_base:
         base = inner_model(pair.reference)
-        if peft_config is None:
-            student = PeftModel.from_pretrained(base, model, is_trainable=True)
+        if folder is not None:
+            student = PeftModel.from_pretrained(base, folder, is_trainable=True)
         else:
             student = _with_adapter(base, args, peft_config)
     else:
         student = pair.aligned
         aligned_adapters = (_free_the_name(student),)
-        if peft_config is None:
-            student.load_adapter(model, STUDENT_ADAPTER, is_trainable=True)
+        if folder is not None:
+            student.load_adapter(folder, STUDENT_ADAPTER, is_trainable=True)
         else:
             set_seed(args.seed)
             student.add_adapter(STUDENT_ADAPTER, peft_config)
@@ -171,13 +197,15 @@ def _own_student(
     if isinstance(model, nn.Module) and model is not pair.reference:
         return model
     path = model if model is not None else reference
-    if isinstance(path, str | Path):
+    if isinstance(path, _PLACES):
         dtype = (args.model_init_kwargs or {}).get("dtype", torch.float32)
-        return load_model(path, dtype=dtype)
+        loaded: nn.Module = load_model(path, dtype=dtype, trust_remote_code=args.trust_remote_code)
+        return loaded
     source = (
         copy.deepcopy(pair.aligned).unload() if pair.shared_base else copy.deepcopy(pair.reference)
     )
-    return source.float().requires_grad_(True)
+    copied: nn.Module = source.float().requires_grad_(True)
+    return copied
 
 
 def _with_adapter(base: nn.Module, args: TrRaConfig, peft_config: PeftConfig) -> PeftModel:
@@ -202,15 +230,17 @@ def _free_the_name(model: PeftModel) -> str:
     return ALIGNED_ADAPTER
 
 
-def _is_adapter_folder(path: str | Path) -> bool:
-    return (Path(path) / "adapter_config.json").is_file()
+def _is_adapter(model: Model | None) -> bool:
+    if isinstance(model, _PLACES):
+        return resolve(model).is_adapter
+    return isinstance(model, PeftModel)
 
 
 def _is_adapter_of(model: Model | None, pair: ModelPair) -> bool:
     """Whether the student is an adapter on the reference: a folder of one, or a module."""
     if isinstance(model, PeftModel):
         return inner_model(model) is inner_model(pair.reference)
-    return isinstance(model, str | Path) and _is_adapter_folder(model)
+    return _is_adapter(model)
 
 
 def _parts(

@@ -1,7 +1,5 @@
 """The settings of a TrRa run: TRL's for supervised fine-tuning, and what realignment adds."""
 
-import math
-import numbers
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +7,7 @@ import torch
 from trl import SFTConfig
 
 from flexalign.errors import ConfigError
-from flexalign.losses import DIVERGENCES
+from flexalign.losses import DIVERGENCES, Divergence
 from flexalign.schedules import Schedule
 
 __all__ = ["TrRaConfig"]
@@ -49,7 +47,7 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
             '{"kind": "linear", "start": 0, "end": 2, "steps": 200}.'
         },
     )
-    divergence: str = field(
+    divergence: Divergence = field(
         default="reverse",
         metadata={
             "help": "What is minimised: 'reverse' is KL(student‖teacher), the paper's equation 6; "
@@ -103,13 +101,7 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         self._check_realignment()
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and torch.accelerator.is_available()
-        # TRL's default goes by the old name of this field, which transformers warns about.
-        if self.activation_checkpointing is None:
-            self.activation_checkpointing = bool(self.gradient_checkpointing)
-        if self.activation_checkpointing_kwargs is None:
-            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        _settle_defaults(self)
         super().__post_init__()
         self._check_training()
 
@@ -172,20 +164,27 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
             )
 
 
+def _settle_defaults(config: Any) -> None:
+    """Choose what TRL's defaults leave open or choose for a GPU."""
+    if config.bf16 is None:
+        config.bf16 = not config.fp16 and not config.use_cpu and torch.accelerator.is_available()
+    # TRL's default goes by the old name of this field, which transformers warns about.
+    if config.activation_checkpointing is None:
+        config.activation_checkpointing = bool(config.gradient_checkpointing)
+    if config.activation_checkpointing_kwargs is None:
+        config.activation_checkpointing_kwargs = config.gradient_checkpointing_kwargs
+
+
 def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
 
 
 def _require_share(name: str, value: object) -> None:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, numbers.Real)
-        or not (math.isfinite(value) and 0 <= value <= 1)
-    ):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         raise ConfigError(f"{name} must be a number from 0 to 1, got {value!r}.")
 
 
 def _require_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")

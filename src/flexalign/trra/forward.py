@@ -16,13 +16,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from flexalign._adapters import inner_model
 from flexalign.errors import UnsupportedModelError
 from flexalign.heads import Head
 
 __all__ = [
     "HeadForm",
     "gathered_head",
-    "inner_model",
     "require_plain_head",
     "run_inside",
     "run_with_head",
@@ -54,14 +54,6 @@ class HeadForm:
     def head(self, weight: Tensor, bias: Tensor | None) -> Head:
         """Return the head that these weights make, less padding."""
         return Head(weight, bias, self.scale, self.softcap).cut(self.vocab_size)
-
-
-def inner_model(model: nn.Module) -> nn.Module:
-    """Return the transformers model inside a PEFT wrapper, or the model itself."""
-    if isinstance(model, PeftModel):
-        base: nn.Module = model.get_base_model()
-        return base
-    return model
 
 
 def run_inside(

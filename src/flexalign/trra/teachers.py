@@ -6,21 +6,21 @@ with its adapter on. The switch touches no ``requires_grad``, so an optimizer an
 see the same parameters throughout.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from trl.models import prepare_deepspeed, prepare_fsdp
 
+from flexalign._adapters import AdapterSwitch, inner_model
+from flexalign._modes import evaluating
 from flexalign.heads import last_hidden
-from flexalign.trra.forward import HeadForm, inner_model, run_inside
+from flexalign.trra.forward import HeadForm, run_inside
 
 __all__ = ["Teacher", "as_teacher"]
 
@@ -57,7 +57,7 @@ class Teacher:
             self.model.to(accelerator.device)
 
     @torch.no_grad()
-    def hidden(self, inputs: dict[str, Any]) -> Tensor:
+    def hidden(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the final hidden states, shape ``(B, T, H)``, without gradient or dropout.
 
         A teacher that shares the student's module is called within the student's forward.
@@ -79,26 +79,8 @@ def as_teacher(model: nn.Module, adapters: tuple[str, ...] | None) -> Iterator[N
         model: A transformers model or a PEFT wrapper.
         adapters: Names to switch on, all others off; None leaves them as they are.
     """
-    training = [module for module in model.modules() if module.training]
-    switches = (
-        [part for part in model.modules() if isinstance(part, _SWITCHES)]
-        if adapters is not None and isinstance(model, PeftModel)
-        else []
-    )
-    before = [(part, part._active_adapter, part._disable_adapters) for part in switches]
-    for module in training:
-        module.training = False
-    for part in switches:
-        part._disable_adapters = not adapters
-        if adapters:
-            part._active_adapter = list(adapters)
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        if adapters is not None and isinstance(model, PeftModel):
+            stack.enter_context(AdapterSwitch(model).use(adapters))
         yield
-    finally:
-        for part, active, disabled in before:
-            part._active_adapter, part._disable_adapters = active, disabled
-        for module in training:
-            module.training = True
-
-
-_SWITCHES = (BaseTunerLayer, AuxiliaryTrainingWrapper)

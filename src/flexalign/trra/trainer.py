@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTTrainer
 
+from flexalign._adapters import inner_model
 from flexalign.errors import ConfigError
 from flexalign.pairing import ModelPair
 from flexalign.trra.assembly import assemble
 from flexalign.trra.checkpoints import SealedCheckpoints
 from flexalign.trra.config import TrRaConfig
-from flexalign.trra.forward import inner_model
 from flexalign.trra.meter import Meter
 from flexalign.trra.objective import Objective
 from flexalign.trra.probes import require_packable
@@ -168,7 +168,8 @@ class TrRaTrainer(SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
         if num_items_in_batch is None:
             return loss
         # DDP and FSDP average gradients over processes; the denominator is already the sum's.
-        return loss * (self.accelerator.num_processes // self.get_tp_size())
+        replicas: int = self.accelerator.num_processes // self.get_tp_size()
+        return loss * replicas
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the divergence, λ, both KL and the tokens seen so far."""
