@@ -9,7 +9,8 @@ from flexalign.cli._shared import console
 from flexalign.data.endpoint import Endpoint, EndpointResponse
 from flexalign.data.rendering import keeps_thinking, plain_prompt
 from flexalign.data.thinking import ThinkingTags
-from flexalign.data.traces import Prompt, SamplingSettings
+from flexalign.data.trace_run import SamplingSettings
+from flexalign.data.traces import Prompt
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from flexalign.errors import ConfigError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from flexalign.data.traces import Prompt, SamplingSettings
+    from flexalign.data.trace_run import SamplingSettings
+    from flexalign.data.traces import Prompt
 
 _PREVIEWED = 2
 
@@ -84,7 +85,8 @@ def sample(
     """
     from flexalign.cli._generators import LocalModel, Server
     from flexalign.data.formats import load_prompts
-    from flexalign.data.traces import SamplingSettings, make_traces, open_run
+    from flexalign.data.trace_run import SamplingSettings, open_run
+    from flexalign.data.traces import make_traces
 
     settings = SamplingSettings(
         samples, max_new_tokens, temperature, top_p, batch_size, seed, plain

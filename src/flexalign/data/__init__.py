@@ -3,7 +3,8 @@
 from flexalign.data.formats import data_fingerprint, load_prompts, load_traces
 from flexalign.data.length import Lengths, measure_lengths, split_tokens
 from flexalign.data.thinking import ThinkingTags, strip_thinking
-from flexalign.data.traces import SamplingSettings, make_traces
+from flexalign.data.trace_run import SamplingSettings, open_run
+from flexalign.data.traces import make_traces
 
 __all__ = [
     "Lengths",
@@ -14,6 +15,7 @@ __all__ = [
     "load_traces",
     "make_traces",
     "measure_lengths",
+    "open_run",
     "split_tokens",
     "strip_thinking",
 ]
