@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from datasets import Dataset
 from peft import LoraConfig
@@ -28,6 +29,7 @@ def train_aligned(
             output_dir=str(partial),
             save_strategy="no",
             report_to="none",
+            bf16=torch.accelerator.is_available(),
             completion_only_loss=True,
             **{**settings["training"], "max_steps": max_steps},
         ),
