@@ -165,7 +165,8 @@ def _write(
     by_file: dict[Path, list[str]] = {}
     for name, (one, _) in pairs.items():
         by_file.setdefault(one.file, []).append(name)
-    size, places = 0, {}
+    size = 0
+    places: dict[str, str] = {}
     for file, names in by_file.items():
         with ExitStack() as stack:
             reading = _Reader(stack)
