@@ -44,7 +44,7 @@ def probe_streams(model: StackedStreams, name: str) -> None:
         with evaluating(model), _stirred(list(model.adapter.parameters())):
             _compare(model, tokens, mask, name)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        if isinstance(error, FlexAlignError):
+        if isinstance(error, FlexAlignError | torch.OutOfMemoryError):
             raise
         raise UnsupportedModelError(
             f"{name}: its two streams cannot run as rows of one batch "
