@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedTokenizerBase
 
 from flexalign.data.thinking import ThinkingTags
 from flexalign.decoding.dials import RowDials, TagTokens
 from flexalign.errors import ConfigError
+from flexalign.fusion import gated_lambda
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 __all__ = ["FusedDecoding"]
 
@@ -31,7 +32,7 @@ class FusedDecoding(GenerationMixin):  # type: ignore[misc]
     inputs), what λ is meant where none is given, and what else its forward needs.
     """
 
-    tokenizer: "PreTrainedTokenizerBase | None" = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
     def _leader(self) -> "PreTrainedModel":
@@ -74,7 +75,7 @@ class FusedDecoding(GenerationMixin):  # type: ignore[misc]
 
         Raises:
             LambdaError: If a λ is not finite, or their number is not that of the prompts.
-            ConfigError: If an option is not available here.
+            ConfigError: If an option is not available here, or the gate is outside [0, 1].
         """
         if lam is not None and policy is not None:
             raise ConfigError("give lam or policy, not both: they are two names of one dial.")
@@ -84,6 +85,8 @@ class FusedDecoding(GenerationMixin):  # type: ignore[misc]
         prompts = ids if ids is not None else options.get("inputs_embeds")
         if prompts is None:
             raise ConfigError("generate needs input_ids: the prompts, shape (B, T).")
+        if gate is not None:
+            gated_lambda(torch.zeros(1), torch.zeros(1), 2.0, gate)
         dial = policy if lam is None else lam
         dials = RowDials.of(self._default_dial() if dial is None else dial, len(prompts))
         self._check_options(options)
