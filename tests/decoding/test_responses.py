@@ -152,5 +152,5 @@ def test_bad_settings(model, tiny_tokenizer, settings, remedy):
 def test_bad_prompts(model, tiny_tokenizer):
     with pytest.raises(DataError, match="is empty"):
         generate_responses(model, tiny_tokenizer, ["one", ""], max_new_tokens=2)
-    with pytest.raises(LambdaError, match="give one, or as many"):
+    with pytest.raises(LambdaError, match="one for each"):
         generate_responses(model, tiny_tokenizer, PROMPTS, max_new_tokens=2, lam=[0.0, 1.0])

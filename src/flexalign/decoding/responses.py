@@ -70,7 +70,8 @@ def generate_responses(
         batch_size: Responses made together.
         seed: Of all sampling.
         progress: Called after each batch with (responses made, responses in all).
-        **generate_kwargs: More for ``generate``. ``lam`` may have one value per prompt.
+        **generate_kwargs: More for ``generate``. ``lam`` may be a list or a tensor with one dial
+            per prompt.
 
     Returns:
         One response per prompt, in their order.
@@ -82,7 +83,8 @@ def generate_responses(
     """
     _check(max_new_tokens, temperature, top_p, batch_size)
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
-    lams = _per_prompt(generate_kwargs.pop("lam", None), len(prompts))
+    lam = generate_kwargs.pop("lam", None)
+    _check_lambdas(lam, len(prompts))
     settings = _settings(model, tokenizer, max_new_tokens, temperature, top_p, generate_kwargs)
     # The longest come first: what does not fit in memory fails at once.
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
@@ -94,8 +96,8 @@ def generate_responses(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             inputs = _left_padded([encoded[i] for i in batch], settings.pad_token_id, model.device)
-            if lams is not None:
-                generate_kwargs["lam"] = [lams[index] for index in batch]
+            if lam is not None:
+                generate_kwargs["lam"] = _rows(lam, batch)
             written = model.generate(**inputs, generation_config=settings, **generate_kwargs)
             rows = written[:, inputs["input_ids"].shape[1] :].tolist()
             for index, row in zip(batch, rows, strict=True):
@@ -153,17 +155,22 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     return cast("list[int]", ids)
 
 
-def _per_prompt(lam: Any, count: int) -> list[Any] | None:
-    """Return one λ (or schedule) for each prompt, or None if there is none."""
-    if lam is None:
-        return None
-    if isinstance(lam, Tensor):
-        lam = lam.tolist()
-    if not isinstance(lam, list | tuple):
-        return [lam] * count
-    if len(lam) != count:
-        raise LambdaError(f"lam has {len(lam)} values for {count} prompts; give one, or as many.")
-    return list(lam)
+def _check_lambdas(lam: Any, prompts: int) -> None:
+    if _is_per_prompt(lam) and len(lam) != prompts:
+        raise LambdaError(
+            f"lam has {len(lam)} values for {prompts} prompts; give one, or one for each."
+        )
+
+
+def _rows(lam: Any, batch: list[int]) -> Any:
+    """Return the λ's of a batch."""
+    if not _is_per_prompt(lam):
+        return lam
+    return lam[batch] if isinstance(lam, Tensor) else [lam[index] for index in batch]
+
+
+def _is_per_prompt(lam: Any) -> bool:
+    return lam.ndim > 0 if isinstance(lam, Tensor) else isinstance(lam, list | tuple)
 
 
 def _settings(

@@ -8,18 +8,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.generation import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flexalign._adapters import inner_model
-from flexalign.decoding.dial import Dial, DialSetting
+from flexalign.decoding.dials import RowDials, TagTokens
+from flexalign.decoding.fused import FusedDecoding
 from flexalign.errors import ConfigError, UnsupportedModelError
-from flexalign.fusion import Lambda, fuse, gated_lambda
+from flexalign.fusion import Lambda, fuse
 from flexalign.pairing import ModelPair, Side
 
 __all__ = ["PairCache", "TwoModelDecoder"]
 
 _SIDES: tuple[Side, Side] = ("reference", "aligned")
+
+_OPTIONAL = ("position_ids", "logits_to_keep")
+"""Inputs that some families do not take."""
 
 
 class TwoModelConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -57,7 +60,7 @@ class PairCache:
             cache.reorder_cache(beam_idx)
 
 
-class TwoModelDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A model whose logits are the fusion of a pair's, for transformers' own ``generate``.
 
     Example::
@@ -65,23 +68,19 @@ class TwoModelDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         decoder = TwoModelDecoder(ModelPair.load("models/base", "models/concise"))
         decoder.generate(**inputs, lam=2.0, gate=0.01, max_new_tokens=200)
 
-    Sampling, beams, several samples of a prompt, stop strings and streaming are transformers'.
+    Sampling, beams, several samples of a prompt, stop strings and streaming are transformers'; λ
+    is 1 where none is given.
     With λ=0 or λ=1 throughout, only one of the two models runs. A pair with a shared base runs
     its one module twice, with its adapter off and on.
     """
 
     config_class = TwoModelConfig
-    _supported_generation_modes = (
-        GenerationMode.GREEDY_SEARCH,
-        GenerationMode.SAMPLE,
-        GenerationMode.BEAM_SEARCH,
-        GenerationMode.BEAM_SAMPLE,
-    )
 
     def __init__(self, pair: ModelPair) -> None:
         """Decode with a pair; its modules are used as they are."""
         super().__init__(TwoModelConfig(vocab_size=pair.vocab_size))
         self.pair = pair
+        self.tokenizer = pair.tokenizer
         self.reference: Any = inner_model(pair.reference)
         self.aligned: Any = inner_model(pair.aligned)
         self._takes = {side: _parameters(getattr(self, side)) for side in _SIDES}
@@ -96,67 +95,33 @@ class TwoModelDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """Where the inputs go: the reference's device."""
         return cast("torch.device", self.reference.device)
 
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        *,
-        lam: DialSetting = 1.0,
-        gate: float | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Generate as transformers does, with fused logits.
-
-        Args:
-            inputs: Token ids, shape ``(B, L)``, left padded; or ``input_ids`` by name.
-            lam: λ of equation 5: a number, one per prompt (a list, or a tensor of shape
-                ``(B,)``), a :class:`flexalign.Schedule` over the generated tokens, or a list of
-                those.
-            gate: τ: λ outside [0, 1] is used only at tokens where the total variation between
-                the two models exceeds it.
-            **kwargs: All that transformers' ``generate`` takes.
-
-        Raises:
-            LambdaError: If λ is not finite or does not fit the batch.
-            ConfigError: If the gate is outside [0, 1].
-            UnsupportedModelError: If one of the models is recurrent, without a cache by position.
-        """
-        rows, prompt_tokens = _shape(inputs, kwargs)
-        if gate is not None:
-            gated_lambda(torch.zeros(1), torch.zeros(1), 2.0, gate)
-        dial = Dial(lam, rows, prompt_tokens, self.pair.tokenizer)
-        return super().generate(
-            inputs,
-            dial=dial,
-            rows=torch.arange(rows, device=self.device),
-            gate=gate,
-            sides=_sides(dial, kwargs),
-            **kwargs,
-        )
-
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
-        past_key_values: PairCache | None = None,
-        dial: Dial | None = None,
-        rows: Tensor | None = None,
+        *,
+        dials: RowDials,
+        dial_rows: Tensor,
+        prompt_tokens: int,
+        tags: TagTokens | None = None,
         gate: float | None = None,
         sides: tuple[Side, ...] = _SIDES,
+        past_key_values: PairCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Let each model prepare its own inputs, and set λ of the next token."""
-        assert dial is not None
-        assert rows is not None
+        """Let each model prepare its own inputs, and look up each row's λ for the next token."""
         inputs = {}
         for side in sides:
-            given = dict(kwargs)
-            for name in ("position_ids", "logits_to_keep"):
-                if name not in self._takes[side]:
-                    given.pop(name, None)
+            given = {
+                name: value
+                for name, value in kwargs.items()
+                if name not in _OPTIONAL or name in self._takes[side]
+            }
             if past_key_values is not None:
                 given["past_key_values"] = getattr(past_key_values, side)
             inputs[side] = getattr(self, side).prepare_inputs_for_generation(input_ids, **given)
-        return {"inputs": inputs, "lam": dial.at(rows, input_ids), "gate": gate}
+        index = max(0, input_ids.shape[1] - prompt_tokens)
+        lam = dials.at(dial_rows, index, input_ids, tags)
+        return {"inputs": inputs, "lam": lam, "gate": gate}
 
     def forward(
         self,
@@ -216,15 +181,36 @@ class TwoModelDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def _inputs(
         self, side: Side, common: dict[str, Any], cache: PairCache | None
     ) -> dict[str, Any]:
-        optional = ("position_ids", "logits_to_keep")
         given = {
             name: value
             for name, value in common.items()
-            if value is not None and (name not in optional or name in self._takes[side])
+            if value is not None and (name not in _OPTIONAL or name in self._takes[side])
         }
         if cache is not None:
             given["past_key_values"] = getattr(cache, side)
         return given
+
+    @property
+    def _leader(self) -> PreTrainedModel:
+        return cast("PreTrainedModel", self.reference)
+
+    def _default_dial(self) -> float:
+        return 1.0
+
+    def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
+        """Return which models run; both if their caches may be used again after this."""
+        cache = options.get("past_key_values")
+        if cache is not None and (not isinstance(cache, PairCache) or len(cache.caches()) < 2):
+            raise ConfigError(
+                "past_key_values must be the PairCache that an earlier generation with "
+                "return_dict_in_generate=True returned."
+            )
+        if cache is None and not self._setting("return_dict_in_generate", options):
+            if all(end == 0 for end in dials.ends):
+                return {"sides": ("reference",)}
+            if all(end == 1 for end in dials.ends):
+                return {"sides": ("aligned",)}
+        return {"sides": _SIDES}
 
     def _prepare_cache_for_generation(
         self,
@@ -235,19 +221,10 @@ class TwoModelDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         max_cache_length: int,
     ) -> None:
         """Make one cache for each model that runs, of the kind that it asks for."""
-        sides = model_kwargs["sides"]
-        given = model_kwargs.get("past_key_values")
-        if given is not None:
-            if not isinstance(given, PairCache) or len(given.caches()) != len(sides):
-                raise ConfigError(
-                    "past_key_values must be the PairCache that a generation with this pair and "
-                    "return_dict_in_generate=True returned."
-                )
-            return
-        if not generation_config.use_cache:
+        if model_kwargs.get("past_key_values") is not None or not generation_config.use_cache:
             return
         cache = PairCache()
-        for side in sides:
+        for side in model_kwargs["sides"]:
             own: dict[str, Any] = {}
             model = getattr(self, side)
             model._prepare_cache_for_generation(
@@ -261,30 +238,6 @@ class TwoModelDecoder(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 )
             setattr(cache, side, own["past_key_values"])
         model_kwargs["past_key_values"] = cache
-
-
-def _sides(dial: Dial, kwargs: dict[str, Any]) -> tuple[Side, ...]:
-    """Return the models that run; both if their caches may be used again after this."""
-    settings = kwargs.get("generation_config")
-    returned = kwargs.get(
-        "return_dict_in_generate", getattr(settings, "return_dict_in_generate", 0)
-    )
-    if returned or kwargs.get("past_key_values") is not None:
-        return _SIDES
-    if not dial.needs_aligned:
-        return ("reference",)
-    return _SIDES if dial.needs_reference else ("aligned",)
-
-
-def _shape(inputs: Tensor | None, kwargs: dict[str, Any]) -> tuple[int, int]:
-    """Return the number of prompts, and their width among the ids that are generated."""
-    ids = inputs if inputs is not None else kwargs.get("input_ids")
-    if ids is not None:
-        return ids.shape[0], ids.shape[1]
-    embeddings = kwargs.get("inputs_embeds")
-    if embeddings is None:
-        raise ConfigError("generate needs prompts: input_ids of shape (B, L).")
-    return embeddings.shape[0], 0
 
 
 def _parameters(model: nn.Module) -> set[str]:
