@@ -206,7 +206,7 @@ class InRaModel(StreamDecoding):
             lam = self.inra_config.default_lambda
         checked = as_lambda(torch.tensor(lam) if isinstance(lam, list | tuple) else lam)
         if not self._has_warned:
-            values = torch.as_tensor(checked)
+            values = torch.as_tensor(checked).detach()
             self._note_range(float(values.min()), float(values.max()))
         return checked
 
