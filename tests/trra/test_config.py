@@ -55,6 +55,7 @@ def test_a_copy_from_its_own_dictionary_is_equal(tmp_path: Path) -> None:
         ({"label_smoothing_factor": 0.1}, "leave it out"),
         ({"router_aux_loss_coef": 0.01}, "leave it out"),
         ({"packing": True, "packing_strategy": "wrapped"}, "use 'bfd'"),
+        ({"eval_packing": True}, "leave it out"),
         ({"average_tokens_across_devices": False}, "leave it out"),
     ],
 )

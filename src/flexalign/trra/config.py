@@ -156,6 +156,10 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
                 "packing_strategy='wrapped' cuts documents and lets the pieces see each other; "
                 "use 'bfd' or 'bfd_split'."
             )
+        if self.eval_packing and not (self.packing or self.padding_free):
+            raise ConfigError(
+                "eval_packing=True without packing hides where a document begins; leave it out."
+            )
         if not self.average_tokens_across_devices:
             raise ConfigError(
                 "average_tokens_across_devices=False weighs tokens by the process they are on; "

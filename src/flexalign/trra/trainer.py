@@ -44,7 +44,8 @@ class TrRaTrainer(SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
     Each of the three models is a path, a known name, or a module; the aligned model and the
     student may be PEFT adapters on the reference. Where they are, or where `peft_config` is given,
     the base's parameters are held once: the reference is then the student with its adapters off.
-    A module that serves as such a base is changed in place.
+    A module, or a pair, that lends its base is changed in place: use it through the trainer from
+    then on.
 
     Every log line has `divergence` (nats per response token), `lambda`, `kl_reference` and
     `kl_aligned` (KL of the student to either model, nats per token) and `tokens_seen` (input
@@ -74,6 +75,10 @@ class TrRaTrainer(SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
 
     _tag_names = ["flexalign", "trra"]  # noqa: RUF012
     _name = "TrRa"
+    _paper = {  # noqa: RUF012
+        "title": "Flexible Realignment of Language Models",
+        "id": "2506.12704",
+    }
     loss_is_scaled_for_ga = True
     """Trainer must not divide by the accumulation steps: the denominator is the whole step's."""
 
@@ -96,7 +101,7 @@ class TrRaTrainer(SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
             if options.get(name) is not None:
                 raise ConfigError(f"{name}: the loss builds no logits and is fixed; leave it out.")
         parts = assemble(model, reference, aligned, pair, args, peft_config, processing_class)
-        if args.packing or args.padding_free:
+        if args.packing or args.padding_free:  # the two ways in which documents share a row
             require_packable(parts.models())
         forward = inner_model(parts.student).__dict__.get("forward")
         super().__init__(
