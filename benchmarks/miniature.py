@@ -71,10 +71,10 @@ def run_models(options: dict[str, Any]) -> list[dict[str, Any]]:
         traces = respond(model, tokenizer, questions, seed=1)
         measurement = measure(name, questions, traces, habits)
         few = slice(options["judged_questions"])
-        forced = branch_probabilities({name: _logits(model)}, tokenizer, questions[few], traces[few])
-        rows.append(
-            {**measurement.to_json(), "forced_habits": asdict(mean_habits(forced[name]))}
+        forced = branch_probabilities(
+            {name: _logits(model)}, tokenizer, questions[few], traces[few]
         )
+        rows.append({**measurement.to_json(), "forced_habits": asdict(mean_habits(forced[name]))})
     return rows
 
 
@@ -232,7 +232,7 @@ def report(rows: dict[str, list[dict[str, Any]]], options: dict[str, Any], comma
     for row in students:
         departure = row["departure"]
         inside = all(
-            -MARGIN <= departure[h]["low"] and departure[h]["high"] <= MARGIN for h in JUDGED
+            departure[h]["low"] >= -MARGIN and departure[h]["high"] <= MARGIN for h in JUDGED
         )
         lines.append(
             f"| {row['name']} "
@@ -289,9 +289,7 @@ def write_section(text: str) -> None:
     """Put the section between its marks in the results document."""
     document = REPORT.read_text(encoding="utf-8")
     before, rest = document.split(BEGIN)
-    REPORT.write_text(
-        before + BEGIN + "\n" + text + END + rest.split(END)[1], encoding="utf-8"
-    )
+    REPORT.write_text(before + BEGIN + "\n" + text + END + rest.split(END)[1], encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -43,7 +43,7 @@ def logits_of(model):
 
 def test_probabilities_equal_one_trace_at_a_time_without_padding(tokenizer, models, responses):
     questions, traces = responses
-    reference, aligned = models
+    reference, _ = models
 
     def fused(ids, attention):
         return fuse(*(logits_of(model)(ids, attention) for model in models), 1.7)

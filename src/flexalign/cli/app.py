@@ -9,6 +9,9 @@ from rich.markup import escape
 
 from flexalign._version import __version__
 from flexalign.cli._shared import console
+from flexalign.cli.demo import demo
+from flexalign.cli.inspect import inspect
+from flexalign.cli.miniature import miniature
 from flexalign.cli.realign import realign
 from flexalign.cli.sample import sample
 from flexalign.errors import FlexAlignError
@@ -47,8 +50,11 @@ def _root(
     """
 
 
+app.command()(demo)
+app.command()(inspect)
 app.command()(realign)
 app.command()(sample)
+app.add_typer(miniature)
 
 
 def main() -> None:

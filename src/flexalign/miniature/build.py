@@ -53,7 +53,7 @@ class Schooling:
     batch_size: int = 32
 
 
-REFERENCE_SCHOOLING = Schooling(REFERENCE, steps=4000, learning_rate=3e-3)
+REFERENCE_SCHOOLING = Schooling(REFERENCE, steps=4500, learning_rate=3e-3)
 ALIGNED_SCHOOLING = Schooling(ALIGNED, steps=1200, learning_rate=3e-4)
 PLACEBO_SCHOOLING = Schooling(REFERENCE, steps=1200, learning_rate=3e-4)
 

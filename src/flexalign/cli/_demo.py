@@ -1,0 +1,115 @@
+"""The steps of the demo: students at several λ, one after the other, with progress."""
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from transformers import TrainerCallback
+from transformers.utils import logging as transformers_logging
+
+from flexalign.cli._shared import console
+from flexalign.evaluation.showcase import (
+    Measurement,
+    Training,
+    closed_form_curve,
+    load_pair,
+    measure,
+    picture,
+    realign,
+    respond,
+)
+from flexalign.miniature import ALIGNED, REFERENCE, make_questions
+from flexalign.miniature.closed_form import token_level
+
+_QUESTION_SEED = 10_000
+"""Far from the seeds of training data."""
+
+
+def run_demo(output: Path, *, questions: int, steps: int, seed: int) -> list[Measurement]:
+    """Train and measure everything that the demo shows, and write its picture and figures."""
+    training = Training(steps=steps, seed=seed)
+    asked = make_questions(questions, seed=_QUESTION_SEED + seed)
+    reference, aligned, tokenizer = load_pair()
+    measurements: list[Measurement] = []
+
+    with _quiet(), _progress() as progress, TemporaryDirectory() as scratch:
+
+        def answer(name: str, model: Any, lam: float) -> None:
+            task = progress.add_task(f"{name}: answers", total=questions)
+            traces = respond(
+                model,
+                tokenizer,
+                asked,
+                seed=seed,
+                progress=lambda done, _: progress.update(task, completed=done),
+            )
+            habits = token_level(REFERENCE, ALIGNED, lam)
+            measurements.append(measure(name, asked, traces, expected_habits=habits))
+
+        def train(name: str, towards: Any, lam: float) -> Any:
+            task = progress.add_task(f"{name}: trains", total=steps)
+            callback = _ShowSteps(progress, task)
+            return realign(towards, lam, Path(scratch), training, callbacks=[callback])
+
+        answer("reference", reference, 0)
+        answer("aligned", aligned, 1)
+        answer("λ=1", train("λ=1", aligned, 1), 1)
+        once = train("λ=2", aligned, 2)
+        answer("λ=2", once, 2)
+        answer("λ=2, 2 rounds", train("λ=2, 2 rounds", once, 2), 4)
+
+    picture(
+        output / "pareto.png",
+        {"the pair": measurements[:2], "realigned": measurements[2:]},
+        [closed_form_curve()],
+    )
+    figures = {
+        "questions": questions,
+        "steps": steps,
+        "seed": seed,
+        "rows": [measurement.to_json() for measurement in measurements],
+    }
+    (output / "demo.json").write_text(
+        json.dumps(figures, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+    )
+    return measurements
+
+
+class _ShowSteps(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress, self._task = progress, task
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._progress.update(self._task, completed=state.global_step)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description:<26}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield progress
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The demo's own bars say what happens; the libraries' notes would tear them apart."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("trl").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)

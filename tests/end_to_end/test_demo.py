@@ -1,0 +1,41 @@
+"""The demo, short: every row is there, measured and beside its closed form."""
+
+import json
+
+import pytest
+
+from flexalign.miniature import ALIGNED, REFERENCE
+from flexalign.miniature.closed_form import expected_outcome, token_level
+
+
+@pytest.mark.slow
+def test_the_demo_trains_measures_and_draws(run_cli, tmp_path):
+    output = tmp_path / "demo"
+    result = run_cli("demo", "-o", output, "--questions", 40, "--steps", 8, "--json")
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert [row["name"] for row in rows] == [
+        "reference",
+        "aligned",
+        "λ=1",
+        "λ=2",
+        "λ=2, 2 rounds",
+    ]
+    assert json.loads((output / "demo.json").read_text(encoding="utf-8"))["rows"] == rows
+    assert (output / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    for row, lam in zip(rows, (0, 1, 1, 2, 4), strict=True):
+        expected = expected_outcome(token_level(REFERENCE, ALIGNED, lam))
+        assert row["expected"]["tokens"] == pytest.approx(expected.tokens)
+    reference, aligned, *_, twice = rows
+    assert reference["tokens"] > aligned["tokens"]
+    assert reference["tokens"] > twice["tokens"]
+    assert abs(reference["habits"]["again"] - REFERENCE.again) < 0.1
+    assert abs(aligned["habits"]["again"] - ALIGNED.again) < 0.1
+
+
+def test_a_file_in_the_place_of_the_output_folder_is_refused(run_cli, tmp_path):
+    output = tmp_path / "demo"
+    output.write_text("mine", encoding="utf-8")
+    result = run_cli("demo", "-o", output)
+    assert result.exit_code == 2
+    assert "name a folder" in result.stderr
