@@ -1,0 +1,198 @@
+"""``flexalign inspect``: what a model is, whether two fit together, and what their dial turns."""
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from flexalign.cli._shared import console, print_json, result_console
+from flexalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flexalign._examination import ModelFacts, PairFacts
+    from flexalign.decoding.difference import Difference, TokenChange
+
+
+def inspect(
+    model: Annotated[
+        str, typer.Argument(help="A model folder or a known name; of a pair, the reference.")
+    ],
+    aligned: Annotated[
+        str | None,
+        typer.Argument(help="The aligned model, or a PEFT adapter on the reference."),
+    ] = None,
+    diff: Annotated[
+        Path | None,
+        typer.Option(help="Responses (JSONL, …) on which to see where the two models differ."),
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(min=1, help="Of --diff only the first rows, this many.")
+    ] = 200,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of --diff read together.")] = 16,
+    dtype: Annotated[
+        str, typer.Option(help="Precision to load in: auto (as stored), float32 or bfloat16.")
+    ] = "auto",
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Load the pair even if memory seems too small.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Permit a model's own code to run.")
+    ] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Permit pickled weights, which can run code.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
+) -> None:
+    """Show what a model is, whether two fit together, and what λ would turn between them.
+
+    No weights are loaded without --diff. A pair that does not fit ends with exit code 2.
+
+    Examples:
+
+    [cyan]flexalign inspect smollm2[/cyan]
+
+    [cyan]flexalign inspect models/base models/concise[/cyan]
+
+    [cyan]flexalign inspect models/base models/concise --diff traces.jsonl[/cyan]
+    """
+    from flexalign._examination import examine, examine_pair
+
+    _check_dtype(dtype)
+    if diff is not None and aligned is None:
+        if model != "miniature":
+            raise ConfigError("--diff compares two models; name the aligned one too.")
+        aligned = "miniature:aligned"
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if aligned is None:
+        one = examine(model, **options)
+        if as_json:
+            print_json(one.to_json())
+        else:
+            _show_models(one)
+        return
+    facts = examine_pair(model, aligned, **options)
+    if not as_json:
+        _show_models(facts.reference, facts.aligned)
+        _show_verdict(facts)
+    difference = None
+    if diff is not None and facts.fits:
+        loading = {**options, "allow_pickle": allow_pickle, "allow_oversize": anyway}
+        difference = _measure(model, aligned, diff, limit, batch_size, loading)
+    if as_json:
+        extra = {} if difference is None else {"difference": difference.to_json()}
+        print_json(facts.to_json() | extra)
+    elif difference is not None:
+        _show_difference(difference)
+    if not facts.fits:
+        raise typer.Exit(2)
+
+
+def _check_dtype(dtype: str) -> None:
+    known = ("auto", "float32", "bfloat16", "float16")
+    if dtype not in known:
+        raise ConfigError(f"--dtype {dtype!r} is not known; take one of {', '.join(known)}.")
+
+
+def _measure(
+    reference: str, aligned: str, path: Path, limit: int, batch_size: int, loading: dict[str, Any]
+) -> "Difference":
+    from flexalign.data import load_traces, split_tokens
+    from flexalign.decoding.difference import measure_difference
+    from flexalign.pairing import ModelPair
+
+    traces = load_traces(path)
+    traces = traces.select(range(min(limit, len(traces))))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the report has said it all
+        pair = ModelPair.load(reference, aligned, **loading)
+    rows = list(split_tokens(traces, pair.tokenizer))
+    columns = (
+        TextColumn("reading with both models"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(rows))
+        return measure_difference(
+            pair,
+            rows,
+            batch_size=batch_size,
+            progress=lambda done, _: progress.update(task, completed=done),
+        )
+
+
+def _show_models(*models: "ModelFacts") -> None:
+    table = Table("", *(escape(model.name) for model in models))
+    for label, values in (
+        ("family", [f"{model.family} ({model.kind})" for model in models]),
+        ("weights", [f"{model.gib:.3g} GiB" for model in models]),
+        ("logits", [f"{model.width:,} wide" for model in models]),
+        ("vocabulary", [f"{model.vocabulary:,} tokens" for model in models]),
+        ("ends with", [repr(model.eos_token) for model in models]),
+        ("chat template", ["yes" if model.has_chat_template else "no" for model in models]),
+        ("thinking", [" … ".join(model.thinking_tags or ["no"]) for model in models]),
+        ("fingerprint", [model.fingerprint or "(pickled)" for model in models]),
+    ):
+        table.add_row(label, *map(escape, values))
+    result_console.print(table)
+
+
+def _show_verdict(facts: "PairFacts") -> None:
+    for warning in facts.warnings:
+        result_console.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
+    for note in facts.notes:
+        result_console.print(f"note: {escape(note)}", soft_wrap=True)
+    if facts.problems:
+        for problem in facts.problems:
+            result_console.print(f"[red]does not fit:[/red] {escape(problem)}", soft_wrap=True)
+        return
+    base = "one base, and an adapter" if facts.shared_base else "two models"
+    result_console.print(
+        f"[green]fits:[/green] {facts.vocab_size:,} shared tokens; {base}, {facts.gib:.3g} GiB"
+    )
+
+
+def _show_difference(found: "Difference") -> None:
+    gate = "none: they do not differ" if found.gate is None else f"{found.gate:.2g}"
+    result_console.print(
+        f"\n{found.rows:,} responses, {found.tokens:,} tokens; total variation "
+        f"{found.variation:.3g} on average\n"
+        f"noise floor {found.noise_floor:.2g}; proposed gate τ = {gate} "
+        f"(the difference stands {found.separation:.1f}× above the noise)\n"
+        f"tokens above it: {found.share:.1%}"
+    )
+    if found.separation < 2:
+        result_console.print(
+            "note: difference and noise pass into each other; a gate cuts somewhere between."
+        )
+    _show_changes("becomes rarer", found.falls)
+    _show_changes("becomes more frequent", found.rises)
+    table = Table("gives way", "to", "positions", "TV", "probabilities", "context", title="shifts")
+    for shift in found.shifts:
+        table.add_row(
+            escape(repr(shift.falls)),
+            escape(repr(shift.rises)),
+            f"{shift.positions:,}",
+            f"{shift.variation:.2f}",
+            f"{shift.falls_reference:.2f} → {shift.falls_aligned:.2f}, "
+            f"{shift.rises_reference:.2f} → {shift.rises_aligned:.2f}",
+            escape(repr(shift.context)),
+        )
+    result_console.print(table)
+
+
+def _show_changes(title: str, changes: "tuple[TokenChange, ...]") -> None:
+    table = Table("token", "reference", "aligned", "ln ratio", title=f"{title} (per 1000 tokens)")
+    for change in changes:
+        table.add_row(
+            escape(repr(change.token)),
+            f"{change.reference:.2f}",
+            f"{change.aligned:.2f}",
+            f"{change.log_change:+.2f}",
+        )
+    result_console.print(table)
