@@ -2,9 +2,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from families import family_model
 from transformers import PreTrainedModel
 
+from families import family_model
 from flexalign.errors import UnsupportedModelError
 from flexalign.trra.probes import packing_leak, require_packable
 

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from families import family_model
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from families import family_model
 from flexalign.errors import ConfigError, UnsupportedModelError
 from twin import divergence64, fuse64
 

@@ -7,7 +7,7 @@ import torch
 from trl import SFTConfig
 
 from flexalign.errors import ConfigError
-from flexalign.losses import DIVERGENCES, Divergence
+from flexalign.losses import DIVERGENCES
 from flexalign.schedules import Schedule
 
 __all__ = ["TrRaConfig"]
@@ -47,7 +47,7 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
             '{"kind": "linear", "start": 0, "end": 2, "steps": 200}.'
         },
     )
-    divergence: Divergence = field(
+    divergence: str = field(
         default="reverse",
         metadata={
             "help": "What is minimised: 'reverse' is KL(student‖teacher), the paper's equation 6; "

@@ -6,7 +6,7 @@ teacher ``softmax(λ·aligned + (1−λ)·reference)``.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -17,6 +17,7 @@ from trl import SFTTrainer
 
 from flexalign._adapters import inner_model
 from flexalign.errors import ConfigError
+from flexalign.losses import Divergence
 from flexalign.pairing import ModelPair
 from flexalign.trra.assembly import assemble
 from flexalign.trra.checkpoints import SealedCheckpoints
@@ -124,7 +125,7 @@ class TrRaTrainer(SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
             form=parts.form,
             reference=parts.reference,
             aligned=parts.aligned,
-            divergence=args.divergence,
+            divergence=cast(Divergence, args.divergence),
             beta=args.beta,
             gate=args.gate,
             chunk_size=args.chunk_size,
