@@ -108,13 +108,14 @@ class FusedDecoding(GenerationMixin):  # type: ignore[misc]
         dial_rows: Tensor,
         prompt_tokens: int,
         tags: TagTokens | None = None,
+        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Look up each row's λ for the next token; the rest is the leading model's own way."""
         index = max(0, input_ids.shape[1] - prompt_tokens)
         lam = dials.at(dial_rows, index, input_ids, tags)
         prepared: dict[str, Any] = self._leader.prepare_inputs_for_generation(
-            input_ids, lam=lam, **kwargs
+            input_ids, lam=lam, inputs_embeds=inputs_embeds, **kwargs
         )
         return prepared
 
