@@ -9,14 +9,13 @@ serves Python, YAML, the command line and HTTP::
 """
 
 import json
-import math
-import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, TypeAlias
 
-from flexalign.errors import ConfigError, LambdaError
+from flexalign.errors import ConfigError
+from flexalign.fusion import as_lambda
 from flexalign.schedules import Schedule
 
 __all__ = ["Dial", "Fixed", "parse_dial"]
@@ -36,10 +35,7 @@ class Fixed:
     lam: float
 
     def __post_init__(self) -> None:
-        real = isinstance(self.lam, numbers.Real) and not isinstance(self.lam, bool)
-        if not real or not math.isfinite(self.lam):
-            raise LambdaError(f"λ must be a finite number, got {self.lam!r}.")
-        object.__setattr__(self, "lam", float(self.lam))
+        object.__setattr__(self, "lam", float(as_lambda(self.lam)))
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form, which :func:`parse_dial` takes back."""
@@ -78,7 +74,7 @@ def parse_dial(value: object) -> Dial:
         return Schedule.parse(value)
     given = dict(value)
     name = given.pop("policy")
-    if name not in _POLICIES:
+    if not isinstance(name, str) or name not in _POLICIES:
         raise ConfigError(f"{name!r} is no policy{_nearest(name, _POLICIES)}.")
     policy, keys = _POLICIES[name]
     for key in given:

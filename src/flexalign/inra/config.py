@@ -1,14 +1,13 @@
 """What an InRa adapter says of itself: ``inra_config.json``."""
 
 import json
-import math
-import numbers
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import CheckpointError, ConfigError, FlexAlignError, LambdaError
+from flexalign.fusion import as_lambda
 
 __all__ = ["CONFIG_FILE", "FORMAT_VERSION", "InRaConfig"]
 
@@ -103,7 +102,7 @@ class InRaConfig:
 
 
 def _lambda(value: object, name: str) -> float:
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not math.isfinite(float(value)):  # type: ignore[arg-type]
-        raise LambdaError(f"{name} must be a finite number (a λ), got {value!r}.")
-    return float(value)  # type: ignore[arg-type]
+    try:
+        return float(as_lambda(value))
+    except LambdaError as error:
+        raise LambdaError(f"{name}: {error}") from error
