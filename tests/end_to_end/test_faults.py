@@ -114,6 +114,7 @@ def test_a_killed_run_ends_in_the_same_weights(
     in_step = run(tree, f"step:{step}")
     assert in_step.returncode == -signal.SIGKILL, in_step.stderr
     assert "half written" in in_step.stderr
+    assert ("going on from" in in_step.stderr) == (not crash.endswith(":1"))
 
     resumed = run(tree)
     assert resumed.returncode == 0, resumed.stderr
@@ -209,3 +210,31 @@ def test_a_read_only_disk_is_one_sentence_and_changes_nothing(
     assert "ead-only" in line
     assert sorted(os.listdir(folder / "out")) == before
     assert newest_complete(folder / "out").path is not None
+
+
+def test_two_processes_make_one_run_that_resumes(tree: dict[str, Any], tmp_path: Path) -> None:
+    tree["training"] |= {"max_steps": 4, "gradient_accumulation_steps": 1}
+    whole = tree | {"output": str(tmp_path / "whole")}
+
+    def launch(tree: dict[str, Any], point: str) -> subprocess.CompletedProcess[str]:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        command = _command(tree, tmp_path, point)[1:]
+        return subprocess.run(
+            [*launcher, "--standalone", *command],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+
+    done = launch(whole, "never:0")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("the realigned model:") == 1
+    assert launch(tree, "step:4").returncode != 0
+    stands = newest_complete(Path(tree["output"])).path
+    assert stands is not None
+    assert stands.name == "checkpoint-2"
+    resumed = launch(tree, "never:0")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"going on from {stands}" in resumed.stderr
+    assert _checksum(tree["output"]) == _checksum(whole["output"])

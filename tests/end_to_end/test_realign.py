@@ -213,6 +213,24 @@ def test_rounds_are_whole_models_and_each_learns_from_the_last(
     assert _equal(second["output"], output)
 
 
+def test_rounds_of_a_lora_are_adapters_on_the_one_reference(
+    realign: Callable[..., Any], tree: dict[str, Any]
+) -> None:
+    del tree["watch"]
+    tree |= {"rounds": 2, "lora": {"r": 4}}
+    tree["training"]["max_steps"] = 2
+    result = realign(tree)
+    assert result.exit_code == 0, result.stderr
+    output = Path(tree["output"])
+    ids = torch.arange(10, 20)[None]
+    logits = []
+    for folder in (output / "round-1", output):
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == tree["reference"]
+        logits.append(AutoModelForCausalLM.from_pretrained(folder)(ids).logits)
+    assert not torch.equal(*logits)
+
+
 def test_damaged_checkpoints_are_passed_over_and_said(
     realign: Callable[..., Any],
     tree: dict[str, Any],

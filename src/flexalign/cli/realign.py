@@ -1,5 +1,6 @@
 """``flexalign realign``: train a student to be the pair at a λ of your choice."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -103,7 +104,7 @@ def realign(
             return
         _announce(prepared.run)
         outcome = _train(prepared.run, prepared.watched)
-    if as_json:
+    if as_json and not console.quiet:
         print_json(outcome.to_dict())
     _summarise(outcome)
 
@@ -118,10 +119,13 @@ def _parse_lambda(text: str | None) -> Any:
 def _quieten_libraries() -> None:
     """Keep other libraries' notices off the terminal: ours say what matters."""
     import datasets
-    import transformers
+    from transformers.utils import logging
 
-    transformers.logging.set_verbosity_error()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    # Of several processes (torchrun, accelerate launch) the first one speaks.
+    console.quiet = os.environ.get("RANK", "0") != "0"
 
 
 def _announce(run: "Realignment") -> None:
@@ -176,7 +180,7 @@ def _summarise(outcome: "Outcome") -> None:
         )
         console.print(
             f"tokens per answer:   {first['tokens']:.1f} → {last['tokens']:.1f} "
-            f"({cut:+.1%} cut){accuracy}"
+            f"(a cut of {cut:.1%}){accuracy}"
         )
     model = shlex.quote(str(outcome.merged or outcome.output))
     console.print(

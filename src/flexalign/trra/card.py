@@ -57,7 +57,7 @@ def model_card(
         ("gate τ", "off" if recipe.gate is None else f"{recipe.gate:g}"),
         ("student", "LoRA " + _code(recipe.lora) if recipe.lora else "all weights"),
         ("steps", f"{facts['steps']}"),
-        ("response tokens seen", f"{facts['tokens_seen']:,}"),
+        ("tokens seen, without padding", f"{facts['tokens_seen']:,}"),
         ("data", f"`{recipe.data}`, fingerprint `{facts['data']}`"),
         ("fingerprints of the pair", ", ".join(f"`{print_}`" for print_ in facts["pair"])),
     ]

@@ -156,11 +156,14 @@ class Recipe:
         Raises:
             ConfigError: If a value is out of its range.
         """
+        import torch
+
         from flexalign.trra.config import TrRaConfig
 
         training = DEFAULT_TRAINING | self.training
         if "num_train_epochs" in self.training and "max_steps" not in self.training:
             training["max_steps"] = -1
+        training.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
         own = {name: getattr(self, name) for name in _TOP_LEVEL}
         try:
             return TrRaConfig(output_dir=str(output), **training, **own)

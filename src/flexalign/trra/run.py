@@ -2,11 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -130,14 +132,20 @@ class Realignment:
             CheckpointError: If the output folder cannot be written to.
         """
         last = self.rounds[-1]
-        claim_output(last.output, self._identity_of(last))
+        with _one_process() as is_first:
+            if is_first:
+                claim_output(last.output, self._identity_of(last))
         for round_ in self.rounds:
             if state_of_output(round_.output, self._identity_of(round_)) != "done":
-                claim_output(round_.output, self._identity_of(round_))
-                self._finish(round_, self._train(round_, callbacks(round_), stop))
+                checkpoint = self._train(round_, callbacks(round_), stop)
+                with _one_process() as is_first:
+                    if is_first:
+                        self._finish(round_, checkpoint)
         merged = Path(self.recipe.output) / "merged" if self.recipe.merge else None
         if merged is not None:
-            self._merge(merged)
+            with _one_process() as is_first:
+                if is_first:
+                    self._merge(merged)
         manifest = json.loads((last.output / MANIFEST).read_text(encoding="utf-8"))
         return Outcome(
             output=last.output,
@@ -159,7 +167,10 @@ class Realignment:
         """Train one round, or what is left of it; return its last checkpoint."""
         args = self.recipe.training_arguments(round_.output)
         found = newest_complete(round_.output)
-        self._say_where_it_starts(round_, found)
+        with _one_process() as is_first:
+            if is_first:
+                claim_output(round_.output, self._identity_of(round_))
+                self._say_where_it_starts(round_, found)
         if found.path is not None and _is_last(found.path):
             return found.path
         trainer = TrRaTrainer(
@@ -236,6 +247,15 @@ class Realignment:
             model.save_pretrained(merged)
             self.tokenizer.save_pretrained(merged)
             seal(merged, recipe=self.recipe.to_tree(), versions=versions_in_use())
+
+
+@contextmanager
+def _one_process() -> Iterator[bool]:
+    """Tell the first of several processes that it is; all leave the block together."""
+    state = PartialState()
+    state.wait_for_everyone()
+    yield state.is_main_process
+    state.wait_for_everyone()
 
 
 def _trainer_state(checkpoint: Path) -> dict[str, Any]:
