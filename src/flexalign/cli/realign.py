@@ -185,5 +185,6 @@ def _summarise(outcome: "Outcome") -> None:
     model = shlex.quote(str(outcome.merged or outcome.output))
     console.print(
         f"next: [cyan]flexalign inspect {escape(model)}[/cyan], "
-        f"[cyan]flexalign sample {escape(model)} --prompts questions.jsonl -o answers.jsonl[/cyan]"
+        f"[cyan]flexalign sample {escape(model)} --prompts questions.jsonl -o answers.jsonl[/cyan]",
+        soft_wrap=True,
     )
