@@ -40,7 +40,7 @@ def test_counts_are_those_of_the_real_model(
 
 def test_a_lora_that_fits_nothing_is_refused(tiny_model: Callable[..., PreTrainedModel]) -> None:
     lora = LoraConfig(target_modules=["no_such_layer"], task_type="CAUSAL_LM")
-    with pytest.raises(ConfigError, match="lora: .*no_such_layer"):
+    with pytest.raises(ConfigError, match=r"lora: .*no_such_layer"):
         count_parameters(tiny_model().config, lora)
 
 
