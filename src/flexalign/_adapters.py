@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def unfit_tensor(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(base_config)
         try:
-            model = get_peft_model(model, adapter_config)
+            model = get_peft_model(model, replace(adapter_config, base_model_name_or_path=None))
         except ValueError as error:
             return " ".join(str(error).split())[:300]
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False)

@@ -16,7 +16,7 @@ from flexalign._compatibility import (
     vocabulary_size,
 )
 from flexalign._memory import GIB, weight_bytes
-from flexalign._weights import tensor_infos
+from flexalign._weights import same_folder, tensor_infos
 from flexalign.errors import ConfigError, UnsupportedModelError
 from flexalign.loading import (
     Model,
@@ -264,7 +264,9 @@ def _compare_base(base: ModelFacts, adapter: ModelFacts) -> tuple[str | None, st
 
 
 def _is_same(one: ModelFacts, other: ModelFacts) -> bool:
-    return one.fingerprint is not None and one.fingerprint == other.fingerprint
+    if one.fingerprint is None or one.fingerprint != other.fingerprint:
+        return False
+    return one.kind == other.kind == "gguf" or same_folder(one.source.path, other.source.path)
 
 
 def _adds_nothing(adapter: Path) -> bool:

@@ -17,6 +17,8 @@ __all__ = [
     "fingerprint_file",
     "fingerprint_folder",
     "fingerprint_module",
+    "same_folder",
+    "same_module",
     "tensor_infos",
     "weight_files",
 ]
@@ -80,21 +82,19 @@ def fingerprint_module(model: nn.Module) -> str:
 
     Of a PEFT wrapper it is the base that counts.
     """
-    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
-        return fingerprint_module(model.get_base_model())  # type: ignore[operator]
-    tensors: dict[str, Tensor] = {}
-    seen = set()
-    for name, tensor in model.state_dict().items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if _is_of_an_adapter(name) or (place in seen and tensor.numel()):
-            continue
-        seen.add(place)
-        tensors[name.replace(".base_layer.", ".")] = tensor
-    if hasattr(model, "config"):
-        from transformers.core_model_loading import revert_weight_conversion
+    return _fingerprint(_held(model))
 
-        tensors = revert_weight_conversion(model, tensors)
-    return _fingerprint(sorted(tensors.items()))
+
+def same_folder(one: Path, other: Path) -> bool:
+    """Whether two folders hold equal tensors; read whole only if their fingerprints are equal."""
+    return fingerprint_folder(one) == fingerprint_folder(other) and _same(
+        _stored(one), _stored(other)
+    )
+
+
+def same_module(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules hold equal tensors; compared whole only if their fingerprints are."""
+    return fingerprint_module(one) == fingerprint_module(other) and _same(_held(one), _held(other))
 
 
 def fingerprint_file(file: Path) -> str:
@@ -117,6 +117,35 @@ def _fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
         values = tensor.detach().reshape(-1)[places].to(torch.bfloat16).cpu()
         digest.update(values.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _same(one: Iterable[tuple[str, Tensor]], other: Iterable[tuple[str, Tensor]]) -> bool:
+    """Compare tensors, in bf16 where their dtypes differ."""
+    for (_, first), (_, second) in zip(one, other, strict=True):
+        if first.dtype != second.dtype:
+            first, second = first.to(torch.bfloat16), second.to(torch.bfloat16)
+        if not torch.equal(first.cpu(), second.cpu()):
+            return False
+    return True
+
+
+def _held(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return a module's tensors by the names that they are saved under, tied ones once."""
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        return _held(model.get_base_model())  # type: ignore[operator]
+    tensors: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if _is_of_an_adapter(name) or (place in seen and tensor.numel()):
+            continue
+        seen.add(place)
+        tensors[name.replace(".base_layer.", ".")] = tensor
+    if hasattr(model, "config"):
+        from transformers.core_model_loading import revert_weight_conversion
+
+        tensors = revert_weight_conversion(model, tensors)
+    return sorted(tensors.items())
 
 
 def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -21,9 +21,10 @@ from flexalign._adapters import AdapterSwitch, inner_model
 from flexalign._compatibility import shared_width, vocabulary_size
 from flexalign._examination import PairFacts, examine_pair
 from flexalign._memory import GIB, available_bytes
+from flexalign._weights import same_module
 from flexalign.errors import ConfigError, PairMismatchError
 from flexalign.heads import Head, last_hidden
-from flexalign.loading import Model, fingerprint, load_model
+from flexalign.loading import Model, load_model
 
 __all__ = ["Heads", "ModelPair", "Side"]
 
@@ -145,9 +146,7 @@ class ModelPair:
         widths = [_width(model) for model in (reference, aligned)]
         vocab_size, _ = shared_width(widths[0], widths[1], vocabulary_size(tokenizer))
         pair = cls(reference, aligned, tokenizer, vocab_size)
-        if not pair.shared_base and (
-            reference is aligned or fingerprint(reference) == fingerprint(aligned)
-        ):
+        if not pair.shared_base and (reference is aligned or same_module(reference, aligned)):
             warnings.warn(
                 "the aligned model equals the reference: there is nothing to realign.",
                 stacklevel=2,

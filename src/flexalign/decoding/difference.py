@@ -5,10 +5,11 @@ At every response token both models give a distribution of what comes next. Thei
 probability say in what. Positions with the same two tokens are one *shift*: "`again` gives way to
 `;`". λ turns each of them; beyond [0, 1] it turns the noise too, in which the two merely differ.
 
-The gate that is proposed lies between the two. Let s be the TV above which 99 % of ΣTV² lies:
-what really distinguishes the two models. Let n, the noise floor, be the 99 % quantile of TV at
-the positions below s. The gate is √(s·n), half-way on a logarithmic scale. s/n, the *separation*,
-is 1 where the two pass into each other, and a gate then cuts where there is no gap.
+The gate that is proposed lies between the two. The TVs are split, on a logarithmic scale and each
+position weighted by its TV, into the two groups that explain most of their variance (Otsu's
+threshold). The noise floor n is the weighted 99 % quantile of the lower group, s the weighted 1 %
+quantile of the upper one, the gate √(s·n): half-way between. s/n is the *separation*; near 1 the
+two groups pass into each other, and a gate cuts where there is no gap.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,8 +32,10 @@ __all__ = ["Difference", "Shift", "TokenChange", "measure_difference", "propose_
 Row = tuple[list[int], list[int]]
 """Token ids of a prompt and of its response."""
 
-_SIGNAL_SHARE = 0.99
-_NOISE_QUANTILE = 0.99
+_TAIL = 0.01
+_NO_DIFFERENCE = 1e-4
+"""A total variation so small that no λ in use makes it matter; smaller ones count as this."""
+
 _CONTEXT_TOKENS = 12
 _COLUMNS = ("row", "position", "variation", "falls", "rises", "falls_reference", "falls_aligned",
             "rises_reference", "rises_aligned")  # fmt: skip
@@ -90,9 +93,9 @@ class Difference:
         rows: Responses looked at.
         tokens: Their tokens.
         variation: Mean total variation per token.
-        gate: The gate τ that is proposed; None if the two do not differ anywhere.
+        gate: The gate τ that is proposed; None if the two differ nowhere by more than 0.0001.
         share: Share of the tokens above the gate, 0…1.
-        noise_floor: Total variation below which 99 % of the other tokens lie.
+        noise_floor: Total variation below which the two merely differ.
         separation: How far the difference stands out of the noise; 1 is not at all.
         falls: The tokens that become rarer, the largest loss first.
         rises: The tokens that become more frequent, the largest gain first.
@@ -122,17 +125,21 @@ def propose_gate(variations: NDArray[np.float64]) -> tuple[float | None, float, 
         variations: One for each position.
 
     Returns:
-        The gate (None if the models do not differ), the noise floor and the separation.
+        The gate (None if the models differ nowhere by more than 0.0001), the noise floor and the
+        separation.
     """
-    ordered = np.sort(variations)[::-1]
-    squares = np.cumsum(ordered**2)
-    if not len(ordered) or squares[-1] == 0:
+    weights = np.sort(variations).clip(_NO_DIFFERENCE)
+    if not len(weights) or weights[-1] == _NO_DIFFERENCE:
         return None, 0.0, 1.0
-    enough = int(np.searchsorted(squares, _SIGNAL_SHARE * squares[-1]))
-    signal = float(ordered[enough])
-    rest = ordered[ordered < signal]
-    noise = float(np.quantile(rest, _NOISE_QUANTILE)) if len(rest) else signal
-    noise = max(noise, float(np.finfo(np.float32).eps))
+    logs = np.log(weights)
+    below, total = np.cumsum(weights)[:-1], weights.sum()
+    moments = np.cumsum(weights * logs)[:-1]
+    mean = (weights * logs).sum() / total
+    # Otsu: the split with the largest variance between its two groups.
+    between = (moments - mean * below) ** 2 / (below * (total - below))
+    split = int(between.argmax()) + 1 if len(between) else 0
+    signal = _weighted_quantile(weights[split:], _TAIL)
+    noise = _weighted_quantile(weights[:split], 1 - _TAIL) if split else signal
     return float(np.sqrt(signal * noise)), noise, signal / noise
 
 
@@ -175,7 +182,7 @@ def measure_difference(
                 progress(start + len(batch), len(order))
     table = dict(zip(_COLUMNS, np.concatenate(parts, axis=1), strict=True))
     gate, noise, separation = propose_gate(table["variation"])
-    above = table["variation"] > (gate or 0.0)
+    above = table["variation"] > (_NO_DIFFERENCE if gate is None else gate)
     return Difference(
         rows=len(rows),
         tokens=len(above),
@@ -278,6 +285,12 @@ def _shifts(
             )
         )
     return tuple(found)
+
+
+def _weighted_quantile(ordered: NDArray[np.float64], share: float) -> float:
+    """Return the value below which this share of the sum of all values lies."""
+    sums = np.cumsum(ordered)
+    return float(ordered[int(np.searchsorted(sums, share * sums[-1]))])
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:

@@ -1,0 +1,103 @@
+"""``flexalign inspect`` by its exit codes, its JSON and what a person reads."""
+
+import json
+import shutil
+
+import pytest
+
+from flexalign.loading import fingerprint
+
+TRACES = [
+    {"prompt": [{"role": "user", "content": "1+2"}], "completion": [{"role": "assistant", "content": text}]}
+    for text in ("three", "the answer is three", "1+2=3 again 1+2=3")
+]  # fmt: skip
+
+
+@pytest.fixture
+def traces(tmp_path):
+    path = tmp_path / "traces.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in TRACES))
+    return path
+
+
+@pytest.fixture
+def unfit(tiny_pair, tmp_path):
+    """The aligned model with two tokens exchanged."""
+    folder = shutil.copytree(tiny_pair.aligned, tmp_path / "unfit")
+    state = json.loads((folder / "tokenizer.json").read_text())
+    vocab = state["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    return folder
+
+
+def test_one_model(tiny_pair, run_cli):
+    result = run_cli("inspect", tiny_pair.reference, "--json")
+    facts = json.loads(result.stdout)
+    assert result.exit_code == 0
+    assert facts["family"] == "qwen2"
+    assert facts["fingerprint"] == fingerprint(tiny_pair.reference)
+    assert facts["thinking_tags"] == ["<think>", "</think>"]
+    shown = run_cli("inspect", tiny_pair.reference)
+    assert shown.exit_code == 0
+    assert facts["fingerprint"] in shown.stdout
+
+
+def test_a_pair_that_fits(tiny_pair, run_cli):
+    result = run_cli("inspect", *tiny_pair, "--json")
+    facts = json.loads(result.stdout)
+    assert (result.exit_code, facts["fits"], facts["problems"]) == (0, True, [])
+    assert facts["vocab_size"] == 320
+    assert facts["gib"] == facts["reference"]["gib"] + facts["aligned"]["gib"]
+    assert facts["aligned"]["fingerprint"] == fingerprint(tiny_pair.aligned)
+    shown = run_cli("inspect", *tiny_pair)
+    assert (shown.exit_code, "fits: 320 shared tokens" in shown.stdout) == (0, True)
+
+
+def test_a_pair_that_does_not_fit_is_exit_code_2(tiny_pair, unfit, run_cli, traces):
+    for options in ([], ["--diff", traces]):
+        result = run_cli("inspect", tiny_pair.reference, unfit, "--json", *options)
+        facts = json.loads(result.stdout)
+        assert (result.exit_code, facts["fits"], facts["vocab_size"]) == (2, False, None)
+        assert "'a' is " in facts["problems"][0]
+        assert "difference" not in facts
+    shown = run_cli("inspect", tiny_pair.reference, unfit)
+    assert shown.exit_code == 2
+    assert "does not fit: the tokenizers differ: 'a' is " in shown.stdout
+
+
+def test_equal_models_are_said(tiny_pair, run_cli):
+    result = run_cli("inspect", tiny_pair.reference, tiny_pair.reference, "--json")
+    facts = json.loads(result.stdout)
+    assert (result.exit_code, facts["identical"]) == (0, True)
+    assert "nothing to realign" in facts["warnings"][0]
+
+
+def test_the_difference_on_traces(tiny_pair, run_cli, traces):
+    result = run_cli("inspect", *tiny_pair, "--diff", traces, "--json")
+    assert result.exit_code == 0
+    difference = json.loads(result.stdout)["difference"]
+    assert difference["rows"] == 3
+    assert difference["falls"][0].keys() == {"token", "reference", "aligned", "log_change"}
+    fewer = run_cli("inspect", *tiny_pair, "--diff", traces, "--limit", "1", "--json")
+    assert json.loads(fewer.stdout)["difference"]["tokens"] < difference["tokens"]
+    shown = run_cli("inspect", *tiny_pair, "--diff", traces)
+    assert f"{difference['tokens']:,} tokens" in shown.stdout
+    assert f"τ = {difference['gate']:.2g}" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere/model"], "no model 'nowhere/model'"),
+        (["{model}", "--diff", "x.jsonl"], "name the aligned one"),
+        (["{model}", "{model}", "--dtype", "int3"], "float32"),
+        (["{model}", "{other}", "--diff", "x.jsonl"], "x.jsonl"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_exit_code_2(arguments, words, tiny_pair, run_cli):
+    places = {"model": tiny_pair.reference, "other": tiny_pair.aligned}
+    result = run_cli("inspect", *(argument.format(**places) for argument in arguments))
+    assert result.exit_code == 2
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
