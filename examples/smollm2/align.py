@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 import yaml
 from datasets import Dataset
 from peft import LoraConfig
@@ -20,16 +21,19 @@ def train_aligned(
     Writes the adapter to `output` and the plain model to ``output/merged``; the folder appears
     when both are whole.
     """
+    transformers.logging.disable_progress_bar()
     settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     partial = output.with_name(output.name + ".partial")
     tokenizer = load_tokenizer(reference)
+    on_device = torch.accelerator.is_available()
     trainer = SFTTrainer(
         load_model(reference),
         args=SFTConfig(
             output_dir=str(partial),
             save_strategy="no",
             report_to="none",
-            bf16=torch.accelerator.is_available(),
+            bf16=on_device,
+            dataloader_pin_memory=on_device,
             completion_only_loss=True,
             **{**settings["training"], "max_steps": max_steps},
         ),
