@@ -53,6 +53,8 @@ FULL = [
 QUICK = [(1024, 8192, 256, 3)]
 RESULTS = Path(__file__).parent / "results" / "loss.md"
 MIB = 2**20
+SHARE_OF_MEMORY = 0.7
+"""Of what is free: more than that is not fitting, before the system starts to kill processes."""
 
 
 class Inputs:
@@ -136,7 +138,8 @@ def run_shape(T: int, V: int, H: int, runs: int, names: list[str]) -> dict[str, 
     for name in names:  # what is loaded or set up once is no part of a run
         METHODS[name](small)
     x = Inputs(T, V, H)
-    limit = resident("VmSize") + available() - 1024 * MIB
+    room = int(SHARE_OF_MEMORY * available())
+    limit = resident("VmSize") + room
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(runs):
@@ -147,7 +150,7 @@ def run_shape(T: int, V: int, H: int, runs: int, names: list[str]) -> dict[str, 
                 if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
                     raise
                 del found[name]
-    return {
+    return {"room": {"mib": room / MIB}} | {
         name: {key: statistics.median(run[key] for run in runs_) for key in runs_[0]}
         for name, runs_ in found.items()
     }
@@ -172,7 +175,7 @@ def table(shapes: list[tuple[int, ...]], names: list[str], threads: int) -> str:
         for name in names:
             row = "| " + " | ".join(str(part) for part in shape) + f" | {name} | "
             if name not in found:
-                row += f"does not fit | > {available() / MIB - 1024:.0f} | | |"
+                row += f"does not fit | > {found['room']['mib']:.0f} | | |"
             else:
                 one = found[name]
                 row += (
