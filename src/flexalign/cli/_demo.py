@@ -1,7 +1,6 @@
 """The steps of the demo: students at several λ, one after the other, with progress."""
 
 import json
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import datasets
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
@@ -35,10 +35,10 @@ def run_demo(output: Path, *, questions: int, steps: int, seed: int) -> list[Mea
     """Train and measure everything that the demo shows, and write its picture and figures."""
     training = Training(steps=steps, seed=seed)
     asked = make_questions(questions, seed=_QUESTION_SEED + seed)
-    reference, aligned, tokenizer = load_pair()
     measurements: list[Measurement] = []
 
     with _quiet(), _progress() as progress, TemporaryDirectory() as scratch:
+        reference, aligned, tokenizer = load_pair()
 
         def answer(name: str, model: Any, lam: float) -> None:
             task = progress.add_task(f"{name}: answers", total=questions)
@@ -103,13 +103,16 @@ def _progress() -> Iterator[Progress]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The demo's own bars say what happens; the libraries' notes would tear them apart."""
+    """The demo's own bars say what happens; the libraries' bars and notes would tear them apart."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
-    logging.getLogger("trl").setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+        datasets.enable_progress_bars()

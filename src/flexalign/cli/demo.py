@@ -9,7 +9,14 @@ from flexalign.cli._shared import console, print_json, result_console
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from flexalign.evaluation.showcase import Measurement
+
+
+_LEGEND = """
+eq. 5: what equation 5 gives in closed form. again: how often the model goes
+over a line once more; the aligned model does it less, λ turns that further."""
 
 
 def demo(
@@ -47,26 +54,36 @@ def demo(
         print_json([measurement.to_json() for measurement in measurements])
     else:
         result_console.print(_table(measurements))
+        result_console.print(_LEGEND, style="dim")
     console.print(f"picture: {output / 'pareto.png'}   figures: {output / 'demo.json'}")
 
 
-def _table(measurements: "list[Measurement]") -> "object":
+def _table(measurements: "list[Measurement]") -> "Table":
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title="The miniature, realigned (in brackets: equation 5 in closed form)")
-    for column in ("model", "accuracy", "95 % interval", "tokens", "token cut", "goes over again"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    table = Table(
+        title="The miniature, realigned",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+        pad_edge=False,
+    )
+    table.add_column("model", no_wrap=True)
+    for column in ("accuracy [95 %]", "eq. 5", "tokens", "eq. 5", "cut", "again", "eq. 5"):
+        style = "dim" if column == "eq. 5" else None
+        table.add_column(column, justify="right", style=style, no_wrap=True)
     reference_tokens = measurements[0].tokens
     for row in measurements:
-        assert row.expected is not None
-        assert row.expected_habits is not None
         low, high = row.accuracy_interval
         table.add_row(
             row.name,
-            f"{row.accuracy:.3f} ({row.expected.accuracy:.3f})",
-            f"{low:.3f}–{high:.3f}",
-            f"{row.tokens:.1f} ({row.expected.tokens:.1f})",
+            f"{row.accuracy:.3f} [{low:.2f}, {high:.2f}]",
+            f"{row.expected.accuracy:.3f}",
+            f"{row.tokens:.1f}",
+            f"{row.expected.tokens:.1f}",
             f"{1 - row.tokens / reference_tokens:.0%}",
-            f"{row.habits.again:.3f} ({row.expected_habits.again:.3f})",
+            f"{row.habits.again:.3f}",
+            f"{row.expected_habits.again:.3f}",
         )
     return table

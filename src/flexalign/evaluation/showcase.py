@@ -11,7 +11,12 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+)
 
 from flexalign.decoding.responses import generate_responses
 from flexalign.evaluation.pareto import ParetoCurve, ParetoPoint, draw_pareto
@@ -67,7 +72,7 @@ class Measurement:
         accuracy: Share of right answers, 0…1, and its 95 % interval.
         tokens: Mean tokens a response, and its 95 % interval.
         habits: Its habits, counted in what it wrote.
-        expected: What the closed form gives, where there is one for it.
+        expected: What the closed form gives.
         expected_habits: The habits behind `expected`.
     """
 
@@ -77,8 +82,8 @@ class Measurement:
     tokens: float
     tokens_interval: tuple[float, float]
     habits: Habits
-    expected: Outcome | None = None
-    expected_habits: Habits | None = None
+    expected: Outcome
+    expected_habits: Habits
 
     def to_json(self) -> dict[str, Any]:
         """All fields by name, nested ones as dictionaries."""
@@ -142,6 +147,7 @@ def realign(
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return student.eval()
 
@@ -173,7 +179,7 @@ def measure(
     name: str,
     questions: Sequence[Question],
     traces: Sequence[Sequence[str]],
-    expected_habits: Habits | None = None,
+    expected_habits: Habits,
 ) -> Measurement:
     """Measure what sampled traces are worth and which habits they show.
 
@@ -181,10 +187,10 @@ def measure(
         name: What to call the model.
         questions: As many as traces.
         traces: One response to each.
-        expected_habits: The habits of the closed form, where there is one.
+        expected_habits: The habits of the closed form.
     """
     right = [is_right(question, trace) for question, trace in zip(questions, traces, strict=True)]
-    clusters = np.arange(len(questions))
+    clusters = range(len(questions))
     accuracy = clustered_interval(np.array(right, dtype=float), clusters)
     tokens = clustered_interval(np.array([len(trace) for trace in traces], dtype=float), clusters)
     return Measurement(
@@ -194,7 +200,7 @@ def measure(
         tokens=tokens[1],
         tokens_interval=(tokens[0], tokens[2]),
         habits=mean_habits(count_branches(questions, traces)),
-        expected=None if expected_habits is None else expected_outcome(expected_habits),
+        expected=expected_outcome(expected_habits),
         expected_habits=expected_habits,
     )
 
