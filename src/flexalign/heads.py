@@ -127,7 +127,7 @@ def last_hidden(model: nn.Module, **inputs: Any) -> Tensor:
         )
     plain = _unwrap(model)
     decoder: Any = getattr(plain, "get_decoder", lambda: plain)()
-    if decoder is plain:
+    if decoder is plain or decoder is plain.get_output_embeddings():  # type: ignore[operator]
         raise UnsupportedModelError(
             f"{_name(plain)}: no decoder apart from the head was found; "
             "give a transformers causal language model."

@@ -174,7 +174,7 @@ class InRaModel(StreamDecoding):
         kept: Any = logits_to_keep
         kept = slice(-kept, None) if isinstance(kept, int) else kept
         if isinstance(lam, Tensor) and lam.ndim == 2 and lam.shape[1] == hidden.shape[1]:
-            lam = lam[:, kept]
+            lam = lam.to(hidden.device)[:, kept]
         logits = self._fused_logits(plan, hidden[:, kept], lam, gate)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 

@@ -1,0 +1,69 @@
+"""Whatever transformers can build is served rightly or refused, never served wrongly.
+
+Each family gets one common small configuration. Those that need settings of their own, and those
+whose plain model fails with it, are skipped: nothing can be compared there.
+"""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from contract.subjects import stir
+from families import FAMILIES, family_config
+from flexalign.errors import UnsupportedModelError
+from flexalign.inra import InRaModel
+
+OTHERS = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(FAMILIES))
+LARGEST = 5_000_000
+"""Parameters; a family that cannot be made smaller would take long."""
+
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.filterwarnings("ignore"),
+]
+
+TOKENS = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(3))
+MASK = torch.ones_like(TOKENS)
+MASK[0, :3] = 0
+
+
+def build(family: str) -> PreTrainedModel:
+    """Build a small model of a family whose plain forward runs, or skip."""
+    experts = {"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4}
+    experts |= {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+    try:
+        config = family_config(family, head_dim=16, **experts)
+        if any("mamba" in name for name in config.to_dict()):
+            pytest.skip("recurrent, as mamba and jamba are, and slow")
+        with torch.device("meta"):
+            shell = AutoModelForCausalLM.from_config(config)
+        size = sum(parameter.numel() for parameter in shell.parameters())
+        if size > LARGEST:
+            pytest.skip(f"{size} parameters at the least")
+        model = AutoModelForCausalLM.from_config(config).float().eval()
+        model(TOKENS, attention_mask=MASK, use_cache=False)
+    except Exception as error:
+        pytest.skip(f"needs a configuration of its own ({type(error).__name__}: {error})")
+    return model
+
+
+@pytest.mark.parametrize("family", OTHERS)
+@torch.no_grad()
+def test_served_or_refused(family: str) -> None:
+    base = build(family)
+    try:
+        model = InRaModel.create(base)
+    except UnsupportedModelError:
+        return
+    stir(model.adapter, 0.05, seed=2)
+    plain = base(TOKENS, attention_mask=MASK, use_cache=False).logits
+    adapter = model(TOKENS, MASK, lam=1.0).logits
+    expected = torch.stack([0.7 * plain[0] + 0.3 * adapter[0], 2 * adapter[1] - plain[1]])
+    found = model(TOKENS, MASK, lam=[0.3, 2.0]).logits
+    assert float((found - expected)[MASK.bool()].abs().max()) <= 1e-5
+    settings = {"lam": [0.0, 1.5], "max_new_tokens": 6, "do_sample": False}
+    cached = model.generate(TOKENS, attention_mask=MASK, **settings)
+    assert torch.equal(
+        cached, model.generate(TOKENS, attention_mask=MASK, **settings, use_cache=False)
+    )
