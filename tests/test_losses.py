@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-import flexalign._chunked
-import flexalign._products
+import flexalign.losses.chunked
+import flexalign.losses.products
 from families import family_model
 from flexalign.errors import ConfigError, LambdaError, PairMismatchError
 from flexalign.fusion import concatenate_hidden
@@ -270,7 +270,7 @@ def test_without_gradients_none_are_made(monkeypatch: pytest.MonkeyPatch) -> Non
     def forbidden(*_: Any) -> None:
         raise AssertionError("a gradient was made under no_grad")
 
-    monkeypatch.setattr(flexalign._chunked, "add_outer", forbidden)
+    monkeypatch.setattr(flexalign.losses.chunked, "add_outer", forbidden)
     with torch.no_grad():
         assert torch.equal(fused_divergence(**case.arguments(), lam=2.0), expected)
 
@@ -384,7 +384,7 @@ def test_gradients_through_a_tied_head_equal_the_twin(family: str) -> None:
 def test_half_precision_weights_accumulate_in_float32(
     kind: str, slice_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flexalign._products, "_WIDENED_ROWS", slice_rows)
+    monkeypatch.setattr(flexalign.losses.products, "_WIDENED_ROWS", slice_rows)
     case = make_case(kind)
     for name, value in case.arguments().items():
         if isinstance(value, Head):

@@ -285,6 +285,8 @@ def test_other_refusals(model, inputs, greedy):
         model.generate(lam=0.5)
     with pytest.raises(LambdaError, match="at least one"):
         model.sweep(**inputs, lams=[])
+    with pytest.raises(ConfigError, match="leave past_key_values out"):
+        model.sweep(**inputs, lams=[1], past_key_values=model.new_cache())
     with pytest.raises(ConfigError, match="2 rows of"):
         greedy(model, past_key_values=model.prefill(inputs["input_ids"][:2]))
     with pytest.raises(ConfigError, match="one token more"):

@@ -58,9 +58,11 @@ def test_probabilities_equal_one_trace_at_a_time_without_padding(tokenizer, mode
         both = [logits_of(model)(ids, None)[0].double().detach() for model in models]
         mixed = torch.softmax(1.7 * both[1] - 0.7 * both[0], -1)
         for branch in branches(question, trace):
-            chosen = tokenizer.convert_tokens_to_ids(list(branch.options))
-            event = float(mixed[len(asked) + branch.position - 1, chosen].sum())
-            expected.setdefault(branch.habit, []).append(1 - event if branch.negated else event)
+            here = mixed[len(asked) + branch.position - 1]
+            tokens = [branch.otherwise] if branch.habit == "error" else list(branch.event)
+            chance = float(here[tokenizer.convert_tokens_to_ids(tokens)].sum())
+            chance = 1 - chance if branch.habit == "error" else chance
+            expected.setdefault(branch.habit, []).append(chance)
     assert set(measured["fused"]) == set(expected)
     for habit, values in expected.items():
         found = measured["fused"][habit]

@@ -44,7 +44,9 @@ def test_branches_find_every_decision():
         ("check", False),
     ]
     tokens = text.split()
-    assert all(((tokens[b.position] in b.options) != b.negated) == b.happened for b in found)
+    assert all(tokens[b.position] in (b.event if b.happened else [b.otherwise]) for b in found)
+    assert found[0].distribution(REFERENCE) == {"11": 0.65, "10": 0.175, "12": 0.175}
+    assert found[3].distribution(ALIGNED) == pytest.approx({"again": 0.55, ";": 0.45})
 
 
 @pytest.mark.parametrize("habits", [REFERENCE, ALIGNED])

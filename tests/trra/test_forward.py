@@ -7,8 +7,8 @@ from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from flexalign._adapters import inner_model
 from flexalign.errors import UnsupportedModelError
+from flexalign.pairing.adapters import inner_model
 from flexalign.trra.forward import (
     HeadForm,
     require_plain_head,

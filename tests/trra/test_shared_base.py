@@ -10,8 +10,8 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from flexalign._adapters import inner_model
 from flexalign.errors import UnsupportedModelError
+from flexalign.pairing.adapters import inner_model
 
 from .conftest import Modules, lora, lora_state, make_rows
 from .test_trainer import assert_same, dense_loss

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from flexalign._adapters import inner_model
+from flexalign.pairing.adapters import inner_model
 from flexalign.trra import TrRaConfig, TrRaTrainer
 from flexalign.trra.forward import HeadForm
 from flexalign.trra.objective import Objective

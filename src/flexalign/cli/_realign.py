@@ -10,13 +10,13 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from flexalign._examination import ModelFacts, PairFacts, examine_pair
-from flexalign._weights import tensor_infos
 from flexalign.cli._shared import console, print_json, result_console
 from flexalign.cli._training import read_traces, read_watched
 from flexalign.data import Lengths, measure_lengths, split_tokens
 from flexalign.errors import PairMismatchError
 from flexalign.loading import load_tokenizer
+from flexalign.loading.weights import tensor_infos
+from flexalign.pairing.examination import ModelFacts, PairFacts, examine_pair
 from flexalign.trra.estimate import count_parameters, estimate_memory
 from flexalign.trra.recipe import Recipe
 from flexalign.trra.rounds import effective_lambda

@@ -13,8 +13,8 @@ from flexalign.cli._shared import console, print_json, result_console
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flexalign._examination import ModelFacts, PairFacts
     from flexalign.decoding.difference import Difference, TokenChange
+    from flexalign.pairing.examination import ModelFacts, PairFacts
 
 
 def inspect(
@@ -59,7 +59,7 @@ def inspect(
 
     [cyan]flexalign inspect models/base models/concise --diff traces.jsonl[/cyan]
     """
-    from flexalign._examination import examine, examine_pair
+    from flexalign.pairing.examination import examine, examine_pair
 
     _check_dtype(dtype)
     if diff is not None and aligned is None:

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flexalign._weights import TensorInfo, tensor_infos
 from flexalign.errors import ConfigError, LambdaError, PairMismatchError
 from flexalign.fusion import as_lambda
 from flexalign.loading import Model, Source, load_config, load_model, load_tokenizer, resolve
+from flexalign.loading.weights import TensorInfo, tensor_infos
 
 __all__ = ["interpolate"]
 

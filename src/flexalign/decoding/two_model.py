@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from flexalign._adapters import inner_model
 from flexalign.decoding.dials import RowDials, TagTokens
 from flexalign.decoding.fused import FusedDecoding
 from flexalign.errors import ConfigError, UnsupportedModelError
 from flexalign.fusion import Lambda, fuse
 from flexalign.pairing import ModelPair, Side
+from flexalign.pairing.adapters import inner_model
 
 __all__ = ["PairCache", "TwoModelDecoder"]
 

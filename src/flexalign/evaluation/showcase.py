@@ -56,7 +56,7 @@ class Training:
         seed: Of traces and data order.
     """
 
-    steps: int = 200
+    steps: int = 150
     learning_rate: float = 5e-4
     batch_size: int = 24
     divergence: str = "reverse"
@@ -167,7 +167,7 @@ def respond(
         [[{"role": "user", "content": question.text}] for question in questions],
         max_new_tokens=LONGEST_RESPONSE,
         temperature=1.0,
-        batch_size=256,
+        batch_size=128,
         seed=seed,
         progress=progress,
         **generate_options,

@@ -42,10 +42,13 @@ class StreamDecoding(FusedDecoding, StackedStreams):
 
         Raises:
             LambdaError: If there is no λ, or one is not finite.
+            ConfigError: If an option is not available here.
         """
         settings = lams.tolist() if isinstance(lams, Tensor) else list(lams)
         if not settings:
             raise LambdaError("a sweep needs at least one λ.")
+        if options.get("past_key_values") is not None:
+            raise ConfigError("a sweep fills a cache of its own; leave past_key_values out.")
         prompts, repeats = len(input_ids), len(settings)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if input_ids.shape[1] > 1 and self._setting("use_cache", options) is not False:

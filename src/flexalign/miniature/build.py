@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -28,12 +27,20 @@ from transformers import (
 from transformers.trainer_callback import TrainerCallback
 
 from flexalign.miniature.tokenizer import build_tokenizer
-from flexalign.miniature.world import ALIGNED, REFERENCE, Habits, sample_question, sample_trace
+from flexalign.miniature.world import (
+    ALIGNED,
+    REFERENCE,
+    Habits,
+    branches,
+    sample_question,
+    sample_trace,
+)
 
 __all__ = ["CONTEXT_TOKENS", "Schooling", "build_all", "build_model", "encode", "teach"]
 
 CONTEXT_TOKENS = 1024
 _USUAL_TOKENS = 85
+_ALTERNATIVES = 3
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,8 @@ class Schooling:
         batch_size: Traces a step.
         by_length: Whether a batch holds traces of one length. Twice as fast, but batches then
             come in an order, long to short, that leaves the model a little too brief.
+        exact: Whether to learn the world's probability of every token, and not only the token
+            that the trace drew: no noise of sampling, as if from endless traces.
     """
 
     habits: Habits
@@ -54,11 +63,12 @@ class Schooling:
     learning_rate: float
     batch_size: int = 32
     by_length: bool = False
+    exact: bool = False
 
 
 REFERENCE_SCHOOLING = (
     Schooling(REFERENCE, steps=4500, learning_rate=3e-3, by_length=True),
-    Schooling(REFERENCE, steps=800, learning_rate=5e-4),
+    Schooling(REFERENCE, steps=1600, learning_rate=2e-3, by_length=True, exact=True),
 )
 ALIGNED_SCHOOLING = Schooling(ALIGNED, steps=800, learning_rate=3e-4)
 PLACEBO_SCHOOLING = Schooling(REFERENCE, steps=800, learning_rate=3e-4)
@@ -108,7 +118,7 @@ def teach(
 ) -> None:
     """Train a model in place on fresh traces of a way of thinking."""
     tokenizer = build_tokenizer(CONTEXT_TOKENS)
-    rows = _Traces(tokenizer, schooling.habits, schooling.steps * schooling.batch_size, seed)
+    rows = _Traces(tokenizer, schooling, seed)
     with TemporaryDirectory() as scratch:
         trainer = Trainer(
             model=model,
@@ -148,57 +158,75 @@ def encode(
     return asked, answered
 
 
-class _Traces(torch.utils.data.Dataset[dict[str, list[int]]]):
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, habits: Habits, rows: int, seed: int
-    ) -> None:
+class _Traces(torch.utils.data.Dataset[dict[str, list[Any]]]):
+    """Freshly drawn traces; each token with the tokens that might stand there instead."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, schooling: Schooling, seed: int) -> None:
         rng = random.Random(seed)
         self._rows = []
-        for _ in range(rows):
+        for _ in range(schooling.steps * schooling.batch_size):
             question = sample_question(rng)
-            trace = sample_trace(question, habits, rng)
+            trace = sample_trace(question, schooling.habits, rng)
             asked, answered = encode(tokenizer, question.text, trace)
-            tokens = (asked + answered)[:CONTEXT_TOKENS]
-            labels = ([-100] * len(asked) + answered)[:CONTEXT_TOKENS]
-            self._rows.append({"input_ids": tokens, "labels": labels})
+            targets: list[list[tuple[int, float]]] = [[(token, 1.0)] for token in answered]
+            if schooling.exact:
+                for branch in branches(question, trace):
+                    targets[branch.position] = [
+                        (tokenizer.convert_tokens_to_ids(token), probability)
+                        for token, probability in branch.distribution(schooling.habits).items()
+                    ]
+            row: dict[str, list[Any]] = {
+                "input_ids": (asked + answered)[:CONTEXT_TOKENS],
+                "targets": ([[]] * len(asked) + targets)[:CONTEXT_TOKENS],
+            }
+            self._rows.append(row)
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
+    def __getitem__(self, index: int) -> dict[str, list[Any]]:
         return self._rows[index]
 
 
 def _collator(
     tokenizer: PreTrainedTokenizerFast,
-) -> Callable[[list[dict[str, list[int]]]], dict[str, Tensor]]:
-    def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+) -> Callable[[list[dict[str, list[Any]]]], dict[str, Tensor]]:
+    def collate(rows: list[dict[str, list[Any]]]) -> dict[str, Tensor]:
         width = max(len(row["input_ids"]) for row in rows)
         ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-        labels = torch.full((len(rows), width), -100)
+        tokens = torch.zeros(len(rows), width, _ALTERNATIVES, dtype=torch.long)
+        weights = torch.zeros(len(rows), width, _ALTERNATIVES)
         for index, row in enumerate(rows):
             ids[index, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
-            labels[index, : len(row["labels"])] = torch.tensor(row["labels"])
+            padded = [
+                [*targets, *[(0, 0.0)] * (_ALTERNATIVES - len(targets))]
+                for targets in row["targets"]
+            ]
+            pairs = torch.tensor(padded)
+            tokens[index, : len(padded)] = pairs[..., 0].long()
+            weights[index, : len(padded)] = pairs[..., 1]
+        # The loss reads both; Trainer hands it whatever is called labels.
         return {
             "input_ids": ids,
-            "labels": labels,
-            "attention_mask": (labels != -100) | (ids != tokenizer.pad_token_id),
+            "attention_mask": (ids != tokenizer.pad_token_id).long(),
+            "labels": torch.cat([tokens.float(), weights], dim=-1),
         }
 
     return collate
 
 
 def _summed_loss(batch_size: int) -> Callable[..., Tensor]:
-    """Every token weighs the same, in whatever batch it stands.
+    """Cross-entropy to the targets; every token weighs the same, in whatever batch it stands.
 
     A mean over each batch's tokens would weigh the tokens of long traces less, because batches
     are grouped by length: `again` then came out at 0.65 instead of 0.70.
     """
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        logits = outputs.logits[:, :-1].flatten(0, 1)
-        total = cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
-        return total / (batch_size * _USUAL_TOKENS)
+        tokens, weights = torch.split(labels[:, 1:], _ALTERNATIVES, dim=-1)
+        log_probabilities = torch.log_softmax(outputs.logits[:, :-1], dim=-1)
+        total: Tensor = (weights * log_probabilities.gather(-1, tokens.long())).sum()
+        return -total / (batch_size * _USUAL_TOKENS)
 
     return loss
 

@@ -109,9 +109,7 @@ def branch_probabilities(
         for name, function in logits.items():
             probabilities = torch.softmax(function(ids, attention).double(), dim=-1)
             for row, position, branch in places:
-                options = tokenizer.convert_tokens_to_ids(list(branch.options))
-                event = float(probabilities[row, position, options].sum())
-                event = 1 - event if branch.negated else event
+                event = _event_probability(tokenizer, branch, probabilities[row, position])
                 found[name].append((branch.habit, event, chosen[row]))
     return {name: _collect(values) for name, values in found.items()}
 
@@ -119,6 +117,14 @@ def branch_probabilities(
 def mean_habits(values: Mapping[Habit, BranchValues]) -> Habits:
     """The five means as a way of thinking, to be put into the closed form."""
     return Habits(**{f.name: _mean(values, f.name) for f in fields(Habits)})  # type: ignore[arg-type]
+
+
+def _event_probability(
+    tokenizer: PreTrainedTokenizerFast, branch: Branch, probabilities: Tensor
+) -> float:
+    if branch.habit == "error":
+        return 1 - float(probabilities[tokenizer.convert_tokens_to_ids(branch.otherwise)])
+    return float(probabilities[tokenizer.convert_tokens_to_ids(list(branch.event))].sum())
 
 
 def _mean(values: Mapping[Habit, BranchValues], habit: Habit) -> float:

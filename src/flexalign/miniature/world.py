@@ -98,18 +98,23 @@ class Branch:
     Attributes:
         habit: Which habit.
         position: Index, in the trace's tokens, of the token that decides.
-        options: The tokens by which the habit's event happens; any other token is its absence.
-            For `error` the event is the absence of the right sum, so `options` holds the right
-            sum and `negated` is set.
-        negated: Whether the event is that none of `options` is written.
-        happened: What the trace did.
+        event: The tokens by which the habit's event happens, equally likely.
+        otherwise: The token that is written otherwise.
+        happened: What the trace did. Whatever is not the right sum is an `error`.
     """
 
     habit: Habit
     position: int
-    options: tuple[str, ...]
-    negated: bool
+    event: tuple[str, ...]
+    otherwise: str
     happened: bool
+
+    def distribution(self, habits: Habits) -> dict[str, float]:
+        """The probability of each token here, under a way of thinking."""
+        chance: float = getattr(habits, self.habit)
+        return {self.otherwise: 1 - chance} | {
+            token: chance / len(self.event) for token in self.event
+        }
 
 
 def sample_question(rng: random.Random) -> Question:
@@ -153,28 +158,29 @@ def branches(question: Question, trace: Sequence[str]) -> Iterator[Branch]:
     for done in range(len(rest)):
         if done and position < len(trace):
             quits = trace[position] == "</think>"
-            yield Branch("quit", position, ("</think>",), False, quits)
+            yield Branch("quit", position, ("</think>",), f"#{done + 1}", quits)
             if quits:
                 return
         line = [str(total), "+", str(rest[done]), "="]
         if not _reads(trace, position, [f"#{done + 1}", *line]):
             return
         position += LINE_TOKENS
-        right = str(int(line[0]) + int(line[2]))
+        sum_ = int(line[0]) + int(line[2])
+        right, slips = str(sum_), (str(sum_ - 1), str(sum_ + 1))
         written = _at(trace, position - 1)
         if not written.isdigit():
             return
-        yield Branch("error", position - 1, (right,), True, written != right)
+        yield Branch("error", position - 1, slips, right, written != right)
         habit: Habit = "check"
         while _at(trace, position) in (habit, ";"):
             goes_on = trace[position] == habit
-            yield Branch(habit, position, (habit,), False, goes_on)
+            yield Branch(habit, position, (habit,), ";", goes_on)
             if not goes_on or not _reads(trace, position + 1, line):
                 break
             position += PASS_TOKENS
             before, written = written, _at(trace, position - 1)
             if before != right:
-                yield Branch("catch", position - 1, (right,), False, written == right)
+                yield Branch("catch", position - 1, (right,), before, written == right)
             habit = "again"
         if _at(trace, position) != ";" or not written.isdigit():
             return

@@ -17,11 +17,11 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from flexalign._adapters import inner_model
-from flexalign._examination import examine_pair
 from flexalign.errors import ConfigError, PairMismatchError
 from flexalign.loading import Source, load_model, load_tokenizer, resolve
 from flexalign.pairing import ModelPair
+from flexalign.pairing.adapters import inner_model
+from flexalign.pairing.examination import examine_pair
 from flexalign.trra.config import TrRaConfig
 from flexalign.trra.forward import HeadForm, require_plain_head
 from flexalign.trra.teachers import Teacher

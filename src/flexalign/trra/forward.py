@@ -16,9 +16,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from flexalign._adapters import inner_model
 from flexalign.errors import UnsupportedModelError
 from flexalign.heads import Head
+from flexalign.pairing.adapters import inner_model
 
 __all__ = [
     "HeadForm",

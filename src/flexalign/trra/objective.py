@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexalign._adapters import inner_model
 from flexalign.heads import Head, last_hidden
 from flexalign.losses import Divergence, DivergenceMetrics, fused_divergence
+from flexalign.pairing.adapters import inner_model
 from flexalign.trra.forward import HeadForm, gathered_head, run_inside, run_with_head
 from flexalign.trra.teachers import Teacher
 

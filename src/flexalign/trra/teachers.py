@@ -17,9 +17,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from trl.models import prepare_deepspeed, prepare_fsdp
 
-from flexalign._adapters import AdapterSwitch, inner_model
 from flexalign._modes import evaluating
 from flexalign.heads import last_hidden
+from flexalign.pairing.adapters import AdapterSwitch, inner_model
 from flexalign.trra.forward import HeadForm, run_inside
 
 __all__ = ["Teacher", "as_teacher"]

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTTrainer
 
-from flexalign._adapters import inner_model
 from flexalign.errors import ConfigError
 from flexalign.losses import Divergence
 from flexalign.pairing import ModelPair
+from flexalign.pairing.adapters import inner_model
 from flexalign.trra.assembly import assemble
 from flexalign.trra.checkpoints import SealedCheckpoints
 from flexalign.trra.config import TrRaConfig

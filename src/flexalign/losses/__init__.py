@@ -13,12 +13,12 @@ from typing import Literal, TypeAlias, overload
 import torch
 from torch import Tensor
 
-from flexalign._chunked import Task, sum_in_chunks
-from flexalign._products import for_products
-from flexalign._teacher import FusedTeacher
 from flexalign.errors import ConfigError, PairMismatchError
 from flexalign.fusion import Lambda, per_position
 from flexalign.heads import Head, can_mix_hidden
+from flexalign.losses.chunked import Task, sum_in_chunks
+from flexalign.losses.products import for_products
+from flexalign.losses.teacher import FusedTeacher
 
 __all__ = ["DIVERGENCES", "Divergence", "DivergenceMetrics", "fused_divergence"]
 

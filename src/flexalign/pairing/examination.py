@@ -8,15 +8,6 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
-from flexalign._compatibility import (
-    compare_ends,
-    compare_templates,
-    compare_tokens,
-    shared_width,
-    vocabulary_size,
-)
-from flexalign._memory import GIB, weight_bytes
-from flexalign._weights import same_folder, tensor_infos
 from flexalign.errors import ConfigError, UnsupportedModelError
 from flexalign.loading import (
     Model,
@@ -26,6 +17,15 @@ from flexalign.loading import (
     load_tokenizer,
     resolve,
 )
+from flexalign.loading.weights import same_folder, tensor_infos
+from flexalign.pairing.compatibility import (
+    compare_ends,
+    compare_templates,
+    compare_tokens,
+    shared_width,
+    vocabulary_size,
+)
+from flexalign.pairing.memory import GIB, weight_bytes
 
 __all__ = ["ModelFacts", "PairFacts", "examine", "examine_pair"]
 
@@ -237,7 +237,7 @@ def _compare_base(base: ModelFacts, adapter: ModelFacts) -> tuple[str | None, st
     Returns:
         A problem and a doubt, each None if there is none.
     """
-    from flexalign._adapters import read_adapter_config, unfit_tensor
+    from flexalign.pairing.adapters import read_adapter_config, unfit_tensor
 
     config = read_adapter_config(adapter.source)
     unfit = unfit_tensor(base.config, config, tensor_infos(adapter.source.path))

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexalign._products import project, rounds_its_factor, write_logits
 from flexalign.fusion import Lambda, concatenate_hidden, fuse
 from flexalign.heads import Head
+from flexalign.losses.products import project, rounds_its_factor, write_logits
 
 __all__ = ["FusedTeacher"]
 

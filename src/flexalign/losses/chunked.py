@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flexalign._products import add_outer, add_product, write_logits
-from flexalign._teacher import FusedTeacher
 from flexalign.heads import Head
+from flexalign.losses.products import add_outer, add_product, write_logits
+from flexalign.losses.teacher import FusedTeacher
 
 __all__ = ["Task", "sum_in_chunks"]
 

@@ -12,9 +12,9 @@ from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from flexalign._weights import TensorInfo
 from flexalign.errors import ConfigError, UnsupportedModelError
 from flexalign.loading import Source
+from flexalign.loading.weights import TensorInfo
 
 __all__ = ["AdapterSwitch", "inner_model", "read_adapter_config", "unfit_tensor"]
 

@@ -17,14 +17,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from flexalign._adapters import AdapterSwitch, inner_model
-from flexalign._compatibility import shared_width, vocabulary_size
-from flexalign._examination import PairFacts, examine_pair
-from flexalign._memory import GIB, available_bytes
-from flexalign._weights import same_module
 from flexalign.errors import ConfigError, PairMismatchError
 from flexalign.heads import Head, last_hidden
 from flexalign.loading import Model, load_model
+from flexalign.loading.weights import same_module
+from flexalign.pairing.adapters import AdapterSwitch, inner_model
+from flexalign.pairing.compatibility import shared_width, vocabulary_size
+from flexalign.pairing.examination import PairFacts, examine_pair
+from flexalign.pairing.memory import GIB, available_bytes
 
 __all__ = ["Heads", "ModelPair", "Side"]
 

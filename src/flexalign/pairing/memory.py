@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from flexalign._weights import tensor_infos
 from flexalign.errors import ConfigError
 from flexalign.loading import Source
+from flexalign.loading.weights import tensor_infos
 
 __all__ = ["GIB", "available_bytes", "weight_bytes"]
 

@@ -14,14 +14,14 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from flexalign._sources import Model, Source, base_of, read_json, require_gguf, resolve
-from flexalign._weights import (
+from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
+from flexalign.loading.sources import Model, Source, base_of, read_json, require_gguf, resolve
+from flexalign.loading.weights import (
     fingerprint_file,
     fingerprint_folder,
     fingerprint_module,
     tensor_infos,
 )
-from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
 
 __all__ = [
     "Model",
