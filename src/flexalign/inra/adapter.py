@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from flexalign._modes import evaluating
 from flexalign.errors import UnsupportedModelError
 from flexalign.inra.identity import LayerCall, make_identity
+from flexalign.inra.refusal import refusing
 
 __all__ = ["copy_first_layer", "decoder_layers", "identity_adapter"]
 
@@ -72,11 +73,11 @@ def identity_adapter(model: nn.Module, adapter_layers: int, name: str) -> nn.Mod
     """
     copies = copy_first_layer(model, adapter_layers, name)
     dtype = next(copies[0].parameters()).dtype
-    call = _record_call(model, decoder_layers(model, name)[0])
-    for layer in copies:
-        with evaluating(layer):
+    with refusing(name, "its first layer cannot be run by itself"), evaluating(copies):
+        call = _record_call(model, decoder_layers(model, name)[0])
+        for layer in copies:
             make_identity(layer.float(), call, name)
-        layer.to(dtype)
+            layer.to(dtype)
     return copies
 
 

@@ -41,7 +41,8 @@ class LayerCall(NamedTuple):
     def of(self, layer: nn.Module) -> Tensor:
         """Return a layer's output for this call, shape ``(B, T, H)``."""
         output = _first(layer(*self.args, **self.kwargs))
-        assert isinstance(output, Tensor)
+        if not isinstance(output, Tensor):
+            raise TypeError(f"a layer returned a {type(output).__name__}")
         return output
 
 
@@ -163,4 +164,4 @@ def _restore(originals: dict[nn.Parameter, Tensor]) -> None:
 
 
 def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from flexalign._modes import evaluating
-from flexalign.errors import FlexAlignError, UnsupportedModelError
+from flexalign.errors import UnsupportedModelError
+from flexalign.inra.refusal import refusing
 from flexalign.inra.stacked import StackedStreams, positions_of
 from flexalign.inra.streams import ADAPTER, BASE
 
@@ -23,6 +24,7 @@ _ROWS, _TOKENS, _PADDING = 2, 4, 1
 
 _TOLERANCE = 1e-4
 
+_FAILING = "its two streams cannot run as rows of one batch"
 _STACKED = "its two streams disturb each other when they run as rows of one batch"
 _CACHED = "its streams come out differently with a cache than without"
 
@@ -40,16 +42,9 @@ def probe_streams(model: StackedStreams, name: str) -> None:
     tokens = tokens.to(device)
     mask = torch.ones_like(tokens)
     mask[-1, :_PADDING] = 0
-    try:
-        with evaluating(model), _stirred(list(model.adapter.parameters())):
-            _compare(model, tokens, mask, name)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        if isinstance(error, FlexAlignError | torch.OutOfMemoryError):
-            raise
-        raise UnsupportedModelError(
-            f"{name}: its two streams cannot run as rows of one batch "
-            f"({' '.join(str(error).split())[:200]}); InRa cannot serve this model."
-        ) from error
+    stirred = _stirred(list(model.adapter.parameters()))
+    with refusing(name, _FAILING), evaluating(model), stirred:
+        _compare(model, tokens, mask, name)
 
 
 def _compare(model: StackedStreams, tokens: Tensor, mask: Tensor, name: str) -> None:
