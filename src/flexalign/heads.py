@@ -6,17 +6,14 @@ and proves them on the spot, so that a family with some other head is refused an
 :func:`last_hidden` runs the rest of the model: all that comes before the head.
 """
 
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flexalign._modes import evaluating
 from flexalign.errors import PairMismatchError, UnsupportedModelError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 __all__ = ["Head", "can_mix_hidden", "last_hidden"]
 
@@ -223,7 +220,7 @@ def _check(head: Head, model: nn.Module, name: str) -> None:
     device = head.weight.device
     tokens = torch.arange(1, _PROBE_TOKENS + 1, device=device) % head.vocab_size
     inputs = {"input_ids": tokens[None], "attention_mask": torch.ones_like(tokens)[None]}
-    with _evaluating(model):
+    with evaluating(model):
         expected = model(**inputs, use_cache=False).logits.float()
         found = head(last_hidden(model, **inputs)).float()
     if found.shape == expected.shape:
@@ -251,15 +248,3 @@ def _describe(head: Head) -> str:
     if head.softcap is not None:
         parts.append(f"soft-cap {head.softcap:g}")
     return ", ".join(parts)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> "Iterator[None]":
-    """Switch dropout off inside, and put every module's own mode back after."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
