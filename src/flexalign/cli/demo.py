@@ -25,10 +25,10 @@ def demo(
     ] = Path("out/demo"),
     questions: Annotated[
         int, typer.Option("--questions", min=10, help="Questions that each model answers.")
-    ] = 300,
+    ] = 500,
     steps: Annotated[
         int, typer.Option("--steps", min=1, help="Training steps of each student.")
-    ] = 100,
+    ] = 60,
     seed: Annotated[int, typer.Option("--seed", help="Of questions, training and sampling.")] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the figures as JSON, alone, on stdout.")
