@@ -44,7 +44,7 @@ def train_aligned(
     trainer.train()
     # The known name instead of a path, so that the folder serves on every machine.
     trainer.model.peft_config["default"].base_model_name_or_path = reference
-    trainer.model.save_pretrained(partial)
+    trainer.model.save_pretrained(partial, save_embedding_layers=False)
     trainer.model.merge_and_unload().save_pretrained(partial / "merged")
     for folder in (partial, partial / "merged"):
         tokenizer.save_pretrained(folder)
