@@ -2,8 +2,8 @@
 
 Run it from the repository:
 
-    python benchmarks/sweep.py             # a prompt of 512 tokens at 8 λ, a few minutes on one core
-    python benchmarks/sweep.py --quick     # 64 tokens, a few seconds
+    python benchmarks/sweep.py             # a prompt of 512 tokens at 8 λ, minutes on one core
+    python benchmarks/sweep.py --quick     # a prompt of 64 tokens, half a minute
 
 The model has the shape of SmolLM2-135M (30 layers, width 576, vocabulary 49152) with random
 weights in float32, and an adapter. Both ways write the same tokens; they take turns, and a figure
@@ -41,9 +41,10 @@ def cpu_seconds(run: Callable[[], object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a shorter prompt and fewer rounds")
-    quick = parser.parse_args().quick
-    prompt, rounds = (64, 3) if quick else (512, 7)
+    parser.add_argument("--quick", action="store_true", help="a shorter prompt")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each way")
+    arguments = parser.parse_args()
+    prompt, new_tokens = (64, (16,)) if arguments.quick else (512, (16, 64))
 
     torch.manual_seed(0)
     model = InRaModel.create(LlamaForCausalLM(SHAPE).eval())
@@ -53,7 +54,7 @@ def main() -> None:
     model.inra_config = replace(model.inra_config, lambda_range=(-1, 3))
     tokens = torch.randint(3, SHAPE.vocab_size, (1, prompt))
     mask = torch.ones_like(tokens)
-    for new in (16, 64):
+    for new in new_tokens:
         options = {"attention_mask": mask, "max_new_tokens": new, "eos_token_id": None}
 
         def separate(options: dict = options) -> torch.Tensor:
@@ -64,7 +65,7 @@ def main() -> None:
 
         same = float((separate() == swept()).float().mean())
         times: dict[Callable, list[float]] = {separate: [], swept: []}
-        for _ in range(rounds):
+        for _ in range(arguments.rounds):
             for run, taken in times.items():
                 taken.append(cpu_seconds(run))
         apart, together = (statistics.median(taken) for taken in times.values())

@@ -79,9 +79,9 @@ def windowed(family: str) -> dict[str, Any]:
     return windows
 
 
-def make_base(family: str) -> PreTrainedModel:
+def make_base(family: str, **changes: Any) -> PreTrainedModel:
     """Build a family's base."""
-    base = family_model(family, **windowed(family))
+    base = family_model(family, **windowed(family), **changes)
     stir(base, 0.05, seed=1)
     return base
 

@@ -33,8 +33,8 @@ def test_equals_recomputation(model, greedy, naive, rows, lam, gate):
 
 
 def test_the_settings_of_the_test_above_differ(model, naive, rows):
-    written = [naive(model, rows[1], lam, STEPS) for lam in (-0.7, 0, 0.3, 0.5, 1, 2)]
-    assert len({tuple(tokens) for tokens in written}) > 4
+    written = [naive(model, rows[1], lam, STEPS) for lam in (0, 0.5, 1, 2)]
+    assert len({tuple(tokens) for tokens in written}) == 4
     gated = [naive(model, ids, 2.0, STEPS, gate=GATE) for ids in rows]
     assert gated != [naive(model, ids, 2.0, STEPS) for ids in rows]
     assert gated != [naive(model, ids, 1.0, STEPS) for ids in rows]
