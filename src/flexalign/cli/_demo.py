@@ -70,7 +70,7 @@ def run_demo(output: Path, *, questions: int, steps: int, seed: int) -> list[Mea
     picture(
         output / "pareto.png",
         {"the pair": measurements[:2], "realigned": measurements[2:]},
-        [closed_form_curve()],
+        [closed_form_curve(highest=5)],
     )
     figures = {
         "questions": questions,

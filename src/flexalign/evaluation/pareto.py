@@ -87,7 +87,7 @@ def draw_pareto(
             axes.annotate(
                 point.label,
                 (point.tokens, point.accuracy),
-                xytext=(5, 6),
+                xytext=(5, 6 if index % 2 == 0 else -12),
                 textcoords="offset points",
                 fontsize=8,
             )
