@@ -22,7 +22,7 @@ from align import train_aligned
 from concise import read_rows, split, write_rows
 from report import make_report
 
-HERE = Path(__file__).parent
+HERE = Path(os.path.relpath(Path(__file__).parent))
 SEED = 0
 
 
