@@ -178,13 +178,14 @@ def build_placebo(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def report(rows: dict[str, list[dict[str, Any]]], options: dict[str, Any], command: str) -> str:
+def report(rows: dict[str, list[dict[str, Any]]], options: dict[str, Any]) -> str:
     """The section of the results document."""
-    models, students = rows["models"], rows["students"]
+    models = rows["models"]
+    students = sorted(rows["students"], key=_place_in_table)
     reference = models[0]
     base = reference["tokens"]
     lines = [
-        f"`{command}`: {options['model_questions']} questions for each model as it is, "
+        f"`python benchmarks/miniature.py`: {options['model_questions']} questions for each model as it is, "
         f"{options['questions']} for each student, temperature 1, no truncation; "
         f"students: {options['steps']} steps of 24, {options['divergence']} divergence. "
         "Brackets: 95 % intervals.",
@@ -248,6 +249,10 @@ def report(rows: dict[str, list[dict[str, Any]]], options: dict[str, Any], comma
     return "\n".join([*lines, "", "![Accuracy against tokens](pictures/miniature.png)", ""])
 
 
+def _place_in_table(row: dict[str, Any]) -> tuple[bool, bool, int, float]:
+    return row["source"] != "aligned", row["gate"] is not None, row["rounds"], row["lambda"]
+
+
 def _share(row: dict[str, Any]) -> str:
     low, high = row["accuracy_interval"]
     return f"{row['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
@@ -287,8 +292,10 @@ def draw(rows: dict[str, list[dict[str, Any]]]) -> None:
     draw_pareto(Path("docs/pictures/miniature.png"), points, curves, "The miniature: TrRa")
 
 
-def write_section(text: str) -> None:
-    """Put the section between its marks in the results document."""
+def publish(rows: dict[str, list[dict[str, Any]]], options: dict[str, Any]) -> None:
+    """Draw the picture and put the section between its marks in the results document."""
+    draw(rows)
+    text = report(rows, options)
     document = REPORT.read_text(encoding="utf-8")
     before, rest = document.split(BEGIN)
     REPORT.write_text(before + BEGIN + "\n" + text + END + rest.split(END)[1], encoding="utf-8")
@@ -301,8 +308,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--divergence", default="reverse")
     parser.add_argument("--questions", type=int, default=5000)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rewrite", action="store_true", help="only write the last run's report")
     parser.add_argument("--placebo", type=Path, default=Path("out/placebo"))
     chosen = parser.parse_args(arguments)
+    if chosen.rewrite:
+        stored = json.loads(RAW.read_text(encoding="utf-8"))
+        publish(stored, stored["options"])
+        return
     options = {
         "questions": 300 if chosen.quick else chosen.questions,
         "model_questions": 300 if chosen.quick else 3 * chosen.questions,
@@ -322,14 +334,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             students += result.result()
             print(f"{students[-1]['name']} done", flush=True)
         rows = {"models": models.result(), "students": students}
-    command = "python benchmarks/miniature.py" + (" --quick" if chosen.quick else "")
     if chosen.quick:
-        print(report(rows, options, command))
+        print(report(rows, options))
         return
     RAW.parent.mkdir(parents=True, exist_ok=True)
-    RAW.write_text(json.dumps({"options": options, **rows}, indent=1, ensure_ascii=False) + "\n")
-    draw(rows)
-    write_section(report(rows, options, command))
+    text = json.dumps({"options": options, **rows}, indent=1, ensure_ascii=False) + "\n"
+    RAW.write_text(text, encoding="utf-8")
+    publish(rows, options)
 
 
 if __name__ == "__main__":

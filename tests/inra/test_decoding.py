@@ -272,7 +272,6 @@ def test_threads_do_not_see_each_other(model, greedy):
         ({"past_key_values": DynamicCache()}, ConfigError, "DynamicCache"),
         ({"output_hidden_states": True}, ConfigError, "output_hidden_states"),
     ],
-    ids=str,
 )
 def test_bad_settings_are_refused_before_any_token(model, greedy, passes, settings, error, message):
     with pytest.raises(error, match=message):
