@@ -49,7 +49,7 @@ def run_demo(output: Path, *, questions: int, steps: int, seed: int) -> list[Mea
                 model,
                 tokenizer,
                 asked,
-                seed=seed,
+                seed=seed + 1,
                 progress=lambda done, _: progress.update(task, completed=done),
             )
             habits = token_level(REFERENCE, ALIGNED, lam)

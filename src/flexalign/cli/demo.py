@@ -25,7 +25,7 @@ def demo(
     ] = Path("out/demo"),
     questions: Annotated[
         int, typer.Option("--questions", min=10, help="Questions that each model answers.")
-    ] = 500,
+    ] = 1000,
     steps: Annotated[
         int, typer.Option("--steps", min=1, help="Training steps of each student.")
     ] = 60,
