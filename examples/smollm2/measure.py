@@ -9,12 +9,16 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from flexalign.data.length import split_tokens
 from flexalign.evaluation.statistics import clustered_interval, paired_difference_interval
 from flexalign.heads import Head, last_hidden
 
-OPENING_WORDS = 40
+OPENING = 20
+"""Words, or tokens, of an answer's opening. Longer text repeats itself more and is easier to go on
+with, so that whole answers of different lengths do not compare; their openings do."""
 
 Row = dict[str, Any]
 
@@ -27,6 +31,7 @@ def measure(answers: Sequence[Row], reference: Any, tokenizer: Any) -> Row:
     prompts = [row["prompt_index"] for row in answers]
     tokens = [row["tokens"] for row in answers]
     texts = [row["completion"][-1]["content"] for row in answers]
+    nats = surprise(answers, reference, tokenizer)
     return {
         "answers": len(answers),
         "tokens": clustered_interval(tokens, prompts, share=False)._asdict(),
@@ -34,8 +39,9 @@ def measure(answers: Sequence[Row], reference: Any, tokenizer: Any) -> Row:
             [float(row["truncated"]) for row in answers], prompts, share=True
         )._asdict(),
         "distinct_2": distinct_2(texts),
-        "distinct_2_opening": distinct_2(texts, OPENING_WORDS),
-        "perplexity": perplexity(answers, reference, tokenizer),
+        "distinct_2_opening": distinct_2(texts, OPENING),
+        "perplexity": perplexity(nats),
+        "perplexity_opening": perplexity(nats, OPENING),
     }
 
 
@@ -53,41 +59,46 @@ def distinct_2(texts: Sequence[str], words: int | None = None) -> float:
 
     Args:
         texts: The answers.
-        words: Words of each answer that count, the first ones; None for all. Longer text repeats
-            itself more, so whole answers of different lengths do not compare.
+        words: Words of each answer that count, the first ones; None for all.
     """
     pairs = [pair for text in texts for pair in pairwise(re.findall(r"\w+", text.lower())[:words])]
     return len(set(pairs)) / len(pairs) if pairs else math.nan
 
 
 @torch.no_grad()
-def perplexity(answers: Sequence[Row], model: Any, tokenizer: Any) -> float:
-    """exp of the mean negative log-likelihood, nats per token, of all answers under a model.
+def surprise(answers: Sequence[Row], model: Any, tokenizer: Any) -> list[Tensor]:
+    """Negative log-likelihood of each answer's tokens under a model: nats, shape (tokens,).
 
-    The token that ends an answer is left out: what counts is the text, not that it stops. Empty
-    answers have no tokens.
+    The token that ends an answer is left out: what counts is the text, not that it stops.
     """
     head = Head.of(model)
-    nats, count = 0.0, 0
     rows = Dataset.from_list(
         [{name: row[name] for name in ("prompt", "completion")} for row in answers]
     )
+    nats = []
     for row, (prompt, response) in zip(answers, split_tokens(rows, tokenizer), strict=True):
         ids = torch.tensor([prompt + response[: row["tokens"]]])
-        if ids.shape[1] == len(prompt):
-            continue
         hidden = last_hidden(model, input_ids=ids)[0, len(prompt) - 1 : -1]
-        targets = ids[0, len(prompt) :]
-        nats += float(torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum"))
-        count += len(targets)
-    return math.exp(nats / count)
+        nats.append(cross_entropy(head(hidden), ids[0, len(prompt) :], reduction="none"))
+    return nats
+
+
+def perplexity(nats: Sequence[Tensor], tokens: int | None = None) -> float:
+    """exp of the mean negative log-likelihood over all answers' tokens together.
+
+    Args:
+        nats: One tensor per answer, as `surprise` returns them.
+        tokens: Tokens of each answer that count, the first ones; None for all.
+    """
+    counted = torch.cat([part[:tokens] for part in nats])
+    return math.exp(counted.double().mean()) if len(counted) else math.nan
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw mean tokens and perplexity against λ.
+    """Draw mean tokens, and the perplexity of the openings, against λ.
 
     Args:
-        rows: Each with ``system``, ``lambda``, ``tokens`` and ``perplexity``.
+        rows: Each with ``system``, ``lambda``, ``tokens`` and ``perplexity_opening``.
         path: The PNG file.
     """
     from matplotlib.figure import Figure
@@ -106,9 +117,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             [row["tokens"]["high"] - row["tokens"]["mean"] for row in group],
         ]
         left.errorbar(lams, means, reach, fmt=style, capsize=3, label=label)
-        right.plot(lams, [row["perplexity"] for row in group], style, label=label)
+        right.plot(lams, [row["perplexity_opening"] for row in group], style, label=label)
     left.set_title("mean tokens an answer, 95 %", fontsize=10)
-    right.set_title("perplexity under the reference", fontsize=10)
+    right.set_title(f"perplexity under the reference, first {OPENING} tokens", fontsize=10)
     for axes in (left, right):
         axes.set_xlabel("λ")
         axes.set_ylim(bottom=0)

@@ -6,15 +6,23 @@ from pathlib import Path
 from typing import Any
 
 from concise import read_rows
-from measure import difference, draw, measure
+from measure import OPENING, difference, draw, measure
 
 from flexalign.loading import load_model, load_tokenizer
 
 SHOWN = 3
 
-_HEADER = """\
-| system | λ | tokens | against the reference | truncated | distinct-2 | of the openings | perplexity |
-|---|---|---|---|---|---|---|---|"""
+_COLUMNS = (
+    "system",
+    "λ",
+    "tokens",
+    "against the reference",
+    "truncated",
+    "distinct-2",
+    f"of {OPENING} words",
+    "perplexity",
+    f"of {OPENING} tokens",
+)
 
 
 def make_report(output: Path, reference: str, lams: Sequence[float]) -> None:
@@ -38,7 +46,7 @@ def make_report(output: Path, reference: str, lams: Sequence[float]) -> None:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The figures as a Markdown table; intervals are 95 %."""
-    lines = [_HEADER]
+    lines = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
     for row in rows:
         label = "TrRa" if row["system"] == "trra" else row["system"]
         cells = [
@@ -50,6 +58,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['distinct_2']:.3f}",
             f"{row['distinct_2_opening']:.3f}",
             f"{row['perplexity']:.2f}",
+            f"{row['perplexity_opening']:.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -57,7 +66,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def samples(name: str, answers: Sequence[dict[str, Any]]) -> str:
     """The first answers, whole and as they came out."""
-    parts = [f"### {name}"]
+    parts = [f"#### {name}"]
     for row in answers[:SHOWN]:
         ending = " (cut off here)" if row["truncated"] else ""
         parts.append(_quoted(_text(row["prompt"])))

@@ -88,10 +88,10 @@ def test_distinct_2_counts_pairs_of_words_within_answers() -> None:
 def test_perplexity_is_that_of_the_answers_tokens_without_the_end(
     tiny_model: Callable[..., Any], tiny_tokenizer: Any
 ) -> None:
-    from measure import perplexity
+    from measure import perplexity, surprise
 
     model = tiny_model()
-    answers, nats, count = [], 0.0, 0
+    answers, nats = [], []
     for text, question in (("six because", "one plus two"), ("", "what"), ("the answer", "is")):
         prompt = [{"role": "user", "content": question}]
         opening = tiny_tokenizer.apply_chat_template(
@@ -108,10 +108,13 @@ def test_perplexity_is_that_of_the_answers_tokens_without_the_end(
         ids = opening + response
         with torch.no_grad():
             shares = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
-        nats -= sum(float(shares[i - 1, ids[i]]) for i in range(len(opening), len(ids)))
-        count += len(response)
-    measured = perplexity(answers, model, tiny_tokenizer)
-    assert measured == pytest.approx(math.exp(nats / count), rel=1e-5)
+        nats.append([-float(shares[i - 1, ids[i]]) for i in range(len(opening), len(ids))])
+    measured = surprise(answers, model, tiny_tokenizer)
+    assert [len(part) for part in measured] == [len(part) for part in nats]
+    for tokens in (None, 2):
+        counted = [value for part in nats for value in part[:tokens]]
+        expected = math.exp(sum(counted) / len(counted))
+        assert perplexity(measured, tokens) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_recipe_dry_runs(
