@@ -12,11 +12,13 @@ from flexalign import errors
 
 SOURCE = Path(flexalign.__file__).parent
 PUBLIC = [
+    "Adaptive",
     "Fixed",
     "FlexAlignError",
     "InRaConfig",
     "InRaModel",
     "ModelPair",
+    "Route",
     "Schedule",
     "TrRaConfig",
     "TrRaTrainer",

@@ -14,15 +14,17 @@ if TYPE_CHECKING:
     from flexalign.fusion import fuse
     from flexalign.inra import InRaConfig, InRaModel
     from flexalign.pairing import ModelPair
-    from flexalign.policies import Fixed
+    from flexalign.policies import Adaptive, Fixed, Route
     from flexalign.schedules import Schedule
     from flexalign.trra import TrRaConfig, TrRaTrainer
 
 _HOMES = {
+    "Adaptive": "flexalign.policies",
     "Fixed": "flexalign.policies",
     "InRaConfig": "flexalign.inra",
     "InRaModel": "flexalign.inra",
     "ModelPair": "flexalign.pairing",
+    "Route": "flexalign.policies",
     "Schedule": "flexalign.schedules",
     "TrRaConfig": "flexalign.trra",
     "TrRaTrainer": "flexalign.trra",
@@ -32,11 +34,13 @@ _HOMES = {
 }
 
 __all__ = [
+    "Adaptive",
     "Fixed",
     "FlexAlignError",
     "InRaConfig",
     "InRaModel",
     "ModelPair",
+    "Route",
     "Schedule",
     "TrRaConfig",
     "TrRaTrainer",

@@ -6,19 +6,34 @@ serves Python, YAML, the command line and HTTP::
     0.5                                                  one λ throughout
     {"kind": "thinking", "think": 0.0, "answer": 1.0}    a schedule (flexalign.schedules)
     {"policy": "fixed", "lambda": 0.5}                   the same as the number
+    {"policy": "adaptive", "threshold": 0.5}             fast where it is sure, else slow
+    "auto"                                               adaptive, at the calibrated threshold
+    {"policy": "route", "share": 0.3}                    a coin: this share goes the slow way
 """
 
 import json
+import math
+import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
-from flexalign.errors import ConfigError
+import torch
+
+from flexalign.errors import ConfigError, LambdaError
 from flexalign.fusion import as_lambda
 from flexalign.schedules import Schedule
 
-__all__ = ["Dial", "Fixed", "parse_dial"]
+__all__ = ["DEFAULT_THRESHOLD", "Adaptive", "Dial", "Fixed", "Measure", "Route", "parse_dial"]
+
+Measure: TypeAlias = Literal["answer_probability", "min_token_probability", "agreement"]
+"""How sure the fast answer is; see :class:`Adaptive`."""
+
+Way: TypeAlias = Literal["fast", "slow"]
+
+DEFAULT_THRESHOLD = 0.5
+"""The threshold where none is given and the adapter has not been calibrated."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +50,106 @@ class Fixed:
     lam: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "lam", float(as_lambda(self.lam)))
+        _set(self, "lam", float(as_lambda(self.lam)))
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form, which :func:`parse_dial` takes back."""
         return {"policy": "fixed", "lambda": self.lam}
 
 
-Dial: TypeAlias = Fixed | Schedule
-"""What a row's λ follows."""
+@dataclass(frozen=True)
+class Adaptive:
+    """Think only where it pays: the fast answer if it is sure enough, else the slow one.
 
-_POLICIES = {"fixed": (Fixed, {"lambda": "lam", "lam": "lam"})}
+    Both streams are prefilled once. The fast one answers first, greedily. If its confidence
+    reaches the threshold, that is the answer; else the slow stream goes on from its own prefilled
+    cache, with the sampling that was asked for. A fast answer that the limit on new tokens cuts
+    off is never accepted.
+
+    Measures, all of the fast stream's own distribution at temperature 1:
+
+    * ``"answer_probability"``: the product of its answer's token probabilities, the end included.
+    * ``"min_token_probability"``: the smallest of them.
+    * ``"agreement"``: the share of ``samples`` further answers, sampled, that equal the greedy one
+      in the text after the thinking; white space and case do not count.
+
+    Attributes:
+        threshold: Least confidence that is accepted, in [0, 1]; 0 accepts every whole answer. None
+            for the adapter's calibrated threshold, else 0.5.
+        measure: The measure of confidence.
+        fast_lambda: λ of the fast answer.
+        slow_lambda: λ of the slow one.
+        samples: Answers sampled for ``"agreement"``; no other measure asks.
+
+    Raises:
+        ConfigError: If a setting is unknown or out of its range.
+        LambdaError: If a λ is not a finite number.
+    """
+
+    threshold: float | None = None
+    measure: Measure = "answer_probability"
+    fast_lambda: float = 1.0
+    slow_lambda: float = 0.0
+    samples: int = 5
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None:
+            _set(self, "threshold", _share(self.threshold, "an adaptive policy's threshold"))
+        if self.measure not in get_args(Measure):
+            known = dict.fromkeys(get_args(Measure))
+            raise ConfigError(f"{self.measure!r} is no measure{_nearest(self.measure, known)}.")
+        _set_lambdas(self)
+        samples = self.samples
+        if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
+            raise ConfigError(f"an adaptive policy's samples must be ≥ 1, got {samples!r}.")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form, which :func:`parse_dial` takes back."""
+        return {"policy": "adaptive", **_changed(self)}
+
+
+@dataclass(frozen=True)
+class Route:
+    """A coin between the ends: each request goes one way, whatever it asks.
+
+    It is what an adaptive dial has to beat: its mean tokens and its mean accuracy lie on the
+    straight line between the two ends.
+
+    Attributes:
+        share: Probability of the slow way, in [0, 1].
+        fast_lambda: λ of the fast way.
+        slow_lambda: λ of the slow way.
+
+    Raises:
+        ConfigError: If the share is not in [0, 1].
+        LambdaError: If a λ is not a finite number.
+    """
+
+    share: float
+    fast_lambda: float = 1.0
+    slow_lambda: float = 0.0
+
+    def __post_init__(self) -> None:
+        _set(self, "share", _share(self.share, "a route policy's share (of the slow way)"))
+        _set_lambdas(self)
+
+    def draw(self, generator: torch.Generator | None = None) -> Way:
+        """Draw one request's way, from torch's own random state or a generator."""
+        return "slow" if float(torch.rand((), generator=generator)) < self.share else "fast"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form, which :func:`parse_dial` takes back."""
+        return {"policy": "route", **_changed(self)}
+
+
+Dial: TypeAlias = Fixed | Schedule | Adaptive | Route
+"""What a request's λ follows."""
+
+_POLICIES: dict[str, tuple[type[Fixed | Adaptive | Route], dict[str, str]]] = {
+    "fixed": (Fixed, {"lambda": "lam", "lam": "lam"}),
+    "adaptive": (Adaptive, {field.name: field.name for field in fields(Adaptive)}),
+    "route": (Route, {field.name: field.name for field in fields(Route)}),
+}
 
 
 def parse_dial(value: object) -> Dial:
@@ -54,20 +158,17 @@ def parse_dial(value: object) -> Dial:
     Example:
         >>> parse_dial({"policy": "fixed", "lambda": 0.5})
         Fixed(lam=0.5)
+        >>> parse_dial({"policy": "route", "share": 0.3})
+        Route(share=0.3, fast_lambda=1.0, slow_lambda=0.0)
 
     Raises:
         ConfigError: If it is malformed; names the key and the nearest known one.
         LambdaError: If a λ in it is not a finite number.
     """
-    if isinstance(value, Fixed | Schedule):
+    if isinstance(value, Dial):
         return value
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise ConfigError(
-                f"a dial must be a number or JSON, got {value!r} ({error})."
-            ) from error
+        value = _from_text(value)
     if not isinstance(value, Mapping):
         return Fixed(value)  # type: ignore[arg-type]
     if "policy" not in value:
@@ -80,9 +181,51 @@ def parse_dial(value: object) -> Dial:
     for key in given:
         if key not in keys:
             raise ConfigError(f"the policy {name} takes no {key!r}{_nearest(key, keys)}.")
-    if len(given) != 1:
-        raise ConfigError(f'the policy {name} takes one λ: {{"policy": "{name}", "lambda": 0.5}}.')
+    if name == "fixed" and len(given) != 1:
+        raise ConfigError('the policy fixed takes one λ: {"policy": "fixed", "lambda": 0.5}.')
+    if name == "route" and "share" not in given:
+        raise ConfigError('the policy route needs a share: {"policy": "route", "share": 0.3}.')
     return policy(**{keys[key]: argument for key, argument in given.items()})
+
+
+def _from_text(text: str) -> object:
+    if text.strip() == "auto":
+        return {"policy": "adaptive"}
+    try:
+        value: object = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"a dial must be a number or JSON, got {text!r} ({error}).") from error
+    return value
+
+
+def _changed(policy: Adaptive | Route) -> dict[str, Any]:
+    """Return the fields that do not stand at their defaults."""
+    return {
+        field.name: getattr(policy, field.name)
+        for field in fields(policy)
+        if getattr(policy, field.name) != field.default
+    }
+
+
+def _set(policy: object, name: str, value: float) -> None:
+    object.__setattr__(policy, name, value)
+
+
+def _set_lambdas(policy: Adaptive | Route) -> None:
+    for name in ("fast_lambda", "slow_lambda"):
+        try:
+            _set(policy, name, float(as_lambda(getattr(policy, name))))
+        except LambdaError as error:
+            raise LambdaError(f"{name}: {error}") from error
+
+
+def _share(value: object, name: str) -> float:
+    number = math.nan
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        number = float(value)
+    if not 0 <= number <= 1:
+        raise ConfigError(f"{name} must be a number in [0, 1], got {value!r}.")
+    return number
 
 
 def _nearest(name: object, known: Mapping[str, object]) -> str:
