@@ -1,22 +1,45 @@
 """Whether a response is right: its answer found, normalised and compared with the known one."""
 
-import re
+import atexit
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
-from typing import Literal
+from functools import lru_cache
+from types import TracebackType
+from typing import Literal, NamedTuple, Self
 
 from flexalign.data.thinking import ThinkingTags
+from flexalign.errors import ConfigError
+from flexalign.evaluation._answers import (
+    as_number,
+    expected_answer,
+    find_boxed,
+    find_stated,
+    is_plain,
+    normalise,
+    plain_verdict,
+)
+from flexalign.evaluation._equality import EQUAL, UNPARSED
+from flexalign.evaluation._workers import WorkerPool
 
-__all__ = ["Grade", "Status", "grade"]
+__all__ = ["Answered", "Grade", "Grader", "Status", "grade"]
 
 Status = Literal["correct", "wrong", "unparsed", "truncated", "no_answer"]
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_HASHES = re.compile(r"####\s*(.+)")
-_ANNOUNCED = re.compile(r"\banswer\s*(?:is|:)\s*:?\s*(.+)", re.IGNORECASE)
-_NUMBER = re.compile(r"(?:(?<![\d)])-)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
-_MARKUP = re.compile(r"\\(?:left|right|!|,|;|:|displaystyle)(?![a-zA-Z])|\\?\$|\*\*|`")
-_WRAPPED = re.compile(r"\\(?:text|mathrm|mbox|textbf)\s*\{([^{}]*)\}")
+
+class Answered(NamedTuple):
+    """A response to be graded.
+
+    Attributes:
+        response: The response, special tokens removed, thinking tags kept.
+        gold: The known answer.
+        truncated: Whether the limit on tokens cut the response off.
+        opened: Whether the prompt had already opened the thinking tag.
+    """
+
+    response: str
+    gold: str
+    truncated: bool = False
+    opened: bool = False
 
 
 @dataclass(frozen=True)
@@ -25,16 +48,138 @@ class Grade:
 
     Attributes:
         correct: Whether its answer equals the known one.
-        status: `correct` and `wrong` speak of an answer that was found; `unparsed` means that
-            there is text after the thinking but no answer could be made out in it, `no_answer`
-            that the response ended without any, `truncated` that the limit on tokens cut it off
-            before a complete answer.
+        status: `correct` and `wrong` speak of an answer that was found and understood;
+            `unparsed` means that there is text after the thinking but no answer could be made
+            out in it, or no mathematics of the answer within the limit of time; `no_answer`
+            that the response ended without any text there, `truncated` that the limit on tokens
+            cut it off before a complete answer.
         extracted: The answer found, as it stands in the response.
     """
 
     correct: bool
     status: Status
     extracted: str | None
+
+
+class Grader:
+    r"""Grades responses, with math-verify in worker processes under a hard limit of time.
+
+    The answer is looked for after the thinking only: a right number that a model merely thought
+    of earns nothing. It is, in this order, what stands in the last ``\boxed{}``, after ``####``,
+    or after "answer is" (there the first number, if the known answer is a number); else the last
+    number, if it is one; else the last formula, or the text, if it is a single line. Of a
+    response that was cut off only a complete ``\boxed{}`` is graded, since any other answer may
+    lack its end.
+
+    Numbers, words, choices such as ``(B)`` and numerals with a base are compared as such, after
+    light normalisation (white space, a final full stop, ``$``, ``\text{}``, thousands commas,
+    trailing zeros). Everything else is compared as mathematics; verdicts are remembered, so that
+    an answer that many samples give is compared once. Processes start when first needed.
+
+    ::
+
+        with Grader(workers=2) as grader:
+            grades = grader.grade_many([Answered(response, gold), …])
+    """
+
+    def __init__(
+        self, *, workers: int = 1, seconds: float = 5.0, tags: ThinkingTags | None = None
+    ) -> None:
+        """Prepare a grader; nothing is started yet.
+
+        Args:
+            workers: How many processes compare.
+            seconds: The limit for each comparison. A process over it is killed and replaced, and
+                the answer counts as unparsed.
+            tags: The thinking tags; `<think>` and `</think>` if not given.
+
+        Raises:
+            ConfigError: If there is no worker, or no time.
+        """
+        if workers < 1 or seconds <= 0:
+            raise ConfigError(
+                f"a grader needs at least one worker and a positive limit of seconds, "
+                f"got workers={workers}, seconds={seconds}."
+            )
+        self._pool = WorkerPool(workers, seconds)
+        self._tags = tags or ThinkingTags()
+        self._verdicts: dict[tuple[str, str], str] = {}
+
+    def __enter__(self) -> Self:
+        """Use it in a `with` statement, which ends the processes."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End the processes."""
+        self.close()
+
+    def close(self) -> None:
+        """End the worker processes. A later grade starts new ones."""
+        self._pool.close()
+
+    def grade(
+        self, response: str, gold: str, *, truncated: bool = False, opened: bool = False
+    ) -> Grade:
+        """Grade one response; the arguments are those of `Answered`."""
+        return self.grade_many([Answered(response, gold, truncated, opened)])[0]
+
+    def grade_many(self, items: Iterable[Answered]) -> list[Grade]:
+        """Grade responses, in order; comparisons run in all workers at once."""
+        read = [(item, *self._read(item)) for item in items]
+        self._compare((found, expected) for _, found, expected in read)
+        return [self._judge(*each) for each in read]
+
+    def readable(self, golds: Sequence[str]) -> list[bool]:
+        """Whether each known answer can be parsed, so that some response can match it."""
+        expected = [expected_answer(gold) for gold in golds]
+        doubtful = {text for text in expected if text.strip() and not is_plain(text)}
+        doubtful = {text for text in doubtful if find_boxed(f"\\boxed{{{text}}}") == text.strip()}
+        verdicts = dict(
+            zip(
+                sorted(doubtful),
+                self._pool.compare_many([(text, text) for text in sorted(doubtful)]),
+                strict=True,
+            )
+        )
+        return [is_plain(text) or verdicts.get(text) == EQUAL for text in expected]
+
+    def _read(self, item: Answered) -> tuple[str | None, str]:
+        answer = self._tags.split(item.response, opened=item.opened).answer
+        expected = expected_answer(item.gold)
+        found = find_boxed(answer)
+        if found is None and not item.truncated and answer.strip():
+            numeric = as_number(normalise(expected)) is not None
+            found = find_stated(answer.strip(), numeric=numeric)
+        return found, expected
+
+    def _compare(self, pairs: Iterable[tuple[str | None, str]]) -> None:
+        """Have mathematics decide, once each, what plain comparison cannot."""
+        asked = dict.fromkeys(
+            (found, expected)
+            for found, expected in pairs
+            if found is not None
+            and (found, expected) not in self._verdicts
+            and plain_verdict(found, expected) is None
+        )
+        verdicts = self._pool.compare_many(list(asked)) if asked else []
+        self._verdicts |= zip(asked, verdicts, strict=True)
+
+    def _judge(self, item: Answered, found: str | None, expected: str) -> Grade:
+        if found is None:
+            if item.truncated:
+                return Grade(False, "truncated", None)
+            answer = self._tags.split(item.response, opened=item.opened).answer
+            return Grade(False, "unparsed" if answer.strip() else "no_answer", None)
+        plain = plain_verdict(found, expected)
+        verdict = self._verdicts[found, expected] if plain is None else None
+        if plain or verdict == EQUAL:
+            return Grade(True, "correct", found)
+        return Grade(False, "unparsed" if verdict == UNPARSED else "wrong", found)
 
 
 def grade(
@@ -45,85 +190,21 @@ def grade(
     tags: ThinkingTags | None = None,
     opened: bool = False,
 ) -> Grade:
-    r"""Grade a response by exact match after light normalisation.
-
-    The answer is looked for after the thinking only: a right number that a model merely thought
-    of earns nothing. It is, in this order, what stands in the last ``\boxed{}``, after ``####``,
-    or after "answer is" (there the first number, if the known answer is a number); else the last
-    number, if it is one; else the text, if it is a single line. White space, a final full stop, ``$``, ``\text{}``, thousands commas and
-    trailing zeros do not count.
+    """Grade one response as :class:`Grader` does, by a grader that all callers share.
 
     Args:
         response: The response, special tokens removed, thinking tags kept.
         gold: The known answer; a worked one ends in ``#### answer``.
-        truncated: Whether the limit on tokens cut the response off. Only a complete ``\boxed{}``
-            is graded then, since any other answer may lack its end.
+        truncated: Whether the limit on tokens cut the response off.
         tags: The thinking tags; `<think>` and `</think>` if not given.
         opened: Whether the prompt had already opened the tag.
     """
-    answer = (tags or ThinkingTags()).split(response, opened=opened).answer.strip()
-    expected = _expected(gold)
-    extracted = _boxed(answer)
-    if extracted is None:
-        if truncated:
-            return Grade(False, "truncated", None)
-        if not answer:
-            return Grade(False, "no_answer", None)
-        extracted = _stated(answer, numeric=_as_number(expected) is not None)
-    if extracted is None:
-        return Grade(False, "unparsed", None)
-    correct = _equal(_normalise(extracted), expected)
-    return Grade(correct, "correct" if correct else "wrong", extracted)
+    grader = _shared(tags or ThinkingTags())
+    return grader.grade(response, gold, truncated=truncated, opened=opened)
 
 
-def _expected(gold: str) -> str:
-    boxed = _boxed(gold)
-    if boxed is not None:
-        return _normalise(boxed)
-    worked = _HASHES.findall(gold)
-    return _normalise(worked[-1] if worked else gold)
-
-
-def _boxed(text: str) -> str | None:
-    r"""The contents of the last complete ``\boxed{…}``, braces balanced."""
-    for match in reversed(list(_BOX.finditer(text))):
-        depth = 1
-        for position in range(match.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[position], 0)
-            if depth == 0:
-                return text[match.end() : position].strip()
-    return None
-
-
-def _stated(answer: str, *, numeric: bool) -> str | None:
-    """The answer after an announcement; without one the last number, or a single line."""
-    announced = _HASHES.findall(answer) or _ANNOUNCED.findall(answer)
-    text = announced[-1].strip() if announced else answer
-    if numeric:
-        numbers = _NUMBER.findall(_tidy(text))
-        return numbers[0 if announced else -1] if numbers else None
-    return text if "\n" not in text else None
-
-
-def _tidy(text: str) -> str:
-    text = _WRAPPED.sub(r"\1", _MARKUP.sub("", text))
-    text = text.replace("−", "-").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-    return " ".join(text.split())
-
-
-def _normalise(text: str) -> str:
-    text = _tidy(text)
-    return text if text.endswith("..") else text.removesuffix(".").rstrip()
-
-
-def _equal(found: str, expected: str) -> bool:
-    number, target = _as_number(found), _as_number(expected)
-    if number is not None and target is not None:
-        return number == target
-    return found.replace(" ", "") == expected.replace(" ", "")
-
-
-def _as_number(text: str) -> Decimal | None:
-    if not _NUMBER.fullmatch(text.removeprefix("+")):
-        return None
-    return Decimal(text.replace(",", ""))
+@lru_cache(maxsize=4)
+def _shared(tags: ThinkingTags) -> Grader:
+    grader = Grader(tags=tags)
+    atexit.register(grader.close)
+    return grader

@@ -1,0 +1,278 @@
+r"""Questions with known answers, and how they are put to a model.
+
+The public files are read as they are published: MATH-500, AIME and AMC (`problem`, `answer`),
+GSM8K (`question`, and a worked `answer` that ends in ``#### N``). Any other file with `problem`
+(or `question`) and `answer` is a task as well, and the miniature brings its own questions.
+"""
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flexalign.data.files import BadRow, Row, read_rows
+from flexalign.errors import ConfigError, DataError
+from flexalign.evaluation.grading import Grader
+from flexalign.miniature import make_questions
+
+__all__ = [
+    "DATA_VARIABLE",
+    "MATHEMATICS",
+    "TASKS",
+    "Question",
+    "Sampling",
+    "Task",
+    "load_task",
+    "sample_warning",
+    "unreadable_golds",
+]
+
+DATA_VARIABLE = "FLEXALIGN_DATA"
+"""The environment variable that names the folder of the public files."""
+
+MATHEMATICS = "Please reason step by step, and put your final answer within \\boxed{}."
+"""The instruction that follows a question of mathematics."""
+
+_FILES = {
+    "math500": ("math", "math500", "math-500", "MATH-500"),
+    "aime": ("aime", "aime24", "aime2024"),
+    "aime25": ("aime25", "aime2025"),
+    "amc": ("amc", "amc23"),
+    "gsm8k": ("gsm8k_test", "gsm8k"),
+}
+_ENDINGS = (".jsonl", ".json", ".parquet")
+_ALIASES = {"math": "math500", "aime24": "aime", "aime2024": "aime", "aime2025": "aime25"}
+
+TASKS = (*_FILES, "miniature")
+"""The known names; a path to a file is a task too."""
+
+_MINIATURE_QUESTIONS = 500
+_MINIATURE_SEED = 20_000  # far from the seeds that its training data are drawn from
+_AIME_SAMPLES = 32
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn, unless the user says otherwise: the paper's settings.
+
+    Attributes:
+        samples: Responses a question.
+        temperature: Of the sampling.
+        top_p: Share of probability that is kept.
+        max_tokens: The longest response.
+    """
+
+    samples: int = 8
+    temperature: float = 0.7
+    top_p: float = 0.95
+    max_tokens: int = 16_384
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question.
+
+    Attributes:
+        id: Unique in its task: the file's own, else the row's number from 1.
+        problem: What is asked.
+        gold: The known answer.
+    """
+
+    id: str
+    problem: str
+    gold: str
+
+
+@dataclass(frozen=True)
+class Task:
+    r"""Questions and the way they are asked.
+
+    Attributes:
+        name: Such as ``math500``; for a file of the user's, its stem.
+        questions: In the file's order.
+        instruction: What follows every problem, after an empty line; nothing if empty.
+        sampling: The defaults.
+    """
+
+    name: str
+    questions: tuple[Question, ...]
+    instruction: str = MATHEMATICS
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def messages(self, question: Question) -> list[dict[str, str]]:
+        """The conversation that puts a question, for a chat template."""
+        text = question.problem
+        if self.instruction:
+            text = f"{text}\n\n{self.instruction}"
+        return [{"role": "user", "content": text}]
+
+    @property
+    def content_hash(self) -> str:
+        """Hash of instruction and questions, 16 hexadecimal digits, the same on every machine."""
+        content = [self.instruction, *([q.id, q.problem, q.gold] for q in self.questions)]
+        text = json.dumps(content, ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def load_task(
+    name_or_path: str, *, data: str | Path | None = None, limit: int | None = None, seed: int = 0
+) -> Task:
+    """Load a task.
+
+    Args:
+        name_or_path: One of `TASKS` (upper case and hyphens do not matter, so that ``MATH-500``
+            is known), ``miniature:N`` for the miniature's questions of seed N, or the path of a
+            JSONL, JSON or Parquet file with `problem` (or `question`) and `answer`, and `id` or
+            `unique_id` where there is one.
+        data: The folder that holds the public files, or the file itself. If not given, the
+            environment variable FLEXALIGN_DATA.
+        limit: Take this many questions, drawn with `seed` and kept in order; for the miniature,
+            how many are made (500 if not given).
+        seed: Of that draw.
+
+    Raises:
+        ConfigError: If the name is not known, or the public file is not found.
+        DataError: If rows lack a field or cannot be read (the first few are named by line), ids
+            are not unique, or there is no row.
+    """
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit must be at least 1 question, got {limit}.")
+    name = name_or_path.lower().replace("-", "")
+    name = _ALIASES.get(name, name)
+    if name == "miniature" or name.startswith("miniature:"):
+        return _miniature(name, limit)
+    if name in _FILES:
+        questions = _read(_public_file(name, data))
+    else:
+        path = Path(name_or_path).expanduser()
+        if not path.exists():
+            raise ConfigError(
+                f"there is no task and no file {name_or_path!r}; the tasks are "
+                f"{', '.join(TASKS)}, and a file needs `problem` and `answer`."
+            )
+        name, questions = path.stem, _read(path)
+    if limit is not None and limit < len(questions):
+        chosen = sorted(random.Random(seed).sample(range(len(questions)), limit))
+        questions = [questions[index] for index in chosen]
+    return Task(name, tuple(questions))
+
+
+def sample_warning(task: Task, samples: int) -> str | None:
+    """What to tell a user who takes too few samples, or None."""
+    if not task.name.startswith("aime") or samples >= _AIME_SAMPLES:
+        return None
+    return (
+        f"{task.name} has {len(task.questions)} questions, one of which is "
+        f"{100 / len(task.questions):.1f} points: with {samples} samples each the figures will "
+        f"hardly reproduce; take at least {_AIME_SAMPLES} (--samples {_AIME_SAMPLES})."
+    )
+
+
+def unreadable_golds(task: Task, grader: Grader) -> list[Question]:
+    """The questions whose known answer cannot be parsed, so that nothing could match it.
+
+    Meant to be asked before sampling starts.
+    """
+    readable = grader.readable([question.gold for question in task.questions])
+    return [q for q, fine in zip(task.questions, readable, strict=True) if not fine]
+
+
+def _miniature(name: str, limit: int | None) -> Task:
+    _, colon, number = name.partition(":")
+    if colon and not number.isdecimal():
+        raise ConfigError(
+            f"miniature:{number} is no task; give miniature, or miniature:N with the seed of its "
+            "questions (its models are systems, such as model:miniature:aligned)."
+        )
+    seed = int(number) if number else _MINIATURE_SEED
+    made = make_questions(limit or _MINIATURE_QUESTIONS, seed)
+    questions = (
+        Question(str(number), question.text, str(question.answer))
+        for number, question in enumerate(made, start=1)
+    )
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=1000)
+    return Task(name, tuple(questions), instruction="", sampling=sampling)
+
+
+def _public_file(name: str, data: str | Path | None) -> Path:
+    where = data or os.environ.get(DATA_VARIABLE)
+    if not where:
+        raise ConfigError(
+            f"{name} is read from its public file, which does not come with flexalign; name its "
+            f"folder with --data (data=) or {DATA_VARIABLE}."
+        )
+    folder = Path(where).expanduser()
+    if folder.is_file():
+        return folder
+    names = [stem + ending for stem in _FILES[name] for ending in _ENDINGS]
+    for candidate in names:
+        if (folder / candidate).is_file():
+            return folder / candidate
+    raise ConfigError(f"{folder} has no file of {name}; put one there, such as {names[0]}.")
+
+
+def _read(path: Path) -> list[Question]:
+    questions, bad = _sort_out(read_rows(path))
+    if bad:
+        lines = [f"  {row.place}: {row.reason}" for row in bad[:_SHOWN]]
+        if len(bad) > _SHOWN:
+            lines.append(f"  and {len(bad) - _SHOWN} more")
+        raise DataError(
+            "\n".join([f"{path}: {len(bad)} rows cannot be asked; mend or remove them:", *lines])
+        )
+    if not questions:
+        raise DataError(f"{path}: there are no questions in it.")
+    return questions
+
+
+def _sort_out(rows: Iterable[Row | BadRow]) -> tuple[list[Question], list[BadRow]]:
+    questions: list[Question] = []
+    bad: list[BadRow] = []
+    places: dict[str, str] = {}
+    for number, row in enumerate(rows, start=1):
+        question = row if isinstance(row, BadRow) else _question(row, number)
+        if isinstance(question, BadRow):
+            bad.append(question)
+        elif question.id in places:
+            reason = f"the id {question.id!r} was given before, at {places[question.id]}"
+            bad.append(BadRow(row.place, reason))
+        else:
+            places[question.id] = row.place
+            questions.append(question)
+    return questions, bad
+
+
+def _question(row: Row, number: int) -> Question | BadRow:
+    problem = row.value.get("problem", row.value.get("question"))
+    if problem is None:
+        return BadRow(row.place, "no field `problem` (or `question`)")
+    if not isinstance(problem, str) or not problem.strip():
+        return BadRow(row.place, "`problem` is not a text, or is empty")
+    if row.value.get("answer") is None:
+        return BadRow(row.place, "no field `answer`")
+    gold = _gold(row.value["answer"])
+    if not gold:
+        return BadRow(row.place, "`answer` is neither a text nor a number, or is empty")
+    return Question(_id(row.value, number), problem.strip(), gold)
+
+
+def _gold(answer: Any) -> str | None:
+    if isinstance(answer, float) and answer.is_integer():
+        return str(int(answer))
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        return str(answer)
+    if isinstance(answer, str):
+        return answer.rpartition("####")[2].strip()
+    return None
+
+
+def _id(row: Mapping[str, Any], number: int) -> str:
+    for key in ("unique_id", "id"):
+        if row.get(key) is not None:
+            return str(row[key])
+    return str(number)
