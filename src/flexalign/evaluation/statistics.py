@@ -6,13 +6,13 @@ interval here is clustered. All of them return low, estimate and high.
 
 import math
 from collections.abc import Hashable, Sequence
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from flexalign.errors import ConfigError, DataError
+from flexalign.evaluation._score import tango_limits, wilson_limits
 from flexalign.evaluation._student import t_quantile
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "clustered_interval",
     "equivalent",
     "paired_difference_interval",
+    "paired_ratio_interval",
     "simultaneous_confidence",
     "simultaneous_interval",
 ]
@@ -76,7 +77,11 @@ def clustered_interval(
         raise DataError("a share needs values that are 0 or 1; pass share=False for a mean.")
     mean = float(data.mean())
     if share or (share is None and binary):
-        return _wilson(mean, _effective_size(data, index, groups), groups, confidence)
+        if groups == 1:
+            return Interval(0.0, mean, 1.0)
+        size = _effective_size(data, index, groups)
+        low, high = wilson_limits(mean, size, t_quantile(confidence, groups - 1), confidence)
+        return Interval(low, mean, high)
     return _student(mean, _sums(data - mean, index, groups) / data.size, confidence)
 
 
@@ -111,14 +116,9 @@ def paired_difference_interval(
             `clustered_interval`.
     """
     _check_confidence(confidence)
+    _check_same_questions(first_clusters, second_clusters)
     a, a_index, groups = _clustered(first, first_clusters)
     b, b_index, _ = _clustered(second, second_clusters)
-    only = set(first_clusters) ^ set(second_clusters)
-    if only:
-        raise DataError(
-            f"{len(only)} questions were answered by one of the two only (such as "
-            f"{next(iter(only))!r}); compare on the questions that both have."
-        )
     difference = float(a.mean() - b.mean())
     per_question = groups * (
         _sums(a, a_index, groups) / a.size - _sums(b, b_index, groups) / b.size
@@ -133,7 +133,47 @@ def paired_difference_interval(
     if variance > 0:
         effective = groups * (disagreement - difference**2) / variance
         size = min(effective, float(min(a.size, b.size)))
-    return _tango(difference, disagreement, size, t_quantile(confidence, groups - 1))
+    low, high = tango_limits(difference, disagreement, size, t_quantile(confidence, groups - 1))
+    return Interval(low, difference, high)
+
+
+def paired_ratio_interval(
+    first: ArrayLike,
+    first_clusters: Sequence[Hashable],
+    second: ArrayLike,
+    second_clusters: Sequence[Hashable],
+    confidence: float = 0.95,
+) -> Interval:
+    """Interval of mean(first) ÷ mean(second), two systems on the same questions.
+
+    The ratio R of means, not the mean of ratios; its parts by question are those of
+    (first − R · second) ÷ mean(second) (Cochran 1977, "Sampling techniques", 6.3), and the
+    interval is Student's.
+
+    Args:
+        first: Values of the first system, shape (n,).
+        first_clusters: The question of each.
+        second: Values of the second system, shape (m,), with a positive mean.
+        second_clusters: The question of each.
+        confidence: Coverage, in (0, 1).
+
+    Returns:
+        Low, ratio, high. With a single question, [−inf, inf].
+
+    Raises:
+        DataError: If the mean of `second` is not positive, the two were not measured on the same
+            questions, or as for `clustered_interval`.
+    """
+    _check_confidence(confidence)
+    _check_same_questions(first_clusters, second_clusters)
+    a, a_index, groups = _clustered(first, first_clusters)
+    b, b_index, _ = _clustered(second, second_clusters)
+    if not b.mean() > 0:
+        raise DataError(f"a ratio needs a second mean above zero, got {b.mean()}.")
+    ratio = float(a.mean() / b.mean())
+    own = _sums(a, a_index, groups) / a.size
+    parts = (own - ratio * _sums(b, b_index, groups) / b.size) / b.mean()
+    return _student(ratio, parts, confidence)
 
 
 def simultaneous_confidence(comparisons: int, confidence: float = 0.95) -> float:
@@ -197,6 +237,15 @@ def _clustered(
     return data, index, len(numbers)
 
 
+def _check_same_questions(first: Sequence[Hashable], second: Sequence[Hashable]) -> None:
+    only = set(first) ^ set(second)
+    if only:
+        raise DataError(
+            f"{len(only)} questions were answered by one of the two only (such as "
+            f"{next(iter(only))!r}); compare on the questions that both have."
+        )
+
+
 def _sums(values: NDArray[np.float64], index: NDArray[np.intp], groups: int) -> NDArray[np.float64]:
     return np.bincount(index, values, groups).astype(np.float64)
 
@@ -220,43 +269,6 @@ def _effective_size(data: NDArray[np.float64], index: NDArray[np.intp], groups: 
     squares += question**2 * ((1 - share) ** 2 + share**2) / 2
     binomial = share * (1 - share) * total**2
     return min(float(data.size), binomial / squares * groups / (groups + 1))
-
-
-def _wilson(share: float, size: float, groups: int, confidence: float) -> Interval:
-    if groups == 1:
-        return Interval(0.0, share, 1.0)
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    size *= (z / t_quantile(confidence, groups - 1)) ** 2
-    centre = (share + z**2 / (2 * size)) / (1 + z**2 / size)
-    half = z / (1 + z**2 / size) * math.sqrt(share * (1 - share) / size + (z / (2 * size)) ** 2)
-    return Interval(max(0.0, min(centre - half, share)), share, min(1.0, max(centre + half, share)))
-
-
-def _tango(difference: float, disagreement: float, size: float, z: float) -> Interval:
-    """The differences δ that a score test does not refuse.
-
-    Args:
-        difference: Share of questions that the first alone got right, less the second's share.
-        disagreement: Sum of the two shares.
-        size: Number of questions.
-        z: Quantile of the test.
-    """
-    second_only = (disagreement - difference) / 2
-
-    def score(delta: float) -> float:
-        linear = (2 - difference) * delta - disagreement
-        root = math.sqrt(max(linear**2 + 8 * second_only * delta * (1 - delta), 0.0))
-        variance = (root - linear) / 2 + delta * (1 - delta)
-        gap = difference - delta
-        return gap * math.sqrt(size / variance) if variance > 0 else math.copysign(math.inf, gap)
-
-    def crossing(low: float, high: float, level: float) -> float:
-        while high - low > 1e-9:
-            middle = (low + high) / 2
-            low, high = (middle, high) if score(middle) > level else (low, middle)
-        return (low + high) / 2
-
-    return Interval(crossing(-1.0, difference, z), difference, crossing(difference, 1.0, -z))
 
 
 def _check_confidence(confidence: float) -> None:
