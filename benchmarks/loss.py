@@ -20,8 +20,6 @@ resident set, by the kernel's high-water mark; gradients count, inputs do not.
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import platform
 import resource
@@ -33,6 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from _machine import MIB, peak_growth, resident
 from torch import Tensor
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
@@ -52,7 +51,6 @@ FULL = [
 ]
 QUICK = [(1024, 8192, 256, 3)]
 RESULTS = Path(__file__).parent / "results" / "loss.md"
-MIB = 2**20
 SHARE_OF_MEMORY = 0.7
 """Of what is free: more than that is not fitting, before the system starts to kill processes."""
 
@@ -102,12 +100,6 @@ def trl(x: Inputs) -> Tensor:
 METHODS = {"ours": ours, "materialised": materialised, "released": released, "trl": trl}
 
 
-def resident(field: str) -> int:
-    """VmRSS, VmHWM or VmSize of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
-
-
 def available() -> int:
     lines = Path("/proc/meminfo").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
@@ -117,19 +109,12 @@ def measure(method: Callable[[Inputs], Tensor], x: Inputs) -> dict[str, float]:
     """One run: CPU seconds, MiB above what was there before, the loss."""
     for leaf in x.leaves:
         leaf.grad = None
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    start = time.process_time()
-    loss = method(x)
-    loss.backward()
-    seconds = time.process_time() - start
-    return {
-        "seconds": seconds,
-        "mib": (resident("VmHWM") - before) / MIB,
-        "loss": float(loss.detach()),
-    }
+    with peak_growth() as grown:
+        start = time.process_time()
+        loss = method(x)
+        loss.backward()
+        seconds = time.process_time() - start
+    return {"seconds": seconds, "mib": grown["mib"], "loss": float(loss.detach())}
 
 
 def run_shape(T: int, V: int, H: int, runs: int, names: list[str]) -> dict[str, dict[str, float]]:
