@@ -1,0 +1,20 @@
+"""Choosing a setting of the dial, with a promise about what it costs."""
+
+from flexalign.calibration.goals import Goal, NonInferiority, TokenBudget
+from flexalign.calibration.outcomes import Ask, Outcomes
+from flexalign.calibration.plan import Plan, VarianceModel, plan
+from flexalign.calibration.tune import TuneOptions, Tuned, tune
+
+__all__ = [
+    "Ask",
+    "Goal",
+    "NonInferiority",
+    "Outcomes",
+    "Plan",
+    "TokenBudget",
+    "TuneOptions",
+    "Tuned",
+    "VarianceModel",
+    "plan",
+    "tune",
+]

@@ -1,0 +1,149 @@
+"""Proving a finalist on held-out questions, in as few looks as it takes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from flexalign.calibration.choose import steadied_error
+from flexalign.calibration.goals import Goal, accuracy_difference
+from flexalign.calibration.outcomes import Ledger, Outcomes
+from flexalign.calibration.sequential import Looks, betting_wealth, look_levels, predictive_power
+from flexalign.evaluation.statistics import Interval, clustered_interval
+
+__all__ = ["Evidence", "Proof", "confirm", "evidence"]
+
+Verdict: TypeAlias = Literal["kept", "futile", "open"]
+"""Proved; given up as the rest would hardly prove it; not proved when the questions ended."""
+
+_FUTILE = 0.05
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A setting beside the reference on some questions.
+
+    Attributes:
+        questions: How many.
+        accuracy: Of the setting, 95 % interval.
+        reference_accuracy: Of the reference.
+        difference: Of the accuracies, paired.
+        tokens: Mean tokens of the setting.
+        reference_tokens: Of the reference.
+    """
+
+    questions: int
+    accuracy: Interval
+    reference_accuracy: Interval
+    difference: Interval
+    tokens: Interval
+    reference_tokens: Interval
+
+    @property
+    def token_cut(self) -> float:
+        """Share of the reference's tokens that is saved."""
+        return 1 - self.tokens.mean / self.reference_tokens.mean
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; an interval is low, estimate, high."""
+        values = {
+            name: list(value) if isinstance(value, Interval) else value
+            for name, value in vars(self).items()
+        }
+        return values | {"token_cut": self.token_cut}
+
+
+def evidence(candidate: Outcomes, reference: Outcomes) -> Evidence:
+    """Sum up two settings' answers to the same questions."""
+    clusters = candidate.clusters
+    return Evidence(
+        candidate.questions,
+        clustered_interval(candidate.correct.ravel(), clusters, share=True),
+        clustered_interval(reference.correct.ravel(), clusters, share=True),
+        accuracy_difference(candidate, reference),
+        clustered_interval(candidate.tokens.ravel(), clusters, share=False),
+        clustered_interval(reference.tokens.ravel(), clusters, share=False),
+    )
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look at the evidence.
+
+    Attributes:
+        questions: Held-out questions so far.
+        slack: Estimate of the mean slack.
+        strength: What is held against the threshold: the bound of the slack, or the wealth.
+        threshold: 0 for a bound, 1/α for a wealth.
+    """
+
+    questions: int
+    slack: float
+    strength: float
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How a finalist fared.
+
+    Attributes:
+        setting: Its id.
+        verdict: How it ended.
+        looks: Each look.
+    """
+
+    setting: str
+    verdict: Verdict
+    looks: tuple[Look, ...]
+
+
+def confirm(
+    setting: str,
+    reference: str,
+    ledger: Ledger,
+    questions: Sequence[str],
+    goal: Goal,
+    alpha: float,
+    looks: Looks,
+    count: int,
+) -> Proof:
+    """Ask held-out questions until the promise is proved or is not worth pursuing.
+
+    Giving up early takes nothing from the error, so it needs no share of it.
+
+    Args:
+        setting: The finalist.
+        reference: What it is compared with.
+        ledger: Asks.
+        questions: Held out, in order.
+        goal: What has to be proved.
+        alpha: One-sided error of the whole proof.
+        looks: How it is shared.
+        count: How many looks at most.
+    """
+    ends = _ends(len(questions), count)
+    fractions = tuple(end / len(questions) for end in ends)
+    betting = looks == "betting"
+    levels = (alpha,) * len(ends) if betting else look_levels(fractions, alpha, looks)
+    seen: list[Look] = []
+    for end, fraction, level in zip(ends, fractions, levels, strict=True):
+        base = ledger.outcomes(reference, questions[:end])
+        outcomes = ledger.outcomes(setting, questions[:end])
+        slack = goal.slack(outcomes, base)
+        if betting:
+            look = Look(end, float(slack.mean()), betting_wealth(slack, goal.lowest), 1 / alpha)
+        else:
+            look = Look(end, float(slack.mean()), goal.bound(outcomes, base, level), 0.0)
+        seen.append(look)
+        if look.strength > look.threshold:
+            return Proof(setting, "kept", tuple(seen))
+        score = look.slack / steadied_error(slack, goal.unit)[1]
+        if fraction < 1 and predictive_power(score, fraction, levels[-1]) < _FUTILE:
+            return Proof(setting, "futile", tuple(seen))
+    return Proof(setting, "open", tuple(seen))
+
+
+def _ends(questions: int, count: int) -> list[int]:
+    """Questions at each look: even steps of at least 10, the last one all of them."""
+    count = max(1, min(count, questions // 10))
+    return [round(questions * (step + 1) / count) for step in range(count)]
