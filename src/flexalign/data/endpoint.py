@@ -1,12 +1,14 @@
 """Responses from a server that speaks OpenAI's protocol, several requests at a time."""
 
+import http.client
 import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from email.message import Message
 from typing import Any
 
 from flexalign.data.thinking import ThinkingTags
@@ -15,6 +17,7 @@ from flexalign.errors import ConfigError, ServingError
 __all__ = ["Endpoint", "EndpointResponse"]
 
 _RETRIED_STATUSES = {408, 409, 425, 429, 500, 502, 503, 504}
+_LONGEST_PAUSE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -25,11 +28,15 @@ class EndpointResponse:
         text: Thinking, if the server returns it apart, between think tags, then the answer.
         tokens: The server's own count; None if it gives none.
         truncated: Whether the server says that the limit on tokens cut it off.
+        thinking_tokens: The server's own count of thinking tokens; None if it gives none.
+        dial: What a flexalign server says of the request's dial; empty from any other.
     """
 
     text: str
     tokens: int | None
     truncated: bool
+    thinking_tokens: int | None = None
+    dial: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Endpoint:
         top_p: Probability mass sampled from.
         concurrency: Requests under way at one time.
         attempts: Tries per request: an unreachable or overloaded server is asked again after 1,
-            2, 4, … times `pause_seconds`.
+            2, 4, … times `pause_seconds`, or when its Retry-After says (a minute at most).
         pause_seconds: The first pause between tries.
         timeout_seconds: Longest wait for one response.
         api_key: Sent as a bearer token; nothing is sent if it is not given.
@@ -79,10 +86,34 @@ class Endpoint:
                 something else than a response.
         """
         with ThreadPoolExecutor(self.concurrency) as pool:
-            return list(pool.map(self._ask, prompts, seeds))
+            return list(pool.map(self.ask, prompts, seeds))
 
-    def _ask(self, prompt: str | list[dict[str, Any]], seed: int) -> EndpointResponse:
-        body: dict[str, Any] = {
+    def models(self) -> list[str]:
+        """List the models that the server has.
+
+        Raises:
+            ServingError: If it cannot be reached, or does not say.
+        """
+        answer = self._send("models", None)
+        try:
+            return [str(model["id"]) for model in answer["data"]]
+        except (KeyError, TypeError) as error:
+            raise ServingError(
+                f"{self.url} does not say which models it has; name one with --model-name."
+            ) from error
+
+    def ask(self, prompt: str | list[dict[str, Any]], seed: int, **extra: Any) -> EndpointResponse:
+        """Answer one prompt.
+
+        Args:
+            prompt: Messages, as a chat, or text, as a completion.
+            seed: Of the sampling.
+            **extra: More for the request's body, such as ``**{"lambda": 0.5}``.
+
+        Raises:
+            ServingError: As in :meth:`generate`.
+        """
+        body: dict[str, Any] = extra | {
             "model": self.model,
             "max_tokens": self.max_new_tokens,
             "temperature": self.temperature,
@@ -90,12 +121,12 @@ class Endpoint:
             "seed": seed,
         }
         if isinstance(prompt, str):
-            return self._read(self._post("completions", body | {"prompt": prompt}))
+            return self._read(self._send("completions", body | {"prompt": prompt}))
         messages = [
             {key: value for key, value in message.items() if value is not None}
             for message in prompt
         ]
-        return self._read(self._post("chat/completions", body | {"messages": messages}))
+        return self._read(self._send("chat/completions", body | {"messages": messages}))
 
     def _read(self, answer: Any) -> EndpointResponse:
         try:
@@ -103,6 +134,8 @@ class Endpoint:
             message = choice.get("message") or {"content": choice["text"]}
             content = message.get("content") or ""
             usage = answer.get("usage") or {}
+            details = usage.get("completion_tokens_details") or {}
+            dial = answer.get("dial") or {}
             truncated = choice.get("finish_reason") == "length"
         except (AttributeError, IndexError, KeyError, TypeError) as error:
             raise ServingError(
@@ -113,17 +146,24 @@ class Endpoint:
             tags = ThinkingTags()
             closing = tags.close if content or not truncated else ""
             content = f"{tags.open}{thinking}{closing}{content}"
-        return EndpointResponse(content, usage.get("completion_tokens"), truncated)
+        return EndpointResponse(
+            content,
+            usage.get("completion_tokens"),
+            truncated,
+            details.get("reasoning_tokens"),
+            dial if isinstance(dial, dict) else {},
+        )
 
-    def _post(self, path: str, body: dict[str, Any]) -> Any:
+    def _send(self, path: str, body: dict[str, Any] | None) -> Any:
+        """Post a body, or get a path, and read the JSON that comes back."""
         base = self.url.rstrip("/").removesuffix("/v1")
         headers = {"Content-Type": "application/json"}
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
-        request = urllib.request.Request(
-            f"{base}/v1/{path}", json.dumps(body).encode(), headers, method="POST"
-        )
+        content = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{base}/v1/{path}", content, headers)
         for attempt in range(1, self.attempts + 1):
+            pause = self.pause_seconds * 2 ** (attempt - 1)
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout_seconds) as response:
                     return json.load(response)
@@ -132,11 +172,20 @@ class Endpoint:
                     reason = f"{error.code} {error.read(300).decode(errors='replace')}".strip()
                 if error.code not in _RETRIED_STATUSES:
                     raise ServingError(f"{self.url} refused a request: {reason}") from error
-            except (OSError, ValueError) as error:
-                reason = str(getattr(error, "reason", error))
+                pause = max(pause, _retry_after(error.headers))
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                reason = str(getattr(error, "reason", error)) or type(error).__name__
             if attempt < self.attempts:
-                time.sleep(self.pause_seconds * 2 ** (attempt - 1))
+                time.sleep(pause)
         raise ServingError(
             f"{self.url} gave no response in {self.attempts} attempts ({reason}); "
             "check that the server runs, then run the same command to go on."
         )
+
+
+def _retry_after(headers: Message) -> float:
+    """Return the seconds that a server asks to be left alone, a minute at most; dates count 0."""
+    try:
+        return min(max(float(headers.get("Retry-After", 0)), 0.0), _LONGEST_PAUSE_SECONDS)
+    except ValueError:
+        return 0.0

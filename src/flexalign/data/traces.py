@@ -119,9 +119,9 @@ def make_traces(
     return _summarise(output, len(prompts), made=len(pairs) - done)
 
 
-def derive_seed(seed: int, prompt_index: int, sample: int) -> int:
-    """The seed of one response: 31 bits from the run's seed and the response's two indices."""
-    digest = hashlib.blake2b(f"{seed}/{prompt_index}/{sample}".encode(), digest_size=4).digest()
+def derive_seed(seed: int, *place: int | str) -> int:
+    """The seed of one response: 31 bits from the run's seed and the response's place in it."""
+    digest = hashlib.blake2b("/".join(map(str, (seed, *place))).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
