@@ -10,11 +10,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from flexalign._modes import evaluating
 from flexalign.data.rendering import render_chat
 from flexalign.data.thinking import ThinkingTags
+from flexalign.decoding.seeded import SeededSampling
 from flexalign.errors import ConfigError, DataError, LambdaError
 
 __all__ = ["Prompt", "Response", "generate_responses"]
@@ -51,6 +52,7 @@ def generate_responses(
     top_p: float = 1.0,
     batch_size: int = 32,
     seed: int = 0,
+    seeds: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
     **generate_kwargs: Any,
 ) -> list[Response]:
@@ -58,7 +60,8 @@ def generate_responses(
 
     Sampling is from the model's own distribution: settings that a checkpoint brings along
     (top_k, a repetition penalty) are left out unless given here. The same seed, prompts and
-    batch size give the same responses; torch's own random state is left as it was.
+    batch size give the same responses; torch's own random state is left as it was. With
+    ``seeds`` a response does not depend on the others, up to the float tolerance of batching.
 
     Args:
         model: Anything with transformers' ``generate``.
@@ -69,6 +72,8 @@ def generate_responses(
         top_p: Probability mass sampled from, 0 < top_p ≤ 1.
         batch_size: Responses made together.
         seed: Of all sampling.
+        seeds: One for each prompt, in the place of ``seed``; see
+            :class:`flexalign.decoding.seeded.SeededSampling`.
         progress: Called after each batch with (responses made, responses in all).
         **generate_kwargs: More for ``generate``. ``lam`` may be a list or a tensor with one dial
             per prompt.
@@ -77,15 +82,25 @@ def generate_responses(
         One response per prompt, in their order.
 
     Raises:
-        ConfigError: If a setting is out of its range.
+        ConfigError: If a setting is out of its range, or there are not as many seeds as prompts.
         DataError: If a prompt is empty, or is a conversation and there is no chat template.
         LambdaError: If ``lam`` has another length than the prompts.
     """
     _check(max_new_tokens, temperature, top_p, batch_size)
+    if seeds is not None and len(seeds) != len(prompts):
+        raise ConfigError(f"there are {len(seeds)} seeds for {len(prompts)} prompts.")
+    is_seeded = seeds is not None and temperature > 0
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
     lam = generate_kwargs.pop("lam", None)
     _check_lambdas(lam, len(prompts))
-    settings = _settings(model, tokenizer, max_new_tokens, temperature, top_p, generate_kwargs)
+    settings = _settings(
+        model,
+        tokenizer,
+        max_new_tokens,
+        0.0 if is_seeded else temperature,  # the seeds' processor samples
+        top_p,
+        generate_kwargs,
+    )
     # The longest come first: what does not fit in memory fails at once.
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
     responses: list[Response | None] = [None] * len(encoded)
@@ -98,6 +113,9 @@ def generate_responses(
             inputs = _left_padded([encoded[i] for i in batch], settings.pad_token_id, model.device)
             if lam is not None:
                 generate_kwargs["lam"] = _rows(lam, batch)
+            if is_seeded and seeds is not None:
+                sampling = SeededSampling([seeds[i] for i in batch], temperature, top_p)
+                generate_kwargs["logits_processor"] = LogitsProcessorList([sampling])
             written = model.generate(**inputs, generation_config=settings, **generate_kwargs)
             rows = written[:, inputs["input_ids"].shape[1] :].tolist()
             for index, row in zip(batch, rows, strict=True):
