@@ -3,7 +3,7 @@
 from flexalign.calibration.goals import Goal, NonInferiority, TokenBudget
 from flexalign.calibration.outcomes import Ask, Outcomes
 from flexalign.calibration.plan import Plan, VarianceModel, plan
-from flexalign.calibration.tune import TuneOptions, Tuned, tune
+from flexalign.calibration.tune import Tuned, TuneOptions, tune
 
 __all__ = [
     "Ask",

@@ -138,7 +138,7 @@ class TokenBudget:
 
     def slack(self, candidate: Outcomes, reference: Outcomes) -> NDArray[np.float64]:
         """Budget less the question's mean tokens."""
-        return self.tokens - candidate.tokens.mean(1)
+        return np.asarray(self.tokens - candidate.tokens.mean(1), dtype=np.float64)
 
     def bound(self, candidate: Outcomes, reference: Outcomes, level: float) -> float:
         """Budget less the upper end of the clustered interval."""

@@ -37,12 +37,12 @@ class Outcomes:
     @property
     def questions(self) -> int:
         """How many questions were asked."""
-        return self.correct.shape[0]
+        return len(self.correct)
 
     @property
     def samples(self) -> int:
         """How many answers there are in all."""
-        return self.correct.size
+        return int(self.correct.size)
 
     @property
     def accuracy(self) -> float:
@@ -62,7 +62,7 @@ class Outcomes:
 
     def share_right(self) -> NDArray[np.float64]:
         """Share of right answers a question, shape (n,)."""
-        return self.correct.mean(1)
+        return np.asarray(self.correct.mean(1), dtype=np.float64)
 
 
 Ask: TypeAlias = Callable[[str, Sequence[str], int], Outcomes]

@@ -1,0 +1,183 @@
+"""The card of a tuning: what is promised, on what evidence, at what cost."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flexalign.calibration.confirm import Evidence, Proof
+from flexalign.calibration.tune import Tuned
+from flexalign.evaluation.statistics import Interval
+
+__all__ = ["draw_path", "render_card", "write_card"]
+
+CARD, RESULT, PICTURE = "tuned.md", "tuned.json", "tuned.png"
+
+
+def write_card(tuned: Tuned, output: Path, context: Mapping[str, Any]) -> None:
+    """Write tuned.md, tuned.json and tuned.png into a folder.
+
+    Args:
+        tuned: What came out.
+        output: The folder; made if it is not there.
+        context: What else belongs to the promise, such as system, task and hashes; goes into
+            both files under its own keys.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    result = {**context, **tuned.to_json()}
+    text = json.dumps(result, ensure_ascii=False, indent=2)
+    (output / RESULT).write_text(text + "\n", encoding="utf-8")
+    (output / CARD).write_text(render_card(tuned, context), encoding="utf-8")
+    draw_path(tuned, output / PICTURE)
+
+
+def render_card(tuned: Tuned, context: Mapping[str, Any]) -> str:
+    """Return the card as Markdown."""
+    confidence = f"{100 * tuned.options.confidence:g} %"
+    if tuned.chosen is None:
+        answer = f"**None of the candidates is promised to keep it**: {tuned.reason}."
+    else:
+        proof = tuned.at_proof[tuned.chosen]
+        answer = (
+            f"**{tuned.chosen}**: {tuned.goal.text}, at {confidence} confidence "
+            f"({tuned.reason}). On the held-out questions it takes {proof.tokens.mean:.0f} tokens "
+            f"an answer instead of {proof.reference_tokens.mean:.0f} "
+            f"({100 * proof.token_cut:.1f} % fewer)."
+        )
+    sections = [
+        "# The setting that was chosen",
+        answer,
+        "".join(f"- {name}: {_plain(value)}\n" for name, value in context.items()).rstrip(),
+        "## What is promised",
+        f"{tuned.goal.text[0].upper()}{tuned.goal.text[1:]} ({tuned.reference}), for questions "
+        f"drawn as these {len(tuned.choice.questions) + len(tuned.held_out)} were. By this way of "
+        "choosing, a promise is made that is not kept with probability at most "
+        f"{100 * (1 - tuned.options.confidence):g} %, however many candidates there were.",
+        "## Evidence when it was chosen",
+        f"On at most {len(tuned.choice.questions)} questions, {tuned.options.samples} samples "
+        "each. A setting that was chosen for these figures is flattered by them; nothing is "
+        "promised on them. *Chance*: the probability, judged here, that the held-out questions "
+        "prove it.",
+        _table(
+            ("setting", "chance", *_HEADER),
+            [
+                (s.setting, f"{s.promise:.0%}", *_cells(tuned.at_choice[s.setting]))
+                for s in tuned.choice.standings
+            ],
+        ),
+        "## Evidence on held-out questions",
+        _proof_text(tuned),
+        "## What it cost",
+        f"{tuned.samples} samples, {tuned.samples / tuned.exhaustive:.0%} of the "
+        f"{tuned.exhaustive} that every setting on every question would have taken: "
+        + ", ".join(f"{setting} {count}" for setting, count in tuned.spent.items())
+        + ".",
+        f"![the path]({PICTURE})",
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def draw_path(tuned: Tuned, path: Path) -> None:
+    """Draw how each finalist's estimate went from look to look, with its bound.
+
+    Without a finalist, the race's estimates are drawn.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for number, proof in enumerate(tuned.proofs):
+        questions = [look.questions for look in proof.looks]
+        colour = f"C{number}"
+        axes.plot(
+            questions,
+            [look.slack for look in proof.looks],
+            "o-",
+            color=colour,
+            label=f"{proof.setting}: estimate",
+        )
+        if proof.looks[-1].threshold == 0:
+            axes.plot(
+                questions,
+                [look.strength for look in proof.looks],
+                "v:",
+                color=colour,
+                label=f"{proof.setting}: bound ({proof.verdict})",
+            )
+    if tuned.proofs:
+        axes.set_xlabel("held-out questions")
+    else:
+        standings = tuned.choice.standings
+        axes.bar([s.setting for s in standings], [s.promise for s in standings], color="#a0aec0")
+        axes.set_xlabel("candidate")
+    axes.axhline(0, color="#4a5568", linewidth=1)
+    axes.set_ylabel("room above the promise" if tuned.proofs else "chance of a proof")
+    axes.set_title(f"{tuned.chosen or 'none'}: {tuned.reason}", fontsize=10, wrap=True)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if tuned.proofs:
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+_HEADER = ("questions", "accuracy", "reference", "difference", "tokens", "reference", "cut")
+
+
+def _proof_text(tuned: Tuned) -> str:
+    if not tuned.proofs:
+        return "None was asked: no candidate gave hope of a proof."
+    rows = [
+        (proof.setting, proof.verdict, *_cells(tuned.at_proof[proof.setting]))
+        for proof in tuned.proofs
+    ]
+    looks = "\n".join(f"- {_looks(proof)}" for proof in tuned.proofs)
+    return (
+        "Questions that had no part in the choice, asked in looks until the promise was proved or "
+        f"given up; error shared among looks: {tuned.options.looks}. Finalists in the order set "
+        "beforehand; the first that is not kept ends it. Intervals are at 95 %, as if the number "
+        "of questions had been fixed.\n\n"
+        + _table(("setting", "verdict", *_HEADER), rows)
+        + "\n\n"
+        + looks
+    )
+
+
+def _looks(proof: Proof) -> str:
+    last = proof.looks[-1]
+    held = (
+        f"lower bound {last.strength:+.4g} (kept above 0)"
+        if last.threshold == 0
+        else f"wealth {last.strength:.3g} (kept above {last.threshold:.3g})"
+    )
+    return (
+        f"{proof.setting}: after {len(proof.looks)} looks, room above the promise "
+        f"{last.slack:+.4g}, {held}."
+    )
+
+
+def _cells(row: Evidence) -> tuple[str, ...]:
+    return (
+        str(row.questions),
+        _share(row.accuracy),
+        f"{row.reference_accuracy.mean:.3f}",
+        f"{row.difference.mean:+.3f} [{row.difference.low:+.3f}, {row.difference.high:+.3f}]",
+        f"{row.tokens.mean:.0f}",
+        f"{row.reference_tokens.mean:.0f}",
+        f"{row.token_cut:.1%}",
+    )
+
+
+def _share(interval: Interval) -> str:
+    return f"{interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
