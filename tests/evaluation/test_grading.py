@@ -1,7 +1,12 @@
+from collections.abc import Iterator
+
 import pytest
 
 from flexalign.data.thinking import ThinkingTags
-from flexalign.evaluation.grading import Grade, grade
+from flexalign.errors import ConfigError
+from flexalign.evaluation._answers import find_boxed
+from flexalign.evaluation._workers import WorkerPool
+from flexalign.evaluation.grading import Answered, Grade, Grader, grade
 
 
 @pytest.mark.parametrize(
@@ -85,3 +90,145 @@ def test_tags_can_be_named() -> None:
     tags = ThinkingTags("[THINK]", "[/THINK]")
     assert grade("[THINK]8[/THINK]7", "7", tags=tags).correct
     assert grade("[THINK]7[/THINK]", "7", tags=tags).status == "no_answer"
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[Grader]:
+    with Grader(seconds=20) as made:
+        yield made
+
+
+EQUAL = {
+    r"\frac{1}{3}": [r"\frac13", "1/3", r"\tfrac{2}{6}", "3^{-1}", r"0.\overline{3}", "(1/3)"],
+    r"\frac{7}{4}": ["1.75", r"1\frac{3}{4}", r"\frac{2(\frac{7}{4})}{2}", r"\frac{14}{8}."],
+    "137 \\frac{1}{2}": ["137.5", r"\frac{275}{2}", r"137\tfrac12"],
+    ".0000672": [r"6.72\times 10^{-5}", "6.72e-5"],
+    "11,\\! 111,\\! 100": ["11111100", "11,111,100", r"11\,111\,100"],
+    "0.15": [r"15\%", r"\frac{3}{20}"],
+    r"2\sqrt{5}": [r"\sqrt{20}", r"2\sqrt5", "2*sqrt(5)", "2√5", r"\frac{10}{\sqrt5}"],
+    r"12\pi": ["12π", "12 pi", r"\pi \cdot 12"],
+    "6 - 5i": ["-5i+6", r"6-5\mathrm{i}"],
+    "106^\\circ": ["106", "106°", r"106\text{ degrees}", "106 degrees"],
+    r"15\mbox{ cm}^2": ["15", "15 cm^2", r"15~\mathrm{cm}^2", "15 square centimeters"],
+    r"\$18.90": ["18.9", r"18.90 \text{ dollars}"],
+    "(a+5)(b+2)": ["(b+2)(a+5)", "ab+2a+5b+10", "$(a+5)(b+2)$"],
+    "p - q": ["-q+p", "-(q-p)"],
+    "x=5": ["5", "x = 5"],
+    "y = 2x + 3": ["2x+3", "y-2x-3=0"],
+    r"x \in [-2,7]": ["[-2,7]", r"-2 \le x \le 7"],
+    r"(-\infty, 2) \cup (3, \infty)": [r"(3,\infty)\cup(-\infty,2)", "(-∞,2)∪(3,∞)"],
+    "1,-2": ["-2, 1", r"\{1,-2\}", r"1\text{ and }-2", "x=1 or x=-2"],
+    r"1 \pm \sqrt{19}": [r"1+\sqrt{19}, 1-\sqrt{19}"],
+    r"\left( 3, \frac{\pi}{2} \right)": [r"(3,\pi/2)", r"\left(3,\tfrac{\pi}{2}\right)"],
+    r"\begin{pmatrix} 1/5 \\ -2 \end{pmatrix}": [r"\begin{bmatrix}0.2\\-2\end{bmatrix}"],
+    r"\cot x": [r"\cot(x)", r"\frac{\cos x}{\sin x}"],
+    "204_5": ["204_{5}", r"204_{\text{5}}", "204"],
+    r"\text{(B)}": ["B", "(B)", r"\textbf{(B)}", "(B) 14"],
+    r"\text{Evelyn}": ["Evelyn", "evelyn"],
+    "025": ["25", "25.0", "25 ways", r"n = 25"],
+}
+
+
+@pytest.mark.parametrize("gold", EQUAL)
+def test_equivalent_forms_are_right(grader: Grader, gold: str) -> None:
+    forms = [gold, *EQUAL[gold]]
+    grades = grader.grade_many([Answered(f"So \\boxed{{{form}}}.", gold) for form in forms])
+    assert [grade.status for grade in grades] == ["correct"] * len(forms)
+
+
+@pytest.mark.parametrize(
+    ("gold", "found"),
+    [
+        (r"\frac{1}{3}", "0.333"),
+        (".0000672", r"6.73 \times 10^{-5}"),
+        ("204_5", "204_6"),
+        ("204_5", "205_5"),
+        ("(1,2)", "(2,1)"),
+        ("(1,2)", "[1,2)"),
+        (r"x \in [-2,7]", "(-2,7)"),
+        ("3, 5, 7", "3, 5"),
+        ("1+2i", "1-2i"),
+        ("p - q", "q - p"),
+        ("x=5", "y=5"),
+        ("2k", "2m"),
+        ("2", "2 pi"),
+        (r"\pi", "3.14"),
+        ("east", "seat"),
+        (r"\text{(B)}", "(C)"),
+        (r"\text{(B)}", "Both"),
+        (r"15\mbox{ cm}^2", "225"),
+        (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 2 \\ 1 \end{pmatrix}"),
+    ],
+)
+def test_what_looks_alike_is_wrong(grader: Grader, gold: str, found: str) -> None:
+    assert grader.grade(f"\\boxed{{{found}}}", gold) == Grade(False, "wrong", found)
+
+
+def test_what_no_mathematics_can_be_made_of_is_unparsed(grader: Grader) -> None:
+    assert grader.grade(r"\boxed{\frac{1}}", r"\frac{1}{2}").status == "unparsed"
+    assert grader.grade(r"\boxed{}", r"\frac{1}{2}").status == "unparsed"
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold"),
+    [
+        (r"The answer is $\frac{1}{2}$, as asked.", "0.5"),
+        (r"We find \(x+1\), and so $1+x$.", "x+1"),
+        ("one idea\nanother\n" + r"\[ \frac{2}{4} \]", r"\frac{1}{2}"),
+    ],
+)
+def test_a_formula_outside_a_box_is_found(grader: Grader, answer: str, gold: str) -> None:
+    assert grader.grade(answer, gold).correct
+
+
+def test_the_last_complete_box_counts_whatever_stands_around_it() -> None:
+    assert find_boxed(r"{ \boxed{7} and \boxed{\{1, {2}\}} and \boxed{8") == r"\{1, {2}\}"
+    assert find_boxed(r"\boxed{\left\{ x \right.} } \boxed{\begin{x} a \\{b} \end{x}}") == (
+        r"\begin{x} a \\{b} \end{x}"
+    )
+    assert find_boxed("\\boxed{" * 20_000) is None
+
+
+@pytest.mark.parametrize("hostile", ["9^{9^{9^9}}", "(" * 20_000, "{" * 20_000 + "}" * 20_000])
+def test_a_hostile_answer_costs_its_limit_and_nothing_else(hostile: str) -> None:
+    with Grader(seconds=1) as grader:
+        items = [Answered(f"\\boxed{{{text}}}", r"\frac{1}{2}") for text in (hostile, "7")]
+        assert [g.status for g in grader.grade_many(items)] == ["unparsed", "wrong"]
+        assert grader.grade(r"\boxed{1/2}", "0.5").correct
+
+
+def test_a_worker_that_dies_is_replaced() -> None:
+    pool = WorkerPool(1, seconds=20)
+    assert pool.compare("x+1", "1+x") == "equal"
+    worker = pool._idle.get()
+    assert worker._process is not None
+    worker._process.kill()
+    pool._idle.put(worker)
+    assert pool.compare("x+2", "2+x") == "equal"
+    pool.close()
+
+
+def test_an_answer_given_often_is_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def compare_many(self: WorkerPool, pairs: list[tuple[str, str]]) -> list[str]:
+        asked.extend(pairs)
+        return ["equal"] * len(pairs)
+
+    monkeypatch.setattr(WorkerPool, "compare_many", compare_many)
+    with Grader() as grader:
+        grader.grade_many([Answered(r"\boxed{1+x}", "x+1")] * 8 + [Answered("7", "7")] * 8)
+        grader.grade(r"\boxed{1+x}", "x+1")
+    assert asked == [("1+x", "x+1")]
+
+
+def test_golds_that_cannot_be_parsed_are_told_apart(grader: Grader) -> None:
+    golds = ["7", "east", "204_5", "#### 18", r"\frac{1}{2}", r"\frac{1}{", "???", " ", "x+"]
+    assert grader.readable(golds) == [True] * 5 + [False] * 4
+
+
+def test_a_grader_needs_workers_and_time() -> None:
+    with pytest.raises(ConfigError, match="at least one worker"):
+        Grader(workers=0)
+    with pytest.raises(ConfigError, match="positive limit"):
+        Grader(seconds=0)

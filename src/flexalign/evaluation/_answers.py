@@ -3,20 +3,56 @@
 import re
 from decimal import Decimal
 
-__all__ = ["expected_answer", "find_boxed", "find_stated", "is_plain", "normalise", "plain_verdict"]
+__all__ = [
+    "as_number",
+    "expected_answer",
+    "find_boxed",
+    "find_stated",
+    "for_mathematics",
+    "is_plain",
+    "normalise",
+    "plain_verdict",
+]
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|(?<!\\)\\[{}]|[{}]")
 _HASHES = re.compile(r"####\s*(.+)")
 _ANNOUNCED = re.compile(r"\banswer\s*(?:is|:)\s*:?\s*(.+)", re.IGNORECASE)
-_FORMULA = re.compile(r"\$+([^$]+)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]")
+_FORMULA = re.compile(r"\$+([^$]+)\$+|\\\((.{1,1000}?)\\\)|\\\[(.{1,1000}?)\\\]")
 _COMMAND = re.compile(r"\\[a-zA-Z]")
 _NUMBER = re.compile(r"(?:(?<![\d)])-)?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
 _MARKUP = re.compile(r"\\(?:left|right|!|,|;|:|displaystyle)(?![a-zA-Z])|\\?\$|\*\*|`")
 _WRAPPED = re.compile(r"\\(?:text|mathrm|mbox|textbf)\s*\{([^{}]*)\}")
 _ALL_WRAPPED = re.compile(r"\s*\\(?:text|mathrm|mbox|textbf)\s*\{[^{}]*\}\s*\.?\s*")
-_WORDS = re.compile(r"[^\W\d_]{4,}|[^\W\d_]+(?:[ '-]+[^\W\d_]+)+")
+_WORDS = re.compile(r"[^\W\d_]{4,}|(?=.*[^\W\d_]{3})[^\W\d_]+(?:[ '-][^\W\d_]+)+")
 _CHOICE = re.compile(r"\(?([A-Za-z])\)?(?:[\s:.,)].*)?")
 _IN_BASE = re.compile(r"(-?\w+?)_\{?(\d+)\}?")
+_FACTOR = re.compile(r"(?<![_^\d.])(\d+(?:\.\d+)?)\s*((?:\\left)?\()")
+_REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\{(\d+)\}")
+_BARE_UNIT = re.compile(
+    r"(?<=[\d}])\s+(?!pi\b)(?:(?:square|cubic) )?[a-zA-Z]{2,}(?:\^\{?[23]\}?)?$"
+)
+_EDGES = re.compile(r"^(?:\\displaystyle|\\[,;:! ]|\s)+|(?:\\[,;:! ]|\s|(?<!\.)\.)+$")
+_REWRITTEN = (
+    (re.compile(r"(?<=\d)\\[,!](?=\d{3})"), ""),
+    (re.compile(r"√\s*\(?([\w.]+)\)?"), r"\\sqrt{\1}"),
+    (re.compile(r"(?<![a-zA-Z\\])sqrt\s*\(([^()]*)\)"), r"\\sqrt{\1}"),
+    (re.compile(r"(?<![a-zA-Z\\])pi\b"), r"\\pi "),
+    (re.compile(r"(?<=\d)[eE]([+-]?\d+)"), r" \\cdot 10^{\1}"),
+    (re.compile(r"\\mathrm\{i\}"), "i"),
+    (re.compile(r"^[a-zA-Z]\s*\\in\b"), ""),
+)
+_SIGNS = {
+    "~": " ",
+    "π": "\\pi ",
+    "∞": "\\infty ",
+    "∪": "\\cup ",
+    "−": "-",
+    "×": "\\times ",
+    "·": "\\cdot ",
+    "≤": "\\le ",
+    "≥": "\\ge ",
+    "°": "^\\circ",
+}
 
 
 def find_boxed(text: str) -> str | None:
@@ -97,6 +133,27 @@ def plain_verdict(found: str, expected: str) -> bool | None:
     return None
 
 
+def for_mathematics(text: str, *, unit: bool) -> str:
+    """The answer in a form that math-verify reads as it is meant.
+
+    Without that, ``2(15)`` would be the mixed number 17, a final full stop part of the formula,
+    and a repeating decimal no number.
+
+    Args:
+        text: The answer as written.
+        unit: Whether the known answer is a number, which a unit in plain letters may follow.
+    """
+    for sign, command in _SIGNS.items():
+        text = text.replace(sign, command)
+    text = _EDGES.sub("", text).strip("$")
+    text = _EDGES.sub("", text)
+    for pattern, replacement in _REWRITTEN:
+        text = pattern.sub(replacement, text)
+    if unit:
+        text = _BARE_UNIT.sub("", text)
+    return _FACTOR.sub(r"\1 \\cdot \2", _REPEATING.sub(_as_fraction, text))
+
+
 def is_plain(expected: str) -> bool:
     """Whether a known answer is a number, a word, a choice or a numeral, and needs no parser."""
     text = normalise(expected)
@@ -130,6 +187,13 @@ def as_number(text: str) -> Decimal | None:
     if not _NUMBER.fullmatch(text.removeprefix("+")):
         return None
     return Decimal(text.replace(",", ""))
+
+
+def _as_fraction(decimal: re.Match[str]) -> str:
+    whole, fixed, repeated = decimal.groups()
+    over = int(whole + fixed + repeated) - int(whole + fixed or "0")
+    under = 10 ** len(fixed) * (10 ** len(repeated) - 1)
+    return f"\\frac{{{over}}}{{{under}}}"
 
 
 def _same_numeral(found: str, digits: str, base: str) -> bool:

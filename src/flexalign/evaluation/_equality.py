@@ -13,6 +13,8 @@ import signal
 import sys
 from typing import Any
 
+from flexalign.evaluation._answers import as_number, for_mathematics, normalise
+
 __all__ = ["EQUAL", "READY", "UNEQUAL", "UNPARSED", "compare", "main"]
 
 EQUAL, UNEQUAL, UNPARSED, READY = "equal", "unequal", "unparsed", "ready"
@@ -32,13 +34,19 @@ def compare(found: str, expected: str) -> str:
     from math_verify import verify
     from sympy import Basic, MatrixBase
 
+    unit = (
+        as_number(normalise(expected)) is not None or "\\text" in expected or "\\mbox" in expected
+    )
     mine, target = (
-        [e for e in _parse(text) if isinstance(e, Basic | MatrixBase)] for text in (found, expected)
+        [e for e in _parse(for_mathematics(text, unit=unit)) if isinstance(e, Basic | MatrixBase)]
+        for text in (found, expected)
     )
     if not mine or not target:
         return UNPARSED
     rounding = _decimals(target[0])
-    equal = verify(target, mine, float_rounding=rounding, timeout_seconds=None)
+    equal = verify(
+        target, mine, float_rounding=rounding, allow_set_relation_comp=True, timeout_seconds=None
+    )
     return EQUAL if equal else UNEQUAL
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from threading import Timer
+from time import monotonic
 
 from flexalign.errors import ConfigError
 from flexalign.evaluation._equality import READY, UNPARSED
@@ -19,8 +20,9 @@ _START_SECONDS = 120.0
 class WorkerPool:
     """Compares answers in processes of its own, which are started when needed.
 
-    A process that runs over the limit or dies is replaced; what it was asked counts as
-    `UNPARSED`, and nothing else is lost. Safe to use from several threads.
+    A process that runs over the limit is killed and replaced; what it was asked counts as
+    `UNPARSED`. One that dies is replaced and asked once more. Nothing else is lost. Safe to use
+    from several threads.
     """
 
     def __init__(self, workers: int, seconds: float) -> None:
@@ -59,11 +61,18 @@ class _Worker:
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, found: str, expected: str, seconds: float) -> str:
-        if self._process is None or self._process.poll() is not None:
-            self.stop()
-            self._start()
-        request = {"found": found, "expected": expected, "seconds": seconds}
-        return self._exchange(json.dumps(request) + "\n", seconds) or UNPARSED
+        """Ask once more if the process died before its time: that may not be the answer's fault."""
+        request = json.dumps({"found": found, "expected": expected, "seconds": seconds}) + "\n"
+        for _ in range(2):
+            if self._process is None:
+                self._start()
+            start = monotonic()
+            reply = self._exchange(request, seconds)
+            if reply:
+                return reply
+            if monotonic() - start >= seconds:
+                break
+        return UNPARSED
 
     def stop(self) -> None:
         process, self._process = self._process, None

@@ -135,7 +135,7 @@ def _hull(tokens: _Array, accuracies: _Array, row: int) -> _Array:
         Shape (repetitions,).
     """
     at = tokens[row]
-    best = accuracies[row].copy()
+    best: _Array = accuracies[row].copy()
     for cheap, low in zip(tokens, accuracies, strict=True):
         within = cheap <= at
         best = np.where(within, np.maximum(best, low), best)
@@ -161,7 +161,8 @@ def _heights(
     Returns:
         Distance to chord and hull, shape (2, settings, repetitions).
     """
-    right, tokens, samples = np.einsum("rq,ksq->ksr", weights, table, optimize=True)
+    sums: _Array = np.einsum("rq,ksq->ksr", weights, table, optimize=True)
+    right, tokens, samples = sums
     accuracy, tokens = right / samples, tokens / samples
     chord = np.zeros_like(accuracy)
     if ends is not None:
