@@ -11,7 +11,7 @@ from flexalign.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["SamplingSettings", "open_run"]
+__all__ = ["SamplingSettings", "drop_half_line", "open_run"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def open_run(
         temporary = path.with_name(path.name + ".partial")
         temporary.write_text(json.dumps(manifest, ensure_ascii=False, indent=2) + "\n")
         temporary.replace(path)
-    return _drop_half_line(output)
+    return drop_half_line(output)
 
 
 def _check_manifest(path: Path, expected: dict[str, Any]) -> None:
@@ -114,8 +114,15 @@ def _check_manifest(path: Path, expected: dict[str, Any]) -> None:
         )
 
 
-def _drop_half_line(output: Path) -> int:
-    """Cut the file after its last whole row; return how many rows are left."""
+def drop_half_line(output: Path) -> int:
+    """Cut a JSONL file after its last whole row.
+
+    Returns:
+        How many rows are left; 0 if there is no file.
+
+    Raises:
+        DataError: If a whole row is damaged.
+    """
     if not output.exists():
         return 0
     rows, end = 0, 0

@@ -1,0 +1,192 @@
+"""A system behind a server of OpenAI's protocol: several requests at a time, the dial in each."""
+
+import json
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from flexalign.data.endpoint import Endpoint, EndpointResponse
+from flexalign.data.thinking import ThinkingTags
+from flexalign.errors import ConfigError, ServingError
+from flexalign.evaluation.systems.backend import (
+    Answer,
+    Cell,
+    Failure,
+    Key,
+    Messages,
+    Outcome,
+    SystemOptions,
+)
+
+__all__ = ["EndpointBackend"]
+
+_IN_A_ROW = 8
+
+
+class EndpointBackend:
+    """A server. A request that fails for good costs its sample alone, which a later run makes."""
+
+    def __init__(self, url: str, options: SystemOptions) -> None:
+        """Prepare to ask; the server is not called before the first sample.
+
+        Raises:
+            ConfigError: If the address is none, or the tokenizer is not there.
+        """
+        self._url, self._options = url, options
+        self._tokenizer: Any = None
+        if options.tokenizer is not None:
+            from flexalign.loading import load_tokenizer
+
+            self._tokenizer = load_tokenizer(options.tokenizer)
+        self._tags = ThinkingTags()
+        self._endpoint("")
+
+    def describe(self) -> dict[str, Any]:
+        """The address, the model's name there and what counts its tokens."""
+        return {
+            "kind": "url",
+            "url": self._url,
+            "model": self._options.model_name,
+            "tokenizer": self._options.tokenizer,
+            "thinking_tags": [self._tags.open, self._tags.close],
+        }
+
+    def render(self, messages: Messages) -> str:
+        """The conversation as it is sent; the server has the chat template."""
+        return json.dumps(messages, ensure_ascii=False)
+
+    def run(self, cells: Sequence[Cell], done: Collection[Key]) -> Iterator[list[Outcome]]:
+        """Ask for what is missing, `concurrency` requests at a time.
+
+        Raises:
+            ServingError: If the server has no model, or many requests in a row fail for good.
+        """
+        missing = [cell for cell in cells if cell.key not in done]
+        if not missing:
+            return
+        waiting: SimpleQueue[Cell] = SimpleQueue()
+        for cell in missing:
+            waiting.put(cell)
+        answered: SimpleQueue[Outcome | BaseException] = SimpleQueue()
+        given_up = threading.Event()
+        server = self._server
+        workers = min(self._options.concurrency, len(missing))
+        for _ in range(workers):
+            arguments = (server, waiting, answered, given_up)
+            threading.Thread(target=self._work, args=arguments, daemon=True).start()
+        try:
+            yield from _collected(answered, len(missing), max(_IN_A_ROW, workers), self._url)
+        finally:
+            given_up.set()
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+    def _work(
+        self,
+        server: Endpoint,
+        waiting: "SimpleQueue[Cell]",
+        answered: "SimpleQueue[Outcome | BaseException]",
+        given_up: threading.Event,
+    ) -> None:
+        while not given_up.is_set():
+            try:
+                cell = waiting.get_nowait()
+            except Empty:
+                return
+            try:
+                answered.put((cell, self._ask(server, cell)))
+            except BaseException as error:
+                answered.put(error)
+                return
+
+    def _ask(self, server: Endpoint, cell: Cell) -> Answer | Failure:
+        dial: dict[str, Any] = {}
+        if cell.setting.dial is not None:
+            lam = cell.setting.lam
+            dial["lambda"] = cell.setting.policy if lam is None else lam
+        try:
+            return self._read(server.ask(list(cell.messages), cell.seed, **dial))
+        except ServingError as error:
+            return Failure(str(error))
+
+    def _read(self, response: EndpointResponse) -> Answer:
+        thinking, tokens = response.thinking_tokens, response.tokens
+        if self._tokenizer is not None:
+            thinking = self._tags.count_tokens(response.text, self._tokenizer)
+            if tokens is None:
+                ids = self._tokenizer(response.text, add_special_tokens=False)["input_ids"]
+                tokens = len(ids)
+        if tokens is None:
+            raise ServingError(
+                f"{self._url} does not count the tokens of its responses (usage); name its "
+                "model's tokenizer with --tokenizer."
+            )
+        if thinking is None and not self._tags.split(response.text).thinking:
+            thinking = 0
+        dial = response.dial
+        return Answer(
+            response.text,
+            tokens,
+            thinking,
+            int(dial.get("rejected_tokens") or 0),
+            response.truncated,
+            dial.get("route"),
+            dial.get("confidence"),
+        )
+
+    @cached_property
+    def _server(self) -> Endpoint:
+        name = self._options.model_name
+        if name is None:
+            models = self._endpoint("").models()
+            if len(models) != 1:
+                listed = ", ".join(models) or "none"
+                raise ConfigError(
+                    f"{self._url} has {len(models)} models ({listed}); name one with --model-name."
+                )
+            [name] = models
+        return self._endpoint(name)
+
+    def _endpoint(self, model: str) -> Endpoint:
+        options = self._options
+        return Endpoint(
+            self._url,
+            model,
+            options.max_new_tokens,
+            options.temperature,
+            options.top_p,
+            concurrency=options.concurrency,
+            attempts=options.attempts,
+            pause_seconds=options.pause_seconds,
+            timeout_seconds=options.timeout_seconds,
+            api_key=options.api_key,
+        )
+
+
+def _collected(
+    answered: "SimpleQueue[Outcome | BaseException]", expected: int, most_in_a_row: int, url: str
+) -> Iterator[list[Outcome]]:
+    """Hand out what has come in, as soon as anything has."""
+    in_a_row = 0
+    while expected:
+        batch = [answered.get()]
+        while not answered.empty():
+            batch.append(answered.get())
+        outcomes = [item for item in batch if not isinstance(item, BaseException)]
+        expected -= len(outcomes)
+        if outcomes:
+            yield outcomes
+        for item in batch:
+            if isinstance(item, BaseException):
+                raise item
+            cell, answer = item
+            in_a_row = in_a_row + 1 if isinstance(answer, Failure) else 0
+            if isinstance(answer, Failure) and in_a_row == most_in_a_row and expected:
+                raise ServingError(
+                    f"{in_a_row} requests in a row got no response, the last for question "
+                    f"{cell.question} of {cell.task} ({answer.reason}); {url} is given up, and "
+                    "what came before is saved."
+                )

@@ -1,0 +1,276 @@
+"""Systems on this machine: a model, a dial, a pair, or weights between two models."""
+
+import hashlib
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexalign.data.rendering import render_chat
+from flexalign.data.thinking import ThinkingTags
+from flexalign.decoding import TwoModelDecoder, interpolate
+from flexalign.decoding.responses import Prompt, Response, generate_responses
+from flexalign.errors import ConfigError, LambdaError
+from flexalign.evaluation.systems.backend import (
+    Answer,
+    Cell,
+    Key,
+    Messages,
+    Outcome,
+    SystemOptions,
+)
+from flexalign.evaluation.systems.settings import Setting
+from flexalign.fusion import as_lambda
+from flexalign.inra import InRaConfig, InRaModel
+from flexalign.loading import fingerprint, load_model, load_tokenizer, resolve
+from flexalign.loading.weights import fingerprint_file
+from flexalign.pairing import ModelPair
+from flexalign.policies import Adaptive, Fixed, Route
+
+__all__ = ["LocalBackend", "ModelText"]
+
+
+class ModelText:
+    """How one model's prompts are written and its responses read."""
+
+    def __init__(self, tokenizer: Any, tags: ThinkingTags | None = None) -> None:
+        """Read with a tokenizer; the thinking tags are its own if not given."""
+        self.tokenizer = tokenizer
+        self.tags = tags or ThinkingTags.detect(tokenizer) or ThinkingTags()
+
+    def prompt(self, messages: Messages) -> Prompt:
+        """The prompt as :func:`generate_responses` takes it; text where there is no template."""
+        if self.tokenizer.chat_template:
+            return list(messages)
+        return "\n\n".join(message["content"] for message in messages)
+
+    def render(self, messages: Messages) -> str:
+        """The prompt as text."""
+        prompt = self.prompt(messages)
+        if isinstance(prompt, str):
+            return prompt
+        return render_chat(self.tokenizer, prompt, add_generation_prompt=True)
+
+    def length(self, messages: Messages) -> int:
+        """The prompt's length in tokens, special tokens that a tokenizer adds left out."""
+        return len(self.tokenizer(self.render(messages), add_special_tokens=False)["input_ids"])
+
+    def whole(self, messages: Messages, response: str) -> str:
+        """A response with its opening tag, which may stand in the prompt."""
+        opened = self.tags.opened_by(self.render(messages))
+        return self.tags.open + response if opened else response
+
+    def thinking_tokens(self, response: str) -> int:
+        """Tokens between the thinking tags."""
+        return self.tags.count_tokens(response, self.tokenizer)
+
+
+class LocalBackend:
+    """A system whose weights are on this machine.
+
+    Settings of an InRa dial share one batch and one prefill; of every other system each setting
+    has its own, as one of a pair's models can rest at λ = 0 and 1.
+    """
+
+    def __init__(
+        self, kind: str, parts: Sequence[str], settings: Sequence[Setting], options: SystemOptions
+    ) -> None:
+        """Find and check what the system needs; no weights are loaded.
+
+        Raises:
+            ConfigError: If a model is not there, or a setting is not one that the kind takes.
+            CheckpointError: If an adapter's folder is damaged.
+            LambdaError: If a λ is outside the adapter's range.
+        """
+        self._kind, self._parts, self._options = kind, list(parts), options
+        self._sources = [resolve(part) for part in parts[: 1 if kind == "dial" else 2]]
+        tags = None
+        if kind == "dial":
+            self._adapter = _adapter_folder(parts[1])
+            config = InRaConfig.load(self._adapter)
+            tags = ThinkingTags(*config.thinking_tags) if config.thinking_tags else None
+            _require_range(settings, options.lambda_range or config.lambda_range, parts[1])
+        self._text = ModelText(load_tokenizer(self._sources[0]), tags)
+
+    def describe(self) -> dict[str, Any]:
+        """Names, fingerprints, the data type and the thinking tags."""
+        parts = [{"name": str(s), "fingerprint": fingerprint(s)} for s in self._sources]
+        if self._kind == "dial":
+            weights = fingerprint_file(self._adapter / "inra_adapter.safetensors")
+            parts.append({"name": self._parts[1], "fingerprint": weights})
+        tags = self._text.tags
+        return {
+            "kind": self._kind,
+            "parts": parts,
+            "dtype": self._options.dtype,
+            "thinking_tags": [tags.open, tags.close],
+            "template": _digest(str(self._text.tokenizer.chat_template)),
+        }
+
+    def render(self, messages: Messages) -> str:
+        """The prompt as the model sees it."""
+        return self._text.render(messages)
+
+    def run(self, cells: Sequence[Cell], done: Collection[Key]) -> Iterator[list[Outcome]]:
+        """Make what is missing, block by block.
+
+        A block that was broken off is made again as a whole, so that float differences between
+        batches cannot make a resumed sweep differ from an uninterrupted one.
+        """
+        for group in self._groups(cells):
+            blocks = self._blocks([cell for cell in cells if cell.setting in group], len(group))
+            blocks = [block for block in blocks if any(cell.key not in done for cell in block)]
+            if not blocks:
+                continue
+            with self._model(group[0]) as model:
+                for block in blocks:
+                    outcomes = zip(block, self._answer(model, block, len(group)), strict=True)
+                    yield [(cell, answer) for cell, answer in outcomes if cell.key not in done]
+
+    def _groups(self, cells: Sequence[Cell]) -> list[list[Setting]]:
+        """The settings that are decoded together."""
+        settings = list(dict.fromkeys(cell.setting for cell in cells))
+        if self._kind != "dial":
+            return [[setting] for setting in settings]
+        alone = [[s] for s in settings if isinstance(s.dial, Adaptive | Route)]
+        together = [s for s in settings if not isinstance(s.dial, Adaptive | Route)]
+        return [together, *alone] if together else alone
+
+    def _blocks(self, cells: list[Cell], settings: int) -> list[list[Cell]]:
+        """Batches of prompts alike in length, the longest first; all settings of one together."""
+        lengths = {(c.task, c.question): self._text.length(c.messages) for c in cells}
+        places = {place: index for index, place in enumerate(lengths)}
+
+        def order(cell: Cell) -> tuple[int, int, int]:
+            place = (cell.task, cell.question)
+            return -lengths[place], places[place], cell.sample
+
+        ordered = sorted(cells, key=order)
+        size = max(1, self._options.batch_size // settings) * settings
+        return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+    def release(self) -> None:
+        """Let go of the weights."""
+        self.__dict__.pop("_loaded", None)
+
+    def _answer(self, model: Any, block: list[Cell], settings: int) -> list[Answer]:
+        options = self._options
+        dials = [_resolved(cell) for cell in block]
+        more: dict[str, Any] = {}
+        if self._kind in ("dial", "pair"):
+            more = {"lam": [dial for dial, _ in dials], "gate": options.gate}
+        responses = generate_responses(
+            _OnePrefill(model, settings) if settings > 1 else model,
+            self._text.tokenizer,
+            [self._text.prompt(cell.messages) for cell in block],
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            batch_size=len(block),
+            seeds=[cell.seed for cell in block],
+            **more,
+        )
+        return [
+            self._read(cell, response, route)
+            for cell, response, (_, route) in zip(block, responses, dials, strict=True)
+        ]
+
+    def _read(self, cell: Cell, response: Response, route: str | None) -> Answer:
+        text = self._text.whole(cell.messages, response.text)
+        return Answer(
+            text,
+            response.tokens,
+            self._text.thinking_tokens(text),
+            getattr(response, "rejected_tokens", None) or 0,
+            response.truncated,
+            route or getattr(response, "route", None),
+            getattr(response, "confidence", None),
+        )
+
+    @contextmanager
+    def _model(self, setting: Setting) -> Iterator[Any]:
+        if self._kind != "interpolate":
+            yield self._loaded
+            return
+        assert setting.lam is not None
+        with TemporaryDirectory(prefix="flexalign-") as scratch:
+            reference, aligned = self._sources
+            folder = interpolate(reference, aligned, setting.lam, Path(scratch) / "model")
+            yield self._placed(load_model(folder, dtype=self._options.dtype))
+
+    @cached_property
+    def _loaded(self) -> Any:
+        dtype = self._options.dtype
+        if self._kind == "model":
+            return self._placed(load_model(self._sources[0], dtype=dtype))
+        if self._kind == "pair":
+            device = self._device
+            pair = ModelPair.load(*self._sources, dtype=dtype, device_map=device)
+            return TwoModelDecoder(pair)
+        return self._placed(InRaModel.from_pretrained(self._parts[0], self._adapter, dtype=dtype))
+
+    @property
+    def _device(self) -> str | None:
+        return "cuda" if torch.cuda.is_available() else None
+
+    def _placed(self, model: Any) -> Any:
+        return model if self._device is None else model.to(self._device)
+
+
+class _OnePrefill:
+    """An InRa model whose ``generate`` makes one prefill for each prompt's several λ."""
+
+    def __init__(self, model: Any, settings: int) -> None:
+        self._model, self._settings = model, settings
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor, lam: list[Any], **options: Any
+    ) -> Any:
+        """Generate for prompts that each stand in as many equal rows as there are settings."""
+        n = self._settings
+        return self._model.sweep(input_ids[::n], attention_mask[::n], lams=lam[:n], **options)
+
+
+def _resolved(cell: Cell) -> tuple[Any, str | None]:
+    """A cell's dial; a coin falls by the cell's own seed, not by its batch."""
+    dial = cell.setting.dial
+    if not isinstance(dial, Route):
+        return dial, None
+    way = dial.draw(torch.Generator().manual_seed(cell.seed))
+    return Fixed(dial.fast_lambda if way == "fast" else dial.slow_lambda), way
+
+
+def _adapter_folder(name: str) -> Path:
+    if name.startswith("miniature:"):
+        from flexalign.miniature import folder
+
+        return folder(name.partition(":")[2])
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        raise ConfigError(
+            f"there is no adapter {name!r}: it is no folder here; give one that flexalign adapt "
+            "or InRaModel.save_pretrained wrote."
+        )
+    return path
+
+
+def _require_range(settings: Sequence[Setting], limits: tuple[float, float], name: str) -> None:
+    low, high = (float(as_lambda(limit)) for limit in limits)
+    outside = [s.id for s in settings if s.lam is not None and not low <= s.lam <= high]
+    if outside:
+        raise LambdaError(
+            f"{', '.join(outside)}: outside the range [{low:g}, {high:g}] of the adapter {name}; "
+            "permit it, if you mean it, with --lambda-range LEAST,LARGEST."
+        )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

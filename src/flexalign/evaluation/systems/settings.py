@@ -1,0 +1,82 @@
+"""Settings of a dial that are measured against each other, each with a text id."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flexalign.errors import ConfigError
+from flexalign.policies import Adaptive, Dial, Fixed, Route, parse_dial
+
+__all__ = ["AS_IT_IS", "Setting", "unique_settings"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting.
+
+    Attributes:
+        id: How results call it: ``λ=0.5``, ``adaptive 0.5``, ``route 0.3``, a schedule's JSON, or
+            ``as it is`` for a system without a dial. The same dial always has the same id.
+        dial: What the system is given; None for one without a dial.
+    """
+
+    id: str
+    dial: Dial | None = None
+
+    @classmethod
+    def of(cls, value: object) -> "Setting":
+        """Name a dial, given in any of its forms.
+
+        Raises:
+            ConfigError: If it is malformed.
+            LambdaError: If a λ in it is not a finite number.
+        """
+        dial = parse_dial(value)
+        if isinstance(dial, Fixed):
+            return cls(f"λ={dial.lam + 0.0:g}", Fixed(dial.lam + 0.0))  # −0 is 0
+        return cls(_name(dial), dial)
+
+    @property
+    def lam(self) -> float | None:
+        """λ, if it is one number."""
+        return self.dial.lam if isinstance(self.dial, Fixed) else None
+
+    @property
+    def policy(self) -> dict[str, Any] | None:
+        """The JSON form of a schedule or of a policy that is more than one λ."""
+        if self.dial is None or isinstance(self.dial, Fixed):
+            return None
+        form: Any = self.dial.to_json()
+        return dict(form)
+
+
+AS_IT_IS = Setting("as it is")
+"""The one setting of a system without a dial."""
+
+
+def unique_settings(values: Sequence[object]) -> list[Setting]:
+    """Name several dials.
+
+    Raises:
+        ConfigError: If two have one id: they are the same, or differ beyond six digits.
+    """
+    settings = [Setting.of(value) for value in values]
+    seen: set[str] = set()
+    for setting in settings:
+        if setting.id in seen:
+            raise ConfigError(f"the setting {setting.id} is given twice; leave one out.")
+        seen.add(setting.id)
+    return settings
+
+
+def _name(dial: Any) -> str:
+    form = dial.to_json()
+    if isinstance(dial, Adaptive | Route):
+        given = {key: value for key, value in form.items() if key != "policy"}
+        first = "threshold" if isinstance(dial, Adaptive) else "share"
+        words = [form["policy"]]
+        if first in given:
+            words.append(f"{given.pop(first):g}")
+        return " ".join([*words, *(f"{key}={value}" for key, value in given.items())])
+    return json.dumps(form, ensure_ascii=False, separators=(", ", ": "))

@@ -1,0 +1,111 @@
+"""A plain model run by vLLM, where that is installed."""
+
+import importlib.util
+from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+from flexalign.errors import ConfigError
+from flexalign.evaluation.systems.backend import (
+    Answer,
+    Cell,
+    Key,
+    Messages,
+    Outcome,
+    SystemOptions,
+)
+from flexalign.evaluation.systems.local import ModelText
+from flexalign.loading import fingerprint, load_tokenizer, resolve
+
+__all__ = ["VllmBackend"]
+
+
+class VllmBackend:
+    """A model without a dial, in batches that vLLM makes up itself."""
+
+    def __init__(self, path: str, options: SystemOptions) -> None:
+        """Find the model; the engine starts with the first sample.
+
+        Raises:
+            ConfigError: If vLLM is not installed, or the model is not a folder of its own.
+        """
+        if importlib.util.find_spec("vllm") is None:
+            raise ConfigError(
+                "vLLM is not installed here; install it, leave --engine out, or serve the model "
+                "elsewhere and give url:http://…."
+            )
+        self._source = resolve(path)
+        if self._source.gguf_file is not None or self._source.is_adapter:
+            raise ConfigError(
+                f"{path} is no whole model in safetensors, which --engine vllm needs; merge the "
+                "adapter or save the model first."
+            )
+        self._options = options
+        self._text = ModelText(load_tokenizer(self._source))
+
+    def describe(self) -> dict[str, Any]:
+        """Name, fingerprint, data type and thinking tags."""
+        tags = self._text.tags
+        return {
+            "kind": "model",
+            "engine": "vllm",
+            "parts": [{"name": str(self._source), "fingerprint": fingerprint(self._source)}],
+            "dtype": self._options.dtype,
+            "thinking_tags": [tags.open, tags.close],
+        }
+
+    def render(self, messages: Messages) -> str:
+        """The prompt as the model sees it."""
+        return self._text.render(messages)
+
+    def run(self, cells: Sequence[Cell], done: Collection[Key]) -> Iterator[list[Outcome]]:
+        """Make what is missing, `batch_size` at a time, so that it is saved as it comes."""
+        missing = [cell for cell in cells if cell.key not in done]
+        size = max(1, self._options.batch_size)
+        for start in range(0, len(missing), size):
+            block = missing[start : start + size]
+            yield list(zip(block, self._answer(block), strict=True))
+
+    def release(self) -> None:
+        """Let go of the weights."""
+        self.__dict__.pop("_engine", None)
+
+    def _answer(self, block: list[Cell]) -> list[Answer]:
+        from vllm import SamplingParams
+
+        options = self._options
+        tokenizer = self._text.tokenizer
+        has_template = bool(tokenizer.chat_template)
+        prompts, sampling = [], []
+        for cell in block:
+            ids = tokenizer(self.render(cell.messages), add_special_tokens=not has_template)[
+                "input_ids"
+            ]
+            prompts.append({"prompt_token_ids": list(ids)})
+            sampling.append(
+                SamplingParams(
+                    temperature=options.temperature,
+                    top_p=options.top_p,
+                    max_tokens=options.max_new_tokens,
+                    seed=cell.seed,
+                    skip_special_tokens=False,  # thinking tags may be special
+                )
+            )
+        outputs = self._engine.generate(prompts, sampling, use_tqdm=False)
+        return [
+            self._read(cell, output.outputs[0]) for cell, output in zip(block, outputs, strict=True)
+        ]
+
+    def _read(self, cell: Cell, output: Any) -> Answer:
+        text = self._text.whole(cell.messages, output.text)
+        truncated = output.finish_reason == "length"
+        written = len(output.token_ids) - (not truncated)  # the end itself does not count
+        return Answer(text, written, self._text.thinking_tokens(text), truncated=truncated)
+
+    @cached_property
+    def _engine(self) -> Any:
+        from vllm import LLM
+
+        return LLM(
+            model=str(self._source.path), dtype=self._options.dtype, generation_config="vllm"
+        )
