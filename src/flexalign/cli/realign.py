@@ -142,7 +142,7 @@ def _announce(run: "Realignment") -> None:
 def _train(run: "Realignment", watched: Any) -> "Outcome":
     from flexalign.cli._training import StepProgress, make_watcher
     from flexalign.trra.callbacks import StopOnSignal
-    from flexalign.trra.run import Stopped
+    from flexalign.trra.stages import Stopped
 
     bars: list[StepProgress] = []
 

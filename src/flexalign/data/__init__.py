@@ -1,6 +1,6 @@
 """Data formats in, TRL data sets out; thinking tags; the making of traces."""
 
-from flexalign.data.formats import data_fingerprint, load_prompts, load_traces
+from flexalign.data.formats import data_fingerprint, load_preferences, load_prompts, load_traces
 from flexalign.data.length import Lengths, measure_lengths, split_tokens
 from flexalign.data.thinking import ThinkingTags, strip_thinking
 from flexalign.data.trace_run import SamplingSettings, open_run
@@ -11,6 +11,7 @@ __all__ = [
     "SamplingSettings",
     "ThinkingTags",
     "data_fingerprint",
+    "load_preferences",
     "load_prompts",
     "load_traces",
     "make_traces",

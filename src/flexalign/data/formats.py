@@ -16,10 +16,10 @@ from typing import Any
 from datasets import Dataset
 
 from flexalign.data.files import BadRow, Row, read_rows
-from flexalign.data.rows import Unusable, prompt_row, trace_row
+from flexalign.data.rows import Unusable, preference_row, prompt_row, trace_row
 from flexalign.errors import DataError
 
-__all__ = ["data_fingerprint", "load_prompts", "load_traces"]
+__all__ = ["data_fingerprint", "load_preferences", "load_prompts", "load_traces"]
 
 _SHOWN = 5
 
@@ -43,6 +43,22 @@ def load_traces(path: str | Path, *, skip_bad_rows: bool = False) -> Dataset:
             are named by line) and `skip_bad_rows` is not set.
     """
     return _load(Path(path), trace_row, skip_bad_rows)
+
+
+def load_preferences(path: str | Path, *, skip_bad_rows: bool = False) -> Dataset:
+    """Load prompts with a chosen and a rejected response, as DPO takes them.
+
+    Args:
+        path: As in `load_traces`.
+        skip_bad_rows: As in `load_traces`.
+
+    Returns:
+        A data set with `prompt`, `chosen` and `rejected`, all lists of messages or all text.
+
+    Raises:
+        DataError: As in `load_traces`.
+    """
+    return _load(Path(path), preference_row, skip_bad_rows)
 
 
 def load_prompts(path: str | Path, *, skip_bad_rows: bool = False) -> Dataset:

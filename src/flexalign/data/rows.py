@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__all__ = ["Messages", "Unusable", "prompt_row", "trace_row"]
+__all__ = ["Messages", "Unusable", "preference_row", "prompt_row", "trace_row"]
 
 Messages = list[dict[str, str]]
 """A conversation in TRL's form: dictionaries with `role` and `content`."""
@@ -64,6 +64,35 @@ def trace_row(row: dict[str, Any]) -> dict[str, Any]:
     if isinstance(prompt, list) and not prompt:
         raise Unusable("there is no message before the response")
     return {"prompt": prompt, "completion": completion} | _answer(row)
+
+
+def preference_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Read a row as a prompt with a chosen and a rejected response.
+
+    Of two conversations without a `prompt`, what comes before the last message is the prompt.
+
+    Returns:
+        `prompt`, `chosen` and `rejected`, all messages or all text.
+
+    Raises:
+        Unusable: If it is of another form, or a part is missing or empty.
+    """
+    if "chosen" not in row or "rejected" not in row:
+        raise Unusable(f"unknown fields {_names(row)}; expected chosen and rejected")
+    chosen, rejected = _text_or_messages(row, "chosen"), _text_or_messages(row, "rejected")
+    if "prompt" in row:
+        prompt = _text_or_messages(row, "prompt")
+    elif isinstance(chosen, list) and isinstance(rejected, list):
+        prompt, chosen, other, rejected = chosen[:-1], chosen[-1:], rejected[:-1], rejected[-1:]
+        if prompt != other:
+            raise Unusable("chosen and rejected differ before their last message")
+    else:
+        raise Unusable("a preference in plain text needs a prompt")
+    if len({isinstance(part, str) for part in (prompt, chosen, rejected)}) > 1:
+        raise Unusable("of prompt, chosen and rejected some are text and others messages")
+    if isinstance(prompt, list) and not prompt:
+        raise Unusable("there is no message before the responses")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def prompt_row(row: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class StackedStreams(nn.Module):
         base: The base model, a causal language model of transformers.
         adapter: The adapter's layers.
         head: The base's head.
+        entry: Where the adapter stream turns off.
     """
 
     def __init__(self, base: PreTrainedModel, adapter: nn.ModuleList, name: str) -> None:
@@ -40,8 +41,8 @@ class StackedStreams(nn.Module):
         self._takes_positions = (
             "position_ids" in inspect.signature(self._decoder.forward).parameters
         )
-        self._entry = Entry(decoder_layers(base, name)[0], adapter)
-        weakref.finalize(self, self._entry.handle.remove)
+        self.entry = Entry(decoder_layers(base, name)[0], adapter)
+        weakref.finalize(self, self.entry.handle.remove)
         self.new_cache()
 
     def new_cache(self) -> StreamCache:
@@ -111,7 +112,7 @@ class StackedStreams(nn.Module):
             inputs.pop("position_ids", None)
         stacked = {key: plan.stack(value) for key, value in inputs.items() if value is not None}
         stacked |= {"past_key_values": cache, "use_cache": cache is not None, "return_dict": True}
-        with self._entry.open(len(plan.rows), plan.entry):
+        with self.entry.open(len(plan.rows), plan.entry):
             hidden: Tensor = self._decoder(**stacked)[0]
         return hidden
 

@@ -84,10 +84,15 @@ class Entry:
     """Where the adapter stream's rows turn off, before layer 0.
 
     The hook does nothing unless this entry has been opened in the same context (thread, task), so
-    the base model stays itself for everybody else.
+    the base model stays itself for everybody else; while it `stands_open`, as in training, every
+    row goes through the adapter except where :meth:`open` says otherwise.
+
+    Attributes:
+        stands_open: Whether it is open where no context has opened it.
     """
 
     def __init__(self, layer: nn.Module, adapters: Sequence[nn.Module] | nn.ModuleList) -> None:
+        self.stands_open = False
         self._adapters = adapters
         self.handle = layer.register_forward_pre_hook(self._enter, with_kwargs=True)
 
@@ -102,7 +107,11 @@ class Entry:
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entry, rows, first = _OPEN.get()
-        if entry is not self or first == rows:
+        if entry is not self:
+            if not self.stands_open:
+                return None
+            rows = first = 0
+        elif first == rows:
             return None
         given, named = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
         own = {key: _rows_from(v, rows, first) for key, v in kwargs.items() if key != _HIDDEN}

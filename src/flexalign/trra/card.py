@@ -9,7 +9,7 @@ import yaml
 
 from flexalign.trra.recipe import Recipe
 
-__all__ = ["model_card", "versions_in_use"]
+__all__ = ["code", "model_card", "table", "versions_in_use"]
 
 _PACKAGES = ("flexalign", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
@@ -52,10 +52,10 @@ def model_card(
     settings = [
         ("reference (λ=0)", f"`{recipe.reference}`"),
         ("aligned (λ=1)", f"`{recipe.aligned}`"),
-        ("λ", _code(recipe.lam)),
+        ("λ", code(recipe.lam)),
         ("divergence", _divergence(recipe)),
         ("gate τ", "off" if recipe.gate is None else f"{recipe.gate:g}"),
-        ("student", "LoRA " + _code(recipe.lora) if recipe.lora else "all weights"),
+        ("student", "LoRA " + code(recipe.lora) if recipe.lora else "all weights"),
         ("steps", f"{facts['steps']}"),
         ("tokens seen, without padding", f"{facts['tokens_seen']:,}"),
         ("data", f"`{recipe.data}`, fingerprint `{facts['data']}`"),
@@ -71,14 +71,14 @@ def model_card(
         "The student of a training-time realignment (TrRa, arXiv 2506.12704): started at the "
         "reference, it learned the token distribution `softmax(λ·aligned + (1−λ)·reference)` over "
         "the two models' logits.",
-        _table(("setting", "value"), settings),
+        table(("setting", "value"), settings),
         *_curve_section(curve),
         "## Made by",
         f"```sh\n{command}\n```",
         "with",
         f"```yaml\n{recipe.to_yaml()}```",
         "## Versions",
-        _table(("package", "version"), list(versions_in_use().items())),
+        table(("package", "version"), list(versions_in_use().items())),
         _usage(recipe),
     ]
     return "\n\n".join(parts) + "\n"
@@ -111,7 +111,7 @@ def _curve_section(curve: Sequence[Mapping[str, Any]]) -> list[str]:
         f"Over {curve[-1]['prompts']} prompts; step 0 is the untrained student, brackets are "
         "95 % intervals."
     )
-    return ["## While it learned", _table(head, rows), note]
+    return ["## While it learned", table(head, rows), note]
 
 
 def _with_interval(value: float, bounds: Sequence[float], form: str) -> str:
@@ -128,10 +128,12 @@ def _usage(recipe: Recipe) -> str:
     )
 
 
-def _code(value: object) -> str:
+def code(value: object) -> str:
+    """Write a value as code, in Markdown."""
     return f"`{value}`"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table, in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -10,7 +10,7 @@ import yaml
 from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.trra.settings import check_settings, read_yaml, set_value, split_assignment
 
-__all__ = ["DEFAULT_TRAINING", "Recipe", "Watch"]
+__all__ = ["DEFAULT_TRAINING", "WITHOUT_INFLUENCE", "Recipe", "Watch", "parse_training"]
 
 DEFAULT_TRAINING: dict[str, Any] = {
     "max_steps": 200,
@@ -30,8 +30,8 @@ cosine, warm-up over the first tenth) and two checkpoints kept."""
 
 _YAML_NAMES = {"lam": "lambda"}
 _TOP_LEVEL = ("lam", "divergence", "beta", "gate", "chunk_size", "teacher", "rounds", "rollouts")
-# Fields that change what is shown or kept, not what is learned.
-_WITHOUT_INFLUENCE = ("logging_", "save_", "report_to", "run_name", "disable_tqdm", "dataloader_")
+WITHOUT_INFLUENCE = ("logging_", "save_", "report_to", "run_name", "disable_tqdm", "dataloader_")
+"""How the fields begin that change what is shown or kept, not what is learned."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,8 @@ class Recipe:
                 f"lambda: this version trains one λ in a run, got {len(tree['lambda'])}; "
                 "start one run for each (several in one come with a later release)."
             )
+        from trl import SFTConfig
+
         hints = get_type_hints(cls)
         hints |= {"watch": dict[str, Any] | None, "training": dict[str, Any] | None}
         wanted = {_YAML_NAMES.get(name, name): hint for name, hint in hints.items()}
@@ -145,7 +147,7 @@ class Recipe:
         given["lam"] = given.pop("lambda")
         if given.get("watch") is not None:
             given["watch"] = _parse_watch(given["watch"])
-        given["training"] = _parse_training(given.get("training"))
+        given["training"] = parse_training(given.get("training"), SFTConfig)
         recipe = cls(**given)
         recipe._check()
         return recipe
@@ -211,7 +213,7 @@ class Recipe:
         kept = {
             name: value
             for name, value in training.items()
-            if not name.startswith(_WITHOUT_INFLUENCE)
+            if not name.startswith(WITHOUT_INFLUENCE)
         }
         own = {_YAML_NAMES.get(name, name): getattr(self, name) for name in _TOP_LEVEL}
         return own | {"lora": self.lora, "training": kept}
@@ -237,11 +239,14 @@ def _parse_watch(values: object) -> Watch:
     return watch
 
 
-def _parse_training(values: object) -> dict[str, Any]:
-    from trl import SFTConfig
+def parse_training(values: object, settings: Any) -> dict[str, Any]:
+    """Check the ``training`` section against a trainer's settings, such as ``trl.SFTConfig``.
 
-    hints = get_type_hints(SFTConfig)
-    wanted = {item.name: hints[item.name] for item in fields(SFTConfig) if item.init}
+    Raises:
+        ConfigError: If a key is unknown, a value has a wrong type, or the run could not be resumed.
+    """
+    hints = get_type_hints(settings)
+    wanted = {item.name: hints[item.name] for item in fields(settings) if item.init}
     training = check_settings(values or {}, wanted, "training")
     if "output_dir" in training:
         raise ConfigError("training.output_dir is the recipe's `output`; set that instead.")

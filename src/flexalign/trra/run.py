@@ -1,20 +1,15 @@
 """One recipe from start to finish: rounds, resumption, and a model folder that explains itself."""
 
 import json
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
-from transformers.trainer_callback import PrinterCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from flexalign.data import data_fingerprint
-from flexalign.errors import CheckpointError
 from flexalign.loading import load_model
 from flexalign.trra.callbacks import StopOnSignal, read_curve
 from flexalign.trra.card import model_card, versions_in_use
@@ -22,28 +17,18 @@ from flexalign.trra.checkpoints import MANIFEST, Found, newest_complete, seal, w
 from flexalign.trra.output import claim_output, state_of_output
 from flexalign.trra.recipe import Recipe
 from flexalign.trra.rounds import Round, effective_lambda, plan_rounds
+from flexalign.trra.stages import (
+    Stopped,
+    drop_broken,
+    is_last,
+    one_process,
+    publish,
+    train_onwards,
+    trainer_state,
+)
 from flexalign.trra.trainer import TrRaTrainer
 
 __all__ = ["Outcome", "Realignment", "Stopped"]
-
-# What a checkpoint holds beside the model: the trainer's own state.
-_TRAINER_FILES = (
-    "optimizer*",
-    "scheduler*",
-    "scaler*",
-    "rng_state*",
-    "trainer_state.json",
-    "training_args.bin",
-    MANIFEST,
-)
-
-
-class Stopped(Exception):  # noqa: N818 - not an error
-    """A signal stopped the run after a checkpoint."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        super().__init__(str(checkpoint))
-        self.checkpoint = checkpoint
 
 
 @dataclass(frozen=True)
@@ -132,18 +117,18 @@ class Realignment:
             CheckpointError: If the output folder cannot be written to.
         """
         last = self.rounds[-1]
-        with _one_process() as is_first:
+        with one_process() as is_first:
             if is_first:
                 claim_output(last.output, self._identity_of(last))
         for round_ in self.rounds:
             if state_of_output(round_.output, self._identity_of(round_)) != "done":
                 checkpoint = self._train(round_, callbacks(round_), stop)
-                with _one_process() as is_first:
+                with one_process() as is_first:
                     if is_first:
                         self._finish(round_, checkpoint)
         merged = Path(self.recipe.output) / "merged" if self.recipe.merge else None
         if merged is not None:
-            with _one_process() as is_first:
+            with one_process() as is_first:
                 if is_first:
                     self._merge(merged)
         manifest = json.loads((last.output / MANIFEST).read_text(encoding="utf-8"))
@@ -167,11 +152,11 @@ class Realignment:
         """Train one round, or what is left of it; return its last checkpoint."""
         args = self.recipe.training_arguments(round_.output)
         found = newest_complete(round_.output)
-        with _one_process() as is_first:
+        with one_process() as is_first:
             if is_first:
                 claim_output(round_.output, self._identity_of(round_))
                 self._say_where_it_starts(round_, found)
-        if found.path is not None and _is_last(found.path):
+        if found.path is not None and is_last(found.path):
             return found.path
         trainer = TrRaTrainer(
             reference=self.recipe.reference,
@@ -182,21 +167,10 @@ class Realignment:
             peft_config=self.recipe.peft_config(),
             callbacks=[stop, *callbacks],
         )
-        for printer in (ProgressCallback, PrinterCallback):
-            trainer.remove_callback(printer)
-        with stop.listening():
-            trainer.train(resume_from_checkpoint=str(found.path) if found.path else None)
-        checkpoint = newest_complete(round_.output).path
-        if checkpoint is None:
-            raise CheckpointError(f"training ended without a checkpoint in {round_.output}.")
-        if stop.requested and not _is_last(checkpoint):
-            raise Stopped(checkpoint)
-        return checkpoint
+        return train_onwards(trainer, found, stop)
 
     def _say_where_it_starts(self, round_: Round, found: Found) -> None:
-        for path, reason in found.passed_over:
-            self._say(f"passed over {path}: {reason}")
-            shutil.rmtree(path, ignore_errors=True)
+        drop_broken(found, self._say)
         name = f"round {round_.number} of {len(self.rounds)}: " if len(self.rounds) > 1 else ""
         if found.path is not None:
             self._say(f"{name}going on from {found.path}")
@@ -205,7 +179,7 @@ class Realignment:
 
     def _finish(self, round_: Round, checkpoint: Path) -> None:
         """Make the round's folder a complete model: weights, tokenizer, card, manifest."""
-        state = _trainer_state(checkpoint)
+        state = trainer_state(checkpoint)
         facts = {
             "steps": state["global_step"],
             "tokens_seen": state["num_input_tokens_seen"],
@@ -221,19 +195,17 @@ class Realignment:
             round_number=round_.number,
             effective=effective,
         )
-        with writing("the model", round_.output):
-            leave_out = shutil.ignore_patterns(*_TRAINER_FILES)
-            shutil.copytree(checkpoint, round_.output, ignore=leave_out, dirs_exist_ok=True)
-            (round_.output / "README.md").write_text(card, encoding="utf-8")
-            seal(
-                round_.output,
-                **facts,
-                round=round_.number,
-                effective_lambda=effective,
-                recipe=self.recipe.to_tree(),
-                command=self._command,
-                versions=versions_in_use(),
-            )
+        publish(
+            checkpoint,
+            round_.output,
+            card,
+            **facts,
+            round=round_.number,
+            effective_lambda=effective,
+            recipe=self.recipe.to_tree(),
+            command=self._command,
+            versions=versions_in_use(),
+        )
 
     def _merge(self, merged: Path) -> None:
         if (merged / MANIFEST).exists():
@@ -247,22 +219,3 @@ class Realignment:
             model.save_pretrained(merged)
             self.tokenizer.save_pretrained(merged)
             seal(merged, recipe=self.recipe.to_tree(), versions=versions_in_use())
-
-
-@contextmanager
-def _one_process() -> Iterator[bool]:
-    """Tell the first of several processes that it is; all leave the block together."""
-    state = PartialState()
-    state.wait_for_everyone()
-    yield state.is_main_process
-    state.wait_for_everyone()
-
-
-def _trainer_state(checkpoint: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
-    return state
-
-
-def _is_last(checkpoint: Path) -> bool:
-    state = _trainer_state(checkpoint)
-    return bool(state["global_step"] >= state["max_steps"])

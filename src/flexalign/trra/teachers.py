@@ -6,8 +6,8 @@ with its adapter on. The switch touches no ``requires_grad``, so an optimizer an
 see the same parameters throughout.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,12 +34,14 @@ class Teacher:
         adapters: The adapters to switch on for this side, all others off; None: as they are.
         form: The form of its head.
         shares_student: True if `model` is the student's own module.
+        switch: Entered around every pass: what makes `model` this side where PEFT does not.
     """
 
     model: nn.Module
     adapters: tuple[str, ...] | None
     form: HeadForm
     shares_student: bool
+    switch: Callable[[], AbstractContextManager[None]] = nullcontext
     _wrapped: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
@@ -63,7 +65,7 @@ class Teacher:
         A teacher that shares the student's module is called within the student's forward.
         """
         inner = inner_model(self.model)
-        with as_teacher(self.model, self.adapters):
+        with as_teacher(self.model, self.adapters), self.switch():
             if self.shares_student:
                 return last_hidden(inner, **inputs)
             return run_inside(

@@ -19,7 +19,7 @@ from flexalign.errors import ConfigError
 from flexalign.losses import Divergence
 from flexalign.pairing import ModelPair
 from flexalign.pairing.adapters import inner_model
-from flexalign.trra.assembly import assemble
+from flexalign.trra.assembly import Parts, assemble
 from flexalign.trra.checkpoints import SealedCheckpoints
 from flexalign.trra.config import TrRaConfig
 from flexalign.trra.meter import Meter
@@ -58,6 +58,7 @@ class TrRaTrainer(SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
         reference: The model of λ=0. None: `model` as it is at the start.
         aligned: The model of λ=1.
         pair: Both at once, already loaded and checked; instead of the two.
+        parts: Student and teachers, already assembled; instead of all four.
         args: The settings.
         train_dataset: As `SFTTrainer` takes it; use `prompt` and `completion` (or `messages` with
             `assistant_only_loss`) so that only responses are trained on.
@@ -92,6 +93,7 @@ class TrRaTrainer(SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
         args: TrRaConfig,
         train_dataset: Dataset | IterableDataset,
         pair: ModelPair | None = None,
+        parts: Parts | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Any] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
@@ -101,7 +103,8 @@ class TrRaTrainer(SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
         for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if options.get(name) is not None:
                 raise ConfigError(f"{name}: the loss builds no logits and is fixed; leave it out.")
-        parts = assemble(model, reference, aligned, pair, args, peft_config, processing_class)
+        if parts is None:
+            parts = assemble(model, reference, aligned, pair, args, peft_config, processing_class)
         if args.packing or args.padding_free:  # the two ways in which documents share a row
             require_packable(parts.models())
         forward = inner_model(parts.student).__dict__.get("forward")
