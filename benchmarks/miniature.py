@@ -289,7 +289,9 @@ def draw(rows: dict[str, list[dict[str, Any]]]) -> None:
         for row in rows["models"] + rows["students"]
     ]
     curves = [closed_form_curve(), closed_form_curve(GATE)]
-    draw_pareto(Path("docs/pictures/miniature.png"), points, curves, "The miniature: TrRa")
+    named = {point.label: point for point in points}
+    ends = [(named["reference"], named["aligned"])]
+    draw_pareto(Path("docs/pictures/miniature.png"), points, curves, "The miniature: TrRa", ends)
 
 
 def publish(rows: dict[str, list[dict[str, Any]]], options: dict[str, Any]) -> None:

@@ -3,6 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flexalign.evaluation.chord import Point, upper_hull
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["ParetoCurve", "ParetoPoint", "draw_pareto"]
 
@@ -50,14 +56,16 @@ def draw_pareto(
     points: Sequence[ParetoPoint],
     curves: Sequence[ParetoCurve] = (),
     title: str = "",
+    ends: Sequence[tuple[ParetoPoint, ParetoPoint]] = (),
 ) -> None:
-    """Draw points with intervals both ways, and curves behind them, into a picture.
+    """Draw points with intervals both ways over curves, chords and the hull of all mixtures.
 
     Args:
         path: Where to write; the ending chooses the format.
         points: The measured settings.
         curves: Lines to hold them against.
         title: Above the picture.
+        ends: The two ends of each dial (λ = 0 and λ = 1), whose chord is drawn.
     """
     import matplotlib
 
@@ -68,6 +76,7 @@ def draw_pareto(
     axes = figure.subplots()
     for style, curve in zip(("-", "--", ":", "-."), curves, strict=False):
         axes.plot(curve.tokens, curve.accuracies, style, color="#a0aec0", label=curve.label)
+    _draw_mixtures(axes, points, ends)
     groups = list(dict.fromkeys(point.group for point in points))
     for index, group in enumerate(groups):
         members = [point for point in points if point.group == group]
@@ -100,6 +109,34 @@ def draw_pareto(
     axes.legend(frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def _draw_mixtures(
+    axes: "Axes",
+    points: Sequence[ParetoPoint],
+    ends: Sequence[tuple[ParetoPoint, ParetoPoint]],
+) -> None:
+    """What a coin between measured settings reaches; see :mod:`flexalign.evaluation.chord`."""
+    for number, pair in enumerate(ends):
+        axes.plot(
+            [point.tokens for point in pair],
+            [point.accuracy for point in pair],
+            linestyle=(0, (6, 3)),
+            linewidth=1,
+            color="#718096",
+            label="chord: a coin between the ends" if number == 0 else None,
+        )
+    if len(points) > 1:
+        corners = upper_hull([Point(point.tokens, point.accuracy) for point in points])
+        corners.append(Point(max(point.tokens for point in points), corners[-1].accuracy))
+        axes.plot(
+            [corner.tokens for corner in corners],
+            [corner.accuracy for corner in corners],
+            linestyle=(0, (1, 2)),
+            linewidth=1.2,
+            color="#4a5568",
+            label="hull of all mixtures",
+        )
 
 
 def _sides(values: list[tuple[float, tuple[float, float]]]) -> list[list[float]]:

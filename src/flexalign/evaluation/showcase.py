@@ -227,4 +227,8 @@ def picture(
         for group, members in groups.items()
         for m in members
     ]
-    draw_pareto(path, points, curves, title="The miniature: what a setting of λ buys")
+    named = {point.label: point for point in points}
+    ends = (
+        [(named["reference"], named["aligned"])] if {"reference", "aligned"} <= set(named) else []
+    )
+    draw_pareto(path, points, curves, "The miniature: what a setting of λ buys", ends)

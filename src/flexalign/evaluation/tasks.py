@@ -7,6 +7,7 @@ GSM8K (`question`, and a worked `answer` that ends in ``#### N``). Any other fil
 
 import hashlib
 import json
+import math
 import os
 import random
 from collections.abc import Iterable, Mapping
@@ -264,7 +265,7 @@ def _question(row: Row, number: int) -> Question | BadRow:
 def _gold(answer: Any) -> str | None:
     if isinstance(answer, float) and answer.is_integer():
         return str(int(answer))
-    if isinstance(answer, int | float) and not isinstance(answer, bool):
+    if isinstance(answer, int | float) and not isinstance(answer, bool) and math.isfinite(answer):
         return str(answer)
     if isinstance(answer, str):
         return answer.rpartition("####")[2].strip()
