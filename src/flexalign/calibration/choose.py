@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from flexalign.calibration.goals import Goal
 from flexalign.calibration.outcomes import Ledger, Outcomes
 
-__all__ = ["Choice", "Standing", "choose", "steadied_error"]
+__all__ = ["Choice", "Standing", "choose", "steadied_deviation"]
 
 _NORMAL = NormalDist()
 _HOPELESS = 0.05
@@ -62,8 +62,8 @@ class Choice:
     questions: tuple[str, ...]
 
 
-def steadied_error(slack: NDArray[np.float64], unit: float) -> tuple[float, float]:
-    """Standard deviation over questions and standard error of a mean slack.
+def steadied_deviation(slack: NDArray[np.float64], unit: float) -> float:
+    """Standard deviation of the slack over questions.
 
     As if one more question had been half a unit away from the mean, so that a few questions
     without any difference do not pass for certainty.
@@ -73,8 +73,7 @@ def steadied_error(slack: NDArray[np.float64], unit: float) -> tuple[float, floa
         unit: The size of a large difference.
     """
     squares = float(((slack - slack.mean()) ** 2).sum()) + unit**2 / 4
-    deviation = math.sqrt(squares / (slack.size - 1))
-    return deviation, deviation / math.sqrt(slack.size)
+    return math.sqrt(squares / (slack.size - 1))
 
 
 def choose(
@@ -131,11 +130,13 @@ def _read(
 ) -> tuple[float, Standing, Standing]:
     """The worth by an unkind reading, the standing, the standing by a kind one."""
     slack = goal.slack(outcomes, base)
-    deviation, error = steadied_error(slack, goal.unit)
+    deviation = steadied_deviation(slack, goal.unit)
+    error = deviation / math.sqrt(slack.size)
+    held_against = max(deviation, goal.least_deviation)
     gain = goal.gain(outcomes, base)
 
     def standing(shift: float) -> Standing:
-        needed = _NORMAL.inv_cdf(1 - level) * deviation / math.sqrt(rest)
+        needed = _NORMAL.inv_cdf(1 - level) * held_against / math.sqrt(rest)
         spread = math.hypot(deviation / math.sqrt(rest), error)
         promise = _NORMAL.cdf((float(slack.mean()) + shift - needed) / spread)
         return Standing(setting, outcomes.questions, promise, gain)

@@ -1,11 +1,12 @@
 """Proving a finalist on held-out questions, in as few looks as it takes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from flexalign.calibration.choose import steadied_error
-from flexalign.calibration.goals import Goal, accuracy_difference
+from flexalign.calibration.choose import steadied_deviation
+from flexalign.calibration.goals import Goal, accuracy_difference, lower_bound
 from flexalign.calibration.outcomes import Ledger, Outcomes
 from flexalign.calibration.sequential import Looks, betting_wealth, look_levels, predictive_power
 from flexalign.evaluation.statistics import Interval, clustered_interval
@@ -133,11 +134,12 @@ def confirm(
         if betting:
             look = Look(end, float(slack.mean()), betting_wealth(slack, goal.lowest), 1 / alpha)
         else:
-            look = Look(end, float(slack.mean()), goal.bound(outcomes, base, level), 0.0)
+            look = Look(end, float(slack.mean()), lower_bound(slack, goal, level), 0.0)
         seen.append(look)
         if look.strength > look.threshold:
             return Proof(setting, "kept", tuple(seen))
-        score = look.slack / steadied_error(slack, goal.unit)[1]
+        deviation = max(steadied_deviation(slack, goal.unit), goal.least_deviation)
+        score = look.slack * math.sqrt(end) / deviation
         if fraction < 1 and predictive_power(score, fraction, levels[-1]) < _FUTILE:
             return Proof(setting, "futile", tuple(seen))
     return Proof(setting, "open", tuple(seen))

@@ -13,13 +13,10 @@ from numpy.typing import NDArray
 
 from flexalign.calibration.outcomes import Outcomes
 from flexalign.errors import ConfigError
-from flexalign.evaluation.statistics import (
-    Interval,
-    clustered_interval,
-    paired_difference_interval,
-)
+from flexalign.evaluation._student import t_quantile
+from flexalign.evaluation.statistics import Interval, paired_difference_interval
 
-__all__ = ["Goal", "NonInferiority", "TokenBudget", "accuracy_difference"]
+__all__ = ["Goal", "NonInferiority", "TokenBudget", "accuracy_difference", "lower_bound"]
 
 
 class Goal(Protocol):
@@ -34,17 +31,34 @@ class Goal(Protocol):
         """The size of a large difference of two questions' slacks."""
 
     @property
+    def least_deviation(self) -> float:
+        """Standard deviation over questions below which the proof does not believe the data."""
+
+    @property
     def text(self) -> str:
         """The promise as a clause."""
 
     def slack(self, candidate: Outcomes, reference: Outcomes) -> NDArray[np.float64]:
         """Slack a question, shape (n,)."""
 
-    def bound(self, candidate: Outcomes, reference: Outcomes, level: float) -> float:
-        """Lower bound of the mean slack at one-sided error `level`."""
-
     def gain(self, candidate: Outcomes, reference: Outcomes) -> float:
         """What is to be large; a setting without positive gain is not worth choosing."""
+
+
+def lower_bound(slack: NDArray[np.float64], goal: Goal, level: float) -> float:
+    """Lower bound of the mean slack at one-sided error `level`, clustered by question.
+
+    Student's, with a deviation of at least ``goal.least_deviation``: without that floor (and with a
+    score interval too) rare whole losses go unseen at early looks and break the promise.
+
+    Args:
+        slack: One value a question, shape (n,), at least 2.
+        goal: Gives the least deviation.
+        level: One-sided error, in (0, 0.5).
+    """
+    deviation = max(float(slack.std(ddof=1)), goal.least_deviation)
+    half = t_quantile(1 - 2 * level, slack.size - 1) * deviation / math.sqrt(slack.size)
+    return float(slack.mean()) - half
 
 
 def accuracy_difference(
@@ -87,6 +101,14 @@ class NonInferiority:
         return 1.0
 
     @property
+    def least_deviation(self) -> float:
+        """That of whole losses, right throughout to wrong throughout, on a share `margin`.
+
+        A few dozen questions may show none of them, and then all that is seen is the noise.
+        """
+        return math.sqrt(self.margin * (1 - self.margin))
+
+    @property
     def text(self) -> str:
         """The promise as a clause."""
         return f"accuracy no more than {100 * self.margin:g} points below the reference's"
@@ -94,10 +116,6 @@ class NonInferiority:
     def slack(self, candidate: Outcomes, reference: Outcomes) -> NDArray[np.float64]:
         """Difference of the shares of right answers, plus the margin."""
         return candidate.share_right() - reference.share_right() + self.margin
-
-    def bound(self, candidate: Outcomes, reference: Outcomes, level: float) -> float:
-        """Lower end of the paired score interval, plus the margin."""
-        return accuracy_difference(candidate, reference, 1 - 2 * level).low + self.margin
 
     def gain(self, candidate: Outcomes, reference: Outcomes) -> float:
         """Share of the reference's tokens that is saved."""
@@ -132,6 +150,11 @@ class TokenBudget:
         return self.tokens
 
     @property
+    def least_deviation(self) -> float:
+        """The data are believed."""
+        return 0.0
+
+    @property
     def text(self) -> str:
         """The promise as a clause."""
         return f"no more than {self.tokens:g} tokens a mean answer"
@@ -139,11 +162,6 @@ class TokenBudget:
     def slack(self, candidate: Outcomes, reference: Outcomes) -> NDArray[np.float64]:
         """Budget less the question's mean tokens."""
         return np.asarray(self.tokens - candidate.tokens.mean(1), dtype=np.float64)
-
-    def bound(self, candidate: Outcomes, reference: Outcomes, level: float) -> float:
-        """Budget less the upper end of the clustered interval."""
-        tokens, clusters = candidate.tokens.ravel(), candidate.clusters
-        return self.tokens - clustered_interval(tokens, clusters, 1 - 2 * level, share=False).high
 
     def gain(self, candidate: Outcomes, reference: Outcomes) -> float:
         """Accuracy."""

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
+from flexalign.calibration.goals import NonInferiority
 from flexalign.calibration.outcomes import Outcomes
 from flexalign.errors import ConfigError, DataError
 from flexalign.evaluation._student import t_quantile
@@ -26,7 +27,7 @@ from flexalign.evaluation._student import t_quantile
 __all__ = ["TASK_ACCURACY", "Cost", "Plan", "VarianceModel", "plan"]
 
 TASK_ACCURACY = {
-    "math500": 0.85,
+    "math500": 0.82,
     "gsm8k": 0.85,
     "amc": 0.8,
     "aime": 0.5,
@@ -165,7 +166,7 @@ def plan(
     confidence: float = 0.95,
     power: float = 0.8,
     variance: VarianceModel | None = None,
-    choosing_share: float = 0.4,
+    choosing_share: float = 0.3,
     margins: tuple[float, ...] = (),
 ) -> Plan:
     """Say what can be proved, and what a smaller margin costs.
@@ -207,7 +208,7 @@ def plan(
         confidence,
         power,
         margin,
-        provable(held_out, samples) if held_out >= 2 else None,
+        _tune_margin(held_out, confidence, power, model.of_question(samples)),
         tuple(
             _cost(wanted, questions, samples, confidence, power, model)
             for wanted in margins or tuple(share * margin for share in _SMALLER)
@@ -218,6 +219,20 @@ def plan(
 
 def _factor(questions: int, confidence: float, power: float) -> float:
     return t_quantile(2 * confidence - 1, questions - 1) + NormalDist().inv_cdf(power)
+
+
+def _tune_margin(questions: int, confidence: float, power: float, variance: float) -> float | None:
+    """The smallest margin that the proof's bound, with its floor, reaches (its looks cost little)."""
+    if questions < 2:
+        return None
+    against = t_quantile(2 * confidence - 1, questions - 1) / math.sqrt(questions)
+    chance = NormalDist().inv_cdf(power) * math.sqrt(variance / questions)
+    low, high = 0.0, 1.0
+    while high - low > 1e-9:
+        margin = (low + high) / 2
+        deviation = max(math.sqrt(variance), NonInferiority(margin).least_deviation)
+        low, high = (margin, high) if against * deviation + chance > margin else (low, margin)
+    return high
 
 
 def _cost(

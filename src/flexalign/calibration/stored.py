@@ -1,75 +1,71 @@
-"""Answers that an earlier sweep has left in its results folder."""
+"""Answers in a results folder: those that an earlier sweep has left, or those drawn as asked."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flexalign.calibration.outcomes import Outcomes
-from flexalign.errors import ConfigError, DataError
+from flexalign.data.thinking import ThinkingTags
+from flexalign.errors import ConfigError, DataError, ServingError
+from flexalign.evaluation.environment import environment
+from flexalign.evaluation.grading import Grader
+from flexalign.evaluation.samples import ResultsFolder
+from flexalign.evaluation.sampling import sweep_cells
+from flexalign.evaluation.sweep import Sampler, Sweep, write_summary
 
-__all__ = ["StoredAnswers"]
-
-_NEEDED = ("system", "setting", "task", "question", "sample", "status", "tokens")
+__all__ = ["DrawnAnswers", "StoredAnswers"]
 
 
 class StoredAnswers:
-    """The samples of one system and task, to be asked as if they were drawn now.
+    """The samples of one system and task in a results folder, as outcomes.
 
     Args:
-        folder: A results folder, with ``samples.jsonl``.
+        folder: The results folder.
         system: The system's name; may be left out if there is one.
         task: The task's name; likewise.
 
     Raises:
-        ConfigError: If the folder has no samples, or several systems or tasks and none is named.
-        DataError: If a line lacks a field (named by line).
+        ConfigError: If there are several systems or tasks and none is named, or no samples.
     """
 
-    def __init__(self, folder: Path, system: str | None = None, task: str | None = None) -> None:
-        self._path = folder / "samples.jsonl"
-        if not self._path.is_file():
-            raise ConfigError(f"{self._path} is not there; name the --output of an evaluate run.")
-        rows = [self._row(number, line) for number, line in enumerate(self._lines(), start=1)]
-        for key, wanted in (("system", system), ("task", task)):
-            names = {row[key] for row in rows}
-            if wanted is None and len(names) > 1:
-                raise ConfigError(
-                    f"{self._path} has more than one {key} ({', '.join(sorted(names))}); name one."
-                )
-            rows = [row for row in rows if wanted in (None, row[key])]
-        if not rows:
-            raise ConfigError(f"{self._path} has no samples of {system or task or 'any system'}.")
-        self.system: str = rows[0]["system"]
+    def __init__(
+        self, folder: ResultsFolder, system: str | None = None, task: str | None = None
+    ) -> None:
+        self._path = folder.path
+        self.system = self._only(folder, "system", system)
         """Whose samples these are."""
-        self.task: str = rows[0]["task"]
+        self.task = self._only(folder, "task", task)
         """On which task."""
-        self._rows: dict[str, dict[str, dict[int, tuple[bool, float]]]] = {}
-        for row in rows:
-            of_setting = self._rows.setdefault(row["setting"], {})
-            answer = (row["status"] == "correct", float(row["tokens"]))
-            of_setting.setdefault(row["question"], {})[row["sample"]] = answer
+        self._answers: dict[str, dict[str, dict[int, tuple[bool, float]]]] = {}
+        self._add(folder.rows)
+        if not self._answers:
+            raise ConfigError(f"{folder.path} has no samples of {self.system} on {self.task}.")
 
     @property
     def settings(self) -> list[str]:
         """Ids of the settings, in the file's order."""
-        return list(self._rows)
+        return list(self._answers)
 
     @property
     def questions(self) -> list[str]:
         """Questions that every setting has answered, in the file's order."""
-        first, *others = self._rows.values()
+        first, *others = self._answers.values()
         return [question for question in first if all(question in other for other in others)]
 
     @property
     def samples(self) -> int:
         """Samples that every setting has of each of these questions."""
         return min(
-            len(of_setting[question])
-            for of_setting in self._rows.values()
-            for question in self.questions
+            (
+                len(of_setting[question])
+                for of_setting in self._answers.values()
+                for question in self.questions
+            ),
+            default=0,
         )
 
     def ask(self, setting: str, questions: Sequence[str], samples: int) -> Outcomes:
@@ -80,7 +76,7 @@ class StoredAnswers:
         """
         answers = []
         for question in questions:
-            stored = self._rows.get(setting, {}).get(question, {})
+            stored = self._answers.get(setting, {}).get(question, {})
             if len(stored) < samples:
                 raise DataError(
                     f"{self._path} has {len(stored)} samples of question {question} at {setting}, "
@@ -90,17 +86,90 @@ class StoredAnswers:
         table = np.array(answers, dtype=np.float64)
         return Outcomes(table[..., 0] > 0, table[..., 1])
 
-    def _lines(self) -> list[str]:
-        text = self._path.read_text(encoding="utf-8")
-        whole, _, _ = text.rpartition("\n")  # what follows the last line end was half written
-        return whole.split("\n") if whole else []
+    def _add(self, rows: Sequence[dict[str, Any]]) -> None:
+        for row in rows:
+            if (row["system"], row["task"]) == (self.system, self.task):
+                of_setting = self._answers.setdefault(row["setting"], {})
+                answer = (row["status"] == "correct", float(row["tokens"]))
+                of_setting.setdefault(row["question"], {})[row["sample"]] = answer
 
-    def _row(self, number: int, line: str) -> Mapping[str, Any]:
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{self._path}, line {number}: not JSON ({error}).") from error
-        missing = [key for key in _NEEDED if key not in row]
-        if missing:
-            raise DataError(f"{self._path}, line {number}: no field {missing[0]!r}.")
-        return dict(row)
+    @staticmethod
+    def _only(folder: ResultsFolder, key: str, wanted: str | None) -> str:
+        names: list[str] = sorted({row[key] for row in folder.rows})
+        if wanted is None and len(names) > 1:
+            raise ConfigError(
+                f"{folder.path} has more than one {key} ({', '.join(names)}); name one."
+            )
+        if not names or wanted not in (None, *names):
+            raise ConfigError(f"{folder.path} has no samples of {wanted or f'any {key}'}.")
+        return wanted or names[0]
+
+
+class DrawnAnswers(StoredAnswers):
+    """Draws what is asked and is not in the folder yet; a context manager.
+
+    Args:
+        sweep: One system and one task, with all settings that may be asked.
+        output: The results folder; what it holds of the same configuration is not drawn again.
+        workers: Processes that grade.
+        progress: Told how many samples were made since it was last told.
+
+    Raises:
+        ConfigError: If the folder belongs to another configuration.
+    """
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        output: Path,
+        *,
+        workers: int = 1,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        (system,), (task,) = sweep.systems, sweep.tasks
+        self._path = output
+        self.system, self.task = system.name, task.name
+        self._answers = {}
+        self._sweep, self._progress = sweep, progress
+        configuration = sweep.configuration()
+        self._folder = ResultsFolder.begin(output, configuration, [task], environment())
+        self._add(self._folder.rows)
+        self._settings = {setting.id: setting for setting in sweep.settings_of(system)}
+        self._questions = {question.id: question for question in task.questions}
+        self._backend = sweep.backends[system.name]
+        self._tags = ThinkingTags(*configuration["systems"][0]["thinking_tags"])
+        self._workers = workers
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "DrawnAnswers":
+        """Start the grader."""
+        grader = self._stack.enter_context(Grader(workers=self._workers, tags=self._tags))
+        self._stack.callback(self._backend.release)
+        self._sampler = Sampler(self.system, self._backend, self._folder, grader)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop the grader, let the system go and sum up what there is."""
+        self._stack.close()
+        if self._folder.rows:
+            write_summary(self._folder)
+
+    def ask(self, setting: str, questions: Sequence[str], samples: int) -> Outcomes:
+        """Draw what is missing, and return the answers.
+
+        Raises:
+            ServingError: If samples could not be made; those that could are kept.
+        """
+        (task,) = self._sweep.tasks
+        asked = tuple(self._questions[question] for question in questions)
+        part = replace(task, questions=asked)
+        cells = sweep_cells([part], [self._settings[setting]], samples, self._sweep.seed)
+        before = len(self._folder.rows)
+        lost = self._sampler.draw(cells, self._progress)
+        self._add(self._folder.rows[before:])
+        if lost:
+            raise ServingError(
+                f"{len(lost)} samples at {setting} could not be made (the first: {lost[0].reason}); "
+                "give the same command again to go on."
+            )
+        return super().ask(setting, questions, samples)

@@ -46,9 +46,9 @@ class TuneOptions:
 
     confidence: float = 0.95
     samples: int = 8
-    choosing_share: float = 0.4
+    choosing_share: float = 0.3
     finalists: int = 2
-    looks: Looks = "pocock"
+    looks: Looks = "obrien-fleming"
     look_count: int = 8
     seed: int = 0
 

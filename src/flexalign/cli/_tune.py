@@ -1,0 +1,136 @@
+"""What ``flexalign tune`` needs beside the tuning: candidates, the sweep behind it, the plan."""
+
+from typing import TYPE_CHECKING
+
+from flexalign.cli._shared import console, parse_lambdas, print_json, result_console
+from flexalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flexalign.calibration import Goal, Plan, TuneOptions, VarianceModel
+    from flexalign.calibration.stored import StoredAnswers
+    from flexalign.evaluation.sweep import Sweep
+    from flexalign.evaluation.systems import Setting, System
+    from flexalign.evaluation.tasks import Task
+
+
+def settings_of(lambdas: str, policies: list[str] | None) -> "list[Setting]":
+    """λ = 0, then the candidates."""
+    from flexalign.evaluation.systems import unique_settings
+
+    numbers = [lam for lam in parse_lambdas(lambdas) if lam != 0] if lambdas else []
+    return unique_settings([0.0, *sorted(numbers, key=abs), *(policies or [])])
+
+
+def stored_lambdas(answers: "StoredAnswers", policies: list[str] | None) -> str:
+    found = [name.removeprefix("λ=") for name in answers.settings if name.startswith("λ=")]
+    return "" if policies else ",".join(found)
+
+
+def parse_range(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    ends = parse_lambdas(text)
+    if len(ends) != 2 or ends[0] > ends[1]:
+        raise ConfigError(f"--lambda-range takes two numbers, low and high, got {text!r}.")
+    return ends[0], ends[1]
+
+
+def sweep_of(
+    system: "System",
+    task: "Task",
+    settings: "list[Setting]",
+    options: "TuneOptions",
+    given: dict[str, object],
+) -> "Sweep":
+    from flexalign.evaluation.sweep import Sweep
+    from flexalign.evaluation.systems import SystemOptions
+
+    if system.kind == "model":
+        raise ConfigError(f"{system.name} has no dial to tune; give dial:, pair: or interpolate:.")
+    own = task.sampling
+    defaults = {
+        "temperature": own.temperature,
+        "top_p": own.top_p,
+        "max_new_tokens": own.max_tokens,
+    }
+    chosen = defaults | {name: value for name, value in given.items() if value is not None}
+    how = SystemOptions(**chosen)  # type: ignore[arg-type]
+    return Sweep([system], [task], settings, options.samples, options.seed, options=how)
+
+
+def variance_of(
+    answers: "StoredAnswers | None", task: str, accuracy: float | None
+) -> "VarianceModel":
+    """From stored answers where there are some: of the setting that differs most from λ = 0."""
+    from flexalign.calibration import VarianceModel
+    from flexalign.calibration.plan import TASK_ACCURACY
+
+    if answers is None or accuracy is not None:
+        expected = TASK_ACCURACY.get(task.partition(":")[0], 0.5) if accuracy is None else accuracy
+        return VarianceModel.assumed(expected)
+    others = [setting for setting in answers.settings if setting != "λ=0"]
+    if not others or "λ=0" not in answers.settings:
+        raise ConfigError("the stored samples need λ=0 and a candidate; sweep both.")
+    reference, *measured = [
+        answers.ask(setting, answers.questions, answers.samples) for setting in ["λ=0", *others]
+    ]
+    models = [VarianceModel.measured(candidate, reference) for candidate in measured]
+    return max(models, key=lambda model: model.of_question(answers.samples))
+
+
+def plan_of(
+    questions: int, options: "TuneOptions", power: float, variance: "VarianceModel"
+) -> "Plan":
+    from flexalign.calibration import plan
+
+    return plan(
+        questions,
+        options.samples,
+        confidence=options.confidence,
+        power=power,
+        variance=variance,
+        choosing_share=options.choosing_share,
+    )
+
+
+def warn_of_margin(planned: "Plan", goal: "Goal") -> None:
+    from flexalign.calibration import NonInferiority
+
+    able = planned.tune_margin
+    if isinstance(goal, NonInferiority) and (able is None or goal.margin < able):
+        console.print(
+            f"[yellow]note:[/yellow] a margin of {100 * goal.margin:g} points will often not be "
+            f"proved by these questions, even of an equal setting (--plan says what would be)."
+        )
+
+
+def show_plan(planned: "Plan", as_json: bool) -> None:
+    if as_json:
+        print_json(planned.to_json())
+        return
+
+    def show(text: str) -> None:
+        result_console.print(text, soft_wrap=True)
+
+    show(
+        f"{planned.questions} questions × {planned.samples} samples prove a margin of "
+        f"{100 * planned.margin:.1f} points for one setting named beforehand "
+        f"(confidence {100 * planned.confidence:g} %, power {100 * planned.power:g} %)."
+    )
+    if planned.tune_margin is not None:
+        show(
+            f"tune, which chooses on a part, proves on the rest and reckons with rare whole losses: "
+            f"{100 * planned.tune_margin:.1f} points."
+        )
+    show(
+        f"Assumed variance of a question's paired difference: {planned.variance.between:.4f} "
+        f"between questions, {planned.variance.within:.4f} within, divided by the samples."
+    )
+    for cost in planned.costs:
+        questions = f"{cost.questions} questions" if cost.questions else "more than 10⁷ questions"
+        samples = (
+            f"{cost.samples} samples of each question"
+            if cost.samples
+            else "no number of samples of these questions"
+        )
+        show(f"  {100 * cost.margin:.1f} points: {questions}, or {samples}")

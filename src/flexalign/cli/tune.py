@@ -1,0 +1,248 @@
+"""``flexalign tune``: the fewest tokens that keep the accuracy, with a promise."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from flexalign.cli._shared import console, print_json, result_console
+from flexalign.cli._tune import (
+    parse_range,
+    plan_of,
+    settings_of,
+    show_plan,
+    stored_lambdas,
+    sweep_of,
+    variance_of,
+    warn_of_margin,
+)
+from flexalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flexalign.calibration import Goal, Tuned, TuneOptions
+    from flexalign.calibration.stored import StoredAnswers
+    from flexalign.evaluation.sweep import Sweep
+    from flexalign.evaluation.systems import Setting
+
+_LAMBDAS = "0.25,0.5,0.75,1"
+
+
+def tune(
+    system: Annotated[
+        str | None,
+        typer.Argument(help="What is tuned, such as dial:BASE,ADAPTER; none with --from."),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task", help="Its questions: math500, aime, amc, gsm8k, miniature, or a file."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the public files, or FLEXALIGN_DATA.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only this many questions.")] = None,
+    margin: Annotated[
+        float, typer.Option(help="Loss of accuracy that is accepted; 0.02 is two points.")
+    ] = 0.02,
+    max_tokens_mean: Annotated[
+        float | None,
+        typer.Option(help="Instead: most accuracy within so many tokens a mean answer."),
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="That a promise made is kept.")] = 0.95,
+    lambdas: Annotated[
+        str | None, typer.Option("--lambda", help=f"Candidates; {_LAMBDAS} if none is given.")
+    ] = None,
+    policies: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--policy", help="More candidates, as JSON, such as an adaptive threshold. Repeatable."
+        ),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Of each question; the task's own.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="The task's own.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="The task's own.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer; the task's own.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Responses made together.")] = 32,
+    looks: Annotated[
+        str,
+        typer.Option(
+            help="How the error is shared among looks: obrien-fleming, pocock, or betting, which "
+            "holds for any distribution of the questions and needs more of them."
+        ),
+    ] = "obrien-fleming",
+    seed: Annotated[int, typer.Option(help="Of sampling and of the questions' order.")] = 0,
+    stored: Annotated[
+        Path | None,
+        typer.Option("--from", help="Take answers from the --output of an evaluate run."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for tuned.md and samples.")
+    ] = None,
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="Only say what could be proved, and what more costs.")
+    ] = False,
+    power: Annotated[float, typer.Option(help="Of the plan.")] = 0.8,
+    accuracy: Annotated[
+        float | None, typer.Option(help="Expected accuracy, for the plan; else one by task.")
+    ] = None,
+    lambda_range: Annotated[
+        str | None, typer.Option(help="λ to permit, such as -1,2; the adapter's own if not given.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes that grade.")] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all, show a prompt and the plan; ask nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
+) -> None:
+    """Choose the setting that saves most tokens and keeps the accuracy, with a promise.
+
+    Candidates race on some of the questions; what wins is proved on the others against λ = 0. A
+    promise that is not kept is made with probability 1 − confidence at most. That none can be
+    promised is an answer too. A run that broke off goes on when the command is given again.
+
+    First ask what your questions can prove, before anything is sampled:
+    [cyan]flexalign tune --plan --task aime --samples 8 --data DIR[/cyan]
+
+    Then choose:
+    [cyan]flexalign tune dial:BASE,ADAPTER --task math500 --margin 0.02 -o out/tuned[/cyan]
+
+    λ and adaptive thresholds together, on the built-in miniature:
+    [cyan]flexalign tune dial:miniature --task miniature --margin 0.1 --lambda 0.5,1
+    --policy '{"policy": "adaptive", "threshold": 0.9}' -o out/tuned[/cyan]
+
+    From a sweep that is there, at no cost:
+    [cyan]flexalign tune --from out/sweep --margin 0.02 -o out/tuned[/cyan]
+    """
+    from flexalign.calibration import NonInferiority, TokenBudget, TuneOptions
+    from flexalign.calibration.stored import StoredAnswers
+    from flexalign.evaluation.samples import ResultsFolder
+    from flexalign.evaluation.systems import parse_system
+    from flexalign.evaluation.tasks import load_task
+
+    goal: Goal = NonInferiority(margin) if max_tokens_mean is None else TokenBudget(max_tokens_mean)
+    if output is None and not (plan_only or dry_run):
+        raise ConfigError("--output is missing; name a folder for tuned.md and the samples.")
+    if stored is not None:
+        if system is not None:
+            raise ConfigError("SYSTEM is not asked with --from; leave one of the two out.")
+        name = None if task is None else load_task(task, data=data, limit=limit).name
+        answers = StoredAnswers(ResultsFolder.read(stored), task=name)
+        options = TuneOptions(confidence, samples or answers.samples, looks=looks, seed=seed)  # type: ignore[arg-type]
+        planned = plan_of(
+            len(answers.questions), options, power, variance_of(answers, answers.task, accuracy)
+        )
+        if plan_only or dry_run:
+            show_plan(planned, as_json)
+            return
+        settings = settings_of(lambdas or stored_lambdas(answers, policies), policies)
+        assert output is not None
+        _finish(_run(settings, answers, answers.questions, goal, options), output, as_json, answers)
+        return
+    if task is None:
+        raise ConfigError("--task is missing; name the questions, such as --task math500.")
+    questions = load_task(task, data=data, limit=limit)
+    options = TuneOptions(
+        confidence,
+        samples or questions.sampling.samples,
+        looks=looks,  # type: ignore[arg-type]
+        seed=seed,
+    )
+    planned = plan_of(
+        len(questions.questions), options, power, variance_of(None, questions.name, accuracy)
+    )
+    if plan_only:
+        show_plan(planned, as_json)
+        return
+    if system is None:
+        raise ConfigError("SYSTEM is missing; say what is tuned, such as dial:BASE,ADAPTER.")
+    settings = settings_of(lambdas or ("" if policies else _LAMBDAS), policies)
+    sweep = sweep_of(
+        parse_system(system),
+        questions,
+        settings,
+        options,
+        {
+            "temperature": temperature,
+            "top_p": top_p,
+            "max_new_tokens": max_tokens,
+            "batch_size": batch_size,
+            "lambda_range": parse_range(lambda_range),
+        },
+    )
+    warn_of_margin(planned, goal)
+    if dry_run:
+        (_, _, prompt) = sweep.previews()[0]
+        console.rule("the first prompt")
+        console.print(prompt, markup=False, soft_wrap=True)
+        console.rule()
+        console.print(f"would draw at most {sweep.total} samples.")
+        show_plan(planned, as_json)
+        return
+    assert output is not None
+    _draw(sweep, settings, goal, options, output, workers, as_json)
+
+
+def _draw(
+    sweep: "Sweep",
+    settings: "list[Setting]",
+    goal: "Goal",
+    options: "TuneOptions",
+    output: Path,
+    workers: int,
+    as_json: bool,
+) -> None:
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn
+
+    from flexalign.calibration.stored import DrawnAnswers
+
+    (task,) = sweep.tasks
+    columns = (TextColumn("samples, at most"), MofNCompleteColumn())
+    with Progress(*columns, console=console) as bar:
+        shown = bar.add_task("samples", total=sweep.total)
+        answers = DrawnAnswers(
+            sweep, output, workers=workers, progress=lambda made: bar.advance(shown, made)
+        )
+        try:
+            with answers:
+                ids = [question.id for question in task.questions]
+                tuned = _run(settings, answers, ids, goal, options)
+        except KeyboardInterrupt:
+            console.print("What is written is whole; give the same command again to go on.")
+            raise
+    _finish(tuned, output, as_json, answers)
+
+
+def _run(
+    settings: "list[Setting]",
+    answers: "StoredAnswers",
+    questions: list[str],
+    goal: "Goal",
+    options: "TuneOptions",
+) -> "Tuned":
+    from flexalign.calibration import tune
+
+    reference, *candidates = [setting.id for setting in settings]
+    return tune(candidates, answers.ask, questions, goal, reference=reference, options=options)
+
+
+def _finish(tuned: "Tuned", output: Path, as_json: bool, answers: "StoredAnswers") -> None:
+    from flexalign.calibration.card import write_card
+
+    write_card(tuned, output, {"system": answers.system, "task": answers.task})
+    if as_json:
+        print_json({"system": answers.system, "task": answers.task, **tuned.to_json()})
+        return
+    result_console.print(tuned.chosen or "none", markup=False)
+    console.print(f"{tuned.chosen or 'none'}: {tuned.reason}.", markup=False)
+    if tuned.chosen is not None:
+        proof = tuned.at_proof[tuned.chosen]
+        console.print(
+            f"held-out: accuracy {proof.accuracy.mean:.3f} (λ = 0: "
+            f"{proof.reference_accuracy.mean:.3f}), {proof.token_cut:.1%} fewer tokens."
+        )
+    console.print(
+        f"{tuned.samples} of {tuned.exhaustive} samples were needed; see "
+        f"{escape(str(output / 'tuned.md'))}."
+    )
