@@ -1,16 +1,13 @@
 """``flexalign sample``: make traces from prompts, with a model or a server."""
 
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flexalign.cli._shared import console, print_json
+from flexalign.cli._shared import console, print_json, progress_bar, read_secret
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -97,7 +94,7 @@ def sample(
         generator = LocalModel(model, dtype, settings)
     else:
         _refuse({"MODEL": model, "--plain": plain or None}, "with --endpoint")
-        generator = Server(endpoint, model_name, _secret(api_key_env), concurrency, settings)
+        generator = Server(endpoint, model_name, read_secret(api_key_env), concurrency, settings)
     dataset = load_prompts(prompts, skip_bad_rows=skip_bad_rows)
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
@@ -109,7 +106,7 @@ def sample(
     done = open_run(dataset, output, settings, generator.source)
     if done:
         console.print(f"{escape(str(output))} holds {done} of {total} rows; going on.")
-    with _bar(total, done) as progress:
+    with progress_bar("traces", total, done) as progress:
         try:
             summary = make_traces(
                 dataset,
@@ -141,15 +138,6 @@ def _refuse(options: Mapping[str, object | None], where: str) -> None:
             raise ConfigError(f"{name} has no meaning {where}; leave one of the two out.")
 
 
-def _secret(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    value = os.environ.get(variable)
-    if not value:
-        raise ConfigError(f"--api-key-env: the environment variable {variable!r} is not set.")
-    return value
-
-
 def _preview(
     dataset: "Dataset",
     render: "Callable[[Prompt], str]",
@@ -169,11 +157,3 @@ def _preview(
         f"would make {rows} traces of {len(dataset)} prompts, "
         f"at most {rows * settings.max_new_tokens} tokens."
     )
-
-
-@contextmanager
-def _bar(total: int, done: int) -> "Iterator[Callable[[int], None]]":
-    columns = (TextColumn("traces"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("traces", total=total, completed=done)
-        yield lambda completed: progress.update(task, completed=completed)

@@ -222,5 +222,8 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
+    """A value in a few words; of named things their names."""
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        value = [item.get("id", item.get("name", item)) for item in value]
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "…"

@@ -1,0 +1,62 @@
+"""``flexalign compare``: several sweeps side by side."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flexalign.cli._evaluate import print_summary
+from flexalign.cli._shared import print_json
+from flexalign.errors import ConfigError
+
+
+def compare(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="Folders that flexalign evaluate wrote."),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="The rows as JSON on stdout.")] = False,
+) -> None:
+    """Put the results of several sweeps into one table.
+
+    Figures stand side by side as each sweep measured them; the folders are not changed.
+
+    Example: [cyan]flexalign compare out/sweep out/dial[/cyan]
+    """
+    labels = _labels(folders)
+    rows, means = [], []
+    for folder, label in zip(folders, labels, strict=True):
+        summary = _read(folder)
+        rows += [row | {"system": f"{label}/{row['system']}"} for row in summary["rows"]]
+        means += [mean | {"system": f"{label}/{mean['system']}"} for mean in summary["means"]]
+    merged = {"rows": rows, "means": means}
+    if as_json:
+        print_json(merged)
+    else:
+        print_summary(merged)
+
+
+def _labels(folders: list[Path]) -> list[str]:
+    """The folders' names, or as much of their paths as tells them apart."""
+    resolved = [folder.resolve() for folder in folders]
+    if len(set(resolved)) < len(resolved):
+        raise ConfigError("a folder is named twice; name each once.")
+    names = [folder.name for folder in resolved]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / "summary.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{folder} has no summary.json; give the --output of flexalign evaluate, and finish "
+            "its run first."
+        ) from None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}); write it anew with: flexalign evaluate --regrade "
+            f"--output {folder}"
+        ) from error

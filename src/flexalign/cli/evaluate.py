@@ -1,0 +1,276 @@
+"""``flexalign evaluate``: what each setting of the dial buys, on your questions."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from flexalign.cli._evaluate import print_summary, read_range, read_settings
+from flexalign.cli._shared import console, print_json, progress_bar, read_secret
+from flexalign.errors import ConfigError, ServingError
+
+if TYPE_CHECKING:
+    from flexalign.evaluation.sweep import Lost, Sweep
+    from flexalign.evaluation.tasks import Task
+
+_SHOWN = 5
+
+
+def evaluate(
+    systems: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SYSTEM...",
+            help="model:PATH, dial:BASE,ADAPTER, pair:REFERENCE,ALIGNED, "
+            "interpolate:REFERENCE,ALIGNED or url:http://…; name= in front names it.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the results, or of those to go on with."),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="math500, aime, amc, gsm8k, miniature, or a file with problem and answer; "
+            "repeat it for several."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the public files; else FLEXALIGN_DATA.")
+    ] = None,
+    lam: Annotated[
+        str | None, typer.Option("--lambda", help="λ to measure, such as 0,0.5,1,2.")
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="'adaptive 0.5', 'route 0.3', or JSON of a policy or a schedule; repeatable."
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", "-n", help="Responses a question; 8 by default.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy; 0.7 by default (miniature: 1).")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Probability mass; 0.95 by default (miniature: 1).")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest response; 16384 by default (miniature: 1000).")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions a task, drawn.")] = None,
+    seed: Annotated[int, typer.Option(help="Of all sampling and of --limit's draw.")] = 0,
+    baseline: Annotated[
+        str | None,
+        typer.Option(help="System that token cuts of systems without λ = 0 are held against."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Responses made together, and saved.")] = 32,
+    gate: Annotated[
+        float | None, typer.Option(help="Extrapolate only where the two differ by more.")
+    ] = None,
+    lambda_range: Annotated[
+        str | None, typer.Option(help="λ to permit for an adapter, such as -1,2.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    engine: Annotated[str, typer.Option(help="local, or vllm for plain models.")] = "local",
+    model_name: Annotated[str | None, typer.Option(help="The model's name at a url:.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Of a url:'s model; counts where the server does not.")
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable that holds a url:'s key.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests under way at a url:.")] = 8,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for one response.")] = 1800.0,
+    attempts: Annotated[int, typer.Option(min=1, help="Tries per request.")] = 5,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that grade.")] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show prompts as sent and the cost; sample nothing.")
+    ] = False,
+    regrade: Annotated[
+        bool, typer.Option("--regrade", help="Grade the stored samples again; sample nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The summary as JSON on stdout.")] = False,
+) -> None:
+    """Measure systems at several settings of their dial, on questions with known answers.
+
+    Every setting answers the same questions with the same seeds. A run that broke off goes on
+    where it stopped when the same command is given again. DIR gets samples.jsonl, summary.json
+    and the report.
+
+    Example: [cyan]flexalign evaluate pair:miniature --task miniature --limit 100
+    --lambda 0,0.5,1,2 -o out/sweep[/cyan]
+
+    Example: [cyan]flexalign evaluate mine=dial:models/R1,out/adapter --task math500 --data DIR
+    --lambda 0,0.25,0.5,1 --policy 'adaptive 0.5' -o out/dial[/cyan]
+
+    Example: [cyan]flexalign evaluate url:http://localhost:8000/v1 --task questions.jsonl
+    --lambda 0,1 -o out/server[/cyan]
+
+    Example: [cyan]flexalign evaluate --regrade -o out/sweep[/cyan]
+    """
+    if regrade:
+        if output is None or systems or task:
+            raise ConfigError("--regrade takes --output DIR alone: it samples nothing.")
+        _regrade(output, workers, as_json)
+        return
+    if not systems or not task:
+        raise ConfigError("name at least one SYSTEM and one --task.")
+    if output is None and not dry_run:
+        raise ConfigError("name the folder of the results with --output DIR.")
+
+    from flexalign.evaluation.sweep import Sweep
+    from flexalign.evaluation.systems import SystemOptions, parse_systems
+    from flexalign.evaluation.tasks import load_task
+
+    settings = read_settings(lam, policy or [])
+    tasks = [load_task(name, data=data, limit=limit, seed=seed) for name in task]
+    options = SystemOptions(
+        temperature=_default(temperature, tasks, "temperature"),
+        top_p=_default(top_p, tasks, "top_p"),
+        max_new_tokens=_default(max_new_tokens, tasks, "max_tokens"),
+        batch_size=batch_size,
+        gate=gate,
+        dtype=dtype,
+        lambda_range=read_range(lambda_range),
+        model_name=model_name,
+        tokenizer=tokenizer,
+        concurrency=concurrency,
+        timeout_seconds=timeout,
+        attempts=attempts,
+        api_key=read_secret(api_key_env),
+        engine=engine,
+    )
+    count = _default(samples, tasks, "samples")
+    sweep = Sweep(parse_systems(systems), tasks, settings, count, seed, baseline, options)
+    unreadable = _warn(sweep, workers)
+    if dry_run:
+        _preview(sweep, unreadable, as_json)
+        return
+    assert output is not None
+    summary = _run(sweep, output, workers)
+    if as_json:
+        print_json(summary)
+    else:
+        print_summary(summary)
+
+
+def _default(given: Any, tasks: "list[Task]", name: str) -> Any:
+    """What was asked for, else what the tasks agree on."""
+    if given is not None:
+        return given
+    values = {getattr(task.sampling, name) for task in tasks}
+    if len(values) > 1:
+        option = {"max_tokens": "max-new-tokens"}.get(name, name.replace("_", "-"))
+        raise ConfigError(
+            f"the tasks differ in their usual {option} ({', '.join(map(str, sorted(values)))}); "
+            f"give one for all with --{option}."
+        )
+    return values.pop()
+
+
+def _warn(sweep: "Sweep", workers: int) -> list[dict[str, str]]:
+    """Say what is doubtful before anything is sampled; return answers that cannot be read."""
+    from flexalign.evaluation.grading import Grader
+    from flexalign.evaluation.tasks import sample_warning, unreadable_golds
+
+    unreadable = []
+    with Grader(workers=workers) as grader:
+        for task in sweep.tasks:
+            note = sample_warning(task, sweep.samples)
+            if note is not None:
+                console.print(f"[yellow]note:[/yellow] {escape(note)}", soft_wrap=True)
+            unreadable += [
+                {"task": task.name, "question": question.id, "gold": question.gold}
+                for question in unreadable_golds(task, grader)
+            ]
+    if unreadable:
+        console.print(
+            f"[yellow]note:[/yellow] {len(unreadable)} known answers cannot be read, so that no "
+            "response can match them; mend or remove them:"
+        )
+        for row in unreadable:
+            text = f"  {row['task']}, question {row['question']}: {row['gold']}"
+            console.print(text, markup=False, soft_wrap=True)
+    return unreadable
+
+
+def _preview(sweep: "Sweep", unreadable: list[dict[str, str]], as_json: bool) -> None:
+    prompts = sweep.previews()
+    most = sweep.total * sweep.options.max_new_tokens
+    if as_json:
+        print_json(
+            {
+                "samples": sweep.total,
+                "tokens_at_most": most,
+                "prompts": [
+                    {"system": name, "task": task, "prompt": text} for name, task, text in prompts
+                ],
+                "unreadable_golds": unreadable,
+                "configuration": sweep.configuration(),
+            }
+        )
+        return
+    for name, task, text in prompts:
+        console.rule(escape(f"{name} · first prompt of {task}"))
+        console.print(text, markup=False, soft_wrap=True)
+    console.rule()
+    for system in sweep.systems:
+        ids = ", ".join(setting.id for setting in sweep.settings_of(system))
+        console.print(f"{system.name}: {ids}", markup=False, soft_wrap=True)
+    console.print(
+        f"would make {sweep.total} samples, at most {most:,} tokens "
+        f"({sweep.options.max_new_tokens} each)."
+    )
+
+
+def _run(sweep: "Sweep", output: Path, workers: int) -> dict[str, Any]:
+    from flexalign.cli._training import quieten_libraries
+
+    quieten_libraries()
+    total = sweep.total
+    with progress_bar("samples", total) as show:
+        complete = 0
+
+        def advance(made: int) -> None:
+            nonlocal complete
+            complete += made
+            show(complete)
+
+        try:
+            result = sweep.run(output, workers=workers, begun=advance, progress=advance)
+        except KeyboardInterrupt:
+            console.print("What is written is whole; give the same command again to go on.")
+            raise
+    console.print(f"{escape(str(output))}: {complete} of {total} samples, {result.made} made now.")
+    if result.lost:
+        raise ServingError(_describe(result.lost, total))
+    assert result.summary is not None
+    return result.summary
+
+
+def _describe(lost: "list[Lost]", total: int) -> str:
+    shown = "; ".join(
+        f"question {one.cell.question} of {one.cell.task} at {one.cell.setting.id}, "
+        f"{one.system}: {one.reason}"
+        for one in lost[:_SHOWN]
+    )
+    more = f"; and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+    return (
+        f"{len(lost)} of {total} samples got no response ({shown}{more}). All others are saved; "
+        "give the same command again to ask for these."
+    )
+
+
+def _regrade(output: Path, workers: int, as_json: bool) -> None:
+    from flexalign.evaluation.sweep import regrade
+
+    summary, changed = regrade(output, workers=workers)
+    console.print(f"{escape(str(output))}: {changed} grades have changed.")
+    if as_json:
+        print_json(summary)
+    else:
+        print_summary(summary)
