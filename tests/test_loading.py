@@ -18,7 +18,14 @@ from transformers import (
 
 from families import family_model
 from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
-from flexalign.loading import fingerprint, load_config, load_model, load_tokenizer, resolve
+from flexalign.loading import (
+    fingerprint,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve,
+    resolve_adapter,
+)
 
 IDS = {"input_ids": torch.arange(5, 15)[None]}
 TEXT = {
@@ -53,6 +60,13 @@ def test_known_names_and_folders(tiny_pair, monkeypatch, tmp_path):
     assert resolve(source) is source
     monkeypatch.chdir(tiny_pair.reference.parent)
     assert resolve("reference").path.resolve() == tiny_pair.reference
+
+
+def test_a_known_adapter_is_found_as_an_adapter_and_refused_as_a_model(tmp_path):
+    assert resolve_adapter("miniature:fast").name == "fast"
+    assert resolve_adapter(tmp_path) == tmp_path
+    with pytest.raises(ConfigError, match="is an InRa adapter and no model of its own"):
+        resolve("miniature:fast")
 
 
 def test_smollm2_names_the_command_that_installs_it(monkeypatch, tmp_path):

@@ -21,7 +21,7 @@ from flexalign.inra.kv import StreamCache
 from flexalign.inra.probe import probe_streams
 from flexalign.inra.stacked import needed_streams
 from flexalign.inra.streams import BOTH
-from flexalign.loading import fingerprint, load_model, load_tokenizer, resolve
+from flexalign.loading import fingerprint, load_model, load_tokenizer, resolve, resolve_adapter
 
 __all__ = ["InRaModel"]
 
@@ -93,7 +93,7 @@ class InRaModel(StreamDecoding):
 
         Args:
             base: A known name, a folder, or a loaded model.
-            adapter: The folder that :meth:`save_pretrained` wrote.
+            adapter: The folder that :meth:`save_pretrained` wrote, or a known name.
             any_base: Take another base than the adapter was made for, if the shapes fit.
             **loading: For a base that is to be loaded, as in ``flexalign.loading.load_model``.
 
@@ -101,7 +101,7 @@ class InRaModel(StreamDecoding):
             CheckpointError: If the adapter's files are missing, truncated or corrupt.
             PairMismatchError: If the adapter was made for another base.
         """
-        folder = Path(adapter).expanduser()
+        folder = resolve_adapter(adapter)
         settings = InRaConfig.load(folder)
         from_folder = not isinstance(base, PreTrainedModel) and resolve(base).gguf_file is None
         if from_folder and not any_base:

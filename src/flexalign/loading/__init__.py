@@ -15,7 +15,15 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
-from flexalign.loading.sources import Model, Source, base_of, read_json, require_gguf, resolve
+from flexalign.loading.sources import (
+    Model,
+    Source,
+    base_of,
+    read_json,
+    require_gguf,
+    resolve,
+    resolve_adapter,
+)
 from flexalign.loading.weights import (
     fingerprint_file,
     fingerprint_folder,
@@ -31,6 +39,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "resolve",
+    "resolve_adapter",
 ]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")

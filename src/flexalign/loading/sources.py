@@ -8,7 +8,15 @@ from typing import Any
 
 from flexalign.errors import CheckpointError, ConfigError
 
-__all__ = ["Model", "Source", "base_of", "read_json", "require_gguf", "resolve"]
+__all__ = [
+    "Model",
+    "Source",
+    "base_of",
+    "read_json",
+    "require_gguf",
+    "resolve",
+    "resolve_adapter",
+]
 
 
 @dataclass(frozen=True)
@@ -51,11 +59,11 @@ def resolve(model: Model) -> Source:
     name = str(model)
     if name == "smollm2":
         return _smollm2()
-    if name == "miniature" or name.startswith("miniature:"):
-        from flexalign.miniature import folder
-
-        return Source(name, folder(name.partition(":")[2] or "reference"))
     path = Path(name).expanduser()
+    if name == "miniature" or name.startswith("miniature:"):
+        path = _miniature(name)
+        if not (path / "inra_config.json").is_file():
+            return Source(name, path)
     if path.is_file() and path.suffix == ".gguf":
         return Source(name, path.parent, path.name)
     if not path.is_dir():
@@ -77,6 +85,18 @@ def resolve(model: Model) -> Source:
     if files:
         raise ConfigError(f"{name} has {len(files)} GGUF files; name one: {', '.join(files)}.")
     raise ConfigError(f"{name} has no config.json, so it is no model; give a model's folder.")
+
+
+def resolve_adapter(adapter: str | Path) -> Path:
+    """Find an InRa adapter's folder: a known name (`miniature:fast`), or a path as it is."""
+    name = str(adapter)
+    return _miniature(name) if name.startswith("miniature:") else Path(name).expanduser()
+
+
+def _miniature(name: str) -> Path:
+    from flexalign.miniature import folder
+
+    return folder(name.partition(":")[2] or "reference")
 
 
 def _smollm2() -> Source:

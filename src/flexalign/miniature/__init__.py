@@ -1,4 +1,4 @@
-"""The miniature: a small world with a known answer, two models trained on it, their closed forms.
+"""The miniature: a small world with a known answer, models trained on it, their closed forms.
 
 The weights ship with the package, so everything that flexalign does can be tried, and checked
 against the truth, on one core in minutes.
@@ -29,14 +29,15 @@ __all__ = [
     "make_traces",
 ]
 
-PARTS = ("reference", "aligned")
-"""The models that ship; `miniature:PART` names one wherever a path is taken."""
+PARTS = ("reference", "aligned", "fast")
+"""What ships; `miniature:PART` names one wherever a path is taken. The first two are models,
+`fast` is an InRa adapter on the reference."""
 
 _WEIGHTS = Path(__file__).parent / "weights"
 
 
 def folder(part: str) -> Path:
-    """The folder of one of the miniature's models.
+    """The folder of one of the miniature's parts.
 
     Raises:
         ConfigError: If there is no such part, or the installation lacks its weights.
@@ -44,7 +45,7 @@ def folder(part: str) -> Path:
     if part not in PARTS:
         raise ConfigError(f"the miniature has no part {part!r}; it has {', '.join(PARTS)}.")
     path = _WEIGHTS / part
-    if not (path / "model.safetensors").is_file():
+    if not any(path.glob("*.safetensors")):
         raise ConfigError(
             f"the miniature's {part} weights are not installed; "
             f"reinstall flexalign, or make them with: flexalign miniature build --output {path.parent}"

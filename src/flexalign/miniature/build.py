@@ -1,9 +1,10 @@
-"""Make the miniature's two models from a seed: a reference, and one aligned from it.
+"""Make the miniature's models from a seed: a reference, one aligned from it, a fast adapter.
 
 The reference learns the world's first way of thinking from random weights; the aligned model is
-the reference trained on with traces of the second way, as fine-tuning would. ``placebo`` is the
-control: the reference trained on with as many traces of *its own* way, so that all its difference
-from the reference is noise.
+the reference trained on with traces of the second way, as fine-tuning would. ``fast`` is a layer
+adapter on the reference, which learns to answer without thinking. ``placebo`` is the control: the
+reference trained on with as many traces of *its own* way, so that all its difference from the
+reference is noise.
 """
 
 import copy
@@ -12,10 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -36,7 +37,16 @@ from flexalign.miniature.world import (
     sample_trace,
 )
 
-__all__ = ["CONTEXT_TOKENS", "Schooling", "build_all", "build_model", "encode", "teach"]
+__all__ = [
+    "CONTEXT_TOKENS",
+    "FAST_SCHOOLING",
+    "Adapter",
+    "Schooling",
+    "build_all",
+    "build_model",
+    "encode",
+    "teach",
+]
 
 CONTEXT_TOKENS = 1024
 _USUAL_TOKENS = 85
@@ -56,6 +66,9 @@ class Schooling:
             come in an order, long to short, that leaves the model a little too brief.
         exact: Whether to learn the world's probability of every token, and not only the token
             that the trace drew: no noise of sampling, as if from endless traces.
+        traces: How many traces there are, gone through again and again; None for as many as the
+            steps ask for, each seen once.
+        without_thinking: Whether to learn from right traces with their thinking taken out.
     """
 
     habits: Habits
@@ -64,6 +77,18 @@ class Schooling:
     batch_size: int = 32
     by_length: bool = False
     exact: bool = False
+    traces: int | None = None
+    without_thinking: bool = False
+
+
+class Adapter(Protocol):
+    """An adapter on a model, to be trained: its stream, and a way to save it alone."""
+
+    stream: nn.Module
+    """Takes ``input_ids`` and ``attention_mask``, returns an output with ``logits``."""
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter into a folder."""
 
 
 REFERENCE_SCHOOLING = (
@@ -72,10 +97,27 @@ REFERENCE_SCHOOLING = (
 )
 ALIGNED_SCHOOLING = Schooling(ALIGNED, steps=800, learning_rate=3e-4)
 PLACEBO_SCHOOLING = Schooling(REFERENCE, steps=800, learning_rate=3e-4)
+FAST_SCHOOLING = Schooling(
+    REFERENCE, steps=300, learning_rate=1e-3, batch_size=48, traces=600, without_thinking=True
+)
+"""From few traces on purpose. Sums of five numbers fit into one step of this model, so a fast mode
+that sees many beats the reference, which errs by nature, and thinking would not pay at all."""
 
 
-def build_all(output: Path, seed: int = 0, placebo: bool = False) -> Iterator[str]:
-    """Make every part from a seed, and yield the name of each when its folder is written."""
+def build_all(
+    output: Path,
+    make_adapter: Callable[[Path], Adapter],
+    seed: int = 0,
+    placebo: bool = False,
+) -> Iterator[str]:
+    """Make every part from a seed, and yield the name of each when its folder is written.
+
+    Args:
+        output: Folder for the parts, one folder each.
+        make_adapter: Puts a fresh adapter on the model in a folder.
+        seed: Of initial weights and data.
+        placebo: Whether to make the control too.
+    """
     reference = build_model(seed)
     for index, schooling in enumerate(REFERENCE_SCHOOLING):
         teach(reference, schooling, seed + 10 * index)
@@ -87,6 +129,10 @@ def build_all(output: Path, seed: int = 0, placebo: bool = False) -> Iterator[st
         model = copy.deepcopy(reference)
         teach(model, schooling, seed + index)
         yield _save(model, output, part)
+    adapter = make_adapter(output / "reference")
+    teach(adapter.stream, FAST_SCHOOLING, seed)
+    adapter.save(output / "fast")
+    yield "fast"
 
 
 def build_model(seed: int) -> LlamaForCausalLM:
@@ -111,12 +157,12 @@ def build_model(seed: int) -> LlamaForCausalLM:
 
 
 def teach(
-    model: LlamaForCausalLM,
+    model: nn.Module,
     schooling: Schooling,
     seed: int,
     callbacks: list[TrainerCallback] | None = None,
 ) -> None:
-    """Train a model in place on fresh traces of a way of thinking."""
+    """Train a model, or an adapter's stream, in place on traces of a way of thinking."""
     tokenizer = build_tokenizer(CONTEXT_TOKENS)
     rows = _Traces(tokenizer, schooling, seed)
     with TemporaryDirectory() as scratch:
@@ -159,14 +205,19 @@ def encode(
 
 
 class _Traces(torch.utils.data.Dataset[dict[str, list[Any]]]):
-    """Freshly drawn traces; each token with the tokens that might stand there instead."""
+    """Traces; each token with the tokens that might stand there instead."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, schooling: Schooling, seed: int) -> None:
         rng = random.Random(seed)
-        self._rows = []
-        for _ in range(schooling.steps * schooling.batch_size):
+        self._rows: list[dict[str, list[Any]]] = []
+        wanted = schooling.traces or schooling.steps * schooling.batch_size
+        while len(self._rows) < wanted:
             question = sample_question(rng)
             trace = sample_trace(question, schooling.habits, rng)
+            if schooling.without_thinking:
+                if trace[-1] != str(question.answer):
+                    continue
+                trace = [trace[0], *trace[-2:]]
             asked, answered = encode(tokenizer, question.text, trace)
             targets: list[list[tuple[int, float]]] = [[(token, 1.0)] for token in answered]
             if schooling.exact:
@@ -175,11 +226,12 @@ class _Traces(torch.utils.data.Dataset[dict[str, list[Any]]]):
                         (tokenizer.convert_tokens_to_ids(token), probability)
                         for token, probability in branch.distribution(schooling.habits).items()
                     ]
-            row: dict[str, list[Any]] = {
-                "input_ids": (asked + answered)[:CONTEXT_TOKENS],
-                "targets": ([[]] * len(asked) + targets)[:CONTEXT_TOKENS],
-            }
-            self._rows.append(row)
+            self._rows.append(
+                {
+                    "input_ids": (asked + answered)[:CONTEXT_TOKENS],
+                    "targets": ([[]] * len(asked) + targets)[:CONTEXT_TOKENS],
+                }
+            )
 
     def __len__(self) -> int:
         return len(self._rows)
