@@ -23,6 +23,8 @@ REPORT = Path("benchmarks/results/coverage.md")
 SAMPLES = 8
 MIDDLE = (0.2, 0.35, 0.5, 0.65, 0.8)
 EXTREME = (0.95, 0.98, 0.99, 0.995)
+COMPARED = 200
+"""Repetitions of the plain bootstrap, which is slow."""
 CONCENTRATIONS = (0.5, 2.0, 10.0)
 """α + β of the beta distribution: samples of a question correlate by 1/(1 + α + β)."""
 
@@ -59,13 +61,13 @@ def share_coverage(cell: Cell, concentration: float, repeats: int) -> tuple[floa
     rng = np.random.default_rng([cell.questions, round(1000 * cell.accuracy), repeats])
     clusters = np.repeat(np.arange(cell.questions), SAMPLES).tolist()
     ours = plain = 0
-    compared = min(repeats, 400)
+    compared = min(repeats, COMPARED)
     for number, drawn in enumerate(simulate(rng, cell, concentration, repeats)):
         low, _, high = clustered_interval(drawn.ravel(), clusters)
         ours += low <= cell.accuracy <= high
         if number >= compared:
             continue
-        weights = rng.multinomial(cell.questions, np.full(cell.questions, 1 / cell.questions), 400)
+        weights = rng.multinomial(cell.questions, np.full(cell.questions, 1 / cell.questions), 300)
         means = weights @ drawn.mean(axis=1) / cell.questions
         low, high = np.quantile(means, (0.025, 0.975))
         plain += low <= cell.accuracy <= high
@@ -133,7 +135,7 @@ def _tables(repeats: int, show: Callable[[str], None]) -> Iterator[str]:
         f"`python benchmarks/coverage.py --repeats {repeats}`: beta-binomial questions, "
         f"{SAMPLES} samples each, {repeats} repetitions (standard error about "
         f"{(0.95 * 0.05 / repeats) ** 0.5:.4f}). *Bootstrap*: the plain percentile bootstrap "
-        "over questions, for comparison (400 repetitions). Over concentrations "
+        f"over questions, for comparison ({COMPARED} repetitions). Over concentrations "
         f"{', '.join(f'{c:g}' for c in CONCENTRATIONS)}: lowest and highest coverage.\n"
     )
     yield line("## Accuracy, `clustered_interval`\n")
@@ -149,7 +151,7 @@ def _tables(repeats: int, show: Callable[[str], None]) -> Iterator[str]:
             f"| {min(ours):.3f}–{max(ours):.3f} | {min(plain):.3f}–{max(plain):.3f} "
             f"| {'yes' if holds else 'no'} |"
         )
-    few = max(100, repeats // 2)
+    few = max(100, repeats // 4)
     yield line(
         "\n## Paired accuracy difference, token cut, distance to the chord\n\n"
         f"A dial of three settings over shared questions, {few} repetitions.\n"

@@ -11,6 +11,7 @@ from flexalign.evaluation.statistics import (
     clustered_interval,
     equivalent,
     paired_difference_interval,
+    paired_ratio_interval,
     simultaneous_confidence,
     simultaneous_interval,
 )
@@ -32,7 +33,7 @@ def _coverage(intervals: list[Interval], truth: float) -> float:
         (0.9, 30, 1.6973),
     ],
 )
-def testt_quantiles_agree_with_the_printed_tables(
+def test_t_quantiles_agree_with_the_printed_tables(
     confidence: float, freedom: int, quantile: float
 ) -> None:
     assert t_quantile(confidence, freedom) == pytest.approx(quantile, abs=6e-5)
@@ -95,6 +96,37 @@ def test_shares_are_covered_although_samples_of_a_question_are_alike(
     clusters = np.repeat(np.arange(questions), samples).tolist()
     coverage = _coverage([clustered_interval(row, clusters) for row in drawn], share)
     assert 0.93 <= coverage <= 0.99
+
+
+@pytest.mark.parametrize(
+    ("questions", "share", "highest"),
+    [
+        (100, 0.2, 0.97),
+        (100, 0.8, 0.97),
+        (300, 0.5, 0.97),
+        (30, 0.5, 1.0),
+        (30, 0.95, 1.0),
+        (100, 0.95, 1.0),
+        (100, 0.995, 1.0),
+    ],
+)
+def test_eight_samples_a_question_are_covered_as_promised(
+    questions: int, share: float, highest: float
+) -> None:
+    repeats, clusters = 800, np.repeat(np.arange(questions), 8).tolist()
+    rng = np.random.default_rng(13)
+    rates = rng.beta(2 * share, 2 * (1 - share), (repeats, questions, 1))
+    drawn = (rng.random((repeats, questions, 8)) < rates).reshape(repeats, -1)
+    coverage = _coverage([clustered_interval(row, clusters) for row in drawn], share)
+    # The band, widened by three standard errors of a simulated share at its edge.
+    low, high = (3 * math.sqrt(edge * (1 - edge) / repeats) for edge in (0.93, highest))
+    assert 0.93 - low <= coverage <= highest + high
+
+
+def test_ratios_are_those_of_means_and_keep_no_width_alone() -> None:
+    low, ratio, high = paired_ratio_interval([2.0, 4.0], "ab", [4.0, 8.0], "ab")
+    assert (low, ratio, high) == pytest.approx((0.5, 0.5, 0.5))
+    assert paired_ratio_interval([2.0, 4.0], "aa", [4.0], "a") == (-math.inf, 0.75, math.inf)
 
 
 def test_ignoring_the_questions_would_not_cover() -> None:
