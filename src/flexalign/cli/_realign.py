@@ -5,14 +5,18 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datasets import Dataset
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from flexalign.cli._shared import console, print_json, result_console
-from flexalign.cli._training import read_traces, read_watched
-from flexalign.data import Lengths, measure_lengths, split_tokens
+from flexalign.cli._training import (
+    plan_steps,
+    read_traces,
+    read_watched,
+    sample_rows,
+    show_samples,
+)
+from flexalign.data import Lengths, measure_lengths
 from flexalign.errors import PairMismatchError
 from flexalign.loading import load_tokenizer
 from flexalign.loading.weights import tensor_infos
@@ -23,8 +27,6 @@ from flexalign.trra.rounds import effective_lambda
 from flexalign.trra.run import Realignment
 
 __all__ = ["prepare", "preview"]
-
-_SAMPLES = 2
 
 
 class Prepared(NamedTuple):
@@ -86,34 +88,20 @@ def preview(prepared: Prepared, *, as_json: bool) -> None:
     for warning in prepared.pair.warnings:
         warnings.warn(warning, stacklevel=1)
     facts = _facts(prepared)
-    samples = _samples(prepared.run)
+    run = prepared.run
+    cut = run.recipe.training_arguments(run.recipe.output).max_length
+    samples = sample_rows(run.traces, run.tokenizer, cut)
     if as_json:
         print_json(facts | {"samples": samples})
         return
-    for number, sample in enumerate(samples, start=1):
-        result_console.rule(f"sample {number}: dim is given, «bold» is trained on")
-        text = Text.assemble((sample["masked"], "dim"), ("«", "green"))
-        text.append(sample["trained"], "bold green").append("»", "green")
-        result_console.print(text, soft_wrap=True)
+    show_samples(samples)
     result_console.print(_table(facts))
 
 
 def _facts(prepared: Prepared) -> dict[str, Any]:
     run, lengths = prepared.run, prepared.lengths
     recipe, arguments = run.recipe, run.recipe.training_arguments(run.recipe.output)
-    batch = (
-        arguments.per_device_train_batch_size
-        * arguments.gradient_accumulation_steps
-        * max(arguments.world_size, 1)
-    )
-    longest = min(lengths.longest, arguments.max_length or lengths.longest)
-    rows = lengths.rows
-    if arguments.packing:
-        longest = arguments.max_length
-        rows = math.ceil((lengths.prompt_tokens + lengths.response_tokens) / longest)
-    steps = arguments.max_steps
-    if steps <= 0:
-        steps = math.ceil(math.ceil(rows / batch) * arguments.num_train_epochs)
+    steps, longest = plan_steps(arguments, lengths)
     return {
         "reference": recipe.reference,
         "aligned": recipe.aligned,
@@ -123,9 +111,7 @@ def _facts(prepared: Prepared) -> dict[str, Any]:
         "output": recipe.output,
         "output_state": run.state,
         "data": {"path": recipe.data, **lengths.to_dict()},
-        "steps": steps,
-        "effective_batch": batch,
-        "epochs": round(steps * batch / rows, 3),
+        **steps,
     } | _memory(prepared, longest)
 
 
@@ -151,17 +137,6 @@ def _parameters(model: ModelFacts) -> int:
     if model.kind == "adapter":
         return sum(math.prod(info.shape) for info in tensor_infos(model.source.path).values())
     return count_parameters(model.config).base
-
-
-def _samples(run: Realignment) -> list[dict[str, str]]:
-    cut = run.recipe.training_arguments(run.recipe.output).max_length
-    rows: Dataset = run.traces.select(range(min(_SAMPLES, len(run.traces))))
-    samples = []
-    for prompt, response in split_tokens(rows, run.tokenizer):
-        kept = len(response) if cut is None else max(cut - len(prompt), 0)
-        masked, trained = run.tokenizer.decode(prompt[:cut]), run.tokenizer.decode(response[:kept])
-        samples.append({"masked": masked, "trained": trained})
-    return samples
 
 
 def _table(facts: dict[str, Any]) -> Table:

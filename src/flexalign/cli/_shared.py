@@ -2,11 +2,15 @@
 
 import json
 import math
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flexalign.errors import LambdaError
+from flexalign.errors import ConfigError, LambdaError
 
 console = Console(stderr=True, highlight=False)
 """Everything for people goes to stderr; stdout carries the result alone."""
@@ -39,3 +43,38 @@ def parse_lambdas(text: str) -> list[float]:
             )
         values.append(value)
     return values
+
+
+def read_secret(variable: str | None) -> str | None:
+    """Read the environment variable that ``--api-key-env`` names.
+
+    Raises:
+        ConfigError: If it is not set.
+    """
+    if variable is None:
+        return None
+    value = os.environ.get(variable)
+    if not value:
+        raise ConfigError(f"--api-key-env: the environment variable {variable!r} is not set.")
+    return value
+
+
+@contextmanager
+def progress_bar(label: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show a bar; what it gives is told how many are complete."""
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(label, total=total, completed=done)
+        yield lambda completed: progress.update(task, completed=completed)
+
+
+def parse_lambda_option(text: str | None) -> Any:
+    """Read ``--lambda`` of a training command: a number, several, a JSON schedule, or none.
+
+    Raises:
+        LambdaError: If it is none of these.
+    """
+    if text is None or text.lstrip().startswith("{"):
+        return text
+    values = parse_lambdas(text)
+    return values[0] if len(values) == 1 else values

@@ -1,5 +1,7 @@
-"""What the training commands share: a progress line, and a watcher of the student's answers."""
+"""What the training commands share: what they show before, while and after they train."""
 
+import math
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,10 +10,11 @@ from typing import Any
 from datasets import Dataset
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from transformers import TrainerCallback
 
-from flexalign.cli._shared import console
-from flexalign.data import load_prompts, load_traces
+from flexalign.cli._shared import console, result_console
+from flexalign.data import Lengths, load_prompts, load_traces, split_tokens
 from flexalign.decoding.responses import generate_responses
 from flexalign.evaluation.grading import grade
 from flexalign.evaluation.statistics import clustered_interval
@@ -19,14 +22,25 @@ from flexalign.miniature import make_questions, make_traces
 from flexalign.trra.callbacks import Answer, Watcher
 from flexalign.trra.recipe import Watch
 
-__all__ = ["StepProgress", "make_watcher", "read_traces", "read_watched", "warnings_as_notes"]
+__all__ = [
+    "StepProgress",
+    "make_watcher",
+    "plan_steps",
+    "quieten_libraries",
+    "read_traces",
+    "read_watched",
+    "sample_rows",
+    "show_samples",
+    "warnings_as_notes",
+]
 
 _MINIATURE = "miniature"
 _MINIATURE_TRACES = 4000
 _QUESTION_SEED = 10_000
 """Far from the seed of the traces."""
 
-_SHOWN = ("divergence", "lambda", "kl_reference", "kl_aligned")
+_SAMPLES = 2
+_SHOWN = ("loss", "divergence", "lambda", "kl_reference", "kl_aligned")
 
 
 class StepProgress(TrainerCallback):  # type: ignore[misc]
@@ -67,6 +81,59 @@ class StepProgress(TrainerCallback):  # type: ignore[misc]
     def close(self) -> None:
         """Take the bar off the screen's bottom line; what it showed stays."""
         self._bar.stop()
+
+
+def quieten_libraries() -> None:
+    """Keep other libraries' notices off the terminal: ours say what matters."""
+    import datasets
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    # Of several processes (torchrun, accelerate launch) the first one speaks.
+    console.quiet = os.environ.get("RANK", "0") != "0"
+
+
+def plan_steps(arguments: Any, lengths: Lengths) -> tuple[dict[str, Any], int]:
+    """Work out a run's steps, its batch and its epochs, and its longest row in tokens."""
+    batch = (
+        arguments.per_device_train_batch_size
+        * arguments.gradient_accumulation_steps
+        * max(arguments.world_size, 1)
+    )
+    longest = min(lengths.longest, arguments.max_length or lengths.longest)
+    rows = lengths.rows
+    if getattr(arguments, "packing", False):
+        longest = arguments.max_length
+        rows = math.ceil((lengths.prompt_tokens + lengths.response_tokens) / longest)
+    steps = arguments.max_steps
+    if steps <= 0:
+        steps = math.ceil(math.ceil(rows / batch) * arguments.num_train_epochs)
+    epochs = round(steps * batch / rows, 3)
+    return {"steps": steps, "effective_batch": batch, "epochs": epochs}, longest
+
+
+def sample_rows(traces: Dataset, tokenizer: Any, max_length: int | None) -> list[dict[str, str]]:
+    """Take the first rows as they are trained on: what is given, and what the loss counts."""
+    samples = []
+    for prompt, response in split_tokens(
+        traces.select(range(min(_SAMPLES, len(traces)))), tokenizer
+    ):
+        kept = len(response) if max_length is None else max(max_length - len(prompt), 0)
+        masked, trained = tokenizer.decode(prompt[:max_length]), tokenizer.decode(response[:kept])
+        samples.append({"masked": masked, "trained": trained})
+    return samples
+
+
+def show_samples(samples: Sequence[dict[str, str]]) -> None:
+    """Print such rows."""
+    for number, sample in enumerate(samples, start=1):
+        result_console.rule(f"sample {number}: dim is given, «bold» is trained on")
+        text = Text.assemble((sample["masked"], "dim"), ("«", "green"))
+        text.append(sample["trained"], "bold green").append("»", "green")
+        result_console.print(text, soft_wrap=True)
 
 
 @contextmanager

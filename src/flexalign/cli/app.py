@@ -9,11 +9,16 @@ from rich.markup import escape
 
 from flexalign._version import __version__
 from flexalign.cli._shared import console
+from flexalign.cli.adapt import adapt
+from flexalign.cli.bake import bake
+from flexalign.cli.compare import compare
 from flexalign.cli.demo import demo
+from flexalign.cli.evaluate import evaluate
 from flexalign.cli.inspect import inspect
 from flexalign.cli.miniature import miniature
 from flexalign.cli.realign import realign
 from flexalign.cli.sample import sample
+from flexalign.cli.tune import tune
 from flexalign.errors import FlexAlignError
 
 app = typer.Typer(
@@ -50,10 +55,15 @@ def _root(
     """
 
 
+app.command()(adapt)
+app.command()(bake)
 app.command()(demo)
+app.command()(evaluate)
+app.command()(compare)
 app.command()(inspect)
 app.command()(realign)
 app.command()(sample)
+app.command()(tune)
 app.add_typer(miniature)
 
 

@@ -1,6 +1,5 @@
 """``flexalign realign``: train a student to be the pair at a λ of your choice."""
 
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from flexalign.cli._shared import console, parse_lambdas, print_json
+from flexalign.cli._shared import console, parse_lambda_option, print_json
 
 if TYPE_CHECKING:
     from flexalign.trra.run import Outcome, Realignment
@@ -83,14 +82,14 @@ def realign(
     plan = Recipe.load(
         recipe,
         overrides=assignments or (),
-        lam=_parse_lambda(lam),
+        lam=parse_lambda_option(lam),
         output=output,
         merge=merge or None,
     )
-    _quieten_libraries()
-
     from flexalign.cli._realign import prepare, preview
-    from flexalign.cli._training import warnings_as_notes
+    from flexalign.cli._training import quieten_libraries, warnings_as_notes
+
+    quieten_libraries()
 
     with warnings_as_notes():
         prepared = prepare(
@@ -107,25 +106,6 @@ def realign(
     if as_json and not console.quiet:
         print_json(outcome.to_dict())
     _summarise(outcome)
-
-
-def _parse_lambda(text: str | None) -> Any:
-    if text is None or text.lstrip().startswith("{"):
-        return text
-    values = parse_lambdas(text)
-    return values[0] if len(values) == 1 else values
-
-
-def _quieten_libraries() -> None:
-    """Keep other libraries' notices off the terminal: ours say what matters."""
-    import datasets
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    # Of several processes (torchrun, accelerate launch) the first one speaks.
-    console.quiet = os.environ.get("RANK", "0") != "0"
 
 
 def _announce(run: "Realignment") -> None:

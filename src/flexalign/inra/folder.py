@@ -3,14 +3,14 @@
 import os
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flexalign.errors import CheckpointError, PairMismatchError
 from flexalign.inra.config import CONFIG_FILE, InRaConfig
 
-__all__ = ["WEIGHTS_FILE", "load_weights", "require_base", "save_adapter"]
+__all__ = ["WEIGHTS_FILE", "check_folder", "load_weights", "require_base", "save_adapter"]
 
 WEIGHTS_FILE = "inra_adapter.safetensors"
 
@@ -27,6 +27,17 @@ def save_adapter(adapter: nn.Module, settings: InRaConfig, folder: Path) -> None
         os.replace(written, path)
 
 
+def check_folder(folder: Path) -> InRaConfig:
+    """Read an adapter's settings and see that its weights are whole, without loading them.
+
+    Raises:
+        CheckpointError: If a file is missing, truncated or corrupt.
+    """
+    settings = InRaConfig.load(folder)
+    _require_whole(folder / WEIGHTS_FILE)
+    return settings
+
+
 def load_weights(adapter: nn.Module, folder: Path) -> None:
     """Load an adapter's weights from its folder.
 
@@ -34,14 +45,8 @@ def load_weights(adapter: nn.Module, folder: Path) -> None:
         CheckpointError: If the file is missing, truncated or corrupt, or holds other tensors.
     """
     path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing: the folder holds no complete InRa adapter.")
-    try:
-        weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}): truncated or corrupt; copy or save it again."
-        ) from error
+    _require_whole(path)
+    weights = load_file(path)
     expected = adapter.state_dict()
     keys = expected.keys() | weights.keys()
     wrong = sorted(key for key in keys if _shape(expected, key) != _shape(weights, key))
@@ -66,6 +71,18 @@ def require_base(settings: InRaConfig, found: str, name: str, folder: Path) -> N
             f"{settings.base_fingerprint}), and {name} has {found}: other weights. Give its own "
             "base, or say any_base=True (--any-base)."
         )
+
+
+def _require_whole(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: the folder holds no complete InRa adapter.")
+    try:
+        with safe_open(path, framework="pt"):
+            return
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): truncated or corrupt; copy or save it again."
+        ) from error
 
 
 def _shape(tensors: dict[str, Tensor], key: str) -> tuple[int, ...] | None:

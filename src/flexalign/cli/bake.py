@@ -1,0 +1,93 @@
+"""``flexalign bake``: turn one setting of a dial into a plain model."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from flexalign.cli._shared import console, parse_lambda_option, print_json
+
+
+def bake(
+    recipe: Annotated[Path, typer.Argument(help="YAML file; the keys are described above.")],
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", help="Adapter's folder instead of the recipe's.")
+    ] = None,
+    lam: Annotated[
+        str | None, typer.Option("--lambda", help="λ instead of the recipe's, a number.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Output folder instead of the recipe's.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other key, such as training.max_steps=100; repeatable."),
+    ] = None,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show samples, sizes, steps and memory; load no weights."),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON, alone, on stdout.")
+    ] = False,
+) -> None:
+    """Make a plain model that behaves as a dial at one λ: one stream, at the plain model's cost.
+
+    The student starts at the base and learns, token by token, the mixture of the dial's two
+    streams (TrRa). How far it is from the dial is measured on rows held out. A recipe:
+
+    \b
+      base: miniature                 # path or known name
+      adapter: out/fast               # what `flexalign adapt` made
+      lambda: 0.5                     # the setting
+      data: traces.jsonl              # prompts with responses
+      output: out/baked               # one run; started again, it goes on
+      held_out: 0.05                  # share of the rows for the measurement
+      training:                       # any field of trl.SFTConfig
+        max_steps: 200
+        learning_rate: 2.0e-5
+
+    Look first: [cyan]flexalign bake recipe.yaml --dry-run[/cyan]
+
+    Then: [cyan]flexalign bake recipe.yaml --adapter out/fast --lambda 0.5[/cyan]
+    """
+    from flexalign.inra.training.recipe import BakeRecipe
+
+    plan = BakeRecipe.load(
+        recipe,
+        overrides=assignments or (),
+        adapter=adapter,
+        lam=parse_lambda_option(lam),
+        output=output,
+    )
+
+    from flexalign.cli._adapt import finish, prepare_baking, preview
+    from flexalign.cli._training import quieten_libraries, warnings_as_notes
+
+    quieten_libraries()
+    with warnings_as_notes():
+        prepared = prepare_baking(
+            plan, command=shlex.join(["flexalign", *sys.argv[1:]]), skip_bad_rows=skip_bad_rows
+        )
+        if dry_run:
+            preview(prepared, as_json=as_json)
+            return
+        outcome = finish(prepared.run)
+    if as_json and not console.quiet:
+        print_json(outcome.to_dict())
+    measured = outcome.measures
+    console.print(f"the baked model: [bold]{escape(str(outcome.output))}[/bold]")
+    console.print(
+        f"divergence to the dial, held out: {measured['held_out_divergence']:.4g} nats per token "
+        f"(the base's own: {measured['held_out_divergence_of_base']:.4g})"
+    )
+    console.print(
+        f"next: [cyan]flexalign inspect {escape(shlex.quote(str(outcome.output)))}[/cyan]",
+        soft_wrap=True,
+    )
