@@ -83,7 +83,7 @@ class _Worker:
 
     def _start(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "flexalign.evaluation._equality"],
+            [sys.executable, "-P", "-m", "flexalign.evaluation._equality"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -93,7 +93,7 @@ class _Worker:
         if self._exchange("", _START_SECONDS) != READY:
             raise ConfigError(
                 "the process that compares answers does not start; see why with: "
-                f"{sys.executable} -m flexalign.evaluation._equality"
+                f"{sys.executable} -P -m flexalign.evaluation._equality"
             )
 
     def _exchange(self, request: str, seconds: float) -> str | None:
