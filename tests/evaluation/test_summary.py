@@ -1,0 +1,203 @@
+import json
+import random
+
+import numpy as np
+import pytest
+
+from flexalign.errors import ConfigError
+from flexalign.evaluation.statistics import clustered_interval
+from flexalign.evaluation.summary import summarise
+from flexalign.evaluation.token_cut import token_cut_interval
+
+KEYS = {
+    *("system", "setting", "lambda", "task", "n_questions", "n_samples", "accuracy"),
+    *("accuracy_ci", "tokens", "tokens_ci", "thinking_tokens", "token_cut", "token_cut_ci"),
+    *("chord_distance", "chord_distance_ci", "hull_distance", "hull_distance_ci", "wrong"),
+    *("truncated", "unparsed", "no_answer"),
+}
+
+
+def _row(system, lam, task, question, sample, status="correct", tokens=10, thinking=4):
+    return {
+        "system": system,
+        "setting": "as it is" if lam is None else f"λ={lam:g}",
+        "lambda": lam,
+        "task": task,
+        "question": question,
+        "sample": sample,
+        "status": status,
+        "tokens": tokens,
+        "thinking_tokens": thinking,
+    }
+
+
+def _configuration(systems, tasks, baseline=None):
+    return {
+        "systems": [
+            {
+                "name": name,
+                "settings": [
+                    {"id": "as it is" if lam is None else f"λ={lam:g}", "lambda": lam}
+                    for lam in lams
+                ],
+            }
+            for name, lams in systems.items()
+        ],
+        "tasks": [{"name": task} for task in tasks],
+        "baseline": baseline,
+    }
+
+
+@pytest.fixture
+def measured():
+    rng = random.Random(0)
+    rows = [
+        _row(
+            system,
+            lam,
+            task,
+            f"q{question}",
+            sample,
+            rng.choice(["correct", "correct", "wrong", "truncated", "unparsed", "no_answer"]),
+            rng.randint(1, 40) * (3 if task == "long" else 1) + int(50 * (1 - (lam or 0))),
+            rng.randint(0, 9),
+        )
+        for system, lams in (("dial", (0.0, 0.5, 1.0)), ("student", (None,)))
+        for lam in lams
+        for task in ("short", "long")
+        for question in range(6)
+        for sample in range(3)
+    ]
+    systems = {"dial": (0.0, 0.5, 1.0), "student": (None,)}
+    return _configuration(systems, ("short", "long"), "dial"), rows
+
+
+def _of(rows, setting, task, name):
+    return [row[name] for row in rows if (row["setting"], row["task"]) == (setting, task)]
+
+
+def test_rows_are_what_a_naive_count_gives(measured) -> None:
+    configuration, rows = measured
+    summary = summarise(configuration, rows, [{"flexalign": "x"}])
+    assert [(r["system"], r["setting"], r["task"]) for r in summary["rows"]] == [
+        (system, setting, task)
+        for system, setting in [
+            *(("dial", s) for s in ("λ=0", "λ=0.5", "λ=1")),
+            ("student", "as it is"),
+        ]
+        for task in ("short", "long")
+    ]
+    for row in summary["rows"]:
+        assert set(row) == KEYS
+        place = (row["setting"], row["task"])
+        statuses, tokens = _of(rows, *place, "status"), _of(rows, *place, "tokens")
+        questions = _of(rows, *place, "question")
+        right = [status == "correct" for status in statuses]
+        assert row["n_questions"] == 6
+        assert row["n_samples"] == 18
+        assert row["accuracy"] == pytest.approx(np.mean(right))
+        low, _, high = clustered_interval(right, questions, share=True)
+        assert row["accuracy_ci"] == pytest.approx([low, high])
+        assert row["tokens"] == pytest.approx(np.mean(tokens))
+        assert row["thinking_tokens"] == pytest.approx(
+            np.mean(_of(rows, *place, "thinking_tokens"))
+        )
+        for status in ("wrong", "truncated", "unparsed", "no_answer"):
+            assert row[status] == pytest.approx(statuses.count(status) / 18)
+        base = ("λ=0", row["task"])
+        reference = _of(rows, *base, "tokens")
+        cut = token_cut_interval(tokens, questions, reference, _of(rows, *base, "question"))
+        assert row["token_cut"] == pytest.approx(1 - np.mean(tokens) / np.mean(reference))
+        assert row["token_cut_ci"] == pytest.approx([cut.low, cut.high])
+
+
+def test_distances_are_to_the_line_between_the_ends(measured) -> None:
+    configuration, rows = measured
+    summary = summarise(configuration, rows, [{}])
+    slow, middle, fast = [
+        next(r for r in summary["rows"] if r["setting"] == s and r["task"] == "short")
+        for s in ("λ=0", "λ=0.5", "λ=1")
+    ]
+    share = (middle["tokens"] - fast["tokens"]) / (slow["tokens"] - fast["tokens"])
+    height = fast["accuracy"] + share * (slow["accuracy"] - fast["accuracy"])
+    assert middle["chord_distance"] == pytest.approx(middle["accuracy"] - height)
+    assert (
+        middle["chord_distance_ci"][0] < middle["chord_distance"] < middle["chord_distance_ci"][1]
+    )
+    assert slow["chord_distance"] == fast["chord_distance"] == 0
+    student = next(r for r in summary["rows"] if r["system"] == "student")
+    assert student["chord_distance"] is None
+    assert student["hull_distance"] == 0
+
+
+def test_means_are_named_for_what_they_are(measured) -> None:
+    configuration, rows = measured
+    summary = summarise(configuration, rows, [{}])
+    [fast] = [mean for mean in summary["means"] if mean["setting"] == "λ=1"]
+    own = [r for r in summary["rows"] if r["setting"] == "λ=1"]
+    slow = [r for r in summary["rows"] if r["setting"] == "λ=0"]
+    assert fast["accuracy"] == pytest.approx(np.mean([r["accuracy"] for r in own]))
+    assert fast["token_cut_mean"] == pytest.approx(np.mean([r["token_cut"] for r in own]))
+    pooled = 1 - sum(r["tokens"] for r in own) / sum(r["tokens"] for r in slow)
+    assert fast["token_cut_pooled"] == pytest.approx(pooled)
+    assert abs(fast["token_cut_pooled"] - fast["token_cut_mean"]) > 1e-3
+
+
+def test_the_order_of_rows_does_not_matter(measured) -> None:
+    configuration, rows = measured
+    shuffled = random.Random(1).sample(rows, len(rows))
+    assert summarise(configuration, shuffled, [{}]) == summarise(configuration, rows, [{}])
+
+
+def test_without_a_reference_there_is_no_cut(measured) -> None:
+    configuration, rows = measured
+    summary = summarise(configuration | {"baseline": None}, rows, [{}])
+    student = next(r for r in summary["rows"] if r["system"] == "student")
+    assert student["token_cut"] is student["token_cut_ci"] is None
+    mean = next(m for m in summary["means"] if m["system"] == "student")
+    assert mean["token_cut_mean"] is mean["token_cut_pooled"] is None
+
+
+def test_a_hole_in_the_samples_narrows_the_comparison_alone(measured) -> None:
+    configuration, rows = measured
+    kept = [r for r in rows if not (r["lambda"] == 1.0 and r["question"] == "q0")]
+    summary = summarise(configuration, kept, [{}])
+    fast = next(r for r in summary["rows"] if r["setting"] == "λ=1")
+    slow = next(r for r in summary["rows"] if r["setting"] == "λ=0")
+    assert (fast["n_questions"], slow["n_questions"]) == (5, 6)
+    shared = [
+        r["tokens"]
+        for r in kept
+        if r["lambda"] == 0 and r["question"] != "q0" and r["task"] == "short"
+    ]
+    assert fast["token_cut"] == pytest.approx(1 - fast["tokens"] / np.mean(shared))
+
+
+def test_a_single_question_says_nothing_of_others() -> None:
+    configuration = _configuration({"m": (None,)}, ("t",))
+    [row] = summarise(configuration, [_row("m", None, "t", "q", 0)], [{}])["rows"]
+    assert row["accuracy_ci"] == [0, 1]
+    assert row["tokens_ci"] == [None, None]
+    json.dumps(row, allow_nan=False)
+
+
+def test_unknown_thinking_stays_unknown() -> None:
+    configuration = _configuration({"m": (None,)}, ("t",))
+    rows = [_row("m", None, "t", q, 0, thinking=n) for q, n in (("a", 3), ("b", None))]
+    [row] = summarise(configuration, rows, [{}])["rows"]
+    assert row["thinking_tokens"] is None
+
+
+def test_nothing_sampled_is_said() -> None:
+    with pytest.raises(ConfigError, match="no sample yet"):
+        summarise(_configuration({"m": (None,)}, ("t",)), [], [{}])
+
+
+def test_the_environment_names_the_run_and_later_machines(measured) -> None:
+    configuration, rows = measured
+    environment = summarise(configuration, rows, [{"python": "3.11"}, {"python": "3.12"}])[
+        "environment"
+    ]
+    assert environment["python"] == "3.11"
+    assert environment["continued_with"] == [{"python": "3.12"}]
+    assert environment["run"] == configuration

@@ -1,0 +1,174 @@
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from flexalign.errors import ConfigError, LambdaError
+from flexalign.evaluation.systems import (
+    AS_IT_IS,
+    Cell,
+    Setting,
+    System,
+    SystemOptions,
+    open_backend,
+    parse_system,
+    parse_systems,
+    settings_of,
+    unique_settings,
+)
+from flexalign.inra import InRaModel
+
+
+@pytest.mark.parametrize(
+    ("text", "system"),
+    [
+        ("model:out/lambda=2", System("model:lambda=2", "model", ("out/lambda=2",))),
+        ("ref=model:a/b", System("ref", "model", ("a/b",))),
+        ("dial:a,b", System("dial:a,b", "dial", ("a", "b"))),
+        (
+            "mine=url:http://localhost:8000/v1",
+            System("mine", "url", ("http://localhost:8000/v1",)),
+        ),
+        (
+            "pair:miniature",
+            System("pair:miniature,miniature:aligned", "pair", ("miniature", "miniature:aligned")),
+        ),
+        ("λ 2=interpolate:x/r,y/a", System("λ 2", "interpolate", ("x/r", "y/a"))),
+    ],
+)
+def test_a_system_is_read(text: str, system: System) -> None:
+    assert parse_system(text) == system
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("miniature", r"is no system.*\(such as model:miniature\)"),
+        ("modl:x", "is no system"),
+        ("dial:a", "dial takes 2 models"),
+        ("pair:a,b,c", "pair takes 2 models"),
+        ("pair:a,", "pair takes 2 models"),
+    ],
+)
+def test_what_is_no_system_is_said(text: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        parse_system(text)
+
+
+def test_two_systems_need_two_names() -> None:
+    with pytest.raises(ConfigError, match=r"two systems are called 'model:m'; put a name"):
+        parse_systems(["model:a/m", "model:b/m"])
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (0.5, "λ=0.5"),
+        (-0.0, "λ=0"),
+        ({"policy": "fixed", "lambda": 2}, "λ=2"),
+        ({"policy": "adaptive", "threshold": 0.5}, "adaptive 0.5"),
+        ("auto", "adaptive"),
+        (
+            {"policy": "adaptive", "threshold": 0.5, "measure": "agreement"},
+            "adaptive 0.5 measure=agreement",
+        ),
+        ({"policy": "route", "share": 0.25}, "route 0.25"),
+    ],
+)
+def test_a_dial_has_one_name(value: object, name: str) -> None:
+    assert Setting.of(value).id == name
+
+
+def test_a_setting_knows_its_json_form() -> None:
+    assert (Setting.of(0.5).lam, Setting.of(0.5).policy) == (0.5, None)
+    thinking = Setting.of('{"kind": "thinking", "think": 0, "answer": 1}')
+    assert thinking.lam is None
+    assert Setting.of(thinking.policy) == thinking
+    assert Setting.of(thinking.id) == thinking
+
+
+def test_a_setting_is_given_once() -> None:
+    with pytest.raises(ConfigError, match="λ=1 is given twice"):
+        unique_settings([1, 0, 1.0])
+
+
+def test_each_kind_takes_its_settings() -> None:
+    asked = unique_settings([0, 2, {"policy": "route", "share": 0.5}])
+    by_kind = {
+        kind: [s.id for s in settings_of(System("s", kind, ("a", "b")), asked)]
+        for kind in ("model", "pair", "interpolate", "url")
+    }
+    assert by_kind == {
+        "model": ["as it is"],
+        "pair": ["λ=0", "λ=2", "route 0.5"],
+        "interpolate": ["λ=0", "λ=2"],
+        "url": ["λ=0", "λ=2", "route 0.5"],
+    }
+    assert [s.id for s in settings_of(System("s", "dial", ("a", "b")), [])] == [
+        "λ=0",
+        "λ=0.5",
+        "λ=1",
+    ]
+    assert settings_of(System("s", "url", ("u",)), []) == [AS_IT_IS]
+
+
+def test_an_adapters_range_is_kept(tiny_pair, tmp_path) -> None:
+    InRaModel.create(str(tiny_pair.reference)).save_pretrained(tmp_path / "adapter")
+    system = System("d", "dial", (str(tiny_pair.reference), str(tmp_path / "adapter")))
+    settings = unique_settings([0, 2])
+    with pytest.raises(LambdaError, match=r"λ=2: outside the range \[0, 1\].*--lambda-range"):
+        open_backend(system, settings, SystemOptions())
+    backend = open_backend(system, settings, SystemOptions(lambda_range=(0, 2)))
+    first, second = backend.describe()["parts"]
+    assert len(first["fingerprint"]) == len(second["fingerprint"]) == 16
+    with pytest.raises(ConfigError, match="there is no adapter 'nowhere'"):
+        open_backend(
+            System("d", "dial", (str(tiny_pair.reference), "nowhere")), [], SystemOptions()
+        )
+
+
+def test_vllm_is_asked_for_where_it_is_not(tiny_pair) -> None:
+    model = System("m", "model", (str(tiny_pair.reference),))
+    with pytest.raises(ConfigError, match="vLLM is not installed"):
+        open_backend(model, [], SystemOptions(engine="vllm"))
+    pair = System("p", "pair", tuple(map(str, tiny_pair)))
+    with pytest.raises(ConfigError, match="runs plain models"):
+        open_backend(pair, [], SystemOptions(engine="vllm"))
+
+
+def test_vllm_is_asked_in_its_own_way(tiny_pair, tiny_tokenizer, monkeypatch) -> None:
+    """The adapter against a stand-in that answers as vLLM's offline engine does."""
+    asked = []
+
+    class Engine:
+        def __init__(self, **options):
+            asked.append(options)
+
+        def generate(self, prompts, sampling, use_tqdm):
+            asked.append((prompts, sampling, use_tqdm))
+            outputs = [
+                SimpleNamespace(text="<think>1+2</think>3", token_ids=[7] * 9, finish_reason=why)
+                for why in ("stop", "length")
+            ]
+            return [SimpleNamespace(outputs=[output]) for output in outputs]
+
+    fake = ModuleType("vllm")
+    fake.LLM, fake.SamplingParams = Engine, lambda **options: options
+    fake.__spec__ = SimpleNamespace(name="vllm")
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    system = System("m", "model", (str(tiny_pair.reference),))
+    options = SystemOptions(engine="vllm", max_new_tokens=9)
+    backend = open_backend(system, [AS_IT_IS], options)
+    messages = [{"role": "user", "content": "one plus two"}]
+    cells = [Cell(AS_IT_IS, "t", "1", n, 40 + n, messages) for n in range(3)]
+    [outcomes] = backend.run(cells, {cells[0].key})
+    assert [cell for cell, _ in outcomes] == cells[1:]
+    answers = [answer for _, answer in outcomes]
+    assert [(a.tokens, a.truncated) for a in answers] == [(8, False), (9, True)]
+    thinking = len(tiny_tokenizer("1+2", add_special_tokens=False)["input_ids"])
+    assert answers[0].thinking_tokens == thinking
+    prompts, sampling, _ = asked[1]
+    expected = tiny_tokenizer(backend.render(messages), add_special_tokens=False)["input_ids"]
+    assert prompts == [{"prompt_token_ids": expected}] * 2
+    assert [one["seed"] for one in sampling] == [41, 42]
+    assert sampling[0]["max_tokens"] == 9
