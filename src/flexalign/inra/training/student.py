@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
 from flexalign.inra.model import InRaModel
 from flexalign.inra.streams import Entry
 
@@ -32,22 +30,26 @@ def as_student(model: InRaModel) -> Iterator[Any]:
     base: Any = model.base
     dtype = next(model.adapter.parameters()).dtype
     forward = base.__dict__.get("forward")
+    config = base.config.get_text_config(decoder=True)
+    use_cache = getattr(config, "use_cache", True)
     model.adapter.float()
     base.add_module(_NAME, model.adapter)
     base.save_pretrained = model.save_pretrained
+    config.use_cache = False  # a cache of the base has no room for the adapter
     model.entry.stands_open = True
     try:
         yield base
     finally:
         model.entry.stands_open = False
+        config.use_cache = use_cache
         delattr(base, _NAME)
+        del base.save_pretrained
         # TRL puts a forward with its own loss in the place of the class's.
-        for name, before in (("save_pretrained", None), ("forward", forward)):
-            base.__dict__.pop(name, None)
-            if before is not None:
-                setattr(base, name, before)
+        base.__dict__.pop("forward", None)
+        if forward is not None:
+            base.forward = forward
         model.adapter.to(dtype)
-        torch.nn.Module.eval(base)
+        base.eval()
 
 
 @contextmanager
