@@ -44,7 +44,7 @@ def test_no_number_of_samples_mends_too_few_questions():
 def test_tune_proves_less_on_what_it_holds_out():
     variance = VarianceModel(between=0.02, within=0.1)  # above the floor of whole losses
     made = plan(500, 8, variance=variance, choosing_share=0.4)
-    assert made.tune_margin == pytest.approx(plan(300, 8, variance=variance).margin)
+    assert made.tune_margin == pytest.approx(plan(300, 8, variance=variance).margin + 1 / 600)
     assert made.tune_margin > made.margin
 
 
@@ -52,8 +52,10 @@ def test_tune_does_not_believe_in_too_little_variance():
     variance = VarianceModel(between=0.0, within=0.0)
     made = plan(100, 8, variance=variance, choosing_share=0.0)
     deviation = math.sqrt(made.tune_margin * (1 - made.tune_margin))
-    assert made.margin == 0
-    assert made.tune_margin == pytest.approx(1.66039 * deviation / 10, rel=1e-4)  # t, 99 degrees
+    assert (made.margin, made.costs) == (0, ())
+    assert made.tune_margin == pytest.approx(
+        1.66039 * deviation / 10 + 1 / 200, rel=1e-4
+    )  # t, 99 degrees
 
 
 def test_a_pilot_gives_the_variances_back():

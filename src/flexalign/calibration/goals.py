@@ -35,6 +35,10 @@ class Goal(Protocol):
         """Standard deviation over questions below which the proof does not believe the data."""
 
     @property
+    def step(self) -> float:
+        """How far a single question can jump; 0 where it moves evenly."""
+
+    @property
     def text(self) -> str:
         """The promise as a clause."""
 
@@ -48,17 +52,18 @@ class Goal(Protocol):
 def lower_bound(slack: NDArray[np.float64], goal: Goal, level: float) -> float:
     """Lower bound of the mean slack at one-sided error `level`, clustered by question.
 
-    Student's, with a deviation of at least ``goal.least_deviation``: without that floor (and with a
-    score interval too) rare whole losses go unseen at early looks and break the promise.
+    Student's, with a deviation of at least ``goal.least_deviation`` and less half a question's
+    largest step, Yates's correction: without the floor (and with a score interval too) rare whole
+    losses go unseen at early looks and break the promise.
 
     Args:
         slack: One value a question, shape (n,), at least 2.
-        goal: Gives the least deviation.
+        goal: Gives the least deviation and the step.
         level: One-sided error, in (0, 0.5).
     """
     deviation = max(float(slack.std(ddof=1)), goal.least_deviation)
     half = t_quantile(1 - 2 * level, slack.size - 1) * deviation / math.sqrt(slack.size)
-    return float(slack.mean()) - half
+    return float(slack.mean()) - half - goal.step / (2 * slack.size)
 
 
 def accuracy_difference(
@@ -109,6 +114,11 @@ class NonInferiority:
         return math.sqrt(self.margin * (1 - self.margin))
 
     @property
+    def step(self) -> float:
+        """From right to wrong."""
+        return 1.0
+
+    @property
     def text(self) -> str:
         """The promise as a clause."""
         return f"accuracy no more than {100 * self.margin:g} points below the reference's"
@@ -152,6 +162,11 @@ class TokenBudget:
     @property
     def least_deviation(self) -> float:
         """The data are believed."""
+        return 0.0
+
+    @property
+    def step(self) -> float:
+        """Tokens move evenly."""
         return 0.0
 
     @property

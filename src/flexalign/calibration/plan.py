@@ -211,7 +211,7 @@ def plan(
         _tune_margin(held_out, confidence, power, model.of_question(samples)),
         tuple(
             _cost(wanted, questions, samples, confidence, power, model)
-            for wanted in margins or tuple(share * margin for share in _SMALLER)
+            for wanted in margins or tuple(share * margin for share in _SMALLER if margin > 0)
         ),
         model,
     )
@@ -222,7 +222,7 @@ def _factor(questions: int, confidence: float, power: float) -> float:
 
 
 def _tune_margin(questions: int, confidence: float, power: float, variance: float) -> float | None:
-    """The smallest margin that the proof's bound, with its floor, reaches (its looks cost little)."""
+    """The smallest margin that the proof's own bound reaches (its looks cost little)."""
     if questions < 2:
         return None
     against = t_quantile(2 * confidence - 1, questions - 1) / math.sqrt(questions)
@@ -230,8 +230,10 @@ def _tune_margin(questions: int, confidence: float, power: float, variance: floa
     low, high = 0.0, 1.0
     while high - low > 1e-9:
         margin = (low + high) / 2
-        deviation = max(math.sqrt(variance), NonInferiority(margin).least_deviation)
-        low, high = (margin, high) if against * deviation + chance > margin else (low, margin)
+        goal = NonInferiority(margin)
+        deviation = max(math.sqrt(variance), goal.least_deviation)
+        needed = against * deviation + chance + goal.step / (2 * questions)
+        low, high = (margin, high) if needed > margin else (low, margin)
     return high
 
 

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from flexalign.cli._shared import console, parse_lambdas, print_json, result_console
+from flexalign.cli._evaluate import read_settings
+from flexalign.cli._shared import console, print_json, result_console
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -13,26 +14,13 @@ if TYPE_CHECKING:
     from flexalign.evaluation.tasks import Task
 
 
-def settings_of(lambdas: str, policies: list[str] | None) -> "list[Setting]":
-    """λ = 0, then the candidates."""
-    from flexalign.evaluation.systems import unique_settings
+def settings_of(lambdas: str | None, policies: list[str]) -> "list[Setting]":
+    """Read the candidates; λ = 0, which they are compared with, goes first."""
+    from flexalign.evaluation.systems import Setting
 
-    numbers = [lam for lam in parse_lambdas(lambdas) if lam != 0] if lambdas else []
-    return unique_settings([0.0, *sorted(numbers, key=abs), *(policies or [])])
-
-
-def stored_lambdas(answers: "StoredAnswers", policies: list[str] | None) -> str:
-    found = [name.removeprefix("λ=") for name in answers.settings if name.startswith("λ=")]
-    return "" if policies else ",".join(found)
-
-
-def parse_range(text: str | None) -> tuple[float, float] | None:
-    if text is None:
-        return None
-    ends = parse_lambdas(text)
-    if len(ends) != 2 or ends[0] > ends[1]:
-        raise ConfigError(f"--lambda-range takes two numbers, low and high, got {text!r}.")
-    return ends[0], ends[1]
+    reference = Setting.of(0.0)
+    candidates = [given for given in read_settings(lambdas, policies) if given != reference]
+    return [reference, *candidates]
 
 
 def sweep_of(

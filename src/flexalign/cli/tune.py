@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from flexalign.cli._shared import console, print_json, result_console
+from flexalign.cli._evaluate import read_range
+from flexalign.cli._shared import console, print_json, progress_bar, result_console
 from flexalign.cli._tune import (
-    parse_range,
     plan_of,
     settings_of,
     show_plan,
-    stored_lambdas,
     sweep_of,
     variance_of,
     warn_of_margin,
@@ -56,14 +55,14 @@ def tune(
     ] = None,
     policies: Annotated[
         list[str] | None,
-        typer.Option(
-            "--policy", help="More candidates, as JSON, such as an adaptive threshold. Repeatable."
-        ),
+        typer.Option("--policy", help="More candidates: 'adaptive 0.5', or JSON; repeatable."),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Of each question; the task's own.")] = None,
     temperature: Annotated[float | None, typer.Option(help="The task's own.")] = None,
     top_p: Annotated[float | None, typer.Option(help="The task's own.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest answer; the task's own.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer; the task's own.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Responses made together.")] = 32,
     looks: Annotated[
         str,
@@ -110,7 +109,7 @@ def tune(
 
     λ and adaptive thresholds together, on the built-in miniature:
     [cyan]flexalign tune dial:miniature --task miniature --margin 0.1 --lambda 0.5,1
-    --policy '{"policy": "adaptive", "threshold": 0.9}' -o out/tuned[/cyan]
+    --policy 'adaptive 0.9' -o out/tuned[/cyan]
 
     From a sweep that is there, at no cost:
     [cyan]flexalign tune --from out/sweep --margin 0.02 -o out/tuned[/cyan]
@@ -118,7 +117,7 @@ def tune(
     from flexalign.calibration import NonInferiority, TokenBudget, TuneOptions
     from flexalign.calibration.stored import StoredAnswers
     from flexalign.evaluation.samples import ResultsFolder
-    from flexalign.evaluation.systems import parse_system
+    from flexalign.evaluation.systems import Setting, parse_system
     from flexalign.evaluation.tasks import load_task
 
     goal: Goal = NonInferiority(margin) if max_tokens_mean is None else TokenBudget(max_tokens_mean)
@@ -127,22 +126,25 @@ def tune(
     if stored is not None:
         if system is not None:
             raise ConfigError("SYSTEM is not asked with --from; leave one of the two out.")
-        name = None if task is None else load_task(task, data=data, limit=limit).name
+        name = None if task is None else load_task(task, data=data, limit=limit, seed=seed).name
         answers = StoredAnswers(ResultsFolder.read(stored), task=name)
         options = TuneOptions(confidence, samples or answers.samples, looks=looks, seed=seed)  # type: ignore[arg-type]
-        planned = plan_of(
-            len(answers.questions), options, power, variance_of(answers, answers.task, accuracy)
-        )
+        variance = variance_of(answers, answers.task, accuracy)
+        planned = plan_of(len(answers.questions), options, power, variance)
         if plan_only or dry_run:
             show_plan(planned, as_json)
             return
-        settings = settings_of(lambdas or stored_lambdas(answers, policies), policies)
+        warn_of_margin(planned, goal)
+        settings = settings_of(lambdas, policies or [])
+        if len(settings) == 1:
+            settings += [Setting(name) for name in answers.settings if name != settings[0].id]
         assert output is not None
-        _finish(_run(settings, answers, answers.questions, goal, options), output, as_json, answers)
+        tuned = _run(settings, answers, answers.questions, goal, options)
+        _finish(tuned, output, as_json, answers)
         return
     if task is None:
         raise ConfigError("--task is missing; name the questions, such as --task math500.")
-    questions = load_task(task, data=data, limit=limit)
+    questions = load_task(task, data=data, limit=limit, seed=seed)
     options = TuneOptions(
         confidence,
         samples or questions.sampling.samples,
@@ -157,7 +159,11 @@ def tune(
         return
     if system is None:
         raise ConfigError("SYSTEM is missing; say what is tuned, such as dial:BASE,ADAPTER.")
-    settings = settings_of(lambdas or ("" if policies else _LAMBDAS), policies)
+    settings = settings_of(lambdas or (None if policies else _LAMBDAS), policies or [])
+    if len(settings) == 1:
+        raise ConfigError(
+            "there is no candidate besides λ = 0; name one with --lambda or --policy."
+        )
     sweep = sweep_of(
         parse_system(system),
         questions,
@@ -166,9 +172,9 @@ def tune(
         {
             "temperature": temperature,
             "top_p": top_p,
-            "max_new_tokens": max_tokens,
+            "max_new_tokens": max_new_tokens,
             "batch_size": batch_size,
-            "lambda_range": parse_range(lambda_range),
+            "lambda_range": read_range(lambda_range),
         },
     )
     warn_of_margin(planned, goal)
@@ -193,19 +199,21 @@ def _draw(
     workers: int,
     as_json: bool,
 ) -> None:
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn
-
     from flexalign.calibration.stored import DrawnAnswers
+    from flexalign.cli._training import quieten_libraries
 
+    quieten_libraries()
     (task,) = sweep.tasks
-    columns = (TextColumn("samples, at most"), MofNCompleteColumn())
-    with Progress(*columns, console=console) as bar:
-        shown = bar.add_task("samples", total=sweep.total)
-        answers = DrawnAnswers(
-            sweep, output, workers=workers, progress=lambda made: bar.advance(shown, made)
-        )
+    with progress_bar("samples, at most", sweep.total) as show:
+        complete = 0
+
+        def advance(made: int) -> None:
+            nonlocal complete
+            complete += made
+            show(complete)
+
         try:
-            with answers:
+            with DrawnAnswers(sweep, output, workers=workers, progress=advance) as answers:
                 ids = [question.id for question in task.questions]
                 tuned = _run(settings, answers, ids, goal, options)
         except KeyboardInterrupt:

@@ -1,0 +1,129 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flexalign.evaluation.samples import ResultsFolder
+
+GOOD, BAD = "λ=1", "λ=2"
+
+
+def _rows(questions: int, samples: int) -> list[dict[str, Any]]:
+    """Stored answers: λ=1 saves half and is as right as λ=0, λ=2 is nearly always wrong."""
+    generator = np.random.default_rng(0)
+    rates = generator.beta(2, 1, questions)
+    tokens = {"λ=0": 100, GOOD: 50, BAD: 20}
+    return [
+        {
+            "system": "dial:a,b",
+            "setting": setting,
+            "task": "sums",
+            "question": str(question),
+            "sample": sample,
+            "status": "correct"
+            if generator.random() < rates[question] * (0.2 if setting == BAD else 1)
+            else "wrong",
+            "tokens": tokens[setting] + int(generator.integers(10)),
+        }
+        for question in range(questions)
+        for setting in tokens
+        for sample in range(samples)
+    ]
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    ResultsFolder.begin(tmp_path / "sweep", {"systems": []}, [], {}).append(_rows(150, 4))
+    return tmp_path / "sweep"
+
+
+@pytest.fixture
+def sums(tmp_path: Path) -> Path:
+    rows = [{"problem": f"{n} + 1", "answer": str(n + 1)} for n in range(40)]
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_a_stored_sweep_is_tuned_at_no_cost(run_cli, sweep: Path, tmp_path: Path):
+    output = tmp_path / "tuned"
+    result = run_cli("tune", "--from", sweep, "--margin", "0.2", "-o", output, "--json")
+    assert result.exit_code == 0, result.stderr
+    tuned = json.loads(result.stdout)
+    assert tuned["chosen"] == GOOD
+    assert tuned == json.loads((output / "tuned.json").read_text(encoding="utf-8"))
+    assert (output / "tuned.md").is_file()
+    assert (output / "tuned.png").is_file()
+
+
+def test_none_is_an_answer_and_no_failure(run_cli, sweep: Path, tmp_path: Path):
+    arguments = ("--from", sweep, "--lambda", "2", "--margin", "0.1", "-o", tmp_path / "tuned")
+    result = run_cli("tune", *arguments)
+    assert (result.exit_code, result.stdout.strip()) == (0, "none")
+
+
+def test_a_budget_asks_for_the_most_accuracy(run_cli, sweep: Path, tmp_path: Path):
+    arguments = ("--from", sweep, "--max-tokens-mean", "70", "-o", tmp_path / "tuned", "--json")
+    assert json.loads(run_cli("tune", *arguments).stdout)["chosen"] == GOOD
+
+
+def test_the_plan_needs_no_system(run_cli, sums: Path):
+    result = run_cli("tune", "--plan", "--task", sums, "--samples", "4", "--json")
+    plan = json.loads(result.stdout)
+    assert (plan["questions"], plan["samples"]) == (40, 4)
+    assert plan["tune_margin"] > plan["margin"] > plan["costs"][0]["margin"]
+    told = run_cli("tune", "--plan", "--task", sums, "--samples", "4").stdout
+    assert f"40 questions × 4 samples prove a margin of {100 * plan['margin']:.1f} points" in told
+
+
+def test_a_stored_sweep_gives_the_plan_its_variance(run_cli, sweep: Path):
+    arguments = ("--plan", "--from", sweep, "--json")
+    measured = json.loads(run_cli("tune", *arguments).stdout)["variance"]
+    assumed = json.loads(run_cli("tune", *arguments, "--accuracy", "0.5").stdout)["variance"]
+    assert assumed == {"between": pytest.approx(0.0049), "within": pytest.approx(0.2)}
+    assert measured["between"] > 0.02  # λ=2 loses most where the most could be lost
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--output is missing"),
+        (("-o", "x"), "--task is missing"),
+        (("-o", "x", "--task", "miniature"), "SYSTEM is missing"),
+        (("model:miniature", "-o", "x", "--task", "miniature"), "has no dial to tune"),
+        (("dial:miniature", "-o", "x", "--task", "miniature", "--lambda", "0"), "no candidate"),
+        (("--plan", "--task", "miniature", "--margin", "0"), "the margin must be"),
+        (("--plan", "--task", "miniature", "--looks", "daily"), "looks must be one of"),
+        (("a", "--from", "x", "-o", "x"), "SYSTEM is not asked"),
+    ],
+)
+def test_wrong_input_is_said_at_once(run_cli, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    result = run_cli("tune", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_dry_run_shows_prompt_and_plan(run_cli):
+    result = run_cli("tune", "dial:miniature", "--task", "miniature", "--dry-run", "--lambda", "1")
+    assert result.exit_code == 0, result.stderr
+    assert "would draw at most 8000 samples" in result.stderr
+    assert "500 questions × 8 samples" in result.stdout
+
+
+@pytest.mark.slow
+def test_the_miniature_is_tuned_and_goes_on(run_cli, tmp_path: Path):
+    arguments = (
+        *("tune", "pair:miniature", "--task", "miniature", "--limit", "40", "--samples", "2"),
+        *("--lambda", "1", "--margin", "0.3", "-o", tmp_path / "tuned", "--json"),
+    )
+    first = run_cli(*arguments)
+    assert first.exit_code == 0, first.stderr
+    stored = (tmp_path / "tuned" / "samples.jsonl").read_bytes()
+    assert len(stored.splitlines()) == json.loads(first.stdout)["samples"]["spent"]
+    assert run_cli(*arguments).stdout == first.stdout
+    assert (tmp_path / "tuned" / "samples.jsonl").read_bytes() == stored
