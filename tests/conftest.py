@@ -6,6 +6,7 @@ Fixtures for all tests:
 * ``tiny_model(family="qwen2", vocab_size=None, seed=0, **config)``: a two-layer random model.
 * ``tiny_pair``: ``(reference, aligned)``, two model folders with that tokenizer. Read only.
 * ``run_cli(*args)``: the command line, in this process, with what it printed.
+* ``serve(answer)``: a server of OpenAI's protocol on the loopback.
 """
 
 import atexit
@@ -35,7 +36,7 @@ import ipaddress
 import random
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from chat_server import Answer, Chat
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 hypothesis.settings.register_profile("offline", deadline=None, derandomize=True, database=None)
@@ -236,3 +239,17 @@ def run_cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
         return Result(exit_code, stdout.getvalue(), stderr.getvalue())
 
     return run
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Answer], Chat]]:
+    """Start servers of OpenAI's protocol on the loopback; see tests/chat_server.py."""
+    chats: list[Chat] = []
+
+    def start(answer: Answer) -> Chat:
+        chats.append(Chat(answer))
+        return chats[-1]
+
+    yield start
+    for chat in chats:
+        chat.close()

@@ -1,68 +1,13 @@
-import json
 import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from chat_server import CLOSE, Answer, Chat, Half, say
 from flexalign.data.endpoint import Endpoint, EndpointResponse
 from flexalign.errors import ConfigError, ServingError
-
-Answer = Callable[[str, dict[str, Any]], tuple[int, Any]]
-
-
-class Chat:
-    """A server on the loopback that answers as told and keeps what it was asked."""
-
-    def __init__(self, answer: Answer) -> None:
-        self.asked: list[tuple[str, dict[str, Any], str | None]] = []
-        self.most_at_once = 0
-        self._running = 0
-        lock, chat = threading.Lock(), self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    chat._running += 1
-                    chat.most_at_once = max(chat.most_at_once, chat._running)
-                    chat.asked.append((self.path, body, self.headers.get("Authorization")))
-                status, value = answer(self.path, body)
-                with lock:
-                    chat._running -= 1
-                content = value if isinstance(value, bytes) else json.dumps(value).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[[Answer], Chat]]:
-    chats: list[Chat] = []
-
-    def start(answer: Answer) -> Chat:
-        chat = Chat(answer)
-        threading.Thread(target=chat.server.serve_forever, args=(0.01,), daemon=True).start()
-        chats.append(chat)
-        return chat
-
-    yield start
-    for chat in chats:
-        chat.server.shutdown()
-        chat.server.server_close()
-
-
-def say(content: Any, finish: str = "stop", **message: Any) -> tuple[int, Any]:
-    choice = {"message": {"content": content, **message}, "finish_reason": finish}
-    return 200, {"choices": [choice], "usage": {"completion_tokens": 5}}
 
 
 def endpoint(url: str, **options: Any) -> Endpoint:
@@ -151,3 +96,55 @@ def test_a_server_that_is_not_there_is_named() -> None:
         endpoint("http://127.0.0.1:9", attempts=2).generate([user("?")], [1])
     with pytest.raises(ConfigError, match="is not an address"):
         endpoint("localhost:8000")
+
+
+def test_a_server_that_breaks_off_is_asked_again(serve: Callable[[Answer], Chat]) -> None:
+    answers = iter([CLOSE, (200, Half(say("6")[1])), say("7")])
+    chat = serve(lambda path, body: next(answers))
+    assert endpoint(chat.url).generate([user("?")], [1])[0].text == "7"
+    assert len(chat.asked) == 3
+
+
+def test_a_server_that_hangs_is_asked_again(serve: Callable[[Answer], Chat]) -> None:
+    hung = threading.Event()
+
+    def answer(path: str, body: dict[str, Any]) -> Any:
+        if not hung.is_set():
+            hung.set()
+            time.sleep(1.0)
+        return say("7")
+
+    chat = serve(answer)
+    assert endpoint(chat.url, timeout_seconds=0.2).generate([user("?")], [1])[0].text == "7"
+    assert len(chat.asked) == 2
+
+
+def test_a_server_says_when_to_come_back(
+    serve: Callable[[Answer], Chat], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paused: list[float] = []
+    monkeypatch.setattr("flexalign.data.endpoint.time.sleep", paused.append)
+    waits = iter(["7", "900", "tomorrow", "-3"])
+    chat = serve(lambda path, body: (429, b"", {"Retry-After": next(waits)}))
+    with pytest.raises(ServingError):
+        endpoint(chat.url, attempts=4, pause_seconds=1.0).generate([user("?")], [1])
+    assert paused == [7.0, 60.0, 4.0]
+
+
+def test_more_is_sent_and_read(serve: Callable[[Answer], Chat]) -> None:
+    details = {"completion_tokens": 9, "completion_tokens_details": {"reasoning_tokens": 4}}
+    choice = {"message": {"content": "3"}, "finish_reason": "stop"}
+    answer = {"choices": [choice], "usage": details, "dial": {"route": "fast"}}
+    chat = serve(lambda path, body: (200, answer))
+    response = endpoint(chat.url).ask(user("?"), 1, **{"lambda": 0.5})
+    assert response == EndpointResponse("3", 9, False, 4, {"route": "fast"})
+    assert chat.asked[0][1]["lambda"] == 0.5
+
+
+def test_a_server_lists_its_models(serve: Callable[[Answer], Chat]) -> None:
+    chat = serve(lambda path, body: (200, {"data": [{"id": "a"}, {"id": "b"}]}))
+    assert endpoint(chat.url).models() == ["a", "b"]
+    assert chat.asked[0][0] == "/v1/models"
+    silent = serve(lambda path, body: (200, {}))
+    with pytest.raises(ServingError, match=r"which models it has.*--model-name"):
+        endpoint(silent.url).models()
