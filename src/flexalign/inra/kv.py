@@ -5,6 +5,7 @@ cache has the type of layer 0's. Its rows are those of the stack (:class:`~flexa
 but it is reordered and repeated by rows of the batch, as beam search asks it to.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from flexalign.errors import ConfigError, UnsupportedModelError
+from flexalign.inra.room import RoomyLayer
 from flexalign.inra.streams import Plan
 
 __all__ = ["StreamCache"]
@@ -39,6 +41,9 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
         self._depth = len(self.layers)
         for _ in range(adapter_layers):
             self.layers.append(DynamicCache(config=config).layers[0])
+        for index, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer:
+                self.layers[index] = RoomyLayer()
         self.plan: Plan | None = None
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, DynamicLayer) or isinstance(layer, LinearAttentionLayer):
@@ -85,6 +90,21 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
         adapter = old.adapter_at[sources[new.entry :]]
         self._index(torch.cat([base, adapter]), adapter - old.entry)
         self.plan = new
+
+    def fork(self, rows: Tensor, streams: Tensor) -> "StreamCache":
+        """Return a cache of its own for rows of this one, which stays as it is.
+
+        Args:
+            rows: As in :meth:`take`.
+            streams: As in :meth:`take`.
+
+        Raises:
+            ConfigError: If a row does not have a stream that is to be kept.
+        """
+        other = copy.copy(self)
+        other.layers = [copy.copy(layer) for layer in self.layers]
+        other.take(rows, streams)
+        return other
 
     def join(self, other: "StreamCache") -> None:
         """Add the streams of another cache over the same rows and tokens."""
