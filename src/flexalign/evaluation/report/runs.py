@@ -1,0 +1,158 @@
+"""Results folders as `flexalign evaluate` writes them, read for the report.
+
+Responses may fill gigabytes, so a file is gone through once for the figures of every sample and
+a second time only for the few responses that are shown.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flexalign.data.files import Row, read_rows
+from flexalign.errors import DataError
+from flexalign.evaluation.report.budget import Scored
+
+__all__ = ["Key", "Run", "Samples"]
+
+_FIELDS = ("system", "setting", "task", "question", "sample", "tokens", "status")
+
+
+class Key(NamedTuple):
+    """What a row of a summary and a sample have in common."""
+
+    system: str
+    setting: str
+    task: str
+
+
+@dataclass
+class Samples:
+    """Figures of one setting's samples on one task, in the order of the file."""
+
+    questions: list[str] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    statuses: list[str] = field(default_factory=list)
+
+    def scored(self) -> Scored:
+        """The same as arrays, for scoring by budget."""
+        statuses = np.array(self.statuses)
+        return Scored(
+            tokens=np.array(self.tokens, dtype=np.int64),
+            correct=statuses == "correct",
+            cut=statuses == "truncated",
+            questions=self.questions,
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """One results folder.
+
+    Attributes:
+        folder: Where it lies.
+        label: What tells it from other runs in the same report; empty for a run by itself.
+    """
+
+    folder: Path
+    label: str = ""
+
+    @classmethod
+    def open_all(cls, folders: Sequence[Path]) -> list["Run"]:
+        """Open one or several folders, labelled by as much of their path as tells them apart.
+
+        Raises:
+            DataError: If there is no folder, one twice, or one without results.
+        """
+        if not folders:
+            raise DataError("a report needs at least one results folder.")
+        resolved = [folder.resolve() for folder in folders]
+        if len(set(resolved)) < len(resolved):
+            raise DataError("the same results folder is given twice; give each once.")
+        labels = _labels(resolved) if len(folders) > 1 else [""]
+        runs = [cls(folder, label) for folder, label in zip(folders, labels, strict=True)]
+        for run in runs:
+            run.require()
+        return runs
+
+    def require(self) -> None:
+        """Check that the folder holds results.
+
+        Raises:
+            DataError: If a file is missing.
+        """
+        for name in ("summary.json", "questions.jsonl", "samples.jsonl"):
+            if not (self.folder / name).is_file():
+                raise DataError(
+                    f"{self.folder} has no {name}; give a folder that `flexalign evaluate "
+                    "--output` has finished."
+                )
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """`summary.json`."""
+        return self._json("summary.json", ("rows", "means", "environment"))
+
+    @cached_property
+    def configuration(self) -> dict[str, Any]:
+        """`run.json`, empty where there is none."""
+        return self._json("run.json") if (self.folder / "run.json").is_file() else {}
+
+    @cached_property
+    def questions(self) -> dict[tuple[str, str], dict[str, Any]]:
+        """Rows of `questions.jsonl` by (task, question)."""
+        rows = self._rows("questions.jsonl", ("task", "question", "problem", "gold"))
+        return {(row["task"], row["question"]): row for row in rows}
+
+    @cached_property
+    def samples(self) -> dict[Key, Samples]:
+        """Figures of all samples by setting and task."""
+        found: dict[Key, Samples] = {}
+        for row in self.responses():
+            samples = found.setdefault(Key(row["system"], row["setting"], row["task"]), Samples())
+            samples.questions.append(row["question"])
+            samples.tokens.append(int(row["tokens"] or 0))
+            samples.statuses.append(row["status"])
+        return found
+
+    def responses(self) -> Iterator[dict[str, Any]]:
+        """Go through the rows of `samples.jsonl`."""
+        yield from self._rows("samples.jsonl", _FIELDS)
+
+    def _rows(self, name: str, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
+        path = self.folder / name
+        for row in read_rows(path):
+            if not isinstance(row, Row):
+                raise DataError(
+                    f"{path}, {row.place}: {row.reason}; run `flexalign evaluate` again with the "
+                    "same arguments, which mends the file."
+                )
+            missing = [field for field in fields if field not in row.value]
+            if missing:
+                raise DataError(f"{path}, {row.place}: the field {missing[0]!r} is missing.")
+            yield row.value
+
+    def _json(self, name: str, fields: Sequence[str] = ()) -> dict[str, Any]:
+        path = self.folder / name
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{path} is not JSON ({error}); evaluate again.") from None
+        missing = [field for field in fields if field not in value]
+        if missing:
+            raise DataError(f"{path}: the field {missing[0]!r} is missing; evaluate again.")
+        return dict(value)
+
+
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """The fewest trailing parts of each path that make all of them differ."""
+    longest = max(len(folder.parts) for folder in folders)
+    for count in range(1, longest + 1):
+        labels = ["/".join(folder.parts[-count:]) for folder in folders]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
