@@ -25,7 +25,16 @@ from flexalign.errors import ConfigError, LambdaError
 from flexalign.fusion import as_lambda
 from flexalign.schedules import Schedule
 
-__all__ = ["DEFAULT_THRESHOLD", "Adaptive", "Dial", "Fixed", "Measure", "Route", "parse_dial"]
+__all__ = [
+    "DEFAULT_THRESHOLD",
+    "Adaptive",
+    "Dial",
+    "Fixed",
+    "Measure",
+    "Route",
+    "Way",
+    "parse_dial",
+]
 
 Measure: TypeAlias = Literal["answer_probability", "min_token_probability", "agreement"]
 """How sure the fast answer is; see :class:`Adaptive`."""

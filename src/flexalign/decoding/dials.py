@@ -13,13 +13,13 @@ from torch import Tensor
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, LambdaError
 from flexalign.fusion import as_lambda
-from flexalign.policies import Fixed, parse_dial
+from flexalign.policies import Adaptive, Dial, Fixed, Route, parse_dial
 from flexalign.schedules import Schedule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["RowDials", "TagTokens"]
+__all__ = ["RowDials", "TagTokens", "read_dials"]
 
 
 class TagTokens:
@@ -95,15 +95,13 @@ class RowDials:
                     f"({rows},), or ({rows}, K) with one λ per generated token."
                 )
             return cls(table.reshape(rows, -1), [None] * rows)
-        given = lam if isinstance(lam, list | tuple) else [lam]
-        dials = [parse_dial(one.item() if isinstance(one, Tensor) else one) for one in given]
-        if isinstance(lam, list | tuple):
-            if len(dials) != rows:
-                raise LambdaError(
-                    f"{len(dials)} λ for {rows} prompts; give one number, or one for each prompt."
+        dials = read_dials(lam, rows)
+        for dial in dials:
+            if isinstance(dial, Adaptive | Route):
+                raise ConfigError(
+                    f"{dial} chooses a way for a whole response, and what is wanted here is a λ "
+                    "for every token; give a number or a schedule, or use generate."
                 )
-        else:
-            dials *= rows
         constants = [dial.lam if isinstance(dial, Fixed) else 0.0 for dial in dials]
         return cls(
             torch.tensor(constants, dtype=torch.float64).reshape(rows, 1),
@@ -138,6 +136,22 @@ class RowDials:
             if schedule is not None:
                 lam[row] = schedule.at(index, inside=inside[row], thinking_tokens=thinking[row])
         return lam
+
+
+def read_dials(lam: Any, rows: int) -> list[Dial]:
+    """Read one dial for all prompts, or a list with one for each.
+
+    Raises:
+        LambdaError: If a λ is not finite, or their number is not that of the prompts.
+        ConfigError: If a schedule or a policy is malformed.
+    """
+    if not isinstance(lam, list | tuple):
+        return [parse_dial(lam)] * rows
+    if len(lam) != rows:
+        raise LambdaError(
+            f"{len(lam)} λ for {rows} prompts; give one number, or one for each prompt."
+        )
+    return [parse_dial(one.item() if isinstance(one, Tensor) else one) for one in lam]
 
 
 def _extremes(schedule: Schedule) -> tuple[float, float]:

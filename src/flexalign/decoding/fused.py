@@ -2,9 +2,12 @@
 
 Two models, or one model with an adapter stream, decode by the same loop: the one in transformers,
 with its sampling options, beams, stop strings and streamers. What is added here is λ: fixed for
-every prompt before ``generate`` repeats rows, and handed to ``forward`` at every step.
+every prompt before ``generate`` repeats rows, and handed to ``forward`` at every step. Policies
+that choose a way for a whole response go through ``flexalign.decoding.routing``, which calls the
+same ``generate`` for each part of it.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,9 +15,12 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedTokenizerBase
 
 from flexalign.data.thinking import ThinkingTags
-from flexalign.decoding.dials import RowDials, TagTokens
+from flexalign.decoding.confidence import Listener, Watch
+from flexalign.decoding.dials import RowDials, TagTokens, read_dials
+from flexalign.decoding.routing import generate_routed, needs_routing
 from flexalign.errors import ConfigError
 from flexalign.fusion import gated_lambda
+from flexalign.policies import DEFAULT_THRESHOLD, Adaptive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["FusedDecoding"]
 
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+_REPEATING = ("num_beams", "num_return_sequences")
 _INNER_OUTPUTS = ("output_hidden_states", "output_attentions")
 
 
@@ -49,6 +56,20 @@ class FusedDecoding(GenerationMixin):  # type: ignore[misc]
         """Return what ``forward`` needs besides λ, such as a cache, for these prompts."""
         raise NotImplementedError
 
+    def _prefill_for(
+        self, input_ids: Tensor, attention_mask: Tensor, needs: Sequence[tuple[Tensor, RowDials]]
+    ) -> Any:
+        """Run prompts, ``(B, T)``, once for several generations: some rows, each with a dial."""
+        raise NotImplementedError
+
+    def _fork(self, cache: Any, rows: Tensor, dials: RowDials) -> Any:
+        """Return a cache of its own for rows of a prefilled one: what their dials need."""
+        raise NotImplementedError
+
+    def _threshold(self, policy: Adaptive) -> float:
+        """Return an adaptive policy's threshold."""
+        return DEFAULT_THRESHOLD if policy.threshold is None else policy.threshold
+
     def generate(
         self,
         inputs: Tensor | None = None,
@@ -65,7 +86,9 @@ class FusedDecoding(GenerationMixin):  # type: ignore[misc]
             lam: A number, a schedule over the generated token's index (first 0), a policy, a list
                 with one of these for each prompt, or a tensor ``(B,)``, or ``(B, K)`` with λ by
                 generated token. The model's default λ if not given.
-            policy: The same as ``lam``, under the name that a policy goes by.
+            policy: The same as ``lam``, under the name that a policy goes by. With
+                ``Adaptive`` or ``Route`` among them, each row goes the way that is chosen for it
+                (:class:`flexalign.decoding.routing.RoutedOutput` tells which).
             gate: As in :func:`flexalign.fusion.fuse`.
             **options: Whatever transformers' ``generate`` takes, assisted decoding and caches
                 other than the dynamic one excepted.
@@ -88,7 +111,12 @@ class FusedDecoding(GenerationMixin):  # type: ignore[misc]
         if gate is not None:
             gated_lambda(torch.zeros(1), torch.zeros(1), 2.0, gate)
         dial = policy if lam is None else lam
-        dials = RowDials.of(self._default_dial() if dial is None else dial, len(prompts))
+        dial = self._default_dial() if dial is None else dial
+        if not isinstance(dial, Tensor):
+            dial = read_dials(dial, len(prompts))
+            if needs_routing(dial):
+                return generate_routed(self, dial, gate, options)
+        dials = RowDials.of(dial, len(prompts))
         self._check_options(options)
         options |= self._decoding_inputs(dials, options)
         return super().generate(
@@ -145,10 +173,40 @@ class FusedDecoding(GenerationMixin):  # type: ignore[misc]
                     "run the models one by one for them."
                 )
 
-    def _tag_tokens(self, options: dict[str, Any]) -> TagTokens:
+    def _repeats(self, options: dict[str, Any]) -> int:
+        """Return how often ``generate`` will repeat every prompt."""
+        return max(self._setting(name, options) or 1 for name in _REPEATING)
+
+    def _pad(self, options: dict[str, Any]) -> int:
+        """Return the token that responses are padded with, as transformers chooses it."""
+        for name in ("pad_token_id", "eos_token_id"):
+            token = self._setting(name, options)
+            if token is not None:
+                return int(torch.as_tensor(token).flatten()[0])
+        return 0
+
+    def _known_tokenizer(self, what: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
         tokenizer = options.get("tokenizer") or self.tokenizer
         if tokenizer is None:
-            raise ConfigError("a thinking schedule needs the tokenizer: pass tokenizer=….")
+            raise ConfigError(f"{what} needs the tokenizer: pass tokenizer=….")
+        return tokenizer
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        """Put a listener first, where it hears the model's own distribution."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        processors.sort(key=lambda processor: not isinstance(processor, Listener))
+        return processors
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
+        """Tell a watch which of the criteria end a response."""
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        for watch in criteria:
+            if isinstance(watch, Watch):
+                watch.learn_ends(criteria)
+        return criteria
+
+    def _tag_tokens(self, options: dict[str, Any]) -> TagTokens:
+        tokenizer = self._known_tokenizer("a thinking schedule", options)
         if self._setting("prefill_chunk_size", options):
             raise ConfigError("a thinking schedule needs the prompt whole; no prefill_chunk_size.")
         tags = self._thinking_tags() or ThinkingTags.detect(tokenizer) or ThinkingTags()

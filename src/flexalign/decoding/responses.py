@@ -14,9 +14,13 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 
 from flexalign._modes import evaluating
 from flexalign.data.rendering import render_chat
-from flexalign.data.thinking import ThinkingTags
+from flexalign.decoding.dials import read_dials
+from flexalign.decoding.routing import needs_routing
 from flexalign.decoding.seeded import SeededSampling
+from flexalign.decoding.settings import NEUTRAL
+from flexalign.decoding.text import ResponseText
 from flexalign.errors import ConfigError, DataError, LambdaError
+from flexalign.policies import Way
 
 __all__ = ["Prompt", "Response", "generate_responses"]
 
@@ -31,14 +35,20 @@ class Response:
     Attributes:
         text: What was written, without special tokens; thinking tags are kept.
         token_ids: The tokens, without the one that ends the response.
-        tokens: How many those are.
+        tokens: How many were written for it: those, and those of ``rejected_tokens``.
         truncated: Whether the limit on new tokens cut it off.
+        route: ``"fast"`` or ``"slow"`` under an adaptive or route policy, else None.
+        confidence: The fast answer's, under an adaptive policy.
+        rejected_tokens: Tokens of a rejected fast answer, and of samples it was compared with.
     """
 
     text: str
     token_ids: tuple[int, ...]
     tokens: int
     truncated: bool
+    route: Way | None = None
+    confidence: float | None = None
+    rejected_tokens: int = 0
 
 
 @torch.no_grad()
@@ -76,7 +86,7 @@ def generate_responses(
             :class:`flexalign.decoding.seeded.SeededSampling`.
         progress: Called after each batch with (responses made, responses in all).
         **generate_kwargs: More for ``generate``. ``lam`` may be a list or a tensor with one dial
-            per prompt.
+            per prompt, policies among them; ``policy`` is the same.
 
     Returns:
         One response per prompt, in their order.
@@ -91,7 +101,10 @@ def generate_responses(
         raise ConfigError(f"there are {len(seeds)} seeds for {len(prompts)} prompts.")
     is_seeded = seeds is not None and temperature > 0
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
-    lam = generate_kwargs.pop("lam", None)
+    lam, policy = generate_kwargs.pop("lam", None), generate_kwargs.pop("policy", None)
+    if lam is not None and policy is not None:
+        raise ConfigError("give lam or policy, not both: they are two names of one dial.")
+    lam = policy if lam is None else lam
     _check_lambdas(lam, len(prompts))
     settings = _settings(
         model,
@@ -111,15 +124,18 @@ def generate_responses(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             inputs = _left_padded([encoded[i] for i in batch], settings.pad_token_id, model.device)
+            settings.return_dict_in_generate = False
             if lam is not None:
-                generate_kwargs["lam"] = _rows(lam, batch)
+                generate_kwargs["lam"] = own = _rows(lam, batch)
+                settings.return_dict_in_generate = _is_routed(own)
             if is_seeded and seeds is not None:
                 sampling = SeededSampling([seeds[i] for i in batch], temperature, top_p)
                 generate_kwargs["logits_processor"] = LogitsProcessorList([sampling])
             written = model.generate(**inputs, generation_config=settings, **generate_kwargs)
-            rows = written[:, inputs["input_ids"].shape[1] :].tolist()
-            for index, row in zip(batch, rows, strict=True):
-                responses[index] = reader.read(row)
+            for index, response in zip(
+                batch, reader.read_all(written, inputs["input_ids"].shape[1]), strict=True
+            ):
+                responses[index] = response
             if progress is not None:
                 progress(start + len(batch), len(order))
     return cast("list[Response]", responses)
@@ -129,27 +145,41 @@ class _Reader:
     """Turns a row of generated tokens into a response."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig) -> None:
-        self._tokenizer = tokenizer
+        self._text = ResponseText(tokenizer)
         self._ends = set(settings.eos_token_id)
         self._pad = settings.pad_token_id
         self._limit = settings.max_new_tokens
-        tags = ThinkingTags.detect(tokenizer)
-        kept = set(tokenizer.convert_tokens_to_ids([tags.open, tags.close])) if tags else set()
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._hidden = (special | set(tokenizer.all_special_ids)) - kept
 
-    def read(self, row: list[int]) -> Response:
+    def read_all(self, written: Any, prompt_tokens: int) -> list[Response]:
+        """Read what ``generate`` returned: sequences, or a :class:`RoutedOutput`."""
+        if isinstance(written, Tensor):
+            return [self._read(row) for row in written[:, prompt_tokens:].tolist()]
+        ways = zip(written.route, written.confidence, written.rejected_tokens, strict=True)
+        rows = written.sequences[:, prompt_tokens:].tolist()
+        return [self._read(row, *way) for row, way in zip(rows, ways, strict=True)]
+
+    def _read(
+        self,
+        row: list[int],
+        route: Way | None = None,
+        confidence: float | None = None,
+        rejected_tokens: int = 0,
+    ) -> Response:
         end = next((place for place, token in enumerate(row) if token in self._ends), None)
         if end is None:
             end = len(row)
             while end and row[end - 1] == self._pad:
                 end -= 1
         ids = row[:end]
-        text = self._tokenizer.decode(
-            [token for token in ids if token not in self._hidden],
-            clean_up_tokenization_spaces=False,
+        return Response(
+            self._text.read(ids),
+            tuple(ids),
+            len(ids) + rejected_tokens,
+            truncated=end == self._limit,
+            route=route,
+            confidence=confidence,
+            rejected_tokens=rejected_tokens,
         )
-        return Response(text, tuple(ids), len(ids), truncated=end == self._limit)
 
 
 def _check(max_new_tokens: int, temperature: float, top_p: float, batch_size: int) -> None:
@@ -191,6 +221,14 @@ def _is_per_prompt(lam: Any) -> bool:
     return lam.ndim > 0 if isinstance(lam, Tensor) else isinstance(lam, list | tuple)
 
 
+def _is_routed(lam: Any) -> bool:
+    """Whether any prompt's way is chosen for it, so that the way is to be told."""
+    if isinstance(lam, Tensor):
+        return False
+    given = lam if isinstance(lam, list | tuple) else [lam]
+    return needs_routing(read_dials(list(given), len(given)))
+
+
 def _settings(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -214,15 +252,11 @@ def _settings(
         eos_token_id=ends,
         pad_token_id=pad,
         bos_token_id=tokenizer.bos_token_id,
-        **(sampling if temperature > 0 else {"do_sample": False, **_NEUTRAL}),
+        **(sampling if temperature > 0 else {"do_sample": False, **NEUTRAL}),
     )
     for name in [name for name in given if name in settings.to_dict()]:
         setattr(settings, name, given.pop(name))
     return settings
-
-
-_NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
-"""transformers' own defaults: any other value beside greedy decoding draws a warning."""
 
 
 def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, Tensor]:

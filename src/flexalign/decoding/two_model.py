@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -199,18 +200,45 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
 
     def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
         """Return which models run; both if their caches may be used again after this."""
+        needed = _sides(dials)
         cache = options.get("past_key_values")
-        if cache is not None and (not isinstance(cache, PairCache) or len(cache.caches()) < 2):
+        if cache is None:
+            is_kept = self._setting("return_dict_in_generate", options)
+            return {"sides": _SIDES if is_kept else needed}
+        held = tuple(side for side in _SIDES if getattr(cache, side, None) is not None)
+        if not isinstance(cache, PairCache) or not set(needed) <= set(held):
             raise ConfigError(
                 "past_key_values must be the PairCache that an earlier generation with "
                 "return_dict_in_generate=True returned."
             )
-        if cache is None and not self._setting("return_dict_in_generate", options):
-            if all(end == 0 for end in dials.ends):
-                return {"sides": ("reference",)}
-            if all(end == 1 for end in dials.ends):
-                return {"sides": ("aligned",)}
-        return {"sides": _SIDES}
+        repeats = self._repeats(options)
+        if repeats > 1:
+            for one in cache.caches():
+                one.batch_repeat_interleave(repeats)
+        return {"sides": held}
+
+    @torch.no_grad()
+    def _prefill_for(
+        self, input_ids: Tensor, attention_mask: Tensor, needs: Sequence[tuple[Tensor, RowDials]]
+    ) -> PairCache:
+        common = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0),
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        needed = {side for _, dials in needs for side in _sides(dials)}
+        outputs = self(inputs={side: self._inputs(side, common, None) for side in sorted(needed)})
+        return cast("PairCache", outputs.past_key_values)
+
+    def _fork(self, cache: PairCache, rows: Tensor, dials: RowDials) -> PairCache:
+        forked = PairCache()
+        for side in _sides(dials):
+            own = copy.deepcopy(getattr(cache, side))
+            own.batch_select_indices(rows.to(self.device))
+            setattr(forked, side, own)
+        return forked
 
     def _prepare_cache_for_generation(
         self,
@@ -238,6 +266,15 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
                 )
             setattr(cache, side, own["past_key_values"])
         model_kwargs["past_key_values"] = cache
+
+
+def _sides(dials: RowDials) -> tuple[Side, ...]:
+    """Return the models that are needed: one alone where every λ is its end throughout."""
+    if all(end == 0 for end in dials.ends):
+        return ("reference",)
+    if all(end == 1 for end in dials.ends):
+        return ("aligned",)
+    return _SIDES
 
 
 def _parameters(model: nn.Module) -> set[str]:

@@ -15,8 +15,6 @@ from flexalign.inra.streams import ADAPTER, BASE, BOTH
 
 __all__ = ["StreamDecoding"]
 
-_REPEATING = ("num_beams", "num_return_sequences")
-
 
 class StreamDecoding(FusedDecoding, StackedStreams):
     """`generate` and `sweep` for stacked streams."""
@@ -50,10 +48,10 @@ class StreamDecoding(FusedDecoding, StackedStreams):
         if options.get("past_key_values") is not None:
             raise ConfigError("a sweep fills a cache of its own; leave past_key_values out.")
         prompts, repeats = len(input_ids), len(settings)
+        dials = RowDials.of(settings * prompts, prompts * repeats)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if input_ids.shape[1] > 1 and self._setting("use_cache", options) is not False:
             self._check_options(options)
-            dials = RowDials.of(settings * prompts, prompts * repeats)
             streams = self._streams(dials, options)
             grid = streams.reshape(prompts, repeats)
             union = (grid & BASE).amax(1) | (grid & ADAPTER).amax(1)
@@ -89,8 +87,18 @@ class StreamDecoding(FusedDecoding, StackedStreams):
         """Return the streams that each prompt needs; both where the cache may outlive the call."""
         if self._setting("return_dict_in_generate", options):
             return torch.full((len(dials.ends),), BOTH)
-        codes = {None: BOTH, 0.0: BASE, 1.0: ADAPTER}
-        return torch.tensor([codes[end] for end in dials.ends])
+        return _codes(dials)
+
+    def _prefill_for(
+        self, input_ids: Tensor, attention_mask: Tensor, needs: Sequence[tuple[Tensor, RowDials]]
+    ) -> StreamCache:
+        streams = torch.zeros(len(input_ids), dtype=torch.long)
+        for rows, dials in needs:
+            streams[rows] |= _codes(dials)
+        return self.prefill(input_ids, attention_mask, streams)
+
+    def _fork(self, cache: StreamCache, rows: Tensor, dials: RowDials) -> StreamCache:
+        return cache.fork(rows, _codes(dials))
 
     def _continue(self, cache: StreamCache, streams: Tensor, options: dict[str, Any]) -> None:
         """Make an earlier call's cache fit this one: missing streams, repeated rows."""
@@ -106,6 +114,12 @@ class StreamDecoding(FusedDecoding, StackedStreams):
         if bool(missing.any()):
             mask = mask if mask is None else mask[:, :past]
             cache.join(self.prefill(ids[:, :past], mask, missing))
-        repeats = max(self._setting(name, options) or 1 for name in _REPEATING)
+        repeats = self._repeats(options)
         if repeats > 1:
             cache.batch_repeat_interleave(repeats)
+
+
+def _codes(dials: RowDials) -> Tensor:
+    """Return the streams that each prompt needs: one alone where its λ is that end throughout."""
+    codes = {None: BOTH, 0.0: BASE, 1.0: ADAPTER}
+    return torch.tensor([codes[end] for end in dials.ends])

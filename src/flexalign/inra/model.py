@@ -22,6 +22,7 @@ from flexalign.inra.probe import probe_streams
 from flexalign.inra.stacked import needed_streams
 from flexalign.inra.streams import BOTH
 from flexalign.loading import fingerprint, load_model, load_tokenizer, resolve, resolve_adapter
+from flexalign.policies import Adaptive
 
 __all__ = ["InRaModel"]
 
@@ -196,6 +197,13 @@ class InRaModel(StreamDecoding):
     def _thinking_tags(self) -> ThinkingTags | None:
         tags = self.inra_config.thinking_tags
         return ThinkingTags(*tags) if tags else None
+
+    def _threshold(self, policy: Adaptive) -> float:
+        """Return a policy's threshold; the calibrated one, where there is one, if it has none."""
+        calibrated = (self.inra_config.calibration or {}).get("threshold")
+        if policy.threshold is None and calibrated is not None:
+            return float(calibrated)
+        return super()._threshold(policy)
 
     def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
         self._note_range(dials.least, dials.largest)
