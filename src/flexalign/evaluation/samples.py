@@ -137,8 +137,9 @@ class ResultsFolder:
     def golds(self) -> dict[tuple[str, str], str]:
         """The known answers by (task, question)."""
         file = self.path / "questions.jsonl"
-        rows = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
-        return {(row["task"], row["question"]): row["gold"] for row in rows}
+        with file.open(encoding="utf-8") as lines:
+            rows = map(json.loads, lines)
+            return {(row["task"], row["question"]): row["gold"] for row in rows}
 
     def done(self, system: str) -> set[Key]:
         """The samples of one system that are there."""

@@ -113,22 +113,23 @@ class EndpointBackend:
             return Failure(str(error))
 
     def _read(self, response: EndpointResponse) -> Answer:
+        text = response.text.encode(errors="replace").decode()  # half a surrogate pair is no text
         thinking, tokens = response.thinking_tokens, response.tokens
         if self._tokenizer is not None:
-            thinking = self._tags.count_tokens(response.text, self._tokenizer)
+            thinking = self._tags.count_tokens(text, self._tokenizer)
             if tokens is None:
-                ids = self._tokenizer(response.text, add_special_tokens=False)["input_ids"]
+                ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
                 tokens = len(ids)
         if tokens is None:
             raise ServingError(
                 f"{self._url} does not count the tokens of its responses (usage); name its "
                 "model's tokenizer with --tokenizer."
             )
-        if thinking is None and not self._tags.split(response.text).thinking:
+        if thinking is None and not self._tags.split(text).thinking:
             thinking = 0
         dial = response.dial
         return Answer(
-            response.text,
+            text,
             tokens,
             thinking,
             int(dial.get("rejected_tokens") or 0),

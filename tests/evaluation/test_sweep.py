@@ -1,0 +1,321 @@
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexalign.data.traces import derive_seed
+from flexalign.errors import ConfigError, ServingError
+from flexalign.evaluation import sweep as module
+from flexalign.evaluation.grading import grade
+from flexalign.evaluation.sampling import sample_seed, sweep_cells
+from flexalign.evaluation.sweep import Sweep, SweepResult, regrade
+from flexalign.evaluation.systems import SystemOptions, parse_systems, unique_settings
+from flexalign.evaluation.tasks import Question, Task
+from flexalign.inra import InRaModel
+
+TASK = Task(
+    "sums",
+    tuple(Question(f"q{n}", "what is " + "one plus " * n + "two", str(n + 2)) for n in range(3)),
+    instruction="",
+)
+OPTIONS = SystemOptions(temperature=1.0, top_p=0.9, max_new_tokens=6, batch_size=4)
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny_pair, tmp_path_factory) -> Path:
+    """An adapter that is not the identity."""
+    model = InRaModel.create(str(tiny_pair.reference))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.adapter.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make(tiny_pair, adapter) -> Callable[..., Sweep]:
+    def make(*systems: str, lams=(0, 0.5, 1), **fields) -> Sweep:
+        named = {
+            "dial": f"dial=dial:{tiny_pair.reference},{adapter}",
+            "pair": f"pair=pair:{tiny_pair.reference},{tiny_pair.aligned}",
+            "between": f"between=interpolate:{tiny_pair.reference},{tiny_pair.aligned}",
+            "ref": f"ref=model:{tiny_pair.reference}",
+        }
+        texts = [named.get(system, system) for system in systems]
+        given = {"samples": 2, "options": OPTIONS} | fields
+        return Sweep(parse_systems(texts), [TASK], unique_settings(lams), **given)
+
+    return make
+
+
+def _rows(output: Path) -> list[dict]:
+    with (output / "samples.jsonl").open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def _by_place(rows) -> dict[tuple, dict]:
+    return {(r["system"], r["setting"], r["question"], r["sample"]): r for r in rows}
+
+
+def test_all_kinds_agree_at_the_reference(make, tmp_path) -> None:
+    """λ = 0 of a dial, a pair and between weights is the reference: equal seeds, equal samples."""
+    sweep = make("dial", "pair", "between", "ref", baseline="ref")
+    result = sweep.run(tmp_path)
+    assert (result.made, result.lost) == (sweep.total, [])
+    rows = _by_place(_rows(tmp_path))
+    assert len(rows) == sweep.total == 3 * 2 * (3 + 3 + 3 + 1)
+    for (system, setting, *place), row in rows.items():
+        if setting == "λ=0":
+            assert row["response"] == rows["ref", "as it is", *place]["response"], system
+    for setting in ("λ=0.5", "λ=1"):
+        answers = {
+            system: [r["response"] for key, r in rows.items() if key[:2] == (system, setting)]
+            for system in ("dial", "pair")
+        }
+        assert answers["dial"] != answers["pair"]
+    cut = {(r["system"], r["setting"]): r["token_cut"] for r in result.summary["rows"]}
+    assert cut["ref", "as it is"] == cut["dial", "λ=0"] == 0
+    assert json.loads((tmp_path / "summary.json").read_text()) == result.summary
+
+
+def test_a_row_says_how_it_came_about(make, tmp_path) -> None:
+    sweep = make("dial", lams=[0.5])
+    sweep.run(tmp_path)
+    row = _by_place(_rows(tmp_path))["dial", "λ=0.5", "q1", 1]
+    [answer] = [
+        answer
+        for outcomes in sweep.backends["dial"].run(sweep.cells(sweep.systems[0]), set())
+        for cell, answer in outcomes
+        if (cell.question, cell.sample) == ("q1", 1)
+    ]
+    graded = grade(row["response"], "3", truncated=row["finish"] == "length")
+    assert row == {
+        "system": "dial",
+        "setting": "λ=0.5",
+        "lambda": 0.5,
+        "policy": None,
+        "task": "sums",
+        "question": "q1",
+        "sample": 1,
+        "seed": derive_seed(0, "sums", "q1", 1),
+        "prompt_hash": row["prompt_hash"],
+        "response": answer.text,
+        "tokens": answer.tokens,
+        "thinking_tokens": answer.thinking_tokens,
+        "rejected_tokens": 0,
+        "finish": "length" if answer.truncated else "stop",
+        "route": None,
+        "confidence": None,
+        "status": graded.status,
+        "extracted": graded.extracted,
+    }
+    assert len({r["prompt_hash"] for r in _rows(tmp_path)}) == 3
+
+
+def test_a_sample_does_not_depend_on_its_batch(make, tmp_path) -> None:
+    alone = dataclasses.replace(OPTIONS, batch_size=1)
+    wide = dataclasses.replace(OPTIONS, batch_size=64)
+    make("dial", "pair", options=alone).run(tmp_path / "alone")
+    make("dial", "pair", options=wide).run(tmp_path / "wide")
+    assert _by_place(_rows(tmp_path / "alone")) == _by_place(_rows(tmp_path / "wide"))
+
+
+def test_all_settings_of_a_dial_share_one_prefill(make, tmp_path, monkeypatch) -> None:
+    swept = []
+    sweep = InRaModel.sweep
+
+    def counted(model, input_ids, *args, lams, **options):
+        swept.append((len(input_ids), len(lams)))
+        return sweep(model, input_ids, *args, lams=lams, **options)
+
+    monkeypatch.setattr(InRaModel, "sweep", counted)
+    make("dial", options=dataclasses.replace(OPTIONS, batch_size=12)).run(tmp_path)
+    assert swept == [(4, 3), (2, 3)]
+
+
+def test_a_coin_falls_by_the_samples_own_seed(make, tmp_path) -> None:
+    sweep = make("pair", lams=[0, 1, {"policy": "route", "share": 0.5}], samples=4)
+    sweep.run(tmp_path)
+    rows = _by_place(_rows(tmp_path))
+    routed = {key: row for key, row in rows.items() if row["setting"] == "route 0.5"}
+    assert {row["route"] for row in routed.values()} == {"fast", "slow"}
+    for (system, _, *place), row in routed.items():
+        end = "λ=1" if row["route"] == "fast" else "λ=0"
+        assert row["response"] == rows[system, end, *place]["response"]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_broken_off_sweep_goes_on_to_the_same_summary(make, tmp_path, share) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    expected = make("dial", "between").run(whole)
+    shutil.copytree(whole, broken)
+    (broken / "summary.json").unlink()
+    samples = broken / "samples.jsonl"
+    content = samples.read_bytes()
+    samples.write_bytes(content[: int(share * len(content))])
+    resumed = make("dial", "between").run(broken)
+    assert 0 < resumed.made < expected.made
+    assert samples.read_bytes() == content
+    assert (broken / "summary.json").read_bytes() == (whole / "summary.json").read_bytes()
+
+
+def test_a_finished_sweep_loads_no_model(make, tmp_path, monkeypatch) -> None:
+    expected = make("dial").run(tmp_path)
+    monkeypatch.setattr(InRaModel, "from_pretrained", None)
+    assert make("dial").run(tmp_path) == SweepResult(expected.summary, 0, [])
+
+
+def test_another_seed_is_another_configuration(make, tmp_path) -> None:
+    make("ref", lams=[]).run(tmp_path)
+    with pytest.raises(ConfigError, match=r"sampling\.seed: 0 there, 1 asked"):
+        make("ref", lams=[], seed=1).run(tmp_path)
+
+
+def test_seeds_differ_by_all_that_they_derive_from() -> None:
+    places = [(s, t, q, k) for s in (0, 1) for t in ("a", "b") for q in ("x", "y") for k in (0, 1)]
+    assert len({sample_seed(*place) for place in places}) == len(places)
+    cells = sweep_cells([TASK], unique_settings([0, 1]), 2)
+    seeds = {(c.question, c.sample): c.seed for c in cells}
+    assert len(cells) == 12
+    assert len(set(seeds.values())) == len(seeds) == 6
+
+
+def test_stored_samples_are_graded_again(make, tmp_path, monkeypatch) -> None:
+    result = make("ref", lams=[]).run(tmp_path)
+    rows = _rows(tmp_path)
+    for row in rows:
+        row |= {"response": "<think>7</think>\\boxed{4}", "status": "wrong", "finish": "stop"}
+    rows[0] |= {"response": "<think>7", "finish": "length"}
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "samples.jsonl").write_text(text)
+    monkeypatch.setattr(module, "open_backend", None)
+    summary, changed = regrade(tmp_path)
+    right = sum(row["question"] == "q2" for row in rows[1:])
+    assert right > 0
+    assert summary["rows"][0]["accuracy"] == right / len(rows)
+    assert summary["rows"][0]["truncated"] == 1 / len(rows)
+    assert changed == right + 1
+    assert summary["environment"] == result.summary["environment"]
+    assert _rows(tmp_path)[0]["status"] == "truncated"
+
+
+@pytest.mark.parametrize(
+    ("systems", "fields", "problem"),
+    [
+        (("ref",), {"lams": [1]}, "no system here can be set to λ=1"),
+        (("ref",), {"lams": [], "baseline": "x"}, "'x' is none of the systems"),
+        (("between",), {"lams": ["auto"]}, "takes none of the settings"),
+        (("ref",), {"lams": [], "samples": 0}, "samples must be at least 1"),
+        (
+            ("ref",),
+            {"lams": [], "options": SystemOptions(temperature=0)},
+            "samples is 2 at temperature 0",
+        ),
+        (("ref",), {"lams": [], "options": SystemOptions(top_p=0)}, "top_p must be above 0"),
+        (("ref",), {"lams": [], "options": SystemOptions(engine="x")}, "engine is local or vllm"),
+        (("model:nowhere",), {"lams": []}, "there is no model 'nowhere'"),
+    ],
+)
+def test_what_does_not_go_together_is_said_at_once(make, systems, fields, problem) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        make(*systems, **fields)
+
+
+ASKED = SystemOptions(
+    max_new_tokens=9, temperature=0.5, top_p=0.8, concurrency=3, attempts=2, pause_seconds=0.0,
+    model_name="m", timeout_seconds=5.0,
+)  # fmt: skip
+
+
+def _served(make, url, **options) -> Sweep:
+    return make(f"s=url:{url}", lams=[0, 1], options=dataclasses.replace(ASKED, **options))
+
+
+def _reply(text="<think>a</think>2", **usage):
+    choice = {"message": {"content": text}, "finish_reason": "stop"}
+    return 200, {"choices": [choice], "usage": {"completion_tokens": 5} | usage}
+
+
+def test_a_server_is_sent_the_dial_and_the_seed(make, serve, tmp_path) -> None:
+    chat = serve(lambda path, body: _reply(f"{body['lambda']}\ud800"))
+    result = _served(make, chat.url).run(tmp_path)
+    assert result.made == 12
+    assert chat.most_at_once <= 3
+    sent = {(b["messages"][0]["content"], b["lambda"], b["seed"]) for _, b, _ in chat.asked}
+    assert len(sent) == 12
+    body = chat.asked[0][1]
+    assert (body["model"], body["max_tokens"], body["temperature"], body["top_p"]) == (
+        "m",
+        9,
+        0.5,
+        0.8,
+    )
+    for row in _rows(tmp_path):
+        assert row["response"] == f"{row['lambda']}?"
+        assert row["seed"] == sample_seed(0, "sums", row["question"], row["sample"])
+
+
+def test_thinking_is_counted_where_it_can_be(make, serve, tmp_path, tiny_pair) -> None:
+    chat = serve(lambda path, body: _reply())
+    details = {"completion_tokens_details": {"reasoning_tokens": 3}}
+    counting = serve(lambda path, body: _reply(**details))
+    silent = serve(lambda path, body: _reply(completion_tokens=None))
+    tokenizer = str(tiny_pair.reference)
+    cases = [(chat, {}, 5, None), (counting, {}, 5, 3), (silent, {"tokenizer": tokenizer}, 4, 1)]
+    for index, (server, options, tokens, thinking) in enumerate(cases):
+        _served(make, server.url, **options).run(tmp_path / str(index))
+        for row in _rows(tmp_path / str(index)):
+            assert (row["tokens"], row["thinking_tokens"]) == (tokens, thinking)
+    with pytest.raises(ServingError, match=r"--tokenizer"):
+        _served(make, silent.url).run(tmp_path / "silent")
+
+
+def test_one_question_that_fails_costs_itself_alone(make, serve, tmp_path) -> None:
+    broken = [True]
+
+    def answer(path, body):
+        bad = broken[0] and "one plus one" in body["messages"][0]["content"] and body["lambda"] == 1
+        return (400, b"too long") if bad else _reply()
+
+    chat = serve(answer)
+    result = _served(make, chat.url).run(tmp_path)
+    assert result.made == 10
+    assert {(one.cell.question, one.cell.setting.id) for one in result.lost} == {("q2", "λ=1")}
+    assert all("400 too long" in one.reason for one in result.lost)
+    asked = len(chat.asked)
+    broken[0] = False
+    again = _served(make, chat.url).run(tmp_path)
+    assert (again.made, again.lost) == (2, [])
+    assert len(chat.asked) == asked + 2
+
+
+def test_a_server_that_goes_down_is_given_up(make, serve, tmp_path) -> None:
+    served = [0]
+
+    def answer(path, body):
+        served[0] += 1
+        return _reply() if served[0] <= 4 else (503, b"down")
+
+    chat = serve(answer)
+    sweep = _served(make, chat.url, attempts=1, concurrency=1)
+    sweep = dataclasses.replace(sweep, samples=4)
+    with pytest.raises(ServingError, match=r"8 requests in a row.*question q\d of sums.*503 down"):
+        sweep.run(tmp_path)
+    assert len(_rows(tmp_path)) == 4
+    assert len(chat.asked) < 24
+
+
+def test_the_only_model_of_a_server_needs_no_name(make, serve, tmp_path) -> None:
+    models = [{"id": "only"}]
+    chat = serve(lambda path, body: _reply() if body else (200, {"data": models}))
+    _served(make, chat.url, model_name=None).run(tmp_path)
+    assert {body["model"] for _, body, _ in chat.asked if body} == {"only"}
+    models.append({"id": "second"})
+    with pytest.raises(ConfigError, match=r"has 2 models \(only, second\); name one"):
+        _served(make, chat.url, model_name=None).run(tmp_path / "two")
