@@ -11,7 +11,7 @@ from flexalign.calibration.outcomes import Ledger, Outcomes
 from flexalign.calibration.sequential import Looks, betting_wealth, look_levels, predictive_power
 from flexalign.evaluation.statistics import Interval, clustered_interval
 
-__all__ = ["Evidence", "Proof", "confirm", "evidence"]
+__all__ = ["Evidence", "Proof", "confirm"]
 
 Verdict: TypeAlias = Literal["kept", "futile", "open"]
 """Proved; given up as the rest would hardly prove it; not proved when the questions ended."""
@@ -21,49 +21,62 @@ _FUTILE = 0.05
 
 @dataclass(frozen=True)
 class Evidence:
-    """A setting beside the reference on some questions.
+    """A setting beside the reference on the same questions; intervals are at 95 %.
 
     Attributes:
-        questions: How many.
-        accuracy: Of the setting, 95 % interval.
-        reference_accuracy: Of the reference.
-        difference: Of the accuracies, paired.
-        tokens: Mean tokens of the setting.
-        reference_tokens: Of the reference.
+        candidate: Answers of the setting.
+        reference: Answers of the reference.
     """
 
-    questions: int
-    accuracy: Interval
-    reference_accuracy: Interval
-    difference: Interval
-    tokens: Interval
-    reference_tokens: Interval
+    candidate: Outcomes
+    reference: Outcomes
+
+    @property
+    def questions(self) -> int:
+        """How many."""
+        return self.candidate.questions
+
+    @property
+    def accuracy(self) -> Interval:
+        """Share of the setting's answers that are right."""
+        return _interval(self.candidate, share=True)
+
+    @property
+    def reference_accuracy(self) -> Interval:
+        """Share of the reference's answers that are right."""
+        return _interval(self.reference, share=True)
+
+    @property
+    def difference(self) -> Interval:
+        """Difference of the two, paired by question."""
+        return accuracy_difference(self.candidate, self.reference)
+
+    @property
+    def tokens(self) -> Interval:
+        """Mean tokens of the setting's answers."""
+        return _interval(self.candidate, share=False)
+
+    @property
+    def reference_tokens(self) -> Interval:
+        """Mean tokens of the reference's answers."""
+        return _interval(self.reference, share=False)
 
     @property
     def token_cut(self) -> float:
         """Share of the reference's tokens that is saved."""
-        return 1 - self.tokens.mean / self.reference_tokens.mean
+        return 1 - self.candidate.mean_tokens / self.reference.mean_tokens
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; an interval is low, estimate, high."""
-        values = {
-            name: list(value) if isinstance(value, Interval) else value
-            for name, value in vars(self).items()
+        return {
+            "questions": self.questions,
+            "accuracy": list(self.accuracy),
+            "reference_accuracy": list(self.reference_accuracy),
+            "difference": list(self.difference),
+            "tokens": list(self.tokens),
+            "reference_tokens": list(self.reference_tokens),
+            "token_cut": self.token_cut,
         }
-        return values | {"token_cut": self.token_cut}
-
-
-def evidence(candidate: Outcomes, reference: Outcomes) -> Evidence:
-    """Sum up two settings' answers to the same questions."""
-    clusters = candidate.clusters
-    return Evidence(
-        candidate.questions,
-        clustered_interval(candidate.correct.ravel(), clusters, share=True),
-        clustered_interval(reference.correct.ravel(), clusters, share=True),
-        accuracy_difference(candidate, reference),
-        clustered_interval(candidate.tokens.ravel(), clusters, share=False),
-        clustered_interval(reference.tokens.ravel(), clusters, share=False),
-    )
 
 
 @dataclass(frozen=True)
@@ -149,3 +162,8 @@ def _ends(questions: int, count: int) -> list[int]:
     """Questions at each look: even steps of at least 10, the last one all of them."""
     count = max(1, min(count, questions // 10))
     return [round(questions * (step + 1) / count) for step in range(count)]
+
+
+def _interval(outcomes: Outcomes, *, share: bool) -> Interval:
+    values = outcomes.correct if share else outcomes.tokens
+    return clustered_interval(values.ravel(), outcomes.clusters, share=share)

@@ -60,6 +60,17 @@ class Outcomes:
         n, k = self.correct.shape
         return np.repeat(np.arange(n), k).tolist()
 
+    def rows(self, places: Sequence[int]) -> "Outcomes":
+        """The outcomes at these places, in this order."""
+        return Outcomes(self.correct[places], self.tokens[places])
+
+    def joined(self, other: "Outcomes") -> "Outcomes":
+        """These outcomes and then another's, of as many samples."""
+        return Outcomes(
+            np.concatenate([self.correct, other.correct]),
+            np.concatenate([self.tokens, other.tokens]),
+        )
+
     def share_right(self) -> NDArray[np.float64]:
         """Share of right answers a question, shape (n,)."""
         return np.asarray(self.correct.mean(1), dtype=np.float64)
@@ -80,7 +91,8 @@ class Ledger:
     def __init__(self, ask: Ask, samples: int) -> None:
         self._ask = ask
         self._samples = samples
-        self._known: dict[str, dict[str, tuple[NDArray[np.bool_], NDArray[np.float64]]]] = {}
+        self._places: dict[str, dict[str, int]] = {}
+        self._known: dict[str, Outcomes] = {}
         self.spent: dict[str, int] = {}
         """Samples drawn so far, by setting."""
 
@@ -95,8 +107,8 @@ class Ledger:
         Raises:
             DataError: If what was asked came back in another shape.
         """
-        known = self._known.setdefault(setting, {})
-        new = [question for question in questions if question not in known]
+        places = self._places.setdefault(setting, {})
+        new = [question for question in questions if question not in places]
         if new:
             answers = self._ask(setting, new, self._samples)
             if answers.correct.shape != (len(new), self._samples):
@@ -104,7 +116,8 @@ class Ledger:
                     f"{setting}: asked {len(new)} questions {self._samples} times each, got "
                     f"outcomes of shape {answers.correct.shape}."
                 )
-            known.update(zip(new, zip(answers.correct, answers.tokens, strict=True), strict=True))
+            places.update(zip(new, range(len(places), len(places) + len(new)), strict=True))
+            known = self._known.get(setting)
+            self._known[setting] = answers if known is None else known.joined(answers)
             self.spent[setting] = self.spent.get(setting, 0) + answers.samples
-        rows = [known[question] for question in questions]
-        return Outcomes(np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows]))
+        return self._known[setting].rows([places[question] for question in questions])

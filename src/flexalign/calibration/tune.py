@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 from flexalign.calibration.choose import Choice, choose
-from flexalign.calibration.confirm import Evidence, Proof, confirm, evidence
+from flexalign.calibration.confirm import Evidence, Proof, confirm
 from flexalign.calibration.goals import Goal, NonInferiority
 from flexalign.calibration.outcomes import Ask, Ledger
 from flexalign.calibration.sequential import Looks
@@ -232,7 +232,7 @@ def _check(candidates: Sequence[str], reference: str, questions: Sequence[str]) 
 
 
 def _evidence(ledger: Ledger, setting: str, reference: str, asked: Sequence[str]) -> Evidence:
-    return evidence(ledger.outcomes(setting, asked), ledger.outcomes(reference, asked))
+    return Evidence(ledger.outcomes(setting, asked), ledger.outcomes(reference, asked))
 
 
 def _reason(proofs: Sequence[Proof], kept: Sequence[str], confidence: float) -> str:
