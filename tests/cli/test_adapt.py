@@ -207,7 +207,7 @@ def test_the_examples_run_in_the_miniature(
 ) -> None:
     examples = Path(__file__).resolve().parents[2] / "examples"
     monkeypatch.chdir(tmp_path)
-    few = ["--set", "training.max_steps=20"]
+    few = ["--set", "training.max_steps=8"]
     result = run_cli("adapt", examples / "adapt.yaml", *few, "--json")
     assert result.exit_code == 0, result.stderr
     result = run_cli("bake", examples / "bake.yaml", *few, "--json")
