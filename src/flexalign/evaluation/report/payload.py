@@ -80,7 +80,6 @@ def report_payload(runs: Sequence[Run], questions: int, megabytes: float) -> dic
             {
                 "label": run.label or run.folder.name,
                 "environment": run.summary["environment"],
-                "configuration": run.configuration,
             }
             for run in runs
         ],

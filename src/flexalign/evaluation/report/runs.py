@@ -98,11 +98,6 @@ class Run:
         return self._json("summary.json", ("rows", "means", "environment"))
 
     @cached_property
-    def configuration(self) -> dict[str, Any]:
-        """`run.json`, empty where there is none."""
-        return self._json("run.json") if (self.folder / "run.json").is_file() else {}
-
-    @cached_property
     def questions(self) -> dict[tuple[str, str], dict[str, Any]]:
         """Rows of `questions.jsonl` by (task, question)."""
         rows = self._rows("questions.jsonl", ("task", "question", "problem", "gold"))
@@ -136,7 +131,7 @@ class Run:
                 raise DataError(f"{path}, {row.place}: the field {missing[0]!r} is missing.")
             yield row.value
 
-    def _json(self, name: str, fields: Sequence[str] = ()) -> dict[str, Any]:
+    def _json(self, name: str, fields: Sequence[str]) -> dict[str, Any]:
         path = self.folder / name
         try:
             value = json.loads(path.read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ function drawSurface(task, width) {
   const [left, right, row] = [narrow ? 92 : 150, width - 4, 26];
   const bottom = members.length * row + 6;
   const step = (right - left) / task.caps.length;
-  const picture = frame(width, bottom + 48, null, "Accuracy of every setting under every limit");
+  const picture = frame(width, bottom + 48, "Accuracy of every setting under every limit");
   const values = members.flatMap((s) => task.caps.map((_, i) => measured(s, budgetState.measure, i))).filter(known);
   const largest = Math.max(...values.map(Math.abs), 1e-9);
   const low = budgetState.measure === "gain" ? 0 : Math.min(...values, largest);
@@ -91,9 +91,9 @@ function drawHard(task, width) {
   const ys = [...members.map((s) => s.row.accuracy), ...bases.flatMap((s) => [...s.budget.low, ...s.budget.high])];
   const [[x0, x1], [y0, y1]] = [padded(xs, 0.05, 0), padded(ys, 0.05, 0, 1)];
   const [x, y] = [scale(x0, x1, left, right), scale(y0, y1, bottom, top)];
-  const picture = frame(width, height, null, "Settings against a hard limit on λ = 0");
+  const picture = frame(width, height, "Settings against a hard limit on λ = 0");
   yAxis(picture, y, ticks(y0, y1, 6), left, right, (v) => percent(v, 0), "accuracy, %");
-  xAxis(picture, x, ticks(x0, x1, width < 520 ? 4 : 8), bottom, tokens, "mean tokens a response");
+  xAxis(picture, x, ticks(x0, x1, width < 520 ? 4 : 8), bottom, lengthMark, "mean tokens a response");
   for (const { series, budget } of bases) {
     const at = (values) => values.map((value, i) => [x(budget.tokens[i]), y(value)]);
     picture.append(draw("path", { class: "band", style: colour(series), d: `${path([...at(budget.high), ...at(budget.low).reverse()])}Z` }));

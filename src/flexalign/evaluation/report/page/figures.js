@@ -8,10 +8,10 @@ function drawPareto(task, width) {
   const [x0, x1] = padded([...spread(task.settings, "tokens", "tokens_ci"), ...shapes.map((p) => p[0])], 0.07, 0);
   const [y0, y1] = padded([...spread(task.settings, "accuracy", "accuracy_ci"), ...shapes.map((p) => p[1])], 0.07, 0, 1);
   const [x, y] = [scale(x0, x1, left, right), scale(y0, y1, bottom, top)];
-  const picture = frame(width, height, null, "Accuracy against tokens");
+  const picture = frame(width, height, "Accuracy against tokens");
   const yMarks = ticks(y0, y1, 6);
   yAxis(picture, y, yMarks, left, right, (v) => percent(v, decimals(yMarks)), "accuracy, %");
-  xAxis(picture, x, ticks(x0, x1, narrow ? 4 : 8), bottom, tokens, "mean tokens a response");
+  xAxis(picture, x, ticks(x0, x1, narrow ? 4 : 8), bottom, lengthMark, "mean tokens a response");
   const best = task.settings.filter((s) => s.frontier).map((s) => [s.row.tokens, s.row.accuracy]).sort((a, b) => a[0] - b[0]);
   const stairs = best.flatMap(([a, b], i) => (i ? [[a, best[i - 1][1]], [a, b]] : [[a, b]]));
   if (stairs.length > 1) picture.append(draw("path", { class: "frontier", d: path(stairs.map(([a, b]) => [x(a), y(b)])) }));
@@ -43,13 +43,13 @@ function drawDial(task, width) {
   const right = edge - room;
   const panel = 200;
   const height = 2 * panel + 110;
-  const picture = frame(width, height, null, "Accuracy and tokens along the dial");
+  const picture = frame(width, height, "Accuracy and tokens along the dial");
   const [l0, l1] = lams.length ? padded(lams, 0.05) : [0, 1];
   const x = scale(l0, l1, left, lams.length ? right : left);
   const place = (setting) => (known(setting.row.lambda) ? x(setting.row.lambda) : right + ((others.indexOf(settingName(setting)) + 0.6) / others.length) * room);
   const panels = [
     ["accuracy", "accuracy_ci", "accuracy, %", padded(spread(task.settings, "accuracy", "accuracy_ci"), 0.08, 0, 1), percent, 34],
-    ["tokens", "tokens_ci", "mean tokens a response", [0, padded(spread(task.settings, "tokens", "tokens_ci"), 0.08)[1]], tokens, panel + 78],
+    ["tokens", "tokens_ci", "mean tokens a response", [0, padded(spread(task.settings, "tokens", "tokens_ci"), 0.08)[1]], lengthMark, panel + 78],
   ];
   for (const [field, bounds, title, [low, high], format, top] of panels) {
     const y = scale(low, high, top + panel - 34, top);
@@ -85,8 +85,8 @@ function drawLengths(task, width) {
   const strip = narrow ? 66 : 46;
   const bottom = members.length * strip + 8;
   const x = scale(0, task.edges[task.edges.length - 1], left, right);
-  const picture = frame(width, bottom + 50, null, "Lengths of responses");
-  xAxis(picture, x, ticks(0, x.high, narrow ? 4 : 8), bottom, tokens, "tokens a response", bottom - 8);
+  const picture = frame(width, bottom + 50, "Lengths of responses");
+  xAxis(picture, x, ticks(0, x.high, narrow ? 4 : 8), bottom, lengthMark, "tokens a response", bottom - 8);
   members.forEach((setting, place) => {
     const base = (place + 1) * strip;
     const bins = task.edges.slice(0, -1).map((_, i) => data.statuses.map((status) => setting.histogram[status][i]));

@@ -10,7 +10,7 @@ function ticks(low, high, about) {
   const unit = 10 ** Math.floor(Math.log10(raw));
   const step = [1, 2, 2.5, 5, 10].map((factor) => factor * unit).find((size) => size >= raw);
   const found = [];
-  for (let n = Math.ceil(low / step - 1e-9); n * step <= high + 1e-9 * step; n += 1) found.push(n * step);
+  for (let n = Math.ceil(low / step - 1e-9); n * step <= high + 1e-9 * step; n += 1) found.push(n * step || 0);
   return found;
 }
 function padded(values, share, floor = -Infinity, ceiling = Infinity) {
@@ -20,9 +20,10 @@ function padded(values, share, floor = -Infinity, ceiling = Infinity) {
   const room = (high - low || Math.abs(high) || 1) * share;
   return [Math.max(floor, low - room), Math.min(ceiling, high + room)];
 }
+const lengthMark = (value) => (Number.isInteger(value) ? count(value) : tokens(value));
 const decimals = (marks) => (marks.length > 1 && Math.abs(100 * (marks[1] - marks[0])) < 0.999 ? 1 : 0);
 
-function frame(width, height, margin, name) {
+function frame(width, height, name) {
   return draw("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "group", "aria-label": name });
 }
 function xAxis(picture, x, marks, y, format, title, height = 0) {

@@ -49,9 +49,11 @@ function nested(value) {
 }
 function environment() {
   for (const run of data.runs) {
+    const large = ([, value]) => value && typeof value === "object";
+    const entries = Object.entries(run.environment);
     byId("environment-runs").append(
       el("h3", {}, run.label),
-      nested(run.environment),
-      el("details", {}, el("summary", {}, "Configuration of this run"), nested(run.configuration)));
+      nested(Object.fromEntries(entries.filter((entry) => !large(entry)))),
+      ...entries.filter(large).map(([name, value]) => el("details", {}, el("summary", {}, name.replaceAll("_", " ")), nested(value))));
   }
 }
