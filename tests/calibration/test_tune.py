@@ -48,6 +48,13 @@ def test_the_most_accurate_within_the_budget_is_chosen():
     assert tuned.candidates[0] == "λ=0"
 
 
+def test_no_bet_is_made_on_tokens():
+    ask = make_ask(_effects(0, 0, 0), CUTS)
+    options = TuneOptions(looks="betting")
+    with pytest.raises(ConfigError, match="betting needs a loss that is bounded"):
+        tune(SETTINGS, ask, QUESTIONS, TokenBudget(500), options=options)
+
+
 def test_choosing_and_proof_share_no_question_and_none_is_asked_twice():
     asked: Counter[tuple[str, str]] = Counter()
     inner = make_ask(_effects(0.0, -0.02, -0.05), CUTS)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from flexalign.calibration.choose import steadied_deviation
-from flexalign.calibration.goals import Goal, accuracy_difference, lower_bound
+from flexalign.calibration.goals import Goal, accuracy_difference
 from flexalign.calibration.outcomes import Ledger, Outcomes
 from flexalign.calibration.sequential import Looks, betting_wealth, look_levels, predictive_power
 from flexalign.evaluation.statistics import Interval, clustered_interval
@@ -147,7 +147,7 @@ def confirm(
         if betting:
             look = Look(end, float(slack.mean()), betting_wealth(slack, goal.lowest), 1 / alpha)
         else:
-            look = Look(end, float(slack.mean()), lower_bound(slack, goal, level), 0.0)
+            look = Look(end, float(slack.mean()), goal.bound(slack, level), 0.0)
         seen.append(look)
         if look.strength > look.threshold:
             return Proof(setting, "kept", tuple(seen))

@@ -16,7 +16,7 @@ from flexalign.errors import ConfigError
 from flexalign.evaluation._student import t_quantile
 from flexalign.evaluation.statistics import Interval, paired_difference_interval
 
-__all__ = ["Goal", "NonInferiority", "TokenBudget", "accuracy_difference", "lower_bound"]
+__all__ = ["Goal", "NonInferiority", "TokenBudget", "accuracy_difference"]
 
 
 class Goal(Protocol):
@@ -35,35 +35,22 @@ class Goal(Protocol):
         """Standard deviation over questions below which the proof does not believe the data."""
 
     @property
-    def step(self) -> float:
-        """How far a single question can jump; 0 where it moves evenly."""
-
-    @property
     def text(self) -> str:
         """The promise as a clause."""
 
     def slack(self, candidate: Outcomes, reference: Outcomes) -> NDArray[np.float64]:
         """Slack a question, shape (n,)."""
 
+    def bound(self, slack: NDArray[np.float64], level: float) -> float:
+        """Lower bound of the mean slack at one-sided error `level`, in (0, 0.5).
+
+        Args:
+            slack: One value a question, shape (n,), at least 2.
+            level: One-sided error, in (0, 0.5).
+        """
+
     def gain(self, candidate: Outcomes, reference: Outcomes) -> float:
         """What is to be large; a setting without positive gain is not worth choosing."""
-
-
-def lower_bound(slack: NDArray[np.float64], goal: Goal, level: float) -> float:
-    """Lower bound of the mean slack at one-sided error `level`, clustered by question.
-
-    Student's, with a deviation of at least ``goal.least_deviation`` and less half a question's
-    largest step, Yates's correction: without the floor (and with a score interval too) rare whole
-    losses go unseen at early looks and break the promise.
-
-    Args:
-        slack: One value a question, shape (n,), at least 2.
-        goal: Gives the least deviation and the step.
-        level: One-sided error, in (0, 0.5).
-    """
-    deviation = max(float(slack.std(ddof=1)), goal.least_deviation)
-    half = t_quantile(1 - 2 * level, slack.size - 1) * deviation / math.sqrt(slack.size)
-    return float(slack.mean()) - half - goal.step / (2 * slack.size)
 
 
 def accuracy_difference(
@@ -114,11 +101,6 @@ class NonInferiority:
         return math.sqrt(self.margin * (1 - self.margin))
 
     @property
-    def step(self) -> float:
-        """From right to wrong."""
-        return 1.0
-
-    @property
     def text(self) -> str:
         """The promise as a clause."""
         return f"accuracy no more than {100 * self.margin:g} points below the reference's"
@@ -126,6 +108,17 @@ class NonInferiority:
     def slack(self, candidate: Outcomes, reference: Outcomes) -> NDArray[np.float64]:
         """Difference of the shares of right answers, plus the margin."""
         return candidate.share_right() - reference.share_right() + self.margin
+
+    def bound(self, slack: NDArray[np.float64], level: float) -> float:
+        """Student's bound, with two corrections for losses of whole questions.
+
+        The deviation is at least `least_deviation`, and half a question is taken off (Yates):
+        without them, and with a score interval too, rare losses go unseen at early looks.
+        """
+        count = slack.size
+        deviation = max(float(slack.std(ddof=1)), self.least_deviation)
+        half = t_quantile(1 - 2 * level, count - 1) * deviation / math.sqrt(count)
+        return float(slack.mean()) - half - 1 / (2 * count)
 
     def gain(self, candidate: Outcomes, reference: Outcomes) -> float:
         """Share of the reference's tokens that is saved."""
@@ -165,11 +158,6 @@ class TokenBudget:
         return 0.0
 
     @property
-    def step(self) -> float:
-        """Tokens move evenly."""
-        return 0.0
-
-    @property
     def text(self) -> str:
         """The promise as a clause."""
         return f"no more than {self.tokens:g} tokens a mean answer"
@@ -177,6 +165,22 @@ class TokenBudget:
     def slack(self, candidate: Outcomes, reference: Outcomes) -> NDArray[np.float64]:
         """Budget less the question's mean tokens."""
         return np.asarray(self.tokens - candidate.tokens.mean(1), dtype=np.float64)
+
+    def bound(self, slack: NDArray[np.float64], level: float) -> float:
+        """Johnson's bound, as few long answers make the mean's distribution lean.
+
+        Johnson 1978, "Modified t tests and confidence intervals for asymmetrical populations":
+        with third moment κ, (g + κ/(6s²n) + κg²/(3s⁴))·√n/s is Student's, g the distance of the
+        mean from its true value. A lean that would help the promise is not counted.
+        """
+        count, variance = slack.size, float(slack.var(ddof=1))
+        if variance == 0:
+            return float(slack.mean())
+        third = min(0.0, float(((slack - slack.mean()) ** 3).mean()))
+        half = t_quantile(1 - 2 * level, count - 1) * math.sqrt(variance / count)
+        needed = half - third / (6 * variance * count)
+        lean = 4 * third / (3 * variance**2) * needed
+        return float(slack.mean()) - 2 * needed / (1 + math.sqrt(max(0.0, 1 + lean)))
 
     def gain(self, candidate: Outcomes, reference: Outcomes) -> float:
         """Accuracy."""

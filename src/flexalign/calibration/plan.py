@@ -230,9 +230,8 @@ def _tune_margin(questions: int, confidence: float, power: float, variance: floa
     low, high = 0.0, 1.0
     while high - low > 1e-9:
         margin = (low + high) / 2
-        goal = NonInferiority(margin)
-        deviation = max(math.sqrt(variance), goal.least_deviation)
-        needed = against * deviation + chance + goal.step / (2 * questions)
+        deviation = max(math.sqrt(variance), NonInferiority(margin).least_deviation)
+        needed = against * deviation + chance + 1 / (2 * questions)
         low, high = (margin, high) if needed > margin else (low, margin)
     return high
 

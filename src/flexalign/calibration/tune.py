@@ -10,6 +10,7 @@ and Lehmacher 1995; choosing the order on other data as in Laufer-Goldshtein et 
 made that is not kept is at most 1 − confidence, however many candidates there were.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -157,10 +158,15 @@ def tune(
         options: How it is done.
 
     Raises:
-        ConfigError: If there is no candidate, one is named twice, or there are too few questions.
+        ConfigError: If there is no candidate, one is named twice, there are too few questions, or
+            betting is asked for a `TokenBudget`.
     """
     how = options or TuneOptions()
     _check(candidates, reference, questions)
+    if how.looks == "betting" and math.isinf(goal.lowest):
+        raise ConfigError(
+            "betting needs a loss that is bounded, and tokens are not; take looks obrien-fleming."
+        )
     racing = list(candidates)
     if not isinstance(goal, NonInferiority):
         racing.insert(0, reference)
