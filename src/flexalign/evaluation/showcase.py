@@ -158,16 +158,19 @@ def respond(
     questions: Sequence[Question],
     seed: int,
     progress: Callable[[int, int], None] | None = None,
+    temperature: float = 1.0,
+    batch_size: int = 128,
+    max_new_tokens: int = LONGEST_RESPONSE,
     **generate_options: Any,
 ) -> list[list[str]]:
-    """Let a model answer every question once, at temperature 1, and return its traces."""
+    """Let a model answer every question once and return its traces; temperature 0 is greedy."""
     responses = generate_responses(
         model,
         tokenizer,
         [[{"role": "user", "content": question.text}] for question in questions],
-        max_new_tokens=LONGEST_RESPONSE,
-        temperature=1.0,
-        batch_size=128,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        batch_size=batch_size,
         seed=seed,
         progress=progress,
         **generate_options,
