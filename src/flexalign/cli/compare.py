@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from flexalign.cli._evaluate import print_summary
-from flexalign.cli._shared import print_json
+from flexalign.cli._shared import console, print_json
 from flexalign.errors import ConfigError
 
 
@@ -16,13 +17,17 @@ def compare(
         list[Path],
         typer.Argument(metavar="DIR...", help="Folders that flexalign evaluate wrote."),
     ],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Also write report.html and pareto.png of all of them into this folder."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The rows as JSON on stdout.")] = False,
 ) -> None:
-    """Put the results of several sweeps into one table.
+    """Put the results of several sweeps into one table, and with --output into one report.
 
     Figures stand side by side as each sweep measured them; the folders are not changed.
 
-    Example: [cyan]flexalign compare out/sweep out/dial[/cyan]
+    Example: [cyan]flexalign compare out/sweep out/dial --output out/both[/cyan]
     """
     labels = _labels(folders)
     rows, means = [], []
@@ -31,6 +36,10 @@ def compare(
         rows += [row | {"system": f"{label}/{row['system']}"} for row in summary["rows"]]
         means += [mean | {"system": f"{label}/{mean['system']}"} for mean in summary["means"]]
     merged = {"rows": rows, "means": means}
+    if output:
+        from flexalign.evaluation.report import write_report
+
+        console.print(f"The report: {escape(str(write_report(folders, output)))}")
     if as_json:
         print_json(merged)
     else:

@@ -249,7 +249,14 @@ def _run(sweep: "Sweep", output: Path, workers: int) -> dict[str, Any]:
     if result.lost:
         raise ServingError(_describe(result.lost, total))
     assert result.summary is not None
+    _report(output)
     return result.summary
+
+
+def _report(output: Path) -> None:
+    from flexalign.evaluation.report import write_report
+
+    console.print(f"The report: {escape(str(write_report([output], output)))}")
 
 
 def _describe(lost: "list[Lost]", total: int) -> str:
@@ -270,6 +277,7 @@ def _regrade(output: Path, workers: int, as_json: bool) -> None:
 
     summary, changed = regrade(output, workers=workers)
     console.print(f"{escape(str(output))}: {changed} grades have changed.")
+    _report(output)
     if as_json:
         print_json(summary)
     else:

@@ -157,3 +157,12 @@ def test_key_is_what_rows_and_samples_share(run):
     opened = Run.open_all([run])[0]
     rows = {Key(r["system"], r["setting"], r["task"]) for r in opened.summary["rows"]}
     assert rows == set(opened.samples)
+
+
+def test_compare_writes_one_report(run, make_run, run_cli, tmp_path):
+    other = make_run(name="later", questions=6, samples=2)
+    done = run_cli("compare", run, other, "--output", tmp_path / "both", "--json")
+    assert done.exit_code == 0, done.stderr
+    assert len(json.loads(done.stdout)["rows"]) == 24
+    assert "report.html" in done.stderr.replace("\n", "")
+    assert len(_data((tmp_path / "both/report.html").read_text(encoding="utf-8"))["runs"]) == 2
