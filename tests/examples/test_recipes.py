@@ -10,10 +10,13 @@ import yaml
 from peft import LoraConfig
 from trl import SFTConfig
 
+from flexalign.inra.training import AdaptRecipe, BakeRecipe
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted(EXAMPLES.rglob("*.y*ml"))
 RECIPES = [path for path in FILES if "reference" in yaml.safe_load(path.read_text("utf-8"))]
-TUNINGS = [path for path in FILES if path not in RECIPES]
+ADAPTERS = [path for path in FILES if "base" in yaml.safe_load(path.read_text("utf-8"))]
+TUNINGS = [path for path in FILES if path not in [*RECIPES, *ADAPTERS]]
 
 
 def _name(path: Path) -> str:
@@ -52,6 +55,13 @@ def test_recipe_dry_runs(
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)
     assert not (tmp_path / recipe["output"]).exists()
+
+
+@pytest.mark.parametrize("path", ADAPTERS, ids=_name)
+def test_adapter_recipe_is_read(path: Path):
+    baked = "adapter" in yaml.safe_load(path.read_text("utf-8"))
+    recipe = (BakeRecipe if baked else AdaptRecipe).load(path)
+    assert recipe.training_arguments().max_steps > 0
 
 
 @pytest.mark.parametrize("path", TUNINGS, ids=_name)
