@@ -13,7 +13,8 @@ def test_the_demo_trains_measures_and_draws(run_cli, tmp_path):
     output = tmp_path / "demo"
     result = run_cli("demo", "-o", output, "--questions", 40, "--steps", 8, "--json")
     assert result.exit_code == 0, result.stderr
-    rows = json.loads(result.stdout)
+    printed = json.loads(result.stdout)
+    rows, dial = printed["rows"], printed["dial"]
     assert [row["name"] for row in rows] == [
         "reference",
         "aligned",
@@ -21,7 +22,8 @@ def test_the_demo_trains_measures_and_draws(run_cli, tmp_path):
         "λ=2",
         "λ=2, 2 rounds",
     ]
-    assert json.loads((output / "demo.json").read_text(encoding="utf-8"))["rows"] == rows
+    stored = json.loads((output / "demo.json").read_text(encoding="utf-8"))
+    assert (stored["rows"], stored["dial"]) == (rows, dial)
     assert (output / "pareto.png").read_bytes().startswith(b"\x89PNG")
     for row, lam in zip(rows, (0, 1, 1, 2, 4), strict=True):
         expected = expected_outcome(token_level(REFERENCE, ALIGNED, lam))
@@ -31,6 +33,12 @@ def test_the_demo_trains_measures_and_draws(run_cli, tmp_path):
     assert reference["tokens"] > twice["tokens"]
     assert abs(reference["habits"]["again"] - REFERENCE.again) < 0.1
     assert abs(aligned["habits"]["again"] - ALIGNED.again) < 0.1
+    slow, mixed, fast, chosen, coin = (row["tokens"][1] for row in dial)
+    assert slow == reference["tokens"]
+    assert fast < 5 < mixed
+    assert fast < chosen < slow
+    assert fast <= coin <= slow
+    assert dial[0]["over_coin"] == dial[2]["over_coin"] == [0, 0, 0]
 
 
 def test_a_file_in_the_place_of_the_output_folder_is_refused(run_cli, tmp_path):

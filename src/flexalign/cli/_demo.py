@@ -1,9 +1,10 @@
-"""The steps of the demo: students at several λ, one after the other, with progress."""
+"""The steps of the demo: students at several λ, then one adapter's dial, with progress."""
 
 import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from flexalign.cli._shared import console
+from flexalign.evaluation.ends import Worth, adaptive, coin, confidences, judge, weigh
 from flexalign.evaluation.showcase import (
     Measurement,
     Training,
@@ -24,6 +26,7 @@ from flexalign.evaluation.showcase import (
     realign,
     respond,
 )
+from flexalign.inra import InRaModel
 from flexalign.miniature import ALIGNED, REFERENCE, make_questions
 from flexalign.miniature.closed_form import token_level
 
@@ -33,8 +36,33 @@ _LEARNING_RATE = 1e-3
 _QUESTION_SEED = 10_000
 """Far from the seeds of training data."""
 
+_THRESHOLD = 0.44
+"""Chosen by ``benchmarks/dial.py`` on other questions."""
 
-def run_demo(output: Path, *, questions: int, steps: int, seed: int) -> list[Measurement]:
+_LIMIT = 200
+"""Tokens for the mixed dial, which may lose itself between the two ends."""
+
+
+@dataclass(frozen=True)
+class DialRow:
+    """What one setting of the fast adapter's dial is worth.
+
+    Attributes:
+        name: What it is called in the table.
+        worth: Beside the dial's two ends.
+    """
+
+    name: str
+    worth: Worth
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields by name; an interval is low, estimate, high."""
+        return {"name": self.name, **asdict(self.worth)}
+
+
+def run_demo(
+    output: Path, *, questions: int, steps: int, seed: int
+) -> tuple[list[Measurement], list[DialRow]]:
     """Train and measure everything that the demo shows, and write its picture and figures."""
     training = Training(steps=steps, learning_rate=_LEARNING_RATE, seed=seed)
     asked = make_questions(questions, seed=_QUESTION_SEED + seed)
@@ -43,30 +71,51 @@ def run_demo(output: Path, *, questions: int, steps: int, seed: int) -> list[Mea
     with _quiet(), _progress() as progress, TemporaryDirectory() as scratch:
         reference, aligned, tokenizer = load_pair()
 
-        def answer(name: str, model: Any, lam: float) -> None:
+        def ask(name: str, model: Any, **options: Any) -> list[list[str]]:
             task = progress.add_task(f"{name}: answers", total=questions)
-            traces = respond(
+            return respond(
                 model,
                 tokenizer,
                 asked,
                 seed=seed + 1,
                 progress=lambda done, _: progress.update(task, completed=done),
+                **options,
             )
+
+        def answer(name: str, model: Any, lam: float) -> list[list[str]]:
+            traces = ask(name, model)
             habits = token_level(REFERENCE, ALIGNED, lam)
             measurements.append(measure(name, asked, traces, expected_habits=habits))
+            return traces
 
         def train(name: str, towards: Any, lam: float) -> Any:
             task = progress.add_task(f"{name}: trains", total=steps)
             callback = _ShowSteps(progress, task)
             return realign(towards, lam, Path(scratch), training, callbacks=[callback])
 
-        answer("reference", reference, 0)
+        slow = judge(asked, answer("reference", reference, 0))
         answer("aligned", aligned, 1)
         answer("λ=1", train("λ=1", aligned, 1), 1)
         once = train("λ=2", aligned, 2)
         answer("λ=2", once, 2)
         answer("λ=2, 2 rounds", train("λ=2, 2 rounds", once, 2), 4)
 
+        dial = InRaModel.from_pretrained("miniature:reference", "miniature:fast")
+        written = ask("fast", dial, lam=1.0, temperature=0.0)
+        fast = judge(asked, written)
+        mixed = judge(asked, ask("dial λ=0.5", dial, lam=0.5, max_new_tokens=_LIMIT))
+        confidence = confidences(dial, tokenizer, asked, written)
+
+    chosen = adaptive(fast, slow, confidence, _THRESHOLD)
+    share = (chosen.mean_tokens - fast.mean_tokens) / (slow.mean_tokens - fast.mean_tokens)
+    settings = {
+        "λ=0, slow": slow,
+        "λ=0.5": mixed,
+        "λ=1, fast": fast,
+        f"adaptive, τ={_THRESHOLD:g}": chosen,
+        f"coin, {share:.0%} slow": coin(fast, slow, min(max(share, 0.0), 1.0), seed),
+    }
+    rows = [DialRow(name, weigh(answers, fast, slow)) for name, answers in settings.items()]
     picture(
         output / "pareto.png",
         {"the pair": measurements[:2], "realigned": measurements[2:]},
@@ -77,11 +126,12 @@ def run_demo(output: Path, *, questions: int, steps: int, seed: int) -> list[Mea
         "steps": steps,
         "seed": seed,
         "rows": [measurement.to_json() for measurement in measurements],
+        "dial": [row.to_json() for row in rows],
     }
     (output / "demo.json").write_text(
         json.dumps(figures, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
     )
-    return measurements
+    return measurements, rows
 
 
 class _ShowSteps(TrainerCallback):  # type: ignore[misc]

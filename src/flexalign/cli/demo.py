@@ -11,12 +11,19 @@ from flexalign.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from flexalign.cli._demo import DialRow
     from flexalign.evaluation.showcase import Measurement
 
 
 _LEGEND = """
 eq. 5: what equation 5 gives in closed form. again: how often the model goes
 over a line once more; the aligned model does it less, λ turns that further."""
+
+_DIAL_LEGEND = """
+One model with a layer more, λ given with each request. λ=1 answers without
+thinking, adaptive thinks where that answer is unsure (rejected answers are
+counted), the coin thinks at random. over coin: accuracy above the line
+between slow and fast."""
 
 
 def demo(
@@ -25,7 +32,7 @@ def demo(
     ] = Path("out/demo"),
     questions: Annotated[
         int, typer.Option("--questions", min=10, help="Questions that each model answers.")
-    ] = 1000,
+    ] = 800,
     steps: Annotated[
         int, typer.Option("--steps", min=1, help="Training steps of each student.")
     ] = 60,
@@ -35,6 +42,8 @@ def demo(
     ] = False,
 ) -> None:
     """Realign the built-in miniature at λ = 1 and 2, and twice over; needs no data and no network.
+
+    Then one adapter's dial on the same questions: mixed, adaptive, and the coin to beat.
 
     Two tiny models ship with flexalign: a [bold]reference[/bold] that thinks long and an
     [bold]aligned[/bold] one that errs less and repeats itself less. The demo trains a student at
@@ -49,27 +58,25 @@ def demo(
 
     from flexalign.cli._demo import run_demo
 
-    measurements = run_demo(output, questions=questions, steps=steps, seed=seed)
+    measurements, dial = run_demo(output, questions=questions, steps=steps, seed=seed)
     if as_json:
-        print_json([measurement.to_json() for measurement in measurements])
+        print_json(
+            {
+                "rows": [measurement.to_json() for measurement in measurements],
+                "dial": [row.to_json() for row in dial],
+            }
+        )
     else:
         result_console.print(_table(measurements))
         result_console.print(_LEGEND, style="dim")
+        result_console.print()
+        result_console.print(_dial_table(dial))
+        result_console.print(_DIAL_LEGEND, style="dim")
     console.print(f"picture: {output / 'pareto.png'}   figures: {output / 'demo.json'}")
 
 
 def _table(measurements: "list[Measurement]") -> "Table":
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(
-        title="The miniature, realigned",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        show_edge=False,
-        pad_edge=False,
-    )
-    table.add_column("model", no_wrap=True)
+    table = _empty_table("The miniature, realigned", "model")
     for column in ("accuracy [95 %]", "eq. 5", "tokens", "eq. 5", "cut", "again", "eq. 5"):
         style = "dim" if column == "eq. 5" else None
         table.add_column(column, justify="right", style=style, no_wrap=True)
@@ -86,4 +93,32 @@ def _table(measurements: "list[Measurement]") -> "Table":
             f"{row.habits.again:.3f}",
             f"{row.expected_habits.again:.3f}",
         )
+    return table
+
+
+def _dial_table(rows: "list[DialRow]") -> "Table":
+    table = _empty_table("One adapter, its dial", "setting")
+    for column in ("accuracy [95 %]", "tokens", "cut", "over coin [95 %]"):
+        table.add_column(column, justify="right", no_wrap=True)
+    slow_tokens = rows[0].worth.tokens.mean
+    for row in rows:
+        accuracy, tokens, over = row.worth.accuracy, row.worth.tokens, row.worth.over_coin
+        table.add_row(
+            row.name,
+            f"{accuracy.mean:.3f} [{accuracy.low:.2f}, {accuracy.high:.2f}]",
+            f"{tokens.mean:.1f}",
+            f"{1 - tokens.mean / slow_tokens:.0%}",
+            f"{over.mean:+.3f} [{over.low:+.2f}, {over.high:+.2f}]",
+        )
+    return table
+
+
+def _empty_table(title: str, first: str) -> "Table":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(
+        title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, pad_edge=False
+    )
+    table.add_column(first, no_wrap=True)
     return table

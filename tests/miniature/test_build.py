@@ -1,0 +1,78 @@
+"""How the miniature's parts are taught, and the fast adapter that ships."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from flexalign.cli._miniature import make_adapter
+from flexalign.evaluation.ends import judge
+from flexalign.evaluation.showcase import respond
+from flexalign.inra import InRaConfig, InRaModel
+from flexalign.loading import fingerprint, load_tokenizer
+from flexalign.miniature import REFERENCE, folder, make_questions
+from flexalign.miniature.build import FAST_SCHOOLING, Schooling, _Traces, teach
+from flexalign.miniature.tokenizer import build_tokenizer
+
+MEGABYTE = 2**20
+
+
+def taught_rows(schooling):
+    tokenizer = build_tokenizer(256)
+    rows = _Traces(tokenizer, schooling, seed=3)
+    return [tokenizer.convert_ids_to_tokens(row["input_ids"]) for row in rows]
+
+
+def test_fresh_traces_are_as_many_as_the_steps_ask_for():
+    texts = taught_rows(Schooling(REFERENCE, steps=3, learning_rate=1e-3, batch_size=4))
+    assert len(texts) == 12
+    assert all("#1" in text for text in texts)
+
+
+def test_without_thinking_only_right_answers_are_learnt_and_no_thinking():
+    schooling = dataclasses.replace(FAST_SCHOOLING, traces=40)
+    texts = taught_rows(schooling)
+    assert len(texts) == 40
+    for text in texts:
+        asked, answered = text[1 : text.index("?")], text[text.index("?") + 1 :]
+        total = sum(int(token) for token in asked if token != "+")
+        assert answered == ["<think>", "</think>", str(total), "<eos>"]
+
+
+def test_the_adapter_alone_is_taught_and_saved(tmp_path):
+    adapter = make_adapter(folder("reference"))
+    before = fingerprint(adapter.model.base)
+    teach(adapter.stream, dataclasses.replace(FAST_SCHOOLING, steps=2, traces=8), 0, callbacks=[])
+    assert fingerprint(adapter.model.base) == before
+    adapter.save(tmp_path / "fast")
+    loaded = InRaModel.from_pretrained("miniature:reference", tmp_path / "fast")
+    assert loaded.inra_config.base == "miniature:reference"
+    assert loaded.inra_config.thinking_tags == ("<think>", "</think>")
+    ids = torch.tensor([[1, 19, 8, 24, 10]])
+    with torch.no_grad():
+        found, expected = (m(input_ids=ids, lam=1.0).logits for m in (loaded, adapter.model))
+        plain = loaded(input_ids=ids, lam=0.0).logits
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, plain)
+
+
+def test_what_ships_is_small_and_made_for_the_reference():
+    path = folder("fast")
+    assert (path / "inra_adapter.safetensors").stat().st_size < 1.5 * MEGABYTE
+    assert InRaConfig.load(path).base_fingerprint == fingerprint("miniature:reference")
+
+
+@pytest.mark.slow
+def test_the_fast_mode_does_not_think_and_knows_the_easy_questions_best():
+    model = InRaModel.from_pretrained("miniature:reference", "miniature:fast")
+    tokenizer = load_tokenizer("miniature:reference")
+    questions = make_questions(600, seed=77)
+    traces = respond(model, tokenizer, questions, seed=0, temperature=0.0, lam=1.0)
+    assert sum(len(trace) == 3 for trace in traces) > 570
+    found = judge(questions, traces)
+    by_terms = [
+        found.right[[len(question.terms) == terms for question in questions]].mean()
+        for terms in (3, 5)
+    ]
+    assert by_terms[0] > 0.7
+    assert 0.35 < by_terms[1] < by_terms[0] - 0.1
