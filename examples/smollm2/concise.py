@@ -46,11 +46,14 @@ class Split:
         held_out: Prompts for the measurements; in neither of the others.
         prompts: Prompts for the traces.
         concise: Prompts with shortened answers, for the aligned model.
+        pairs: The same prompts with the shortened answer as ``chosen`` and the whole one as
+            ``rejected``, where anything was cut.
     """
 
     held_out: list[Row]
     prompts: list[Row]
     concise: list[Row]
+    pairs: list[Row]
 
 
 def split(data: Path, *, held_out: int, seed: int) -> Split:
@@ -64,13 +67,18 @@ def split(data: Path, *, held_out: int, seed: int) -> Split:
     rows = list({json.dumps(row["prompt"]): row for row in load_traces(data)}.values())
     random.Random(seed).shuffle(rows)
     apart, rest = rows[:held_out], rows[held_out:]
-    concise = []
+    concise, pairs = [], []
     for row in rest:
-        short = shorten(_text(row["completion"]))
-        if short is not None:
-            completion = [{"role": "assistant", "content": short}]
-            concise.append({"prompt": row["prompt"], "completion": completion})
-    return Split(_prompts(apart), _prompts(rest), concise)
+        whole = _text(row["completion"])
+        short = shorten(whole)
+        if short is None:
+            continue
+        completion = [{"role": "assistant", "content": short}]
+        concise.append({"prompt": row["prompt"], "completion": completion})
+        if short != whole.strip():
+            rejected = [{"role": "assistant", "content": whole}]
+            pairs.append({"prompt": row["prompt"], "chosen": completion, "rejected": rejected})
+    return Split(_prompts(apart), _prompts(rest), concise, pairs)
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:

@@ -55,49 +55,50 @@ QUICK = Sizes(24, 48, 64, 20, 12, 128, (2.0,))
 
 def main() -> None:
     """Run what is missing and write the report."""
-    options = _parse_arguments()
+    options = parse_arguments(__doc__, Path("out/smollm2"), quick="small sizes, λ = 2 alone")
     sizes = QUICK if options.quick else FULL
     reference, output = options.reference, options.output
     output.mkdir(parents=True, exist_ok=True)
-    _claim(output, {"reference": reference, "seed": SEED, **asdict(sizes)})
+    claim(output, {"reference": reference, "seed": SEED, **asdict(sizes)})
     start = time.monotonic()
-    with _stage("split the data"):
+    with stage("split the data"):
         _split(options.data, output, sizes)
-    with _stage("train the aligned model"):
+    with stage("train the aligned model"):
         _align(reference, output, sizes)
-    with _stage("make traces with the reference"):
+    with stage("make traces with the reference"):
         _make_traces(reference, output, sizes)
     models = {"reference": reference, "aligned": output / "aligned" / "merged"}
     for lam in sizes.lams:
-        with _stage(f"realign at λ = {lam:g}"):
+        with stage(f"realign at λ = {lam:g}"):
             _realign(reference, lam, output, sizes)
         models[f"lambda={lam:g}"] = output / f"lambda={lam:g}" / "merged"
     for name, model in models.items():
-        with _stage(f"answers of {name}"):
+        with stage(f"answers of {name}"):
             _answer(name, model, output, sizes)
-    with _stage("measure"):
+    with stage("measure"):
         make_report(output, reference, sizes.lams)
     print(f"\n{output / 'report.md'}; {(time.monotonic() - start) / 60:.1f} minutes")
 
 
-def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_arguments(about: str, output: Path, quick: str) -> argparse.Namespace:
+    """Read what both examples are told on the command line."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument(
         "--data",
         type=Path,
         default=os.environ.get("FLEXALIGN_DATA"),
         help="prompts with answers, such as an Alpaca file (default: $FLEXALIGN_DATA)",
     )
-    parser.add_argument("--output", type=Path, default=Path("out/smollm2"), help="%(default)s")
+    parser.add_argument("--output", type=Path, default=output, help="%(default)s")
     parser.add_argument("--reference", default="smollm2", help="known name or folder: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="small sizes, λ = 2 alone")
+    parser.add_argument("--quick", action="store_true", help=quick)
     options = parser.parse_args()
     if options.data is None:
         parser.error("name an instruction file with --data, or in $FLEXALIGN_DATA")
     return options
 
 
-def _claim(output: Path, settings: dict[str, object]) -> None:
+def claim(output: Path, settings: dict[str, object]) -> None:
     """Keep runs of different sizes out of one folder."""
     path = output / "settings.json"
     text = json.dumps(settings, indent=2) + "\n"
@@ -121,7 +122,7 @@ def _align(reference: str, output: Path, sizes: Sizes) -> None:
 
 
 def _make_traces(reference: str, output: Path, sizes: Sizes) -> None:
-    _flexalign(
+    flexalign(
         *("sample", reference, "--prompts", output / "prompts.jsonl"),
         *("--output", output / "traces.jsonl", "--max-new-tokens", sizes.trace_tokens),
         *("--batch-size", 48, "--seed", SEED),
@@ -137,13 +138,13 @@ def _realign(reference: str, lam: float, output: Path, sizes: Sizes) -> None:
     }
     assignments = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     target = output / f"lambda={lam:g}"
-    _flexalign(
+    flexalign(
         "realign", HERE / "realign.yaml", "--lambda", f"{lam:g}", "--output", target, *assignments
     )
 
 
 def _answer(name: str, model: str | Path, output: Path, sizes: Sizes) -> None:
-    _flexalign(
+    flexalign(
         *("sample", model, "--prompts", output / "held_out.jsonl"),
         *("--output", output / "answers" / f"{name}.jsonl"),
         *("--max-new-tokens", sizes.answer_tokens, "--temperature", 0.7, "--top-p", 0.95),
@@ -151,7 +152,7 @@ def _answer(name: str, model: str | Path, output: Path, sizes: Sizes) -> None:
     )
 
 
-def _flexalign(*arguments: object) -> None:
+def flexalign(*arguments: object) -> None:
     """Run one of the library's commands, as a user would."""
     words = [str(argument) for argument in arguments]
     print("$", shlex.join(["flexalign", *words]), flush=True)
@@ -161,7 +162,8 @@ def _flexalign(*arguments: object) -> None:
 
 
 @contextmanager
-def _stage(title: str) -> Iterator[None]:
+def stage(title: str) -> Iterator[None]:
+    """Say what is done, and afterwards how long it took."""
     print(f"\n== {title}", flush=True)
     start = time.monotonic()
     yield
