@@ -57,6 +57,10 @@ def test_a_policy_that_knows_stands_above_the_coin():
     assert worth.over_coin.low > 0.1
 
 
+def test_the_ends_lie_on_their_own_line():
+    assert weigh(SLOW, FAST, SLOW).over_coin == weigh(FAST, FAST, SLOW).over_coin == (0, 0, 0)
+
+
 def test_traces_are_judged_by_answer_and_length():
     found = judge(
         [Question((1, 2)), Question((3, 4))],

@@ -55,7 +55,8 @@ class Worth:
         accuracy: Share of right answers.
         tokens: Mean tokens an answer.
         difference: Accuracy less that of the slow end, paired by question.
-        over_coin: Height over the straight line between the two ends, whose own error counts.
+        over_coin: Height over the straight line between the two ends, whose own error counts; the
+            ends themselves are on it.
     """
 
     accuracy: Interval
@@ -124,7 +125,8 @@ def weigh(answers: Answers, fast: Answers, slow: Answers) -> Worth:
     _require_same(answers, slow)
     questions = range(len(slow.right))
     measured = [Measured(one.right, one.tokens, questions) for one in (slow, fast, answers)]
-    chord = distance_intervals(measured, ends=(0, 1))[2].chord
+    place = next((i for i, end in enumerate((slow, fast)) if end is answers), 2)
+    chord = distance_intervals(measured, ends=(0, 1))[place].chord
     assert chord is not None
     return Worth(
         clustered_interval(answers.right, questions, share=True),
