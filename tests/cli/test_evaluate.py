@@ -1,0 +1,204 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def questions(tmp_path) -> Path:
+    path = tmp_path / "sums.jsonl"
+    rows = [{"problem": f"what is {n} plus two", "answer": n + 2} for n in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def arguments(questions, tiny_pair, tmp_path) -> list[str]:
+    return [
+        f"pair=pair:{tiny_pair.reference},{tiny_pair.aligned}",
+        *("--task", str(questions), "--lambda", "0,1", "--samples", "2"),
+        *("--max-new-tokens", "5", "--output", str(tmp_path / "out")),
+    ]
+
+
+def test_a_sweep_prints_and_writes_its_summary(run_cli, arguments, tmp_path) -> None:
+    result = run_cli("evaluate", *arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "pair on sums" in result.stdout
+    assert "λ=1" in result.stdout
+    assert "12 of 12 samples, 12 made now" in result.stderr
+    again = run_cli("evaluate", *arguments, "--json")
+    assert "12 of 12 samples, 0 made now" in again.stderr
+    assert json.loads(again.stdout) == json.loads((tmp_path / "out" / "summary.json").read_text())
+    run = json.loads((tmp_path / "out" / "run.json").read_text())["configuration"]
+    sampling = {"samples": 2, "seed": 0, "temperature": 0.7, "top_p": 0.95, "max_new_tokens": 5}
+    assert run["sampling"] == sampling | {"gate": None}
+
+
+def test_stored_samples_are_graded_again(run_cli, arguments, tmp_path) -> None:
+    run_cli("evaluate", *arguments)
+    result = run_cli("evaluate", "--regrade", "--output", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "0 grades have changed" in result.stderr
+    wrong = run_cli("evaluate", "--regrade", *arguments)
+    assert wrong.exit_code == 2
+    assert "samples nothing" in wrong.stderr
+
+
+def test_a_dry_run_shows_prompts_and_cost(run_cli, arguments, tmp_path) -> None:
+    result = run_cli("evaluate", *arguments, "--policy", "route 0.5", "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    assert "<|im_start|>user\nwhat is 0 plus two\n\nPlease reason" in result.stderr
+    assert "pair: λ=0, λ=1, route 0.5" in result.stderr
+    assert "would make 18 samples, at most 90 tokens" in result.stderr
+    assert not (tmp_path / "out").exists()
+    shown = json.loads(run_cli("evaluate", *arguments, "--dry-run", "--json").stdout)
+    assert (shown["samples"], shown["tokens_at_most"]) == (12, 60)
+    assert [prompt["system"] for prompt in shown["prompts"]] == ["pair"]
+
+
+def test_answers_that_cannot_be_read_are_listed_first(run_cli, arguments, questions) -> None:
+    with questions.open("a") as file:
+        file.write(json.dumps({"problem": "what", "answer": "\\frac{1"}) + "\n")
+    result = run_cli("evaluate", *arguments, "--dry-run", "--json")
+    assert "1 known answers cannot be read" in result.stderr
+    assert "sums, question 4: \\frac{1" in result.stderr
+    assert [row["question"] for row in json.loads(result.stdout)["unreadable_golds"]] == ["4"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "problem"),
+    [
+        (["--lambda", "0,nan"], "'nan' is not a finite number"),
+        (["--lambda", "0,0"], "λ=0 is given twice"),
+        (["--policy", "adaptive much"], "'much' is not a number"),
+        (["--policy", "{half"], "a dial must be a number or JSON"),
+        (["--lambda-range", "2,1"], "LEAST,LARGEST"),
+        (["--task", "nowhere.jsonl"], "no task and no file 'nowhere.jsonl'"),
+        (["--task", "miniature"], "differ in their usual temperature"),
+        (["--baseline", "x"], "'x' is none of the systems: pair"),
+        (["--api-key-env", "NO_SUCH_KEY"], "'NO_SUCH_KEY' is not set"),
+        (["second"], "'second' is no system"),
+        (["--engine", "vllm"], "runs plain models"),
+    ],
+)
+def test_bad_input_is_one_sentence(run_cli, arguments, extra, problem) -> None:
+    result = run_cli("evaluate", *arguments, *extra)
+    assert result.exit_code == 2
+    assert problem in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_task_with_a_missing_field_is_named_by_line(run_cli, arguments, questions) -> None:
+    with questions.open("a") as file:
+        file.write(json.dumps({"problem": "what"}) + "\n")
+    result = run_cli("evaluate", *arguments)
+    assert result.exit_code == 2
+    assert "sums.jsonl" in result.stderr
+    assert "line 4: no field `answer`" in result.stderr
+
+
+def test_a_folder_of_another_run_is_refused(run_cli, arguments) -> None:
+    run_cli("evaluate", *arguments)
+    result = run_cli("evaluate", *arguments, "--seed", "5")
+    assert result.exit_code == 2
+    assert "sampling.seed: 0 there, 5 asked" in result.stderr
+
+
+def test_a_sample_without_a_response_is_reported(run_cli, serve, questions, tmp_path) -> None:
+    def answer(path, body):
+        if "1 plus two" in body["messages"][0]["content"]:
+            return 422, b"no"
+        choice = {"message": {"content": "\\boxed{2}"}, "finish_reason": "stop"}
+        return 200, {"choices": [choice], "usage": {"completion_tokens": 3}}
+
+    system = f"server=url:{serve(answer).url}"
+    command = ["evaluate", system, "--task", questions, "-n", "1", "-o", tmp_path / "out"]
+    result = run_cli(*command, "--model-name", "m")
+    assert result.exit_code == 1
+    assert "1 of 3 samples got no response (question 2 of sums" in result.stderr
+    assert "422 no" in result.stderr
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["rows"][0]["n_samples"] == 2
+
+
+def test_a_server_that_is_not_there_is_said(run_cli, questions, tmp_path) -> None:
+    command = ["evaluate", "url:http://127.0.0.1:9/v1", "--task", questions, "-o", tmp_path / "out"]
+    result = run_cli(*command, "--attempts", "1")
+    assert result.exit_code == 1
+    assert "127.0.0.1:9/v1 gave no response in 1 attempts" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_runs_are_compared(run_cli, arguments, tmp_path) -> None:
+    run_cli("evaluate", *arguments)
+    run_cli("evaluate", *arguments, "--seed", "1", "--output", tmp_path / "other")
+    result = run_cli("compare", tmp_path / "out", tmp_path / "other", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert {row["system"] for row in json.loads(result.stdout)["rows"]} == {
+        "out/pair",
+        "other/pair",
+    }
+    assert "other/pair" in run_cli("compare", tmp_path / "out", tmp_path / "other").stdout
+    missing = run_cli("compare", tmp_path)
+    assert missing.exit_code == 2
+    assert "has no summary.json" in missing.stderr
+    twice = run_cli("compare", tmp_path / "out", tmp_path / "out")
+    assert "named twice" in twice.stderr
+
+
+@pytest.mark.slow
+def test_the_miniature_is_swept(run_cli, tmp_path) -> None:
+    command = ["evaluate", "pair:miniature", "--task", "miniature", "--limit", "20", "-n", "1"]
+    result = run_cli(*command, "--lambda", "0,1", "-o", tmp_path, "--json")
+    assert result.exit_code == 0, result.stderr
+    slow, fast = json.loads(result.stdout)["rows"]
+    assert slow["accuracy"] > 0.5
+    assert fast["token_cut"] > 0.1
+    assert slow["unparsed"] == slow["truncated"] == 0
+    assert slow["thinking_tokens"] < slow["tokens"]
+
+
+def _start(arguments: list[str]) -> subprocess.Popen[str]:
+    program = "from flexalign.cli.app import main; main()"
+    command = [sys.executable, "-c", program, "evaluate", *arguments]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+def _finish(process: subprocess.Popen[str]) -> None:
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+
+
+def _wait_for_samples(path: Path, process: subprocess.Popen[str], least: int) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists() or path.read_bytes().count(b"\n") < least:
+        assert process.poll() is None, "it ended before it could be interrupted"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_sweep_ends_as_an_uninterrupted_one(arguments, tmp_path, death) -> None:
+    options = [*arguments, "--batch-size", "2", "--samples", "8", "--max-new-tokens", "24"]
+    _finish(_start([*options, "--output", str(tmp_path / "whole")]))
+    samples = tmp_path / "out" / "samples.jsonl"
+    for least in (4, 20):
+        process = _start(options)
+        _wait_for_samples(samples, process, least)
+        os.kill(process.pid, death)
+        _, errors = process.communicate(timeout=60)
+        if death == signal.SIGINT:
+            assert process.returncode == 130
+            assert "give the same command again to go on" in errors
+    assert not (tmp_path / "out" / "summary.json").exists()
+    _finish(_start(options))
+    for name in ("samples.jsonl", "summary.json", "questions.jsonl"):
+        content = (tmp_path / "out" / name).read_bytes()
+        assert content == (tmp_path / "whole" / name).read_bytes(), name
