@@ -2,8 +2,11 @@ import numpy as np
 import pytest
 import torch
 
+from flexalign import Adaptive
+from flexalign.decoding.responses import generate_responses
 from flexalign.errors import DataError
 from flexalign.evaluation.ends import Answers, adaptive, coin, confidences, judge, weigh
+from flexalign.evaluation.showcase import respond
 from flexalign.inra import InRaModel
 from flexalign.loading import load_tokenizer
 from flexalign.miniature import make_questions
@@ -92,3 +95,28 @@ def test_confidence_is_the_product_of_the_answers_token_probabilities():
             expected *= float(logits.softmax(-1)[tokenizer.convert_tokens_to_ids(token)])
             tokens.append(token)
         assert value == pytest.approx(expected, rel=1e-4)
+
+
+def test_put_together_it_is_what_the_library_gives_under_the_policy():
+    model = InRaModel.from_pretrained("miniature:reference", "miniature:fast")
+    tokenizer = load_tokenizer("miniature:reference")
+    questions = make_questions(12, seed=5)
+    seeds = list(range(12))
+    written = respond(model, tokenizer, questions, seed=1, temperature=0.0, lam=1.0)
+    slow = judge(questions, respond(model, tokenizer, questions, seed=0, seeds=seeds, lam=0.0))
+    sure = confidences(model, tokenizer, questions, written)
+    composed = adaptive(judge(questions, written), slow, sure, 0.5)
+    prompts = [[{"role": "user", "content": question.text}] for question in questions]
+    responses = generate_responses(
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=1000,
+        seeds=seeds,
+        lam=Adaptive(threshold=0.5),
+    )
+    assert {response.route for response in responses} == {"fast", "slow"}
+    assert [response.tokens for response in responses] == composed.tokens.tolist()
+    assert [response.confidence for response in responses if response.route == "fast"] == (
+        pytest.approx(sure[sure >= 0.5].tolist(), rel=1e-4)
+    )
