@@ -180,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     options = {
         "fast_steps": 20 if chosen.quick else FAST_SCHOOLING.steps,
-        "towards_steps": 10 if chosen.quick else 150,
+        "towards_steps": 20 if chosen.quick else 150,
         "questions": 100 if chosen.quick else 2000,
         "judged_questions": 20 if chosen.quick else 200,
     }

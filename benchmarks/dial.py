@@ -39,8 +39,8 @@ PAIR_LAMBDAS = (-0.5, 0.5, 2.0)
 CHOSEN_CUT = 0.62
 """Cut in tokens that the threshold is chosen for; the aim is 0.6 on other questions."""
 CONCISE = {
-    "sft": {"steps": 1200, "learning_rate": 3e-3},
-    "trra": {"steps": 600, "learning_rate": 3e-3},
+    "sft": {"steps": 400, "learning_rate": 3e-3},
+    "trra": {"steps": 400, "learning_rate": 3e-3},
 }
 
 Found = dict[str, Any]
@@ -212,7 +212,7 @@ def _answered(
         tokenizer,
         questions,
         seed=1,
-        batch_size=500,
+        batch_size=64,
         max_new_tokens=LIMIT,
         **options,
     )
