@@ -33,6 +33,7 @@ __all__ = [
     "Measure",
     "Route",
     "Way",
+    "extremes",
     "parse_dial",
 ]
 
@@ -195,6 +196,21 @@ def parse_dial(value: object) -> Dial:
     if name == "route" and "share" not in given:
         raise ConfigError('the policy route needs a share: {"policy": "route", "share": 0.3}.')
     return policy(**{keys[key]: argument for key, argument in given.items()})
+
+
+def extremes(dial: Dial) -> tuple[float, float]:
+    """Return the least and the largest λ that a dial may use.
+
+    Example:
+        >>> extremes(Adaptive(fast_lambda=1.5))
+        (0.0, 1.5)
+    """
+    if isinstance(dial, Fixed):
+        return dial.lam, dial.lam
+    if isinstance(dial, Schedule):
+        return min(dial.values), max(dial.values)
+    ends = (dial.fast_lambda, dial.slow_lambda)
+    return min(ends), max(ends)
 
 
 def _from_text(text: str) -> object:

@@ -1,7 +1,5 @@
 """What ``flexalign adapt`` and ``flexalign bake`` do before training: read, check, and show."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +7,7 @@ from datasets import Dataset, concatenate_datasets
 from rich.markup import escape
 from rich.table import Table
 
-from flexalign.cli._shared import console, print_json, result_console
+from flexalign.cli._shared import as_input_errors, console, print_json, result_console
 from flexalign.cli._training import (
     StepProgress,
     plan_steps,
@@ -18,7 +16,7 @@ from flexalign.cli._training import (
     show_samples,
 )
 from flexalign.data import Lengths, load_preferences, measure_lengths, strip_thinking
-from flexalign.errors import CheckpointError, ConfigError, PairMismatchError, UnsupportedModelError
+from flexalign.errors import ConfigError, PairMismatchError, UnsupportedModelError
 from flexalign.inra.adapter import decoder_layers
 from flexalign.inra.folder import WEIGHTS_FILE, check_folder, require_base
 from flexalign.inra.training import Adaptation, AdaptRecipe, BakeRecipe, Baking, Outcome
@@ -55,7 +53,7 @@ class Prepared(NamedTuple):
 
 def prepare_adaptation(recipe: AdaptRecipe, *, command: str, skip_bad_rows: bool) -> Prepared:
     """Read and check everything that an adapter's training needs, but weights."""
-    with _as_input_errors():
+    with as_input_errors():
         base = _examine_base(recipe.base)
         layers = recipe.adapter_layers
         if recipe.adapter is not None:
@@ -82,7 +80,7 @@ def prepare_adaptation(recipe: AdaptRecipe, *, command: str, skip_bad_rows: bool
 
 def prepare_baking(recipe: BakeRecipe, *, command: str, skip_bad_rows: bool) -> Prepared:
     """Read and check everything that a baking needs, but weights."""
-    with _as_input_errors():
+    with as_input_errors():
         base = _examine_base(recipe.base)
         layers = _adapter_layers(recipe.base, recipe.adapter, base)
         total, layer = _count(base)
@@ -208,15 +206,6 @@ def _count(facts: ModelFacts) -> tuple[int, int]:
 
 def _file_fingerprint(adapter: str) -> str:
     return fingerprint_file(Path(adapter).expanduser() / WEIGHTS_FILE)
-
-
-@contextmanager
-def _as_input_errors() -> Iterator[None]:
-    """Call a damaged file that was given as input what it is there: wrong input."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _say(line: str) -> None:

@@ -1,63 +1,12 @@
-"""What `flexalign evaluate` and `flexalign compare` share: settings in, tables out."""
+"""What `flexalign evaluate` and `flexalign compare` share: their tables."""
 
-import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from flexalign.cli._shared import parse_lambdas, result_console
-from flexalign.errors import ConfigError, LambdaError
-
-if TYPE_CHECKING:
-    from flexalign.evaluation.systems import Setting
-
-_SHORT = {"adaptive": "threshold", "route": "share"}
-
-
-def read_settings(lambdas: str | None, policies: Sequence[str]) -> "list[Setting]":
-    """Read ``--lambda 0,0.5,1`` and every ``--policy``.
-
-    Raises:
-        ConfigError: If a policy is malformed, or a setting is given twice.
-        LambdaError: If a λ is not a finite number.
-    """
-    from flexalign.evaluation.systems import unique_settings
-
-    values: list[object] = list(parse_lambdas(lambdas)) if lambdas is not None else []
-    return unique_settings([*values, *map(_policy, policies)])
-
-
-def read_range(text: str | None) -> tuple[float, float] | None:
-    """Read ``--lambda-range -1,2``.
-
-    Raises:
-        LambdaError: If it is not two numbers in order.
-    """
-    if text is None:
-        return None
-    limits = parse_lambdas(text)
-    if len(limits) != 2 or limits[0] > limits[1]:
-        raise LambdaError(f"--lambda-range takes LEAST,LARGEST, such as -1,2; got {text!r}.")
-    return limits[0], limits[1]
-
-
-def _policy(text: str) -> object:
-    """Read a policy's JSON, or its short form: ``adaptive 0.5``, ``route 0.3``."""
-    words = text.split()
-    if not words or words[0] not in _SHORT or len(words) > 2:
-        return text
-    policy: dict[str, Any] = {"policy": words[0]}
-    if len(words) == 2:
-        try:
-            policy[_SHORT[words[0]]] = float(words[1])
-        except ValueError:
-            raise ConfigError(
-                f"--policy {text!r}: {words[1]!r} is not a number; write {words[0]} 0.5, or JSON "
-                f"such as {json.dumps({'policy': words[0], _SHORT[words[0]]: 0.5})}."
-            ) from None
-    return policy
+from flexalign.cli._shared import result_console
 
 
 def print_summary(summary: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flexalign.errors import ConfigError, LambdaError
+from flexalign.errors import CheckpointError, ConfigError, LambdaError
 
 console = Console(stderr=True, highlight=False)
 """Everything for people goes to stderr; stdout carries the result alone."""
@@ -57,6 +57,15 @@ def read_secret(variable: str | None) -> str | None:
     if not value:
         raise ConfigError(f"--api-key-env: the environment variable {variable!r} is not set.")
     return value
+
+
+@contextmanager
+def as_input_errors() -> Iterator[None]:
+    """Call a damaged file that was given as input what it is there: wrong input."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
 
 
 @contextmanager

@@ -1,14 +1,10 @@
 """What the training commands share: what they show before, while and after they train."""
 
 import math
-import os
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from transformers import TrainerCallback
@@ -26,12 +22,10 @@ __all__ = [
     "StepProgress",
     "make_watcher",
     "plan_steps",
-    "quieten_libraries",
     "read_traces",
     "read_watched",
     "sample_rows",
     "show_samples",
-    "warnings_as_notes",
 ]
 
 _MINIATURE = "miniature"
@@ -83,19 +77,6 @@ class StepProgress(TrainerCallback):  # type: ignore[misc]
         self._bar.stop()
 
 
-def quieten_libraries() -> None:
-    """Keep other libraries' notices off the terminal: ours say what matters."""
-    import datasets
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    # Of several processes (torchrun, accelerate launch) the first one speaks.
-    console.quiet = os.environ.get("RANK", "0") != "0"
-
-
 def plan_steps(arguments: Any, lengths: Lengths) -> tuple[dict[str, Any], int]:
     """Work out a run's steps, its batch and its epochs, and its longest row in tokens."""
     batch = (
@@ -134,20 +115,6 @@ def show_samples(samples: Sequence[dict[str, str]]) -> None:
         text = Text.assemble((sample["masked"], "dim"), ("«", "green"))
         text.append(sample["trained"], "bold green").append("»", "green")
         result_console.print(text, soft_wrap=True)
-
-
-@contextmanager
-def warnings_as_notes() -> Iterator[None]:
-    """Print warnings for users as one line each on stderr, and drop those for developers."""
-
-    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-        if category is UserWarning:
-            console.print(f"[yellow]note:[/yellow] {escape(str(message))}", soft_wrap=True)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        warnings.showwarning = show
-        yield
 
 
 def read_traces(data: str, *, skip_bad_rows: bool) -> Dataset:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from flexalign.cli._evaluate import read_settings
+from flexalign.cli._dial import read_settings
 from flexalign.cli._shared import console, print_json, result_console
 from flexalign.errors import ConfigError
 

@@ -81,7 +81,7 @@ def adapt(
     )
 
     from flexalign.cli._adapt import finish, prepare_adaptation, preview
-    from flexalign.cli._training import quieten_libraries, warnings_as_notes
+    from flexalign.cli._quiet import quieten_libraries, warnings_as_notes
 
     quieten_libraries()
     with warnings_as_notes():

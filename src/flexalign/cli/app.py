@@ -11,9 +11,11 @@ from flexalign._version import __version__
 from flexalign.cli._shared import console
 from flexalign.cli.adapt import adapt
 from flexalign.cli.bake import bake
+from flexalign.cli.chat import chat
 from flexalign.cli.compare import compare
 from flexalign.cli.demo import demo
 from flexalign.cli.evaluate import evaluate
+from flexalign.cli.generate import generate
 from flexalign.cli.inspect import inspect
 from flexalign.cli.miniature import miniature
 from flexalign.cli.realign import realign
@@ -57,9 +59,11 @@ def _root(
 
 app.command()(adapt)
 app.command()(bake)
+app.command()(chat)
 app.command()(demo)
 app.command()(evaluate)
 app.command()(compare)
+app.command()(generate)
 app.command()(inspect)
 app.command()(realign)
 app.command()(sample)

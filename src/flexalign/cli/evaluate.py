@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from flexalign.cli._evaluate import print_summary, read_range, read_settings
+from flexalign.cli._dial import read_range, read_settings
+from flexalign.cli._evaluate import print_summary
 from flexalign.cli._shared import console, print_json, progress_bar, read_secret
 from flexalign.errors import ConfigError, ServingError
 
@@ -228,7 +229,7 @@ def _preview(sweep: "Sweep", unreadable: list[dict[str, str]], as_json: bool) ->
 
 
 def _run(sweep: "Sweep", output: Path, workers: int) -> dict[str, Any]:
-    from flexalign.cli._training import quieten_libraries
+    from flexalign.cli._quiet import quieten_libraries
 
     quieten_libraries()
     total = sweep.total

@@ -86,8 +86,8 @@ def realign(
         output=output,
         merge=merge or None,
     )
+    from flexalign.cli._quiet import quieten_libraries, warnings_as_notes
     from flexalign.cli._realign import prepare, preview
-    from flexalign.cli._training import quieten_libraries, warnings_as_notes
 
     quieten_libraries()
 

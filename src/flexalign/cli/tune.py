@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from flexalign.cli._evaluate import read_range
+from flexalign.cli._dial import read_range
 from flexalign.cli._shared import console, print_json, progress_bar, result_console
 from flexalign.cli._tune import (
     plan_of,
@@ -200,7 +200,7 @@ def _draw(
     as_json: bool,
 ) -> None:
     from flexalign.calibration.stored import DrawnAnswers
-    from flexalign.cli._training import quieten_libraries
+    from flexalign.cli._quiet import quieten_libraries
 
     quieten_libraries()
     (task,) = sweep.tasks

@@ -54,7 +54,7 @@ def attempt(
         reader = ResponseText(model._known_tokenizer("agreement", options), model._thinking_tags())
     prompts.prefill([fast, rest], options)
     given = list(policies.values())
-    thresholds = [model._threshold(policy) for policy in given]
+    thresholds = [model.threshold(policy) for policy in given]
     watch = Watch(given, thresholds, prompts.ids.device)
     tokens = prompts.generate(fast, with_settings(options, GREEDY), watch=watch)
     confidence, ended = watch.confidence.tolist(), watch.ended.tolist()

@@ -13,7 +13,7 @@ from torch import Tensor
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, LambdaError
 from flexalign.fusion import as_lambda
-from flexalign.policies import Adaptive, Dial, Fixed, Route, parse_dial
+from flexalign.policies import Adaptive, Dial, Fixed, Route, extremes, parse_dial
 from flexalign.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class RowDials:
         self._schedules = list(schedules)
         self._scheduled = any(schedules)
         values = [
-            (float(row.min()), float(row.max())) if schedule is None else _extremes(schedule)
+            (float(row.min()), float(row.max())) if schedule is None else extremes(schedule)
             for row, schedule in zip(table, schedules, strict=True)
         ]
         self.least = min(low for low, _ in values)
@@ -152,10 +152,6 @@ def read_dials(lam: Any, rows: int) -> list[Dial]:
             f"{len(lam)} λ for {rows} prompts; give one number, or one for each prompt."
         )
     return [parse_dial(one.item() if isinstance(one, Tensor) else one) for one in lam]
-
-
-def _extremes(schedule: Schedule) -> tuple[float, float]:
-    return min(schedule.values), max(schedule.values)
 
 
 def _last(found: Tensor) -> Tensor:

@@ -66,8 +66,8 @@ class FusedDecoding(GenerationMixin):  # type: ignore[misc]
         """Return a cache of its own for rows of a prefilled one: what their dials need."""
         raise NotImplementedError
 
-    def _threshold(self, policy: Adaptive) -> float:
-        """Return an adaptive policy's threshold."""
+    def threshold(self, policy: Adaptive) -> float:
+        """Return the least confidence that an adaptive policy accepts."""
         return DEFAULT_THRESHOLD if policy.threshold is None else policy.threshold
 
     def generate(

@@ -16,7 +16,7 @@ from flexalign.fusion import Lambda, as_lambda
 from flexalign.inra.adapter import copy_first_layer, identity_adapter
 from flexalign.inra.config import InRaConfig
 from flexalign.inra.decoding import StreamDecoding
-from flexalign.inra.folder import load_weights, require_base, save_adapter
+from flexalign.inra.folder import check_folder, load_weights, require_base, save_adapter
 from flexalign.inra.kv import StreamCache
 from flexalign.inra.probe import probe_streams
 from flexalign.inra.stacked import needed_streams
@@ -103,7 +103,7 @@ class InRaModel(StreamDecoding):
             PairMismatchError: If the adapter was made for another base.
         """
         folder = resolve_adapter(adapter)
-        settings = InRaConfig.load(folder)
+        settings = check_folder(folder)
         from_folder = not isinstance(base, PreTrainedModel) and resolve(base).gguf_file is None
         if from_folder and not any_base:
             require_base(settings, fingerprint(base), str(base), folder)
@@ -198,12 +198,12 @@ class InRaModel(StreamDecoding):
         tags = self.inra_config.thinking_tags
         return ThinkingTags(*tags) if tags else None
 
-    def _threshold(self, policy: Adaptive) -> float:
+    def threshold(self, policy: Adaptive) -> float:
         """Return a policy's threshold; the calibrated one, where there is one, if it has none."""
         calibrated = (self.inra_config.calibration or {}).get("threshold")
         if policy.threshold is None and calibrated is not None:
             return float(calibrated)
-        return super()._threshold(policy)
+        return super().threshold(policy)
 
     def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
         self._note_range(dials.least, dials.largest)

@@ -8,8 +8,8 @@ from flexalign.evaluation.systems.settings import Setting
 
 __all__ = ["Answer", "Backend", "Cell", "Failure", "Key", "Messages", "Outcome", "SystemOptions"]
 
-Messages = list[dict[str, str]]
-"""A question as a conversation."""
+Messages = list[dict[str, str]] | str
+"""A question as a conversation, or as text that the model goes on from as it is."""
 
 
 class Key(NamedTuple):
@@ -93,6 +93,7 @@ class SystemOptions:
         gate: As in :func:`flexalign.fusion.fuse`.
         dtype: Of weights on this machine.
         lambda_range: λ's to permit for an adapter; its own range if not given.
+        any_base: Take an adapter for another base than it was made for, if the shapes fit.
         model_name: The model's name at an endpoint; its only one if not given.
         tokenizer: Of an endpoint's model, to count tokens where the server does not.
         concurrency: Requests under way at an endpoint at one time.
@@ -110,6 +111,7 @@ class SystemOptions:
     gate: float | None = None
     dtype: str = "auto"
     lambda_range: tuple[float, float] | None = None
+    any_base: bool = False
     model_name: str | None = None
     tokenizer: str | None = None
     concurrency: int = 8

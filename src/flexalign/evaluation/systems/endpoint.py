@@ -108,7 +108,7 @@ class EndpointBackend:
             lam = cell.setting.lam
             dial["lambda"] = cell.setting.policy if lam is None else lam
         try:
-            return self._read(server.ask(list(cell.messages), cell.seed, **dial))
+            return self._read(server.ask(cell.messages, cell.seed, **dial))
         except ServingError as error:
             return Failure(str(error))
 

@@ -24,13 +24,14 @@ from flexalign.evaluation.systems.backend import (
     Outcome,
     SystemOptions,
 )
-from flexalign.evaluation.systems.settings import Setting
+from flexalign.evaluation.systems.settings import AS_IT_IS, Setting
 from flexalign.fusion import as_lambda
-from flexalign.inra import InRaConfig, InRaModel
+from flexalign.inra import InRaModel
+from flexalign.inra.folder import check_folder
 from flexalign.loading import fingerprint, load_model, load_tokenizer, resolve
 from flexalign.loading.weights import fingerprint_file
 from flexalign.pairing import ModelPair
-from flexalign.policies import Adaptive, Fixed, Route
+from flexalign.policies import Adaptive, Fixed, Route, extremes
 
 __all__ = ["LocalBackend", "ModelText"]
 
@@ -45,8 +46,8 @@ class ModelText:
 
     def prompt(self, messages: Messages) -> Prompt:
         """The prompt as :func:`generate_responses` takes it; text where there is no template."""
-        if self.tokenizer.chat_template:
-            return list(messages)
+        if isinstance(messages, str) or self.tokenizer.chat_template:
+            return messages
         return "\n\n".join(message["content"] for message in messages)
 
     def render(self, messages: Messages) -> str:
@@ -75,6 +76,11 @@ class LocalBackend:
 
     Settings of an InRa dial share one batch and one prefill; of every other system each setting
     has its own, as one of a pair's models can rest at λ = 0 and 1.
+
+    Attributes:
+        kind: ``model``, ``dial``, ``pair`` or ``interpolate``.
+        text: How its prompts are written and its responses read.
+        default: Its setting where none is asked for.
     """
 
     def __init__(
@@ -87,34 +93,56 @@ class LocalBackend:
             CheckpointError: If an adapter's folder is damaged.
             LambdaError: If a λ is outside the adapter's range.
         """
-        self._kind, self._parts, self._options = kind, list(parts), options
+        self.kind, self._parts, self._options = kind, list(parts), options
         self._sources = [resolve(part) for part in parts[: 1 if kind == "dial" else 2]]
+        self.default = Setting.of(1.0) if kind == "pair" else AS_IT_IS
+        self._limits: tuple[float, float] | None = None
         tags = None
         if kind == "dial":
             self._adapter = _adapter_folder(parts[1])
-            config = InRaConfig.load(self._adapter)
+            config = check_folder(self._adapter)
+            self.default = Setting.of(config.default_lambda)
+            self._limits = options.lambda_range or config.lambda_range
             tags = ThinkingTags(*config.thinking_tags) if config.thinking_tags else None
-            _require_range(settings, options.lambda_range or config.lambda_range, parts[1])
-        self._text = ModelText(load_tokenizer(self._sources[0]), tags)
+            self.require_range(settings)
+        self.text = ModelText(load_tokenizer(self._sources[0]), tags)
+
+    def require_range(self, settings: Sequence[Setting]) -> None:
+        """Refuse settings that may use a λ outside the adapter's range, or the one permitted.
+
+        Raises:
+            LambdaError: If there is one; says how to permit it.
+        """
+        if self._limits is None:
+            return
+        low, high = (float(as_lambda(limit)) for limit in self._limits)
+        dials = [(setting.id, setting.dial) for setting in settings if setting.dial is not None]
+        reached = [(name, *extremes(dial)) for name, dial in dials]
+        outside = [name for name, least, largest in reached if least < low or largest > high]
+        if outside:
+            raise LambdaError(
+                f"{', '.join(outside)}: outside the range [{low:g}, {high:g}] of the adapter "
+                f"{self._parts[1]}; permit it, if you mean it, with --lambda-range LEAST,LARGEST."
+            )
 
     def describe(self) -> dict[str, Any]:
         """Names, fingerprints, the data type and the thinking tags."""
         parts = [{"name": str(s), "fingerprint": fingerprint(s)} for s in self._sources]
-        if self._kind == "dial":
+        if self.kind == "dial":
             weights = fingerprint_file(self._adapter / "inra_adapter.safetensors")
             parts.append({"name": self._parts[1], "fingerprint": weights})
-        tags = self._text.tags
+        tags = self.text.tags
         return {
-            "kind": self._kind,
+            "kind": self.kind,
             "parts": parts,
             "dtype": self._options.dtype,
             "thinking_tags": [tags.open, tags.close],
-            "template": _digest(str(self._text.tokenizer.chat_template)),
+            "template": _digest(str(self.text.tokenizer.chat_template)),
         }
 
     def render(self, messages: Messages) -> str:
         """The prompt as the model sees it."""
-        return self._text.render(messages)
+        return self.text.render(messages)
 
     def run(self, cells: Sequence[Cell], done: Collection[Key]) -> Iterator[list[Outcome]]:
         """Make what is missing, block by block.
@@ -135,7 +163,7 @@ class LocalBackend:
     def _groups(self, cells: Sequence[Cell]) -> list[list[Setting]]:
         """The settings that are decoded together."""
         settings = list(dict.fromkeys(cell.setting for cell in cells))
-        if self._kind != "dial":
+        if self.kind != "dial":
             return [[setting] for setting in settings]
         alone = [[s] for s in settings if isinstance(s.dial, Adaptive | Route)]
         together = [s for s in settings if not isinstance(s.dial, Adaptive | Route)]
@@ -143,7 +171,7 @@ class LocalBackend:
 
     def _blocks(self, cells: list[Cell], settings: int) -> list[list[Cell]]:
         """Batches of prompts alike in length, the longest first; all settings of one together."""
-        lengths = {(c.task, c.question): self._text.length(c.messages) for c in cells}
+        lengths = {(c.task, c.question): self.text.length(c.messages) for c in cells}
         places = {place: index for index, place in enumerate(lengths)}
 
         def order(cell: Cell) -> tuple[int, int, int]:
@@ -156,18 +184,18 @@ class LocalBackend:
 
     def release(self) -> None:
         """Let go of the weights."""
-        self.__dict__.pop("_loaded", None)
+        self.__dict__.pop("model", None)
 
     def _answer(self, model: Any, block: list[Cell], settings: int) -> list[Answer]:
         options = self._options
         dials = [_resolved(cell) for cell in block]
         more: dict[str, Any] = {}
-        if self._kind in ("dial", "pair"):
+        if self.kind in ("dial", "pair"):
             more = {"lam": [dial for dial, _ in dials], "gate": options.gate}
         responses = generate_responses(
             _OnePrefill(model, settings) if settings > 1 else model,
-            self._text.tokenizer,
-            [self._text.prompt(cell.messages) for cell in block],
+            self.text.tokenizer,
+            [self.text.prompt(cell.messages) for cell in block],
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             top_p=options.top_p,
@@ -181,11 +209,11 @@ class LocalBackend:
         ]
 
     def _read(self, cell: Cell, response: Response, route: str | None) -> Answer:
-        text = self._text.whole(cell.messages, response.text)
+        text = self.text.whole(cell.messages, response.text)
         return Answer(
             text,
             response.tokens,
-            self._text.thinking_tokens(text),
+            self.text.thinking_tokens(text),
             getattr(response, "rejected_tokens", None) or 0,
             response.truncated,
             route or getattr(response, "route", None),
@@ -194,8 +222,8 @@ class LocalBackend:
 
     @contextmanager
     def _model(self, setting: Setting) -> Iterator[Any]:
-        if self._kind != "interpolate":
-            yield self._loaded
+        if self.kind != "interpolate":
+            yield self.model
             return
         assert setting.lam is not None
         with TemporaryDirectory(prefix="flexalign-") as scratch:
@@ -204,15 +232,19 @@ class LocalBackend:
             yield self._placed(load_model(folder, dtype=self._options.dtype))
 
     @cached_property
-    def _loaded(self) -> Any:
+    def model(self) -> Any:
+        """What generates, loaded when it is first asked for; not of weights between two models."""
         dtype = self._options.dtype
-        if self._kind == "model":
+        if self.kind == "model":
             return self._placed(load_model(self._sources[0], dtype=dtype))
-        if self._kind == "pair":
+        if self.kind == "pair":
             device = self._device
             pair = ModelPair.load(*self._sources, dtype=dtype, device_map=device)
             return TwoModelDecoder(pair)
-        return self._placed(InRaModel.from_pretrained(self._parts[0], self._adapter, dtype=dtype))
+        base, any_base = self._parts[0], self._options.any_base
+        return self._placed(
+            InRaModel.from_pretrained(base, self._adapter, any_base=any_base, dtype=dtype)
+        )
 
     @property
     def _device(self) -> str | None:
@@ -260,16 +292,6 @@ def _adapter_folder(name: str) -> Path:
             "or InRaModel.save_pretrained wrote."
         )
     return path
-
-
-def _require_range(settings: Sequence[Setting], limits: tuple[float, float], name: str) -> None:
-    low, high = (float(as_lambda(limit)) for limit in limits)
-    outside = [s.id for s in settings if s.lam is not None and not low <= s.lam <= high]
-    if outside:
-        raise LambdaError(
-            f"{', '.join(outside)}: outside the range [{low:g}, {high:g}] of the adapter {name}; "
-            "permit it, if you mean it, with --lambda-range LEAST,LARGEST."
-        )
 
 
 def _digest(text: str) -> str:

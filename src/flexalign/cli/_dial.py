@@ -1,0 +1,158 @@
+"""The dial on the command line: read, put to a model, and told of."""
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from flexalign.cli._shared import as_input_errors, parse_lambdas
+from flexalign.errors import ConfigError, LambdaError
+
+if TYPE_CHECKING:
+    from flexalign.evaluation.systems import Answer, Setting, SystemOptions
+    from flexalign.evaluation.systems.local import LocalBackend
+
+_SHORT = {"adaptive": "threshold", "route": "share"}
+
+
+def read_settings(lambdas: str | None, policies: Sequence[str]) -> "list[Setting]":
+    """Read ``--lambda 0,0.5,1``, or a schedule's JSON in its place, and every ``--policy``.
+
+    Raises:
+        ConfigError: If a schedule or a policy is malformed, or a setting is given twice.
+        LambdaError: If a λ is not a finite number.
+    """
+    from flexalign.evaluation.systems import unique_settings
+
+    return unique_settings([*_read_lambdas(lambdas), *map(_read_policy, policies)])
+
+
+def read_setting(name: str, text: str) -> "Setting":
+    """Read one setting in mid-conversation, as ``--lambda`` or ``--policy`` would.
+
+    Args:
+        name: ``lambda`` or ``policy``.
+        text: The option's value.
+
+    Raises:
+        ConfigError: If it is malformed, or several.
+        LambdaError: If a λ is not a finite number.
+    """
+    settings = read_settings(text, []) if name == "lambda" else read_settings(None, [text])
+    if len(settings) != 1:
+        raise ConfigError(f"a conversation has one λ at a time; got {text!r}.")
+    return settings[0]
+
+
+def read_range(text: str | None) -> tuple[float, float] | None:
+    """Read ``--lambda-range -1,2``.
+
+    Raises:
+        LambdaError: If it is not two numbers in order.
+    """
+    if text is None:
+        return None
+    limits = parse_lambdas(text)
+    if len(limits) != 2 or limits[0] > limits[1]:
+        raise LambdaError(f"--lambda-range takes LEAST,LARGEST, such as -1,2; got {text!r}.")
+    return limits[0], limits[1]
+
+
+def open_dial(
+    model: str,
+    adapter: str | None,
+    aligned: str | None,
+    settings: "Sequence[Setting]",
+    options: "SystemOptions",
+) -> "LocalBackend":
+    """Find a model with what turns it, and check all that needs no weights.
+
+    Args:
+        model: A folder or a known name.
+        adapter: An InRa adapter on it.
+        aligned: Instead: the pair's other model.
+        settings: What it will be asked at.
+        options: How it is run.
+
+    Raises:
+        ConfigError: If a part is not there or damaged, or there is a setting and no dial.
+        LambdaError: If a setting may leave the adapter's range.
+    """
+    from flexalign.evaluation.systems.local import LocalBackend
+
+    if adapter is not None and aligned is not None:
+        raise ConfigError("give --adapter or --aligned, not both: each is a dial of its own.")
+    if adapter is None and (options.lambda_range is not None or options.any_base):
+        raise ConfigError("--lambda-range and --any-base are about an adapter; name --adapter.")
+    kind = "dial" if adapter else "pair" if aligned else "model"
+    if kind == "model":
+        require_dial(settings, options.gate)
+    parts = [part for part in (model, adapter, aligned) if part is not None]
+    with as_input_errors():
+        return LocalBackend(kind, parts, settings, options)
+
+
+def require_dial(settings: "Sequence[Setting]", gate: float | None = None) -> None:
+    """Refuse settings for a model that has nothing to turn.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    asked = [*(setting.id for setting in settings), *(["a gate"] if gate is not None else [])]
+    if asked:
+        raise ConfigError(
+            f"{asked[0]} needs a dial, and the model alone has none; name its --adapter, or the "
+            "--aligned model beside it."
+        )
+
+
+def describe_choice(answer: "Answer", setting: "Setting", model: Any) -> str | None:
+    """Say which way a policy took and why; None if it was not its choice."""
+    from flexalign.policies import Adaptive
+
+    if answer.route is None:
+        return None
+    if not isinstance(setting.dial, Adaptive):
+        return f"{answer.route}: by the coin"
+    threshold = model.threshold(setting.dial)
+    if answer.route == "fast":
+        return f"fast: confidence {answer.confidence:.2f} ≥ {threshold:g}"
+    if answer.confidence is not None and answer.confidence >= threshold:
+        return "slow: the fast answer did not come to its end"
+    return f"slow: fast answer's confidence {answer.confidence:.2f} < {threshold:g}"
+
+
+def describe_tokens(answer: "Answer", tokens_per_second: float) -> str:
+    """Say how many tokens were written for an answer, and how fast.
+
+    The thinking tags themselves count with the answer.
+    """
+    parts = [f"{answer.tokens} tokens"]
+    thinking, rejected = answer.thinking_tokens or 0, answer.rejected_tokens
+    if thinking or rejected:
+        shares = [f"{thinking} thinking", f"{answer.tokens - thinking - rejected} answer"]
+        parts[0] += f" ({' + '.join(shares + [f'{rejected} rejected'] * bool(rejected))})"
+    parts.append(f"{tokens_per_second:.0f} tokens/s")
+    return " · ".join(parts + ["cut off"] * answer.truncated)
+
+
+def _read_lambdas(text: str | None) -> list[object]:
+    if text is None:
+        return []
+    return [text] if text.lstrip().startswith("{") else list(parse_lambdas(text))
+
+
+def _read_policy(text: str) -> object:
+    """Read a policy's JSON, or its short form: ``adaptive 0.5``, ``route 0.3``."""
+    words = text.split()
+    if not words or words[0] not in _SHORT or len(words) > 2:
+        return text
+    policy: dict[str, Any] = {"policy": words[0]}
+    if len(words) == 2:
+        try:
+            policy[_SHORT[words[0]]] = float(words[1])
+        except ValueError:
+            raise ConfigError(
+                f"--policy {text!r}: {words[1]!r} is not a number; write {words[0]} 0.5, or JSON "
+                f"such as {json.dumps({'policy': words[0], _SHORT[words[0]]: 0.5})}."
+            ) from None
+    return policy

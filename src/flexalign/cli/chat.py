@@ -1,0 +1,123 @@
+"""``flexalign chat``: a conversation in which the dial can be turned."""
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from flexalign.cli._dial import open_dial, read_range, read_settings
+from flexalign.cli._shared import as_input_errors, console
+from flexalign.errors import ConfigError, FlexAlignError
+
+if TYPE_CHECKING:
+    from flexalign.cli._chat import Chat
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="A model folder or a known name.")],
+    adapter: Annotated[
+        str | None, typer.Option(help="An InRa adapter on the model: its dial.")
+    ] = None,
+    aligned: Annotated[
+        str | None, typer.Option(help="Or the aligned model of a pair, fused as both decode.")
+    ] = None,
+    lam: Annotated[
+        str | None,
+        typer.Option("--lambda", help="To begin with; the adapter's default if not given."),
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option(help="Instead: 'adaptive 0.5', 'route 0.3', auto, or JSON.")
+    ] = None,
+    system: Annotated[str, typer.Option(help="What the model is told beforehand.")] = "",
+    gate: Annotated[
+        float | None, typer.Option(help="Extrapolate only where the two differ by more.")
+    ] = None,
+    lambda_range: Annotated[
+        str | None, typer.Option(help="λ to permit, such as -1,2; the adapter's own otherwise.")
+    ] = None,
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="Take an adapter that was made for another base.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Probability mass sampled from.")] = 0.95,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens at which one is cut off.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Of all sampling.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Talk with a model and turn its dial in mid-conversation.
+
+    Answers go to stdout as they are written, thinking dimmed; what they cost, and which way a
+    policy took and why, to stderr. Lines may be piped in. Inside: [cyan]/lambda 0.3[/cyan],
+    [cyan]/policy adaptive 0.5[/cyan], [cyan]/system TEXT[/cyan], [cyan]/reset[/cyan],
+    [cyan]/help[/cyan], [cyan]/quit[/cyan]. Ctrl-C stops an answer, Ctrl-D leaves. The model is
+    not shown the thinking of its earlier answers.
+
+    Example: [cyan]flexalign chat miniature --adapter miniature:fast --policy 'adaptive 0.5'[/cyan]
+
+    Example: [cyan]flexalign chat models/base --aligned models/concise --lambda 1.5[/cyan]
+    """
+    limits = read_range(lambda_range)
+    settings = read_settings(lam, [policy] if policy is not None else [])
+    if len(settings) > 1:
+        raise ConfigError("a conversation begins with one setting; give one λ or one policy.")
+
+    from flexalign.cli._quiet import quieten_libraries, warnings_as_notes
+    from flexalign.evaluation.systems import SystemOptions
+
+    options = SystemOptions(
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        gate=gate,
+        dtype=dtype,
+        lambda_range=limits,
+        any_base=any_base,
+    )
+    quieten_libraries()
+    backend = open_dial(model, adapter, aligned, settings, options)
+    from flexalign.cli._chat import Chat
+
+    with warnings_as_notes():
+        with as_input_errors(), console.status("loading"):
+            _ = backend.model
+        setting = settings[0] if settings else backend.default
+        console.print(f"{escape(setting.id)}. /help lists the commands; Ctrl-D leaves.")
+        _converse(Chat(backend, options, setting, seed, system))
+
+
+def _converse(chat: "Chat") -> None:
+    for line in _lines():
+        try:
+            if line.startswith("/"):
+                if not chat.obey(line):
+                    return
+            else:
+                chat.say(line)
+        except FlexAlignError as error:
+            console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+
+
+def _lines() -> Iterator[str]:
+    """Give what is typed or piped in, line by line, empty ones left out."""
+    is_typed = sys.stdin.isatty()
+    if is_typed:
+        import readline  # noqa: F401 (gives input() its editing and its history)
+    while True:
+        try:
+            line = input("› ") if is_typed else _piped_line()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            console.print("\nCtrl-D or /quit leaves.")
+            continue
+        if line.strip():
+            yield line.strip()
+
+
+def _piped_line() -> str:
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line

@@ -1,0 +1,216 @@
+"""``flexalign generate``: answers to a prompt, or a file of them, at one or several λ."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from flexalign.cli._dial import (
+    describe_choice,
+    describe_tokens,
+    open_dial,
+    read_range,
+    read_settings,
+)
+from flexalign.cli._shared import (
+    as_input_errors,
+    console,
+    print_json,
+    progress_bar,
+    result_console,
+)
+from flexalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flexalign.cli._prompts import GivenPrompt
+    from flexalign.evaluation.systems import Answer, Cell, Key, Setting
+    from flexalign.evaluation.systems.local import LocalBackend
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="A model folder or a known name.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="What to ask; standard input if - or none.")
+    ] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            help="Prompts instead: .txt with one a line, or JSONL with problem, messages or "
+            "prompt (text in prompt skips the chat template).",
+        ),
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="An InRa adapter on the model: its dial.")
+    ] = None,
+    aligned: Annotated[
+        str | None, typer.Option(help="Or the aligned model of a pair, fused as both decode.")
+    ] = None,
+    lam: Annotated[
+        str | None,
+        typer.Option(
+            "--lambda",
+            help="One or several, such as 0,0.5,1, or a schedule's JSON; the adapter's default "
+            "if not given (a pair: 1).",
+        ),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="'adaptive 0.5', 'route 0.3', auto, or a policy's JSON; repeatable."),
+    ] = None,
+    gate: Annotated[
+        float | None, typer.Option(help="Extrapolate only where the two differ by more.")
+    ] = None,
+    lambda_range: Annotated[
+        str | None, typer.Option(help="λ to permit, such as -1,2; the adapter's own otherwise.")
+    ] = None,
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="Take an adapter that was made for another base.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Probability mass sampled from.")] = 0.95,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens at which one is cut off.")] = 2048,
+    samples: Annotated[
+        int, typer.Option("--samples", "-n", min=1, help="Answers per prompt and setting.")
+    ] = 1,
+    seed: Annotated[
+        int, typer.Option(help="The same seed, the same answers; shared by all settings.")
+    ] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers made together.")] = 32,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="A list with a row for each answer, on stdout.")
+    ] = False,
+) -> None:
+    """Answer prompts at one λ or several, side by side, with their tokens and tokens/s.
+
+    All λ of an adapter share one prefill of the prompt. Tokens/s are those of all answers that
+    were made together.
+
+    One question, slow, halfway and fast:
+    [cyan]flexalign generate miniature '3+14+15?' --adapter miniature:fast --lambda 0,0.5,1[/cyan]
+
+    Think only where the fast answer is unsure:
+    [cyan]flexalign generate models/R1 --adapter out/fast --policy 'adaptive 0.5' < question.txt[/cyan]
+
+    Two models, further than the aligned one goes, many questions:
+    [cyan]flexalign generate models/base --aligned models/concise --lambda 2 --gate 0.01
+    --input questions.jsonl --json > answers.json[/cyan]
+    """
+    from flexalign.cli._prompts import read_given
+    from flexalign.cli._quiet import quieten_libraries, warnings_as_notes
+
+    if samples > 1 and temperature == 0:
+        raise ConfigError("--samples are all equal at temperature 0; raise --temperature.")
+    limits = read_range(lambda_range)
+    settings = read_settings(lam, policy or [])
+    prompts = read_given(prompt, input_file)
+
+    from flexalign.evaluation.systems import SystemOptions
+
+    options = SystemOptions(
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        gate=gate,
+        dtype=dtype,
+        lambda_range=limits,
+        any_base=any_base,
+    )
+    quieten_libraries()
+    backend = open_dial(model, adapter, aligned, settings, options)
+    settings = settings or [backend.default]
+    with warnings_as_notes():
+        made = _answer(backend, prompts, settings, samples, seed)
+    if as_json:
+        print_json([_row(prompts, one) for one in made])
+        return
+    _show(prompts, made, backend, samples > 1)
+
+
+class _Made(NamedTuple):
+    """An answer with what was asked, and the speed of its batch."""
+
+    cell: "Cell"
+    answer: "Answer"
+    tokens_per_second: float
+
+
+def _answer(
+    backend: "LocalBackend",
+    prompts: "Sequence[GivenPrompt]",
+    settings: "Sequence[Setting]",
+    samples: int,
+    seed: int,
+) -> list[_Made]:
+    """Return all answers, by prompt, setting and sample."""
+    from flexalign.evaluation.sampling import sample_seed
+    from flexalign.evaluation.systems import Answer, Cell
+
+    cells = [
+        Cell(setting, "", str(index), sample, sample_seed(seed, "", str(index), sample), given.put)
+        for index, given in enumerate(prompts)
+        for setting in settings
+        for sample in range(samples)
+    ]
+    for given in prompts:
+        backend.render(given.put)  # a template that refuses one does so before weights load
+    with as_input_errors(), console.status("loading"):
+        _ = backend.model
+    made: dict[Key, _Made] = {}
+    with progress_bar("answers", len(cells)) as show:
+        started = time.perf_counter()
+        for outcomes in backend.run(cells, ()):
+            seconds = time.perf_counter() - started
+            answers = [(cell, one) for cell, one in outcomes if isinstance(one, Answer)]
+            speed = sum(answer.tokens for _, answer in answers) / seconds
+            made |= {cell.key: _Made(cell, answer, speed) for cell, answer in answers}
+            show(len(made))
+            started = time.perf_counter()
+    return [made[cell.key] for cell in cells]
+
+
+def _row(prompts: "Sequence[GivenPrompt]", made: _Made) -> dict[str, Any]:
+    cell, answer, speed = made
+    return {
+        "prompt": prompts[int(cell.question)].given,
+        "setting": cell.setting.id,
+        "lambda": cell.setting.lam,
+        "policy": cell.setting.policy,
+        "sample": cell.sample,
+        "response": answer.text,
+        "tokens": answer.tokens,
+        "thinking_tokens": answer.thinking_tokens,
+        "rejected_tokens": answer.rejected_tokens,
+        "truncated": answer.truncated,
+        "route": answer.route,
+        "confidence": answer.confidence,
+        "tokens_per_second": round(speed, 1),
+    }
+
+
+def _show(
+    prompts: "Sequence[GivenPrompt]", made: list[_Made], backend: "LocalBackend", has_samples: bool
+) -> None:
+    """Print prompts, and under each its answers with what they cost."""
+    from flexalign.cli._response import print_response
+
+    last = None
+    for cell, answer, speed in made:
+        if cell.question != last:
+            last = cell.question
+            given = prompts[int(last)].given
+            text = given if isinstance(given, str) else "\n".join(m["content"] for m in given)
+            result_console.print(text, style="bold", markup=False, soft_wrap=True)
+        name = cell.setting.id + (f" · sample {cell.sample + 1}" if has_samples else "")
+        result_console.rule(name.replace("[", "\\["), align="left", style="dim")
+        print_response(answer.text, backend.text.tags)
+        told = [
+            describe_choice(answer, cell.setting, backend.model),
+            describe_tokens(answer, speed),
+        ]
+        for line in filter(None, told):
+            result_console.print(line, style="dim", markup=False, soft_wrap=True)
