@@ -150,6 +150,23 @@ def test_a_coin_falls_by_the_samples_own_seed(make, tmp_path) -> None:
         assert row["response"] == rows[system, end, *place]["response"]
 
 
+def test_an_adaptive_dial_thinks_with_the_slow_ways_own_seeds(make, tmp_path) -> None:
+    never = {"policy": "adaptive", "threshold": 1}
+    always = {"policy": "adaptive", "threshold": 0}
+    make("dial", lams=[0, never, always], samples=3).run(tmp_path)
+    rows = _by_place(_rows(tmp_path))
+    for (system, setting, *place), row in rows.items():
+        if setting == "adaptive 1":
+            slow = rows[system, "λ=0", *place]
+            assert (row["route"], row["response"]) == ("slow", slow["response"])
+            assert row["tokens"] == slow["tokens"] + row["rejected_tokens"]
+            assert 0 < row["confidence"] < 1
+        elif setting == "adaptive 0" and row["route"] == "fast":
+            assert row["rejected_tokens"] == 0
+    greedy = {row["response"] for row in rows.values() if row["route"] == "fast"}
+    assert len(greedy) <= len(TASK.questions)
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_a_broken_off_sweep_goes_on_to_the_same_summary(make, tmp_path, share) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
