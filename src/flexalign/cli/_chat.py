@@ -9,7 +9,7 @@ from flexalign.cli._response import ResponsePrinter
 from flexalign.cli._shared import console
 from flexalign.data.traces import derive_seed
 from flexalign.decoding.responses import Response, generate_responses
-from flexalign.decoding.streaming import StreamedText
+from flexalign.decoding.streaming import StreamedResponse
 from flexalign.errors import ConfigError
 from flexalign.evaluation.systems import Answer, Setting
 
@@ -160,7 +160,7 @@ class _Streamer:
     def __init__(self, backend: "LocalBackend", *, opened: bool) -> None:
         tags = backend.text.tags
         self.answer = ""
-        self._stream = StreamedText(backend.text.tokenizer, tags, opened=opened)
+        self._stream = StreamedResponse(backend.text.tokenizer, tags, opened=opened)
         self._printer = ResponsePrinter(tags)
         self._has_prompt = self._has_ended = False
 

@@ -1,4 +1,4 @@
-"""A response as it is written: token by token into text, the thinking told from the answer."""
+"""A response as it is written: tokens into text, and the thinking told from the answer."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -8,7 +8,7 @@ from flexalign.decoding.text import ResponseText
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Piece", "StreamedText"]
+__all__ = ["Piece", "StreamedResponse", "StreamedSplit"]
 
 _INCOMPLETE = "\ufffd"
 """What tokens decode to that end inside a character."""
@@ -26,12 +26,51 @@ class Piece(NamedTuple):
     is_thinking: bool
 
 
-class StreamedText:
-    """Reads one response while it is written.
+class StreamedSplit:
+    """Tells the thinking from the answer in a text that comes bit by bit.
 
     Put together, the pieces are the two parts that :meth:`ThinkingTags.split` finds, but for a
     response that closes a thinking it has not opened: what was handed out as its answer stays so.
     """
+
+    def __init__(self, tags: ThinkingTags, *, opened: bool = False) -> None:
+        """Start; `opened` says whether the prompt has opened the thinking."""
+        self._tags = tags
+        self._is_begun, self._is_thinking = opened, opened
+        self._held = ""
+
+    def put(self, text: str, *, is_last: bool = False) -> list[Piece]:
+        """Take more text; return what can be told by now, or all of it if no more follows."""
+        self._held += text
+        if not self._is_begun and not self._begin(is_last):
+            return []
+        pieces = []
+        if self._is_thinking:
+            thinking, closed, rest = self._held.partition(self._tags.close)
+            if not closed and not is_last:
+                certain = len(thinking) - _overlap(thinking, self._tags.close)
+                thinking, rest = thinking[:certain], thinking[certain:]
+            pieces.append(Piece(thinking, True))
+            self._held = rest
+            self._is_thinking = not closed
+        if not self._is_thinking:
+            pieces.append(Piece(self._held, False))
+            self._held = ""
+        return [piece for piece in pieces if piece.text]
+
+    def _begin(self, is_last: bool) -> bool:
+        """Find out whether the response opens with thinking; return whether that is known."""
+        start, tag = self._held.lstrip(), self._tags.open
+        if len(start) < len(tag) and tag.startswith(start) and not is_last:
+            return False
+        self._is_begun, self._is_thinking = True, start.startswith(tag)
+        if self._is_thinking:
+            self._held = start.removeprefix(tag)
+        return True
+
+
+class StreamedResponse:
+    """Reads one response while it is written, token by token."""
 
     def __init__(
         self, tokenizer: "PreTrainedTokenizerBase", tags: ThinkingTags, *, opened: bool = False
@@ -44,52 +83,29 @@ class StreamedText:
             opened: Whether the prompt has opened the thinking.
         """
         self._text = ResponseText(tokenizer, tags)
-        self._tags = tags
+        self._split = StreamedSplit(tags, opened=opened)
         self._tokens: list[int] = []
         self._from = self._told = 0  # decoded anew for the next piece; handed on as text
-        self._held = ""
-        self._is_begun, self._is_thinking = opened, opened
 
     def put(self, token: int) -> list[Piece]:
         """Take the next token; return what can be told by now."""
         self._tokens.append(token)
-        return self._sort_out(self._decode(), is_last=False)
+        text = self._unread()
+        if text.endswith(_INCOMPLETE):
+            return []
+        self._from, self._told = self._told, len(self._tokens)
+        return self._split.put(text)
 
     def end(self) -> list[Piece]:
         """Return what was held back, as no token follows."""
-        return self._sort_out(self._decode(is_last=True), is_last=True)
+        text = self._unread()
+        self._from = self._told = len(self._tokens)
+        return self._split.put(text, is_last=True)
 
-    def _decode(self, *, is_last: bool = False) -> str:
+    def _unread(self) -> str:
         """Decode the new tokens beside those before them, as words need their neighbours."""
         before = self._text.read(self._tokens[self._from : self._told])
-        now = self._text.read(self._tokens[self._from :])
-        if now.endswith(_INCOMPLETE) and not is_last:
-            return ""
-        self._from, self._told = self._told, len(self._tokens)
-        return now[len(before) :]
-
-    def _sort_out(self, text: str, *, is_last: bool) -> list[Piece]:
-        self._held += text
-        if not self._is_begun:
-            start = self._held.lstrip()
-            if self._tags.open.startswith(start) and start != self._tags.open and not is_last:
-                return []
-            self._is_begun = True
-            self._is_thinking = start.startswith(self._tags.open)
-            self._held = start.removeprefix(self._tags.open) if self._is_thinking else self._held
-        pieces = []
-        if self._is_thinking:
-            thinking, closed, rest = self._held.partition(self._tags.close)
-            if not closed and not is_last:
-                kept = _overlap(thinking, self._tags.close)
-                thinking, rest = thinking[: len(thinking) - kept], thinking[len(thinking) - kept :]
-            pieces.append(Piece(thinking, True))
-            self._held = rest
-            self._is_thinking = not closed
-        if not self._is_thinking:
-            pieces.append(Piece(self._held, False))
-            self._held = ""
-        return [piece for piece in pieces if piece.text]
+        return self._text.read(self._tokens[self._from :])[len(before) :]
 
 
 def _overlap(text: str, tag: str) -> int:
