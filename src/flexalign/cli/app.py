@@ -11,6 +11,7 @@ from flexalign._version import __version__
 from flexalign.cli._shared import console
 from flexalign.cli.adapt import adapt
 from flexalign.cli.bake import bake
+from flexalign.cli.calibrate import calibrate
 from flexalign.cli.chat import chat
 from flexalign.cli.compare import compare
 from flexalign.cli.demo import demo
@@ -59,6 +60,7 @@ def _root(
 
 app.command()(adapt)
 app.command()(bake)
+app.command()(calibrate)
 app.command()(chat)
 app.command()(demo)
 app.command()(evaluate)

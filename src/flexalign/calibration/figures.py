@@ -1,0 +1,109 @@
+"""What a setting, or an effort, costs and gets right on the questions of a calibration."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexalign.calibration.effort import REFERENCE_EFFORT, effort_to_dial, largest_effort
+from flexalign.calibration.ways import Ways
+from flexalign.evaluation.statistics import clustered_interval
+from flexalign.evaluation.systems import Setting
+from flexalign.policies import Adaptive, Fixed
+
+__all__ = ["LEVELS", "Answers", "figures", "level_figures"]
+
+LEVELS = (0.0, 25.0, 50.0, 75.0, 100.0)
+"""The efforts that are shown and stored with what they cost and get right."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Samples of one setting, in the order of (question, sample).
+
+    Attributes:
+        questions: The question of each.
+        tokens: Tokens written for each, rejected ones included.
+        correct: Which are right.
+        rows: The samples as the results folder has them, where they were drawn at this setting.
+    """
+
+    questions: Sequence[str]
+    tokens: NDArray[np.float64]
+    correct: NDArray[np.bool_]
+    rows: Sequence[Mapping[str, Any]] = ()
+
+
+def figures(answers: Answers) -> dict[str, Any]:
+    """Mean tokens and accuracy with 95 % intervals, and the tokens' tenth and ninetieth percentile.
+
+    A mean may hide a coin between two lengths; the percentiles show it.
+    """
+    tokens = clustered_interval(answers.tokens, answers.questions, share=False)
+    accuracy = clustered_interval(answers.correct, answers.questions, share=True)
+    p10, p90 = np.quantile(answers.tokens, (0.1, 0.9))
+    return {
+        "tokens": tokens.mean,
+        "tokens_ci": [tokens.low, tokens.high],
+        "tokens_p10": float(p10),
+        "tokens_p90": float(p90),
+        "accuracy": accuracy.mean,
+        "accuracy_ci": [accuracy.low, accuracy.high],
+    }
+
+
+def level_figures(
+    calibration: Mapping[str, Any], ways: Ways | None, fixed: Mapping[float, Answers]
+) -> list[dict[str, Any]]:
+    """What the shown efforts, and the largest, cost and get right, beside the straight line.
+
+    Args:
+        calibration: With its `effort`, `measure` and `holes`.
+        ways: Both ways of an adaptive dial; None where λ is the dial.
+        fixed: Samples of each measured λ.
+
+    Returns:
+        One object for each effort. Its `source` says where the figures are from: `measured`,
+        `simulated` from the two ways, or `interpolated` between two measured λ.
+    """
+    largest = largest_effort(calibration)
+    reference = float(fixed[0.0].tokens.mean())
+    start = effort_to_dial(calibration, 0)
+    fastest = _at(start, ways, fixed)[0]["tokens"]
+    levels = []
+    for effort in [*LEVELS, *([largest] if largest > REFERENCE_EFFORT else [])]:
+        dial = effort_to_dial(calibration, effort)
+        found, source = _at(dial, ways, fixed)
+        levels.append(
+            {
+                "effort": effort,
+                "setting": Setting.of(dial).id,
+                "line": fastest + effort / REFERENCE_EFFORT * (reference - fastest),
+                "source": source,
+                **found,
+            }
+        )
+    return levels
+
+
+def _at(
+    dial: object, ways: Ways | None, fixed: Mapping[float, Answers]
+) -> tuple[dict[str, Any], str]:
+    if isinstance(dial, Adaptive):
+        assert ways is not None
+        assert dial.threshold is not None
+        tokens, correct = ways.tokens(dial.threshold), ways.correct(dial.threshold)
+        return figures(Answers(ways.questions, tokens, correct)), "simulated"
+    assert isinstance(dial, Fixed)
+    lam = dial.lam
+    if lam in fixed:
+        return figures(fixed[lam]), "measured"
+    low, high = max(one for one in fixed if one < lam), min(one for one in fixed if one > lam)
+    share = (lam - low) / (high - low)
+    one, other = figures(fixed[low]), figures(fixed[high])
+    mixed = {
+        name: (1 - share) * np.array(one[name]) + share * np.array(other[name]) for name in one
+    }
+    return {name: value.tolist() for name, value in mixed.items()}, "interpolated"
