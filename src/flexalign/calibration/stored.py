@@ -14,8 +14,8 @@ from flexalign.errors import ConfigError, DataError, ServingError
 from flexalign.evaluation.environment import environment
 from flexalign.evaluation.grading import Grader
 from flexalign.evaluation.samples import ResultsFolder
-from flexalign.evaluation.sampling import sweep_cells
-from flexalign.evaluation.sweep import Sampler, Sweep, write_summary
+from flexalign.evaluation.sampling import Sampler, sweep_cells
+from flexalign.evaluation.sweep import Sweep, write_summary
 
 __all__ = ["DrawnAnswers", "StoredAnswers"]
 

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from flexalign.cli._dial import read_range, read_settings
+from flexalign.cli._dial import read_efforts, read_range, read_settings
 from flexalign.cli._evaluate import print_summary
 from flexalign.cli._shared import console, print_json, progress_bar, read_secret
 from flexalign.errors import ConfigError, ServingError
 
 if TYPE_CHECKING:
-    from flexalign.evaluation.sweep import Lost, Sweep
+    from flexalign.evaluation.sampling import Lost
+    from flexalign.evaluation.sweep import Sweep
+    from flexalign.evaluation.systems import System
     from flexalign.evaluation.tasks import Task
 
 _SHOWN = 5
@@ -49,6 +51,10 @@ def evaluate(
         typer.Option(
             help="'adaptive 0.5', 'route 0.3', or JSON of a policy or a schedule; repeatable."
         ),
+    ] = None,
+    effort: Annotated[
+        str | None,
+        typer.Option(help="Efforts to measure, such as 0,50,100, of one calibrated dial:."),
     ] = None,
     samples: Annotated[
         int | None, typer.Option("--samples", "-n", help="Responses a question; 8 by default.")
@@ -127,7 +133,8 @@ def evaluate(
     from flexalign.evaluation.systems import SystemOptions, parse_systems
     from flexalign.evaluation.tasks import load_task
 
-    settings = read_settings(lam, policy or [])
+    asked = parse_systems(systems)
+    settings = read_settings(lam, policy or [], read_efforts(effort, _only_adapter(effort, asked)))
     tasks = [load_task(name, data=data, limit=limit, seed=seed) for name in task]
     options = SystemOptions(
         temperature=_default(temperature, tasks, "temperature"),
@@ -146,7 +153,7 @@ def evaluate(
         engine=engine,
     )
     count = _default(samples, tasks, "samples")
-    sweep = Sweep(parse_systems(systems), tasks, settings, count, seed, baseline, options)
+    sweep = Sweep(asked, tasks, settings, count, seed, baseline, options)
     unreadable = _warn(sweep, workers)
     if dry_run:
         _preview(sweep, unreadable, as_json)
@@ -157,6 +164,17 @@ def evaluate(
         print_json(summary)
     else:
         print_summary(summary)
+
+
+def _only_adapter(effort: str | None, systems: "list[System]") -> str | None:
+    """The adapter whose calibration says what an effort is."""
+    adapters = [system.parts[1] for system in systems if system.kind == "dial"]
+    if effort is not None and len(adapters) > 1:
+        raise ConfigError(
+            "an effort is another setting for each adapter; measure one dial: at a time with "
+            "--effort, and put the runs together with flexalign compare."
+        )
+    return adapters[0] if adapters else None
 
 
 def _default(given: Any, tasks: "list[Task]", name: str) -> Any:
