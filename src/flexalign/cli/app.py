@@ -21,6 +21,7 @@ from flexalign.cli.inspect import inspect
 from flexalign.cli.miniature import miniature
 from flexalign.cli.realign import realign
 from flexalign.cli.sample import sample
+from flexalign.cli.serve import serve
 from flexalign.cli.tune import tune
 from flexalign.errors import FlexAlignError
 
@@ -69,6 +70,7 @@ app.command()(generate)
 app.command()(inspect)
 app.command()(realign)
 app.command()(sample)
+app.command()(serve)
 app.command()(tune)
 app.add_typer(miniature)
 

@@ -8,7 +8,7 @@ from flexalign.decoding.text import ResponseText
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Piece", "StreamedResponse", "StreamedSplit"]
+__all__ = ["Piece", "StreamedResponse", "StreamedSplit", "StreamedText"]
 
 _INCOMPLETE = "\ufffd"
 """What tokens decode to that end inside a character."""
@@ -69,6 +69,38 @@ class StreamedSplit:
         return True
 
 
+class StreamedText:
+    """Reads text off tokens that come one by one; the pieces joined are the text of them all."""
+
+    def __init__(self, reader: ResponseText) -> None:
+        """Start to read."""
+        self._reader = reader
+        self._tokens: list[int] = []
+        self._from = self._told = 0  # decoded anew for the next piece; handed on as text
+
+    def put(self, token: int) -> str:
+        """Take the next token; return the text that is certain by now."""
+        if self._reader.hides(token):
+            return ""
+        self._tokens.append(token)
+        text = self._unread()
+        if text.endswith(_INCOMPLETE):
+            return ""
+        self._from, self._told = self._told, len(self._tokens)
+        return text
+
+    def end(self) -> str:
+        """Return what was held back, as no token follows."""
+        text = self._unread()
+        self._from = self._told = len(self._tokens)
+        return text
+
+    def _unread(self) -> str:
+        """Decode the new tokens beside those before them, as words need their neighbours."""
+        before = self._reader.read(self._tokens[self._from : self._told])
+        return self._reader.read(self._tokens[self._from :])[len(before) :]
+
+
 class StreamedResponse:
     """Reads one response while it is written, token by token."""
 
@@ -82,30 +114,16 @@ class StreamedResponse:
             tags: The tags around its thinking.
             opened: Whether the prompt has opened the thinking.
         """
-        self._text = ResponseText(tokenizer, tags)
+        self._text = StreamedText(ResponseText(tokenizer, tags))
         self._split = StreamedSplit(tags, opened=opened)
-        self._tokens: list[int] = []
-        self._from = self._told = 0  # decoded anew for the next piece; handed on as text
 
     def put(self, token: int) -> list[Piece]:
         """Take the next token; return what can be told by now."""
-        self._tokens.append(token)
-        text = self._unread()
-        if text.endswith(_INCOMPLETE):
-            return []
-        self._from, self._told = self._told, len(self._tokens)
-        return self._split.put(text)
+        return self._split.put(self._text.put(token))
 
     def end(self) -> list[Piece]:
         """Return what was held back, as no token follows."""
-        text = self._unread()
-        self._from = self._told = len(self._tokens)
-        return self._split.put(text, is_last=True)
-
-    def _unread(self) -> str:
-        """Decode the new tokens beside those before them, as words need their neighbours."""
-        before = self._text.read(self._tokens[self._from : self._told])
-        return self._text.read(self._tokens[self._from :])[len(before) :]
+        return self._split.put(self._text.end(), is_last=True)
 
 
 def _overlap(text: str, tag: str) -> int:

@@ -25,6 +25,10 @@ class ResponseText:
         special |= set(tokenizer.all_special_ids)
         self._hidden = special - set(tokenizer.convert_tokens_to_ids(names))
 
+    def hides(self, token: int) -> bool:
+        """Whether a token is not shown."""
+        return token in self._hidden
+
     def read(self, tokens: Iterable[int]) -> str:
         """Return the text of a response's tokens."""
         shown = [token for token in tokens if token not in self._hidden]

@@ -136,6 +136,15 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
         )
         self.plan = new
 
+    def append(self, other: "StreamCache") -> None:
+        """Add the rows of another cache of as many tokens, which is used up by it."""
+        assert self.plan is not None
+        assert other.plan is not None
+        mine, theirs, device = self.plan.streams, other.plan.streams, self.plan.device
+        self.plan = Plan(torch.cat([mine, torch.zeros_like(theirs)]), device)
+        other.plan = Plan(torch.cat([torch.zeros_like(mine), theirs]), device)
+        self.join(other)
+
     def _index(self, stack: Tensor, adapters: Tensor) -> None:
         for index, layer in enumerate(self.layers):
             if layer.get_seq_length() > 0:

@@ -1,0 +1,126 @@
+"""``flexalign serve``: a server of OpenAI's protocol with a dial on every request."""
+
+import importlib.util
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from flexalign.cli._dial import read_range
+from flexalign.cli._shared import console, print_json, read_secret
+from flexalign.errors import ConfigError
+
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def serve(
+    model: Annotated[
+        str, typer.Argument(help="A model folder or a known name; of a pair, the reference.")
+    ],
+    adapter: Annotated[
+        str | None, typer.Option(help="An InRa adapter on the model: its dial.")
+    ] = None,
+    aligned: Annotated[
+        str | None, typer.Option(help="Or the aligned model of a pair, fused as both decode.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address; other machines come in by 0.0.0.0, which wants a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    model_name: Annotated[
+        str | None, typer.Option(help="What requests call the model; MODEL if not given.")
+    ] = None,
+    lambda_range: Annotated[
+        str | None,
+        typer.Option(
+            help="λ that requests may ask for, such as -1,2; the adapter's own range, a pair's "
+            "0,1 otherwise."
+        ),
+    ] = None,
+    gate: Annotated[
+        float | None, typer.Option(help="Extrapolate only where the two differ by more.")
+    ] = None,
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="Take an adapter that was made for another base.")
+    ] = False,
+    api_key_env: Annotated[
+        str | None,
+        typer.Option(help="Environment variable with the key that requests must carry."),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Let other machines in without a key.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers written at a time.")] = 32,
+    queue: Annotated[
+        int, typer.Option(min=1, help="Answers that may wait; more get status 429.")
+    ] = 256,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Most tokens of a prompt and its answer; the model's own if less."),
+    ] = None,
+    body_limit: Annotated[
+        float, typer.Option(min=0.001, help="Longest body of a request in MiB.")
+    ] = 4.0,
+    grace: Annotated[
+        float, typer.Option(min=1, help="Seconds for running answers after SIGTERM.")
+    ] = 30.0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Say on stdout as JSON where the server is.")
+    ] = False,
+) -> None:
+    """Serve a model over OpenAI's API, every request with its own λ.
+
+    Requests say lambda (a number, a schedule, a policy or "auto"), effort or reasoning_effort. The
+    address goes to stdout as soon as requests are taken.
+
+    Example: [cyan]flexalign serve miniature --adapter miniature:fast[/cyan]
+
+    Example: [cyan]flexalign serve models/base --aligned models/concise --lambda-range 0,2
+    --gate 0.01[/cyan]
+
+    Example: [cyan]KEY=… flexalign serve models/R1 --adapter out/fast --host 0.0.0.0
+    --api-key-env KEY[/cyan]
+    """
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"serving needs {', '.join(missing)}; install it with: pip install 'flexalign[serving]'"
+        )
+    from flexalign.cli._quiet import quieten_libraries, warnings_as_notes
+    from flexalign.serving.app import create_app
+    from flexalign.serving.engine import EngineLimits
+    from flexalign.serving.load import ServeOptions, load_service
+    from flexalign.serving.server import open_socket, require_safe_address, run_server
+
+    key = read_secret(api_key_env)
+    require_safe_address(host, key, insecure=insecure)
+    options = ServeOptions(
+        model,
+        adapter,
+        aligned,
+        model_name,
+        read_range(lambda_range),
+        gate,
+        any_base,
+        dtype,
+        context,
+        EngineLimits(batch_size, queue),
+    )
+    quieten_libraries()
+    with open_socket(host, port) as listening:
+        with warnings_as_notes():
+            service, rules = load_service(options)
+        app = create_app(service, rules, key=key, body_limit=round(body_limit * 2**20))
+        shown = f"[{host}]" if ":" in host else host
+        url = f"http://{shown}:{listening.getsockname()[1]}/v1"
+        name = service.model.name
+        console.print(f"serving {escape(name)}; stop it with Ctrl-C.")
+        if as_json:
+            print_json({"url": url, "model": name, "lambda_range": list(rules.lambda_range)})
+        else:
+            print(url, flush=True)
+        try:
+            run_server(app, listening, grace=grace)
+        finally:
+            service.engine.stop()

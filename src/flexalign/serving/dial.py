@@ -1,0 +1,181 @@
+"""The dial of a request: which key of the body it stands in, what it may be, what is told of it."""
+
+import logging
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from flexalign.errors import ConfigError, LambdaError
+from flexalign.policies import Dial, Fixed, extremes, parse_dial
+from flexalign.schedules import Schedule
+from flexalign.serving.errors import ApiError
+
+__all__ = ["DIAL_KEYS", "EFFORT_LEVELS", "Choice", "DialRules"]
+
+DIAL_KEYS = ("lambda", "effort", "reasoning_effort", "control")
+"""The keys of a body that say a dial; at most one may."""
+
+EFFORT_LEVELS: Mapping[str, float | None] = {
+    "none": 0,
+    "minimal": 10,
+    "low": 25,
+    "medium": 50,
+    "high": 75,
+    "xhigh": 100,
+    "max": None,
+}
+"""``reasoning_effort`` as an effort; None is the end of the range that is permitted."""
+
+_OTHER_NAMES = {"lam": "lambda", "λ": "lambda"}
+_log = logging.getLogger("flexalign.serving")
+
+
+@dataclass
+class Choice:
+    """The dial that a request goes by.
+
+    Attributes:
+        dial: What its λ follows; None on a model without a dial.
+        ignored: Keys of the body that had no effect.
+        report: What the answer's ``dial`` says; an engine adds the way that was taken.
+    """
+
+    dial: Dial | None
+    ignored: tuple[str, ...] = ()
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class DialRules:
+    """What a server permits, set by its operator.
+
+    Attributes:
+        default: Where a request gives none; None for a model without a dial.
+        lambda_range: The least and the largest λ, which no request can leave.
+        effort: From an effort (100 the reference's tokens, 0 the fastest) to a dial; None before
+            calibration.
+        holes: Ranges of λ that calibration found worse than both neighbours.
+        temperature: What calibration sampled with; another one is noted once in the log.
+    """
+
+    default: Dial | None
+    lambda_range: tuple[float, float] = (0.0, 1.0)
+    effort: Callable[[float], Dial] | None = None
+    holes: tuple[tuple[float, float], ...] = ()
+    temperature: float | None = None
+    _has_warned: bool = field(default=False, init=False, repr=False)
+
+    def choose(self, body: dict[str, Any]) -> Choice:
+        """Take the dial out of a body.
+
+        Args:
+            body: A request's; the keys that say a dial are removed from it.
+
+        Raises:
+            ApiError: If there are two, one is misspelt, malformed, or not permitted here.
+        """
+        _refuse_misspelt(body)
+        given = {key: body.pop(key) for key in DIAL_KEYS if key in body}
+        given = {key: value for key, value in given.items() if value is not None}
+        ignored: tuple[str, ...] = ()
+        if self.default is None or self.effort is None:
+            ignored = ("reasoning_effort",) if given.pop("reasoning_effort", None) else ()
+        if len(given) > 1:
+            raise _bad(list(given)[1], f"{' and '.join(given)} are two dials; give one of them.")
+        if not given:
+            return Choice(self.default, ignored, self._report(self.default))
+        [(key, value)] = given.items()
+        if self.default is None:
+            raise _bad(key, f"{key}: this server's model has no dial; leave {key} out.")
+        dial = self._read(key, value)
+        if key in ("effort", "reasoning_effort"):
+            self._note_temperature(body.get("temperature"))
+        extra = {"effort": value} if key == "effort" else {}
+        return Choice(dial, ignored, self._report(dial) | extra)
+
+    def _read(self, key: str, value: Any) -> Dial:
+        try:
+            if key == "reasoning_effort":
+                dial = self._of_level(value)
+            elif key == "effort":
+                dial = self._of_effort(value)
+            else:
+                if isinstance(value, str) and value != "auto":
+                    raise ConfigError(f'must be a number, an object or "auto", got {value!r:.80}.')
+                dial = parse_dial(value)
+            self._require_range(dial)
+        except (ConfigError, LambdaError, OverflowError) as error:
+            raise _bad(key, f"{key}: {error}") from error
+        return dial
+
+    def _of_level(self, value: object) -> Dial:
+        if not isinstance(value, str) or value not in EFFORT_LEVELS:
+            raise ConfigError(f"must be one of {', '.join(EFFORT_LEVELS)}, got {value!r:.80}.")
+        effort = EFFORT_LEVELS[value]
+        return Fixed(self.lambda_range[0]) if effort is None else self._of_effort(effort)
+
+    def _of_effort(self, value: object) -> Dial:
+        if self.effort is None:
+            raise ConfigError(
+                "this adapter is not calibrated, so that effort has no meaning here; give lambda, "
+                "or let the operator run flexalign calibrate."
+            )
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        if not is_number or not 0 <= float(value) < math.inf:  # type: ignore[arg-type]
+            raise ConfigError(f"must be a number ≥ 0 (100 is the reference), got {value!r:.80}.")
+        return self.effort(float(value))  # type: ignore[arg-type]
+
+    def _require_range(self, dial: Dial) -> None:
+        low, high = self.lambda_range
+        outside = [lam for lam in extremes(dial) if not low <= lam <= high]
+        if outside:
+            raise LambdaError(
+                f"λ = {outside[0]:g} is outside the range [{low:g}, {high:g}] that this server's "
+                "operator permits; stay inside it."
+            )
+
+    def _report(self, dial: Dial | None) -> dict[str, Any]:
+        """Return what is known of a dial before the answer is written."""
+        if dial is None:
+            return {}
+        report: dict[str, Any] = {"lambda": None, "policy": None, "route": None}
+        if isinstance(dial, Fixed):
+            report |= {"lambda": dial.lam, "policy": "fixed"}
+        elif isinstance(dial, Schedule):
+            report |= {"lambda": dial.to_json(), "policy": "schedule"}
+        else:
+            report["policy"] = dial.to_json()["policy"]
+        for low, high in self.holes:
+            if isinstance(dial, Fixed) and low < dial.lam < high:
+                report["note"] = (
+                    f"calibration found λ between {low:g} and {high:g} worse than both ends of it."
+                )
+        return report
+
+    def _note_temperature(self, given: object) -> None:
+        if self.temperature is None or self._has_warned or given in (None, self.temperature):
+            return
+        self._has_warned = True
+        _log.warning(
+            "effort was calibrated at temperature %g and a request samples at %.20s: its tokens "
+            "and its accuracy may differ from what calibration measured.",
+            self.temperature,
+            given,
+        )
+
+
+def _refuse_misspelt(body: dict[str, Any]) -> None:
+    for key in body:
+        if key in DIAL_KEYS:
+            continue
+        close = get_close_matches(key.casefold(), DIAL_KEYS, n=1, cutoff=0.8)
+        meant = _OTHER_NAMES.get(key.casefold()) or (close[0] if close else None)
+        if meant is not None:
+            raise _bad(key[:80], f"{key[:80]!r} is no dial; did you mean {meant!r}?")
+
+
+def _bad(param: str, message: str) -> ApiError:
+    return ApiError(400, message, param=param, code="invalid_dial")

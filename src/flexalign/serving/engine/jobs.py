@@ -1,0 +1,116 @@
+"""What the server asks of the engine, and how the answer comes back across the threads."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Literal
+
+from flexalign.policies import Dial, Way
+
+__all__ = ["Ended", "Finish", "Generation", "Job", "Piece", "WrittenToken"]
+
+Finish = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer to be written.
+
+    Attributes:
+        prompt: Its tokens, at least one.
+        dial: What λ follows; None on a model without a dial.
+        max_tokens: Tokens at which it is cut off.
+        temperature: 0 is greedy.
+        top_p: Probability mass sampled from.
+        seed: Of its sampling; see :class:`flexalign.decoding.seeded.SeededSampling`.
+        stop: Texts that end it and are not in it.
+        logprobs: Likeliest tokens to tell at each token; None for no log-probabilities.
+    """
+
+    prompt: tuple[int, ...]
+    dial: Dial | None
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class WrittenToken:
+    """A token and, where they were asked for, log-probabilities at temperature 1 in nats.
+
+    Attributes:
+        token: Its id.
+        logprob: Its own.
+        likeliest: (id, log-probability), the likeliest first.
+    """
+
+    token: int
+    logprob: float | None = None
+    likeliest: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How an answer ended.
+
+    Attributes:
+        finish: By itself or a stop text, by its limit, or because its client left.
+        token_ids: Its tokens, without the one that ends it.
+        route: ``"fast"`` or ``"slow"`` under an adaptive or route policy.
+        confidence: The fast answer's, under an adaptive policy.
+        rejected_tokens: Tokens of a rejected fast answer.
+        lam: λ of the way that was taken, where a policy chose it.
+    """
+
+    finish: Finish
+    token_ids: tuple[int, ...]
+    route: Way | None = None
+    confidence: float | None = None
+    rejected_tokens: int = 0
+    lam: float | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer: its next text and tokens; the last one says how it ended."""
+
+    text: str
+    tokens: tuple[WrittenToken, ...] = ()
+    ended: Ended | None = None
+
+
+class Generation:
+    """An answer on its way: the engine's thread delivers, a task of the event loop iterates."""
+
+    def __init__(self, job: Job, loop: asyncio.AbstractEventLoop) -> None:
+        self.job = job
+        self.is_cancelled = False
+        self._loop = loop
+        self._pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+
+    def cancel(self) -> None:
+        """Let it end before the engine's next step; from any thread, as often as one likes."""
+        self.is_cancelled = True
+
+    def deliver(self, piece: Piece | Exception) -> None:
+        """Hand a piece, or what went wrong, to the event loop; from the engine's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Yield the pieces up to the last.
+
+        Raises:
+            Exception: What the engine failed with.
+        """
+        while True:
+            piece = await self._pieces.get()
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+            if piece.ended is not None:
+                return

@@ -1,0 +1,217 @@
+"""One answer on its way: how its next token is chosen, where it ends, what is told of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.generation.stopping_criteria import EosTokenCriteria
+
+from flexalign.decoding.confidence import Watch
+from flexalign.decoding.dials import RowDials, TagTokens
+from flexalign.decoding.seeded import SeededSampling
+from flexalign.decoding.text import ResponseText
+from flexalign.policies import Adaptive, Fixed, Route, Way
+from flexalign.schedules import Schedule
+from flexalign.serving.engine.jobs import Ended, Finish, Generation, Piece, WrittenToken
+from flexalign.serving.engine.text import StoppedText
+
+__all__ = ["Row", "Writing"]
+
+_LEAST_LOGPROB = -9999.0
+"""Told in the place of −∞, which JSON does not have."""
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What all rows of an engine have in common.
+
+    Attributes:
+        reader: Tokens as text.
+        ends: Tokens that end an answer.
+        tags: The thinking tags' tokens, or None if they are not single tokens.
+        threshold: The least confidence that an adaptive policy accepts.
+    """
+
+    reader: ResponseText
+    ends: frozenset[int]
+    tags: TagTokens | None
+    threshold: Callable[[Adaptive], float]
+
+
+class Row:
+    """An answer that is being written.
+
+    Under an adaptive policy it has two lives: the fast answer, greedy and shown to nobody until it
+    is accepted, then, if it is not, the slow one from the start (:meth:`go_slow`).
+
+    Attributes:
+        generation: Whose answer it is.
+        next_token: The token that goes into the model next.
+        ended: How it has ended; None while it goes on.
+        is_rejected: Whether it is a fast answer that was not sure enough.
+    """
+
+    next_token: int
+    ended: Ended | None
+    is_rejected: bool
+    _dial: Fixed | Schedule
+    _dials: RowDials
+    _index: int
+    _written: list[int]
+    _tokens: list[WrittenToken]
+    _text: str
+    _running: StoppedText
+    _sampling: SeededSampling | None
+
+    def __init__(self, generation: Generation, writing: Writing) -> None:
+        self.generation = generation
+        self._job = job = generation.job
+        self._writing = writing
+        self._route: Way | None = None
+        self._confidence: float | None = None
+        self._rejected_tokens = 0
+        self._watch: Watch | None = None
+        dial = job.dial
+        if isinstance(dial, Route):
+            self._route = dial.draw(torch.Generator().manual_seed(job.seed))
+            dial = Fixed(dial.slow_lambda if self._route == "slow" else dial.fast_lambda)
+        elif isinstance(dial, Adaptive):
+            self._watch = Watch([dial], [writing.threshold(dial)], torch.device("cpu"))
+            self._watch.learn_ends([EosTokenCriteria(sorted(writing.ends)), self._stop_found])
+            dial = Fixed(dial.fast_lambda)
+        self._begin(dial or Fixed(0.0))
+
+    @property
+    def dial(self) -> Fixed | Schedule:
+        """What λ follows in this life."""
+        return self._dial
+
+    @property
+    def later_dial(self) -> Fixed | None:
+        """What λ will follow if this is a fast answer and is rejected."""
+        policy = self._job.dial
+        if self._watch is None or not isinstance(policy, Adaptive):
+            return None
+        return Fixed(policy.slow_lambda)
+
+    def lam(self) -> float:
+        """λ of the token that will be chosen next."""
+        if isinstance(self._dial, Fixed):
+            return self._dial.lam
+        follows = self._dial.follows_thinking
+        ids = torch.tensor([self._job.prompt + tuple(self._written)] if follows else [[0]])
+        tags = self._writing.tags if follows else None
+        return float(self._dials.at(torch.zeros(1, dtype=torch.long), self._index, ids, tags)[0])
+
+    def accept(self, logits: Tensor, likeliest: int) -> bool:
+        """Choose the next token.
+
+        Args:
+            logits: The model's, shape ``(1, V)``.
+            likeliest: Their largest, which greedy decoding takes.
+
+        Returns:
+            Whether the row goes on.
+        """
+        job = self._job
+        token = likeliest
+        if self._sampling is not None:
+            scores = self._sampling(self._ids_of_length(), logits)
+            token = int(scores.argmax(-1))
+        if self._watch is not None:
+            self._watch.listener(self._ids_of_length(), logits)
+        self._index += 1
+        self.next_token = token
+        is_end = token in self._writing.ends
+        if not is_end:
+            self._written.append(token)
+            self._tokens.append(_told(token, logits, job.logprobs))
+            self._text += self._running.put(token)
+        is_dropped = False
+        if self._watch is not None:
+            is_dropped = bool(self._watch(torch.tensor([[token]]), None))
+        finish: Finish | None = None
+        if is_end or self._running.has_stopped:
+            finish = "stop"
+        elif self._index >= job.max_tokens:
+            finish = "length"
+        if self._watch is not None and (finish or is_dropped):
+            self._judge(self._watch)
+            if self.is_rejected:
+                return False
+        if finish:
+            self.end(finish)
+        elif self._watch is None:
+            self._deliver()
+        return finish is None
+
+    def end(self, finish: Finish) -> None:
+        """End the answer and say so."""
+        self._text += self._running.end()
+        is_chosen = isinstance(self._job.dial, Adaptive | Route)
+        self.ended = Ended(
+            finish,
+            tuple(self._written),
+            self._route,
+            self._confidence,
+            self._rejected_tokens,
+            self.lam() if is_chosen else None,
+        )
+        self._deliver()
+
+    def go_slow(self) -> None:
+        """Begin again from the prompt, the slow way."""
+        later = self.later_dial
+        assert later is not None
+        self._watch = None
+        self._begin(later)
+
+    def _begin(self, dial: Fixed | Schedule) -> None:
+        job = self._job
+        self.next_token = job.prompt[-1]
+        self.ended = None
+        self.is_rejected = False
+        self._dial = dial
+        self._dials = RowDials.of([dial], 1)
+        self._index = 0
+        self._written = []
+        self._tokens = []
+        self._text = ""
+        self._running = StoppedText(self._writing.reader, job.stop)
+        is_greedy = job.temperature == 0 or self._watch is not None
+        self._sampling = (
+            None if is_greedy else SeededSampling([job.seed], job.temperature, job.top_p)
+        )
+
+    def _judge(self, watch: Watch) -> None:
+        policy = self._job.dial
+        assert isinstance(policy, Adaptive)
+        self._confidence = float(watch.confidence[0])
+        is_sure = self._confidence >= self._writing.threshold(policy)
+        self.is_rejected = not (bool(watch.ended[0]) and is_sure)
+        self._route = "slow" if self.is_rejected else "fast"
+        if self.is_rejected:
+            self._rejected_tokens = int(watch.counted[0])
+
+    def _deliver(self) -> None:
+        """Hand over what is certain; tokens go with the text that they became."""
+        if self._text or self.ended is not None:
+            self.generation.deliver(Piece(self._text, tuple(self._tokens), self.ended))
+            self._text, self._tokens = "", []
+
+    def _ids_of_length(self) -> Tensor:
+        """Return ids of the present length, which is all that the processors read of them."""
+        return torch.empty((1, len(self._job.prompt) + self._index), dtype=torch.long)
+
+    def _stop_found(self, ids: Tensor, scores: object, **_: object) -> Tensor:
+        return torch.tensor([self._running.has_stopped])
+
+
+def _told(token: int, logits: Tensor, alternatives: int | None) -> WrittenToken:
+    if alternatives is None:
+        return WrittenToken(token)
+    log_probs = logits[0].log_softmax(-1).clamp(min=_LEAST_LOGPROB)
+    top = log_probs.topk(min(alternatives, len(log_probs)))
+    likeliest = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    return WrittenToken(token, float(log_probs[token]), likeliest)

@@ -1,0 +1,294 @@
+"""The engine's one thread: rows join between steps, all go one step, those that are done leave."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexalign._modes import evaluating
+from flexalign.data.thinking import ThinkingTags
+from flexalign.decoding.dials import RowDials, TagTokens
+from flexalign.decoding.text import ResponseText
+from flexalign.errors import ConfigError, ServingError
+from flexalign.policies import DEFAULT_THRESHOLD, Adaptive, Dial
+from flexalign.schedules import Schedule
+from flexalign.serving.engine.frame import Frame
+from flexalign.serving.engine.jobs import Generation, Job
+from flexalign.serving.engine.row import Row, Writing
+from flexalign.serving.engine.runners import Runner
+
+__all__ = ["Engine", "EngineLimits"]
+
+_log = logging.getLogger("flexalign.serving")
+_RATE_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """How much an engine takes on.
+
+    Attributes:
+        rows: Answers written at a time.
+        queue: Answers that may wait; more are refused.
+        prefill_tokens: Prompt tokens, padding included, that one step may prefill, so that the
+            answers under way do not wait long; a longer prompt is prefilled alone.
+    """
+
+    rows: int = 32
+    queue: int = 256
+    prefill_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "queue", "prefill_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+class Engine:
+    """Writes answers with one model, whatever dial each of them has.
+
+    Every method but the thread's own may be called from the event loop; none waits for the model.
+
+    Attributes:
+        tokens_written: Tokens written so far, rejected ones included.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: Any,
+        tags: ThinkingTags,
+        ends: Sequence[int],
+        limits: EngineLimits | None = None,
+    ) -> None:
+        """Prepare; :meth:`start` starts the thread.
+
+        Args:
+            runner: The model.
+            tokenizer: Its tokenizer.
+            tags: The tags around its thinking.
+            ends: Tokens that end an answer.
+            limits: How much it takes on.
+        """
+        self.tokens_written = 0
+        self._runner = runner
+        self._limits = limits or EngineLimits()
+        self._tag_error = ""
+        threshold = getattr(runner.model, "threshold", _default_threshold)
+        reader = ResponseText(tokenizer, tags)
+        self._writing = Writing(reader, frozenset(ends), self._find(tokenizer, tags), threshold)
+        self._frame: Frame[Row] = Frame(runner)
+        self._pad = tokenizer.pad_token_id or 0
+        self._saved: dict[Row, tuple[Any, Tensor]] = {}
+        self._waiting: deque[Generation] = deque()
+        self._recent: deque[tuple[float, int]] = deque()
+        self._wakes = threading.Condition()
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name="flexalign-engine", daemon=True)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def running(self) -> int:
+        """Answers that are being written."""
+        return len(self._frame.rows)
+
+    @property
+    def waiting(self) -> int:
+        """Answers that wait for a place."""
+        return len(self._waiting)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens written in the last 10 s, per second."""
+        with self._wakes:
+            since = time.monotonic() - _RATE_SECONDS
+            while self._recent and self._recent[0][0] < since:
+                self._recent.popleft()
+            return sum(tokens for _, tokens in self._recent) / _RATE_SECONDS
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop the thread after its present step; what is under way fails."""
+        with self._wakes:
+            self._is_stopping = True
+            self._wakes.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def check(self, dial: Dial | None) -> None:
+        """Refuse a dial that cannot be served.
+
+        Raises:
+            ConfigError: If it judges by agreement, or follows a thinking that cannot be seen.
+        """
+        if isinstance(dial, Adaptive) and dial.measure == "agreement":
+            raise ConfigError(
+                "the measure agreement samples several answers for one, which the server does not; "
+                "take answer_probability or min_token_probability."
+            )
+        if isinstance(dial, Schedule) and dial.follows_thinking and self._writing.tags is None:
+            raise ConfigError(self._tag_error)
+
+    def has_room(self, jobs: int) -> bool:
+        """Whether as many jobs may wait, or begin at once."""
+        return self.waiting + jobs <= self._limits.queue
+
+    def submit(self, jobs: Sequence[Job], loop: asyncio.AbstractEventLoop) -> list[Generation]:
+        """Let jobs wait for their places; those with the same prompt share its prefill.
+
+        Raises:
+            ServingError: If the thread has ended.
+        """
+        if not self.is_alive:
+            raise ServingError("the engine has stopped; restart the server.")
+        generations = [Generation(job, loop) for job in jobs]
+        with self._wakes:
+            self._waiting.extend(generations)
+            self._wakes.notify()
+        return generations
+
+    def _find(self, tokenizer: Any, tags: ThinkingTags) -> TagTokens | None:
+        try:
+            return TagTokens(tokenizer, tags)
+        except ConfigError as error:
+            self._tag_error = str(error)
+            return None
+
+    def _run(self) -> None:
+        with evaluating(self._runner.model), torch.inference_mode():
+            while True:
+                with self._wakes:
+                    self._wakes.wait_for(
+                        lambda: self._is_stopping or bool(self._waiting or self._frame.rows)
+                    )
+                    if self._is_stopping:
+                        break
+                try:
+                    self._step()
+                except Exception as error:
+                    _log.exception("a step failed, and the answers in it with it")
+                    self._fail([row.generation for row in self._frame.rows], error)
+                    self._frame.clear()
+                    self._saved.clear()
+        left = [*(row.generation for row in self._frame.rows), *self._waiting]
+        self._fail(left, ServingError("the server is shutting down; ask again later."))
+
+    def _step(self) -> None:
+        self._drop_cancelled()
+        self._admit(self._next_in_line())
+        if not self._frame.rows:
+            return
+        logits = self._frame.step().cpu()
+        likeliest = logits.argmax(-1).tolist()
+        rows = self._frame.rows
+        going, leaving = [], []
+        for place, row in enumerate(rows):
+            try:
+                goes_on = row.accept(logits[place : place + 1], likeliest[place])
+            except Exception as error:
+                _log.exception("an answer failed")
+                self._fail([row.generation], error)
+                goes_on = False
+            if goes_on:
+                going.append(place)
+            else:
+                leaving.append(row)
+        self._frame.keep(going)
+        with self._wakes:
+            self.tokens_written += len(rows)
+            self._recent.append((time.monotonic(), len(rows)))
+            while self._recent[0][0] < time.monotonic() - _RATE_SECONDS:
+                self._recent.popleft()
+        for row in leaving:
+            saved = self._saved.pop(row, None)
+            if saved is not None and row.is_rejected:
+                row.go_slow()
+                self._frame.add([row], *saved)
+
+    def _drop_cancelled(self) -> None:
+        staying = []
+        for place, row in enumerate(self._frame.rows):
+            if row.generation.is_cancelled:
+                row.end("cancelled")
+                self._saved.pop(row, None)
+            else:
+                staying.append(place)
+        self._frame.keep(staying)
+        with self._wakes:
+            gone = [one for one in self._waiting if one.is_cancelled]
+            self._waiting = deque(one for one in self._waiting if not one.is_cancelled)
+        for generation in gone:
+            Row(generation, self._writing).end("cancelled")
+
+    def _next_in_line(self) -> list[Generation]:
+        """Take from the queue what there are places for and one step may prefill."""
+        chosen: list[Generation] = []
+        longest = 0
+        with self._wakes:
+            while self._waiting and len(self._frame.rows) + len(chosen) < self._limits.rows:
+                generation = self._waiting[0]
+                longest = max(longest, len(generation.job.prompt))
+                prompts = {one.job.prompt for one in chosen} | {generation.job.prompt}
+                if chosen and longest * len(prompts) > self._limits.prefill_tokens:
+                    break
+                chosen.append(self._waiting.popleft())
+        return chosen
+
+    def _admit(self, generations: list[Generation]) -> None:
+        """Prefill prompts together; should that fail, one by one."""
+        if not generations:
+            return
+        try:
+            self._prefill([Row(generation, self._writing) for generation in generations])
+        except Exception as error:
+            if len(generations) == 1:
+                _log.exception("a prompt could not be prefilled")
+                self._fail(generations, error)
+                return
+            for generation in generations:
+                self._admit([generation])
+
+    def _prefill(self, rows: list[Row]) -> None:
+        """Run all prompts but for their last tokens, and let the rows join.
+
+        A prompt of one token has a column of padding in the place of those before.
+        """
+        prompts = list(dict.fromkeys(row.generation.job.prompt for row in rows))
+        places = [prompts.index(row.generation.job.prompt) for row in rows]
+        width = max(2, *map(len, prompts)) - 1
+        ids = torch.tensor([[self._pad] * (width + 1 - len(p)) + list(p[:-1]) for p in prompts])
+        mask = torch.tensor([[0] * (width + 1 - len(p)) + [1] * (len(p) - 1) for p in prompts])
+        device = self._runner.model.device
+        ids, mask = ids.to(device), mask.to(device)
+        at, dials = torch.tensor(places), [row.dial for row in rows]
+        phases = [(at[i : i + 1], RowDials.of([dial], 1)) for i, dial in enumerate(dials)]
+        later = [(row, at[i : i + 1], row.later_dial) for i, row in enumerate(rows)]
+        slow = [(r, place, RowDials.of([dial], 1)) for r, place, dial in later if dial is not None]
+        phases += [(place, own) for _, place, own in slow]
+        cache = self._runner.prefill(ids, mask, phases)
+        saved = {r: (self._runner.fork(cache, place, own), mask[place]) for r, place, own in slow}
+        own_cache = self._runner.fork(cache, at, RowDials.of(dials, len(dials)))
+        self._frame.add(rows, own_cache, mask[at])
+        self._saved |= saved
+
+    def _fail(self, generations: Sequence[Generation], error: Exception) -> None:
+        for generation in generations:
+            generation.deliver(error)
+
+
+def _default_threshold(policy: Adaptive) -> float:
+    return DEFAULT_THRESHOLD if policy.threshold is None else policy.threshold

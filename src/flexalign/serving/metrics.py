@@ -1,0 +1,104 @@
+"""What ``/metrics`` tells, in Prometheus' form."""
+
+from collections.abc import Iterable, Iterator
+from time import monotonic
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from flexalign.policies import Dial, Fixed
+from flexalign.serving.engine import Ended, Engine
+from flexalign.serving.errors import Scope
+
+__all__ = ["Metrics"]
+
+_LAMBDAS = (-2, -1, -0.5, 0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5)
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
+
+
+class Metrics:
+    """Counts what happens; one registry for each server."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_EngineState(engine))
+        self._requests = self._counter("requests", "Requests answered.", ("path", "status"))
+        self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
+        self._routes = self._counter(
+            "routes", "Ways taken under adaptive and route policies.", ("policy", "route")
+        )
+        self._cancelled = self._counter("cancelled", "Answers whose client left.")
+        self._lambda = Histogram(
+            "flexalign_lambda",
+            "λ of requests with one λ throughout.",
+            registry=self.registry,
+            buckets=_LAMBDAS,
+        )
+        self._first = Histogram(
+            "flexalign_first_text_seconds",
+            "From a request's arrival to its first text.",
+            registry=self.registry,
+            buckets=_SECONDS,
+        )
+
+    def watched(self, app: Any) -> Any:
+        """Return an ASGI application whose answers are counted."""
+
+        async def counting(scope: Scope, receive: Any, send: Any) -> None:
+            async def counted(message: Scope) -> None:
+                if message["type"] == "http.response.start":
+                    path = scope["path"] if scope["path"] in _PATHS else "other"
+                    self._requests.labels(path, str(message["status"])).inc()
+                await send(message)
+
+            await app(scope, receive, counted if scope["type"] == "http" else send)
+
+        return counting
+
+    def began(self, dial: Dial | None, prompt_tokens: int) -> None:
+        """Count a request that was let in."""
+        self._prompt_tokens.inc(prompt_tokens)
+        if isinstance(dial, Fixed):
+            self._lambda.observe(dial.lam)
+
+    def first_text(self, since: float) -> None:
+        """Note that a request that arrived at this time has its first text."""
+        self._first.observe(monotonic() - since)
+
+    def ended(self, ended: Ended, policy: str | None) -> None:
+        """Count an answer that has ended."""
+        if ended.finish == "cancelled":
+            self._cancelled.inc()
+        if ended.route is not None:
+            self._routes.labels(policy, ended.route).inc()
+
+    def text(self) -> bytes:
+        """Return everything in Prometheus' text form."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, help_text: str, labels: Iterable[str] = ()) -> Counter:
+        return Counter(f"flexalign_{name}", help_text, tuple(labels), registry=self.registry)
+
+
+class _EngineState(Collector):
+    """The engine's own numbers, read when they are asked for."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        engine = self._engine
+        yield CounterMetricFamily(
+            "flexalign_generated_tokens",
+            "Tokens written, rejected ones and ends included.",
+            value=engine.tokens_written,
+        )
+        for name, help_text, value in (
+            ("running", "Answers being written.", engine.running),
+            ("waiting", "Answers waiting for a place.", engine.waiting),
+            ("tokens_per_second", "Tokens per second, last 10 s.", engine.tokens_per_second),
+        ):
+            yield GaugeMetricFamily(f"flexalign_{name}", help_text, value=value)

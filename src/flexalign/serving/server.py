@@ -1,0 +1,65 @@
+"""The server's process: its socket, its signals, its end."""
+
+import ipaddress
+import logging
+import signal
+import socket
+from typing import Any
+
+import uvicorn
+
+from flexalign.errors import ConfigError
+
+__all__ = ["open_socket", "require_safe_address", "run_server"]
+
+
+def require_safe_address(host: str, key: str | None, *, insecure: bool) -> None:
+    """Refuse to let the network in without a key.
+
+    Raises:
+        ConfigError: If the address is not this machine's own, there is no key, and nobody said
+            that this is meant.
+    """
+    try:
+        is_loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = host == "localhost"
+    if not is_loopback and key is None and not insecure:
+        raise ConfigError(
+            f"--host {host} lets other machines in, and there is no key; name the environment "
+            "variable that holds one with --api-key-env, or say --insecure."
+        )
+
+
+def open_socket(host: str, port: int) -> socket.socket:
+    """Listen at an address; port 0 takes a free one.
+
+    Raises:
+        OSError: If the address is taken or not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=1024)
+
+
+def run_server(app: Any, listening: socket.socket, *, grace: float) -> None:
+    """Serve until SIGTERM or Ctrl-C; then take nothing new and let what runs finish.
+
+    Args:
+        app: The ASGI application.
+        listening: Of :func:`open_socket`.
+        grace: Seconds that running answers have.
+    """
+    logging.getLogger("flexalign").setLevel(logging.INFO)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=max(1, round(grace)),
+    )
+    # uvicorn raises the signal once more when it is done; a clean end is no failure.
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        signal.signal(signal.SIGTERM, before)
