@@ -4,7 +4,13 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from flexalign.cli._dial import describe_choice, describe_tokens, read_setting, require_dial
+from flexalign.cli._dial import (
+    describe_choice,
+    describe_tokens,
+    read_efforts,
+    read_setting,
+    require_dial,
+)
 from flexalign.cli._response import ResponsePrinter
 from flexalign.cli._shared import console
 from flexalign.data.traces import derive_seed
@@ -22,6 +28,7 @@ __all__ = ["Chat"]
 _HELP = """\
 /lambda 0.3          λ from the next answer on, or a schedule's JSON
 /policy adaptive 0.5 think only where the fast answer is unsure; or route 0.3, auto, JSON
+/effort 50           0 is fastest, 100 the reference's tokens; the adapter must be calibrated
 /system TEXT         what the model is told beforehand; alone: nothing
 /reset               forget the conversation
 /quit                leave, as Ctrl-D does; Ctrl-C stops an answer"""
@@ -37,6 +44,7 @@ class Chat:
         setting: Of the dial.
         seed: Of all sampling.
         system: What the model is told beforehand.
+        adapter: The adapter that is its dial, if one is.
         turns: What has been said, without thinking: thinking is not the conversation.
     """
 
@@ -45,6 +53,7 @@ class Chat:
     setting: Setting
     seed: int = 0
     system: str = ""
+    adapter: str | None = None
     turns: list[dict[str, str]] = field(default_factory=list)
     _asked: int = 0
 
@@ -98,7 +107,7 @@ class Chat:
             case "system":
                 self.system = value
                 console.print("The system prompt is set." if value else "No system prompt.")
-            case "lambda" | "policy":
+            case "lambda" | "policy" | "effort":
                 self._turn(name, value)
             case _:
                 raise ConfigError(f"there is no command /{name}; /help lists them.")
@@ -106,12 +115,20 @@ class Chat:
 
     def _turn(self, name: str, value: str) -> None:
         if value:
-            setting = read_setting(name, value)
+            setting = self._read(name, value)
             if self.backend.kind == "model":
                 require_dial([setting])
             self.backend.require_range([setting])
             self.setting = setting
         console.print(self.setting.id, markup=False)
+
+    def _read(self, name: str, value: str) -> Setting:
+        if name != "effort":
+            return read_setting(name, value)
+        dials = read_efforts(value, self.adapter)
+        if len(dials) != 1:
+            raise ConfigError(f"a conversation has one effort at a time; got {value!r}.")
+        return Setting.of(dials[0])
 
     def _generate(self, messages: list[dict[str, str]], printer: "_Streamer") -> Response:
         options = self.options

@@ -1,21 +1,26 @@
 """The dial on the command line: read, put to a model, and told of."""
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from flexalign.cli._shared import as_input_errors, parse_lambdas
+from flexalign.cli._shared import as_input_errors, console, parse_lambdas
 from flexalign.errors import ConfigError, LambdaError
 
 if TYPE_CHECKING:
     from flexalign.evaluation.systems import Answer, Setting, SystemOptions
     from flexalign.evaluation.systems.local import LocalBackend
+    from flexalign.policies import Dial
 
-_SHORT = {"adaptive": "threshold", "route": "share"}
 
-
-def read_settings(lambdas: str | None, policies: Sequence[str]) -> "list[Setting]":
+def read_settings(
+    lambdas: str | None, policies: Sequence[str], efforts: "Sequence[Dial]" = ()
+) -> "list[Setting]":
     """Read ``--lambda 0,0.5,1``, or a schedule's JSON in its place, and every ``--policy``.
+
+    Args:
+        lambdas: The option's value.
+        policies: Each value of the option.
+        efforts: What :func:`read_efforts` gave.
 
     Raises:
         ConfigError: If a schedule or a policy is malformed, or a setting is given twice.
@@ -23,7 +28,7 @@ def read_settings(lambdas: str | None, policies: Sequence[str]) -> "list[Setting
     """
     from flexalign.evaluation.systems import unique_settings
 
-    return unique_settings([*_read_lambdas(lambdas), *map(_read_policy, policies)])
+    return unique_settings([*_read_lambdas(lambdas), *policies, *efforts])
 
 
 def read_setting(name: str, text: str) -> "Setting":
@@ -41,6 +46,45 @@ def read_setting(name: str, text: str) -> "Setting":
     if len(settings) != 1:
         raise ConfigError(f"a conversation has one λ at a time; got {text!r}.")
     return settings[0]
+
+
+def read_efforts(text: str | None, adapter: str | None) -> "list[Dial]":
+    """Read ``--effort 0,50,100`` by an adapter's calibration, and say what each stands for.
+
+    Args:
+        text: The option's value.
+        adapter: The adapter; None if there is none.
+
+    Raises:
+        ConfigError: If it is not numbers, there is no adapter, it has not been calibrated, or an
+            effort lies outside what calibration covers.
+    """
+    if text is None:
+        return []
+    if adapter is None:
+        raise ConfigError(
+            "--effort needs an InRa adapter that flexalign calibrate has measured; name it, or "
+            "give --lambda."
+        )
+    from flexalign.calibration.effort import effort_to_dial
+    from flexalign.evaluation.systems import Setting
+    from flexalign.inra.config import InRaConfig
+    from flexalign.loading import resolve_adapter
+
+    with as_input_errors():
+        calibration = InRaConfig.load(resolve_adapter(adapter)).calibration
+    dials = []
+    for part in text.split(","):
+        try:
+            effort = float(part)
+        except ValueError:
+            raise ConfigError(
+                f"--effort: {part.strip()!r} is not a number; write one, such as 50, or several "
+                "with commas."
+            ) from None
+        dials.append(effort_to_dial(calibration, effort))
+        console.print(f"effort {effort:g}: {Setting.of(dials[-1]).id}", markup=False)
+    return dials
 
 
 def read_range(text: str | None) -> tuple[float, float] | None:
@@ -114,11 +158,13 @@ def describe_choice(answer: "Answer", setting: "Setting", model: Any) -> str | N
     if not isinstance(setting.dial, Adaptive):
         return f"{answer.route}: by the coin"
     threshold = model.threshold(setting.dial)
+    confidence = 0.0 if answer.confidence is None else answer.confidence
+    shown = _beside(confidence, threshold)
     if answer.route == "fast":
-        return f"fast: confidence {answer.confidence:.2f} ≥ {threshold:g}"
-    if answer.confidence is not None and answer.confidence >= threshold:
+        return f"fast: confidence {shown} ≥ {threshold:g}"
+    if confidence >= threshold:
         return "slow: the fast answer did not come to its end"
-    return f"slow: fast answer's confidence {answer.confidence:.2f} < {threshold:g}"
+    return f"slow: fast answer's confidence {shown} < {threshold:g}"
 
 
 def describe_tokens(answer: "Answer", tokens_per_second: float) -> str:
@@ -135,24 +181,15 @@ def describe_tokens(answer: "Answer", tokens_per_second: float) -> str:
     return " · ".join(parts + ["cut off"] * answer.truncated)
 
 
+def _beside(confidence: float, threshold: float) -> str:
+    """Round to two digits, or to as many as leave it on its side of the threshold."""
+    digits, is_enough = 2, confidence >= threshold
+    while (float(f"{confidence:.{digits}f}") >= threshold) != is_enough:
+        digits += 1
+    return f"{confidence:.{digits}f}"
+
+
 def _read_lambdas(text: str | None) -> list[object]:
     if text is None:
         return []
     return [text] if text.lstrip().startswith("{") else list(parse_lambdas(text))
-
-
-def _read_policy(text: str) -> object:
-    """Read a policy's JSON, or its short form: ``adaptive 0.5``, ``route 0.3``."""
-    words = text.split()
-    if not words or words[0] not in _SHORT or len(words) > 2:
-        return text
-    policy: dict[str, Any] = {"policy": words[0]}
-    if len(words) == 2:
-        try:
-            policy[_SHORT[words[0]]] = float(words[1])
-        except ValueError:
-            raise ConfigError(
-                f"--policy {text!r}: {words[1]!r} is not a number; write {words[0]} 0.5, or JSON "
-                f"such as {json.dumps({'policy': words[0], _SHORT[words[0]]: 0.5})}."
-            ) from None
-    return policy

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from flexalign.cli._dial import open_dial, read_range, read_settings
+from flexalign.cli._dial import open_dial, read_efforts, read_range, read_settings
 from flexalign.cli._shared import as_input_errors, console
 from flexalign.errors import ConfigError, FlexAlignError
 
@@ -30,6 +30,12 @@ def chat(
     policy: Annotated[
         str | None, typer.Option(help="Instead: 'adaptive 0.5', 'route 0.3', auto, or JSON.")
     ] = None,
+    effort: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead: 0 is fastest, 100 the reference's tokens (flexalign calibrate)."
+        ),
+    ] = None,
     system: Annotated[str, typer.Option(help="What the model is told beforehand.")] = "",
     gate: Annotated[
         float | None, typer.Option(help="Extrapolate only where the two differ by more.")
@@ -50,8 +56,8 @@ def chat(
 
     Answers go to stdout as they are written, thinking dimmed; what they cost, and which way a
     policy took and why, to stderr. Lines may be piped in. Inside: [cyan]/lambda 0.3[/cyan],
-    [cyan]/policy adaptive 0.5[/cyan], [cyan]/system TEXT[/cyan], [cyan]/reset[/cyan],
-    [cyan]/help[/cyan], [cyan]/quit[/cyan]. Ctrl-C stops an answer, Ctrl-D leaves. The model is
+    [cyan]/policy adaptive 0.5[/cyan], [cyan]/effort 50[/cyan], [cyan]/system TEXT[/cyan],
+    [cyan]/reset[/cyan], [cyan]/help[/cyan], [cyan]/quit[/cyan]. Ctrl-C stops an answer, Ctrl-D leaves. The model is
     not shown the thinking of its earlier answers.
 
     Example: [cyan]flexalign chat miniature --adapter miniature:fast --policy 'adaptive 0.5'[/cyan]
@@ -59,9 +65,10 @@ def chat(
     Example: [cyan]flexalign chat models/base --aligned models/concise --lambda 1.5[/cyan]
     """
     limits = read_range(lambda_range)
-    settings = read_settings(lam, [policy] if policy is not None else [])
+    policies = [policy] if policy is not None else []
+    settings = read_settings(lam, policies, read_efforts(effort, adapter))
     if len(settings) > 1:
-        raise ConfigError("a conversation begins with one setting; give one λ or one policy.")
+        raise ConfigError("a conversation begins with one setting; give one λ, policy or effort.")
 
     from flexalign.cli._quiet import quieten_libraries, warnings_as_notes
     from flexalign.evaluation.systems import SystemOptions
@@ -84,7 +91,7 @@ def chat(
             _ = backend.model
         setting = settings[0] if settings else backend.default
         console.print(f"{escape(setting.id)}. /help lists the commands; Ctrl-D leaves.")
-        _converse(Chat(backend, options, setting, seed, system))
+        _converse(Chat(backend, options, setting, seed, system, adapter))
 
 
 def _converse(chat: "Chat") -> None:

@@ -11,6 +11,7 @@ from flexalign.cli._dial import (
     describe_choice,
     describe_tokens,
     open_dial,
+    read_efforts,
     read_range,
     read_settings,
 )
@@ -60,6 +61,13 @@ def generate(
         list[str] | None,
         typer.Option(help="'adaptive 0.5', 'route 0.3', auto, or a policy's JSON; repeatable."),
     ] = None,
+    effort: Annotated[
+        str | None,
+        typer.Option(
+            help="Or what to spend, such as 50: 0 is fastest, 100 the reference's tokens "
+            "(flexalign calibrate)."
+        ),
+    ] = None,
     gate: Annotated[
         float | None, typer.Option(help="Extrapolate only where the two differ by more.")
     ] = None,
@@ -105,7 +113,7 @@ def generate(
     if samples > 1 and temperature == 0:
         raise ConfigError("--samples are all equal at temperature 0; raise --temperature.")
     limits = read_range(lambda_range)
-    settings = read_settings(lam, policy or [])
+    settings = read_settings(lam, policy or [], read_efforts(effort, adapter))
     prompts = read_given(prompt, input_file)
 
     from flexalign.evaluation.systems import SystemOptions

@@ -25,9 +25,18 @@ from transformers import PreTrainedTokenizerBase
 from flexalign._modes import evaluating
 from flexalign.errors import DataError
 from flexalign.fusion import total_variation
+from flexalign.heads import Head
 from flexalign.pairing import ModelPair
 
-__all__ = ["Difference", "Shift", "TokenChange", "measure_difference", "propose_gate"]
+__all__ = [
+    "Difference",
+    "Row",
+    "Shift",
+    "TokenChange",
+    "logit_chunks",
+    "measure_difference",
+    "propose_gate",
+]
 
 Row = tuple[list[int], list[int]]
 """Token ids of a prompt and of its response."""
@@ -173,10 +182,18 @@ def measure_difference(
     masses = torch.zeros(2, pair.vocab_size, dtype=torch.float64)
     parts: list[NDArray[np.float64]] = []
     order = sorted(range(len(rows)), key=lambda index: -sum(map(len, rows[index])))
+    device = next(pair.reference.parameters()).device
     with evaluating(pair.reference), evaluating(pair.aligned):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            for chunk in _chunks(pair, rows, batch, chunk_size):
+            for chunk in logit_chunks(
+                lambda **inputs: [pair.hidden(side, **inputs) for side in ("reference", "aligned")],
+                pair.heads,
+                rows,
+                batch,
+                device=device,
+                chunk_size=chunk_size,
+            ):
                 parts.append(_look(*chunk, masses))
             if progress is not None:
                 progress(start + len(batch), len(order))
@@ -197,11 +214,25 @@ def measure_difference(
     )
 
 
-def _chunks(
-    pair: ModelPair, rows: Sequence[Row], batch: list[int], chunk_size: int
+def logit_chunks(
+    hidden: Callable[..., Sequence[Tensor]],
+    heads: Sequence[Head],
+    rows: Sequence[Row],
+    batch: Sequence[int],
+    *,
+    device: torch.device,
+    chunk_size: int,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield both models' logits, (N, V) each, and (row, position) of the tokens they predict."""
-    device = next(pair.reference.parameters()).device
+    """Yield both models' logits, (N, V) each, and (row, position) of the tokens they predict.
+
+    Args:
+        hidden: Gives the final hidden states of both for ``input_ids`` and ``attention_mask``.
+        heads: Of both.
+        rows: Prompts and responses; the responses' tokens are those predicted.
+        batch: Which of the rows are read, together.
+        device: Of the models.
+        chunk_size: N, at most.
+    """
     tokens = [rows[index][0] + rows[index][1] for index in batch]
     longest = max(map(len, tokens))
     padded = [row + [row[-1]] * (longest - len(row)) for row in tokens]
@@ -215,12 +246,11 @@ def _chunks(
         for line, (index, row) in enumerate(zip(batch, tokens, strict=True))
         for position in range(max(len(rows[index][0]), 1), len(row))
     ]
-    hidden = [pair.hidden(side, **inputs) for side in ("reference", "aligned")]
+    states = hidden(**inputs)
     for start in range(0, len(places), chunk_size):
         here = torch.tensor(places[start : start + chunk_size])
         logits = [
-            head(states[here[:, 0], here[:, 1]]).cpu()
-            for head, states in zip(pair.heads, hidden, strict=True)
+            head(own[here[:, 0], here[:, 1]]).cpu() for head, own in zip(heads, states, strict=True)
         ]
         where = torch.stack([torch.tensor(batch)[here[:, 0]], here[:, 1] + 1])
         yield logits[0], logits[1], where
