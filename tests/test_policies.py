@@ -20,6 +20,8 @@ THINKING = {"kind": "thinking", "think": 0.0, "answer": 1.0}
         ({"policy": "fixed", "lam": 0.5}, Fixed(0.5)),
         ('{"policy": "fixed", "lambda": 3}', Fixed(3.0)),
         (Fixed(1), Fixed(1.0)),
+        ("adaptive 0.3", Adaptive(0.3)),
+        ("route 0.3", Route(0.3)),
         ("auto", Adaptive()),
         ({"policy": "adaptive"}, Adaptive()),
         ('{"policy": "adaptive", "threshold": 1}', Adaptive(1.0)),

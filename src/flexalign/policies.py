@@ -9,12 +9,13 @@ serves Python, YAML, the command line and HTTP::
     {"policy": "adaptive", "threshold": 0.5}             fast where it is sure, else slow
     "auto"                                               adaptive, at the calibrated threshold
     {"policy": "route", "share": 0.3}                    a coin: this share goes the slow way
+    "adaptive 0.5", "route 0.3"                          short forms, as text
 """
 
 import json
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias, get_args
@@ -161,6 +162,9 @@ _POLICIES: dict[str, tuple[type[Fixed | Adaptive | Route], dict[str, str]]] = {
     "route": (Route, {field.name: field.name for field in fields(Route)}),
 }
 
+_SHORT = {"adaptive": "threshold", "route": "share"}
+"""Policies that have a short form, and what its number is."""
+
 
 def parse_dial(value: object) -> Dial:
     """Read a dial from a number, a JSON object or text, a schedule or a policy.
@@ -214,13 +218,29 @@ def extremes(dial: Dial) -> tuple[float, float]:
 
 
 def _from_text(text: str) -> object:
-    if text.strip() == "auto":
-        return {"policy": "adaptive"}
+    words = ["adaptive"] if text.strip() == "auto" else text.split()
+    if words and words[0] in _SHORT and len(words) <= 2:
+        return {"policy": words[0], **_only_number(text, words)}
     try:
         value: object = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"a dial must be a number or JSON, got {text!r} ({error}).") from error
     return value
+
+
+def _only_number(text: str, words: Sequence[str]) -> dict[str, float]:
+    """Return the argument of a short form, ``adaptive 0.5``; nothing if there is none."""
+    if len(words) == 1:
+        return {}
+    name, number = words
+    try:
+        return {_SHORT[name]: float(number)}
+    except ValueError:
+        form = json.dumps({"policy": name, _SHORT[name]: 0.5})
+        raise ConfigError(
+            f"the policy {text!r}: {number!r} is not a number; write {name} 0.5, or JSON such as "
+            f"{form}."
+        ) from None
 
 
 def _changed(policy: Adaptive | Route) -> dict[str, Any]:
