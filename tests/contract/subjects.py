@@ -1,14 +1,16 @@
 """What the contract's checks run on: every family, small, with nothing in it left at zero."""
 
+import copy
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from families import FAMILIES, MUST_PASS, family_config, family_model
 from flexalign.inra import InRaModel
+from flexalign.inra.adapter import decoder_layers
 
 REFUSED = ("bloom", "mpt", "mamba", "jamba", "qwen3_next")
 """ALiBi tables with rows of their own for every head, and layers that are recurrent."""
@@ -97,3 +99,29 @@ def subject_of(family: str) -> Subject:
     mask[0, :3] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     return Subject(base, model, tokens, mask, positions)
+
+
+def inserted(base: PreTrainedModel, adapter: nn.Module) -> PreTrainedModel:
+    """Build the model that really has the adapter as its layer 0, layer by layer from its config.
+
+    Whatever the configuration lists per layer (attention types, rotary tables) gets one entry
+    more, that of layer 0.
+    """
+    config = base.config
+    depth = config.num_hidden_layers
+    longer = copy.deepcopy(config)
+    for name, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == depth and name != "architectures":
+            setattr(longer, name, [value[0], *value])
+    longer.num_hidden_layers = depth + 1
+    if hasattr(longer, "first_k_dense_replace"):
+        longer.first_k_dense_replace += 1
+    twin = AutoModelForCausalLM.from_config(longer).float().eval()
+    own, layers = decoder_layers(twin, "twin"), decoder_layers(base, "base")
+    (place,) = [name for name, module in base.named_modules() if module is layers]
+    outside = {k: v for k, v in base.state_dict().items() if not k.startswith(f"{place}.")}
+    missing = twin.load_state_dict(outside, strict=False)
+    assert missing.unexpected_keys == []
+    for target, source in zip(own, [adapter, *layers], strict=True):
+        target.load_state_dict(source.state_dict())
+    return twin

@@ -6,11 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from contract.subjects import LAMBDAS, SERVED, Subject, subject_of
+from contract.subjects import LAMBDAS, SERVED, Subject, inserted, subject_of
 from flexalign.inra import InRaModel
-from flexalign.inra.adapter import decoder_layers
 
 TOLERANCE = 1e-5
 
@@ -27,36 +25,6 @@ def subject(request: pytest.FixtureRequest) -> Subject:
 def assert_near(found: Tensor, expected: Tensor) -> None:
     assert found.shape == expected.shape
     assert float((found.detach().double() - expected.double()).abs().max()) <= TOLERANCE
-
-
-def inserted(subject: Subject) -> PreTrainedModel:
-    """Build the model that really has the adapter as its layer 0, layer by layer from its config.
-
-    Whatever the configuration lists per layer (attention types, rotary tables) gets one entry
-    more, that of layer 0.
-    """
-    config = subject.base.config
-    depth = config.num_hidden_layers
-    longer = copy.deepcopy(config)
-    for name, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == depth and name != "architectures":
-            setattr(longer, name, [value[0], *value])
-    longer.num_hidden_layers = depth + 1
-    if hasattr(longer, "first_k_dense_replace"):
-        longer.first_k_dense_replace += 1
-    twin = AutoModelForCausalLM.from_config(longer).float().eval()
-    own, layers = decoder_layers(twin, "twin"), decoder_layers(subject.base, "base")
-    outside = {k: v for k, v in subject.base.state_dict().items() if not _is_of(layers, k, subject)}
-    missing = twin.load_state_dict(outside, strict=False)
-    assert missing.unexpected_keys == []
-    for target, source in zip(own, [subject.model.adapter[0], *layers], strict=True):
-        target.load_state_dict(source.state_dict())
-    return twin
-
-
-def _is_of(layers: torch.nn.ModuleList, key: str, subject: Subject) -> bool:
-    (name,) = [name for name, module in subject.base.named_modules() if module is layers]
-    return key.startswith(f"{name}.")
 
 
 @every_family
@@ -88,7 +56,9 @@ def test_each_stream_is_the_model_that_it_stands_for(subject: Subject) -> None:
     hidden = subject.model.stream_hidden(**subject.batch)
     base, adapter = (subject.model.head(stream)[subject.real] for stream in hidden)
     assert_near(base, subject.plain()[subject.real])
-    expected = inserted(subject)(**subject.batch, use_cache=False).logits[subject.real]
+    expected = inserted(subject.base, subject.model.adapter[0])(
+        **subject.batch, use_cache=False
+    ).logits[subject.real]
     assert_near(adapter, expected)
     assert float((base - expected).abs().max()) > 100 * TOLERANCE, "the adapter does something"
 

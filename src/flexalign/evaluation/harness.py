@@ -1,0 +1,224 @@
+"""The model ``flexalign`` of lm-evaluation-harness: a model with a dial, at one setting.
+
+::
+
+    python -m flexalign.evaluation.harness --model flexalign --tasks gsm8k \\
+        --model_args pretrained=models/base,adapter=out/adapter,lambda=0.5
+
+This is the harness's own command with one model more: lm_eval knows the models in its own list
+and looks for no others. In Python, importing this module registers the model.
+
+Prompts, batches, log-likelihoods and metrics are the harness's: the class below is its ``hf``
+with the logits of equation 5, so that both ends of the dial give the numbers of ``hf`` itself.
+"""
+
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from flexalign.decoding import TwoModelDecoder
+from flexalign.errors import ConfigError, LambdaError
+from flexalign.inra import InRaModel
+from flexalign.inra.folder import check_folder
+from flexalign.loading import fingerprint, load_model, load_tokenizer, resolve_adapter
+from flexalign.pairing import ModelPair
+from flexalign.policies import Adaptive, Dial, Fixed, Route, extremes, parse_dial
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import resolve_max_length
+except ImportError as error:
+    raise ConfigError(
+        "lm-evaluation-harness is not installed here; install it with: "
+        "pip install 'flexalign[evaluation]'"
+    ) from error
+
+__all__ = ["HarnessModel", "main"]
+
+
+@register_model("flexalign")
+class HarnessModel(HFLM):  # type: ignore[misc]
+    """A model, an InRa dial or a pair, at one setting, for lm_eval's tasks.
+
+    One process runs it; ``parallelize=True`` spreads it over the GPUs of a machine.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        adapter: str | None = None,
+        aligned: str | None = None,
+        lam: Any = None,
+        policy: Any = None,
+        gate: float | None = None,
+        extrapolate: bool = False,
+        device: str | None = None,
+        dtype: str = "auto",
+        parallelize: bool = False,
+        trust_remote_code: bool = False,
+        max_length: int | None = None,
+        **options: Any,
+    ) -> None:
+        """Load a model; arguments are those of ``--model_args``.
+
+        Args:
+            pretrained: A folder or a known name: the base of an adapter, or the reference.
+            adapter: An InRa adapter on it.
+            aligned: In an adapter's place, the model of λ = 1, or a PEFT adapter on the reference.
+            lam: The setting, as ``lambda`` on the command line: a number, or a schedule's JSON.
+                The adapter's default if not given, 1 for a pair.
+            policy: In its place, a policy such as ``adaptive 0.5``. Policies and schedules set λ
+                for responses; log-likelihoods need one number.
+            gate: As in :func:`flexalign.fusion.fuse`.
+            extrapolate: Permit a λ outside the adapter's range.
+            device: Where the model runs; a GPU if there is one.
+            dtype: Of the weights; ``"auto"`` is what they are stored in.
+            parallelize: Spread the weights over all GPUs.
+            trust_remote_code: Permit code that a checkpoint brings along to run.
+            max_length: Longest sequence in tokens; the base's own if not given.
+            **options: Others of lm_eval's ``hf``: ``batch_size``, ``add_bos_token``, ….
+
+        Raises:
+            ConfigError: If a model is not there, or the arguments contradict each other.
+            CheckpointError: If the adapter is not there, or damaged.
+            LambdaError: If λ is not finite, or outside the adapter's range.
+        """
+        asked = {"lambda": options.pop("lambda", None), "lam": lam, "policy": policy}
+        dial = _read_dial(asked, adapter, aligned, gate)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        loading: dict[str, Any] = {
+            "dtype": dtype,
+            "device_map": "auto" if parallelize else None if device == "cpu" else device,
+            "trust_remote_code": trust_remote_code,
+        }
+        self._facts: dict[str, Any] = {"pretrained": pretrained}
+        if adapter is not None:
+            settings = check_folder(resolve_adapter(adapter))
+            dial = dial or Fixed(settings.default_lambda)
+            _require_range(dial, settings.lambda_range, adapter, extrapolate)
+            model: Any = InRaModel.from_pretrained(pretrained, adapter, **loading)
+            leader, tokenizer = model.base, model.tokenizer
+            self._facts["adapter"] = adapter
+        elif aligned is not None:
+            model = TwoModelDecoder(ModelPair.load(pretrained, aligned, **loading))
+            dial = dial or Fixed(1.0)
+            leader, tokenizer = model.reference, model.tokenizer
+            self._facts["aligned"] = aligned
+        else:
+            model = leader = load_model(pretrained, **loading)
+            tokenizer = load_tokenizer(pretrained, trust_remote_code=trust_remote_code)
+        self._dial = dial
+        self._asked = {} if dial is None else {"lam": dial, "gate": gate}
+        if dial is not None:
+            self._facts |= {"dial": dial.to_json(), "gate": gate}
+        self._facts["fingerprint"] = fingerprint(pretrained)
+        super().__init__(
+            pretrained=model,
+            backend="causal",
+            tokenizer=tokenizer,
+            max_length=max_length or resolve_max_length(leader.config, tokenizer),
+            **options,
+        )
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What lm_eval files cached prompts under."""
+        name = str(self._facts["pretrained"])
+        return PurePath(name).name.replace(":", "_")
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Say what ran: the models, the dial, and the base's fingerprint."""
+        return {"model_num_parameters": self.model.num_parameters(), "flexalign": self._facts}
+
+    def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
+        if self._dial is None:
+            logits: Tensor = super()._model_call(inps)
+            return logits
+        if not isinstance(self._dial, Fixed):
+            raise ConfigError(
+                "log-likelihoods need one λ (lambda=0.5): a policy or a schedule chooses it for "
+                "responses, and this task has answers to be scored."
+            )
+        with torch.no_grad():
+            fused: Tensor = self.model(inps, lam=self._dial.lam, gate=self._asked["gate"]).logits
+        return fused
+
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: Sequence[str], **options: Any
+    ) -> Tensor:
+        if not isinstance(self._dial, Adaptive | Route):
+            written: Tensor = super()._model_generate(
+                context, max_length, stop, **options, **self._asked
+            )
+            return written
+        temperature = options.pop("temperature", None)
+        options |= {"temperature": temperature} if temperature else {"do_sample": False}
+        routed: Tensor = self.model.generate(
+            input_ids=context,
+            max_length=max_length,
+            stopping_criteria=StoppingCriteriaList([_StopTexts(self.tokenizer, stop, context)]),
+            pad_token_id=self.tokenizer.pad_token_id,
+            **options,
+            **self._asked,
+        )
+        return routed
+
+
+class _StopTexts(StoppingCriteria):  # type: ignore[misc]
+    """Ends each row where it has written one of the texts.
+
+    The harness's own criterion counts on one generation with all rows in their places, where a
+    policy makes several, of some.
+    """
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str], prompts: Tensor) -> None:
+        self._tokenizer = tokenizer
+        self._texts = texts
+        self._start = prompts.shape[1]
+        # A text may begin and end within tokens: a few more than its own are looked at.
+        self._reach = 2 + max((len(tokenizer.encode(text)) for text in texts), default=0)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        ends = self._tokenizer.batch_decode(input_ids[:, self._start :][:, -self._reach :])
+        found = [any(text in end for text in self._texts) for end in ends]
+        return torch.tensor(found, device=input_ids.device)
+
+
+def _read_dial(
+    asked: dict[str, Any], adapter: str | None, aligned: str | None, gate: float | None
+) -> Dial | None:
+    given = {name: value for name, value in asked.items() if value is not None}
+    if adapter is not None and aligned is not None:
+        raise ConfigError("give adapter= or aligned=, not both: each makes a dial of its own.")
+    if len(given) > 1:
+        raise ConfigError(f"give one of {' and '.join(given)}: they are names of one dial.")
+    if (given or gate is not None) and adapter is None and aligned is None:
+        name = next(iter(given), "gate")
+        raise ConfigError(f"{name}= needs a dial: adapter=… or aligned=… beside pretrained=….")
+    return parse_dial(next(iter(given.values()))) if given else None
+
+
+def _require_range(
+    dial: Dial, limits: tuple[float, float], adapter: str, extrapolate: bool
+) -> None:
+    (least, largest), (low, high) = extremes(dial), limits
+    if (least < low or high < largest) and not extrapolate:
+        raise LambdaError(
+            f"λ from {least:g} to {largest:g} leaves the range [{low:g}, {high:g}] of the adapter "
+            f"{adapter}; permit it, if you mean it, with extrapolate=True."
+        )
+
+
+def main() -> None:
+    """Run lm_eval's command line, which now knows the model ``flexalign``."""
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()
