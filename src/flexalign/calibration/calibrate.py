@@ -23,7 +23,7 @@ from flexalign.evaluation.systems import Setting, System, SystemOptions
 from flexalign.evaluation.tasks import Task
 from flexalign.policies import Adaptive, Measure
 
-__all__ = ["CalibrateOptions", "calibrate", "plan_sweeps"]
+__all__ = ["CalibrateOptions", "calibrate", "measure_ways", "plan_sweeps"]
 
 Kind = Literal["auto", "adaptive", "lambda"]
 Progress = Callable[[int], None]
@@ -155,10 +155,11 @@ def calibrate(
         ServingError: If samples could not be made.
     """
     answers: dict[str, Answers] = {}
-    ways = None
+    ways: Ways | None = None
     if "ways" in sweeps:
-        answers = _measure(sweeps["ways"], output / "ways", workers, progress)
-        ways = _read_ways(answers["λ=0"], answers[_fast_id(options)])
+        answers, ways = measure_ways(
+            sweeps["ways"], options, output / "ways", workers=workers, progress=progress
+        )
         is_fast = ways.tokens(0.0).mean() <= _FAST_SHARE * ways.slow_tokens.mean()
         if options.dial == "auto" and not is_fast:
             ways = None
@@ -197,6 +198,35 @@ def calibrate(
     ]
     calibration["levels"] = level_figures(calibration, ways, fixed)
     return calibration
+
+
+def measure_ways(
+    sweep: Sweep,
+    options: CalibrateOptions,
+    output: Path,
+    *,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Answers], Ways]:
+    """Answer every question fast and slow, or go on where an earlier run stopped.
+
+    Args:
+        sweep: The one that `plan_sweeps` calls ``ways``.
+        options: As it was planned with.
+        output: Folder of the samples.
+        workers: Processes that grade.
+        progress: Told how many samples were made since it was last told.
+
+    Returns:
+        Samples by setting, and the two ways of each.
+
+    Raises:
+        DataError: If no fast answer came to its end.
+        ServingError: If samples could not be made.
+    """
+    answers = _measure(sweep, output, workers, progress)
+    fast = Setting.of(Adaptive(0.0, measure=options.measure)).id
+    return answers, _read_ways(answers["λ=0"], answers[fast])
 
 
 def _measure(
@@ -238,10 +268,6 @@ def _read_ways(slow: Answers, fast: Answers) -> Ways:
         slow.tokens,
         slow.correct,
     )
-
-
-def _fast_id(options: CalibrateOptions) -> str:
-    return Setting.of(Adaptive(0.0, measure=options.measure)).id
 
 
 def _settings(sweeps: Mapping[str, Sweep], ways: Ways | None) -> list[Any]:

@@ -1,0 +1,96 @@
+import json
+import os
+from dataclasses import replace
+
+import pytest
+
+from flexalign.calibration.calibrate import CalibrateOptions, calibrate, measure_ways, plan_sweeps
+from flexalign.calibration.effort import effort_to_dial
+from flexalign.calibration.store import copy_adapter, store_calibration
+from flexalign.errors import ConfigError
+from flexalign.evaluation.samples import ResultsFolder
+from flexalign.evaluation.sweep import Sweep
+from flexalign.evaluation.systems import Setting, SystemOptions, parse_system
+from flexalign.evaluation.tasks import load_task
+from flexalign.inra import InRaConfig
+from flexalign.miniature import folder
+from flexalign.policies import Adaptive, Fixed
+
+SAMPLING = SystemOptions(temperature=1.0, top_p=1.0, max_new_tokens=400, batch_size=64)
+
+
+def sweeps_of(options, questions, seed=5):
+    task = load_task(f"miniature:{seed}", limit=questions)
+    return plan_sweeps(parse_system("dial:miniature"), task, options, SAMPLING)
+
+
+@pytest.mark.slow
+def test_the_policy_writes_what_calibration_foretells(tmp_path):
+    options = CalibrateOptions()
+    sweeps = sweeps_of(options, 48)
+    calibration = calibrate(sweeps, options, tmp_path / "calibration")
+    assert calibration["dial"] == "adaptive"
+    assert [level["effort"] for level in calibration["levels"]] == [0, 25, 50, 75, 100]
+    _, ways = measure_ways(sweeps["ways"], options, tmp_path / "calibration" / "ways")
+    dial = effort_to_dial(calibration, 50)
+    assert isinstance(dial, Adaptive)
+    sweep = replace(sweeps["ways"], settings=[Setting.of(dial)])
+    assert isinstance(sweep, Sweep)
+    sweep.run(tmp_path / "policy")
+    rows = sorted(
+        ResultsFolder.read(tmp_path / "policy").rows, key=lambda r: (r["question"], r["sample"])
+    )
+    foretold, fast = ways.tokens(dial.threshold), ways.fast_tokens
+    same = [
+        wanted - quick <= row["tokens"] <= wanted
+        for wanted, quick, row in zip(foretold, fast, rows, strict=True)
+    ]
+    assert sum(same) >= len(rows) - 1  # one answer may differ where two tokens nearly tie
+    line = calibration["levels"][2]["line"]
+    assert sum(row["tokens"] for row in rows) / len(rows) == pytest.approx(line, rel=0.1)
+
+
+@pytest.mark.slow
+def test_lambda_is_the_dial_where_it_is_asked_for(tmp_path):
+    options = CalibrateOptions(dial="lambda", lambda_range=(-0.5, 1.0))
+    calibration = calibrate(sweeps_of(options, 24), options, tmp_path)
+    assert calibration["effort"]["thresholds"] == []
+    assert calibration["threshold"] is None
+    assert effort_to_dial(calibration, 100) == Fixed(0.0)
+    efforts = [effort for effort, _ in calibration["effort"]["lambdas"]]
+    assert efforts == sorted(efforts)
+    assert json.loads(json.dumps(calibration, allow_nan=False))["dial"] == "lambda"
+
+
+def test_the_range_and_the_measure_are_checked_before_anything_is_loaded():
+    with pytest.raises(ConfigError, match="leaves no room"):
+        CalibrateOptions(lambda_range=(-1.0, 0.0))
+    with pytest.raises(ConfigError, match="handful of values"):
+        CalibrateOptions(measure="agreement")
+    with pytest.raises(ConfigError, match="answers at λ = 1"):
+        CalibrateOptions(dial="adaptive", lambda_range=(0.0, 0.5))
+    with pytest.raises(ConfigError, match="no InRa dial"):
+        task = load_task("miniature", limit=2)
+        plan_sweeps(parse_system("pair:miniature"), task, CalibrateOptions(), SAMPLING)
+
+
+def test_a_calibration_widens_the_range_and_leaves_all_else(tmp_path):
+    copy_adapter(folder("fast"), tmp_path / "fast")
+    before = InRaConfig.load(tmp_path / "fast")
+    calibration = {"version": 1, "lambda_range": [-0.5, 0.5]}
+    store_calibration(tmp_path / "fast", calibration)
+    after = InRaConfig.load(tmp_path / "fast")
+    assert after == replace(before, calibration=calibration, lambda_range=(-0.5, 1.0))
+
+
+def test_a_crash_while_writing_leaves_the_old_settings(tmp_path, monkeypatch):
+    copy_adapter(folder("fast"), tmp_path / "fast")
+    before = InRaConfig.load(tmp_path / "fast")
+
+    def fail(_):
+        raise OSError("the power is gone")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="power"):
+        store_calibration(tmp_path / "fast", {"version": 1, "lambda_range": [0.0, 1.0]})
+    assert InRaConfig.load(tmp_path / "fast") == before

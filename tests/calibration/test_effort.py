@@ -1,0 +1,56 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from flexalign.calibration.effort import effort_to_dial, largest_effort
+from flexalign.errors import ConfigError
+from flexalign.policies import Adaptive, Fixed
+
+
+def calibration(**changes):
+    return {
+        "version": 1,
+        "measure": "min_token_probability",
+        "holes": [[0.2, 0.6]],
+        "effort": {"thresholds": [], "lambdas": [[0.0, 1.0], [100.0, 0.0], [150.0, -0.5]]},
+    } | changes
+
+
+def test_lambda_lies_on_straight_lines_between_points():
+    assert effort_to_dial(calibration(), 0) == Fixed(1.0)
+    assert effort_to_dial(calibration(), 10) == Fixed(0.9)
+    assert effort_to_dial(calibration(), 100) == Fixed(0.0)
+    assert effort_to_dial(calibration(), 125) == Fixed(-0.25)
+    assert largest_effort(calibration()) == 150
+
+
+def test_an_effort_in_a_hole_gets_its_nearer_end():
+    lams = [effort_to_dial(calibration(), effort).lam for effort in np.arange(0, 150.5, 0.5)]
+    assert not any(0.2 < lam < 0.6 for lam in lams)
+    assert {0.2, 0.6} <= set(lams)
+    assert all(later <= earlier for earlier, later in itertools.pairwise(lams))
+
+
+def test_thresholds_serve_below_the_reference_and_lambda_from_there():
+    effort = {"thresholds": [[0.0, 0.0], [50.0, 0.4], [100.0, 0.9]], "lambdas": [[100.0, 0.0]]}
+    given = calibration(effort=effort, holes=[])
+    assert effort_to_dial(given, 25) == Adaptive(0.2, measure="min_token_probability")
+    assert effort_to_dial(given, 100) == Fixed(0.0)
+
+
+@pytest.mark.parametrize("effort", [-1, 150.1, float("nan"), True, "50"])
+def test_what_lies_outside_is_refused_with_the_range(effort):
+    with pytest.raises(ConfigError, match=r"0 \(fastest\) to 150"):
+        effort_to_dial(calibration(), effort)
+
+
+def test_without_a_calibration_the_command_that_makes_one_is_named():
+    with pytest.raises(ConfigError, match="run flexalign calibrate"):
+        effort_to_dial(None, 50)
+
+
+@pytest.mark.parametrize("damage", [{"version": 2}, {"effort": {}}, {"effort": {"lambdas": []}}])
+def test_a_calibration_that_cannot_be_read_is_named(damage):
+    with pytest.raises(ConfigError, match="run flexalign calibrate again"):
+        effort_to_dial(calibration(**damage), 50)
