@@ -7,6 +7,7 @@ import typer
 from rich.markup import escape
 
 from flexalign.cli._dial import read_range
+from flexalign.cli._preview import show_preview
 from flexalign.cli._shared import console, print_json, progress_bar, result_console
 from flexalign.cli._tune import (
     plan_of,
@@ -82,6 +83,16 @@ def tune(
     plan_only: Annotated[
         bool, typer.Option("--plan", help="Only say what could be proved, and what more costs.")
     ] = False,
+    preview: Annotated[
+        Path | None,
+        typer.Option(
+            help="Only read traces, with both models, and show for 50 λ how far the teacher is "
+            "from the reference; nothing is sampled."
+        ),
+    ] = None,
+    top_k: Annotated[
+        int, typer.Option(help="Of --preview: tokens that count as a model's own.")
+    ] = 5,
     power: Annotated[float, typer.Option(help="Of the plan.")] = 0.8,
     accuracy: Annotated[
         float | None, typer.Option(help="Expected accuracy, for the plan; else one by task.")
@@ -111,6 +122,9 @@ def tune(
     [cyan]flexalign tune dial:miniature --task miniature --margin 0.1 --lambda 0.5,1
     --policy 'adaptive 0.9' -o out/tuned[/cyan]
 
+    Before anything is sampled, what λ would do to the tokens of traces:
+    [cyan]flexalign tune pair:REF,ALIGNED --preview traces.jsonl -o out/preview[/cyan]
+
     From a sweep that is there, at no cost:
     [cyan]flexalign tune --from out/sweep --margin 0.02 -o out/tuned[/cyan]
     """
@@ -120,6 +134,9 @@ def tune(
     from flexalign.evaluation.systems import Setting, parse_system
     from flexalign.evaluation.tasks import load_task
 
+    if preview is not None:
+        show_preview(system, preview, lambdas, top_k, limit, batch_size, output, as_json)
+        return
     goal: Goal = NonInferiority(margin) if max_tokens_mean is None else TokenBudget(max_tokens_mean)
     if output is None and not (plan_only or dry_run):
         raise ConfigError("--output is missing; name a folder for tuned.md and the samples.")

@@ -1,0 +1,116 @@
+"""``flexalign tune --preview``: what λ would do, read from traces."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from flexalign.cli._shared import (
+    console,
+    parse_lambdas,
+    print_json,
+    progress_bar,
+    result_console,
+)
+from flexalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flexalign.calibration.preview import Preview
+
+_SHOWN = 13
+
+
+def show_preview(
+    system: str | None,
+    traces: Path,
+    lambdas: str | None,
+    top_k: int,
+    limit: int | None,
+    batch_size: int,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Read traces with both models of a system, and print, draw and write what λ would do."""
+    if system is None:
+        raise ConfigError("SYSTEM is missing; say what is previewed: pair:REF,ALIGNED or a dial:.")
+    from flexalign.calibration.preview import PREVIEW_LAMBDAS, preview
+    from flexalign.cli._quiet import quieten_libraries
+    from flexalign.data import load_traces, split_tokens
+    from flexalign.evaluation.systems import parse_system
+
+    parsed = parse_system(system)
+    if parsed.kind not in ("pair", "dial"):
+        raise ConfigError(f"{parsed.name} has no two models or streams; give pair: or dial:.")
+    lams = PREVIEW_LAMBDAS if lambdas is None else parse_lambdas(lambdas)
+    rows = load_traces(traces)
+    rows = rows.select(range(min(limit or len(rows), len(rows))))
+    quieten_libraries()
+    model: Any
+    if parsed.kind == "pair":
+        from flexalign.pairing import ModelPair
+
+        model = ModelPair.load(*parsed.parts)
+    else:
+        from flexalign.inra import InRaModel
+
+        model = InRaModel.from_pretrained(*parsed.parts)
+    tokens = list(split_tokens(rows, model.tokenizer))
+    with progress_bar("reading with both models", len(tokens)) as show:
+        found = preview(
+            model,
+            tokens,
+            lams=lams,
+            top_k=top_k,
+            batch_size=batch_size,
+            progress=lambda done, _: show(done),
+        )
+    if output is not None:
+        from flexalign.evaluation.samples import write_json
+
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "preview.json", found.to_json())
+        _draw(found, output / "preview.png")
+    if as_json:
+        print_json(found.to_json())
+    else:
+        _print(found)
+
+
+def _print(found: "Preview") -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("λ", "divergence", f"outside top {found.top_k}", "probability outside"):
+        table.add_column(name, justify="right")
+    step = max(1, -(-len(found.rows) // _SHOWN))
+    for row in found.rows[step - 1 :: step]:
+        table.add_row(
+            f"{row.lam:g}",
+            f"{row.divergence:.4f}",
+            f"{100 * row.outside:.3f} %",
+            f"{100 * row.mass_outside:.3f} %",
+        )
+    result_console.print(table)
+    result_console.print(
+        f"{found.tokens:,} tokens; divergence of the teacher from the reference in nats per token; "
+        "outside: the teacher's top choice is among neither model's likeliest.",
+        style="dim",
+        markup=False,
+    )
+    console.print(
+        f"The teacher's choice leaves both models' top {found.top_k} (one token in a thousand) "
+        + ("at no λ here." if found.leaves_at is None else f"from λ = {found.leaves_at:g} on.")
+    )
+
+
+def _draw(found: "Preview", path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    left = figure.add_subplot()
+    lams = [row.lam for row in found.rows]
+    left.plot(lams, [row.divergence for row in found.rows], color="C0")
+    left.set_xlabel("λ")
+    left.set_ylabel("KL(teacher ‖ reference), nats per token", color="C0")
+    right = left.twinx()
+    right.plot(lams, [100 * row.outside for row in found.rows], color="C3")
+    right.set_ylabel(f"top choice outside both top {found.top_k}, %", color="C3")
+    figure.savefig(path, dpi=150)
