@@ -1,0 +1,230 @@
+import io
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import flexalign.cli._chat
+from flexalign.cli._dial import _beside
+
+DIAL = ("miniature", "--adapter", "miniature:fast", "--temperature", "1", "--top-p", "1")
+
+
+@pytest.fixture
+def chat(run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Pipe lines into a chat."""
+
+    def run(*lines: str, arguments: tuple[object, ...] = DIAL) -> Any:
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        return run_cli("chat", *arguments)
+
+    return run
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the model is asked, call by call."""
+    calls: list[dict[str, Any]] = []
+    real = flexalign.cli._chat.generate_responses
+
+    def spy(model: Any, tokenizer: Any, prompts: Any, **options: Any) -> Any:
+        calls.append({"messages": [dict(one) for one in prompts[0]], **options})
+        return real(model, tokenizer, prompts, **options)
+
+    monkeypatch.setattr(flexalign.cli._chat, "generate_responses", spy)
+    return calls
+
+
+def told(result: Any) -> list[str]:
+    return [line for line in result.stderr.splitlines() if not line.startswith("Loading")]
+
+
+def test_the_dial_turns_in_mid_conversation(chat: Callable[..., Any]) -> None:
+    result = chat("9+3+6?", "/lambda 1", "9+3+6?", "/policy adaptive 0", "9+3+6?")
+    assert result.exit_code == 0, result.stderr
+    slow, fast, adaptive = result.stdout.splitlines()
+    assert slow.startswith("<think> #1 9 + 3 = ")
+    assert slow.split()[-2] == "</think>"
+    assert fast.startswith("<think> </think> ")
+    assert adaptive.startswith("<think> </think> ")
+    start, slow_cost, turned, fast_cost, policy, adaptive_cost = told(result)
+    assert start.startswith("λ=0. /help")
+    tokens = len(slow.split())
+    assert slow_cost.startswith(f"λ=0 · {tokens} tokens ({tokens - 3} thinking + 3 answer) · ")
+    assert (turned, policy) == ("λ=1", "adaptive 0")
+    assert fast_cost.startswith("λ=1 · 3 tokens · ")
+    assert adaptive_cost.startswith("adaptive 0 · fast: confidence 0.")
+    assert " ≥ 0 · 3 tokens · " in adaptive_cost
+
+
+def test_a_rejected_fast_answer_is_told_and_counted(chat: Callable[..., Any]) -> None:
+    result = chat("9+3+6?", arguments=(*DIAL, "--policy", "adaptive 1"))
+    (cost,) = told(result)[1:]
+    written = len(result.stdout.split())
+    assert "slow: fast answer's confidence 0." in cost
+    assert " < 1 · " in cost
+    rejected = int(cost.split(" rejected")[0].split()[-1])
+    assert rejected > 0
+    assert f" {written + rejected} tokens (" in cost
+
+
+def test_wrong_commands_are_one_sentence_and_the_conversation_goes_on(
+    chat: Callable[..., Any],
+) -> None:
+    wrong = {
+        "/lambda 7": "λ=7: outside the range [0, 1]",
+        "/lambda nan": "'nan' is not a finite number",
+        "/lambda 0,1": "one λ at a time",
+        "/policy adaptive 3": "must be a number in [0, 1]",
+        '/policy {"policy": "route", "share": 0.5, "fast_lambda": 9}': "outside the range",
+        "/policy adaptiv": "a dial must be a number or JSON",
+        "/lamda 1": "there is no command /lamda; /help lists them",
+    }
+    result = chat(*wrong, "/lambda", "/help", "9+3+6?")
+    assert result.exit_code == 0
+    _, *errors = told(result)[: len(wrong) + 1]
+    for said, line in zip(wrong.values(), errors, strict=True):
+        assert line.startswith("error: ")
+        assert said in line
+    assert told(result)[len(wrong) + 1] == "λ=0"
+    assert "/policy adaptive 0.5" in result.stderr
+    assert "</think>" in result.stdout
+
+
+def test_the_history_has_no_thinking(chat: Callable[..., Any], asked: list[dict[str, Any]]) -> None:
+    result = chat("9+3+6?", "4+4+8?", "/system add", "1+2+3?", "/reset", "/system", "5+5+5?")
+    first, second, *_ = [line.split()[-1] for line in result.stdout.splitlines()]
+    history = [
+        {"role": "user", "content": "9+3+6?"},
+        {"role": "assistant", "content": first},
+        {"role": "user", "content": "4+4+8?"},
+        {"role": "assistant", "content": second},
+    ]
+    assert asked[1]["messages"] == history[:3]
+    system = {"role": "system", "content": "add"}
+    assert asked[2]["messages"] == [system, *history, {"role": "user", "content": "1+2+3?"}]
+    assert asked[3]["messages"] == [{"role": "user", "content": "5+5+5?"}]
+    assert len({call["seed"] for call in asked}) == 4
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_what_stands(
+    chat: Callable[..., Any], asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spy = flexalign.cli._chat.generate_responses
+    written = iter(["<think> 1 </think> 7", "<think> 1", None])
+
+    def broken_off(model: Any, tokenizer: Any, prompts: Any, **options: Any) -> Any:
+        text = next(written)
+        if text is None:
+            return spy(model, tokenizer, prompts, **options)
+        options["streamer"].put(torch.zeros(1, 5, dtype=torch.long))
+        for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+            options["streamer"].put(torch.tensor([token]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(flexalign.cli._chat, "generate_responses", broken_off)
+    result = chat("1+2+4?", "2+2+2?", "1+2+3?")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines()[:2] == ["<think> 1 </think> 7", "<think> 1"]
+    assert result.stderr.count("stopped") == 2
+    assert result.stderr.count("the question is not kept") == 1
+    assert asked[0]["messages"] == [
+        {"role": "user", "content": "1+2+4?"},
+        {"role": "assistant", "content": "7"},
+        {"role": "user", "content": "1+2+3?"},
+    ]
+
+
+def test_a_plain_model_talks_and_has_no_dial(chat: Callable[..., Any], tiny_pair: Any) -> None:
+    arguments = (tiny_pair.reference, "--max-new-tokens", 4)
+    result = chat("hello", "/lambda 1", "/quit", "unheard", arguments=arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "λ=1 needs a dial, and the model alone has none" in result.stderr
+    assert result.stderr.count("tokens/s") == 1
+    assert "cut off" in result.stderr
+
+
+def test_a_pair_begins_at_the_aligned_model(chat: Callable[..., Any], tiny_pair: Any) -> None:
+    arguments = (tiny_pair.reference, "--aligned", tiny_pair.aligned, "--max-new-tokens", 4)
+    result = chat("hello", "/lambda 2.5", "hello", arguments=arguments)
+    assert "λ=1. /help" in result.stderr
+    assert "λ=2.5 · 4 tokens" in result.stderr
+
+
+def test_a_terminal_is_read_by_input(
+    run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stdin", terminal)
+    typed = iter([KeyboardInterrupt, "/lambda", "", EOFError])
+
+    def type_line(prompt: str) -> str:
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", type_line)
+    result = run_cli("chat", *DIAL)
+    assert result.exit_code == 0
+    assert "Ctrl-D or /quit leaves" in result.stderr
+    assert told(result)[-1] == "λ=0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((*DIAL, "--lambda", "2"), "outside the range [0, 1]"),
+        ((*DIAL, "--lambda", "0,1"), "begins with one setting"),
+        (("miniature", "--policy", "adaptive 0.5"), "needs a dial"),
+        (("nowhere",), "there is no model 'nowhere'"),
+    ],
+)
+def test_wrong_options_end_it_before_it_begins(
+    chat: Callable[..., Any], arguments: tuple[object, ...], said: str
+) -> None:
+    result = chat("hello", arguments=arguments)
+    assert result.exit_code == 2
+    assert said in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.full
+def test_a_signal_stops_the_answer_and_no_more() -> None:
+    greedy = ("--temperature", "0", "--max-new-tokens", "100000")  # it goes over one line for ever
+    command = "from flexalign.cli.app import main; main()"
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", command, "chat", *DIAL[:3], *greedy],
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write(b"9+3+6?\n")
+        process.stdin.flush()
+        assert process.stdout.read(20).startswith(b"<think>")
+        process.send_signal(signal.SIGINT)
+        process.stdin.write(b"/lambda 1\n9+3+6?\n")
+        process.stdin.close()
+        answers, errors = process.stdout.read(), process.stderr.read()
+    assert process.returncode == 0, errors
+    assert answers.splitlines()[-1].startswith(b"<think> </think> ")
+    assert b"stopped" in errors
+
+
+@pytest.mark.parametrize(
+    ("confidence", "threshold", "shown"),
+    [(0.834, 0.5, "0.83"), (0.9987, 1, "0.999"), (0.99999, 1, "0.99999"), (0.4999, 0.5, "0.4999")],
+)
+def test_a_rounded_confidence_stays_on_its_side(
+    confidence: float, threshold: float, shown: str
+) -> None:
+    assert _beside(confidence, threshold) == shown
