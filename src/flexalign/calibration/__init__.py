@@ -1,5 +1,6 @@
 """Choosing a setting of the dial, with a promise about what it costs."""
 
+from flexalign.calibration.effort import effort_to_dial
 from flexalign.calibration.goals import Goal, NonInferiority, TokenBudget
 from flexalign.calibration.outcomes import Ask, Outcomes
 from flexalign.calibration.plan import Plan, VarianceModel, plan
@@ -15,6 +16,7 @@ __all__ = [
     "TuneOptions",
     "Tuned",
     "VarianceModel",
+    "effort_to_dial",
     "plan",
     "tune",
 ]
