@@ -246,7 +246,7 @@ def test_a_truncated_base_is_refused(generate: Callable[..., Any], tmp_path: Pat
         ),
         (
             (*DIAL, QUESTION, "--lambda", '{"kind": "linear", "start": 0, "end": 3, "steps": 9}'),
-            "3}",
+            "outside the range [0, 1]",
         ),
         (("miniature", QUESTION, "--lambda", "0.5"), "λ=0.5 needs a dial"),
         (("miniature", QUESTION, "--gate", "0.1"), "a gate needs a dial"),
