@@ -15,9 +15,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from flexalign.calibration.calibrate import CalibrateOptions, calibrate, measure_ways, plan_sweeps
+from flexalign.calibration.calibrate import CalibrateOptions, calibrate, plan_sweeps
 from flexalign.calibration.effort import effort_to_dial
 from flexalign.calibration.figures import Answers, figures
+from flexalign.calibration.measure import measure_ways
 from flexalign.evaluation.systems import SystemOptions, parse_system
 from flexalign.evaluation.tasks import load_task
 from flexalign.policies import Adaptive
@@ -35,7 +36,7 @@ def measure(questions: int, scratch: Path) -> list[dict[str, Any]]:
     sweeps = plan_sweeps(system, task, options, SAMPLING)
     calibration = calibrate(sweeps, options, scratch / "calibration")
     others = plan_sweeps(system, load_task("miniature:32", limit=questions), options, SAMPLING)
-    answers, ways = measure_ways(others["ways"], options, scratch / "fresh")
+    answers, ways = measure_ways(others["ways"], scratch / "fresh")
     slow = answers["λ=0"]
     table = []
     for level in calibration["levels"]:

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from flexalign.calibration.calibrate import CalibrateOptions, calibrate, measure_ways, plan_sweeps
+from flexalign.calibration.calibrate import CalibrateOptions, calibrate, plan_sweeps
 from flexalign.calibration.effort import effort_to_dial
+from flexalign.calibration.measure import measure_ways
 from flexalign.calibration.store import copy_adapter, store_calibration
 from flexalign.errors import ConfigError
 from flexalign.evaluation.samples import ResultsFolder
@@ -31,7 +32,7 @@ def test_the_policy_writes_what_calibration_foretells(tmp_path):
     calibration = calibrate(sweeps, options, tmp_path / "calibration")
     assert calibration["dial"] == "adaptive"
     assert [level["effort"] for level in calibration["levels"]] == [0, 25, 50, 75, 100]
-    _, ways = measure_ways(sweeps["ways"], options, tmp_path / "calibration" / "ways")
+    _, ways = measure_ways(sweeps["ways"], tmp_path / "calibration" / "ways")
     dial = effort_to_dial(calibration, 50)
     assert isinstance(dial, Adaptive)
     sweep = replace(sweeps["ways"], settings=[Setting.of(dial)])

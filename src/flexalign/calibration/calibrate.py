@@ -4,29 +4,26 @@ An adapter with a fast mode, one that answers at λ = 1 with a fraction of the t
 the threshold of the adaptive policy; any other by λ.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
-
-import numpy as np
 
 from flexalign._version import __version__
 from flexalign.calibration.effort import REFERENCE_EFFORT, VERSION
 from flexalign.calibration.figures import Answers, figures, level_figures
 from flexalign.calibration.lambdas import find_holes, fit_lambdas
+from flexalign.calibration.measure import Progress, measure_settings, measure_ways
 from flexalign.calibration.ways import Ways, fit_thresholds
-from flexalign.errors import ConfigError, DataError, ServingError
-from flexalign.evaluation.samples import ResultsFolder
+from flexalign.errors import ConfigError
 from flexalign.evaluation.sweep import Sweep
 from flexalign.evaluation.systems import Setting, System, SystemOptions
 from flexalign.evaluation.tasks import Task
 from flexalign.policies import Adaptive, Measure
 
-__all__ = ["CalibrateOptions", "calibrate", "measure_ways", "plan_sweeps"]
+__all__ = ["CalibrateOptions", "calibrate", "plan_sweeps"]
 
 Kind = Literal["auto", "adaptive", "lambda"]
-Progress = Callable[[int], None]
 
 _EFFORTS = tuple(range(0, 101, 5))
 _FAST_SHARE = 0.5
@@ -151,20 +148,21 @@ def calibrate(
 
     Raises:
         ConfigError: If the dial saves no tokens, or the folder is of another calibration.
-        DataError: If no fast answer came to its end and the dial is to be adaptive.
         ServingError: If samples could not be made.
     """
     answers: dict[str, Answers] = {}
     ways: Ways | None = None
     if "ways" in sweeps:
         answers, ways = measure_ways(
-            sweeps["ways"], options, output / "ways", workers=workers, progress=progress
+            sweeps["ways"], output / "ways", workers=workers, progress=progress
         )
         is_fast = ways.tokens(0.0).mean() <= _FAST_SHARE * ways.slow_tokens.mean()
         if options.dial == "auto" and not is_fast:
             ways = None
     if ways is None:
-        answers |= _measure(sweeps["lambdas"], output / "lambdas", workers, progress)
+        answers |= measure_settings(
+            sweeps["lambdas"], output / "lambdas", workers=workers, progress=progress
+        )
     (task,), sweep = next(iter(sweeps.values())).tasks, next(iter(sweeps.values()))
     described = sweep.configuration()
     calibration = {
@@ -198,76 +196,6 @@ def calibrate(
     ]
     calibration["levels"] = level_figures(calibration, ways, fixed)
     return calibration
-
-
-def measure_ways(
-    sweep: Sweep,
-    options: CalibrateOptions,
-    output: Path,
-    *,
-    workers: int = 1,
-    progress: Progress | None = None,
-) -> tuple[dict[str, Answers], Ways]:
-    """Answer every question fast and slow, or go on where an earlier run stopped.
-
-    Args:
-        sweep: The one that `plan_sweeps` calls ``ways``.
-        options: As it was planned with.
-        output: Folder of the samples.
-        workers: Processes that grade.
-        progress: Told how many samples were made since it was last told.
-
-    Returns:
-        Samples by setting, and the two ways of each.
-
-    Raises:
-        DataError: If no fast answer came to its end.
-        ServingError: If samples could not be made.
-    """
-    answers = _measure(sweep, output, workers, progress)
-    fast = Setting.of(Adaptive(0.0, measure=options.measure)).id
-    return answers, _read_ways(answers["λ=0"], answers[fast])
-
-
-def _measure(
-    sweep: Sweep, folder: Path, workers: int, progress: Progress | None
-) -> dict[str, Answers]:
-    result = sweep.run(folder, workers=workers, begun=progress, progress=progress)
-    if result.lost:
-        raise ServingError(
-            f"{len(result.lost)} samples could not be made (the first: {result.lost[0].reason}); "
-            "give the same command again to go on."
-        )
-    rows = sorted(ResultsFolder.read(folder).rows, key=lambda row: (row["question"], row["sample"]))
-    found = {}
-    for setting in sweep.settings:
-        own = [row for row in rows if row["setting"] == setting.id]
-        found[setting.id] = Answers(
-            [row["question"] for row in own],
-            np.array([row["tokens"] for row in own], dtype=np.float64),
-            np.array([row["status"] == "correct" for row in own]),
-            own,
-        )
-    return found
-
-
-def _read_ways(slow: Answers, fast: Answers) -> Ways:
-    is_whole = np.array([row["route"] == "fast" for row in fast.rows])
-    if not is_whole.any():
-        raise DataError(
-            "no fast answer came to its end within the limit on tokens; raise --max-new-tokens, or "
-            "take --dial lambda."
-        )
-    sure = np.array([row["confidence"] for row in fast.rows], dtype=np.float64)
-    rejected = np.array([row["rejected_tokens"] for row in fast.rows], dtype=np.float64)
-    return Ways(
-        slow.questions,
-        np.where(is_whole, sure, -1.0),
-        np.where(is_whole, fast.tokens, rejected),
-        fast.correct & is_whole,
-        slow.tokens,
-        slow.correct,
-    )
 
 
 def _settings(sweeps: Mapping[str, Sweep], ways: Ways | None) -> list[Any]:
