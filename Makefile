@@ -5,7 +5,7 @@ JOBS ?= 2
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
-RESULTS := benchmarks/miniature.py benchmarks/dial.py benchmarks/grading.py benchmarks/coverage.py benchmarks/tune.py benchmarks/evaluate.py
+RESULTS := benchmarks/miniature.py benchmarks/dial.py benchmarks/grading.py benchmarks/coverage.py benchmarks/tune.py benchmarks/evaluate.py benchmarks/effort.py benchmarks/preview.py
 
 .PHONY: demo test test-full check bench results smollm2 docs-cli clean
 
