@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from flexalign.cli._dial import read_range
-from flexalign.cli._shared import console, print_json, read_secret
+from flexalign.cli._shared import as_input_errors, console, print_json, read_secret
 from flexalign.errors import ConfigError
 
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
@@ -109,7 +109,7 @@ def serve(
     )
     quieten_libraries()
     with open_socket(host, port) as listening:
-        with warnings_as_notes():
+        with warnings_as_notes(), as_input_errors():
             service, rules = load_service(options)
         app = create_app(service, rules, key=key, body_limit=round(body_limit * 2**20))
         shown = f"[{host}]" if ":" in host else host
