@@ -1,0 +1,245 @@
+"""Answers of the engine: whatever else runs, each is the one that the library writes alone."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from flexalign.decoding.responses import generate_responses
+from flexalign.errors import ConfigError, ServingError
+from flexalign.inra import InRaModel
+from flexalign.policies import Adaptive, Fixed, Route
+from flexalign.schedules import Schedule
+from flexalign.serving.engine import Engine, Generation, InRaRunner, Job, Piece
+
+PROMPTS = ["one and two", "1+2=", "the answer is six because one and two make three and three", "a"]
+DIALS = [
+    Fixed(0.0),
+    Fixed(0.5),
+    Fixed(1.0),
+    Schedule("linear", start=0, end=1, steps=5),
+    Schedule("thinking", think=0, answer=1),
+    Adaptive(0.0),
+    Adaptive(1.0),
+    Adaptive(0.02, measure="min_token_probability"),
+    Route(0.5),
+]
+
+
+def jobs_for(tokenizer: Any, count: int) -> list[Job]:
+    return [
+        Job(
+            tuple(tokenizer(PROMPTS[number % 4])["input_ids"]),
+            DIALS[number % len(DIALS)],
+            max_tokens=3 + number % 9,
+            temperature=number % 2,
+            top_p=0.9 if number % 3 else 1.0,
+            seed=number,
+        )
+        for number in range(count)
+    ]
+
+
+def test_each_answer_is_the_one_it_gets_alone(
+    engine: Callable[..., Engine], write: Any, dial: InRaModel, tiny_tokenizer: Any
+):
+    [greedy] = generate_responses(
+        dial, tiny_tokenizer, PROMPTS[:1], max_new_tokens=3, temperature=0, lam=[1.0]
+    )
+    end = greedy.token_ids[2]
+    jobs = jobs_for(tiny_tokenizer, 36)
+    answers = write(engine(ends=[end], rows=7, prefill_tokens=40), jobs)
+    routes = set()
+    for number, (job, answer) in enumerate(zip(jobs, answers, strict=True)):
+        asked = job.dial
+        if isinstance(asked, Route):
+            assert answer.ended.route is not None
+            asked = Fixed(1.0 if answer.ended.route == "fast" else 0.0)
+            routes.add(answer.ended.route)
+        [expected] = generate_responses(
+            dial,
+            tiny_tokenizer,
+            [PROMPTS[number % 4]],
+            max_new_tokens=job.max_tokens,
+            temperature=job.temperature,
+            top_p=job.top_p,
+            seeds=[job.seed],
+            lam=[asked],
+            eos_token_id=[tiny_tokenizer.eos_token_id, end],
+        )
+        assert answer.ended.token_ids == expected.token_ids
+        assert answer.text == expected.text
+        assert answer.ended.rejected_tokens == expected.rejected_tokens
+        assert (answer.ended.finish == "length") == expected.truncated
+        assert [one.token for one in answer.tokens] == list(expected.token_ids)
+        if isinstance(asked, Adaptive):
+            assert answer.ended.route == expected.route
+            assert answer.ended.confidence == pytest.approx(expected.confidence, rel=1e-3)
+            assert answer.ended.lam == (1.0 if expected.route == "fast" else 0.0)
+            routes.add(expected.route)
+    assert routes == {"fast", "slow"}
+    assert {answer.ended.finish for answer in answers} == {"stop", "length"}
+
+
+def test_a_fast_answer_is_shown_to_nobody_until_it_is_accepted(
+    engine: Callable[..., Engine], write: Any, tiny_tokenizer: Any
+):
+    """A slow answer comes in pieces, none of them the rejected one's; a fast one comes whole."""
+    end = tiny_tokenizer("e")["input_ids"][0]
+    prompt = tuple(tiny_tokenizer("the answer")["input_ids"])
+    jobs = [Job(prompt, dial, 20, temperature=0) for dial in (Adaptive(1.0), Fixed(0.0))]
+    slow, plain = write(engine(ends=[end]), jobs)
+    assert slow.ended.route == "slow"
+    assert slow.text == plain.text
+    assert slow.pieces > 1
+
+
+def test_log_probabilities_are_the_models_own(
+    engine: Callable[..., Engine], write: Any, dial: InRaModel, tiny_tokenizer: Any
+):
+    prompt = tuple(tiny_tokenizer("1+2=")["input_ids"])
+    job = Job(prompt, Fixed(0.5), 6, temperature=1, seed=3, logprobs=2)
+    [answer] = write(engine(), [job])
+    with torch.no_grad():
+        ids = torch.tensor([prompt + answer.ended.token_ids])
+        log_probs = dial(ids, lam=0.5).logits[0].double().log_softmax(-1)
+    for place, token in enumerate(answer.tokens):
+        own = log_probs[len(prompt) - 1 + place]
+        assert token.logprob == pytest.approx(float(own[token.token]), abs=1e-4)
+        top = own.topk(2)
+        assert [one for one, _ in token.likeliest] == top.indices.tolist()
+        assert [one for _, one in token.likeliest] == pytest.approx(top.values.tolist(), abs=1e-4)
+
+
+def test_a_stop_text_ends_the_answer_before_it(
+    engine: Callable[..., Engine], write: Any, tiny_tokenizer: Any
+):
+    prompt = tuple(tiny_tokenizer("1+2=")["input_ids"])
+    started = engine()
+    [whole] = write(started, [Job(prompt, Fixed(1.0), 12, temperature=0)])
+    stop = whole.text[4:6]
+    [cut] = write(started, [Job(prompt, Fixed(1.0), 12, temperature=0, stop=(stop,))])
+    assert cut.text == whole.text[: whole.text.find(stop)]
+    assert cut.ended.finish == "stop"
+    assert len(cut.ended.token_ids) < len(whole.ended.token_ids)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_who_leaves_makes_room_within_one_step(engine: Callable[..., Engine], tiny_tokenizer: Any):
+    started = engine(rows=1)
+    prompt = tuple(tiny_tokenizer("1+2=")["input_ids"])
+    endless = Job(prompt, Fixed(0.5), 400, temperature=0)
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        first, second, third = started.submit(
+            [endless, endless, replace(endless, max_tokens=3)], loop
+        )
+        pieces = first.pieces()
+        await anext(pieces)
+        assert (started.running, started.waiting) == (1, 2)
+        second.cancel()  # while it waits
+        assert (await anext(second.pieces())).ended.finish == "cancelled"
+        before = started.tokens_written
+        first.cancel()
+        async for piece in pieces:
+            last = piece
+        assert last.ended.finish == "cancelled"
+        assert started.tokens_written - before <= 3  # the step under way, and the next one's
+        assert (await last_piece(third)).ended.finish == "length"
+
+    asyncio.run(run())
+    until(lambda: started.running + started.waiting == 0)
+
+
+async def last_piece(generation: Generation) -> Piece:
+    return [piece async for piece in generation.pieces()][-1]
+
+
+class Breaking(InRaRunner):
+    """Fails where it is told to."""
+
+    prefills = steps = False
+
+    def prefill(self, ids: Any, mask: Any, phases: Any) -> Any:
+        if self.prefills and int(ids.max()) > 300:
+            raise RuntimeError("out of memory")
+        return super().prefill(ids, mask, phases)
+
+    def step(self, *given: Any) -> Any:
+        if self.steps:
+            raise RuntimeError("a step broke")
+        return super().step(*given)
+
+
+def test_a_prompt_that_cannot_be_prefilled_fails_alone(
+    engine: Callable[..., Engine], dial: InRaModel, caplog: pytest.LogCaptureFixture
+):
+    runner = Breaking(dial)
+    runner.prefills = True
+    good, bad = (Job((5, token, 6), Fixed(0.5), 4, temperature=0) for token in (7, 310))
+    started = engine(runner)
+
+    async def run() -> list[Any]:
+        generations = started.submit([good, bad, good], asyncio.get_running_loop())
+        return await asyncio.gather(*map(last_piece, generations), return_exceptions=True)
+
+    first, second, third = asyncio.run(run())
+    assert first.ended.token_ids == third.ended.token_ids
+    assert isinstance(second, RuntimeError)
+    assert "prefilled" in caplog.text
+
+
+def test_a_broken_step_fails_its_answers_and_the_next_are_served(
+    engine: Callable[..., Engine], write: Any, dial: InRaModel, caplog: pytest.LogCaptureFixture
+):
+    runner = Breaking(dial)
+    started = engine(runner)
+    job = Job((5, 6, 7), Fixed(0.5), 4, temperature=0)
+    runner.steps = True
+    [failed] = write(started, [job])
+    assert isinstance(failed, RuntimeError)
+    runner.steps = False
+    [served] = write(started, [job])
+    assert served.ended.finish == "length"
+    assert "step failed" in caplog.text
+
+
+def test_what_it_cannot_serve_is_refused(engine: Callable[..., Engine], tiny_tokenizer: Any):
+    started = engine(queue=2)
+    with pytest.raises(ConfigError, match="agreement"):
+        started.check(Adaptive(measure="agreement"))
+    for served in DIALS:
+        started.check(served)
+    assert started.has_room(2)
+    assert not started.has_room(3)
+    with pytest.raises(ConfigError, match="rows must be"):
+        engine(rows=0)
+
+
+def test_what_is_under_way_when_it_stops_is_told(engine: Callable[..., Engine]):
+    started = engine()
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        [generation] = started.submit([Job((5, 6, 7), Fixed(0.5), 400)], loop)
+        await anext(generation.pieces())
+        await asyncio.to_thread(started.stop)
+        with pytest.raises(ServingError, match="shutting down"):
+            async for _ in generation.pieces():
+                pass
+        assert not started.is_alive
+        with pytest.raises(ServingError, match="stopped"):
+            started.submit([Job((5,), None, 1)], loop)
+
+    asyncio.run(run())
