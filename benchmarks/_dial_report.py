@@ -9,10 +9,12 @@ PICTURE = Path("docs/pictures/dial.png")
 BEGIN, END = "<!-- dial: begin -->", "<!-- dial: end -->"
 
 _HABITS = {"again": "r", "error": "ε", "check": "c"}
+_ORDER = ("λ", "mixed dial", "fast", "adaptive", "coin", "soft", "hard", "two", "weights", "TrRa")
 _DRAWN = {
     "mixed dial": "mixed dial",
     "adaptive dial": "adaptive dial",
-    "soft budget, fast": "soft budget",
+    "soft budget, fast": "soft budget, fast adapter",
+    "soft budget, pair": "soft budget, pair",
     "hard cut": "hard cut",
     "two models": "two models",
     "weights": "weights between",
@@ -26,12 +28,13 @@ def report(results: dict[str, Any]) -> str:
     lines = [
         f"`python benchmarks/dial.py`: {options['questions']} questions, the same for every "
         "setting, one response each at temperature 1 (the fast answers of the adaptive dial and "
-        "the coin are greedy), no truncation. Brackets: 95 % intervals. *Difference*: accuracy "
+        f"the coin are greedy), at most {options['limit']} tokens. Brackets: 95 % intervals. *Difference*: accuracy "
         "less that of λ = 0, paired. *Over the coin*: height over the line between λ = 0 and the "
         "greedy fast mode, both ends' own error included.",
         "",
         *_towards(results["branches"]),
         *_settings(results["rows"], results["threshold"]),
+        *_confirmed(results["confirmed"], options["confirming_questions"]),
         *_budgets(results["budgets"]),
         "![Accuracy against tokens](pictures/dial.png)",
         "",
@@ -78,7 +81,8 @@ def _towards(branches: list[dict[str, Any]]) -> list[str]:
     lines = [
         "**(a) An adapter trained towards the aligned model.** Probabilities at the branches of "
         "given traces, and in brackets the form of the adapter's *own* two ends (equation 5 over "
-        "its mean habits at λ = 0 and 1); accuracy and tokens are the closed form's at those.",
+        "its mean habits at λ = 0 and 1); accuracy and tokens are the closed form's at those, and "
+        "hold for a model that stays in its world.",
         "",
         "| adapter | λ | " + " | ".join(_HABITS.values()) + " | accuracy | tokens |",
         "|---|---|---|---|---|---|---|",
@@ -97,17 +101,31 @@ def _towards(branches: list[dict[str, Any]]) -> list[str]:
 
 
 def _settings(rows: list[dict[str, Any]], threshold: float) -> list[str]:
-    lines = [
+    return [
         "**(b), (c) Every way on the same questions.** The threshold τ = "
         f"{threshold:g} was chosen on other questions: the best accuracy there among those that "
         "cut tokens by 62 % or more.",
         "",
+        *_table(rows, threshold),
+    ]
+
+
+def _confirmed(rows: list[dict[str, Any]], questions: int) -> list[str]:
+    return [
+        f"**The adaptive dial at the chosen threshold, on {questions} questions more.**",
+        "",
+        *_table(rows, None),
+    ]
+
+
+def _table(rows: list[dict[str, Any]], threshold: float | None) -> list[str]:
+    lines = [
         "| way | setting | accuracy | tokens | cut | difference | over the coin |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        chosen = row["system"] == "adaptive dial" and row["setting"] == f"τ={threshold:g}"
-        mark = "**" if chosen else ""
+    for row in sorted(rows, key=_place_in_table):
+        is_chosen = row["system"] == "adaptive dial" and row["setting"] == f"τ={threshold}"
+        mark = "**" if is_chosen else ""
         lines.append(
             f"| {mark}{row['system']}{mark} | {mark}{row['setting']}{mark} "
             f"| {_interval(row['accuracy'])} | {row['tokens'][1]:.1f} | {row['cut']:.1%} | {_signed(row['difference'])} "
@@ -130,6 +148,13 @@ def _budgets(rows: Iterable[dict[str, Any]]) -> list[str]:
             f"| {row['hard_accuracy']:.3f} | {_signed(row['difference'])} |"
         )
     return [*lines, ""]
+
+
+def _place_in_table(row: dict[str, Any]) -> tuple[int, str, float]:
+    """By way, then by tokens; the ways in the order in which they are told of."""
+    system = str(row["system"])
+    ranks = [rank for rank, name in enumerate(_ORDER) if system.startswith(name)]
+    return ranks[0] if ranks else len(_ORDER), system, float(row["tokens"][1])
 
 
 def _find(rows: Iterable[dict[str, Any]], system: str, setting: str) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 RAW = Path("benchmarks/results/dial.json")
-QUESTION_SEED, CHOICE_SEED = 20_000, 30_000
-"""Of the questions that are reported on, and of those that the threshold is chosen on."""
+QUESTION_SEED, CHOICE_SEED, CONFIRMING_SEED = 20_000, 30_000, 40_000
+"""Of the questions that all settings answer, of those that the threshold is chosen on, and of the
+many that the two ends alone answer, to confirm the adaptive dial."""
 
 LIMIT = 500
 """Tokens; one slow answer in some thousands is longer. Mixtures that lose themselves end here."""
@@ -34,7 +35,7 @@ THRESHOLDS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.42, 0.44, 0.46, 0.48, 0.5, 0.6, 0.7)
 SHARES = (0.25, 0.5, 0.75)
 BUDGETS = (20, 40, 60, 80, 110)
 SOFT_BUDGETS = (40, 80, 160)
-SOFT_ENDS = {"fast": 1.0, "concise": 6.0}
+SOFT_ENDS = {"fast": 1.0, "concise": 6.0, "pair": 5.0}
 PAIR_LAMBDAS = (-0.5, 0.5, 2.0)
 CHOSEN_CUT = 0.62
 """Cut in tokens that the threshold is chosen for; the aim is 0.6 on other questions."""
@@ -129,14 +130,28 @@ def answer_concise(method: str, folder: Path, lam: float, options: dict[str, Any
     return _answered(system, f"λ={lam:g}", model, tokenizer, questions, lam=lam)
 
 
-def answer_soft(adapter: str, folder: Path | str, budget: int, options: dict[str, Any]) -> Found:
-    """A soft budget: λ rises from 0 over the budget's tokens of thinking, and stays there."""
-    model, tokenizer, questions = _dial(folder, options, QUESTION_SEED)
-    end = SOFT_ENDS[adapter]
-    answer = 1.0 if adapter == "concise" else 0.0  # the fast stream knows no answers to thinking
+def answer_soft(where: str, budget: int, work: Path, options: dict[str, Any]) -> Found:
+    """A soft budget: λ rises from 0 over the budget's tokens of thinking, and stays there.
+
+    Args:
+        where: What the λ belongs to: the fast adapter, the concise one, or the pair.
+        budget: In tokens.
+        work: Holds the concise adapter.
+        options: Of the run.
+    """
+    from flexalign import ModelPair, TwoModelDecoder
+
+    if where == "pair":
+        model: Any = TwoModelDecoder(ModelPair.load("miniature:reference", "miniature:aligned"))
+        _, tokenizer, questions = _dial("miniature:fast", options, QUESTION_SEED)
+    else:
+        adapter = "miniature:fast" if where == "fast" else work / "sft"
+        model, tokenizer, questions = _dial(adapter, options, QUESTION_SEED)
+    end = SOFT_ENDS[where]
+    answer = 0.0 if where == "fast" else 1.0  # the fast stream knows no answers to thinking
     schedule = {"kind": "thinking", "think": 0.0, "answer": answer, "budget": budget, "end": end}
     name = f"N={budget}, end {end:g}"
-    return _answered(f"soft budget, {adapter}", name, model, tokenizer, questions, lam=schedule)
+    return _answered(f"soft budget, {where}", name, model, tokenizer, questions, lam=schedule)
 
 
 def answer_hard(budget: int, slow: Found, options: dict[str, Any]) -> Found:
@@ -286,24 +301,28 @@ def compare_budgets(soft: list[Found], hard: list[Found]) -> list[dict[str, Any]
 
 def plan(options: dict[str, Any], adapters: Path) -> dict[str, tuple[Any, ...]]:
     """Every setting to be answered at, by its file's name: a function and its arguments."""
-    fast = "miniature:fast"
     jobs: dict[str, tuple[Any, ...]] = {
         "slow": (answer_fast, 0.0, options, QUESTION_SEED),
         "greedy": (answer_fast, None, options, QUESTION_SEED),
         "apart slow": (answer_fast, 0.0, options, CHOICE_SEED),
         "apart greedy": (answer_fast, None, options, CHOICE_SEED),
     }
+    many = options | {"questions": options["confirming_questions"]}
+    jobs |= {
+        "confirming slow": (answer_fast, 0.0, many, CONFIRMING_SEED),
+        "confirming greedy": (answer_fast, None, many, CONFIRMING_SEED),
+    }
     for kind, lams in (("two models", PAIR_LAMBDAS), ("weights", PAIR_LAMBDAS), ("TrRa", (2.0,))):
         jobs |= {f"{kind} {lam:g}": (answer_pair, kind, lam, options) for lam in lams}
     jobs |= {f"fast {lam:g}": (answer_fast, lam, options, QUESTION_SEED) for lam in FAST_LAMBDAS}
-    jobs |= {f"soft fast {n}": (answer_soft, "fast", fast, n, options) for n in SOFT_BUDGETS}
-    concise = adapters / "sft"
     jobs |= {
-        f"concise {lam:g}": (answer_concise, "sft", concise, lam, options)
+        f"concise {lam:g}": (answer_concise, "sft", adapters / "sft", lam, options)
         for lam in CONCISE_ANSWERED
     }
     jobs |= {
-        f"soft concise {n}": (answer_soft, "concise", concise, n, options) for n in SOFT_BUDGETS
+        f"soft {where} {n}": (answer_soft, where, n, adapters, options)
+        for where in SOFT_ENDS
+        for n in SOFT_BUDGETS
     }
     return jobs
 
@@ -339,7 +358,7 @@ def measure_all(options: dict[str, Any], work: Path, workers: int) -> dict[str, 
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         folders = {method: work / method for method in CONCISE}
         jobs = plan(options, work)
-        needs_concise = {name for name in jobs if "concise" in name}
+        needs_concise = [name for name in jobs if "concise" in name]
         results = {
             name: pool.submit(kept, work / f"{name}.json", *job)
             for name, job in jobs.items()
@@ -369,13 +388,27 @@ def gather(
 
     slow, fast = measured["slow"], measured["greedy"]
     threshold = choose_threshold(measured.pop("apart greedy"), measured.pop("apart slow"))
+    more = [measured.pop(f"confirming {end}") for end in ("greedy", "slow")]
+    many = more[0]["answers"], more[1]["answers"]
+    confirmed = [
+        {"system": way, "setting": setting, "answers": answers}
+        for way, setting, answers in (
+            ("λ=0, slow", "", many[1]),
+            ("λ=1, greedy", "", many[0]),
+            (
+                "adaptive dial",
+                f"τ={threshold:g}",
+                adaptive(*many, more[0]["confidence"], threshold),
+            ),
+        )
+    ]
     ends = fast["answers"], slow["answers"]
     policies = [
         ("adaptive dial", f"τ={tau:g}", adaptive(*ends, fast["confidence"], tau))
         for tau in THRESHOLDS
     ]
     policies += [("coin", f"share {share:g}", coin(*ends, share)) for share in SHARES]
-    rows = [*measured.values()]
+    rows = list(measured.values())
     rows += [{"system": w, "setting": s, "answers": found} for w, s, found in policies]
     softs = [one for one in rows if one["system"].startswith("soft budget")]
     hards = [one for one in rows if one["system"] == "hard cut"]
@@ -384,6 +417,7 @@ def gather(
         "threshold": threshold,
         "branches": branches,
         "rows": sorted((summarise(one, fast, slow) for one in rows), key=lambda row: row["system"]),
+        "confirmed": [summarise(one, *more) for one in confirmed],
         "budgets": compare_budgets(softs, hards),
     }
 
@@ -405,7 +439,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     options = {
         "quick": chosen.quick,
+        "limit": LIMIT,
         "questions": 200 if chosen.quick else chosen.questions,
+        "confirming_questions": 200 if chosen.quick else 3 * chosen.questions,
         "judged_questions": 50 if chosen.quick else 400,
     }
     work = chosen.work / ("quick" if chosen.quick else "full")

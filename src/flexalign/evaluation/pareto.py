@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ParetoCurve", "ParetoPoint", "draw_pareto"]
 
-_COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568")
+_COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568", "#b7791f", "#319795")
 
 
 @dataclass(frozen=True)
