@@ -33,6 +33,7 @@ def report(results: dict[str, Any]) -> str:
         "greedy fast mode, both ends' own error included.",
         "",
         *_towards(results["branches"]),
+        *_miscopied(results["miscopied"]),
         *_settings(results["rows"], results["threshold"]),
         *_confirmed(results["confirmed"], options["confirming_questions"]),
         *_budgets(results["budgets"]),
@@ -98,6 +99,14 @@ def _towards(branches: list[dict[str, Any]]) -> list[str]:
                 f"| {outcome['tokens']:.1f} |"
             )
     return [*lines, ""]
+
+
+def _miscopied(shares: dict[str, float]) -> list[str]:
+    lines = ["Responses of the SFT adapter's dial that do not add the question's own numbers:", ""]
+    lines += ["| " + " | ".join(name.replace("concise ", "λ=") for name in shares) + " |"]
+    lines += ["|---" * len(shares) + "|"]
+    lines += ["| " + " | ".join(f"{share:.1%}" for share in shares.values()) + " |", ""]
+    return lines
 
 
 def _settings(rows: list[dict[str, Any]], threshold: float) -> list[str]:

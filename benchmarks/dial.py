@@ -269,6 +269,15 @@ def summarise(found: Found, fast: Found, slow: Found) -> dict[str, Any]:
     }
 
 
+def share_miscopied(found: Found, questions: Sequence[Any]) -> float:
+    """The share of responses that do not add the question's own numbers, in their order."""
+    wrong = 0
+    for question, trace in zip(questions, found["traces"], strict=True):
+        added = [trace[i + 3] for i in range(len(trace) - 3) if trace[i].startswith("#")]
+        wrong += added != [str(term) for term in question.terms[1:]]
+    return wrong / len(questions)
+
+
 def compare_budgets(soft: list[Found], hard: list[Found]) -> list[dict[str, Any]]:
     """Each soft budget against hard cuts at equal mean tokens: a mixture of the two beside it."""
     from flexalign.evaluation.statistics import paired_difference_interval
@@ -417,6 +426,10 @@ def gather(
         "threshold": threshold,
         "branches": branches,
         "rows": sorted((summarise(one, fast, slow) for one in rows), key=lambda row: row["system"]),
+        "miscopied": {
+            name: share_miscopied(measured[name], _questions(options, QUESTION_SEED))
+            for name in ("slow", *(f"concise {lam:g}" for lam in CONCISE_ANSWERED))
+        },
         "confirmed": [summarise(one, *more) for one in confirmed],
         "budgets": compare_budgets(softs, hards),
     }
