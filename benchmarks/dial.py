@@ -30,18 +30,18 @@ LIMIT = 500
 
 FAST_LAMBDAS = (-0.5, 0.25, 0.5, 0.75, 1.0, 1.5)
 CONCISE_LAMBDAS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
-CONCISE_ANSWERED = (-1.0, -0.5, 1.0, 2.0)
+CONCISE_ANSWERED = (-1.0, -0.5, 0.5, 1.0, 1.5, 2.0)
 THRESHOLDS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.42, 0.44, 0.46, 0.48, 0.5, 0.6, 0.7)
 SHARES = (0.25, 0.5, 0.75)
 BUDGETS = (20, 40, 60, 80, 110)
 SOFT_BUDGETS = (40, 80, 160)
-SOFT_ENDS = {"fast": 1.0, "concise": 6.0, "pair": 5.0}
+SOFT_ENDS = {"fast": 1.0, "concise": 1.5, "pair": 5.0}
 PAIR_LAMBDAS = (-0.5, 0.5, 2.0)
 CHOSEN_CUT = 0.62
 """Cut in tokens that the threshold is chosen for; the aim is 0.6 on other questions."""
 CONCISE = {
-    "sft": {"steps": 400, "learning_rate": 3e-3},
-    "trra": {"steps": 400, "learning_rate": 3e-3},
+    "sft": {"steps": 900, "learning_rate": 2e-3},
+    "trra": {"steps": 900, "learning_rate": 2e-3},
 }
 
 Found = dict[str, Any]
