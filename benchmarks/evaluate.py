@@ -97,8 +97,9 @@ def section(results: dict[str, dict[str, Any]]) -> str:
         count, each = rows[0]["n_questions"], rows[0]["n_samples"] // rows[0]["n_questions"]
         lines += [
             f"**The miniature**, `python benchmarks/evaluate.py --questions {count} --samples "
-            f"{each}`: the same {count} questions and seeds for every setting, {each} response(s) "
-            "each at temperature 1, at most 400 tokens.",
+            f"{each}`: the same {count} questions and seeds for every setting, "
+            f"{'one response' if each == 1 else f'{each} responses'} each at temperature 1, at most "
+            "400 tokens.",
             "",
             *table(results["miniature"]),
             "The report that the same command wrote:",
