@@ -31,19 +31,21 @@ class Sizes:
 
     Attributes:
         held_out: Prompts of the measurements.
+        pairs: Preferences that DPO learns from.
         answer_tokens: Where a measured answer is cut off.
         lams: λ of the measured answers, 0 first.
         max_steps: Steps of each adapter's training; None for what the recipes say.
     """
 
     held_out: int
+    pairs: int
     answer_tokens: int
     lams: tuple[float, ...]
     max_steps: int | None
 
 
-FULL = Sizes(64, 256, (0.0, 0.5, 1.0, 1.5, 2.0), None)
-QUICK = Sizes(16, 96, (0.0, 1.0), 8)
+FULL = Sizes(64, 96, 256, (0.0, 0.5, 1.0, 2.0), None)
+QUICK = Sizes(16, 24, 96, (0.0, 1.0), 8)
 
 
 def main() -> None:
@@ -58,7 +60,7 @@ def main() -> None:
         parts = split(options.data, held_out=sizes.held_out, seed=SEED)
         write_rows(output / "held_out.jsonl", parts.held_out)
         write_rows(output / "concise.jsonl", parts.concise)
-        write_rows(output / "pairs.jsonl", parts.pairs)
+        write_rows(output / "pairs.jsonl", parts.pairs[: sizes.pairs])
     for method in METHODS:
         with stage(f"train an adapter by {method.upper()}"):
             _adapt(base, method, output, sizes.max_steps)
@@ -127,7 +129,7 @@ def _answer(
             max_new_tokens=answer_tokens,
             temperature=0.7,
             top_p=0.95,
-            batch_size=32,
+            batch_size=64,
             seeds=range(len(prompts)),
             lam=lam,
         )
