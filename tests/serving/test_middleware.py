@@ -152,10 +152,27 @@ def test_a_bad_body_never_reaches_the_engine(content: bytes, status: int, code: 
     assert engine.scope is None
 
 
-def test_a_body_that_is_announced_too_long_is_not_read():
+def test_a_body_that_is_announced_far_too_long_is_not_read():
     app = DialMiddleware(Engine(b"{}"), RULES, body_limit=1000)
-    status, headers, _ = ask(app, b"{}", **{"content-length": "1001"})
+    status, headers, _ = ask(app, b"{}", **{"content-length": "16001"})
     assert (status, headers["connection"]) == (413, "close")
+
+
+def test_a_body_over_the_limit_is_heard_out_so_that_its_sender_hears_the_reason():
+    parts = [b" " * 600] * 5
+    heard = []
+
+    async def receive() -> Any:
+        heard.append(parts.pop())
+        return {"type": "http.request", "body": heard[-1], "more_body": bool(parts)}
+
+    async def send(message: Any) -> None:
+        heard.append(message.get("status"))
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+    app = DialMiddleware(Engine(b"{}"), RULES, body_limit=1000)
+    asyncio.run(app(scope, receive, send))
+    assert heard[:6] == [b" " * 600] * 5 + [413]
 
 
 def test_a_client_that_leaves_before_its_body_is_whole_gets_nothing():

@@ -22,6 +22,9 @@ CHOICE = "flexalign.dial"
 PATHS = ("/v1/chat/completions", "/v1/completions")
 """Where a dial may be turned."""
 
+_HEARD_OUT = 16
+"""Bodies of up to so many times the limit are read to their end before they are refused."""
+
 Carry = Callable[[dict[str, Any], Choice], None]
 """Writes a choice into the body, for an engine that cannot read the scope."""
 
@@ -164,26 +167,34 @@ class _Echo:
 
 
 async def _read(scope: Scope, receive: Any, limit: int) -> bytes | None:
-    """Return a request's body; None if the client has gone."""
-    too_long = ApiError(
-        413,
-        f"the body is longer than the {limit} bytes that this server takes; shorten it.",
-        code="body_too_large",
-        headers={"connection": "close"},
-    )
+    """Return a request's body; None if the client has gone.
+
+    What is over the limit is read on and thrown away, up to a point: a client that is cut off in
+    the middle of its writing sees a broken connection instead of the reason.
+    """
     announced = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
-    if announced.isdigit() and int(announced) > limit:
-        raise too_long
-    content = bytearray()
-    while True:
+    heard_out = limit * _HEARD_OUT
+    is_refused = announced.isdigit() and int(announced) > heard_out
+    content, length = bytearray(), 0
+    while not is_refused:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
-        content += message.get("body", b"")
-        if len(content) > limit:
-            raise too_long
+        part = message.get("body", b"")
+        length += len(part)
+        if length <= limit:
+            content += part
+        is_refused = length > heard_out
         if not message.get("more_body"):
-            return bytes(content)
+            break
+    if is_refused or length > limit:
+        raise ApiError(
+            413,
+            f"the body is longer than the {limit} bytes that this server takes; shorten it.",
+            code="body_too_large",
+            headers={"connection": "close"},
+        )
+    return bytes(content)
 
 
 def _parse(content: bytes) -> dict[str, Any]:
