@@ -76,6 +76,8 @@ def test_smollm2_names_the_command_that_installs_it(monkeypatch, tmp_path):
 
 
 def test_what_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match=r"'/nowhere'.*name a folder that is there"):
+        resolve("/nowhere")
     with pytest.raises(ConfigError, match=r"'Qwen/Qwen3-8B'.*hf download Qwen/Qwen3-8B"):
         resolve("Qwen/Qwen3-8B")
     with pytest.raises(ConfigError, match=r"no config\.json"):

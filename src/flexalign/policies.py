@@ -224,7 +224,10 @@ def _from_text(text: str) -> object:
     try:
         value: object = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"a dial must be a number or JSON, got {text!r} ({error}).") from error
+        form = "write a number, adaptive 0.5, route 0.3, auto, or JSON"
+        if not text.lstrip().startswith(("{", "[")):
+            raise ConfigError(f"{text!r} is no λ and no policy; {form}.") from None
+        raise ConfigError(f"{text!r} is no JSON ({error}); {form}.") from error
     return value
 
 

@@ -52,7 +52,7 @@ def test_the_dial_turns_in_mid_conversation(chat: Callable[..., Any]) -> None:
     assert fast.startswith("<think> </think> ")
     assert adaptive.startswith("<think> </think> ")
     start, slow_cost, turned, fast_cost, policy, adaptive_cost = told(result)
-    assert start.startswith("λ=0. /help")
+    assert start.startswith("λ=0, the base model; λ may go from 0 to 1. /help")
     tokens = len(slow.split())
     assert slow_cost.startswith(f"λ=0 · {tokens} tokens ({tokens - 3} thinking + 3 answer) · ")
     assert (turned, policy) == ("λ=1", "adaptive 0")
@@ -77,11 +77,11 @@ def test_wrong_commands_are_one_sentence_and_the_conversation_goes_on(
 ) -> None:
     wrong = {
         "/lambda 7": "λ=7: outside the range [0, 1]",
-        "/lambda nan": "'nan' is not a finite number",
-        "/lambda 0,1": "one λ at a time",
+        "/lambda nan": "/lambda takes one finite number, such as 0.3; got 'nan'",
+        "/lambda 0,1": "/lambda takes one finite number",
         "/policy adaptive 3": "must be a number in [0, 1]",
         '/policy {"policy": "route", "share": 0.5, "fast_lambda": 9}': "outside the range",
-        "/policy adaptiv": "a dial must be a number or JSON",
+        "/policy adaptiv": "is no λ and no policy; write",
         "/lamda 1": "there is no command /lamda; /help lists them",
     }
     result = chat(*wrong, "/lambda", "/help", "9+3+6?")
@@ -151,7 +151,7 @@ def test_a_plain_model_talks_and_has_no_dial(chat: Callable[..., Any], tiny_pair
 def test_a_pair_begins_at_the_aligned_model(chat: Callable[..., Any], tiny_pair: Any) -> None:
     arguments = (tiny_pair.reference, "--aligned", tiny_pair.aligned, "--max-new-tokens", 4)
     result = chat("hello", "/lambda 2.5", "hello", arguments=arguments)
-    assert "λ=1. /help" in result.stderr
+    assert "λ=1, aligned. /help" in result.stderr
     assert "λ=2.5 · 4 tokens" in result.stderr
 
 

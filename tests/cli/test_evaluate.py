@@ -77,7 +77,7 @@ def test_answers_that_cannot_be_read_are_listed_first(run_cli, arguments, questi
         (["--lambda", "0,nan"], "'nan' is not a finite number"),
         (["--lambda", "0,0"], "λ=0 is given twice"),
         (["--policy", "adaptive much"], "'much' is not a number"),
-        (["--policy", "{half"], "a dial must be a number or JSON"),
+        (["--policy", "{half"], "is no JSON"),
         (["--lambda-range", "2,1"], "LEAST,LARGEST"),
         (["--task", "nowhere.jsonl"], "no task and no file 'nowhere.jsonl'"),
         (["--task", "miniature"], "differ in their usual temperature"),

@@ -42,10 +42,12 @@ def read_setting(name: str, text: str) -> "Setting":
         ConfigError: If it is malformed, or several.
         LambdaError: If a λ is not a finite number.
     """
-    settings = read_settings(text, []) if name == "lambda" else read_settings(None, [text])
-    if len(settings) != 1:
-        raise ConfigError(f"a conversation has one λ at a time; got {text!r}.")
-    return settings[0]
+    if name == "policy" or text.startswith("{"):
+        return read_settings(None, [text])[0]
+    try:
+        return read_settings(str(float(text)), [])[0]
+    except ValueError:
+        raise ConfigError(f"/lambda takes one finite number, such as 0.3; got {text!r}.") from None
 
 
 def read_efforts(text: str | None, adapter: str | None) -> "list[Dial]":
@@ -147,6 +149,19 @@ def require_dial(settings: "Sequence[Setting]", gate: float | None = None) -> No
             f"{asked[0]} needs a dial, and the model alone has none; name its --adapter, or the "
             "--aligned model beside it."
         )
+
+
+def describe_start(setting: "Setting", backend: "LocalBackend") -> str:
+    """Say what a conversation begins at, what that is, and where λ may go."""
+    if backend.kind == "model":
+        return "The plain model, which has no dial"
+    ends = {"dial": ("the base model", "the adapter whole"), "pair": ("reference", "aligned")}
+    meaning = {f"λ={lam}": ends[backend.kind][lam] for lam in (0, 1)}.get(setting.id)
+    start = f"{setting.id}, {meaning}" if meaning else setting.id
+    if backend.permitted is None:
+        return start
+    low, high = backend.permitted
+    return f"{start}; λ may go from {low:g} to {high:g}"
 
 
 def describe_choice(answer: "Answer", setting: "Setting", model: Any) -> str | None:

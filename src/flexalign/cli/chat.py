@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from flexalign.cli._dial import open_dial, read_efforts, read_range, read_settings
+from flexalign.cli._dial import describe_start, open_dial, read_efforts, read_range, read_settings
 from flexalign.cli._shared import as_input_errors, console
 from flexalign.errors import ConfigError, FlexAlignError
 
@@ -90,7 +90,9 @@ def chat(
         with as_input_errors(), console.status("loading"):
             _ = backend.model
         setting = settings[0] if settings else backend.default
-        console.print(f"{escape(setting.id)}. /help lists the commands; Ctrl-D leaves.")
+        console.print(
+            f"{escape(describe_start(setting, backend))}. /help lists the commands; Ctrl-D leaves."
+        )
         _converse(Chat(backend, options, setting, seed, system, adapter))
 
 

@@ -119,7 +119,7 @@ def strip_thinking(dataset: "Dataset", tags: ThinkingTags | None = None) -> "Dat
     if not any(tags.close in text for text in responses):
         raise DataError(
             f"no response of the {len(dataset)} has the thinking tag {tags.close!r}; "
-            "name the tags that the data uses, or use the data as it is."
+            "leave strip_thinking out, or give traces that think."
         )
     answered = [index for index, text in enumerate(responses) if tags.split(text).answer.strip()]
     if not answered:

@@ -69,7 +69,7 @@ def require_base(settings: InRaConfig, found: str, name: str, folder: Path) -> N
         raise PairMismatchError(
             f"the adapter {folder} was made for {settings.base} (fingerprint "
             f"{settings.base_fingerprint}), and {name} has {found}: other weights. Give its own "
-            "base, or say any_base=True (--any-base)."
+            "base, or insist with --any-base (any_base=True)."
         )
 
 

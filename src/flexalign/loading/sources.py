@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,7 @@ def resolve(model: Model) -> Source:
     if not path.is_dir():
         raise ConfigError(
             f"there is no model {name!r}: it is no folder here, and no known name (miniature, "
-            "miniature:aligned, smollm2). Models are read from disk; fetch one first, such as "
-            f"with: hf download {name} --local-dir models/{path.name}"
+            f"miniature:aligned, smollm2). Models are read from disk; {_way_to_get(name)}"
         )
     if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         return Source(name, path)
@@ -91,6 +91,14 @@ def resolve_adapter(adapter: str | Path) -> Path:
     """Find an InRa adapter's folder: a known name (`miniature:fast`), or a path as it is."""
     name = str(adapter)
     return _miniature(name) if name.startswith("miniature:") else Path(name).expanduser()
+
+
+def _way_to_get(name: str) -> str:
+    """Say what to do about a model that is not there."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        folder = name.partition("/")[2]
+        return f"fetch one first, such as with: hf download {name} --local-dir models/{folder}"
+    return "name a folder that is there, or fetch one first with: hf download"
 
 
 def _miniature(name: str) -> Path:

@@ -107,22 +107,30 @@ class LocalBackend:
             self.require_range(settings)
         self.text = ModelText(load_tokenizer(self._sources[0]), tags)
 
+    @property
+    def permitted(self) -> tuple[float, float] | None:
+        """The least and the largest λ that may be used; None for no limit."""
+        if self._limits is None:
+            return None
+        low, high = (float(as_lambda(limit)) for limit in self._limits)
+        return low, high
+
     def require_range(self, settings: Sequence[Setting]) -> None:
         """Refuse settings that may use a λ outside the adapter's range, or the one permitted.
 
         Raises:
             LambdaError: If there is one; says how to permit it.
         """
-        if self._limits is None:
+        if self.permitted is None:
             return
-        low, high = (float(as_lambda(limit)) for limit in self._limits)
+        low, high = self.permitted
         dials = [(setting.id, setting.dial) for setting in settings if setting.dial is not None]
         reached = [(name, *extremes(dial)) for name, dial in dials]
         outside = [name for name, least, largest in reached if least < low or largest > high]
         if outside:
             raise LambdaError(
                 f"{', '.join(outside)}: outside the range [{low:g}, {high:g}] of the adapter "
-                f"{self._parts[1]}; permit it, if you mean it, with --lambda-range LEAST,LARGEST."
+                f"{self._parts[1]}; if you mean it, start with --lambda-range LEAST,LARGEST."
             )
 
     def describe(self) -> dict[str, Any]:
