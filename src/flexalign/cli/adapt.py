@@ -2,17 +2,24 @@
 
 import shlex
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
+from flexalign.cli._options import (
+    Assignments,
+    DryTraining,
+    Recipe,
+    RecipeOutput,
+    ResultAsJson,
+    SkipBadRows,
+)
 from flexalign.cli._shared import console, parse_lambda_option, print_json
 
 
 def adapt(
-    recipe: Annotated[Path, typer.Argument(help="YAML file; the keys are described above.")],
+    recipe: Recipe,
     method: Annotated[
         str | None, typer.Option("--method", help="sft, dpo or trra instead of the recipe's.")
     ] = None,
@@ -20,27 +27,15 @@ def adapt(
         str | None,
         typer.Option("--lambda", help="Method trra: λ, a number or a JSON schedule."),
     ] = None,
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Output folder instead of the recipe's.")
-    ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any other key, such as training.max_steps=100; repeatable."),
-    ] = None,
+    output: RecipeOutput = None,
+    assignments: Assignments = None,
     strip_thinking: Annotated[
         bool,
         typer.Option("--strip-thinking", help="Train on what follows the thinking alone."),
     ] = False,
-    skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used.")
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Show samples, sizes, steps and memory; load no weights."),
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON, alone, on stdout.")
-    ] = False,
+    skip_bad_rows: SkipBadRows = False,
+    dry_run: DryTraining = False,
+    as_json: ResultAsJson = False,
 ) -> None:
     """Train a layer adapter (InRa): one more layer in front of a base that stays as it is.
 

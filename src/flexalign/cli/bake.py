@@ -2,40 +2,35 @@
 
 import shlex
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
+from flexalign.cli._options import (
+    Assignments,
+    DryTraining,
+    Recipe,
+    RecipeOutput,
+    ResultAsJson,
+    SkipBadRows,
+)
 from flexalign.cli._shared import console, parse_lambda_option, print_json
 
 
 def bake(
-    recipe: Annotated[Path, typer.Argument(help="YAML file; the keys are described above.")],
+    recipe: Recipe,
     adapter: Annotated[
         str | None, typer.Option("--adapter", help="Adapter's folder instead of the recipe's.")
     ] = None,
     lam: Annotated[
         str | None, typer.Option("--lambda", help="λ instead of the recipe's, a number.")
     ] = None,
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Output folder instead of the recipe's.")
-    ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any other key, such as training.max_steps=100; repeatable."),
-    ] = None,
-    skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used.")
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Show samples, sizes, steps and memory; load no weights."),
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON, alone, on stdout.")
-    ] = False,
+    output: RecipeOutput = None,
+    assignments: Assignments = None,
+    skip_bad_rows: SkipBadRows = False,
+    dry_run: DryTraining = False,
+    as_json: ResultAsJson = False,
 ) -> None:
     """Make a plain model that behaves as a dial at one λ: one stream, at the plain model's cost.
 

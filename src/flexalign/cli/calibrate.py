@@ -9,6 +9,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from flexalign.cli._dial import read_range
+from flexalign.cli._options import (
+    BatchSize,
+    Data,
+    Dtype,
+    TaskMaxNewTokens,
+    TaskTemperature,
+    TaskTopP,
+    Workers,
+)
 from flexalign.cli._shared import (
     as_input_errors,
     console,
@@ -31,9 +40,7 @@ def calibrate(
     task: Annotated[
         str, typer.Option(help="Questions: math500, aime, amc, gsm8k, miniature, or a file.")
     ],
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of the public files; else FLEXALIGN_DATA.")
-    ] = None,
+    data: Data = None,
     questions: Annotated[int, typer.Option(min=2, help="How many, drawn from the task.")] = 300,
     samples: Annotated[int, typer.Option("--samples", "-n", help="Answers to each.")] = 1,
     dial: Annotated[
@@ -56,15 +63,13 @@ def calibrate(
     margin: Annotated[
         float, typer.Option(help="Loss of accuracy that the adapter's own threshold may show.")
     ] = 0.02,
-    temperature: Annotated[float | None, typer.Option(help="The task's own.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="The task's own.")] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Longest answer; the task's own.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Answers made together.")] = 32,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    temperature: TaskTemperature = None,
+    top_p: TaskTopP = None,
+    max_new_tokens: TaskMaxNewTokens = None,
+    batch_size: BatchSize = 32,
+    dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Of sampling and of the draw of questions.")] = 0,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that grade.")] = 1,
+    workers: Workers = 1,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Keep samples here; a broken run goes on from them."),

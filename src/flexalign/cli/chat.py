@@ -8,6 +8,18 @@ import typer
 from rich.markup import escape
 
 from flexalign.cli._dial import describe_start, open_dial, read_efforts, read_range, read_settings
+from flexalign.cli._options import (
+    Adapter,
+    Aligned,
+    AnyBase,
+    Dtype,
+    Gate,
+    LambdaRange,
+    MaxNewTokens,
+    Model,
+    Temperature,
+    TopP,
+)
 from flexalign.cli._shared import as_input_errors, console
 from flexalign.errors import ConfigError, FlexAlignError
 
@@ -16,13 +28,9 @@ if TYPE_CHECKING:
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="A model folder or a known name.")],
-    adapter: Annotated[
-        str | None, typer.Option(help="An InRa adapter on the model: its dial.")
-    ] = None,
-    aligned: Annotated[
-        str | None, typer.Option(help="Or the aligned model of a pair, fused as both decode.")
-    ] = None,
+    model: Model,
+    adapter: Adapter = None,
+    aligned: Aligned = None,
     lam: Annotated[
         str | None,
         typer.Option("--lambda", help="To begin with; the adapter's default if not given."),
@@ -37,20 +45,14 @@ def chat(
         ),
     ] = None,
     system: Annotated[str, typer.Option(help="What the model is told beforehand.")] = "",
-    gate: Annotated[
-        float | None, typer.Option(help="Extrapolate only where the two differ by more.")
-    ] = None,
-    lambda_range: Annotated[
-        str | None, typer.Option(help="λ to permit, such as -1,2; the adapter's own otherwise.")
-    ] = None,
-    any_base: Annotated[
-        bool, typer.Option("--any-base", help="Take an adapter that was made for another base.")
-    ] = False,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Probability mass sampled from.")] = 0.95,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens at which one is cut off.")] = 2048,
+    gate: Gate = None,
+    lambda_range: LambdaRange = None,
+    any_base: AnyBase = False,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.95,
+    max_new_tokens: MaxNewTokens = 2048,
     seed: Annotated[int, typer.Option(help="Of all sampling.")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Talk with a model and turn its dial in mid-conversation.
 

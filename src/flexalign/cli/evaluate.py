@@ -8,6 +8,7 @@ from rich.markup import escape
 
 from flexalign.cli._dial import read_efforts, read_range, read_settings
 from flexalign.cli._evaluate import print_summary
+from flexalign.cli._options import BatchSize, Data, Dtype, Gate, LambdaRange, Workers
 from flexalign.cli._shared import console, print_json, progress_bar, read_secret
 from flexalign.errors import ConfigError, ServingError
 
@@ -40,9 +41,7 @@ def evaluate(
             "repeat it for several."
         ),
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of the public files; else FLEXALIGN_DATA.")
-    ] = None,
+    data: Data = None,
     lam: Annotated[
         str | None, typer.Option("--lambda", help="λ to measure, such as 0,0.5,1,2.")
     ] = None,
@@ -74,14 +73,10 @@ def evaluate(
         str | None,
         typer.Option(help="System that token cuts of systems without λ = 0 are held against."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Responses made together, and saved.")] = 32,
-    gate: Annotated[
-        float | None, typer.Option(help="Extrapolate only where the two differ by more.")
-    ] = None,
-    lambda_range: Annotated[
-        str | None, typer.Option(help="λ to permit for an adapter, such as -1,2.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    batch_size: BatchSize = 32,
+    gate: Gate = None,
+    lambda_range: LambdaRange = None,
+    dtype: Dtype = "auto",
     engine: Annotated[str, typer.Option(help="local, or vllm for plain models.")] = "local",
     model_name: Annotated[str | None, typer.Option(help="The model's name at a url:.")] = None,
     tokenizer: Annotated[
@@ -93,7 +88,7 @@ def evaluate(
     concurrency: Annotated[int, typer.Option(help="Requests under way at a url:.")] = 8,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for one response.")] = 1800.0,
     attempts: Annotated[int, typer.Option(min=1, help="Tries per request.")] = 5,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that grade.")] = 1,
+    workers: Workers = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show prompts as sent and the cost; sample nothing.")
     ] = False,

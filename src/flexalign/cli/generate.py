@@ -15,6 +15,19 @@ from flexalign.cli._dial import (
     read_range,
     read_settings,
 )
+from flexalign.cli._options import (
+    Adapter,
+    Aligned,
+    AnyBase,
+    BatchSize,
+    Dtype,
+    Gate,
+    LambdaRange,
+    MaxNewTokens,
+    Model,
+    Temperature,
+    TopP,
+)
 from flexalign.cli._shared import (
     as_input_errors,
     console,
@@ -31,7 +44,7 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A model folder or a known name.")],
+    model: Model,
     prompt: Annotated[
         str | None, typer.Argument(help="What to ask; standard input if - or none.")
     ] = None,
@@ -43,12 +56,8 @@ def generate(
             "prompt (text in prompt skips the chat template).",
         ),
     ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(help="An InRa adapter on the model: its dial.")
-    ] = None,
-    aligned: Annotated[
-        str | None, typer.Option(help="Or the aligned model of a pair, fused as both decode.")
-    ] = None,
+    adapter: Adapter = None,
+    aligned: Aligned = None,
     lam: Annotated[
         str | None,
         typer.Option(
@@ -68,26 +77,20 @@ def generate(
             "(flexalign calibrate)."
         ),
     ] = None,
-    gate: Annotated[
-        float | None, typer.Option(help="Extrapolate only where the two differ by more.")
-    ] = None,
-    lambda_range: Annotated[
-        str | None, typer.Option(help="λ to permit, such as -1,2; the adapter's own otherwise.")
-    ] = None,
-    any_base: Annotated[
-        bool, typer.Option("--any-base", help="Take an adapter that was made for another base.")
-    ] = False,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Probability mass sampled from.")] = 0.95,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens at which one is cut off.")] = 2048,
+    gate: Gate = None,
+    lambda_range: LambdaRange = None,
+    any_base: AnyBase = False,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.95,
+    max_new_tokens: MaxNewTokens = 2048,
     samples: Annotated[
         int, typer.Option("--samples", "-n", min=1, help="Answers per prompt and setting.")
     ] = 1,
     seed: Annotated[
         int, typer.Option(help="The same seed, the same answers; shared by all settings.")
     ] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Answers made together.")] = 32,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    batch_size: BatchSize = 32,
+    dtype: Dtype = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="A list with a row for each answer, on stdout.")
     ] = False,

@@ -2,12 +2,19 @@
 
 import shlex
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
+from flexalign.cli._options import (
+    Assignments,
+    DryTraining,
+    Recipe,
+    RecipeOutput,
+    ResultAsJson,
+    SkipBadRows,
+)
 from flexalign.cli._shared import console, parse_lambda_option, print_json
 
 if TYPE_CHECKING:
@@ -15,18 +22,13 @@ if TYPE_CHECKING:
 
 
 def realign(
-    recipe: Annotated[Path, typer.Argument(help="YAML file; the keys are described above.")],
+    recipe: Recipe,
     lam: Annotated[
         str | None,
         typer.Option("--lambda", help="λ instead of the recipe's: a number, or a JSON schedule."),
     ] = None,
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Output folder instead of the recipe's.")
-    ] = None,
-    assignments: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any other key, such as training.max_steps=100; repeatable."),
-    ] = None,
+    output: RecipeOutput = None,
+    assignments: Assignments = None,
     merge: Annotated[
         bool,
         typer.Option("--merge", help="Save a LoRA student as a plain model too, in OUTPUT/merged."),
@@ -34,16 +36,9 @@ def realign(
     extrapolate: Annotated[
         bool, typer.Option("--extrapolate", help="Allow rounds beyond an effective λ of 4.")
     ] = False,
-    skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used.")
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Show samples, sizes, steps and memory; load no weights."),
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the result as JSON, alone, on stdout.")
-    ] = False,
+    skip_bad_rows: SkipBadRows = False,
+    dry_run: DryTraining = False,
+    as_json: ResultAsJson = False,
 ) -> None:
     """Train a student towards the fusion of a reference and an aligned model (TrRa).
 

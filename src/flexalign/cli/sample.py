@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from flexalign.cli._options import Dtype, MaxNewTokens, Temperature, TopP
 from flexalign.cli._shared import console, print_json, progress_bar, read_secret
 from flexalign.errors import ConfigError
 
@@ -45,9 +46,9 @@ def sample(
         int, typer.Option(min=1, help="Requests under way at the endpoint at one time.")
     ] = 8,
     samples: Annotated[int, typer.Option("--samples", "-n", help="Responses per prompt.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens at which one is cut off.")] = 2048,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
-    top_p: Annotated[float, typer.Option(help="Probability mass sampled from.")] = 1.0,
+    max_new_tokens: MaxNewTokens = 2048,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
     batch_size: Annotated[int, typer.Option(help="Responses made, and saved, together.")] = 16,
     seed: Annotated[int, typer.Option(help="The same seed gives the same traces.")] = 0,
     limit: Annotated[
@@ -61,7 +62,7 @@ def sample(
             "the thinking in training.",
         ),
     ] = False,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Dtype = "auto",
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", help="Leave bad rows out instead of stopping.")
     ] = False,

@@ -7,6 +7,7 @@ import typer
 from rich.markup import escape
 
 from flexalign.cli._dial import read_range
+from flexalign.cli._options import Adapter, Aligned, AnyBase, Dtype, Gate
 from flexalign.cli._shared import as_input_errors, console, print_json, read_secret
 from flexalign.errors import ConfigError
 
@@ -17,12 +18,8 @@ def serve(
     model: Annotated[
         str, typer.Argument(help="A model folder or a known name; of a pair, the reference.")
     ],
-    adapter: Annotated[
-        str | None, typer.Option(help="An InRa adapter on the model: its dial.")
-    ] = None,
-    aligned: Annotated[
-        str | None, typer.Option(help="Or the aligned model of a pair, fused as both decode.")
-    ] = None,
+    adapter: Adapter = None,
+    aligned: Aligned = None,
     host: Annotated[
         str, typer.Option(help="Address; other machines come in by 0.0.0.0, which wants a key.")
     ] = "127.0.0.1",
@@ -37,12 +34,8 @@ def serve(
             "0,1 otherwise."
         ),
     ] = None,
-    gate: Annotated[
-        float | None, typer.Option(help="Extrapolate only where the two differ by more.")
-    ] = None,
-    any_base: Annotated[
-        bool, typer.Option("--any-base", help="Take an adapter that was made for another base.")
-    ] = False,
+    gate: Gate = None,
+    any_base: AnyBase = False,
     api_key_env: Annotated[
         str | None,
         typer.Option(help="Environment variable with the key that requests must carry."),
@@ -64,7 +57,7 @@ def serve(
     grace: Annotated[
         float, typer.Option(min=1, help="Seconds for running answers after SIGTERM.")
     ] = 30.0,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Dtype = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="Say on stdout as JSON where the server is.")
     ] = False,

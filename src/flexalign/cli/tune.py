@@ -7,6 +7,15 @@ import typer
 from rich.markup import escape
 
 from flexalign.cli._dial import read_range
+from flexalign.cli._options import (
+    BatchSize,
+    Data,
+    LambdaRange,
+    TaskMaxNewTokens,
+    TaskTemperature,
+    TaskTopP,
+    Workers,
+)
 from flexalign.cli._preview import show_preview
 from flexalign.cli._shared import console, print_json, progress_bar, result_console
 from flexalign.cli._tune import (
@@ -39,9 +48,7 @@ def tune(
             "--task", help="Its questions: math500, aime, amc, gsm8k, miniature, or a file."
         ),
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of the public files, or FLEXALIGN_DATA.")
-    ] = None,
+    data: Data = None,
     limit: Annotated[int | None, typer.Option(help="Only this many questions.")] = None,
     margin: Annotated[
         float, typer.Option(help="Loss of accuracy that is accepted; 0.02 is two points.")
@@ -59,12 +66,10 @@ def tune(
         typer.Option("--policy", help="More candidates: 'adaptive 0.5', or JSON; repeatable."),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Of each question; the task's own.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="The task's own.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="The task's own.")] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Longest answer; the task's own.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Responses made together.")] = 32,
+    temperature: TaskTemperature = None,
+    top_p: TaskTopP = None,
+    max_new_tokens: TaskMaxNewTokens = None,
+    batch_size: BatchSize = 32,
     looks: Annotated[
         str,
         typer.Option(
@@ -97,10 +102,8 @@ def tune(
     accuracy: Annotated[
         float | None, typer.Option(help="Expected accuracy, for the plan; else one by task.")
     ] = None,
-    lambda_range: Annotated[
-        str | None, typer.Option(help="λ to permit, such as -1,2; the adapter's own if not given.")
-    ] = None,
-    workers: Annotated[int, typer.Option(help="Processes that grade.")] = 1,
+    lambda_range: LambdaRange = None,
+    workers: Workers = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check all, show a prompt and the plan; ask nothing.")
     ] = False,

@@ -1,0 +1,58 @@
+"""Options that several commands take, each said once: what they are called and what they mean."""
+
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import typer
+
+Recipe: TypeAlias = Annotated[Path, typer.Argument(help="YAML file; the keys are described above.")]
+RecipeOutput: TypeAlias = Annotated[
+    str | None, typer.Option("--output", "-o", help="Output folder instead of the recipe's.")
+]
+Assignments: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Any other key, such as training.max_steps=100; repeatable."),
+]
+SkipBadRows: TypeAlias = Annotated[
+    bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used.")
+]
+DryTraining: TypeAlias = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Show samples, sizes, steps and memory; load no weights."),
+]
+ResultAsJson: TypeAlias = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON, alone, on stdout.")
+]
+
+Model: TypeAlias = Annotated[str, typer.Argument(help="A model folder or a known name.")]
+Adapter: TypeAlias = Annotated[
+    str | None, typer.Option(help="An InRa adapter on the model: its dial.")
+]
+Aligned: TypeAlias = Annotated[
+    str | None, typer.Option(help="Or the aligned model of a pair, fused as both decode.")
+]
+Gate: TypeAlias = Annotated[
+    float | None, typer.Option(help="Extrapolate only where the two differ by more.")
+]
+LambdaRange: TypeAlias = Annotated[
+    str | None, typer.Option(help="λ to permit, such as -1,2; the adapter's own otherwise.")
+]
+AnyBase: TypeAlias = Annotated[
+    bool, typer.Option("--any-base", help="Take an adapter that was made for another base.")
+]
+Dtype: TypeAlias = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+
+Temperature: TypeAlias = Annotated[float, typer.Option(help="0 is greedy.")]
+TopP: TypeAlias = Annotated[float, typer.Option(help="Probability mass sampled from.")]
+MaxNewTokens: TypeAlias = Annotated[int, typer.Option(help="Tokens at which one is cut off.")]
+BatchSize: TypeAlias = Annotated[int, typer.Option(min=1, help="Answers made together.")]
+
+Data: TypeAlias = Annotated[
+    Path | None, typer.Option(help="Folder of the public files; else FLEXALIGN_DATA.")
+]
+TaskTemperature: TypeAlias = Annotated[float | None, typer.Option(help="The task's own.")]
+TaskTopP: TypeAlias = Annotated[float | None, typer.Option(help="The task's own.")]
+TaskMaxNewTokens: TypeAlias = Annotated[
+    int | None, typer.Option(help="Longest answer; the task's own.")
+]
+Workers: TypeAlias = Annotated[int, typer.Option(min=1, help="Processes that grade.")]
