@@ -58,6 +58,9 @@ def serve(
         float, typer.Option(min=1, help="Seconds for running answers after SIGTERM.")
     ] = 30.0,
     dtype: Dtype = "auto",
+    playground: Annotated[
+        bool, typer.Option("--playground", help="A page to try the dial from, at /playground.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Say on stdout as JSON where the server is.")
     ] = False,
@@ -67,7 +70,7 @@ def serve(
     Requests say lambda (a number, a schedule, a policy or "auto"), effort or reasoning_effort. The
     address goes to stdout as soon as requests are taken.
 
-    Example: [cyan]flexalign serve miniature --adapter miniature:fast[/cyan]
+    Example: [cyan]flexalign serve miniature --adapter miniature:fast --playground[/cyan]
 
     Example: [cyan]flexalign serve models/base --aligned models/concise --lambda-range 0,2
     --gate 0.01[/cyan]
@@ -84,6 +87,7 @@ def serve(
     from flexalign.serving.app import create_app
     from flexalign.serving.engine import EngineLimits
     from flexalign.serving.load import ServeOptions, load_service
+    from flexalign.serving.playground import Playground
     from flexalign.serving.server import open_socket, require_safe_address, run_server
 
     key = read_secret(api_key_env)
@@ -105,15 +109,20 @@ def serve(
         with warnings_as_notes(), as_input_errors():
             service, rules = load_service(options)
         app = create_app(service, rules, key=key, body_limit=round(body_limit * 2**20))
+        if playground:
+            app = Playground(app)
         shown = f"[{host}]" if ":" in host else host
         url = f"http://{shown}:{listening.getsockname()[1]}/v1"
         name = service.model.name
         console.print(f"serving {escape(name)}; stop it with Ctrl-C.")
+        if playground:
+            console.print(f"playground: {url.removesuffix('/v1')}/playground")
         if as_json:
             print_json({"url": url, "model": name, "lambda_range": list(rules.lambda_range)})
         else:
             print(url, flush=True)
         try:
-            run_server(app, listening, grace=grace)
+            engine = service.engine
+            run_server(app, listening, grace=grace, is_well=lambda: engine.is_alive)
         finally:
             service.engine.stop()
