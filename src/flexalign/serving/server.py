@@ -4,11 +4,12 @@ import ipaddress
 import logging
 import signal
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
 
-from flexalign.errors import ConfigError
+from flexalign.errors import ConfigError, ServingError
 
 __all__ = ["open_socket", "require_safe_address", "run_server"]
 
@@ -41,13 +42,20 @@ def open_socket(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family, backlog=1024)
 
 
-def run_server(app: Any, listening: socket.socket, *, grace: float) -> None:
+def run_server(
+    app: Any, listening: socket.socket, *, grace: float, is_well: Callable[[], bool]
+) -> None:
     """Serve until SIGTERM or Ctrl-C; then take nothing new and let what runs finish.
 
     Args:
         app: The ASGI application.
         listening: Of :func:`open_socket`.
         grace: Seconds that running answers have.
+        is_well: Whether the engine runs. Once it does not, the server ends as well, so that
+            whatever looks after the process starts it again.
+
+    Raises:
+        ServingError: If the engine has failed.
     """
     logging.getLogger("flexalign").setLevel(logging.INFO)
     config = uvicorn.Config(
@@ -60,6 +68,20 @@ def run_server(app: Any, listening: socket.socket, *, grace: float) -> None:
     # uvicorn raises the signal once more when it is done; a clean end is no failure.
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        uvicorn.Server(config).run(sockets=[listening])
+        _Server(config, is_well).run(sockets=[listening])
     finally:
         signal.signal(signal.SIGTERM, before)
+    if not is_well():
+        raise ServingError("the engine has failed; the log above says why. Start the server again.")
+
+
+class _Server(uvicorn.Server):
+    """Ends by itself when the engine has."""
+
+    def __init__(self, config: uvicorn.Config, is_well: Callable[[], bool]) -> None:
+        super().__init__(config)
+        self._is_well = is_well
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second; whether the server ends."""
+        return not self._is_well() or await super().on_tick(counter)

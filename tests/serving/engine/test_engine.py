@@ -166,27 +166,19 @@ async def last_piece(generation: Generation) -> Piece:
     return [piece async for piece in generation.pieces()][-1]
 
 
-class Breaking(InRaRunner):
-    """Fails where it is told to."""
-
-    prefills = steps = False
+class Choosy(InRaRunner):
+    """Fails at some prompts."""
 
     def prefill(self, ids: Any, mask: Any, phases: Any) -> Any:
-        if self.prefills and int(ids.max()) > 300:
+        if int(ids.max()) > 300:
             raise RuntimeError("out of memory")
         return super().prefill(ids, mask, phases)
-
-    def step(self, *given: Any) -> Any:
-        if self.steps:
-            raise RuntimeError("a step broke")
-        return super().step(*given)
 
 
 def test_a_prompt_that_cannot_be_prefilled_fails_alone(
     engine: Callable[..., Engine], dial: InRaModel, caplog: pytest.LogCaptureFixture
 ):
-    runner = Breaking(dial)
-    runner.prefills = True
+    runner = Choosy(dial)
     good, bad = (Job((5, token, 6), Fixed(0.5), 4, temperature=0) for token in (7, 310))
     started = engine(runner)
 
@@ -200,19 +192,71 @@ def test_a_prompt_that_cannot_be_prefilled_fails_alone(
     assert "prefilled" in caplog.text
 
 
+class Failing(InRaRunner):
+    """Its next steps fail, as often as it is told."""
+
+    failures = 0
+    error: BaseException = RuntimeError("a step broke")
+
+    def step(self, *given: Any) -> Any:
+        if self.failures:
+            self.failures -= 1
+            raise self.error
+        return super().step(*given)
+
+
 def test_a_broken_step_fails_its_answers_and_the_next_are_served(
     engine: Callable[..., Engine], write: Any, dial: InRaModel, caplog: pytest.LogCaptureFixture
 ):
-    runner = Breaking(dial)
+    runner = Failing(dial)
     started = engine(runner)
     job = Job((5, 6, 7), Fixed(0.5), 4, temperature=0)
-    runner.steps = True
+    runner.failures = 1
     [failed] = write(started, [job])
     assert isinstance(failed, RuntimeError)
-    runner.steps = False
     [served] = write(started, [job])
     assert served.ended.finish == "length"
     assert "step failed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("failures", "error"),
+    [(10**9, RuntimeError("device lost")), (1, SystemExit("out of the step"))],
+    ids=["every step fails", "one that escapes"],
+)
+def test_when_the_model_works_no_more_everybody_is_told_and_the_engine_ends(
+    engine: Callable[..., Engine],
+    dial: InRaModel,
+    caplog: pytest.LogCaptureFixture,
+    failures: int,
+    error: BaseException,
+):
+    runner = Failing(dial)
+    runner.error = error
+    started = engine(runner, rows=2)
+    endless = Job((5, 6, 7), Fixed(0.5), 400, temperature=0)
+
+    async def run() -> list[Any]:
+        loop = asyncio.get_running_loop()
+        generations = started.submit([endless] * 5, loop)
+        pieces = [generation.pieces() for generation in generations]
+        await anext(pieces[0])
+        runner.failures = failures
+
+        async def rest(own: Any) -> None:
+            async for _ in own:
+                pass
+
+        told = await asyncio.gather(*map(rest, pieces), return_exceptions=True)
+        with pytest.raises(ServingError, match="restart"):
+            started.submit([endless], loop)
+        return told
+
+    told = asyncio.run(run())
+    assert not started.is_alive
+    assert all(isinstance(one, RuntimeError) for one in told)
+    assert all("restarted" in str(one) for one in told[2:])
+    assert "the engine has failed" in caplog.text
 
 
 def test_what_it_cannot_serve_is_refused(engine: Callable[..., Engine], tiny_tokenizer: Any):

@@ -6,8 +6,9 @@ answer on its way; the ``scheduler`` is the thread.
 """
 
 from flexalign.serving.engine.jobs import Ended, Generation, Job, Piece, WrittenToken
+from flexalign.serving.engine.limits import EngineLimits
 from flexalign.serving.engine.runners import InRaRunner, PairRunner, PlainRunner, Runner
-from flexalign.serving.engine.scheduler import Engine, EngineLimits
+from flexalign.serving.engine.scheduler import Engine
 
 __all__ = [
     "Ended",

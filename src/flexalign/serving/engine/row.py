@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,13 @@ class Writing:
     threshold: Callable[[Adaptive], float]
 
 
+class _Trial(NamedTuple):
+    """What decides on a fast answer: the policy, and the watch that hears its confidence."""
+
+    policy: Adaptive
+    watch: Watch
+
+
 class Row:
     """An answer that is being written.
 
@@ -71,14 +79,15 @@ class Row:
         self._route: Way | None = None
         self._confidence: float | None = None
         self._rejected_tokens = 0
-        self._watch: Watch | None = None
+        self._trial: _Trial | None = None
         dial = job.dial
         if isinstance(dial, Route):
             self._route = dial.draw(torch.Generator().manual_seed(job.seed))
             dial = Fixed(dial.slow_lambda if self._route == "slow" else dial.fast_lambda)
         elif isinstance(dial, Adaptive):
-            self._watch = Watch([dial], [writing.threshold(dial)], torch.device("cpu"))
-            self._watch.learn_ends([EosTokenCriteria(sorted(writing.ends)), self._stop_found])
+            watch = Watch([dial], [writing.threshold(dial)], torch.device("cpu"))
+            watch.learn_ends([EosTokenCriteria(sorted(writing.ends)), self._stop_found])
+            self._trial = _Trial(dial, watch)
             dial = Fixed(dial.fast_lambda)
         self._begin(dial or Fixed(0.0))
 
@@ -90,10 +99,7 @@ class Row:
     @property
     def later_dial(self) -> Fixed | None:
         """What λ will follow if this is a fast answer and is rejected."""
-        policy = self._job.dial
-        if self._watch is None or not isinstance(policy, Adaptive):
-            return None
-        return Fixed(policy.slow_lambda)
+        return None if self._trial is None else Fixed(self._trial.policy.slow_lambda)
 
     def lam(self) -> float:
         """λ of the token that will be chosen next."""
@@ -119,8 +125,8 @@ class Row:
         if self._sampling is not None:
             scores = self._sampling(self._ids_of_length(), logits)
             token = int(scores.argmax(-1))
-        if self._watch is not None:
-            self._watch.listener(self._ids_of_length(), logits)
+        if self._trial is not None:
+            self._trial.watch.listener(self._ids_of_length(), logits)
         self._index += 1
         self.next_token = token
         is_end = token in self._writing.ends
@@ -129,20 +135,20 @@ class Row:
             self._tokens.append(_told(token, logits, job.logprobs))
             self._text += self._running.put(token)
         is_dropped = False
-        if self._watch is not None:
-            is_dropped = bool(self._watch(torch.tensor([[token]]), None))
+        if self._trial is not None:
+            is_dropped = bool(self._trial.watch(torch.tensor([[token]]), None))
         finish: Finish | None = None
         if is_end or self._running.has_stopped:
             finish = "stop"
         elif self._index >= job.max_tokens:
             finish = "length"
-        if self._watch is not None and (finish or is_dropped):
-            self._judge(self._watch)
+        if self._trial is not None and (finish or is_dropped):
+            self._judge(self._trial)
             if self.is_rejected:
                 return False
         if finish:
             self.end(finish)
-        elif self._watch is None:
+        elif self._trial is None:
             self._deliver()
         return finish is None
 
@@ -161,11 +167,11 @@ class Row:
         self._deliver()
 
     def go_slow(self) -> None:
-        """Begin again from the prompt, the slow way."""
+        """Begin a fast answer again from the prompt, the slow way; others go on as they are."""
         later = self.later_dial
-        assert later is not None
-        self._watch = None
-        self._begin(later)
+        if later is not None:
+            self._trial = None
+            self._begin(later)
 
     def _begin(self, dial: Fixed | Schedule) -> None:
         job = self._job
@@ -179,14 +185,13 @@ class Row:
         self._tokens = []
         self._text = ""
         self._running = StoppedText(self._writing.reader, job.stop)
-        is_greedy = job.temperature == 0 or self._watch is not None
+        is_greedy = job.temperature == 0 or self._trial is not None
         self._sampling = (
             None if is_greedy else SeededSampling([job.seed], job.temperature, job.top_p)
         )
 
-    def _judge(self, watch: Watch) -> None:
-        policy = self._job.dial
-        assert isinstance(policy, Adaptive)
+    def _judge(self, trial: _Trial) -> None:
+        policy, watch = trial
         self._confidence = float(watch.confidence[0])
         is_sure = self._confidence >= self._writing.threshold(policy)
         self.is_rejected = not (bool(watch.ended[0]) and is_sure)

@@ -3,10 +3,8 @@
 import asyncio
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,43 +19,21 @@ from flexalign.policies import DEFAULT_THRESHOLD, Adaptive, Dial
 from flexalign.schedules import Schedule
 from flexalign.serving.engine.frame import Frame
 from flexalign.serving.engine.jobs import Generation, Job
+from flexalign.serving.engine.limits import EngineLimits
+from flexalign.serving.engine.probe import require_working
+from flexalign.serving.engine.rate import TokenRate
 from flexalign.serving.engine.row import Row, Writing
 from flexalign.serving.engine.runners import Runner
 
-__all__ = ["Engine", "EngineLimits"]
+__all__ = ["Engine"]
 
 _log = logging.getLogger("flexalign.serving")
-_RATE_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """How much an engine takes on.
-
-    Attributes:
-        rows: Answers written at a time.
-        queue: Answers that may wait; more are refused.
-        prefill_tokens: Prompt tokens, padding included, that one step may prefill, so that the
-            answers under way do not wait long; a longer prompt is prefilled alone.
-    """
-
-    rows: int = 32
-    queue: int = 256
-    prefill_tokens: int = 2048
-
-    def __post_init__(self) -> None:
-        for name in ("rows", "queue", "prefill_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
 
 class Engine:
     """Writes answers with one model, whatever dial each of them has.
 
     Every method but the thread's own may be called from the event loop; none waits for the model.
-
-    Attributes:
-        tokens_written: Tokens written so far, rejected ones included.
     """
 
     def __init__(
@@ -77,7 +53,6 @@ class Engine:
             ends: Tokens that end an answer.
             limits: How much it takes on.
         """
-        self.tokens_written = 0
         self._runner = runner
         self._limits = limits or EngineLimits()
         self._tag_error = ""
@@ -88,15 +63,17 @@ class Engine:
         self._pad = tokenizer.pad_token_id or 0
         self._saved: dict[Row, tuple[Any, Tensor]] = {}
         self._waiting: deque[Generation] = deque()
-        self._recent: deque[tuple[float, int]] = deque()
+        self._joining: list[Generation] = []
+        self._is_suspect = False
+        self._rate = TokenRate()
         self._wakes = threading.Condition()
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="flexalign-engine", daemon=True)
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
+        """Whether it takes jobs: the thread runs and has not been told to stop."""
+        return self._thread.is_alive() and not self._is_stopping
 
     @property
     def running(self) -> int:
@@ -109,13 +86,14 @@ class Engine:
         return len(self._waiting)
 
     @property
+    def tokens_written(self) -> int:
+        """Tokens written so far, rejected ones included."""
+        return self._rate.total
+
+    @property
     def tokens_per_second(self) -> float:
         """Tokens written in the last 10 s, per second."""
-        with self._wakes:
-            since = time.monotonic() - _RATE_SECONDS
-            while self._recent and self._recent[0][0] < since:
-                self._recent.popleft()
-            return sum(tokens for _, tokens in self._recent) / _RATE_SECONDS
+        return self._rate.per_second
 
     def start(self) -> None:
         """Start the thread."""
@@ -153,10 +131,10 @@ class Engine:
         Raises:
             ServingError: If the thread has ended.
         """
-        if not self.is_alive:
-            raise ServingError("the engine has stopped; restart the server.")
         generations = [Generation(job, loop) for job in jobs]
         with self._wakes:
+            if not self.is_alive:
+                raise ServingError("the engine has stopped; restart the server.")
             self._waiting.extend(generations)
             self._wakes.notify()
         return generations
@@ -169,27 +147,48 @@ class Engine:
             return None
 
     def _run(self) -> None:
-        with evaluating(self._runner.model), torch.inference_mode():
-            while True:
-                with self._wakes:
-                    self._wakes.wait_for(
-                        lambda: self._is_stopping or bool(self._waiting or self._frame.rows)
-                    )
-                    if self._is_stopping:
-                        break
-                try:
-                    self._step()
-                except Exception as error:
-                    _log.exception("a step failed, and the answers in it with it")
-                    self._fail([row.generation for row in self._frame.rows], error)
-                    self._frame.clear()
-                    self._saved.clear()
-        left = [*(row.generation for row in self._frame.rows), *self._waiting]
-        self._fail(left, ServingError("the server is shutting down; ask again later."))
+        """Step until told to stop; whoever waits at the end, however it came, is told so."""
+        reason = "the server is shutting down; ask again later."
+        try:
+            with evaluating(self._runner.model), torch.inference_mode():
+                self._loop()
+        except BaseException:
+            reason = "the engine has failed; ask again once the server has been restarted."
+            _log.critical("the engine has failed, and ends", exc_info=True)
+        with self._wakes:
+            self._is_stopping = True
+            left = [*self._under_way(), *self._waiting]
+        self._fail(left, ServingError(reason))
+
+    def _loop(self) -> None:
+        while True:
+            with self._wakes:
+                self._wakes.wait_for(
+                    lambda: self._is_stopping or bool(self._waiting or self._frame.rows)
+                )
+                if self._is_stopping:
+                    return
+            try:
+                self._step()
+            except Exception as error:
+                _log.exception("a step failed, and the answers in it with it")
+                self._fail(self._under_way(), error)
+                self._frame.clear()
+                self._saved.clear()
+                self._is_suspect = True
+            if self._is_suspect:
+                require_working(self._runner, self._pad)
+                self._is_suspect = False
+
+    def _under_way(self) -> list[Generation]:
+        rows = [row.generation for row in (*self._frame.rows, *self._saved)]
+        return rows + self._joining
 
     def _step(self) -> None:
         self._drop_cancelled()
-        self._admit(self._next_in_line())
+        self._joining = self._next_in_line()
+        self._admit(self._joining)
+        self._joining = []
         if not self._frame.rows:
             return
         logits = self._frame.step().cpu()
@@ -208,16 +207,13 @@ class Engine:
             else:
                 leaving.append(row)
         self._frame.keep(going)
-        with self._wakes:
-            self.tokens_written += len(rows)
-            self._recent.append((time.monotonic(), len(rows)))
-            while self._recent[0][0] < time.monotonic() - _RATE_SECONDS:
-                self._recent.popleft()
+        self._rate.add(len(rows))
         for row in leaving:
-            saved = self._saved.pop(row, None)
+            saved = self._saved.get(row)
             if saved is not None and row.is_rejected:
                 row.go_slow()
                 self._frame.add([row], *saved)
+            self._saved.pop(row, None)
 
     def _drop_cancelled(self) -> None:
         staying = []
@@ -258,6 +254,7 @@ class Engine:
             if len(generations) == 1:
                 _log.exception("a prompt could not be prefilled")
                 self._fail(generations, error)
+                self._is_suspect = True
                 return
             for generation in generations:
                 self._admit([generation])
