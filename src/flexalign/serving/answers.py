@@ -3,6 +3,7 @@
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,8 +26,7 @@ class Draft:
         opened: Whether its prompt leaves the thinking open.
         text: Its text so far.
         tokens: Its tokens so far.
-        ended: How it ended.
-        split: What tells the thinking from the answer in a stream.
+        ended: How it ended; None while it goes on.
     """
 
     index: int
@@ -35,7 +35,6 @@ class Draft:
     text: str = ""
     tokens: list[WrittenToken] = field(default_factory=list)
     ended: Ended | None = None
-    split: StreamedSplit | None = None
 
     def take(self, piece: Piece) -> None:
         """Take a piece in."""
@@ -44,7 +43,7 @@ class Draft:
         self.ended = piece.ended
 
 
-class AnswerForm:
+class AnswerForm(ABC):
     """What chats and completions have in common: an id, a time, a model's name.
 
     Subclasses say how a choice is told, as a whole and piece by piece.
@@ -86,13 +85,13 @@ class AnswerForm:
         """Return the chunks, of one choice each, that stand before a choice's first piece."""
         return []
 
+    @abstractmethod
     def tell(self, choice: Draft, logprobs: int | None) -> dict[str, Any]:
         """Return a choice of a whole answer, its index and its end left out."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tell_piece(self, choice: Draft, piece: Piece, logprobs: int | None) -> list[dict[str, Any]]:
         """Return what a piece, which the choice has taken in, adds to a stream."""
-        raise NotImplementedError
 
     def _part(self, choice: Draft, piece: Piece, is_last: bool = True) -> dict[str, Any]:
         reason = _reason(choice) if piece.ended and is_last else None
@@ -107,9 +106,13 @@ class ChatForm(AnswerForm):
 
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, model: str, tokenizer: Any, tags: ThinkingTags) -> None:
+        super().__init__(model, tokenizer, tags)
+        self._splits: dict[int, StreamedSplit] = {}
+
     def begin(self, choice: Draft) -> list[dict[str, Any]]:
         """Name the role."""
-        choice.split = StreamedSplit(self.tags, opened=choice.opened)
+        self._splits[choice.index] = StreamedSplit(self.tags, opened=choice.opened)
         delta = {"role": "assistant", "content": ""}
         return [{"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}]
 
@@ -123,8 +126,7 @@ class ChatForm(AnswerForm):
 
     def tell_piece(self, choice: Draft, piece: Piece, logprobs: int | None) -> list[dict[str, Any]]:
         """Return a delta for thinking, one for the answer, or both."""
-        assert choice.split is not None
-        parts = choice.split.put(piece.text, is_last=piece.ended is not None)
+        parts = self._splits[choice.index].put(piece.text, is_last=piece.ended is not None)
         deltas: list[dict[str, Any]] = [
             {"reasoning": text, "reasoning_content": text} if is_thinking else {"content": text}
             for text, is_thinking in parts
@@ -188,16 +190,15 @@ class CompletionForm(AnswerForm):
 def count_usage(choices: Sequence[Draft], tokenizer: Any, tags: ThinkingTags) -> dict[str, Any]:
     """Count tokens as the library does: without the one that ends an answer, with rejected ones.
 
-    Choices of one prompt count it once.
+    Choices of one prompt count it once; those that go on do not count yet.
     """
     reader = ResponseText(tokenizer, tags)
     prompt = written = thinking = rejected = 0
-    for choice in choices:
-        assert choice.ended is not None
+    for choice, ended in ((choice, choice.ended) for choice in choices if choice.ended):
         prompt += choice.prompt_tokens
-        rejected += choice.ended.rejected_tokens
-        written += len(choice.ended.token_ids) + choice.ended.rejected_tokens
-        text = reader.read(choice.ended.token_ids)
+        rejected += ended.rejected_tokens
+        written += len(ended.token_ids) + ended.rejected_tokens
+        text = reader.read(ended.token_ids)
         thinking += tags.count_tokens(text, tokenizer, opened=choice.opened)
     return {
         "prompt_tokens": prompt,
