@@ -7,6 +7,7 @@ that choose a way for a whole response go through ``flexalign.decoding.routing``
 same ``generate`` for each part of it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,7 @@ _REPEATING = ("num_beams", "num_return_sequences")
 _INNER_OUTPUTS = ("output_hidden_states", "output_attentions")
 
 
-class FusedDecoding(GenerationMixin):  # type: ignore[misc]
+class FusedDecoding(GenerationMixin, ABC):  # type: ignore[misc]
     """`generate` with a λ, for a module whose ``forward`` takes ``lam`` and ``gate``.
 
     A subclass says which transformers model leads (its configuration, its way of preparing
@@ -42,29 +43,31 @@ class FusedDecoding(GenerationMixin):  # type: ignore[misc]
     tokenizer: PreTrainedTokenizerBase | None = None
 
     @property
+    @abstractmethod
     def _leader(self) -> "PreTrainedModel":
-        raise NotImplementedError
+        """The model whose configuration and way of preparing inputs lead."""
 
+    @abstractmethod
     def _default_dial(self) -> Any:
-        raise NotImplementedError
+        """Return what λ is where none is given."""
 
     def _thinking_tags(self) -> ThinkingTags | None:
         """Return the tags that the model is known to use; None for those of its tokenizer."""
         return None
 
+    @abstractmethod
     def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
         """Return what ``forward`` needs besides λ, such as a cache, for these prompts."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _prefill_for(
         self, input_ids: Tensor, attention_mask: Tensor, needs: Sequence[tuple[Tensor, RowDials]]
     ) -> Any:
         """Run prompts, ``(B, T)``, once for several generations: some rows, each with a dial."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _fork(self, cache: Any, rows: Tensor, dials: RowDials) -> Any:
         """Return a cache of its own for rows of a prefilled one: what their dials need."""
-        raise NotImplementedError
 
     def threshold(self, policy: Adaptive) -> float:
         """Return the least confidence that an adaptive policy accepts."""
