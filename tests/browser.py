@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from base64 import b64decode
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +157,9 @@ class Tab:
 
     def press(self, key: str, times: int = 1) -> None:
         """Press a key such as Enter or ArrowRight."""
-        code = {"Enter": 13, "ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35, "Tab": 9}[key]
+        code = {"Enter": 13, "ArrowLeft": 37, "ArrowRight": 39, "Home": 36, "End": 35, "Tab": 9}[
+            key
+        ]
         told = {"key": key, "code": key, "windowsVirtualKeyCode": code}
         for _ in range(times):
             more = {"text": "\r"} if key == "Enter" else {}
@@ -188,6 +189,3 @@ class Tab:
         self.value("0")  # what happened before this has been told before its answer
         events = self._browser.events(self._session)
         return [event["params"] for event in events if event["method"] == name]
-
-
-Open = Callable[..., Tab]

@@ -45,4 +45,5 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 def server(start_server: Any) -> Server:
     """The miniature with its dial, behind a key."""
     dial = ("miniature", "--adapter", "miniature:fast", "--lambda-range=-1,2")
-    return start_server(*dial, "--queue", "40", "--api-key-env", "FLEXALIGN_TEST_KEY")
+    more = ("--queue", "40", "--api-key-env", "FLEXALIGN_TEST_KEY", "--playground")
+    return start_server(*dial, *more)

@@ -30,7 +30,7 @@ _HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-cache"),
 )
-_REDIRECTS = {"": "playground", "/": "playground", "/playground/": "../playground"}
+_REDIRECTS = {"/": "playground", "/playground/": "../playground"}
 """Relative, so that a proxy may serve everything under a prefix."""
 
 
@@ -59,9 +59,10 @@ def _read_page() -> dict[str, tuple[bytes, bytes]]:
     """Return every file's type and content by its path."""
     served = {}
     for file in (files(__package__) / "page").iterdir():
-        kind = f"{_TYPES[file.name.rpartition('.')[2]]}; charset=utf-8"
-        path = "/playground" if file.name == "index.html" else f"/playground/{file.name}"
-        served[path] = (kind.encode(), file.read_bytes())
+        kind = _TYPES.get(file.name.rpartition(".")[2])
+        if kind is not None:
+            path = "/playground" if file.name == "index.html" else f"/playground/{file.name}"
+            served[path] = (f"{kind}; charset=utf-8".encode(), file.read_bytes())
     return served
 
 

@@ -2,7 +2,7 @@
 
 import { Answer } from "./answer.js";
 import { dialControl } from "./dial.js";
-import { announce, byId, el, submitOnEnter } from "./dom.js";
+import { announce, byId, el, submitOnEnter, swap } from "./dom.js";
 import { EXAMPLE, request } from "./settings.js";
 
 export function startChat(model) {
@@ -17,8 +17,8 @@ export function startChat(model) {
 
   function setRunning(controller) {
     running = controller;
-    byId("send").hidden = Boolean(controller);
-    byId("stop").hidden = !controller;
+    if (controller) swap(byId("send"), byId("stop"));
+    else swap(byId("stop"), byId("send"));
   }
 
   async function send() {
@@ -30,9 +30,9 @@ export function startChat(model) {
     const asked = el("div", { class: "question" }, el("span", { class: "unseen" }, "You: "), question);
     const answer = new Answer(turn());
     log.append(asked, answer.node);
-    answer.node.scrollIntoView({ block: "end" });
     field.value = "";
     grow();
+    window.scrollTo(0, document.documentElement.scrollHeight);
     announce("Writing…");
     const before = earlier.checked ? messages : [];
     const body = request(model, [...before, { role: "user", content: question }]);

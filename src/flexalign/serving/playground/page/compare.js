@@ -2,7 +2,7 @@
 
 import { Answer } from "./answer.js";
 import { readSettings } from "./dial.js";
-import { announce, byId, el, numeral, submitOnEnter } from "./dom.js";
+import { announce, byId, el, numeral, submitOnEnter, swap } from "./dom.js";
 import { EXAMPLE, request } from "./settings.js";
 
 const bar = () => el("div", { class: "bar", "aria-hidden": "true" }, el("i"), el("i"));
@@ -15,8 +15,8 @@ export function startCompare(model) {
 
   function setRunning(controller) {
     running = controller;
-    byId("run").hidden = Boolean(controller);
-    byId("stop-all").hidden = !controller;
+    if (controller) swap(byId("run"), byId("stop-all"));
+    else swap(byId("stop-all"), byId("run"));
   }
 
   async function compare(question, settings) {

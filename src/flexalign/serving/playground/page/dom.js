@@ -22,8 +22,17 @@ export function addText(node, piece) {
 
 export const announce = (text) => (byId("status").textContent = text);
 
-/** Follow the end of the page, unless the reader has scrolled away from it. */
+/** Show one button in the place of another; the keyboard's focus goes along. */
+export function swap(shown, coming) {
+  const hadFocus = document.activeElement === shown;
+  shown.hidden = true;
+  coming.hidden = false;
+  if (hadFocus) coming.focus();
+}
+
+/** Follow the end of a conversation, unless the reader has scrolled away from it. */
 export function keepingEnd(change) {
+  if (document.body.dataset.view !== "chat") return change();
   const page = document.documentElement;
   const isAtEnd = page.scrollHeight - page.clientHeight - window.scrollY < 80;
   change();
