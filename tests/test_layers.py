@@ -17,7 +17,7 @@ LAYERS = (
     {"inra"},
     {"evaluation"},
     {"serving", "calibration"},
-    {"cli"},
+    {"cli", "__main__"},
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 HELPERS = LEVEL["losses"]

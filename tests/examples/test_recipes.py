@@ -13,7 +13,7 @@ from trl import SFTConfig
 from flexalign.inra.training import AdaptRecipe, BakeRecipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-FILES = sorted(EXAMPLES.rglob("*.y*ml"))
+FILES = sorted(set(EXAMPLES.rglob("*.y*ml")) - set(EXAMPLES.glob("distributed/*")))
 RECIPES = [path for path in FILES if "reference" in yaml.safe_load(path.read_text("utf-8"))]
 ADAPTERS = [path for path in FILES if "base" in yaml.safe_load(path.read_text("utf-8"))]
 TUNINGS = [path for path in FILES if path not in [*RECIPES, *ADAPTERS]]

@@ -1,17 +1,22 @@
 """One process of several: run by test_processes.py, which compares with a single process.
 
-``python worker.py MODE FOLDER``, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set. FOLDER
-holds ``cases.json`` and the models; rank 0 writes ``MODE.pt``: what each case gave.
+``python worker.py MODE FOLDER``, with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, and for
+`trained` what ``accelerate launch`` sets. FOLDER holds ``cases.json`` and the models; rank 0 writes
+``MODE.pt``: what each case gave.
 """
 
+import functools
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch import nn
@@ -67,6 +72,56 @@ def ddp(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
         "log": trainer.state.log_history[0],
         "processes": trainer.accelerator.num_processes,
     }
+
+
+def trained(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
+    """Some steps of the trainer over models that accelerate has sharded, and its checkpoint."""
+    trainer = TrRaTrainer(
+        reference=str(folder / "reference"),
+        aligned=str(folder / case["aligned"]),
+        args=TrRaConfig(output_dir=str(folder / case["output"]), **case["options"]),
+        train_dataset=Dataset.from_list(case["rows"]),
+        processing_class=AutoTokenizer.from_pretrained(folder / "reference"),
+        peft_config=LoraConfig(r=4, target_modules="all-linear") if case["lora"] else None,
+    )
+    teachers = [trainer.objective.reference.model, trainer.objective.aligned.model]
+    split = [all(map(_is_split, model.parameters())) for model in teachers if not case["lora"]]
+    trainer.train()
+    return {
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "student_split": all(map(_is_split, trainer.model.parameters())),
+        "teachers_split": split,
+        "kind": str(trainer.accelerator.distributed_type),
+    }
+
+
+def _is_split(parameter: Any) -> bool:
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+
+
+def _fsdp_on_cpu() -> None:
+    """Let accelerate shard over gloo what it shards over NCCL: it refuses by the device alone."""
+    original = AcceleratorState.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = options["fsdp_plugin"]
+
+    AcceleratorState.__init__ = init
+
+
+def _zero_on_cpu() -> None:
+    """Let accelerate give DeepSpeed the backend that it gives plain processes on CPU."""
+
+    def choose(*_: Any) -> tuple[str, DistributedType]:
+        return "gloo", DistributedType.MULTI_CPU
+
+    PartialState._prepare_backend = choose
 
 
 def sharded(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +197,16 @@ def main() -> None:
     cases = json.loads((folder / "cases.json").read_text())
     if mode == "sharded":
         dist.init_process_group("gloo")  # for DDP the trainer does it
-    run = {"ddp": ddp, "sharded": sharded}[mode]
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        _fsdp_on_cpu()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        _zero_on_cpu()
+    modes: dict[str, Callable[..., dict[str, Any]]] = {
+        "ddp": ddp,
+        "sharded": sharded,
+        "trained": trained,
+    }
+    run = modes[mode]
     found = {name: run(folder, case) for name, case in cases.items()}
     if RANK == 0:
         torch.save(found, folder / f"{mode}.pt")

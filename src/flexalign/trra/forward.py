@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from flexalign.errors import UnsupportedModelError
 from flexalign.heads import Head
 from flexalign.pairing.adapters import inner_model
+from flexalign.trra.sharding import gathered, is_empty, runnable, whole
 
 __all__ = [
     "HeadForm",
@@ -47,8 +47,13 @@ class HeadForm:
 
     @classmethod
     def of(cls, model: nn.Module, vocab_size: int) -> "HeadForm":
-        """Read and prove a model's head, as :meth:`flexalign.heads.Head.of` does."""
-        head = Head.of(model)
+        """Read and prove a model's head, as :meth:`flexalign.heads.Head.of` does.
+
+        Weights that ZeRO-3 holds in parts are gathered for it; where another process reads them,
+        that one does the proving.
+        """
+        with runnable(inner_model(model)):
+            head = Head.of(model, probe=not is_empty(model))
         return cls(head.scale, head.softcap, vocab_size)
 
     def head(self, weight: Tensor, bias: Tensor | None) -> Head:
@@ -119,13 +124,8 @@ def gathered_head(model: nn.Module, form: HeadForm) -> Iterator[Head]:
     """Give a frozen model's head with whole weights, gathered once for the block."""
     output = _output_layer(inner_model(model))
     weight, bias = output.weight, getattr(output, "bias", None)
-    if hasattr(weight, "ds_id"):
-        from deepspeed.zero import GatheredParameters
-
-        with GatheredParameters([part for part in (weight, bias) if part is not None]):
-            yield form.head(weight.detach(), None if bias is None else bias.detach())
-        return
-    yield form.head(_whole(weight), None if bias is None else _whole(bias))
+    with gathered([part for part in (weight, bias) if part is not None]):
+        yield form.head(whole(weight), None if bias is None else whole(bias))
 
 
 def require_plain_head(model: nn.Module) -> None:
@@ -152,8 +152,3 @@ def require_plain_head(model: nn.Module) -> None:
 
 def _output_layer(model: nn.Module) -> Any:
     return model.get_output_embeddings()  # type: ignore[operator]
-
-
-def _whole(weight: Any) -> Tensor:
-    whole: Tensor = weight.full_tensor() if isinstance(weight, DTensor) else weight
-    return whole.detach()

@@ -165,7 +165,10 @@ class Recipe:
         training = DEFAULT_TRAINING | self.training
         if "num_train_epochs" in self.training and "max_steps" not in self.training:
             training["max_steps"] = -1
-        training.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
+        accelerated = torch.accelerator.is_available()
+        training.setdefault("dataloader_pin_memory", accelerated)
+        # Otherwise several processes without an accelerator would each train alone.
+        training.setdefault("use_cpu", not accelerated)
         own = {name: getattr(self, name) for name in _TOP_LEVEL}
         try:
             return TrRaConfig(output_dir=str(output), **training, **own)

@@ -25,12 +25,16 @@ __all__ = [
     "trainer_state",
 ]
 
-# What a checkpoint holds beside the model: the trainer's own state.
+# What a checkpoint holds beside the model: the trainer's own state, FSDP's and DeepSpeed's.
 _TRAINER_FILES = (
     "optimizer*",
     "scheduler*",
     "scaler*",
     "rng_state*",
+    "pytorch_model_fsdp*",
+    "global_step*",
+    "latest",
+    "zero_to_*.py",
     "trainer_state.json",
     "training_args.bin",
     MANIFEST,

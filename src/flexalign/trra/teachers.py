@@ -15,12 +15,12 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
-from trl.models import prepare_deepspeed, prepare_fsdp
 
 from flexalign._modes import evaluating
 from flexalign.heads import last_hidden
 from flexalign.pairing.adapters import AdapterSwitch, inner_model
 from flexalign.trra.forward import HeadForm, run_inside
+from flexalign.trra.sharding import place_teacher
 
 __all__ = ["Teacher", "as_teacher"]
 
@@ -51,12 +51,7 @@ class Teacher:
         """Place a module of its own as the student is placed: moved, or sharded like it."""
         if self.shares_student:
             return
-        if deepspeed:
-            self._wrapped = prepare_deepspeed(self.model, accelerator)
-        elif fsdp:
-            self._wrapped = prepare_fsdp(self.model, accelerator)
-        else:
-            self.model.to(accelerator.device)
+        self._wrapped = place_teacher(self.model, accelerator, deepspeed=deepspeed, fsdp=fsdp)
 
     @torch.no_grad()
     def hidden(self, inputs: Mapping[str, Any]) -> Tensor:

@@ -86,6 +86,8 @@ class _Recipe:
         training = self._full_training()
         accelerated = torch.accelerator.is_available() and not training.get("use_cpu")
         training.setdefault("dataloader_pin_memory", accelerated)
+        # Otherwise several processes without an accelerator would each train alone.
+        training.setdefault("use_cpu", not accelerated)
         training.setdefault("bf16", accelerated and not training.get("fp16"))
         # TRL's default goes by the old name of this field, which transformers warns about.
         checkpointing = training.pop("gradient_checkpointing", True)
