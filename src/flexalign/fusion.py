@@ -21,6 +21,7 @@ __all__ = [
     "concatenate_hidden",
     "fuse",
     "gated_lambda",
+    "mix_hidden",
     "per_position",
     "plausibility_mask",
     "total_variation",
@@ -207,6 +208,25 @@ def concatenate_hidden(reference_hidden: Tensor, aligned_hidden: Tensor, lam: La
     scaled = ((1 - lam) * reference_hidden, lam * aligned_hidden)
     dtype = torch.promote_types(reference_hidden.dtype, aligned_hidden.dtype)
     return torch.cat([part.to(dtype) for part in scaled], dim=-1)
+
+
+def mix_hidden(reference: Tensor, aligned: Tensor, lam: Tensor) -> Tensor:
+    """Mix two hidden states before the one linear head that both have: equation 5, as by `fuse`.
+
+    Unlike :func:`fuse` it reads nothing back from the device, so that it can be captured in a
+    graph; λ must have been checked.
+
+    Args:
+        reference: Shape ``(..., H)``.
+        aligned: Same shape.
+        lam: A finite λ for each of the leading dimensions, shape ``(...)``.
+
+    Returns:
+        Shape ``(..., H)``, in the dtype of the hidden states; mixed in at least float32.
+    """
+    dtype = _working_dtype(reference, aligned)
+    weight = lam.to(dtype).unsqueeze(-1)
+    return torch.lerp(reference.to(dtype), aligned.to(dtype), weight).to(reference.dtype)
 
 
 def _near_the_top(logits: Tensor, alpha: float) -> Tensor:

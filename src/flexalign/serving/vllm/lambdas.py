@@ -1,0 +1,219 @@
+"""λ of every token of a vLLM batch, from what each request asked for.
+
+λ belongs to a position. At position p the model chooses token p + 1, whose index among the
+generated tokens is p + 1 − (length of the prompt), and 0 for the prompt's own tokens. That is so
+in a prompt that comes in chunks, in a request that is computed again after it was preempted, and
+in drafts of which several are verified at once; so a schedule is right in all of them.
+"""
+
+import itertools
+from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flexalign.errors import ConfigError
+from flexalign.fusion import as_lambda
+from flexalign.schedules import Schedule
+from flexalign.serving.vllm.settings import DialSettings
+
+__all__ = ["LAMBDA_KEY", "RequestDial", "TokenLambdas", "read_lambda"]
+
+LAMBDA_KEY = "lambda"
+"""The key of ``SamplingParams.extra_args``; over HTTP, of ``vllm_xargs``."""
+
+_OTHER_NAMES = ("lam", "λ")
+
+
+def read_lambda(extra_args: Mapping[str, Any] | None, settings: DialSettings) -> Schedule:
+    """Read what a request's λ follows.
+
+    Args:
+        extra_args: Of its ``SamplingParams``: under ``"lambda"`` a number, a schedule's JSON
+            object, or its JSON text.
+        settings: The folder's; its default counts where the request gives no λ.
+
+    Raises:
+        ConfigError: If it is malformed or misspelt, or follows the thinking of a model whose tags
+            are not tokens.
+        LambdaError: If a λ in it is not a finite number.
+    """
+    given = dict(extra_args or {})
+    value = given.pop(LAMBDA_KEY, None)
+    for name in given:
+        if name in _OTHER_NAMES or get_close_matches(name.casefold(), [LAMBDA_KEY], cutoff=0.8):
+            raise ConfigError(f"{name[:80]!r} is no dial; did you mean {LAMBDA_KEY!r}?")
+    schedule = Schedule.parse(settings.default_lambda if value is None else value)
+    for lam in schedule.values:
+        as_lambda(lam)
+    if schedule.follows_thinking and settings.thinking_tokens is None:
+        raise ConfigError(
+            "a thinking schedule needs tags that are one token each, and this model's are not; "
+            "use a schedule over the token index."
+        )
+    return schedule
+
+
+class RequestDial:
+    """What the λ of one request follows, and how far it has come.
+
+    Attributes:
+        constant: Its λ, if that is the same for every token; else None.
+        schedule: Its λ by token.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        prompt_length: int,
+        thinking_tokens: tuple[int, int] | None = None,
+        known: Sequence[int] = (),
+    ) -> None:
+        """Start a request.
+
+        Args:
+            schedule: Of :func:`read_lambda`.
+            prompt_length: Tokens in its prompt.
+            thinking_tokens: The tokens that open and close the thinking.
+            known: Its first tokens: the prompt, and what was generated before it was preempted.
+                They are looked at where the engine has them cached and does not run them again.
+        """
+        self.schedule = schedule
+        self.constant = schedule.at(0) if schedule.kind == "constant" else None
+        self._prompt_length = prompt_length
+        self._tokens = thinking_tokens
+        self._known = known
+        self._seen = 0
+        self._tags: list[tuple[int, bool]] = []
+        """Positions of the tags so far, and whether each opens the thinking."""
+
+    def at(self, start: int, count: int, token_ids: Sequence[int] = ()) -> list[float]:
+        """Return λ at the positions from ``start`` on.
+
+        Args:
+            start: The first position that the engine runs in this step.
+            count: How many.
+            token_ids: The tokens there; only a schedule that follows the thinking asks.
+        """
+        positions = range(start, start + count)
+        if not self.schedule.follows_thinking:
+            return [self.schedule.at(self._index(position)) for position in positions]
+        self._look(range(self._seen, start), self._known[self._seen : start])
+        self._tags = [tag for tag in self._tags if tag[0] < start]
+        values = []
+        for position, token in zip(positions, token_ids, strict=True):
+            self._look((position,), (token,))
+            values.append(self._in_thinking(position))
+        self._seen = start + count
+        return values
+
+    def _index(self, position: int) -> int:
+        return max(0, position + 1 - self._prompt_length)
+
+    def _look(self, positions: Sequence[int], token_ids: Sequence[int]) -> None:
+        assert self._tokens is not None
+        for position, token in zip(positions, token_ids, strict=True):
+            if token in self._tokens:
+                self._tags.append((position, token == self._tokens[0]))
+
+    def _in_thinking(self, position: int) -> float:
+        """Return λ of the token after ``position``.
+
+        As everywhere in the library, it lies inside if the last opening tag is the last tag, and
+        is counted from the first token after that.
+        """
+        opened, inside = self._tags[-1] if self._tags else (-1, False)
+        return self.schedule.at(
+            self._index(position), inside=inside, thinking_tokens=position - opened
+        )
+
+
+class TokenLambdas:
+    """λ of every token of the batch that the model runs next.
+
+    Attributes:
+        values: λ by token, shape ``(N,)``, float32, as long as the largest batch. Its address
+            never changes: graphs that were captured read it there.
+        settings: The folder's.
+    """
+
+    def __init__(self, values: Tensor, settings: DialSettings) -> None:
+        self.values = values
+        self.settings = settings
+        self._requests: dict[str, tuple[Any, RequestDial]] = {}
+
+    def start(
+        self, sampling_params: Any, prompt_length: int, *known: Sequence[int] | None
+    ) -> RequestDial:
+        """Return the dial of a request that starts, or starts again.
+
+        Args:
+            sampling_params: Its ``SamplingParams``.
+            prompt_length: As in :class:`RequestDial`.
+            *known: Its first tokens, in parts.
+        """
+        return RequestDial(
+            read_lambda(sampling_params.extra_args, self.settings),
+            prompt_length,
+            self.settings.thinking_tokens,
+            list(itertools.chain.from_iterable(part or () for part in known)),
+        )
+
+    def dial(
+        self,
+        request_id: str,
+        sampling_params: Any,
+        prompt_length: int,
+        *known: Sequence[int] | None,
+    ) -> RequestDial:
+        """Return a request's dial: the same for as long as it has the same sampling parameters.
+
+        Args:
+            request_id: vLLM's.
+            sampling_params: As in :meth:`start`, as are the others.
+            prompt_length: As in :class:`RequestDial`.
+            *known: Its first tokens, in parts.
+        """
+        params, dial = self._requests.get(request_id, (None, None))
+        if dial is None or params is not sampling_params:
+            dial = self.start(sampling_params, prompt_length, *known)
+            self._requests[request_id] = sampling_params, dial
+        return dial
+
+    def forget_others(self, request_ids: Collection[str]) -> None:
+        """Drop every request that is not one of these."""
+        for request_id in self._requests.keys() - request_ids:
+            del self._requests[request_id]
+
+    def write(
+        self,
+        dials: Sequence[RequestDial],
+        starts: Any,
+        positions: Tensor,
+        input_ids: Tensor | None,
+    ) -> None:
+        """Write the λ of a batch.
+
+        Nothing is read from the device unless a λ moves.
+
+        Args:
+            dials: One per request, in the order of the batch.
+            starts: Where each request's tokens start in the batch, and where the last one's end:
+                a NumPy array, shape ``(len(dials) + 1,)``.
+            positions: Of the batch's tokens in their sequences, on the model's device.
+            input_ids: The batch's tokens, likewise.
+        """
+        constants = np.array([dial.constant or 0.0 for dial in dials], dtype=np.float32)
+        values = np.repeat(constants, np.diff(starts))
+        moving = [row for row, dial in enumerate(dials) if dial.constant is None]
+        if moving:
+            firsts = positions[torch.as_tensor(starts[moving]).long()].tolist()
+            follow = any(dials[row].schedule.follows_thinking for row in moving)
+            tokens = input_ids.tolist() if follow and input_ids is not None else []
+            for row, first in zip(moving, firsts, strict=True):
+                begin, end = int(starts[row]), int(starts[row + 1])
+                values[begin:end] = dials[row].at(first, end - begin, tokens[begin:end])
+        self.values[: len(values)].copy_(torch.from_numpy(values), non_blocking=True)
