@@ -89,7 +89,7 @@ export class Answer {
     const thought = usage?.completion_tokens_details?.reasoning_tokens;
     this.thinkingName.textContent = thought === undefined ? "Thinking" : `Thinking · ${count(thought, "token")}`;
     const parts = usage ? [count(usage.completion_tokens, "token")] : [];
-    if (this.rejected) parts.push(`${this.rejected} of them rejected`);
+    if (this.rejected) parts.push(`${this.rejected} rejected`);
     parts.push(seconds(milliseconds));
     const how = ENDS[end] || (this.text.firstChild ? "" : "no answer");
     if (how) parts.push(how);

@@ -3,7 +3,7 @@
 import { byId } from "./dom.js";
 
 /** What the miniature can be asked. */
-export const EXAMPLE = "9+3+6?";
+export const EXAMPLE = "9+3+6+2?";
 
 const NUMBERS = { temperature: "temperature", max_tokens: "max-tokens", seed: "seed" };
 
