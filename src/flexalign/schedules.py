@@ -21,7 +21,7 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import Any, TypeAlias, TypeVar, Union
+from typing import Any, TypeAlias, TypeVar, Union, cast
 
 from flexalign.errors import ConfigError, LambdaError
 
@@ -203,9 +203,8 @@ class Schedule:
 
 
 def _known(value: _Value | None) -> _Value:
-    """Return a value that ``__post_init__`` has made sure of."""
-    assert value is not None
-    return value
+    """Return a value that ``__post_init__`` has made sure of, as what it is."""
+    return cast("_Value", value)
 
 
 def _between(start: float, end: float, share: float) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from flexalign.errors import ConfigError
-from flexalign.policies import Adaptive, Dial, Fixed
+from flexalign.policies import Adaptive, Fixed
 
 __all__ = ["REFERENCE_EFFORT", "VERSION", "effort_to_dial", "largest_effort"]
 
@@ -24,7 +24,7 @@ REFERENCE_EFFORT = 100.0
 """The effort at which the tokens are those of λ = 0."""
 
 
-def effort_to_dial(calibration: Mapping[str, Any] | None, effort: float) -> Dial:
+def effort_to_dial(calibration: Mapping[str, Any] | None, effort: float) -> Adaptive | Fixed:
     """Return the setting that an effort stands for.
 
     Ranges of λ that calibration found worse than both their neighbours (`holes`) are skipped: an
@@ -41,8 +41,7 @@ def effort_to_dial(calibration: Mapping[str, Any] | None, effort: float) -> Dial
         ConfigError: If there is no calibration, it is of another version or damaged, or the
             effort lies outside what it covers.
     """
-    largest = largest_effort(calibration)
-    assert calibration is not None
+    calibration, largest = _checked(calibration)
     is_number = isinstance(effort, numbers.Real) and not isinstance(effort, bool)
     if not is_number or not 0 <= float(effort) <= largest:
         raise ConfigError(
@@ -62,6 +61,11 @@ def largest_effort(calibration: Mapping[str, Any] | None) -> float:
     Raises:
         ConfigError: If there is no calibration, or it cannot be read.
     """
+    return _checked(calibration)[1]
+
+
+def _checked(calibration: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], float]:
+    """Return a calibration that can be read, and its largest effort."""
     if calibration is None:
         raise ConfigError(
             "effort has no meaning before calibration, and this adapter has none; run flexalign "
@@ -79,7 +83,7 @@ def largest_effort(calibration: Mapping[str, Any] | None) -> float:
         raise ConfigError(
             f"this adapter's calibration is damaged ({error!r}); run flexalign calibrate again."
         ) from error
-    return largest
+    return calibration, largest
 
 
 def _along(points: Sequence[Sequence[float]], effort: float) -> float:

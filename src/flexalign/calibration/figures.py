@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from flexalign.calibration.effort import REFERENCE_EFFORT, effort_to_dial, largest_effort
 from flexalign.calibration.ways import Ways
+from flexalign.errors import ConfigError
 from flexalign.evaluation.statistics import clustered_interval
 from flexalign.evaluation.systems import Setting
 from flexalign.policies import Adaptive, Fixed
@@ -67,6 +68,9 @@ def level_figures(
     Returns:
         One object for each effort. Its `source` says where the figures are from: `measured`,
         `simulated` from the two ways, or `interpolated` between two measured λ.
+
+    Raises:
+        ConfigError: If efforts stand for thresholds, and the two ways are not given.
     """
     largest = largest_effort(calibration)
     reference = float(fixed[0.0].tokens.mean())
@@ -89,14 +93,13 @@ def level_figures(
 
 
 def _at(
-    dial: object, ways: Ways | None, fixed: Mapping[float, Answers]
+    dial: Adaptive | Fixed, ways: Ways | None, fixed: Mapping[float, Answers]
 ) -> tuple[dict[str, Any], str]:
     if isinstance(dial, Adaptive):
-        assert ways is not None
-        assert dial.threshold is not None
+        if ways is None or dial.threshold is None:
+            raise ConfigError("this calibration's efforts are thresholds; give both ways.")
         tokens, correct = ways.tokens(dial.threshold), ways.correct(dial.threshold)
         return figures(Answers(ways.questions, tokens, correct)), "simulated"
-    assert isinstance(dial, Fixed)
     lam = dial.lam
     if lam in fixed:
         return figures(fixed[lam]), "measured"

@@ -75,7 +75,7 @@ def read_efforts(text: str | None, adapter: str | None) -> "list[Dial]":
 
     with as_input_errors():
         calibration = InRaConfig.load(resolve_adapter(adapter)).calibration
-    dials = []
+    dials: list[Dial] = []
     for part in text.split(","):
         try:
             effort = float(part)

@@ -150,10 +150,9 @@ def evaluate(
     count = _default(samples, tasks, "samples")
     sweep = Sweep(asked, tasks, settings, count, seed, baseline, options)
     unreadable = _warn(sweep, workers)
-    if dry_run:
+    if dry_run or output is None:
         _preview(sweep, unreadable, as_json)
         return
-    assert output is not None
     summary = _run(sweep, output, workers)
     if as_json:
         print_json(summary)
@@ -260,9 +259,8 @@ def _run(sweep: "Sweep", output: Path, workers: int) -> dict[str, Any]:
             console.print("What is written is whole; give the same command again to go on.")
             raise
     console.print(f"{escape(str(output))}: {complete} of {total} samples, {result.made} made now.")
-    if result.lost:
+    if result.lost or result.summary is None:
         raise ServingError(_describe(result.lost, total))
-    assert result.summary is not None
     _report(output)
     return result.summary
 

@@ -151,14 +151,13 @@ def tune(
         options = TuneOptions(confidence, samples or answers.samples, looks=looks, seed=seed)  # type: ignore[arg-type]
         variance = variance_of(answers, answers.task, accuracy)
         planned = plan_of(len(answers.questions), options, power, variance)
-        if plan_only or dry_run:
+        if plan_only or dry_run or output is None:
             show_plan(planned, as_json)
             return
         warn_of_margin(planned, goal)
         settings = settings_of(lambdas, policies or [])
         if len(settings) == 1:
             settings += [Setting(name) for name in answers.settings if name != settings[0].id]
-        assert output is not None
         tuned = _run(settings, answers, answers.questions, goal, options)
         _finish(tuned, output, as_json, answers)
         return
@@ -198,7 +197,7 @@ def tune(
         },
     )
     warn_of_margin(planned, goal)
-    if dry_run:
+    if dry_run or output is None:
         (_, _, prompt) = sweep.previews()[0]
         console.rule("the first prompt")
         console.print(prompt, markup=False, soft_wrap=True)
@@ -206,7 +205,6 @@ def tune(
         console.print(f"would draw at most {sweep.total} samples.")
         show_plan(planned, as_json)
         return
-    assert output is not None
     _draw(sweep, settings, goal, options, output, workers, as_json)
 
 

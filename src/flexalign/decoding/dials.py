@@ -84,9 +84,7 @@ class RowDials:
             ConfigError: If a schedule or a policy is malformed.
         """
         if isinstance(lam, Tensor):
-            table = as_lambda(lam)
-            assert isinstance(table, Tensor)
-            table = table.detach().to("cpu", torch.float64)
+            table = torch.as_tensor(as_lambda(lam)).detach().to("cpu", torch.float64)
             if table.ndim == 0:
                 table = table.expand(rows)
             if table.ndim > 2 or len(table) != rows or table.numel() == 0:

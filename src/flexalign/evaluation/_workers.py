@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 from threading import Timer
 from time import monotonic
+from typing import IO, cast
 
 from flexalign.errors import ConfigError
 from flexalign.evaluation._equality import READY, UNPARSED
@@ -64,10 +65,9 @@ class _Worker:
         """Ask once more if the process died before its time: that may not be the answer's fault."""
         request = json.dumps({"found": found, "expected": expected, "seconds": seconds}) + "\n"
         for _ in range(2):
-            if self._process is None:
-                self._start()
+            process = self._process or self._start()
             start = monotonic()
-            reply = self._exchange(request, seconds)
+            reply = self._exchange(process, request, seconds)
             if reply:
                 return reply
             if monotonic() - start >= seconds:
@@ -81,8 +81,8 @@ class _Worker:
         process.kill()
         process.communicate()
 
-    def _start(self) -> None:
-        self._process = subprocess.Popen(
+    def _start(self) -> subprocess.Popen[str]:
+        self._process = process = subprocess.Popen(
             [sys.executable, "-P", "-m", "flexalign.evaluation._equality"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -90,25 +90,23 @@ class _Worker:
             text=True,
             encoding="utf-8",
         )
-        if self._exchange("", _START_SECONDS) != READY:
+        if self._exchange(process, "", _START_SECONDS) != READY:
             raise ConfigError(
                 "the process that compares answers does not start; see why with: "
                 f"{sys.executable} -P -m flexalign.evaluation._equality"
             )
+        return process
 
-    def _exchange(self, request: str, seconds: float) -> str | None:
+    def _exchange(self, process: subprocess.Popen[str], request: str, seconds: float) -> str | None:
         """Send a request and read its reply; None if the process did not live to give one."""
-        process = self._process
-        assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
+        requests, replies = cast("tuple[IO[str], IO[str]]", (process.stdin, process.stdout))
         limit = Timer(seconds, process.kill)
         limit.daemon = True
         limit.start()
         try:
-            process.stdin.write(request)
-            process.stdin.flush()
-            reply = process.stdout.readline().strip()
+            requests.write(request)
+            requests.flush()
+            reply = replies.readline().strip()
         except OSError:
             reply = ""
         finally:

@@ -126,13 +126,13 @@ def weigh(answers: Answers, fast: Answers, slow: Answers) -> Worth:
     questions = range(len(slow.right))
     measured = [Measured(one.right, one.tokens, questions) for one in (slow, fast, answers)]
     place = next((i for i, end in enumerate((slow, fast)) if end is answers), 2)
-    chord = distance_intervals(measured, ends=(0, 1))[place].chord
-    assert chord is not None
+    distances = distance_intervals(measured, ends=(0, 1))
+    chords = [one.chord for one in distances if one.chord is not None]
     return Worth(
         clustered_interval(answers.right, questions, share=True),
         clustered_interval(answers.tokens, questions, share=False),
         paired_difference_interval(answers.right, questions, slow.right, questions),
-        chord,
+        chords[place],
     )
 
 

@@ -80,7 +80,7 @@ class StreamDecoding(FusedDecoding, StackedStreams):
             )
         if cache.plan is None:
             return {"streams": torch.full_like(streams, BOTH)}
-        self._continue(cache, streams, options)
+        self._continue(cache, cache.plan.streams, streams, options)
         return {}
 
     def _streams(self, dials: RowDials, options: dict[str, Any]) -> Tensor:
@@ -100,11 +100,12 @@ class StreamDecoding(FusedDecoding, StackedStreams):
     def _fork(self, cache: StreamCache, rows: Tensor, dials: RowDials) -> StreamCache:
         return cache.fork(rows, _codes(dials))
 
-    def _continue(self, cache: StreamCache, streams: Tensor, options: dict[str, Any]) -> None:
+    def _continue(
+        self, cache: StreamCache, held: Tensor, streams: Tensor, options: dict[str, Any]
+    ) -> None:
         """Make an earlier call's cache fit this one: missing streams, repeated rows."""
-        assert cache.plan is not None
         ids, mask = options.get("input_ids"), options.get("attention_mask")
-        held, past = cache.plan.streams, cache.get_seq_length()
+        past = cache.get_seq_length()
         if ids is None or len(held) != len(streams) or ids.shape[1] <= past:
             raise ConfigError(
                 f"the cache holds {len(held)} rows of {past} tokens; give generate input_ids that "

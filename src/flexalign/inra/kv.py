@@ -107,10 +107,12 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
         return other
 
     def join(self, other: "StreamCache") -> None:
-        """Add the streams of another cache over the same rows and tokens."""
-        assert self.plan is not None
-        assert other.plan is not None
-        mine, theirs = self.plan, other.plan
+        """Add the streams of another cache over the same rows and tokens.
+
+        Raises:
+            ConfigError: If one of the two is empty.
+        """
+        mine, theirs = self._used_plan(), other._used_plan()
         new = Plan(mine.streams | theirs.streams, mine.device)
         shift = len(mine.rows)
         base = torch.where(mine.base_at < 0, theirs.base_at + shift, mine.base_at)
@@ -137,13 +139,21 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
         self.plan = new
 
     def append(self, other: "StreamCache") -> None:
-        """Add the rows of another cache of as many tokens, which is used up by it."""
-        assert self.plan is not None
-        assert other.plan is not None
-        mine, theirs, device = self.plan.streams, other.plan.streams, self.plan.device
+        """Add the rows of another cache of as many tokens, which is used up by it.
+
+        Raises:
+            ConfigError: If one of the two is empty.
+        """
+        plan, theirs = self._used_plan(), other._used_plan().streams
+        mine, device = plan.streams, plan.device
         self.plan = Plan(torch.cat([mine, torch.zeros_like(theirs)]), device)
         other.plan = Plan(torch.cat([torch.zeros_like(mine), theirs]), device)
         self.join(other)
+
+    def _used_plan(self) -> Plan:
+        if self.plan is None:
+            raise ConfigError("the cache is empty; run the prompts first.")
+        return self.plan
 
     def _index(self, stack: Tensor, adapters: Tensor) -> None:
         for index, layer in enumerate(self.layers):

@@ -111,7 +111,7 @@ class ModelPair:
                 )
             aligned = "miniature:aligned"
         facts = examine_pair(reference, aligned, dtype=dtype, trust_remote_code=trust_remote_code)
-        _judge(facts, device_map, allow_oversize)
+        vocab_size = _judge(facts, device_map, allow_oversize)
         options: dict[str, Any] = {
             "dtype": dtype,
             "device_map": device_map,
@@ -129,8 +129,7 @@ class ModelPair:
         tokenizer = facts.reference.tokenizer
         if not tokenizer.chat_template and facts.aligned.tokenizer.chat_template:
             tokenizer = facts.aligned.tokenizer
-        assert facts.vocab_size is not None
-        return cls(first, second, tokenizer, facts.vocab_size)
+        return cls(first, second, tokenizer, vocab_size)
 
     @classmethod
     def of(
@@ -198,9 +197,9 @@ class ModelPair:
         return logits[..., : self.vocab_size]
 
 
-def _judge(facts: PairFacts, device_map: Any, allow_oversize: bool) -> None:
-    """Say what there is to say of a pair before it is loaded, or refuse it."""
-    if facts.problems:
+def _judge(facts: PairFacts, device_map: Any, allow_oversize: bool) -> int:
+    """Say what there is to say of a pair before it is loaded, or refuse it; return its V."""
+    if facts.vocab_size is None:
         raise PairMismatchError(
             f"{facts.reference.name} and {facts.aligned.name} do not fit: "
             + " Also: ".join(facts.problems)
@@ -216,6 +215,7 @@ def _judge(facts: PairFacts, device_map: Any, allow_oversize: bool) -> None:
         )
     for note in (f"{need}.", *facts.notes):
         print(f"note: {note}", file=sys.stderr)
+    return facts.vocab_size
 
 
 def _width(model: nn.Module) -> int:

@@ -233,7 +233,8 @@ class LocalBackend:
         if self.kind != "interpolate":
             yield self.model
             return
-        assert setting.lam is not None
+        if setting.lam is None:
+            raise ConfigError(f"weights are interpolated at a number, and {setting.id} is none.")
         with TemporaryDirectory(prefix="flexalign-") as scratch:
             reference, aligned = self._sources
             folder = interpolate(reference, aligned, setting.lam, Path(scratch) / "model")
