@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.markup import escape
@@ -17,8 +16,8 @@ from flexalign.cli._training import (
     show_samples,
 )
 from flexalign.data import Lengths, measure_lengths
+from flexalign.data.rendering import chat_template_of
 from flexalign.errors import PairMismatchError
-from flexalign.loading import load_tokenizer
 from flexalign.loading.weights import tensor_infos
 from flexalign.pairing.examination import ModelFacts, PairFacts, examine_pair
 from flexalign.trra.estimate import count_parameters, estimate_memory
@@ -74,12 +73,7 @@ def _tokenizer(facts: PairFacts, chat_template: str | None) -> Any:
     tokenizer = facts.reference.tokenizer
     if not tokenizer.chat_template and facts.aligned.tokenizer.chat_template:
         tokenizer = facts.aligned.tokenizer
-    if chat_template is not None:
-        path = Path(chat_template)
-        if path.is_file():
-            tokenizer.chat_template = path.read_text(encoding="utf-8")
-        else:
-            tokenizer.chat_template = load_tokenizer(path).chat_template
+    tokenizer.chat_template = chat_template_of(tokenizer, chat_template)
     return tokenizer
 
 

@@ -1,5 +1,6 @@
 """Conversations as text, by the chat template, and what a template may lose on the way."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from flexalign.data.thinking import ThinkingTags
@@ -8,7 +9,30 @@ from flexalign.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_rendering", "keeps_thinking", "plain_prompt", "render_chat"]
+__all__ = [
+    "chat_template_of",
+    "check_rendering",
+    "keeps_thinking",
+    "plain_prompt",
+    "render_chat",
+]
+
+
+def chat_template_of(tokenizer: "PreTrainedTokenizerBase", path: str | None) -> Any:
+    """Return the chat template that training is going to use.
+
+    Args:
+        tokenizer: The model's own.
+        path: ``chat_template_path``: a template's file, or a model with another one; None for the
+            tokenizer's own.
+    """
+    if path is None:
+        return tokenizer.chat_template
+    if Path(path).is_file():
+        return Path(path).read_text(encoding="utf-8")
+    from flexalign.loading import load_tokenizer
+
+    return load_tokenizer(path).chat_template
 
 
 def render_chat(

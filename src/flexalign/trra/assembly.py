@@ -7,60 +7,35 @@ adapters off; and an aligned model that is an adapter on the reference joins the
 
 import copy
 import functools
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from flexalign.errors import ConfigError, PairMismatchError
-from flexalign.loading import Source, load_model, load_tokenizer, resolve
+from flexalign.errors import ConfigError
+from flexalign.loading import load_model, load_tokenizer, resolve
 from flexalign.pairing import ModelPair
 from flexalign.pairing.adapters import inner_model
-from flexalign.pairing.examination import examine_pair
 from flexalign.trra.config import TrRaConfig
-from flexalign.trra.forward import HeadForm, require_plain_head
+from flexalign.trra.forward import HeadForm
+from flexalign.trra.parts import (
+    PLACES,
+    STUDENT_ADAPTER,
+    Model,
+    Parts,
+    is_adapter,
+    require_one_vocabulary,
+    require_trainable,
+    with_adapter,
+)
 from flexalign.trra.teachers import Teacher
 
 __all__ = ["ALIGNED_ADAPTER", "STUDENT_ADAPTER", "Model", "Parts", "assemble"]
 
-STUDENT_ADAPTER = "default"
-"""The one name under which PEFT saves an adapter as the folder itself."""
-
 ALIGNED_ADAPTER = "aligned"
-
-Model = str | Path | Source | nn.Module
-
-_PLACES = (str, Path, Source)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """A student, its two teachers and their tokenizer.
-
-    Attributes:
-        student: What is trained: a transformers model, or a PEFT wrapper of one.
-        form: The form of its head.
-        reference: The teacher of λ=0.
-        aligned: The teacher of λ=1.
-        tokenizer: Of all three.
-    """
-
-    student: nn.Module
-    form: HeadForm
-    reference: Teacher
-    aligned: Teacher
-    tokenizer: PreTrainedTokenizerBase
-
-    def models(self) -> dict[str, nn.Module]:
-        """Return the modules by their role, each once."""
-        teachers = {"reference": self.reference, "aligned": self.aligned}
-        own = {role: t.model for role, t in teachers.items() if not t.shares_student}
-        return {"student": self.student, **own}
 
 
 def assemble(
@@ -89,13 +64,13 @@ def assemble(
     """
     if pair is not None and (reference is not None or aligned is not None):
         raise ConfigError("pair already holds reference and aligned; give one or the other.")
-    if peft_config is not None and _is_adapter(model):
+    if peft_config is not None and is_adapter(model):
         raise ConfigError("model is an adapter already; leave out peft_config to train it on.")
     at_reference = model is None or (reference is None and pair is None)
-    if isinstance(model, _PLACES) and isinstance(reference, _PLACES):
+    if isinstance(model, PLACES) and isinstance(reference, PLACES):
         at_reference = str(model) == str(reference)
         if not at_reference:
-            _require_one_vocabulary(reference, model, args)
+            require_one_vocabulary(reference, model, args)
     if pair is None:
         pair = _load_pair(model, reference, aligned, args, peft_config, tokenizer)
     at_reference = at_reference or model is pair.reference
@@ -103,7 +78,7 @@ def assemble(
         return _on_the_base(model, pair, args, peft_config)
     student = _own_student(model, reference, pair, at_reference, args)
     if peft_config is not None:
-        student = _with_adapter(student, args, peft_config)
+        student = with_adapter(student, args, peft_config)
     if pair.shared_base:
         names: tuple[str, ...] = tuple(pair.aligned.active_adapters)
         return _parts(student, pair, (pair.aligned, ()), (pair.aligned, names))
@@ -125,16 +100,16 @@ def _load_pair(
         "dtype": torch.bfloat16 if args.bf16 else torch.float32,
         "trust_remote_code": args.trust_remote_code,
     }
-    if isinstance(start, _PLACES) and isinstance(aligned, _PLACES):
+    if isinstance(start, PLACES) and isinstance(aligned, PLACES):
         return ModelPair.load(start, aligned, **options)
-    if isinstance(start, _PLACES):
+    if isinstance(start, PLACES):
         tokenizer = tokenizer or load_tokenizer(start)
         start = load_model(start, **options)
     elif start is model and peft_config is None:
         start = copy.deepcopy(start)  # the module itself is going to be trained
     if tokenizer is None:
         raise ConfigError("the models are modules; give their tokenizer as processing_class.")
-    if isinstance(aligned, _PLACES):
+    if isinstance(aligned, PLACES):
         source = resolve(aligned)
         other: nn.Module = (
             PeftModel.from_pretrained(start, source.path, adapter_name=ALIGNED_ADAPTER)
@@ -146,21 +121,12 @@ def _load_pair(
     return ModelPair.of(start, other, tokenizer)
 
 
-def _require_one_vocabulary(reference: Any, model: Any, args: TrRaConfig) -> None:
-    facts = examine_pair(reference, model, trust_remote_code=args.trust_remote_code)
-    if facts.problems:
-        raise PairMismatchError(
-            f"the student {model} does not fit the reference {reference}: "
-            + " Also: ".join(facts.problems)
-        )
-
-
 def _on_the_base(
     model: Model | None, pair: ModelPair, args: TrRaConfig, peft_config: PeftConfig | None
 ) -> Parts:
     """Make the student an adapter on the pair's own base, beside the aligned adapter if any."""
     aligned_adapters = None
-    folder = resolve(model).path if isinstance(model, _PLACES) and peft_config is None else None
+    folder = resolve(model).path if isinstance(model, PLACES) and peft_config is None else None
     if isinstance(model, PeftModel):
         student = model
     elif not pair.shared_base:
@@ -168,7 +134,7 @@ def _on_the_base(
         if folder is not None:
             student = PeftModel.from_pretrained(base, folder, is_trainable=True)
         else:
-            student = _with_adapter(base, args, peft_config)
+            student = with_adapter(base, args, peft_config)
     else:
         student = pair.aligned
         aligned_adapters = (_free_the_name(student),)
@@ -197,7 +163,7 @@ def _own_student(
     if isinstance(model, nn.Module) and model is not pair.reference:
         return model
     path = model if model is not None else reference
-    if isinstance(path, _PLACES):
+    if isinstance(path, PLACES):
         dtype = (args.model_init_kwargs or {}).get("dtype", torch.float32)
         loaded: nn.Module = load_model(path, dtype=dtype, trust_remote_code=args.trust_remote_code)
         return loaded
@@ -206,15 +172,6 @@ def _own_student(
     )
     copied: nn.Module = source.float().requires_grad_(True)
     return copied
-
-
-def _with_adapter(base: nn.Module, args: TrRaConfig, peft_config: PeftConfig) -> PeftModel:
-    set_seed(args.seed)
-    zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-    # ZeRO-3 gathers parameters of one dtype only.
-    return get_peft_model(
-        base, peft_config, adapter_name=STUDENT_ADAPTER, autocast_adapter_dtype=not zero3
-    )
 
 
 def _free_the_name(model: PeftModel) -> str:
@@ -230,17 +187,11 @@ def _free_the_name(model: PeftModel) -> str:
     return ALIGNED_ADAPTER
 
 
-def _is_adapter(model: Model | None) -> bool:
-    if isinstance(model, _PLACES):
-        return resolve(model).is_adapter
-    return isinstance(model, PeftModel)
-
-
 def _is_adapter_of(model: Model | None, pair: ModelPair) -> bool:
     """Whether the student is an adapter on the reference: a folder of one, or a module."""
     if isinstance(model, PeftModel):
         return inner_model(model) is inner_model(pair.reference)
-    return _is_adapter(model)
+    return is_adapter(model)
 
 
 def _parts(
@@ -249,12 +200,7 @@ def _parts(
     reference: tuple[nn.Module, tuple[str, ...] | None],
     aligned: tuple[nn.Module, tuple[str, ...] | None],
 ) -> Parts:
-    require_plain_head(student)
-    if not any(parameter.requires_grad for parameter in student.parameters()):
-        raise ConfigError(
-            "no weight of the student is trainable (a teacher's copy is frozen like it); call "
-            "requires_grad_(True) on the model, or give a peft_config."
-        )
+    require_trainable(student)
     forms: dict[int, HeadForm] = {}
     for model in (student, reference[0], aligned[0]):
         if id(model) not in forms:

@@ -107,12 +107,13 @@ def newest_complete(output: Path) -> Found:
 
 
 @contextlib.contextmanager
-def writing(what: str, output: Path) -> Iterator[None]:
+def writing(what: str, output: Path, *, remains: str | None = None) -> Iterator[None]:
     """Turn a failure to write into one sentence that says what still stands.
 
     Args:
         what: What is being written, for the message.
-        output: The run's folder, whose complete checkpoints are named.
+        output: The run's folder.
+        remains: What still stands; None: its newest complete checkpoint.
 
     Raises:
         CheckpointError: If the disk is full, the folder is read-only, or writing failed otherwise.
@@ -122,8 +123,9 @@ def writing(what: str, output: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if not _is_write_failure(error):
             raise
-        stands = newest_complete(output).path
-        remains = f"{stands} stands" if stands else "there is no complete checkpoint yet"
+        if remains is None:
+            stands = newest_complete(output).path
+            remains = f"{stands} stands" if stands else "there is no complete checkpoint yet"
         raise CheckpointError(
             f"{what} could not be written to {output} ({_reason(error, output)}); {remains}: "
             "mend that and run the same command again, it goes on from there."

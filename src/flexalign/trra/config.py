@@ -114,8 +114,8 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
     def _check_realignment(self) -> None:
         if isinstance(self.lam, list | tuple):
             raise ConfigError(
-                f"lam: this version trains one λ in a run, got {len(self.lam)}; "
-                "start one run for each (several in one come with a later release)."
+                f"lam: a trainer trains one λ, got {len(self.lam)}; make one for each (flexalign "
+                "realign --lambda 0.5,1 does, and from one cache if teacher='cached')."
             )
         schedule = self.schedule
         if schedule.follows_thinking:
@@ -132,15 +132,29 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
             _require_share("gate", self.gate)
         _require_count("chunk_size", self.chunk_size)
         _require_count("rounds", self.rounds)
-        if self.teacher == "cached" or self.cache_dir is not None:
-            raise ConfigError(
-                "teacher='cached' (and cache_dir): this version trains with the online teacher "
-                "only; leave both out (the cache comes with a later release)."
-            )
+        if self.teacher == "cached":
+            self._check_cached()
         if self.rollouts > 0:
             raise ConfigError(
                 f"rollouts={self.rollouts}: this version trains on the responses of the data "
                 "only; leave it out (rollouts come with a later release)."
+            )
+
+    def _check_cached(self) -> None:
+        if self.cache_dir is None:
+            raise ConfigError(
+                "teacher='cached' needs cache_dir, the folder that flexalign cache filled."
+            )
+        for name, neutral, reason in (
+            ("rounds", 1, "every round has another aligned model, which a cache would serve once"),
+            ("rollouts", 0, "the cache has no responses of the student"),
+        ):
+            if getattr(self, name) != neutral:
+                raise ConfigError(f"{name} with teacher='cached': {reason}; use teacher='online'.")
+        if self.packing and self.packing_strategy == "bfd_split":
+            raise ConfigError(
+                "packing_strategy='bfd_split' with teacher='cached': it cuts documents, and the "
+                "cache holds whole ones; use 'bfd'."
             )
 
     def _check_training(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from flexalign.errors import CheckpointError, ConfigError
 from flexalign.trra.checkpoints import MANIFEST, fault_of
 
-__all__ = ["RUN", "claim_output", "state_of_output"]
+__all__ = ["RUN", "claim_output", "differences", "state_of_output"]
 
 RUN = "run.json"
 """The file that says whose folder it is: everything that decides the trained weights."""
@@ -43,10 +43,10 @@ def state_of_output(output: Path, identity: Mapping[str, Any]) -> State:
         ) from None
     except ValueError:
         raise ConfigError(f"{output / RUN} cannot be read; name another output folder.") from None
-    differences = list(_differences(before, json.loads(json.dumps(identity))))
-    if differences:
+    unlike = list(differences(before, json.loads(json.dumps(identity))))
+    if unlike:
         raise ConfigError(
-            f"output {output} holds another run ({'; '.join(differences[:3])}); "
+            f"output {output} holds another run ({'; '.join(unlike[:3])}); "
             "name another output, or delete that folder."
         )
     return "done" if (output / MANIFEST).exists() and fault_of(output) is None else "unfinished"
@@ -71,11 +71,12 @@ def claim_output(output: Path, identity: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
+def differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
+    """Say what differs between two identities: "lambda was 1.0, now 2.0"."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in sorted(before.keys() | now.keys()):
             inner = f"{key}.{name}" if key else name
-            yield from _differences(before.get(name), now.get(name), inner)
+            yield from differences(before.get(name), now.get(name), inner)
     elif before != now:
         yield f"{key} was {_short(before)}, now {_short(now)}"
 

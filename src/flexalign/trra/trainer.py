@@ -20,11 +20,14 @@ from flexalign.losses import Divergence
 from flexalign.pairing import ModelPair
 from flexalign.pairing.adapters import inner_model
 from flexalign.trra.assembly import Parts, assemble
+from flexalign.trra.cache import HiddenStateCache
+from flexalign.trra.cache.feeding import CachedCollator
 from flexalign.trra.checkpoints import SealedCheckpoints
 from flexalign.trra.config import TrRaConfig
 from flexalign.trra.meter import Meter
-from flexalign.trra.objective import Objective
+from flexalign.trra.objective import CachedObjective, Objective
 from flexalign.trra.probes import require_packable
+from flexalign.trra.student import assemble_student, require_fit, tokenizer_of
 
 __all__ = ["TrRaTrainer"]
 
@@ -59,6 +62,7 @@ class TrRaTrainer(SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
         aligned: The model of λ=1.
         pair: Both at once, already loaded and checked; instead of the two.
         parts: Student and teachers, already assembled; instead of all four.
+        cache: The teachers' hidden states, already open; instead of `args.cache_dir`.
         args: The settings.
         train_dataset: As `SFTTrainer` takes it; use `prompt` and `completion` (or `messages` with
             `assistant_only_loss`) so that only responses are trained on.
@@ -94,6 +98,7 @@ class TrRaTrainer(SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
         train_dataset: Dataset | IterableDataset,
         pair: ModelPair | None = None,
         parts: Parts | None = None,
+        cache: HiddenStateCache | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Any] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
@@ -103,7 +108,17 @@ class TrRaTrainer(SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
         for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if options.get(name) is not None:
                 raise ConfigError(f"{name}: the loss builds no logits and is fixed; leave it out.")
-        if parts is None:
+        if args.teacher == "cached":
+            if pair is not None or parts is not None:
+                raise ConfigError("teacher='cached' takes no loaded teachers; leave pair out.")
+            start = reference if model is None else model
+            processing_class = processing_class or tokenizer_of(start, args)
+            cache = cache or HiddenStateCache.open(args.cache_dir or "")
+            require_fit(cache, (reference, aligned), train_dataset, processing_class, args)
+            parts = assemble_student(
+                model, reference, args, cache.vocab_size, peft_config, processing_class
+            )
+        elif parts is None:
             parts = assemble(model, reference, aligned, pair, args, peft_config, processing_class)
         if args.packing or args.padding_free:  # the two ways in which documents share a row
             require_packable(parts.models())
@@ -119,26 +134,38 @@ class TrRaTrainer(SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
         )
         _take_out_fused_head(inner_model(parts.student), forward)
         self._refuse_sequence_parallelism()
-        for teacher in (parts.reference, parts.aligned):
-            teacher.prepare(
-                self.accelerator, deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled
-            )
-        self.objective = Objective(
-            student=parts.student,
-            form=parts.form,
-            reference=parts.reference,
-            aligned=parts.aligned,
-            divergence=cast(Divergence, args.divergence),
-            beta=args.beta,
-            gate=args.gate,
-            chunk_size=args.chunk_size,
-        )
+        self.objective = self._make_objective(parts, cache)
         # The step's denominator is counted over shifted labels, whatever the model's own loss is.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self._schedule = args.schedule
         self._last_lam = self._schedule.at(0)
         self._meters = {"train": Meter(), "eval": Meter()}
+
+    def _make_objective(
+        self, parts: Parts, cache: HiddenStateCache | None
+    ) -> Objective | CachedObjective:
+        """Join the student with its teachers: placed as it is, or out of the cache."""
+        args = self.args
+        equation = {
+            "divergence": cast(Divergence, args.divergence),
+            "beta": args.beta,
+            "gate": args.gate,
+            "chunk_size": args.chunk_size,
+        }
+        if cache is not None:
+            for what in ("train_dataset", "eval_dataset"):
+                cache.require_all(getattr(self, what), what)
+            self.data_collator: Any = CachedCollator(self.data_collator, cache)
+            heads = cache.heads(self.accelerator.device)
+            return CachedObjective(parts.student, parts.form, heads, **equation)
+        assert parts.reference is not None
+        assert parts.aligned is not None
+        for teacher in (parts.reference, parts.aligned):
+            teacher.prepare(
+                self.accelerator, deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled
+            )
+        return Objective(parts.student, parts.form, parts.reference, parts.aligned, **equation)
 
     @property
     def lam(self) -> float:

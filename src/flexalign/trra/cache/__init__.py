@@ -1,0 +1,17 @@
+"""Both teachers' hidden states, computed once: from one cache a student of any λ is trained.
+
+Equation 5 mixes logits, and logits are a head's product with a final hidden state. What is kept is
+those hidden states at the positions whose next token the loss counts, and the two heads, once;
+no λ has gone into them, so every λ, schedule, divergence and gate trains from them exactly. One
+response token takes ``(H_reference + H_aligned) · bytes`` on disk.
+
+``documents`` says what is kept of a row and under which key, ``shards`` what one file is,
+``filling`` makes the files (any number of processes, killed and started again), ``reading`` maps
+them into memory, and ``feeding`` hands them to the trainer batch by batch.
+"""
+
+from flexalign.trra.cache.filling import fill_cache
+from flexalign.trra.cache.identity import identity_of
+from flexalign.trra.cache.reading import HiddenStateCache
+
+__all__ = ["HiddenStateCache", "fill_cache", "identity_of"]

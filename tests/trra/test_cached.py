@@ -1,0 +1,259 @@
+"""A cached teacher is the online one: the same losses and gradients, whatever the setting."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from flexalign.errors import ConfigError, DataError
+from flexalign.loading import fingerprint
+from flexalign.pairing import ModelPair
+from flexalign.trra import TrRaTrainer
+from flexalign.trra.cache import HiddenStateCache, fill_cache, identity_of
+from flexalign.trra.cache.documents import prepare_documents
+
+from .conftest import Modules, lora, make_rows
+from .test_trainer import assert_same, dense_loss, step, twin_gradients
+
+WIDTH = 64
+
+
+@pytest.fixture
+def make_cache(
+    tmp_path: Path, modules: Modules, settings: Callable[..., Any], tiny_tokenizer: Any
+) -> Callable[..., HiddenStateCache]:
+    def make(
+        rows: Dataset,
+        *,
+        pair: Modules = modules,
+        dtype: torch.dtype = torch.float32,
+        widths: tuple[int, int] = (WIDTH, WIDTH),
+        **options: Any,
+    ) -> HiddenStateCache:
+        args = settings(**options)
+        prints = (fingerprint(pair.reference), fingerprint(pair.aligned))
+        from flexalign.data import data_fingerprint
+
+        return fill_cache(
+            tmp_path / "cache",
+            identity_of(prints, data_fingerprint(rows), tiny_tokenizer, args),
+            lambda: prepare_documents(rows, tiny_tokenizer, args),
+            lambda: ModelPair.of(pair.reference, pair.aligned, tiny_tokenizer),
+            widths=widths,
+            dtype=dtype,
+            shard_bytes=40 * sum(widths) * dtype.itemsize,
+        )
+
+    return make
+
+
+@pytest.fixture
+def cached_trainer(
+    tmp_path: Path,
+    modules: Modules,
+    settings: Callable[..., Any],
+    tiny_tokenizer: Any,
+) -> Callable[..., TrRaTrainer]:
+    """A trainer with the teachers out of the folder that `make_cache` fills."""
+
+    def make(rows: Dataset, *, peft_config: Any = None, eval_dataset: Any = None, **options: Any):
+        args = settings(teacher="cached", cache_dir=str(tmp_path / "cache"), **options)
+        return TrRaTrainer(
+            model=copy.deepcopy(modules.reference).requires_grad_(True),
+            args=args,
+            train_dataset=rows,
+            eval_dataset=eval_dataset,
+            processing_class=tiny_tokenizer,
+            peft_config=peft_config,
+        )
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lam": 0.0},
+        {"lam": 5.0},
+        {"lam": {"kind": "linear", "start": 0.5, "end": 2, "steps": 10}},
+        {"divergence": "forward"},
+        {"divergence": "jsd", "beta": 0.3},
+        {"gate": 0.05},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        {"activation_checkpointing": True, "chunk_size": 3},
+        {"dataloader_num_workers": 1},
+        {"packing": True, "max_length": 64, "per_device_train_batch_size": 4},
+    ],
+    ids=str,
+)
+def test_losses_and_gradients_are_those_of_the_online_teacher(
+    make_trainer: Callable[..., Any],
+    make_cache: Callable[..., HiddenStateCache],
+    cached_trainer: Callable[..., Any],
+    options: dict[str, Any],
+) -> None:
+    rows = make_rows(8)
+    online = make_trainer(rows, **options)
+    expected = step(online)
+    make_cache(rows, **options)
+    cached = cached_trainer(rows, **options)
+    assert_same(step(cached), {name: grad.double() for name, grad in expected.items()})
+    first, second = (trainer.state.log_history[0] for trainer in (online, cached))
+    for name in ("loss", "divergence", "kl_reference", "kl_aligned", "lambda", "tokens_seen"):
+        assert second[name] == pytest.approx(first[name], rel=1e-5, abs=1e-7), name
+
+
+def test_one_cache_gives_the_twins_gradient_at_every_lambda(
+    modules: Modules,
+    make_cache: Callable[..., HiddenStateCache],
+    cached_trainer: Callable[..., Any],
+) -> None:
+    rows = make_rows(8)
+    make_cache(rows)
+    for lam in (0.5, 2.0, -1.0):
+        assert_same(step(cached_trainer(rows, lam=lam)), twin_gradients(modules, rows, lam))
+
+
+def test_several_steps_in_shuffled_order_stay_with_the_online_run(
+    make_trainer: Callable[..., Any],
+    make_cache: Callable[..., HiddenStateCache],
+    cached_trainer: Callable[..., Any],
+) -> None:
+    rows = make_rows(12)
+    options = {"max_steps": 7, "per_device_train_batch_size": 3, "learning_rate": 0.1}
+    online = make_trainer(rows, **options)
+    online.train()
+    make_cache(rows, **options)
+    cached = cached_trainer(rows, **options)
+    cached.train()
+    losses = [
+        [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        for trainer in (online, cached)
+    ]
+    assert len(losses[0]) == 7
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_an_adapter_is_trained_without_any_teacher_in_memory(
+    make_trainer: Callable[..., Any],
+    make_cache: Callable[..., HiddenStateCache],
+    cached_trainer: Callable[..., Any],
+) -> None:
+    rows = make_rows(8)
+    online = make_trainer(rows, peft_config=lora(r=4))
+    online.train()
+    make_cache(rows)
+    cached = cached_trainer(rows, peft_config=lora(r=4))
+    cached.train()
+    assert cached.state.log_history[0]["divergence"] == pytest.approx(
+        online.state.log_history[0]["divergence"], rel=1e-5
+    )
+    base = sum(p.numel() for n, p in cached.model.named_parameters() if "lora" not in n)
+    assert base == sum(p.numel() for p in make_trainer(rows).model.parameters())
+
+
+def test_an_evaluation_reads_the_cache_too(
+    modules: Modules,
+    make_cache: Callable[..., HiddenStateCache],
+    cached_trainer: Callable[..., Any],
+) -> None:
+    rows = make_rows(8)
+    make_cache(rows)
+    half = rows.select(range(4))
+    trainer = cached_trainer(rows, eval_dataset=half, per_device_eval_batch_size=3)
+    teachers = [copy.deepcopy(model).double() for model in modules]
+    expected = dense_loss(teachers[0], *teachers, half, 2.0)
+    assert trainer.evaluate()["eval_divergence"] == pytest.approx(
+        float(expected.detach()), rel=1e-4
+    )
+    with pytest.raises(DataError, match="row 1 of eval_dataset is not in the cache"):
+        cached_trainer(rows, eval_dataset=make_rows(2, seed=5))
+
+
+def test_bfloat16_storage_costs_no_more_than_its_rounding(
+    make_trainer: Callable[..., Any],
+    make_cache: Callable[..., HiddenStateCache],
+    cached_trainer: Callable[..., Any],
+) -> None:
+    rows = make_rows(8)
+    exact = make_trainer(rows)
+    gradients = step(exact)
+    cache = make_cache(rows, dtype=torch.bfloat16)
+    assert cache.facts["dtype"] == "bfloat16"
+    rounded = cached_trainer(rows)
+    found = step(rounded)
+    loss, exact_loss = (t.state.log_history[0]["loss"] for t in (rounded, exact))
+    assert loss == pytest.approx(exact_loss, rel=5e-3)
+    assert loss != exact_loss
+
+    def flat(named: dict[str, Tensor]) -> Tensor:
+        return torch.cat([named[name].flatten() for name in sorted(named)])
+
+    one, other = flat(found), flat(gradients)
+    assert float((one - other).norm() / other.norm()) < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"max_length": 16}, r"the cut-off max_length \(max_length was 1024, now 16\)"),
+        ({"rows": make_rows(8, seed=3)}, "the data set"),
+        ({"completion_only_loss": False}, "completion_only_loss"),
+        ({"template": "{{ messages }}"}, "the chat template"),
+    ],
+    ids=["cut-off", "data", "mask", "template"],
+)
+def test_a_cache_of_something_else_is_refused_by_name(
+    make_cache: Callable[..., HiddenStateCache],
+    cached_trainer: Callable[..., Any],
+    tiny_tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    named: str,
+) -> None:
+    rows = make_rows(8)
+    make_cache(rows)
+    other = change.pop("rows", rows)
+    if template := change.pop("template", None):
+        monkeypatch.setattr(tiny_tokenizer, "chat_template", template)
+    with pytest.raises(ConfigError, match=named):
+        cached_trainer(other, **change)
+
+
+def test_a_cache_of_another_pair_is_refused_by_name(
+    make_cache: Callable[..., HiddenStateCache],
+    modules: Modules,
+    settings: Callable[..., Any],
+    tiny_tokenizer: Any,
+    tmp_path: Path,
+) -> None:
+    rows = make_rows(8)
+    make_cache(rows)
+    with pytest.raises(ConfigError, match=r"the pair \(pair was"):
+        TrRaTrainer(
+            reference=modules.reference,
+            aligned=modules.reference,
+            args=settings(teacher="cached", cache_dir=str(tmp_path / "cache")),
+            train_dataset=rows,
+            processing_class=tiny_tokenizer,
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"cache_dir": None}, "needs cache_dir"),
+        ({"rounds": 2}, "every round has another aligned model"),
+        ({"packing": True, "packing_strategy": "bfd_split"}, "cuts documents"),
+    ],
+)
+def test_what_a_cache_cannot_serve_is_refused(
+    settings: Callable[..., Any], options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        settings(**{"teacher": "cached", "cache_dir": "somewhere", **options})
