@@ -1,9 +1,7 @@
 """The server as clients know it: OpenAI's own, ours, and hostile ones, over a real socket."""
 
 import asyncio
-import http.client
 import json
-import random
 import signal
 import time
 import urllib.request
@@ -282,61 +280,10 @@ def test_each_of_many_gets_the_answer_it_gets_alone(server: Server, alone: Any):
             assert bare[0] == bare[1], (question, lam)
 
 
-def test_no_body_breaks_it(server: Server, client: openai.OpenAI):
-    draw = random.Random(0)
-
-    def value(depth: int = 0) -> Any:
-        leaves = [
-            None,
-            True,
-            -1,
-            0,
-            1,
-            2.5,
-            10**300,
-            "",
-            "é\u0000",
-            "auto",
-            "a" * 1000,
-            1e308,
-            -0.0,
-        ]
-        kind = draw.random()
-        if depth > 3 or kind < 0.6:
-            return draw.choice(leaves)
-        if kind < 0.8:
-            return [value(depth + 1) for _ in range(draw.randrange(4))]
-        return {draw.choice(keys): value(depth + 1) for _ in range(draw.randrange(4))}
-
-    keys = ["messages", "role", "content", "lambda", "effort", "control", "policy", "kind", "model"]
-    keys += ["max_tokens", "n", "seed", "stop", "temperature", "top_p", "stream", "prompt", "start"]
-    host = server.root.removeprefix("http://")
-    headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
-    statuses = set()
-    for number in range(150):
-        body: Any = {draw.choice(keys): value() for _ in range(6)}
-        if number % 2:
-            body = {"messages": messages("1+2?"), "prompt": "1", "max_tokens": 2} | body
-        content = json.dumps(body).encode()
-        if number % 10 == 0:
-            content = bytes(draw.randrange(256) for _ in range(50))
-        connection = http.client.HTTPConnection(host, timeout=60)
-        path = ("/v1/chat/completions", "/v1/completions")[number % 2]
-        connection.request("POST", path, content, headers)
-        answer = connection.getresponse()
-        told = answer.read()
-        connection.close()
-        statuses.add(answer.status)
-        assert answer.status < 500, (body, told)
-        assert answer.status == 200 or json.loads(told)["error"]["message"]
-    assert 400 in statuses
-    client.chat.completions.create(model="miniature", messages=messages("1+2?"), max_tokens=2)
-    assert metric(server, "flexalign_requests_total") > 150
-
-
 def test_health_and_metrics_need_no_key(server: Server):
     with urllib.request.urlopen(f"{server.root}/health") as answer:
         assert json.load(answer) == {"status": "ok"}
+    assert metric(server, "flexalign_requests_total") > 0
     assert metric(server, "flexalign_lambda_count") > 0
     assert metric(server, "flexalign_generated_tokens_total") > 0
 

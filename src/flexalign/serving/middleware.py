@@ -22,6 +22,8 @@ CHOICE = "flexalign.dial"
 PATHS = ("/v1/chat/completions", "/v1/completions")
 """Where a dial may be turned."""
 
+_DEEPEST = 64
+
 _HEARD_OUT = 16
 """Bodies of up to so many times the limit are read to their end before they are refused."""
 
@@ -207,7 +209,24 @@ def _parse(content: bytes) -> dict[str, Any]:
         ) from error
     if not isinstance(body, dict):
         raise ApiError(400, "the body must be a JSON object.", code="invalid_json")
+    if _is_deeper(body, _DEEPEST):
+        raise ApiError(
+            400,
+            f"the body nests values more than {_DEEPEST} deep; no request needs that.",
+            code="invalid_json",
+        )
     return body
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    """Whether a value nests deeper: what reads, compares and prints values does so recursively."""
+    level = [value]
+    for _ in range(most + 1):
+        inner = [one.values() if isinstance(one, dict) else one for one in level]
+        level = [part for parts in inner for part in parts if isinstance(part, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 def _with_length(headers: Any, length: int) -> list[tuple[bytes, bytes]]:

@@ -1,0 +1,189 @@
+"""A thousand hostile bodies: each is served or refused with a reason, and the next good one served."""
+
+import asyncio
+import http.client
+import json
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+
+from flexalign.serving.app import create_app
+from flexalign.serving.load import ServeOptions, load_service
+from server_process import KEY, Server
+
+PATHS = ("/v1/chat/completions", "/v1/completions")
+BODIES = 1000
+
+GOOD: dict[str, dict[str, Any]] = {
+    PATHS[0]: {"messages": [{"role": "user", "content": "1+2?"}], "max_tokens": 2},
+    PATHS[1]: {"prompt": "1+2?", "max_tokens": 2},
+}
+KEYS = [
+    *("messages", "prompt", "model", "max_tokens", "max_completion_tokens", "n", "seed", "stop"),
+    *("temperature", "top_p", "stream", "stream_options", "logprobs", "top_logprobs", "user"),
+    *("lambda", "effort", "reasoning_effort", "control", "tools", "logit_bias", "metadata"),
+    *("echo", "response_format", "frequency_penalty", "lamda", "λ", "", "\u0000", "a" * 3000),
+]
+INNER = ["role", "content", "type", "text", "policy", "kind", "start", "end", "steps", "points"]
+INNER += ["threshold", "share", "measure", "think", "answer", "budget", "include_usage", "lambda"]
+LEAVES = [
+    *(None, True, False, -1, 0, 1, 2, 7, 2.5, -0.0, 1e308, 5e-324, 10**18, 2**63, 2**64, 10**300),
+    *("", " ", "auto", "user", "assistant", "system", "linear", "thinking", "adaptive", "route"),
+    *("1+2?", "none", "max", "é\u0000\u202e", "\U0001f600" * 50, "\ufeff", "</think>", "<eos>"),
+    *("1+" * 2000, "a" * 20_000, "{{ 7 * 7 }}", "%s%n", "../../etc/passwd"),
+]
+RAW = [
+    b"",
+    b"\x00",
+    b"null",
+    b"[]",
+    b'"a"',
+    b"{",
+    b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+    b'{"prompt": "\xff\xfe"}',
+    b'{"prompt": "1", "max_tokens": 2, "seed": ' + b"9" * 5000 + b"}",
+    b'{"prompt": "1", "max_tokens": 2, "lambda": NaN}',
+    b'{"prompt": "1", "max_tokens": 2, "temperature": -Infinity}',
+    b'{"prompt": "1", "max_tokens": 2, "lambda": 1e999}',
+    b'{"prompt": "1", "prompt": 2, "max_tokens": 2}',
+    '{"prompt": "1", "max_tokens": 2}'.encode("utf-16"),
+    b'\xef\xbb\xbf{"prompt": "1"}',
+]
+
+
+def any_value(draw: random.Random, depth: int = 0) -> Any:
+    kind = draw.random()
+    if depth > 3 or kind < 0.6:
+        return draw.choice(LEAVES)
+    if kind < 0.8:
+        return [any_value(draw, depth + 1) for _ in range(draw.randrange(4))]
+    return {draw.choice(INNER): any_value(draw, depth + 1) for _ in range(draw.randrange(5))}
+
+
+def nested(draw: random.Random) -> bytes:
+    """Nested as deep as a parser's stack, give or take, where a value is read, compared or told."""
+    depth = int(draw.choice((50, 300, 800, 940, 960, 980, 1000, 20_000)) * draw.uniform(0.97, 1.03))
+    opening, closing = draw.choice(((b"[", b"]"), (b'{"a":', b"}")))
+    key = draw.choice(KEYS[:20]).encode()
+    deep = opening * depth + b"1" + closing * depth
+    return b'{"prompt": "1", "max_tokens": 2, "' + key + b'": ' + deep + b"}"
+
+
+def path_of(number: int) -> str:
+    return PATHS[number // 10 % 2]
+
+
+def body(number: int) -> bytes:
+    """The same for the same number."""
+    draw = random.Random(number)
+    good = GOOD[path_of(number)]
+    kind = number % 10
+    if kind == 0:
+        return draw.choice(RAW)
+    if kind == 1:
+        return nested(draw)
+    if kind == 2:
+        return repr({draw.choice(KEYS): any_value(draw) for _ in range(6)}).encode()
+    if kind == 3:
+        whole = json.dumps(good).encode()
+        place = draw.randrange(len(whole))
+        return whole[:place] + bytes([draw.randrange(256)]) + whole[place + draw.randrange(3) :]
+    if kind < 6:
+        return json.dumps({draw.choice(KEYS): any_value(draw) for _ in range(6)}).encode()
+    changed = {draw.choice(KEYS): any_value(draw) for _ in range(draw.randrange(1, 3))}
+    return json.dumps(good | changed, ensure_ascii=bool(number % 2)).encode()
+
+
+def require_sound(number: int, status: int, told: bytes) -> None:
+    assert status < 500, (number, body(number)[:500], told)
+    if status == 200:
+        assert b'"error"' not in told or b'"choices"' in told, (number, told)
+    else:
+        assert json.loads(told)["error"]["message"], number
+
+
+Ask = Callable[[str, bytes], Awaitable[tuple[int, bytes]]]
+
+
+async def ask_all(ask: Ask) -> dict[int, int]:
+    """Ask with every body, sixteen at a time; return how often each status came."""
+    gate = asyncio.Semaphore(16)
+    statuses: dict[int, int] = {}
+
+    async def one(number: int) -> None:
+        async with gate:
+            status, told = await ask(path_of(number), body(number))
+        require_sound(number, status, told)
+        statuses[status] = statuses.get(status, 0) + 1
+
+    await asyncio.gather(*map(one, range(BODIES)))
+    return statuses
+
+
+def require_served(status: int, told: bytes) -> None:
+    assert status == 200
+    assert json.loads(told)["usage"]["completion_tokens"] == 2
+
+
+@pytest.fixture(scope="module")
+def app() -> Iterator[Any]:
+    service, rules = load_service(ServeOptions("miniature", "miniature:fast"))
+    yield create_app(service, rules)
+    service.engine.stop()
+
+
+@pytest.mark.slow
+def test_no_body_breaks_the_application(app: Any):
+    async def ask(path: str, content: bytes) -> tuple[int, bytes]:
+        parts = [{"type": "http.request", "body": content, "more_body": False}]
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            if parts:
+                return parts.pop()
+            await asyncio.Event().wait()
+            return None
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
+        scope |= {"query_string": b"", "root_path": ""}
+        await app(scope, receive, send)
+        return sent[0]["status"], b"".join(part.get("body", b"") for part in sent[1:])
+
+    async def run() -> tuple[dict[int, int], Any]:
+        statuses = await ask_all(ask)
+        return statuses, await ask(PATHS[1], json.dumps(GOOD[PATHS[1]]).encode())
+
+    statuses, served = asyncio.run(run())
+    assert statuses[200] > 30
+    assert statuses[400] > 500
+    require_served(*served)
+
+
+@pytest.mark.full
+def test_no_body_breaks_the_server(server: Server):
+    host = server.root.removeprefix("http://")
+    headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
+
+    def ask(path: str, content: bytes) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection(host, timeout=60)
+        try:
+            connection.request("POST", path, content, headers)
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+    async def apart(path: str, content: bytes) -> tuple[int, bytes]:
+        return await asyncio.to_thread(ask, path, content)
+
+    statuses = asyncio.run(ask_all(apart))
+    assert statuses[200] > 30
+    assert statuses[400] > 500
+    require_served(*ask(PATHS[1], json.dumps(GOOD[PATHS[1]]).encode()))
+    assert server.process.poll() is None
