@@ -3,9 +3,9 @@
 The names below load on first use, so that ``import flexalign`` costs nothing.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from flexalign._lazy import lazy_names
 from flexalign._version import __version__
 from flexalign.errors import FlexAlignError
 
@@ -50,12 +50,4 @@ __all__ = [
     "interpolate",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'flexalign' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, __all__)

@@ -3,8 +3,9 @@
 The names below load on first use; the modules that need no torch can be imported without it.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from flexalign._lazy import lazy_names
 
 if TYPE_CHECKING:
     from flexalign.trra.config import TrRaConfig
@@ -14,12 +15,4 @@ _HOMES = {"TrRaConfig": "flexalign.trra.config", "TrRaTrainer": "flexalign.trra.
 
 __all__ = ["TrRaConfig", "TrRaTrainer"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'flexalign.trra' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, __all__)
