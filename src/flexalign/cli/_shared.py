@@ -77,6 +77,33 @@ def progress_bar(label: str, total: int, done: int = 0) -> Iterator[Callable[[in
         yield lambda completed: progress.update(task, completed=completed)
 
 
+@contextmanager
+def resumable(*, is_kept: bool = True) -> Iterator[None]:
+    """Say on Ctrl-C how a run goes on whose output is whole at any time, if it is kept at all."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if is_kept:
+            console.print("What is written is whole; give the same command again to go on.")
+        raise
+
+
+@contextmanager
+def resumable_bar(
+    label: str, total: int, *, is_kept: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """Show the bar of a :func:`resumable` run; what it gives is told how many more are complete."""
+    complete = 0
+
+    def advance(more: int) -> None:
+        nonlocal complete
+        complete += more
+        show(complete)
+
+    with resumable(is_kept=is_kept), progress_bar(label, total) as show:
+        yield advance
+
+
 def parse_lambda_option(text: str | None) -> Any:
     """Read ``--lambda`` of a training command: a number, several, a JSON schedule, or none.
 

@@ -22,8 +22,8 @@ from flexalign.cli._shared import (
     as_input_errors,
     console,
     print_json,
-    progress_bar,
     result_console,
+    resumable_bar,
 )
 from flexalign.errors import ConfigError
 
@@ -180,25 +180,14 @@ def _run(
     from flexalign.cli._quiet import quieten_libraries
 
     quieten_libraries()
+    total = sum(sweep.total for sweep in sweeps.values())
     with (
         TemporaryDirectory(prefix="flexalign-") as scratch,
-        progress_bar("samples, at most", sum(sweep.total for sweep in sweeps.values())) as show,
+        resumable_bar("samples, at most", total, is_kept=output is not None) as advance,
     ):
-        complete = 0
-
-        def advance(made: int) -> None:
-            nonlocal complete
-            complete += made
-            show(complete)
-
-        try:
-            return calibrate(
-                sweeps, options, output or Path(scratch), workers=workers, progress=advance
-            )
-        except KeyboardInterrupt:
-            if output is not None:
-                console.print("What is written is whole; give the same command again to go on.")
-            raise
+        return calibrate(
+            sweeps, options, output or Path(scratch), workers=workers, progress=advance
+        )
 
 
 def _show(calibration: dict[str, Any]) -> None:

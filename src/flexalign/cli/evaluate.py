@@ -9,7 +9,7 @@ from rich.markup import escape
 from flexalign.cli._dial import read_efforts, read_range, read_settings
 from flexalign.cli._evaluate import print_summary
 from flexalign.cli._options import BatchSize, Data, Dtype, Gate, LambdaRange, Workers
-from flexalign.cli._shared import console, print_json, progress_bar, read_secret
+from flexalign.cli._shared import console, print_json, read_secret, resumable_bar
 from flexalign.errors import ConfigError, ServingError
 
 if TYPE_CHECKING:
@@ -245,19 +245,9 @@ def _run(sweep: "Sweep", output: Path, workers: int) -> dict[str, Any]:
 
     quieten_libraries()
     total = sweep.total
-    with progress_bar("samples", total) as show:
-        complete = 0
-
-        def advance(made: int) -> None:
-            nonlocal complete
-            complete += made
-            show(complete)
-
-        try:
-            result = sweep.run(output, workers=workers, begun=advance, progress=advance)
-        except KeyboardInterrupt:
-            console.print("What is written is whole; give the same command again to go on.")
-            raise
+    with resumable_bar("samples", total) as advance:
+        result = sweep.run(output, workers=workers, begun=advance, progress=advance)
+    complete = total - len(result.lost)
     console.print(f"{escape(str(output))}: {complete} of {total} samples, {result.made} made now.")
     if result.lost or result.summary is None:
         raise ServingError(_describe(result.lost, total))

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from flexalign.cli._options import Dtype, MaxNewTokens, Temperature, TopP
-from flexalign.cli._shared import console, print_json, progress_bar, read_secret
+from flexalign.cli._shared import console, print_json, progress_bar, read_secret, resumable
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -107,20 +107,16 @@ def sample(
     done = open_run(dataset, output, settings, generator.source)
     if done:
         console.print(f"{escape(str(output))} holds {done} of {total} rows; going on.")
-    with progress_bar("traces", total, done) as progress:
-        try:
-            summary = make_traces(
-                dataset,
-                output,
-                generator.generate,
-                settings,
-                done=done,
-                progress=progress,
-                render=generator.render,
-            )
-        except KeyboardInterrupt:
-            console.print("What is written is whole; give the same command again to go on.")
-            raise
+    with resumable(), progress_bar("traces", total, done) as progress:
+        summary = make_traces(
+            dataset,
+            output,
+            generator.generate,
+            settings,
+            done=done,
+            progress=progress,
+            render=generator.render,
+        )
     if as_json:
         print_json({"output": str(output), **summary.to_dict()})
         return

@@ -17,7 +17,7 @@ from flexalign.cli._options import (
     Workers,
 )
 from flexalign.cli._preview import show_preview
-from flexalign.cli._shared import console, print_json, progress_bar, result_console
+from flexalign.cli._shared import console, print_json, result_console, resumable_bar
 from flexalign.cli._tune import (
     plan_of,
     settings_of,
@@ -222,21 +222,12 @@ def _draw(
 
     quieten_libraries()
     (task,) = sweep.tasks
-    with progress_bar("samples, at most", sweep.total) as show:
-        complete = 0
-
-        def advance(made: int) -> None:
-            nonlocal complete
-            complete += made
-            show(complete)
-
-        try:
-            with DrawnAnswers(sweep, output, workers=workers, progress=advance) as answers:
-                ids = [question.id for question in task.questions]
-                tuned = _run(settings, answers, ids, goal, options)
-        except KeyboardInterrupt:
-            console.print("What is written is whole; give the same command again to go on.")
-            raise
+    with (
+        resumable_bar("samples, at most", sweep.total) as advance,
+        DrawnAnswers(sweep, output, workers=workers, progress=advance) as answers,
+    ):
+        ids = [question.id for question in task.questions]
+        tuned = _run(settings, answers, ids, goal, options)
     _finish(tuned, output, as_json, answers)
 
 
