@@ -109,3 +109,40 @@ def test_no_help_loads_a_heavy_library():
     assert report["loaded"] == []
     assert len(report["shown"]) > len(app_module.app.registered_commands)
     assert min(report["shown"].values()) > 100
+
+
+REFUSE_WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+from flexalign.cli.app import main
+
+for command in sys.argv[1:]:
+    sys.argv[1:] = command.split()
+    try:
+        main()
+    except SystemExit as left:
+        assert left.code == 2, command
+"""
+
+
+def test_a_bad_lambda_is_refused_before_torch_loads(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("data: traces.jsonl\n")
+    dial = "miniature --adapter miniature:fast"
+    commands = {
+        f"generate {dial} --lambda nan": "'nan' is not a finite number",
+        f"chat {dial} --lambda fast": "'fast' is not a finite number",
+        "evaluate dial:miniature --task miniature -o out --lambda 0,inf": "'inf' is not a finite",
+        "tune dial:miniature --task miniature -o out --lambda half": "'half' is not a finite",
+        f"calibrate {dial} --task miniature --lambda-range 2,1": "LEAST,LARGEST",
+        f"serve {dial} --lambda-range 1": "LEAST,LARGEST",
+        f"realign {recipe} --lambda 1,x": "'x' is not a finite number",
+        f"adapt {recipe} --lambda y": "'y' is not a finite number",
+        f"bake {recipe} --lambda z": "'z' is not a finite number",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSE_WITHOUT_TORCH, *commands], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert [said in line for said, line in zip(commands.values(), lines, strict=True)] == [True] * 9

@@ -12,23 +12,34 @@ if TYPE_CHECKING:
     from flexalign.policies import Dial
 
 
+def read_lambdas(text: str | None) -> list[object]:
+    """Read ``--lambda 0,0.5,1``; a schedule's JSON in its place is left to :func:`read_settings`.
+
+    Raises:
+        LambdaError: If a λ is not a finite number.
+    """
+    if text is None:
+        return []
+    return [text] if text.lstrip().startswith("{") else list(parse_lambdas(text))
+
+
 def read_settings(
-    lambdas: str | None, policies: Sequence[str], efforts: "Sequence[Dial]" = ()
+    lambdas: Sequence[object], policies: Sequence[str], efforts: "Sequence[Dial]" = ()
 ) -> "list[Setting]":
-    """Read ``--lambda 0,0.5,1``, or a schedule's JSON in its place, and every ``--policy``.
+    """Make settings of ``--lambda``, every ``--policy`` and ``--effort``.
 
     Args:
-        lambdas: The option's value.
+        lambdas: What :func:`read_lambdas` gave.
         policies: Each value of the option.
         efforts: What :func:`read_efforts` gave.
 
     Raises:
         ConfigError: If a schedule or a policy is malformed, or a setting is given twice.
-        LambdaError: If a λ is not a finite number.
+        LambdaError: If a λ in one is not a finite number.
     """
     from flexalign.evaluation.systems import unique_settings
 
-    return unique_settings([*_read_lambdas(lambdas), *policies, *efforts])
+    return unique_settings([*lambdas, *policies, *efforts])
 
 
 def read_setting(name: str, text: str) -> "Setting":
@@ -43,9 +54,9 @@ def read_setting(name: str, text: str) -> "Setting":
         LambdaError: If a λ is not a finite number.
     """
     if name == "policy" or text.startswith("{"):
-        return read_settings(None, [text])[0]
+        return read_settings([], [text])[0]
     try:
-        return read_settings(str(float(text)), [])[0]
+        return read_settings([float(text)], [])[0]
     except ValueError:
         raise ConfigError(f"/lambda takes one finite number, such as 0.3; got {text!r}.") from None
 
@@ -202,9 +213,3 @@ def _beside(confidence: float, threshold: float) -> str:
     while (float(f"{confidence:.{digits}f}") >= threshold) != is_enough:
         digits += 1
     return f"{confidence:.{digits}f}"
-
-
-def _read_lambdas(text: str | None) -> list[object]:
-    if text is None:
-        return []
-    return [text] if text.lstrip().startswith("{") else list(parse_lambdas(text))

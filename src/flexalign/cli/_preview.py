@@ -33,6 +33,7 @@ def show_preview(
     """Read traces with both models of a system, and print, draw and write what λ would do."""
     if system is None:
         raise ConfigError("SYSTEM is missing; say what is previewed: pair:REF,ALIGNED or a dial:.")
+    asked = None if lambdas is None else parse_lambdas(lambdas)
     from flexalign.calibration.preview import PREVIEW_LAMBDAS, preview
     from flexalign.cli._quiet import quieten_libraries
     from flexalign.data import load_traces, split_tokens
@@ -41,7 +42,7 @@ def show_preview(
     parsed = parse_system(system)
     if parsed.kind not in ("pair", "dial"):
         raise ConfigError(f"{parsed.name} has no two models or streams; give pair: or dial:.")
-    lams = PREVIEW_LAMBDAS if lambdas is None else parse_lambdas(lambdas)
+    lams = PREVIEW_LAMBDAS if asked is None else asked
     rows = load_traces(traces)
     rows = rows.select(range(min(limit or len(rows), len(rows))))
     quieten_libraries()

@@ -1,5 +1,6 @@
 """What ``flexalign tune`` needs beside the tuning: candidates, the sweep behind it, the plan."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from flexalign.cli._dial import read_settings
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from flexalign.evaluation.tasks import Task
 
 
-def settings_of(lambdas: str | None, policies: list[str]) -> "list[Setting]":
+def settings_of(lambdas: Sequence[object], policies: list[str]) -> "list[Setting]":
     """Read the candidates; λ = 0, which they are compared with, goes first."""
     from flexalign.evaluation.systems import Setting
 

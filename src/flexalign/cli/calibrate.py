@@ -106,6 +106,7 @@ def calibrate(
     Few questions make a coarse scale: at effort 25 the tokens have a standard error of about 10 %
     with 300 questions, and 5 % with 1500.
     """
+    widened = read_range(lambda_range)
     from flexalign.calibration.calibrate import CalibrateOptions, plan_sweeps
     from flexalign.evaluation.systems import System, SystemOptions
     from flexalign.evaluation.tasks import load_task
@@ -122,7 +123,7 @@ def calibrate(
         raise ConfigError(f"--save-to {save_to} exists already; name a folder that is not there.")
     with as_input_errors():
         settings = check_folder(folder)
-    limits = read_range(lambda_range) or settings.lambda_range
+    limits = widened or settings.lambda_range
     options = CalibrateOptions(dial, measure, limits, margin, samples, seed)  # type: ignore[arg-type]
     asked = load_task(task, data=data, limit=questions, seed=seed)
     own = asked.sampling

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from flexalign.cli._dial import describe_start, open_dial, read_efforts, read_range, read_settings
+from flexalign.cli._dial import (
+    describe_start,
+    open_dial,
+    read_efforts,
+    read_lambdas,
+    read_range,
+    read_settings,
+)
 from flexalign.cli._options import (
     Adapter,
     Aligned,
@@ -68,7 +75,7 @@ def chat(
     """
     limits = read_range(lambda_range)
     policies = [policy] if policy is not None else []
-    settings = read_settings(lam, policies, read_efforts(effort, adapter))
+    settings = read_settings(read_lambdas(lam), policies, read_efforts(effort, adapter))
     if len(settings) > 1:
         raise ConfigError("a conversation begins with one setting; give one λ, policy or effort.")
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from flexalign.cli._dial import read_efforts, read_range, read_settings
+from flexalign.cli._dial import read_efforts, read_lambdas, read_range, read_settings
 from flexalign.cli._evaluate import print_summary
 from flexalign.cli._options import BatchSize, Data, Dtype, Gate, LambdaRange, Workers
 from flexalign.cli._shared import console, print_json, read_secret, resumable_bar
@@ -123,13 +123,14 @@ def evaluate(
         raise ConfigError("name at least one SYSTEM and one --task.")
     if output is None and not dry_run:
         raise ConfigError("name the folder of the results with --output DIR.")
+    lams, limits = read_lambdas(lam), read_range(lambda_range)
 
     from flexalign.evaluation.sweep import Sweep
     from flexalign.evaluation.systems import SystemOptions, parse_systems
     from flexalign.evaluation.tasks import load_task
 
     asked = parse_systems(systems)
-    settings = read_settings(lam, policy or [], read_efforts(effort, _only_adapter(effort, asked)))
+    settings = read_settings(lams, policy or [], read_efforts(effort, _only_adapter(effort, asked)))
     tasks = [load_task(name, data=data, limit=limit, seed=seed) for name in task]
     options = SystemOptions(
         temperature=_default(temperature, tasks, "temperature"),
@@ -138,7 +139,7 @@ def evaluate(
         batch_size=batch_size,
         gate=gate,
         dtype=dtype,
-        lambda_range=read_range(lambda_range),
+        lambda_range=limits,
         model_name=model_name,
         tokenizer=tokenizer,
         concurrency=concurrency,

@@ -12,6 +12,7 @@ from flexalign.cli._dial import (
     describe_tokens,
     open_dial,
     read_efforts,
+    read_lambdas,
     read_range,
     read_settings,
 )
@@ -116,7 +117,7 @@ def generate(
     if samples > 1 and temperature == 0:
         raise ConfigError("--samples are all equal at temperature 0; raise --temperature.")
     limits = read_range(lambda_range)
-    settings = read_settings(lam, policy or [], read_efforts(effort, adapter))
+    settings = read_settings(read_lambdas(lam), policy or [], read_efforts(effort, adapter))
     prompts = read_given(prompt, input_file)
 
     from flexalign.evaluation.systems import SystemOptions

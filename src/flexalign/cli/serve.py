@@ -83,6 +83,8 @@ def serve(
         raise ConfigError(
             f"serving needs {', '.join(missing)}; install it with: pip install 'flexalign[serving]'"
         )
+    limits = read_range(lambda_range)
+    key = read_secret(api_key_env)
     from flexalign.cli._quiet import quieten_libraries, warnings_as_notes
     from flexalign.serving.app import create_app
     from flexalign.serving.engine import EngineLimits
@@ -90,14 +92,13 @@ def serve(
     from flexalign.serving.playground import Playground
     from flexalign.serving.server import open_socket, require_safe_address, run_server
 
-    key = read_secret(api_key_env)
     require_safe_address(host, key, insecure=insecure)
     options = ServeOptions(
         model,
         adapter,
         aligned,
         model_name,
-        read_range(lambda_range),
+        limits,
         gate,
         any_base,
         dtype,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from flexalign.cli._dial import read_range
+from flexalign.cli._dial import read_lambdas, read_range
 from flexalign.cli._options import (
     BatchSize,
     Data,
@@ -131,15 +131,16 @@ def tune(
     From a sweep that is there, at no cost:
     [cyan]flexalign tune --from out/sweep --margin 0.02 -o out/tuned[/cyan]
     """
+    if preview is not None:
+        show_preview(system, preview, lambdas, top_k, limit, batch_size, output, as_json)
+        return
+    lams, limits = read_lambdas(lambdas), read_range(lambda_range)
     from flexalign.calibration import NonInferiority, TokenBudget, TuneOptions
     from flexalign.calibration.stored import StoredAnswers
     from flexalign.evaluation.samples import ResultsFolder
     from flexalign.evaluation.systems import Setting, parse_system
     from flexalign.evaluation.tasks import load_task
 
-    if preview is not None:
-        show_preview(system, preview, lambdas, top_k, limit, batch_size, output, as_json)
-        return
     goal: Goal = NonInferiority(margin) if max_tokens_mean is None else TokenBudget(max_tokens_mean)
     if output is None and not (plan_only or dry_run):
         raise ConfigError("--output is missing; name a folder for tuned.md and the samples.")
@@ -155,7 +156,7 @@ def tune(
             show_plan(planned, as_json)
             return
         warn_of_margin(planned, goal)
-        settings = settings_of(lambdas, policies or [])
+        settings = settings_of(lams, policies or [])
         if len(settings) == 1:
             settings += [Setting(name) for name in answers.settings if name != settings[0].id]
         tuned = _run(settings, answers, answers.questions, goal, options)
@@ -178,7 +179,7 @@ def tune(
         return
     if system is None:
         raise ConfigError("SYSTEM is missing; say what is tuned, such as dial:BASE,ADAPTER.")
-    settings = settings_of(lambdas or (None if policies else _LAMBDAS), policies or [])
+    settings = settings_of(lams or ([] if policies else read_lambdas(_LAMBDAS)), policies or [])
     if len(settings) == 1:
         raise ConfigError(
             "there is no candidate besides λ = 0; name one with --lambda or --policy."
@@ -193,7 +194,7 @@ def tune(
             "top_p": top_p,
             "max_new_tokens": max_new_tokens,
             "batch_size": batch_size,
-            "lambda_range": read_range(lambda_range),
+            "lambda_range": limits,
         },
     )
     warn_of_margin(planned, goal)
