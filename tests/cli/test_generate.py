@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from flexalign.evaluation.systems.local import LocalBackend
 from flexalign.inra.config import CONFIG_FILE
 from flexalign.inra.folder import WEIGHTS_FILE
 from flexalign.loading import load_model, load_tokenizer
@@ -146,6 +147,32 @@ def test_what_a_person_sees(generate: Callable[..., Any]) -> None:
     assert lines[6].endswith(" < 1")
     assert " rejected) · " in lines[7]
     assert "answers" in result.stderr
+
+
+def test_answers_appear_as_their_batch_is_done(
+    generate: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "questions.txt"
+    file.write_text(f"1+2+3?\n{QUESTION[:-1]}+1?\n4+5+6?\n")
+    asked = (*DIAL, "--input", file, "--lambda", "0.5,1", "--batch-size", 2, *SAMPLED)
+    whole = generate(*asked)
+    answer, batches = LocalBackend._answer, []
+
+    def break_at_the_third(self: LocalBackend, *given: Any) -> Any:
+        batches.append(given)
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return answer(self, *given)
+
+    monkeypatch.setattr(LocalBackend, "_answer", break_at_the_third)
+    broken = generate(*asked)
+    assert broken.exit_code == 130
+    told = [line for line in broken.stdout.splitlines() if "tokens/s" not in line]
+    assert [line for line in told if line.endswith("?")] == [f"{QUESTION[:-1]}+1?", "1+2+3?"]
+    assert (
+        told == [line for line in whole.stdout.splitlines() if "tokens/s" not in line][: len(told)]
+    )
+    assert sum(line.startswith("λ=") for line in told) == 4
 
 
 def test_a_pair_and_a_plain_model_answer_too(rows: Callable[..., Any]) -> None:

@@ -1,7 +1,8 @@
 """``flexalign generate``: answers to a prompt, or a file of them, at one or several λ."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -40,7 +41,7 @@ from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
     from flexalign.cli._prompts import GivenPrompt
-    from flexalign.evaluation.systems import Answer, Cell, Key, Setting
+    from flexalign.evaluation.systems import Answer, Cell, Outcome, Setting
     from flexalign.evaluation.systems.local import LocalBackend
 
 
@@ -98,8 +99,9 @@ def generate(
 ) -> None:
     """Answer prompts at one λ or several, side by side, with their tokens and tokens/s.
 
-    All λ of an adapter share one prefill of the prompt. Tokens/s are those of all answers that
-    were made together.
+    All λ of an adapter share one prefill of the prompt. Answers appear as soon as their batch is
+    done, those to the longest prompts first; tokens/s are those of the batch. With --json they
+    stand in the order of the prompts.
 
     One question, slow, halfway and fast:
     [cyan]flexalign generate miniature '3+14+15?' --adapter miniature:fast --lambda 0,0.5,1[/cyan]
@@ -137,15 +139,17 @@ def generate(
     settings = settings or [backend.default]
     with warnings_as_notes():
         made = _answer(backend, prompts, settings, samples, seed)
-    if as_json:
-        print_json([_row(prompts, one) for one in made])
-        return
-    _show(prompts, made, backend, samples > 1)
+        if as_json:
+            made_all = sorted(made, key=lambda one: one.place)
+            print_json([_row(prompts, one) for one in made_all])
+        else:
+            _show(prompts, made, backend, samples > 1)
 
 
 class _Made(NamedTuple):
-    """An answer with what was asked, and the speed of its batch."""
+    """An answer: its place by prompt, setting and sample, what was asked, its batch's speed."""
 
+    place: int
     cell: "Cell"
     answer: "Answer"
     tokens_per_second: float
@@ -157,10 +161,10 @@ def _answer(
     settings: "Sequence[Setting]",
     samples: int,
     seed: int,
-) -> list[_Made]:
-    """Return all answers, by prompt, setting and sample."""
+) -> Iterator[_Made]:
+    """Yield the answers, batch by batch, each batch in order."""
     from flexalign.evaluation.sampling import sample_seed
-    from flexalign.evaluation.systems import Answer, Cell
+    from flexalign.evaluation.systems import Cell
 
     cells = [
         Cell(setting, "", str(index), sample, sample_seed(seed, "", str(index), sample), given.put)
@@ -172,21 +176,38 @@ def _answer(
         backend.render(given.put)  # a template that refuses one does so before weights load
     with as_input_errors(), console.status("loading"):
         _ = backend.model
-    made: dict[Key, _Made] = {}
-    with progress_bar("answers", len(cells)) as show:
-        started = time.perf_counter()
-        for outcomes in backend.run(cells, ()):
-            seconds = time.perf_counter() - started
-            answers = [(cell, one) for cell, one in outcomes if isinstance(one, Answer)]
-            speed = sum(answer.tokens for _, answer in answers) / seconds
-            made |= {cell.key: _Made(cell, answer, speed) for cell, answer in answers}
-            show(len(made))
+    places = {cell.key: place for place, cell in enumerate(cells)}
+    for batch, seconds in _batches(backend.run(cells, ()), len(cells)):
+        speed = sum(answer.tokens for _, answer in batch) / seconds
+        yield from sorted(_Made(places[cell.key], cell, one, speed) for cell, one in batch)
+
+
+def _batches(
+    outcomes: "Iterator[list[Outcome]]", total: int
+) -> "Iterator[tuple[list[tuple[Cell, Answer]], float]]":
+    """Yield batches and the seconds that each took, and say on stderr how far they are.
+
+    A terminal that shows the answers has no bar, which they would break, but a note between them.
+    """
+    from flexalign.evaluation.systems import Answer
+
+    made, is_shown = 0, result_console.is_terminal
+    bar: AbstractContextManager[Any] = progress_bar("answers", total)
+    with nullcontext(lambda _: None) if is_shown else bar as show:
+        while True:
             started = time.perf_counter()
-    return [made[cell.key] for cell in cells]
+            with console.status(f"{made} of {total} answers") if is_shown else nullcontext():
+                found = next(outcomes, None)
+            if found is None:
+                return
+            batch = [(cell, one) for cell, one in found if isinstance(one, Answer)]
+            made += len(batch)
+            show(made)
+            yield batch, time.perf_counter() - started
 
 
 def _row(prompts: "Sequence[GivenPrompt]", made: _Made) -> dict[str, Any]:
-    cell, answer, speed = made
+    _, cell, answer, speed = made
     return {
         "prompt": prompts[int(cell.question)].given,
         "setting": cell.setting.id,
@@ -205,13 +226,16 @@ def _row(prompts: "Sequence[GivenPrompt]", made: _Made) -> dict[str, Any]:
 
 
 def _show(
-    prompts: "Sequence[GivenPrompt]", made: list[_Made], backend: "LocalBackend", has_samples: bool
+    prompts: "Sequence[GivenPrompt]",
+    made: Iterable[_Made],
+    backend: "LocalBackend",
+    has_samples: bool,
 ) -> None:
-    """Print prompts, and under each its answers with what they cost."""
+    """Print prompts, and under each its answers with what they cost, as they come."""
     from flexalign.cli._response import print_response
 
     last = None
-    for cell, answer, speed in made:
+    for _, cell, answer, speed in made:
         if cell.question != last:
             last = cell.question
             given = prompts[int(last)].given
