@@ -18,7 +18,7 @@ from flexalign.errors import ConfigError, ServingError
 from flexalign.policies import DEFAULT_THRESHOLD, Adaptive, Dial
 from flexalign.schedules import Schedule
 from flexalign.serving.engine.frame import Frame
-from flexalign.serving.engine.jobs import Generation, Job
+from flexalign.serving.engine.jobs import Generation, Job, Outbox
 from flexalign.serving.engine.limits import EngineLimits
 from flexalign.serving.engine.probe import require_working
 from flexalign.serving.engine.rate import TokenRate
@@ -65,6 +65,7 @@ class Engine:
         self._waiting: deque[Generation] = deque()
         self._joining: list[Generation] = []
         self._is_suspect = False
+        self._outbox = Outbox()
         self._rate = TokenRate()
         self._wakes = threading.Condition()
         self._is_stopping = False
@@ -131,7 +132,7 @@ class Engine:
         Raises:
             ServingError: If the thread has ended.
         """
-        generations = [Generation(job, loop) for job in jobs]
+        generations = [Generation(job, loop, self._outbox) for job in jobs]
         with self._wakes:
             if not self.is_alive:
                 raise ServingError("the engine has stopped; restart the server.")
@@ -159,6 +160,7 @@ class Engine:
             self._is_stopping = True
             left = [*self._under_way(), *self._waiting]
         self._fail(left, ServingError(reason))
+        self._outbox.send()
 
     def _loop(self) -> None:
         while True:
@@ -176,6 +178,7 @@ class Engine:
                 self._frame.clear()
                 self._saved.clear()
                 self._is_suspect = True
+            self._outbox.send()
             if self._is_suspect:
                 require_working(self._runner, self._pad)
                 self._is_suspect = False
