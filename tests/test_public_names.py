@@ -31,7 +31,11 @@ PUBLIC = [
 
 
 def _modules() -> list[str]:
-    optional = {"flexalign.evaluation.harness": "lm_eval"}
+    optional = {
+        "flexalign.evaluation.harness": "lm_eval",
+        "flexalign.serving.vllm.models": "vllm",
+        "flexalign.serving.vllm.state": "vllm",
+    }
     names = []
     for path in sorted(SOURCE.rglob("*.py")):
         parts = ("flexalign", *path.relative_to(SOURCE).with_suffix("").parts)

@@ -42,6 +42,4 @@ def _check(extra_args: dict[str, Any] | None, settings: DialSettings) -> None:
         read_lambda(extra_args, settings)
     except FlexAlignError as error:
         value = (extra_args or {}).get(LAMBDA_KEY)
-        raise VLLMValidationError(
-            f"{LAMBDA_KEY}: {error}", parameter=LAMBDA_KEY, value=value
-        ) from error
+        raise VLLMValidationError(str(error), parameter=LAMBDA_KEY, value=value) from error
