@@ -180,6 +180,18 @@ def test_adapters_that_do_not_fit_are_refused_before_weights_load(
     assert "truncated or corrupt" in cut.stderr
 
 
+def test_a_lambda_outside_the_adapters_range_is_not_baked_unless_told(
+    command: Run, tree: dict[str, Any], adapter: Path, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue("weightless")
+    given = {**tree, "adapter": str(adapter), "lambda": 1.5}
+    refused = command("bake", given, "--dry-run")
+    assert refused.exit_code == 2
+    assert f"λ=1.5: outside the range [0, 1] of the adapter {adapter}" in refused.stderr
+    assert command("bake", given, "--lambda-range", "0,2", "--dry-run").exit_code == 0
+    assert command("bake", given, "--lambda-range", "0,1.4", "--dry-run").exit_code == 2
+
+
 def test_bases_that_cannot_have_an_adapter_are_refused(
     command: Run, tree: dict[str, Any], tiny_pair: Any, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:

@@ -1,6 +1,5 @@
 """What ``flexalign adapt`` and ``flexalign bake`` do before training: read, check, and show."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 from datasets import Dataset, concatenate_datasets
@@ -18,12 +17,15 @@ from flexalign.cli._training import (
 from flexalign.data import Lengths, load_preferences, measure_lengths, strip_thinking
 from flexalign.errors import ConfigError, PairMismatchError, UnsupportedModelError
 from flexalign.inra.adapter import decoder_layers
-from flexalign.inra.folder import WEIGHTS_FILE, check_folder, require_base
+from flexalign.inra.config import InRaConfig
+from flexalign.inra.folder import WEIGHTS_FILE, check_folder, require_base, require_range
 from flexalign.inra.training import Adaptation, AdaptRecipe, BakeRecipe, Baking, Outcome
 from flexalign.inra.training.adaptation import thinking_tags
 from flexalign.inra.training.run import Run
+from flexalign.loading import resolve_adapter
 from flexalign.loading.weights import fingerprint_file
 from flexalign.pairing.examination import ModelFacts, examine, examine_pair
+from flexalign.policies import Fixed
 from flexalign.trra.callbacks import StopOnSignal
 from flexalign.trra.estimate import Sizes, estimate_memory
 from flexalign.trra.stages import Stopped
@@ -57,7 +59,7 @@ def prepare_adaptation(recipe: AdaptRecipe, *, command: str, skip_bad_rows: bool
         base = _examine_base(recipe.base)
         layers = recipe.adapter_layers
         if recipe.adapter is not None:
-            layers = _adapter_layers(recipe.base, recipe.adapter, base)
+            layers = _adapter_settings(recipe.base, recipe.adapter, base).adapter_layers
         total, layer = _count(base)
         others, prints = 0, [base.fingerprint]
         if recipe.adapter is not None:
@@ -78,11 +80,26 @@ def prepare_adaptation(recipe: AdaptRecipe, *, command: str, skip_bad_rows: bool
     return Prepared(run, lengths, rows, base, Sizes(total, layers * layer), others)
 
 
-def prepare_baking(recipe: BakeRecipe, *, command: str, skip_bad_rows: bool) -> Prepared:
-    """Read and check everything that a baking needs, but weights."""
+def prepare_baking(
+    recipe: BakeRecipe,
+    *,
+    command: str,
+    skip_bad_rows: bool,
+    lambda_range: tuple[float, float] | None = None,
+) -> Prepared:
+    """Read and check everything that a baking needs, but weights.
+
+    Args:
+        recipe: What is baked.
+        command: The command that started it.
+        skip_bad_rows: Leave out rows that cannot be used.
+        lambda_range: Where λ may lie; the adapter's own range if not given.
+    """
     with as_input_errors():
         base = _examine_base(recipe.base)
-        layers = _adapter_layers(recipe.base, recipe.adapter, base)
+        settings = _adapter_settings(recipe.base, recipe.adapter, base)
+        permitted = lambda_range or settings.lambda_range
+        require_range(permitted, [(f"λ={recipe.lam:g}", Fixed(recipe.lam))], recipe.adapter)
         total, layer = _count(base)
         prints = [base.fingerprint, _file_fingerprint(recipe.adapter)]
     data = read_traces(recipe.data, skip_bad_rows=skip_bad_rows)
@@ -92,7 +109,7 @@ def prepare_baking(recipe: BakeRecipe, *, command: str, skip_bad_rows: bool) -> 
     lengths = measure_lengths(data, base.tokenizer, arguments.max_length)
     run = Baking(recipe, data, base.tokenizer, models=prints, command=command, say=_say)
     sizes = Sizes(total, total)
-    return Prepared(run, lengths, data, base, sizes, layers * layer)
+    return Prepared(run, lengths, data, base, sizes, settings.adapter_layers * layer)
 
 
 def preview(prepared: Prepared, *, as_json: bool) -> None:
@@ -178,13 +195,13 @@ def _examine_base(name: str) -> ModelFacts:
     return facts
 
 
-def _adapter_layers(name: str, adapter: str, base: ModelFacts) -> int:
-    """Check that an adapter is whole and made for the base; return the number of its layers."""
-    folder = Path(adapter).expanduser()
+def _adapter_settings(name: str, adapter: str, base: ModelFacts) -> InRaConfig:
+    """Read an adapter's settings, and check that it is whole and made for the base."""
+    folder = resolve_adapter(adapter)
     settings = check_folder(folder)
     if base.kind != "gguf" and base.fingerprint is not None:
         require_base(settings, base.fingerprint, name, folder)
-    return settings.adapter_layers
+    return settings
 
 
 def _count(facts: ModelFacts) -> tuple[int, int]:
@@ -205,7 +222,7 @@ def _count(facts: ModelFacts) -> tuple[int, int]:
 
 
 def _file_fingerprint(adapter: str) -> str:
-    return fingerprint_file(Path(adapter).expanduser() / WEIGHTS_FILE)
+    return fingerprint_file(resolve_adapter(adapter) / WEIGHTS_FILE)
 
 
 def _say(line: str) -> None:

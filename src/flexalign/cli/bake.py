@@ -7,9 +7,11 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from flexalign.cli._dial import read_range
 from flexalign.cli._options import (
     Assignments,
     DryTraining,
+    LambdaRange,
     Recipe,
     RecipeOutput,
     ResultAsJson,
@@ -26,6 +28,7 @@ def bake(
     lam: Annotated[
         str | None, typer.Option("--lambda", help="λ instead of the recipe's, a number.")
     ] = None,
+    lambda_range: LambdaRange = None,
     output: RecipeOutput = None,
     assignments: Assignments = None,
     skip_bad_rows: SkipBadRows = False,
@@ -52,6 +55,7 @@ def bake(
 
     Then: [cyan]flexalign bake recipe.yaml --adapter out/fast --lambda 0.5[/cyan]
     """
+    limits = read_range(lambda_range)
     from flexalign.inra.training.recipe import BakeRecipe
 
     plan = BakeRecipe.load(
@@ -68,7 +72,10 @@ def bake(
     quieten_libraries()
     with warnings_as_notes():
         prepared = prepare_baking(
-            plan, command=shlex.join(["flexalign", *sys.argv[1:]]), skip_bad_rows=skip_bad_rows
+            plan,
+            command=shlex.join(["flexalign", *sys.argv[1:]]),
+            skip_bad_rows=skip_bad_rows,
+            lambda_range=limits,
         )
         if dry_run:
             preview(prepared, as_json=as_json)

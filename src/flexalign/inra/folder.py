@@ -1,16 +1,25 @@
 """An adapter's folder: ``inra_config.json`` and ``inra_adapter.safetensors``."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flexalign.errors import CheckpointError, PairMismatchError
+from flexalign.errors import CheckpointError, LambdaError, PairMismatchError
 from flexalign.inra.config import CONFIG_FILE, InRaConfig
+from flexalign.policies import Dial, extremes
 
-__all__ = ["WEIGHTS_FILE", "check_folder", "load_weights", "require_base", "save_adapter"]
+__all__ = [
+    "WEIGHTS_FILE",
+    "check_folder",
+    "load_weights",
+    "require_base",
+    "require_range",
+    "save_adapter",
+]
 
 WEIGHTS_FILE = "inra_adapter.safetensors"
 
@@ -70,6 +79,29 @@ def require_base(settings: InRaConfig, found: str, name: str, folder: Path) -> N
             f"the adapter {folder} was made for {settings.base} (fingerprint "
             f"{settings.base_fingerprint}), and {name} has {found}: other weights. Give its own "
             "base, or insist with --any-base (any_base=True)."
+        )
+
+
+def require_range(
+    permitted: tuple[float, float], asked: Sequence[tuple[str, Dial]], adapter: str
+) -> None:
+    """Refuse dials that may use a λ outside the range that is permitted.
+
+    Args:
+        permitted: The least and the largest λ.
+        asked: Each with its name.
+        adapter: Whose dials they are.
+
+    Raises:
+        LambdaError: If there is one; says how to permit it.
+    """
+    low, high = permitted
+    reached = [(name, *extremes(dial)) for name, dial in asked]
+    outside = [name for name, least, largest in reached if least < low or largest > high]
+    if outside:
+        raise LambdaError(
+            f"{', '.join(outside)}: outside the range [{low:g}, {high:g}] of the adapter "
+            f"{adapter}; if you mean it, start with --lambda-range LEAST,LARGEST."
         )
 
 

@@ -15,7 +15,7 @@ from flexalign.data.rendering import render_chat
 from flexalign.data.thinking import ThinkingTags
 from flexalign.decoding import TwoModelDecoder, interpolate
 from flexalign.decoding.responses import Prompt, Response, generate_responses
-from flexalign.errors import ConfigError, LambdaError
+from flexalign.errors import ConfigError
 from flexalign.evaluation.systems.backend import (
     Answer,
     Cell,
@@ -27,11 +27,11 @@ from flexalign.evaluation.systems.backend import (
 from flexalign.evaluation.systems.settings import AS_IT_IS, Setting
 from flexalign.fusion import as_lambda
 from flexalign.inra import InRaModel
-from flexalign.inra.folder import check_folder
-from flexalign.loading import fingerprint, load_model, load_tokenizer, resolve
+from flexalign.inra.folder import check_folder, require_range
+from flexalign.loading import fingerprint, load_model, load_tokenizer, resolve, resolve_adapter
 from flexalign.loading.weights import fingerprint_file
 from flexalign.pairing import ModelPair
-from flexalign.policies import Adaptive, Fixed, Route, extremes
+from flexalign.policies import Adaptive, Fixed, Route
 
 __all__ = ["LocalBackend", "ModelText"]
 
@@ -123,15 +123,8 @@ class LocalBackend:
         """
         if self.permitted is None:
             return
-        low, high = self.permitted
         dials = [(setting.id, setting.dial) for setting in settings if setting.dial is not None]
-        reached = [(name, *extremes(dial)) for name, dial in dials]
-        outside = [name for name, least, largest in reached if least < low or largest > high]
-        if outside:
-            raise LambdaError(
-                f"{', '.join(outside)}: outside the range [{low:g}, {high:g}] of the adapter "
-                f"{self._parts[1]}; if you mean it, start with --lambda-range LEAST,LARGEST."
-            )
+        require_range(self.permitted, dials, self._parts[1])
 
     def describe(self) -> dict[str, Any]:
         """Names, fingerprints, the data type and the thinking tags."""
@@ -290,11 +283,7 @@ def _resolved(cell: Cell) -> tuple[Any, str | None]:
 
 
 def _adapter_folder(name: str) -> Path:
-    if name.startswith("miniature:"):
-        from flexalign.miniature import folder
-
-        return folder(name.partition(":")[2])
-    path = Path(name).expanduser()
+    path = resolve_adapter(name)
     if not path.is_dir():
         raise ConfigError(
             f"there is no adapter {name!r}: it is no folder here; give one that flexalign adapt "
