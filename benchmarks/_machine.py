@@ -14,9 +14,9 @@ import torch
 MIB = 2**20
 
 
-def resident(field: str) -> int:
-    """VmRSS, VmHWM or VmSize of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def resident(field: str, process: int | str = "self") -> int:
+    """VmRSS, VmHWM or VmSize of a process, in bytes."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
