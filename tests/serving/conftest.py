@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 
 from server_process import KEY, Server
+
+_PROGRAM = ("-c", "from flexalign.cli.app import main; main()")
 
 
 @pytest.fixture(scope="session")
@@ -16,12 +18,12 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
     """Call ``flexalign serve ARGS… --port 0``; whatever still runs in the end is killed."""
     processes = []
 
-    def start(*args: str) -> Server:
+    def start(*args: str, program: Sequence[str] = _PROGRAM, port: int = 0) -> Server:
         log = tmp_path_factory.mktemp("server") / "stderr"
-        command = [sys.executable, "-c", "from flexalign.cli.app import main; main()", "serve"]
+        command = [sys.executable, *program, "serve", *args, "--port", str(port)]
         with log.open("w") as stderr:
             process = subprocess.Popen(
-                [*command, *args, "--port", "0"],
+                command,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 text=True,
