@@ -21,19 +21,11 @@ from typing import Any
 
 import torch
 from _machine import machine
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from flexalign.inra import InRaModel
+from inra import SHAPE
 
-SHAPE = LlamaConfig(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    tie_word_embeddings=True,
-)
 LAMS = [-0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0]
 
 
