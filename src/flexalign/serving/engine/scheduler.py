@@ -64,7 +64,7 @@ class Engine:
         self._saved: dict[Row, tuple[Any, Tensor]] = {}
         self._waiting: deque[Generation] = deque()
         self._joining: list[Generation] = []
-        self._is_suspect = False
+        self._failed: list[tuple[Generation, Exception]] = []
         self._outbox = Outbox()
         self._rate = TokenRate()
         self._wakes = threading.Condition()
@@ -158,8 +158,9 @@ class Engine:
             _log.critical("the engine has failed, and ends", exc_info=True)
         with self._wakes:
             self._is_stopping = True
-            left = [*self._under_way(), *self._waiting]
-        self._fail(left, ServingError(reason))
+            left = [*self._under_way(), *self._waiting, *(one for one, _ in self._failed)]
+        for generation in left:
+            generation.deliver(ServingError(reason))
         self._outbox.send()
 
     def _loop(self) -> None:
@@ -177,15 +178,21 @@ class Engine:
                 self._fail(self._under_way(), error)
                 self._frame.clear()
                 self._saved.clear()
-                self._is_suspect = True
-            self._outbox.send()
-            if self._is_suspect:
+                self._joining = []
+            if self._failed:
                 require_working(self._runner, self._pad)
-                self._is_suspect = False
+                for generation, cause in self._failed:
+                    generation.deliver(cause)
+                self._failed = []
+            self._outbox.send()
 
     def _under_way(self) -> list[Generation]:
         rows = [row.generation for row in (*self._frame.rows, *self._saved)]
         return rows + self._joining
+
+    def _fail(self, generations: Sequence[Generation], error: Exception) -> None:
+        """Let answers fail; they are told so once the model has been tried."""
+        self._failed += [(generation, error) for generation in generations]
 
     def _step(self) -> None:
         self._drop_cancelled()
@@ -257,7 +264,6 @@ class Engine:
             if len(generations) == 1:
                 _log.exception("a prompt could not be prefilled")
                 self._fail(generations, error)
-                self._is_suspect = True
                 return
             for generation in generations:
                 self._admit([generation])
@@ -284,10 +290,6 @@ class Engine:
         own_cache = self._runner.fork(cache, at, RowDials.of(dials, len(dials)))
         self._frame.add(rows, own_cache, mask[at])
         self._saved |= saved
-
-    def _fail(self, generations: Sequence[Generation], error: Exception) -> None:
-        for generation in generations:
-            generation.deliver(error)
 
 
 def _default_threshold(policy: Adaptive) -> float:
