@@ -45,16 +45,6 @@ def realign(tmp_path: Path, run_cli: RunCli) -> Callable[..., Any]:
     return run
 
 
-@pytest.fixture
-def weightless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail if any model's weights are loaded."""
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
-
-
 @pytest.mark.usefixtures("weightless")
 def test_a_dry_run_shows_what_is_trained_on_and_writes_nothing(
     realign: Callable[..., Any], tree: dict[str, Any]
@@ -133,7 +123,9 @@ def _other_vocabulary(tree: dict[str, Any]) -> None:
         ({"lambda": {"kind": "linaer", "start": 0, "end": 1, "steps": 2}}, [], "linear"),
         ({"rounds": 3}, [], "--extrapolate"),
         ({}, ["--lambda", "two"], "'two' is not a finite number"),
-        ({}, ["--lambda", "0,1"], "one λ in a run"),
+        ({}, ["--lambda", "0,0.0"], "each λ of a list once"),
+        ({"lambda": [1, "two"]}, [], "a list of λ holds numbers"),
+        ({"teacher": "cached", "rounds": 2}, [], "every round has another aligned model"),
         ({}, ["--lambda", '{"kind": "linear"'], "lambda"),
         ({}, ["--set", "training.max_steps"], "key=value"),
         ({}, ["--merge"], "LoRA student"),

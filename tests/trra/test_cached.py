@@ -10,15 +10,21 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from flexalign.data import data_fingerprint
 from flexalign.errors import ConfigError, DataError
 from flexalign.loading import fingerprint
 from flexalign.pairing import ModelPair
 from flexalign.trra import TrRaTrainer
-from flexalign.trra.cache import HiddenStateCache, fill_cache, identity_of
-from flexalign.trra.cache.documents import prepare_documents
+from flexalign.trra.cache import (
+    Form,
+    HiddenStateCache,
+    fill_cache,
+    identity_of,
+    prepare_documents,
+)
 
 from .conftest import Modules, lora, make_rows
-from .test_trainer import assert_same, dense_loss, step, twin_gradients
+from .test_trainer import VOCAB, assert_same, dense_loss, step, twin_gradients
 
 WIDTH = 64
 
@@ -32,21 +38,17 @@ def make_cache(
         *,
         pair: Modules = modules,
         dtype: torch.dtype = torch.float32,
-        widths: tuple[int, int] = (WIDTH, WIDTH),
         **options: Any,
     ) -> HiddenStateCache:
         args = settings(**options)
         prints = (fingerprint(pair.reference), fingerprint(pair.aligned))
-        from flexalign.data import data_fingerprint
-
         return fill_cache(
             tmp_path / "cache",
             identity_of(prints, data_fingerprint(rows), tiny_tokenizer, args),
             lambda: prepare_documents(rows, tiny_tokenizer, args),
             lambda: ModelPair.of(pair.reference, pair.aligned, tiny_tokenizer),
-            widths=widths,
-            dtype=dtype,
-            shard_bytes=40 * sum(widths) * dtype.itemsize,
+            form=Form((WIDTH, WIDTH), VOCAB, False, dtype, torch.float32),
+            shard_bytes=40 * 2 * WIDTH * dtype.itemsize,
         )
 
     return make

@@ -2,8 +2,10 @@
 
 import math
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from datasets import Dataset
 from rich.markup import escape
 from rich.table import Table
 
@@ -20,52 +22,74 @@ from flexalign.data.rendering import chat_template_of
 from flexalign.errors import PairMismatchError
 from flexalign.loading.weights import tensor_infos
 from flexalign.pairing.examination import ModelFacts, PairFacts, examine_pair
+from flexalign.trra.cache import HiddenStateCache
 from flexalign.trra.estimate import count_parameters, estimate_memory
 from flexalign.trra.recipe import Recipe
 from flexalign.trra.rounds import effective_lambda
 from flexalign.trra.run import Realignment
 
-__all__ = ["prepare", "preview"]
+__all__ = ["Inputs", "make_run", "preview", "read_inputs"]
 
 
-class Prepared(NamedTuple):
-    """Everything about a run that needs no weights.
+class Inputs(NamedTuple):
+    """What a recipe names, read and checked; no weights.
 
     Attributes:
-        run: The run.
         pair: What is known of the two models.
-        lengths: Of its data.
+        tokenizer: Theirs, with the chat template that training is going to use.
+        traces: The data.
+        lengths: Of the data.
         watched: Prompts and known answers to watch; None if there are none.
     """
 
-    run: Realignment
     pair: PairFacts
+    tokenizer: Any
+    traces: Dataset
     lengths: Lengths
     watched: tuple[list[Any], list[str | None]] | None
 
+    @property
+    def fingerprints(self) -> tuple[str | None, str | None]:
+        """Of the reference and the aligned model."""
+        return self.pair.reference.fingerprint, self.pair.aligned.fingerprint
 
-def prepare(recipe: Recipe, *, command: str, extrapolate: bool, skip_bad_rows: bool) -> Prepared:
+
+def read_inputs(recipe: Recipe, *, skip_bad_rows: bool) -> Inputs:
     """Read and check everything that needs no weights."""
-    facts = examine_pair(recipe.reference, recipe.aligned)
+    arguments = recipe.training_arguments(recipe.output)
+    facts = examine_pair(
+        recipe.reference, recipe.aligned, trust_remote_code=arguments.trust_remote_code
+    )
     if facts.problems:
         raise PairMismatchError(
             f"{recipe.reference} and {recipe.aligned} do not fit: {' Also: '.join(facts.problems)}"
         )
-    arguments = recipe.training_arguments(recipe.output)
     tokenizer = _tokenizer(facts, arguments.chat_template_path)
     traces = read_traces(recipe.data, skip_bad_rows=skip_bad_rows)
     lengths = measure_lengths(traces, tokenizer, arguments.max_length)
-    run = Realignment(
+    watched = read_watched(recipe.watch) if recipe.watch else None
+    return Inputs(facts, tokenizer, traces, lengths, watched)
+
+
+def make_run(
+    recipe: Recipe,
+    inputs: Inputs,
+    *,
+    command: str,
+    extrapolate: bool,
+    cache: Callable[[], HiddenStateCache] | None,
+) -> Realignment:
+    """Make a run of what was read; decides whether its output folder may be used."""
+    return Realignment(
         recipe,
-        traces,
-        tokenizer,
-        pair=(facts.reference.fingerprint, facts.aligned.fingerprint),
+        inputs.traces,
+        inputs.tokenizer,
+        pair=inputs.fingerprints,
         command=command,
+        cache=cache,
         extrapolate=extrapolate,
         say=lambda line: console.print(escape(line), soft_wrap=True),
     )
-    watched = read_watched(recipe.watch) if recipe.watch else None
-    return Prepared(run, facts, lengths, watched)
 
 
 def _tokenizer(facts: PairFacts, chat_template: str | None) -> Any:
@@ -77,12 +101,19 @@ def _tokenizer(facts: PairFacts, chat_template: str | None) -> Any:
     return tokenizer
 
 
-def preview(prepared: Prepared, *, as_json: bool) -> None:
-    """Show what a run would do: two samples, the data's sizes, steps and memory."""
-    for warning in prepared.pair.warnings:
+def preview(runs: Sequence[Realignment], inputs: Inputs, *, as_json: bool) -> None:
+    """Show what runs would do: two samples, the data's sizes, steps and memory.
+
+    Several differ in λ and output alone.
+    """
+    for warning in inputs.pair.warnings:
         warnings.warn(warning, stacklevel=1)
-    facts = _facts(prepared)
-    run = prepared.run
+    run = runs[0]
+    facts = _facts(run, inputs)
+    if len(runs) > 1:
+        facts["lambda"] = [each.recipe.lam for each in runs]
+        facts["output"] = [each.recipe.output for each in runs]
+        facts["output_state"] = [each.state for each in runs]
     cut = run.recipe.training_arguments(run.recipe.output).max_length
     samples = sample_rows(run.traces, run.tokenizer, cut)
     if as_json:
@@ -92,32 +123,32 @@ def preview(prepared: Prepared, *, as_json: bool) -> None:
     result_console.print(_table(facts))
 
 
-def _facts(prepared: Prepared) -> dict[str, Any]:
-    run, lengths = prepared.run, prepared.lengths
+def _facts(run: Realignment, inputs: Inputs) -> dict[str, Any]:
     recipe, arguments = run.recipe, run.recipe.training_arguments(run.recipe.output)
-    steps, longest = plan_steps(arguments, lengths)
+    steps, longest = plan_steps(arguments, inputs.lengths)
     return {
         "reference": recipe.reference,
         "aligned": recipe.aligned,
         "lambda": recipe.lam,
+        "teacher": recipe.teacher,
         "rounds": recipe.rounds,
         "effective_lambda": effective_lambda(recipe.lam, recipe.rounds, extrapolate=True),
         "output": recipe.output,
         "output_state": run.state,
-        "data": {"path": recipe.data, **lengths.to_dict()},
+        "data": {"path": recipe.data, **inputs.lengths.to_dict()},
         **steps,
-    } | _memory(prepared, longest)
+        **_memory(recipe, inputs.pair, longest),
+    }
 
 
-def _memory(prepared: Prepared, longest: int) -> dict[str, Any]:
-    recipe = prepared.run.recipe
+def _memory(recipe: Recipe, pair: PairFacts, longest: int) -> dict[str, Any]:
     arguments = recipe.training_arguments(recipe.output)
-    config = prepared.pair.reference.config
+    config = pair.reference.config
     sizes = count_parameters(config, recipe.peft_config())
     need = estimate_memory(
         config,
         sizes,
-        aligned_parameters=_parameters(prepared.pair.aligned),
+        aligned_parameters=_parameters(pair.aligned),
         rows=arguments.per_device_train_batch_size,
         tokens=longest,
         chunk_size=arguments.chunk_size,

@@ -18,6 +18,7 @@ from flexalign.cli._options import (
 from flexalign.cli._shared import console, parse_lambda_option, print_json
 
 if TYPE_CHECKING:
+    from flexalign.cli._several import StepClock
     from flexalign.trra.run import Outcome, Realignment
 
 
@@ -25,7 +26,9 @@ def realign(
     recipe: Recipe,
     lam: Annotated[
         str | None,
-        typer.Option("--lambda", help="λ instead of the recipe's: a number, or a JSON schedule."),
+        typer.Option(
+            "--lambda", help="λ instead of the recipe's: a number, several, or a JSON schedule."
+        ),
     ] = None,
     output: RecipeOutput = None,
     assignments: Assignments = None,
@@ -49,10 +52,11 @@ def realign(
       aligned: miniature:aligned      # λ = 1: or a PEFT adapter on the reference
       data: traces.jsonl              # prompts with responses (flexalign sample)
       output: out/realigned           # one run; started again, it goes on
-      lambda: 2.0                     # or {kind: linear, start: 0, end: 2, …}
+      lambda: 2.0                     # or [1, 2], {kind: linear, start: 0, …}
       gate: null                      # 0.01: beyond 1 only where both differ
       divergence: reverse             # or forward, jsd (with beta)
       rounds: 1                       # k: TrRa-iter, each on the one before
+      teacher: online                 # cached: both models run once (flexalign cache)
       lora: {r: 16}                   # of peft.LoraConfig; absent: all weights
       watch:                          # the student answers while it learns
         prompts: questions.jsonl      # rows with an answer give an accuracy too
@@ -70,37 +74,54 @@ def realign(
 
     Then: [cyan]flexalign realign recipe.yaml --lambda 2 --set training.max_steps=100[/cyan]
 
+    Several λ from one cache: [cyan]flexalign realign recipe.yaml --lambda 0.5,1,2 --set teacher=cached[/cyan]
+
     Ctrl-C saves a checkpoint at the end of the step; the same command goes on from there.
     """
     from flexalign.trra.recipe import Recipe
 
-    plan = Recipe.load(
+    recipes = Recipe.load_each(
         recipe,
         overrides=assignments or (),
         lam=parse_lambda_option(lam),
         output=output,
         merge=merge or None,
     )
+    from flexalign.cli._cache import cache_filler
     from flexalign.cli._quiet import quieten_libraries, warnings_as_notes
-    from flexalign.cli._realign import prepare, preview
+    from flexalign.cli._realign import make_run, preview, read_inputs
 
     quieten_libraries()
 
     with warnings_as_notes():
-        prepared = prepare(
-            plan,
-            command=shlex.join(["flexalign", *sys.argv[1:]]),
-            extrapolate=extrapolate,
-            skip_bad_rows=skip_bad_rows,
-        )
+        inputs = read_inputs(recipes[0], skip_bad_rows=skip_bad_rows)
+        cached = recipes[0].teacher == "cached"
+        cache = cache_filler(recipes[0], inputs) if cached else None
+        runs = [
+            make_run(
+                each,
+                inputs,
+                command=shlex.join(["flexalign", *sys.argv[1:]]),
+                extrapolate=extrapolate,
+                cache=cache,
+            )
+            for each in recipes
+        ]
         if dry_run:
-            preview(prepared, as_json=as_json)
+            preview(runs, inputs, as_json=as_json)
             return
-        _announce(prepared.run)
-        outcome = _train(prepared.run, prepared.watched)
+        outcomes, clocks = [], []
+        for run in runs:
+            _announce(run)
+            outcome, clock = _train(run, inputs.watched)
+            outcomes.append(outcome)
+            clocks.append(clock)
+        if len(runs) > 1:
+            report = _report(runs, outcomes, clocks, cache)
     if as_json and not console.quiet:
-        print_json(outcome.to_dict())
-    _summarise(outcome)
+        print_json(report if len(runs) > 1 else outcomes[0].to_dict())
+    for outcome in outcomes:
+        _summarise(outcome)
 
 
 def _announce(run: "Realignment") -> None:
@@ -114,22 +135,24 @@ def _announce(run: "Realignment") -> None:
         console.print(f"{recipe.rounds} rounds; effective λ = λ^{recipe.rounds} = {effective:g}")
 
 
-def _train(run: "Realignment", watched: Any) -> "Outcome":
+def _train(run: "Realignment", watched: Any) -> "tuple[Outcome, StepClock]":
+    from flexalign.cli._several import StepClock
     from flexalign.cli._training import StepProgress, make_watcher
     from flexalign.trra.callbacks import StopOnSignal
     from flexalign.trra.stages import Stopped
 
     bars: list[StepProgress] = []
+    clock = StepClock()
 
     def callbacks(round_: Any) -> list[Any]:
         name = f"round {round_.number}" if run.recipe.rounds > 1 else "steps"
         bars.append(StepProgress(name))
         watch = run.recipe.watch
         watcher = [make_watcher(watch, watched, run.tokenizer)] if watch else []
-        return [*watcher, bars[-1]]
+        return [clock, *watcher, bars[-1]]
 
     try:
-        return run.run(callbacks, StopOnSignal())
+        return run.run(callbacks, StopOnSignal()), clock
     except Stopped as stop:
         console.print(
             f"stopped after {escape(str(stop.checkpoint))}; "
@@ -139,6 +162,25 @@ def _train(run: "Realignment", watched: Any) -> "Outcome":
     finally:
         for bar in bars:
             bar.close()
+
+
+def _report(
+    runs: "list[Realignment]",
+    outcomes: "list[Outcome]",
+    clocks: "list[StepClock]",
+    cache: Any,
+) -> dict[str, Any]:
+    from pathlib import Path
+
+    from flexalign.cli._several import describe_costs, write_report
+
+    folder = Path(runs[0].recipe.output).parent
+    was_read = cache is not None and any(clock.steps for clock in clocks)
+    report = write_report(folder, runs, outcomes, clocks, cache() if was_read else None)
+    console.print(f"all in one report: [bold]{escape(str(folder / 'report.md'))}[/bold]")
+    if report["cost"]:
+        console.print(f"{describe_costs(report['cost'], len(runs))}. {report['cost']['how']}")
+    return report
 
 
 def _summarise(outcome: "Outcome") -> None:

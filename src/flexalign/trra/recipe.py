@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from flexalign.errors import ConfigError, FlexAlignError
-from flexalign.trra.settings import check_settings, read_yaml, set_value, split_assignment
+from flexalign.trra.settings import check_settings, one_for_each_lambda, read_tree
 
 __all__ = ["DEFAULT_TRAINING", "WITHOUT_INFLUENCE", "Recipe", "Watch", "parse_training"]
 
@@ -71,7 +71,9 @@ class Recipe:
         gate: τ: extrapolate only where the pair differs by more; None for the paper's form.
         chunk_size: Tokens whose logits exist at one time.
         rounds: 1 is TrRa; k is TrRa-iter, k realignments of the reference.
-        teacher: ``online``.
+        teacher: ``online``, or ``cached``: both models run over the data once, and training reads
+            their hidden states.
+        cache_dir: Folder of those; None: beside `output`, with ``-cache`` at its end.
         rollouts: Share of batches that the student samples; 0.
         lora: Fields of ``peft.LoraConfig`` for a LoRA student; None trains all weights.
         merge: Save a LoRA student as a plain model too, in ``output/merged``.
@@ -90,6 +92,7 @@ class Recipe:
     chunk_size: int = 256
     rounds: int = 1
     teacher: str = "online"
+    cache_dir: str | None = None
     rollouts: float = 0.0
     lora: dict[str, Any] | None = None
     merge: bool = False
@@ -116,22 +119,39 @@ class Recipe:
                 named), a value has a wrong type, or this version cannot do what is asked.
             LambdaError: If λ is not a finite number or a schedule.
         """
-        tree = read_yaml(path)
-        for override in overrides:
-            key, value = split_assignment(override)
-            set_value(tree, key, value)
-        for name, value in settings.items():
-            if value is not None:
-                tree[_YAML_NAMES.get(name, name)] = value
-        return cls.parse(tree)
+        return cls.parse(read_tree(path, overrides, _by_yaml_name(settings)))
+
+    @classmethod
+    def load_each(
+        cls,
+        path: str | Path,
+        *,
+        overrides: Sequence[str] = (),
+        **settings: Any,
+    ) -> "list[Recipe]":
+        """Read a recipe with one λ or a list of them: one recipe for each λ.
+
+        With several, each writes to ``OUTPUT/lambda=0.5``, and all share one cache.
+
+        Args:
+            path: As in `load`, like the others.
+            overrides: Likewise.
+            **settings: Likewise; `lam` may be a list.
+
+        Raises:
+            ConfigError: As `load`, or if a λ is there twice or is no number.
+            LambdaError: As `load`.
+        """
+        tree = read_tree(path, overrides, _by_yaml_name(settings))
+        return [cls.parse(each) for each in one_for_each_lambda(tree)]
 
     @classmethod
     def parse(cls, tree: Mapping[str, Any]) -> "Recipe":
         """Check a mapping in the form of the YAML file; raises as `load` does."""
         if isinstance(tree.get("lambda"), list):
             raise ConfigError(
-                f"lambda: this version trains one λ in a run, got {len(tree['lambda'])}; "
-                "start one run for each (several in one come with a later release)."
+                f"lambda: one λ in a run, got {len(tree['lambda'])}; read several with "
+                "Recipe.load_each, as flexalign realign does."
             )
         from trl import SFTConfig
 
@@ -170,12 +190,19 @@ class Recipe:
         # Otherwise several processes without an accelerator would each train alone.
         training.setdefault("use_cpu", not accelerated)
         own = {name: getattr(self, name) for name in _TOP_LEVEL}
+        if self.teacher == "cached":
+            own["cache_dir"] = self.cache_folder
         try:
             return TrRaConfig(output_dir=str(output), **training, **own)
         except FlexAlignError:
             raise
         except (ValueError, TypeError) as error:
             raise ConfigError(f"training: {' '.join(str(error).split())}") from error
+
+    @property
+    def cache_folder(self) -> str:
+        """Where the teachers' hidden states are, or would be."""
+        return self.cache_dir or f"{self.output.rstrip('/')}-cache"
 
     def peft_config(self) -> Any:
         """Build the LoRA settings, or None where all weights are trained.
@@ -230,6 +257,10 @@ class Recipe:
             raise ConfigError("merge is for a LoRA student; add `lora:` or leave merge out.")
         self.training_arguments(self.output)
         self.peft_config()
+
+
+def _by_yaml_name(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {_YAML_NAMES.get(name, name): value for name, value in settings.items()}
 
 
 def _parse_watch(values: object) -> Watch:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from flexalign.data import data_fingerprint
 from flexalign.loading import load_model
+from flexalign.trra.cache import HiddenStateCache
 from flexalign.trra.callbacks import StopOnSignal, read_curve
 from flexalign.trra.card import model_card, versions_in_use
 from flexalign.trra.checkpoints import MANIFEST, Found, newest_complete, seal, writing
@@ -74,6 +75,8 @@ class Realignment:
         tokenizer: The pair's.
         pair: Fingerprints of reference and aligned model.
         command: The command line, for the model card.
+        cache: Opens the teachers' hidden states, making what is missing of them, for a recipe with
+            ``teacher: cached``; None: they are in the recipe's folder already.
         extrapolate: Allow several rounds beyond an effective λ of 4.
         say: Is given one line at a time for people.
 
@@ -89,12 +92,13 @@ class Realignment:
         *,
         pair: tuple[str | None, str | None],
         command: str,
+        cache: Callable[[], HiddenStateCache] | None = None,
         extrapolate: bool = False,
         say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.recipe = recipe
         self.traces, self.tokenizer = traces, tokenizer
-        self._command, self._say = command, say
+        self._command, self._say, self._cache = command, say, cache
         effective_lambda(recipe.lam, recipe.rounds, extrapolate=extrapolate)
         self.rounds = plan_rounds(recipe.aligned, recipe.output, recipe.rounds)
         self._identity = recipe.identity() | {
@@ -165,6 +169,7 @@ class Realignment:
             train_dataset=self.traces,
             processing_class=self.tokenizer,
             peft_config=self.recipe.peft_config(),
+            cache=self._cache() if self._cache and args.teacher == "cached" else None,
             callbacks=[stop, *callbacks],
         )
         return train_onwards(trainer, found, stop)

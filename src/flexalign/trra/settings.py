@@ -10,7 +10,14 @@ import yaml
 
 from flexalign.errors import ConfigError
 
-__all__ = ["check_settings", "read_yaml", "set_value", "split_assignment"]
+__all__ = [
+    "check_settings",
+    "one_for_each_lambda",
+    "read_tree",
+    "read_yaml",
+    "set_value",
+    "split_assignment",
+]
 
 _NAMES = {
     bool: "true or false",
@@ -47,6 +54,51 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold `key: value` lines, as examples/realign.yaml does.")
     return tree
+
+
+def read_tree(
+    path: str | Path, overrides: Iterable[str] = (), settings: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Read a recipe's file, then put ``key=value`` texts and single keys over it.
+
+    Args:
+        path: The YAML file.
+        overrides: Texts with dotted keys, the value as YAML.
+        settings: Values of top-level keys that win over both; None is ignored.
+
+    Raises:
+        ConfigError: If the file, or a text, cannot be read.
+    """
+    tree = read_yaml(path)
+    for override in overrides:
+        key, value = split_assignment(override)
+        set_value(tree, key, value)
+    return tree | {key: value for key, value in (settings or {}).items() if value is not None}
+
+
+def one_for_each_lambda(tree: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Make a recipe with a list of λ into one for each: outputs of their own, one cache.
+
+    Args:
+        tree: A recipe in the form of the YAML file; with one λ it is given back as it is.
+
+    Raises:
+        ConfigError: If the list is empty, or a λ is there twice or is no number.
+    """
+    lams = tree.get("lambda")
+    if not isinstance(lams, list):
+        return [dict(tree)]
+    if any(isinstance(lam, bool) or not isinstance(lam, int | float) for lam in lams):
+        raise ConfigError(f"lambda: a list of λ holds numbers, got {lams!r}.")
+    names = [f"lambda={lam:g}" for lam in lams]
+    if not lams or len(set(names)) < len(names):
+        raise ConfigError(f"lambda: name each λ of a list once, and one at least, got {lams!r}.")
+    output = str(tree.get("output", "")).rstrip("/")
+    shared = {"cache_dir": tree.get("cache_dir") or f"{output}-cache"}
+    return [
+        {**tree, **shared, "lambda": lam, "output": f"{output}/{name}"}
+        for lam, name in zip(lams, names, strict=True)
+    ]
 
 
 def split_assignment(text: str) -> tuple[str, Any]:

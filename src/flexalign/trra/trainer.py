@@ -6,6 +6,7 @@ teacher ``softmax(λ·aligned + (1−λ)·reference)``.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -24,6 +25,7 @@ from flexalign.trra.cache import HiddenStateCache
 from flexalign.trra.cache.feeding import CachedCollator
 from flexalign.trra.checkpoints import SealedCheckpoints
 from flexalign.trra.config import TrRaConfig
+from flexalign.trra.finite import require_finite_loss, require_finite_weights
 from flexalign.trra.meter import Meter
 from flexalign.trra.objective import CachedObjective, Objective
 from flexalign.trra.probes import require_packable
@@ -181,6 +183,8 @@ class TrRaTrainer(SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
     ) -> Tensor:
         """Equation 6 on one batch, as its share of the whole step's mean.
 
+        A loss that is no number stops the run, before its gradients touch a weight.
+
         Args:
             model: The student as it is wrapped.
             inputs: A batch of the collator, `labels` included.
@@ -198,6 +202,7 @@ class TrRaTrainer(SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
         lam = self.lam
         with self.accelerator.autocast():
             loss, metrics = self.objective(model, given, mask, lam, num_items)
+        require_finite_loss(loss, inputs, lam, self.state.global_step, Path(self.args.output_dir))
         self._last_lam = lam
         meter = self._meters[self._mode]
         meter.add(loss, metrics, num_items, response_tokens, _count_tokens(given))
@@ -233,6 +238,7 @@ class TrRaTrainer(SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._update_tokens_seen()
+        require_finite_weights(self.model, self.state.global_step, Path(self.args.output_dir))
         super()._save_checkpoint(model, trial)
 
     def _refuse_sequence_parallelism(self) -> None:

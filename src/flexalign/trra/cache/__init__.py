@@ -10,8 +10,19 @@ response token takes ``(H_reference + H_aligned) · bytes`` on disk.
 them into memory, and ``feeding`` hands them to the trainer batch by batch.
 """
 
-from flexalign.trra.cache.filling import fill_cache
+from flexalign.trra.cache.documents import prepare_documents
+from flexalign.trra.cache.filling import fill_cache, stored_dtype
 from flexalign.trra.cache.identity import identity_of
+from flexalign.trra.cache.layout import Form, free_bytes, hidden_width
 from flexalign.trra.cache.reading import HiddenStateCache
 
-__all__ = ["HiddenStateCache", "fill_cache", "identity_of"]
+__all__ = [
+    "Form",
+    "HiddenStateCache",
+    "fill_cache",
+    "free_bytes",
+    "hidden_width",
+    "identity_of",
+    "prepare_documents",
+    "stored_dtype",
+]

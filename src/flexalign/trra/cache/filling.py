@@ -27,16 +27,23 @@ from flexalign.trra.cache.layout import (
     MANIFEST,
     OWNER,
     SHARD_BYTES,
+    Form,
     claim,
     plan_shards,
     require_room,
     shard_name,
 )
 from flexalign.trra.cache.reading import HiddenStateCache
-from flexalign.trra.cache.shards import fault_of_file, read_json, save_tensors, write_atomically
+from flexalign.trra.cache.shards import (
+    dtype_name,
+    fault_of_file,
+    read_json,
+    save_tensors,
+    write_atomically,
+)
 from flexalign.trra.checkpoints import writing
 
-__all__ = ["fill_cache"]
+__all__ = ["fill_cache", "stored_dtype"]
 
 SIDES: tuple[Side, Side] = ("reference", "aligned")
 
@@ -50,8 +57,7 @@ def fill_cache(
     documents: Callable[[], list[Document]],
     load_pair: Callable[[], ModelPair],
     *,
-    widths: tuple[int, int],
-    dtype: torch.dtype,
+    form: Form,
     shard_bytes: int = SHARD_BYTES,
     anyway: bool = False,
     say: Callable[[str], None] = lambda line: None,
@@ -64,8 +70,7 @@ def fill_cache(
         identity: What it is of, from `identity_of`.
         documents: Prepares the data; called only if something is missing.
         load_pair: Loads both models to where they are to run; likewise.
-        widths: Of the two hidden states, so that the size is known before weights are loaded.
-        dtype: What hidden states are stored in.
+        form: Of what is stored, so that the size is known before weights are loaded.
         shard_bytes: The most that one file holds.
         anyway: Write even if the disk's free space is too small.
         say: Is given one line at a time for people.
@@ -75,7 +80,7 @@ def fill_cache(
         ConfigError: If the folder holds another cache or other files, or there is no room.
         CheckpointError: If the folder cannot be written to.
     """
-    owner = identity | {"dtype": str(dtype).removeprefix("torch."), "shard_bytes": shard_bytes}
+    owner = identity | {"dtype": dtype_name(form.dtype), "shard_bytes": shard_bytes}
     before = read_json(folder / OWNER)
     if before is not None:
         require_same(folder, before, owner)
@@ -86,12 +91,12 @@ def fill_cache(
     prepared = documents()
     if not prepared:
         raise ConfigError("no row keeps a response token within the cut-off; nothing to cache.")
-    work = _Work(folder, prepared, load_pair, widths, dtype, shard_bytes)
+    work = _Work(folder, prepared, load_pair, form, shard_bytes)
     missing = work.missing_bytes()
     need = require_room(folder, missing, anyway=anyway)
     say(
-        f"{work.tokens:,} response tokens × {work.token_bytes:,} bytes "
-        f"({widths[0]} + {widths[1]} numbers in {owner['dtype']}): {need}"
+        f"{work.tokens:,} response tokens × {form.token_bytes:,} bytes "
+        f"({form.widths[0]} + {form.widths[1]} numbers in {owner['dtype']}), and the heads: {need}"
     )
     with writing("the cache", folder, remains="the files that are there stand"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,6 +106,12 @@ def fill_cache(
         work.run(progress)
         work.finish(owner)
     return HiddenStateCache.open(folder, verify=False)
+
+
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """What hidden states are stored in, in a cache that was begun; None if there is none."""
+    owner = read_json(folder / OWNER)
+    return None if owner is None else getattr(torch, str(owner["dtype"]))
 
 
 def _is_whole(folder: Path, say: Callable[[str], None]) -> bool:
@@ -126,25 +137,26 @@ class _Work:
         folder: Path,
         documents: Sequence[Document],
         load_pair: Callable[[], ModelPair],
-        widths: tuple[int, int],
-        dtype: torch.dtype,
+        form: Form,
         shard_bytes: int,
     ) -> None:
-        self._folder, self._documents, self._dtype = folder, documents, dtype
+        self._folder, self._documents, self._form = folder, documents, form
         self._load_pair = load_pair
         self._pair: ModelPair | None = None
-        self.token_bytes = sum(widths) * dtype.itemsize
         counts = [len(document.positions) for document in documents]
         self.tokens = sum(counts)
-        self._shards = plan_shards(counts, self.token_bytes, shard_bytes)
+        self._shards = plan_shards(counts, form.token_bytes, shard_bytes)
         self._since = time.time()
 
     def missing_bytes(self) -> int:
-        """Bytes of hidden states in shards that are not there; a damaged one counts as there."""
+        """Bytes of the files that are not there; a damaged one counts as there."""
+        counts = map(self._count, self._shards)
+        sizes = [self._form.head_bytes, *(count * self._form.token_bytes for count in counts)]
+        paths = self._paths()
         return sum(
-            self._count(shard) * self.token_bytes
-            for index, shard in enumerate(self._shards)
-            if not (self._folder / shard_name(index)).with_suffix(".json").exists()
+            size
+            for path, size in zip(paths, sizes, strict=True)
+            if not path.with_suffix(".json").exists()
         )
 
     def run(self, progress: Callable[[int, int], None]) -> None:
@@ -236,7 +248,7 @@ class _Work:
         counts = [len(document.positions) for document in documents]
         starts = torch.tensor([0, *counts]).cumsum(0)
         tensors: dict[str, Tensor] = {
-            side: torch.empty((sum(counts), head.width), dtype=self._dtype)
+            side: torch.empty((sum(counts), head.width), dtype=self._form.dtype)
             for side, head in zip(SIDES, pair.heads, strict=True)
         }
         seconds = 0.0

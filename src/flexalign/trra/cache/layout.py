@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ __all__ = [
     "MANIFEST",
     "OWNER",
     "SHARD_BYTES",
+    "Form",
     "claim",
-    "head_bytes",
+    "free_bytes",
     "hidden_width",
     "plan_shards",
     "require_room",
@@ -41,6 +43,42 @@ SHARD_BYTES = 128 * 2**20
 """Hidden states in one file, at most; a document is never split."""
 
 _GIB = 2**30
+
+
+def hidden_width(config: Any) -> int:
+    """Width of the hidden state that a model's head takes, from its configuration."""
+    text = config.get_text_config()
+    return int(getattr(text, "word_embed_proj_dim", None) or text.hidden_size)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a cache's size depends on, known before any weight is loaded.
+
+    Attributes:
+        widths: Of the two models' hidden states.
+        vocab_size: Tokens that both heads score.
+        shared_head: Whether the pair has one head, as a base and an adapter on it have.
+        dtype: What hidden states are stored in.
+        head_dtype: What heads are stored in: as the models are loaded.
+    """
+
+    widths: tuple[int, int]
+    vocab_size: int
+    shared_head: bool
+    dtype: torch.dtype
+    head_dtype: torch.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one response token: both hidden states."""
+        return sum(self.widths) * self.dtype.itemsize
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the heads."""
+        widths = self.widths[:1] if self.shared_head else self.widths
+        return self.vocab_size * sum(widths) * self.head_dtype.itemsize
 
 
 def shard_name(index: int) -> str:
@@ -69,17 +107,6 @@ def plan_shards(counts: Sequence[int], token_bytes: int, shard_bytes: int) -> li
     if counts:
         shards.append(range(start, len(counts)))
     return shards
-
-
-def hidden_width(config: Any) -> int:
-    """Width of the hidden state that a model's head takes, from its configuration."""
-    text = config.get_text_config()
-    return int(getattr(text, "word_embed_proj_dim", None) or text.hidden_size)
-
-
-def head_bytes(vocab_size: int, widths: Sequence[int], shared: bool, dtype: torch.dtype) -> int:
-    """Bytes of the heads: one if the pair shares its base, else two."""
-    return vocab_size * sum(widths[: 1 if shared else 2]) * dtype.itemsize
 
 
 def require_room(folder: Path, size: int, *, anyway: bool) -> str:

@@ -13,7 +13,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-__all__ = ["MappedShard", "fault_of_file", "read_json", "save_tensors", "write_atomically"]
+__all__ = [
+    "MappedShard",
+    "dtype_name",
+    "fault_of_file",
+    "read_json",
+    "save_tensors",
+    "write_atomically",
+]
 
 _DTYPES = {
     "F32": torch.float32,
@@ -22,6 +29,11 @@ _DTYPES = {
     "I64": torch.int64,
     "U8": torch.uint8,
 }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name of a dtype, such as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

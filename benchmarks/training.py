@@ -1,0 +1,311 @@
+"""A training step beside plain fine-tuning and a peer's distillation: seconds and peak memory.
+
+Run it from the repository, after `make smollm2`:
+
+    python benchmarks/training.py             # about four minutes on two cores
+    python benchmarks/training.py --quick     # a model of two layers, seconds; nothing written
+
+Variants, all of SmolLM2-135M in float32 with AdamW, on the same rows:
+
+* ``SFT``: TRL's SFTTrainer, all weights;
+* ``TrRa online``: student, reference and aligned model in memory, all weights trained;
+* ``TrRa cached``: the teachers' hidden states out of a cache that was made before;
+* ``GKD``: TRL's GKDTrainer without on-policy samples: one teacher in memory, the same reverse KL;
+* ``LoRA SFT``: SFTTrainer with a LoRA;
+* ``LoRA TrRa, shared base``: the aligned model an adapter, one base for all three;
+* ``LoRA TrRa cached``: the same student from a cache.
+
+Every variant runs in a process of its own, once in every round. A step's time is the median over
+all rounds, the first step of each run left out; memory is the growth of the resident set from
+before the models are loaded to its peak, by the kernel's high-water mark.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import torch
+from _machine import MIB, machine, peak_growth
+from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from transformers.utils import logging
+from trl import SFTConfig, SFTTrainer
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from flexalign.data import data_fingerprint
+from flexalign.loading import fingerprint, load_model, load_tokenizer
+from flexalign.pairing import ModelPair
+from flexalign.trra import TrRaConfig, TrRaTrainer
+from flexalign.trra.cache import Form, fill_cache, identity_of, prepare_documents
+
+RESULTS = Path(__file__).parent / "results"
+TOKENS, PROMPT = 256, 64
+LAM = 2.0
+STEPS, ROUNDS = 4, 2
+CHUNK = 256
+TARGETS = {
+    "cached ÷ SFT, seconds": 1.15,
+    "online ÷ SFT, seconds": 1.75,
+    "shared base ÷ (LoRA SFT + one head product), memory": 1.1,
+}
+
+
+def write_models(folder: Path, quick: bool) -> None:
+    """A reference, an aligned model near it, and an adapter on the reference with an effect."""
+    if quick:
+        config = AutoConfig.for_model(
+            "llama",
+            vocab_size=49152,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        )
+        model = AutoModelForCausalLM.from_config(config)
+    else:
+        model = load_model("smollm2", dtype=torch.float32)
+    tokenizer = load_tokenizer("smollm2")
+    torch.manual_seed(0)
+    model.save_pretrained(folder / "reference")
+    tokenizer.save_pretrained(folder / "reference")
+    adapter = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    adapter.peft_config["default"].base_model_name_or_path = str(folder / "reference")
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.01)
+    adapter.save_pretrained(folder / "adapter")
+    merged = adapter.merge_and_unload()
+    merged.save_pretrained(folder / "aligned")
+    tokenizer.save_pretrained(folder / "aligned")
+    for name in ("aligned", "adapter"):
+        write_cache(folder, name)
+
+
+def make_rows() -> Dataset:
+    """Rows of random tokens, of which the first `PROMPT` are given; one row for each step."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(10, 49000, (STEPS, TOKENS), generator=generator).tolist()
+    return Dataset.from_list(
+        [{"input_ids": ids, "labels": [-100] * PROMPT + ids[PROMPT:]} for ids in rows]
+    )
+
+
+def settings(folder: Path, kind: Any = SFTConfig, **options: Any) -> Any:
+    return kind(
+        output_dir=str(folder / "out"),
+        max_steps=STEPS,
+        per_device_train_batch_size=1,
+        learning_rate=1e-5,
+        max_length=TOKENS,
+        save_strategy="no",
+        logging_steps=STEPS,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        dataloader_pin_memory=False,
+        **options,
+    )
+
+
+def cached(folder: Path, aligned: str) -> dict[str, str]:
+    return {"teacher": "cached", "cache_dir": str(folder / f"cache-{aligned}")}
+
+
+def write_cache(folder: Path, aligned: str) -> None:
+    rows, tokenizer = make_rows(), load_tokenizer(folder / "reference")
+    args = settings(folder, TrRaConfig)
+    config = AutoConfig.from_pretrained(folder / "reference")
+    float32 = torch.float32
+    form = Form(
+        (config.hidden_size,) * 2, config.vocab_size, aligned == "adapter", float32, float32
+    )
+    prints = (fingerprint(folder / "reference"), fingerprint(folder / aligned))
+    fill_cache(
+        Path(cached(folder, aligned)["cache_dir"]),
+        identity_of(prints, data_fingerprint(rows), tokenizer, args),
+        lambda: prepare_documents(rows, tokenizer, args),
+        lambda: ModelPair.load(folder / "reference", folder / aligned, dtype=float32),
+        form=form,
+    )
+
+
+class Clock(TrainerCallback):
+    """Wall seconds of every step but the first."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step > 1:
+            self.seconds.append(time.perf_counter() - self._began)
+
+
+def sft(folder: Path, **options: Any) -> Any:
+    model = load_model(folder / "reference", dtype=torch.float32)
+    tokenizer = load_tokenizer(folder / "reference")
+    return SFTTrainer(
+        model=model,
+        args=settings(folder),
+        train_dataset=make_rows(),
+        processing_class=tokenizer,
+        **options,
+    )
+
+
+def trra(folder: Path, aligned: str, *, from_cache: bool, **options: Any) -> Any:
+    extra = cached(folder, aligned) if from_cache else {}
+    return TrRaTrainer(
+        reference=folder / "reference",
+        aligned=folder / aligned,
+        args=settings(folder, TrRaConfig, lam=LAM, chunk_size=CHUNK, **extra),
+        train_dataset=make_rows(),
+        processing_class=load_tokenizer(folder / "reference"),
+        **options,
+    )
+
+
+def gkd(folder: Path) -> Any:
+    tokenizer = load_tokenizer(folder / "reference")
+    return GKDTrainer(
+        model=load_model(folder / "reference", dtype=torch.float32),
+        teacher_model=load_model(folder / "aligned", dtype=torch.float32),
+        args=settings(folder, GKDConfig, lmbda=0.0, beta=1.0),
+        data_collator=DataCollatorForLanguageModeling(tokenizer.pad_token_id or 0),
+        train_dataset=make_rows(),
+        processing_class=tokenizer,
+    )
+
+
+def _lora() -> LoraConfig:
+    return LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+VARIANTS: dict[str, Callable[[Path], Any]] = {
+    "SFT": sft,
+    "TrRa online": lambda folder: trra(folder, "aligned", from_cache=False),
+    "TrRa cached": lambda folder: trra(folder, "aligned", from_cache=True),
+    "GKD": gkd,
+    "LoRA SFT": lambda folder: sft(folder, peft_config=_lora()),
+    "LoRA TrRa, shared base": lambda folder: trra(
+        folder, "adapter", from_cache=False, peft_config=_lora()
+    ),
+    "LoRA TrRa cached": lambda folder: trra(
+        folder, "adapter", from_cache=True, peft_config=_lora()
+    ),
+}
+
+
+def run(name: str, folder: Path, threads: int) -> dict[str, Any]:
+    """Load one variant, take its steps, and return their seconds and the peak memory."""
+    torch.set_num_threads(threads)
+    clock = Clock()
+    with peak_growth() as grown:
+        trainer = VARIANTS[name](folder)
+        trainer.add_callback(clock)
+        trainer.train()
+    return {"seconds": clock.seconds, "mib": grown["mib"]}
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Fork: what was imported is there, and no memory but that."""
+    context = multiprocessing.get_context("fork")
+    with context.Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def measure(folder: Path, threads: int, rounds: int) -> dict[str, dict[str, float]]:
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
+    for _ in range(rounds):
+        for name in VARIANTS:
+            found[name].append(in_own_process(run, name, folder, threads))
+    return {
+        name: {
+            "seconds": statistics.median(second for run in runs for second in run["seconds"]),
+            "mib": max(run["mib"] for run in runs),
+        }
+        for name, runs in found.items()
+    }
+
+
+def ratios(found: dict[str, dict[str, float]], vocab_size: int) -> dict[str, float]:
+    """The figures that the targets are about."""
+    product = min(CHUNK, TOKENS - PROMPT) * vocab_size * 4 / MIB
+    values = (
+        found["TrRa cached"]["seconds"] / found["SFT"]["seconds"],
+        found["TrRa online"]["seconds"] / found["SFT"]["seconds"],
+        found["LoRA TrRa, shared base"]["mib"] / (found["LoRA SFT"]["mib"] + product),
+    )
+    return dict(zip(TARGETS, values, strict=True))
+
+
+def report(found: dict[str, Any], reached: dict[str, float], facts: dict[str, Any]) -> str:
+    base = found["SFT"]
+    lines = [
+        "# A training step",
+        "",
+        f"`python benchmarks/training.py`: SmolLM2-135M, float32, {facts['threads']} threads of "
+        f"{facts['cpu']}, torch {facts['torch']}. One row of {TOKENS} tokens in a step, {PROMPT} of "
+        f"them the prompt; AdamW, activation checkpointing as TRL sets it, λ = {LAM:g}, reverse "
+        f"KL. {ROUNDS} rounds of {STEPS} steps, the first of each left out; median. Memory is the "
+        "peak above what the imports hold.",
+        "",
+        "| variant | seconds per step | SFT = 1 | peak MiB | SFT = 1 |",
+        "| --- | --: | --: | --: | --: |",
+        *(
+            f"| {name} | {one['seconds']:.2f} | {one['seconds'] / base['seconds']:.2f} | "
+            f"{one['mib']:.0f} | {one['mib'] / base['mib']:.2f} |"
+            for name, one in found.items()
+        ),
+        "",
+        "| ratio | measured | to reach |",
+        "| --- | --: | --: |",
+        *(f"| {name} | {reached[name]:.2f} | ≤ {limit} |" for name, limit in TARGETS.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny model, nothing written")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    disable_progress_bars()
+    with TemporaryDirectory() as folder:
+        in_own_process(write_models, Path(folder), arguments.quick)
+        found = measure(Path(folder), arguments.threads, arguments.rounds)
+        config = json.loads((Path(folder) / "reference" / "config.json").read_text())
+    reached = ratios(found, config["vocab_size"])
+    facts = machine() | {"threads": arguments.threads}
+    text = report(found, reached, facts)
+    print(text)
+    if arguments.quick:
+        return
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "training.md").write_text(text, encoding="utf-8")
+    (RESULTS / "training.json").write_text(
+        json.dumps({"machine": facts, "variants": found, "ratios": reached}, indent=2) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""``flexalign cache``: run both teachers once, so that students of any λ train without them."""
+
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from flexalign.cli._options import Assignments, Recipe, ResultAsJson, SkipBadRows
+from flexalign.cli._shared import console, print_json, result_console
+
+
+def cache(
+    recipe: Recipe,
+    folder: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="Folder instead of the recipe's cache_dir."),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(help="Stored as auto (what the models run in), float32, bfloat16, float16."),
+    ] = "auto",
+    assignments: Assignments = None,
+    skip_bad_rows: SkipBadRows = False,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Write even if the disk seems too small.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what it would take; load and write nothing.")
+    ] = False,
+    as_json: ResultAsJson = False,
+) -> None:
+    """Run both models over a recipe's data once and keep their final hidden states.
+
+    No λ goes into them: any λ, schedule, divergence and gate trains from one cache exactly as with
+    both models in memory, and neither is loaded again.
+
+    How large will it be? [cyan]flexalign cache recipe.yaml --dry-run[/cyan]
+
+    Make it: [cyan]flexalign cache recipe.yaml[/cyan]
+
+    By two processes at once: [cyan]torchrun --nproc-per-node 2 -m flexalign cache recipe.yaml[/cyan]
+
+    Then: [cyan]flexalign realign recipe.yaml --set teacher=cached --lambda 0.5,1,1.5,2[/cyan]
+
+    Killed, the same command goes on. A finished cache is checked, and what is damaged is made again.
+    """
+    from flexalign.errors import ConfigError
+    from flexalign.trra.recipe import Recipe
+
+    known = ("auto", "float32", "bfloat16", "float16")
+    if dtype not in known:
+        raise ConfigError(f"--dtype must be one of {', '.join(known)}, got {dtype!r}.")
+    plan = Recipe.load_each(recipe, overrides=assignments or (), cache_dir=folder)[0]
+    from flexalign.cli._cache import cache_filler, plan_cache
+    from flexalign.cli._quiet import quieten_libraries, warnings_as_notes
+    from flexalign.cli._realign import read_inputs
+
+    quieten_libraries()
+    with warnings_as_notes():
+        inputs = read_inputs(plan, skip_bad_rows=skip_bad_rows)
+        if dry_run:
+            _show(plan_cache(plan, inputs, dtype), as_json=as_json)
+            return
+        try:
+            found = cache_filler(plan, inputs, dtype=dtype, anyway=anyway)()
+        except KeyboardInterrupt:
+            console.print("stopped; give the same command again to go on from there.")
+            raise typer.Exit(130) from None
+    keys = ("documents", "tokens", "input_tokens", "bytes", "dtype", "forward_seconds")
+    facts = {"cache": str(found.folder)} | {key: found.facts[key] for key in keys}
+    if as_json and not console.quiet:
+        print_json(facts)
+    console.print(
+        f"{facts['tokens']:,} response tokens of {facts['documents']:,} rows are in "
+        f"[bold]{escape(facts['cache'])}[/bold], {facts['bytes'] / 2**30:.3g} GiB"
+    )
+
+
+def _show(facts: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print_json(facts)
+        return
+    result_console.print(
+        f"{facts['response_tokens']:,} response tokens × {facts['bytes_per_token']:,} bytes "
+        f"({facts['dtype']}) and the heads ({facts['head_gib']:.3g} GiB): "
+        f"{facts['gib']:.3g} GiB in {escape(facts['cache'])}; {facts['free_gib']:.3g} GiB are free"
+    )
