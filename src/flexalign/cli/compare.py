@@ -10,6 +10,7 @@ from rich.markup import escape
 from flexalign.cli._evaluate import print_summary
 from flexalign.cli._shared import console, print_json
 from flexalign.errors import ConfigError
+from flexalign.evaluation.labels import tell_apart
 
 
 def compare(
@@ -29,9 +30,11 @@ def compare(
 
     Example: [cyan]flexalign compare out/sweep out/dial --output out/both[/cyan]
     """
-    labels = _labels(folders)
+    resolved = [folder.resolve() for folder in folders]
+    if len(set(resolved)) < len(resolved):
+        raise ConfigError("a folder is named twice; name each once.")
     rows, means = [], []
-    for folder, label in zip(folders, labels, strict=True):
+    for folder, label in zip(folders, tell_apart(resolved), strict=True):
         summary = _read(folder)
         rows += [row | {"system": f"{label}/{row['system']}"} for row in summary["rows"]]
         means += [mean | {"system": f"{label}/{mean['system']}"} for mean in summary["means"]]
@@ -44,15 +47,6 @@ def compare(
         print_json(merged)
     else:
         print_summary(merged)
-
-
-def _labels(folders: list[Path]) -> list[str]:
-    """The folders' names, or as much of their paths as tells them apart."""
-    resolved = [folder.resolve() for folder in folders]
-    if len(set(resolved)) < len(resolved):
-        raise ConfigError("a folder is named twice; name each once.")
-    names = [folder.name for folder in resolved]
-    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
 def _read(folder: Path) -> dict[str, Any]:

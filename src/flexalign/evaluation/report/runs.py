@@ -15,6 +15,7 @@ import numpy as np
 
 from flexalign.data.files import Row, read_rows
 from flexalign.errors import DataError
+from flexalign.evaluation.labels import tell_apart
 from flexalign.evaluation.report.budget import Scored
 
 __all__ = ["Key", "Run", "Samples"]
@@ -73,7 +74,7 @@ class Run:
         resolved = [folder.resolve() for folder in folders]
         if len(set(resolved)) < len(resolved):
             raise DataError("the same results folder is given twice; give each once.")
-        labels = _labels(resolved) if len(folders) > 1 else [""]
+        labels = tell_apart(resolved) if len(folders) > 1 else [""]
         runs = [cls(folder, label) for folder, label in zip(folders, labels, strict=True)]
         for run in runs:
             run.require()
@@ -141,13 +142,3 @@ class Run:
         if missing:
             raise DataError(f"{path}: the field {missing[0]!r} is missing; evaluate again.")
         return dict(value)
-
-
-def _labels(folders: Sequence[Path]) -> list[str]:
-    """The fewest trailing parts of each path that make all of them differ."""
-    longest = max(len(folder.parts) for folder in folders)
-    for count in range(1, longest + 1):
-        labels = ["/".join(folder.parts[-count:]) for folder in folders]
-        if len(set(labels)) == len(labels):
-            break
-    return labels
