@@ -54,16 +54,6 @@ def adapter(tmp_path: Path, tiny_pair: Any) -> Path:
     return tmp_path / "adapter"
 
 
-@pytest.fixture
-def weightless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail if any model's weights are loaded."""
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
-
-
 @pytest.mark.usefixtures("weightless")
 def test_a_dry_run_shows_what_is_trained_on_and_writes_nothing(
     command: Run, tree: dict[str, Any]
@@ -163,12 +153,9 @@ def test_adapters_that_do_not_fit_are_refused_before_weights_load(
     tree: dict[str, Any],
     adapter: Path,
     tiny_pair: Any,
-    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
+    request.getfixturevalue("weightless")
     given = {**tree, "adapter": str(adapter), **({"lambda": 0.5} if name == "bake" else {})}
     other = command(name, {**given, "base": str(tiny_pair.aligned)})
     assert other.exit_code == 2
