@@ -11,6 +11,7 @@ from flexalign._version import __version__
 from flexalign.cli._shared import console
 from flexalign.cli.adapt import adapt
 from flexalign.cli.bake import bake
+from flexalign.cli.cache import cache
 from flexalign.cli.calibrate import calibrate
 from flexalign.cli.chat import chat
 from flexalign.cli.compare import compare
@@ -61,6 +62,7 @@ def _root(
 
 app.command()(adapt)
 app.command()(bake)
+app.command()(cache)
 app.command()(calibrate)
 app.command()(chat)
 app.command()(demo)
