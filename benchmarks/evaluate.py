@@ -109,7 +109,8 @@ def section(results: dict[str, dict[str, Any]]) -> str:
         ]
     if "smollm2" in results:
         lines += [
-            "**SmolLM2-135M-Instruct on GSM8K**, 100 questions of the test part, one response each "
+            "**SmolLM2-135M-Instruct on GSM8K**, `python benchmarks/evaluate.py --only smollm2` with "
+            "GSM8K in FLEXALIGN_DATA: 100 questions of the test part, one response each "
             "at temperature 0.7 and top-p 0.95, at most 200 tokens; λ = 1 is the concise LoRA "
             "adapter of examples/smollm2. A model of this size cannot do these questions, and its "
             "accuracy is near zero; what it writes, how often it is cut off and how often no "
