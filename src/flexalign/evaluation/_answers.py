@@ -25,8 +25,9 @@ _WRAPPED = re.compile(r"\\(?:text|mathrm|mbox|textbf)\s*\{([^{}]*)\}")
 _ALL_WRAPPED = re.compile(r"\s*\\(?:text|mathrm|mbox|textbf)\s*\{[^{}]*\}\s*\.?\s*")
 _WORDS = re.compile(r"[^\W\d_]{4,}|(?=.*[^\W\d_]{3})[^\W\d_]+(?:[ '-][^\W\d_]+)+")
 _CHOICE = re.compile(r"\(?([A-Za-z])\)?(?:[\s:.,)].*)?")
-_IN_BASE = re.compile(r"(-?\w+?)_\{?(\d+)\}?")
+_IN_BASE = re.compile(r"(?P<open>\()?(?P<digits>-?\w+?)(?(open)\))_\{?(?P<base>\d+)\}?")
 _FACTOR = re.compile(r"(?<![_^\d.])(\d+(?:\.\d+)?)\s*((?:\\left)?\()")
+_MIXED = re.compile(r"^\s*(-?\d+)(?:\\[,;:! ]|\s)+(\d+)\s*/\s*(\d+)\s*$")
 _REPEATING = re.compile(r"(\d*)\.(\d*)\\overline\{(\d+)\}")
 _BARE_UNIT = re.compile(
     r"(?<=[\d}])\s+(?!pi\b)(?:(?:square|cubic) )?[a-zA-Z]{2,}(?:\^\{?[23]\}?)?$"
@@ -40,6 +41,7 @@ _REWRITTEN = (
     (re.compile(r"(?<=\d)[eE]([+-]?\d+)"), r" \\cdot 10^{\1}"),
     (re.compile(r"\\mathrm\{i\}"), "i"),
     (re.compile(r"^[a-zA-Z]\s*\\in\b"), ""),
+    (_MIXED, r"\1\\frac{\2}{\3}"),
 )
 _SIGNS = {
     "~": " ",
@@ -120,6 +122,8 @@ def plain_verdict(found: str, expected: str) -> bool | None:
     number, known = as_number(mine), as_number(target)
     if number is not None and known is not None:
         return number == known
+    if _MIXED.match(found) or _MIXED.match(expected):
+        return None
     if mine.replace(" ", "") == target.replace(" ", ""):
         return True
     if is_choice(expected):
@@ -127,17 +131,17 @@ def plain_verdict(found: str, expected: str) -> bool | None:
         return choice is not None and choice[1].casefold() == target.strip("()").casefold()
     if is_words(expected):
         return mine.casefold() == target.casefold()
-    based = _IN_BASE.fullmatch(target.replace(" ", ""))
-    if based and based[1].lstrip("-").isalnum() and based[1].lstrip("-")[:1].isdigit():
-        return _same_numeral(mine.replace(" ", ""), based[1], based[2])
+    based = _numeral(target)
+    if based and based[0].lstrip("-").isalnum() and based[0].lstrip("-")[:1].isdigit():
+        return _same_numeral(mine, *based)
     return None
 
 
 def for_mathematics(text: str, *, unit: bool) -> str:
     """The answer in a form that math-verify reads as it is meant.
 
-    Without that, ``2(15)`` would be the mixed number 17, a final full stop part of the formula,
-    and a repeating decimal no number.
+    Without that, ``2(15)`` would be the mixed number 17 and ``1 3/4`` none, a final full stop part
+    of the formula, and a repeating decimal no number.
 
     Args:
         text: The answer as written.
@@ -157,12 +161,12 @@ def for_mathematics(text: str, *, unit: bool) -> str:
 def is_plain(expected: str) -> bool:
     """Whether a known answer is a number, a word, a choice or a numeral, and needs no parser."""
     text = normalise(expected)
-    based = _IN_BASE.fullmatch(text.replace(" ", ""))
+    based = _numeral(text)
     return (
         as_number(text) is not None
         or is_choice(expected)
         or is_words(expected)
-        or (based is not None and based[1].lstrip("-").isdigit())
+        or (based is not None and based[0].lstrip("-").isdigit())
     )
 
 
@@ -196,12 +200,18 @@ def _as_fraction(decimal: re.Match[str]) -> str:
     return f"\\frac{{{over}}}{{{under}}}"
 
 
+def _numeral(text: str) -> tuple[str, str] | None:
+    """The digits and the base of a numeral, ``204_5`` or ``(204)_5``."""
+    match = _IN_BASE.fullmatch(text.replace(" ", ""))
+    return (match["digits"], match["base"]) if match else None
+
+
 def _same_numeral(found: str, digits: str, base: str) -> bool:
     """The base may be left away, since the question names it; another one is wrong."""
-    based = _IN_BASE.fullmatch(found)
+    based = _numeral(found)
     if based is None:
-        return found.casefold() == digits.casefold()
-    return (based[1].casefold(), based[2]) == (digits.casefold(), base)
+        return found.replace(" ", "").casefold() == digits.casefold()
+    return (based[0].casefold(), based[1]) == (digits.casefold(), base)
 
 
 def _tidy(text: str) -> str:
