@@ -7,7 +7,7 @@ from typing import Any
 import uvicorn
 
 from flexalign.serving.dial import DialRules
-from flexalign.serving.middleware import DialMiddleware
+from flexalign.serving.middleware import CHOICE, DialMiddleware
 from flexalign.serving.playground import Playground
 from flexalign.serving.server import open_socket
 
@@ -31,9 +31,7 @@ class StreamingServer:
         self.left = threading.Event()
         self._has_dial = rules.default is not None
         self._effort = rules.effort is not None
-        app: Any = DialMiddleware(
-            self, rules, carry=lambda body, choice: body.update(choice.report)
-        )
+        app: Any = DialMiddleware(self, rules)
         listening = open_socket("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         config = uvicorn.Config(Playground(app), log_level="critical", lifespan="off", ws="none")
@@ -53,7 +51,8 @@ class StreamingServer:
             return await self._whole(send, 200, {"data": [model]})
         if scope["path"] != "/v1/chat/completions":
             return await self._whole(send, 404, {"error": {"message": "nothing here."}})
-        self.asked.append(json.loads((await receive())["body"]))
+        asked = json.loads((await receive())["body"])
+        self.asked.append(asked | scope[CHOICE].report)
         kind = [(b"content-type", b"text/event-stream")]
         await send({"type": "http.response.start", "status": 200, "headers": kind})
         for delta in self.deltas:

@@ -78,16 +78,6 @@ def test_the_dial_goes_in_and_comes_back():
     assert engine.scope[CHOICE].dial == Fixed(0.25)
 
 
-def test_an_engine_without_a_scope_gets_it_in_the_body():
-    engine = Engine(b"{}")
-
-    def carry(given: dict[str, Any], choice: Any) -> None:
-        given["vllm_xargs"] = {"lambda": choice.dial.lam}
-
-    ask(DialMiddleware(engine, RULES, carry=carry), body(control=0.25))
-    assert engine.body == {"messages": [], "vllm_xargs": {"lambda": 0.25}}
-
-
 def test_a_body_in_parts_is_one_body():
     engine = Engine(b"{}")
     content = body(**{"lambda": 0.25})
@@ -200,6 +190,12 @@ def test_a_wrong_key_is_refused(header: str | None):
     assert (status, told["www-authenticate"]) == (401, "Bearer")
     assert json.loads(parts[0])["error"]["code"] == "invalid_api_key"
     assert engine.scope is None
+
+
+def test_whatever_is_posted_needs_the_key():
+    gate = KeyGate(Engine(b"{}"), "secret")
+    assert ask(gate, b"{}", path="/invocations")[0] == 401
+    assert ask(gate, b"{}", path="/invocations", authorization="Bearer secret")[0] == 200
 
 
 def test_the_right_key_and_the_health_check_pass():

@@ -71,17 +71,30 @@ class Watch(StoppingCriteria):  # type: ignore[misc]
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Take in the token that was chosen; return which rows need not go on."""
-        is_open = ~(self.ended | self._dropped)
         chosen = self.listener.log_probs.gather(-1, input_ids[:, -1:])[:, 0]
-        chosen = chosen.double().where(is_open, 0.0)
-        self._log_total += chosen
-        self._log_least = self._log_least.minimum(chosen)
-        has_end, is_end_token = torch.zeros_like(is_open), torch.zeros_like(is_open)
+        has_end, is_end_token = torch.zeros_like(self.ended), torch.zeros_like(self.ended)
         for end in self._ends:
             found = end(input_ids, scores, **kwargs)
             has_end |= found
             if hasattr(end, "eos_token_id"):
                 is_end_token |= found
+        return self.take(chosen, has_end, is_end_token)
+
+    def take(self, log_probs: Tensor, has_end: Tensor, is_end_token: Tensor) -> Tensor:
+        """Take in one more token of each row; shapes are ``(B,)``.
+
+        Args:
+            log_probs: The tokens' own, at temperature 1, in nats.
+            has_end: Whether the answer ends with it, by itself.
+            is_end_token: Whether it is a token that ends answers, and no part of them.
+
+        Returns:
+            Which rows need not go on.
+        """
+        is_open = ~(self.ended | self._dropped)
+        chosen = log_probs.double().where(is_open, 0.0)
+        self._log_total += chosen
+        self._log_least = self._log_least.minimum(chosen)
         self.length += is_open
         self.counted += is_open & ~is_end_token
         self.ended |= is_open & has_end

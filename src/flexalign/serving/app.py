@@ -97,21 +97,14 @@ class _Routes:
             underway.cancel()
 
     def _model(self) -> dict[str, Any]:
-        rules, model = self._rules, self._service.model
-        dial = None
-        if rules.default is not None:
-            dial = {
-                "default": rules.default.to_json(),
-                "lambda_range": list(rules.lambda_range),
-                "effort": rules.effort is not None,
-            }
+        model = self._service.model
         return {
             "id": model.name,
             "object": "model",
             "created": self._since,
             "owned_by": "flexalign",
             "max_model_len": model.context,
-            "dial": dial,
+            "dial": self._rules.to_json(),
         }
 
 

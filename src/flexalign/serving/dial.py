@@ -9,11 +9,18 @@ from difflib import get_close_matches
 from typing import Any
 
 from flexalign.errors import ConfigError, LambdaError
-from flexalign.policies import Dial, Fixed, extremes, parse_dial
+from flexalign.policies import Adaptive, Dial, Fixed, extremes, parse_dial
 from flexalign.schedules import Schedule
 from flexalign.serving.errors import ApiError
 
-__all__ = ["DIAL_KEYS", "EFFORT_LEVELS", "Choice", "DialRules"]
+__all__ = [
+    "DIAL_KEYS",
+    "EFFORT_LEVELS",
+    "Choice",
+    "DialRules",
+    "refuse_agreement",
+    "refuse_misspelt",
+]
 
 DIAL_KEYS = ("lambda", "effort", "reasoning_effort", "control")
 """The keys of a body that say a dial; at most one may."""
@@ -68,6 +75,16 @@ class DialRules:
     temperature: float | None = None
     _has_warned: bool = field(default=False, init=False, repr=False)
 
+    def to_json(self) -> dict[str, Any] | None:
+        """Return what ``/v1/models`` tells of them; None where there is no dial."""
+        if self.default is None:
+            return None
+        return {
+            "default": self.default.to_json(),
+            "lambda_range": list(self.lambda_range),
+            "effort": self.effort is not None,
+        }
+
     def choose(self, body: dict[str, Any]) -> Choice:
         """Take the dial out of a body.
 
@@ -77,7 +94,7 @@ class DialRules:
         Raises:
             ApiError: If there are two, one is misspelt, malformed, or not permitted here.
         """
-        _refuse_misspelt(body)
+        refuse_misspelt(body)
         given = {key: body.pop(key) for key in DIAL_KEYS if key in body}
         given = {key: value for key, value in given.items() if value is not None}
         ignored: tuple[str, ...] = ()
@@ -167,7 +184,12 @@ class DialRules:
         )
 
 
-def _refuse_misspelt(body: dict[str, Any]) -> None:
+def refuse_misspelt(body: dict[str, Any]) -> None:
+    """Refuse a body with a key that is almost a dial's.
+
+    Raises:
+        ApiError: If there is one; names what was meant.
+    """
     for key in body:
         if key in DIAL_KEYS:
             continue
@@ -175,6 +197,19 @@ def _refuse_misspelt(body: dict[str, Any]) -> None:
         meant = _OTHER_NAMES.get(key.casefold()) or (close[0] if close else None)
         if meant is not None:
             raise _bad(key[:80], f"{key[:80]!r} is no dial; did you mean {meant!r}?")
+
+
+def refuse_agreement(dial: Dial | None) -> None:
+    """Refuse the policy measure that takes several answers for one.
+
+    Raises:
+        ConfigError: If the dial judges by it.
+    """
+    if isinstance(dial, Adaptive) and dial.measure == "agreement":
+        raise ConfigError(
+            "the measure agreement samples several answers for one, which the server does not; "
+            "take answer_probability or min_token_probability."
+        )
 
 
 def _bad(param: str, message: str) -> ApiError:

@@ -2,12 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
 
-from flexalign.calibration.effort import effort_to_dial, largest_effort
 from flexalign.data.thinking import ThinkingTags
 from flexalign.decoding import TwoModelDecoder
 from flexalign.errors import ConfigError
@@ -25,6 +23,7 @@ from flexalign.serving.engine import (
     PlainRunner,
     Runner,
 )
+from flexalign.serving.rules import adapter_rules
 from flexalign.serving.service import ServedModel, Service
 
 __all__ = ["ServeOptions", "load_service"]
@@ -120,32 +119,10 @@ def _load(options: ServeOptions) -> tuple[Runner, Any, ThinkingTags | None, Dial
         options.model, options.adapter, any_base=options.any_base, **loading
     )
     settings = model.inra_config
-    permitted = options.lambda_range or settings.lambda_range
-    low, high = permitted
-    if not low <= settings.default_lambda <= high:
-        raise ConfigError(
-            f"the adapter's default λ = {settings.default_lambda:g} is outside --lambda-range "
-            f"[{low:g}, {high:g}]; permit it."
-        )
-    model.inra_config = replace(settings, lambda_range=permitted)
-    rules = _rules(settings.default_lambda, permitted, settings.calibration)
+    rules = adapter_rules(settings, options.lambda_range)
+    model.inra_config = replace(settings, lambda_range=rules.lambda_range)
     tags = ThinkingTags(*settings.thinking_tags) if settings.thinking_tags else None
     return InRaRunner(model, options.gate), load_tokenizer(options.model), tags, rules
-
-
-def _rules(
-    default: float, permitted: tuple[float, float], calibration: dict[str, Any] | None
-) -> DialRules:
-    if calibration is None:
-        return DialRules(Fixed(default), permitted)
-    largest_effort(calibration)  # refuses one that cannot be read, before anybody asks
-    return DialRules(
-        Fixed(default),
-        permitted,
-        effort=partial(effort_to_dial, calibration),
-        holes=tuple((float(low), float(high)) for low, high in calibration.get("holes", ())),
-        temperature=calibration.get("sampling", {}).get("temperature"),
-    )
 
 
 def _sides(model: Any) -> Sequence[Any]:

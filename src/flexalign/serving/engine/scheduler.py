@@ -17,6 +17,7 @@ from flexalign.decoding.text import ResponseText
 from flexalign.errors import ConfigError, ServingError
 from flexalign.policies import DEFAULT_THRESHOLD, Adaptive, Dial
 from flexalign.schedules import Schedule
+from flexalign.serving.dial import refuse_agreement
 from flexalign.serving.engine.frame import Frame
 from flexalign.serving.engine.jobs import Generation, Job, Outbox
 from flexalign.serving.engine.limits import EngineLimits
@@ -114,11 +115,7 @@ class Engine:
         Raises:
             ConfigError: If it judges by agreement, or follows a thinking that cannot be seen.
         """
-        if isinstance(dial, Adaptive) and dial.measure == "agreement":
-            raise ConfigError(
-                "the measure agreement samples several answers for one, which the server does not; "
-                "take answer_probability or min_token_probability."
-            )
+        refuse_agreement(dial)
         if isinstance(dial, Schedule) and dial.follows_thinking and self._writing.tags is None:
             raise ConfigError(self._tag_error)
 
