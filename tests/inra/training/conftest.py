@@ -7,16 +7,6 @@ from transformers import PreTrainedTokenizerFast
 
 from flexalign.inra.training import Outcome, adapt
 
-TRAINING = {
-    "max_steps": 2,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 1,
-    "learning_rate": 1e-3,
-    "logging_steps": 1,
-    "disable_tqdm": True,
-    "max_length": 64,
-}
-
 
 @pytest.fixture(autouse=True)
 def _quiet() -> None:
@@ -42,11 +32,27 @@ def preferences() -> Dataset:
 
 
 @pytest.fixture
-def train(tmp_path: Any, tiny_tokenizer: PreTrainedTokenizerFast) -> Callable[..., Outcome]:
+def training() -> dict[str, Any]:
+    """Small settings of a training."""
+    return {
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "max_length": 64,
+    }
+
+
+@pytest.fixture
+def train(
+    tmp_path: Any, tiny_tokenizer: PreTrainedTokenizerFast, training: dict[str, Any]
+) -> Callable[..., Outcome]:
     """Train an adapter into ``tmp_path/name`` with small settings."""
 
     def run(base: Any, data: Dataset, *, name: str = "out", **settings: Any) -> Outcome:
-        settings["training"] = TRAINING | settings.pop("training", {})
+        settings["training"] = training | settings.pop("training", {})
         return adapt(base, data, tmp_path / name, tokenizer=tiny_tokenizer, **settings)
 
     return run

@@ -165,6 +165,7 @@ def test_dpo_starts_at_log_2_and_follows_two_separate_models(
     tiny_tokenizer: Any,
     preferences: Dataset,
     train: Any,
+    training: dict[str, Any],
     tmp_path: Any,
 ) -> None:
     """The same training with a reference of its own: TRL's trainer, a second model in memory."""
@@ -180,7 +181,7 @@ def test_dpo_starts_at_log_2_and_follows_two_separate_models(
         bf16=False,
         activation_checkpointing=False,
         dataloader_pin_memory=False,
-        **_training() | options | schedule,
+        **training | options | schedule,
     )
     with as_student(inra) as student:
         trainer = DPOTrainer(
@@ -207,13 +208,13 @@ def test_the_base_is_in_memory_once(
     tiny_tokenizer: Any,
     traces: Dataset,
     preferences: Dataset,
+    training: dict[str, Any],
     tmp_path: Any,
 ) -> None:
     settings = settings_of(method, tiny_pair)
     settings = {("lambda" if key == "lam" else key): value for key, value in settings.items()}
     recipe = AdaptRecipe.parse(
-        {"base": "b", "data": "d", "output": str(tmp_path / "out"), "training": _training()}
-        | settings
+        {"base": "b", "data": "d", "output": str(tmp_path / "out"), "training": training} | settings
     )
     data = preferences if method == "dpo" else traces
     run = Adaptation(recipe, data, tiny_tokenizer, models=[], command="")
@@ -307,15 +308,3 @@ def test_a_base_in_half_precision_is_trained_in_float32(
     outcome = train(base, traces, training={"bf16": True, "use_cpu": True})
     model = InRaModel.from_pretrained(base, outcome.output)
     assert {parameter.dtype for parameter in model.adapter.parameters()} == {torch.bfloat16}
-
-
-def _training() -> dict[str, Any]:
-    return {
-        "max_steps": 2,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 1,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "max_length": 64,
-    }
