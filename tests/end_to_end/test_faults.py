@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import pytest
 import yaml
 
 from flexalign.trra.checkpoints import newest_complete
+from launching import DISTRIBUTED
 
 pytestmark = pytest.mark.full
 
@@ -212,29 +214,101 @@ def test_a_read_only_disk_is_one_sentence_and_changes_nothing(
     assert newest_complete(folder / "out").path is not None
 
 
+def _launch(
+    tree: dict[str, Any], folder: Path, point: str, processes: int = 2
+) -> subprocess.CompletedProcess[str]:
+    """Start the run with accelerate, as examples/distributed says."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    options = ["--config_file", str(DISTRIBUTED / "cpu_2.yaml"), "--num_processes", str(processes)]
+    command = _command(tree, folder, point)[1:]
+    return subprocess.run(
+        [*launcher, *options, "--main_process_port", "0", *command],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
 def test_two_processes_make_one_run_that_resumes(tree: dict[str, Any], tmp_path: Path) -> None:
     tree["training"] |= {"max_steps": 4, "gradient_accumulation_steps": 1}
     whole = tree | {"output": str(tmp_path / "whole")}
 
-    def launch(tree: dict[str, Any], point: str) -> subprocess.CompletedProcess[str]:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        command = _command(tree, tmp_path, point)[1:]
-        return subprocess.run(
-            [*launcher, "--standalone", *command],
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-
-    done = launch(whole, "never:0")
+    done = _launch(whole, tmp_path, "never:0")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("the realigned model:") == 1
-    assert launch(tree, "step:4").returncode != 0
+    assert _launch(tree, tmp_path, "step:4").returncode != 0
     stands = newest_complete(Path(tree["output"])).path
     assert stands is not None
     assert stands.name == "checkpoint-2"
-    resumed = launch(tree, "never:0")
+    resumed = _launch(tree, tmp_path, "never:0")
     assert resumed.returncode == 0, resumed.stderr
     assert f"going on from {stands}" in resumed.stderr
     assert _checksum(tree["output"]) == _checksum(whole["output"])
+
+
+def test_a_run_goes_on_with_another_number_of_processes(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    tree["training"] |= {"gradient_accumulation_steps": 2, "max_steps": 8}
+
+    def start(tree: dict[str, Any], processes: int, point: str) -> Any:
+        rows = 4 // (2 * processes)
+        share = tree | {"training": tree["training"] | {"per_device_train_batch_size": rows}}
+        return _launch(share, tmp_path, point, processes)
+
+    whole = tree | {"output": str(tmp_path / "whole")}
+    assert start(whole, 1, "never:0").returncode == 0
+    assert start(tree, 2, "step:7").returncode != 0  # in the fourth step
+    to_one = start(tree, 1, "step:7")  # in the sixth
+    assert f"going on from {tree['output']}/checkpoint-2" in to_one.stderr
+    to_two = start(tree, 2, "never:0")
+    assert to_two.returncode == 0, to_two.stderr
+    assert f"going on from {tree['output']}/checkpoint-4" in to_two.stderr
+
+    found, expected = (_losses(each["output"]) for each in (tree, whole))
+    assert len(found) == 8
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert len({round(loss, 4) for loss in expected}) == 8  # so another order would show
+
+
+def _losses(output: str) -> list[float]:
+    states = sorted(Path(output).glob("checkpoint-*/trainer_state.json"), key=os.path.getmtime)
+    log = json.loads(states[-1].read_text())["log_history"]
+    return [entry["loss"] for entry in log if "loss" in entry]
+
+
+def test_when_one_of_two_processes_dies_the_other_ends_soon_and_says_so(
+    tree: dict[str, Any], tmp_path: Path
+) -> None:
+    """Without a launcher that looks after both, as on two machines."""
+    tree["training"] |= {"gradient_accumulation_steps": 1}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = _command(tree, tmp_path, "step:4@1")
+    survivor, dead = (
+        subprocess.Popen(
+            command,
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    )
+    try:
+        dead.communicate(timeout=120)
+        _, stderr = survivor.communicate(timeout=30)
+    finally:
+        survivor.kill()
+        dead.kill()
+    assert dead.returncode == -signal.SIGKILL
+    assert survivor.returncode == 1, stderr
+    stands = newest_complete(Path(tree["output"])).path
+    assert stands is not None
+    assert stands.name == "checkpoint-2"
+    [line] = [line for line in stderr.splitlines() if line.startswith("error:")]
+    assert "another process of this run ended" in line
+    assert f"{stands} stands" in line
+    assert "Traceback" not in stderr

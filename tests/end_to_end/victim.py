@@ -2,7 +2,8 @@
 
 ``step:5`` dies at the beginning of the fifth forward pass, ``weights:2`` and ``optimizer:2`` with
 half of that file of the second checkpoint on the disk, ``manifest:1`` with everything of the first
-checkpoint but its manifest, ``never:0`` not at all. The death is SIGKILL: nothing is cleaned up.
+checkpoint but its manifest, ``never:0`` not at all. With ``@1`` after it only the second of several
+processes dies. The death is SIGKILL: nothing is cleaned up.
 """
 
 import os
@@ -56,6 +57,9 @@ def _half_of(pattern: str) -> Callable[..., None]:
 
 
 point, _, number = sys.argv.pop(1).partition(":")
+number, _, rank = number.partition("@")
+if rank and rank != os.environ["RANK"]:
+    point = "never"
 if point == "step":
     _wrap(TrRaTrainer, "training_step", int(number), lambda *args: _die(), after=False)
 elif point == "weights":

@@ -1,6 +1,7 @@
-"""Two processes take the step that one would: DDP by the trainer, `fully_shard` by hand.
+"""Two processes take the steps that one would: under DDP, `fully_shard`, FSDP2 and ZeRO.
 
-Accelerate has no FSDP on CPU, so the sharded case drives the objective itself.
+The objective alone is held against a float64 twin, the whole trainer against itself in one process.
+Accelerate shards on GPUs only; the worker lets it do the same over gloo.
 """
 
 import copy
@@ -17,10 +18,15 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from flexalign.loading import load_model
+from launching import DISTRIBUTED, launch_environment
 
 from .conftest import lora, make_rows, moved
 from .test_trainer import assert_same, dense_loss
+from .worker import trained
 
 pytestmark = pytest.mark.full
 
@@ -51,7 +57,10 @@ def folder(
     """Reference, aligned, and two adapters on the reference with effect."""
     folder = tmp_path_factory.mktemp("processes")
     reference = tiny_model(tie_word_embeddings=False)
-    for name, model in (("reference", reference), ("aligned", moved(reference))):
+    tied = tiny_model(tie_word_embeddings=True, seed=3)
+    models = {"reference": reference, "aligned": moved(reference)}
+    models |= {"tied": tied, "tied_aligned": moved(tied)}
+    for name, model in models.items():
         model.save_pretrained(folder / name)
         tiny_tokenizer.save_pretrained(folder / name)
     for seed, name in enumerate(("adapter", "student")):
@@ -66,18 +75,21 @@ def folder(
     return folder
 
 
-def run_processes(mode: str, folder: Path, cases: dict[str, Any]) -> dict[str, Any]:
+def run_processes(
+    mode: str, folder: Path, cases: dict[str, Any], environment: dict[str, str] | None = None
+) -> dict[str, Any]:
     """Run all cases in one set of processes and return what each gave."""
     for case in cases.values():
-        case["rows"] = ROWS
-        case["aligned"] = "adapter" if case["lora"] else "aligned"
+        case.setdefault("rows", ROWS)
+        case.setdefault("aligned", "adapter" if case["lora"] else "aligned")
     (folder / "cases.json").write_text(json.dumps(cases))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     common = {
-        **os.environ,
+        **(os.environ if environment is None else environment),
         "WORLD_SIZE": str(PROCESSES),
+        "LOCAL_WORLD_SIZE": str(PROCESSES),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
@@ -183,3 +195,110 @@ def test_sharded_parameters_give_the_single_process_loss_and_gradients(
     assert float(found["loss"]) == pytest.approx(loss, rel=1e-5)
     assert_same(found["gradients"], gradients)
     assert set(found["gradients"]) == set(gradients)
+
+
+STEPS = 4
+ZERO = Path(sys.prefix) / "deepspeed"
+"""Where make test-full puts DeepSpeed, apart from the environment that all other tests run in."""
+
+MODELS = {
+    "full": {"reference": "reference", "aligned": "aligned", "lora": False},
+    "tied": {"reference": "tied", "aligned": "tied_aligned", "lora": False},
+    "shared base": {"reference": "reference", "aligned": "adapter", "lora": True},
+}
+
+
+def whole_runs(way: str, processes: int, **options: Any) -> dict[str, Any]:
+    """Each of MODELS for STEPS steps at one global batch, and the first resumed half way."""
+    common = {
+        "max_steps": STEPS,
+        "save_steps": STEPS // 2,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 4 // processes,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "bf16": False,
+    } | options
+    rows = [dict(row) for row in make_rows(16)]
+    runs = {
+        name: models | {"output": f"{way} {name}", "options": common, "rows": rows}
+        for name, models in MODELS.items()
+    }
+    return runs | {"resumed": runs["full"] | {"resume": f"checkpoint-{STEPS // 2}"}}
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Any]:
+    """What one process gives for each of MODELS."""
+    runs = whole_runs("alone", 1, use_cpu=True)
+    return {name: trained(folder, runs[name]) for name in MODELS}
+
+
+@pytest.fixture(scope="module")
+def fsdp2(folder: Path) -> dict[str, Any]:
+    config = DISTRIBUTED / "fsdp2_1x8.yaml"
+    environment = launch_environment(config, "--num_processes", "2", "--mixed_precision", "no")
+    return run_processes("trained", folder, whole_runs("fsdp2", 2, use_cpu=True), environment)
+
+
+@pytest.fixture(scope="module", params=["zero2", "zero3"])
+def zero(request: pytest.FixtureRequest, folder: Path) -> tuple[str, dict[str, Any]]:
+    if not ZERO.is_dir():
+        pytest.skip("DeepSpeed is not installed; make test-full puts it into .venv/deepspeed")
+    config = DISTRIBUTED / f"{request.param}_1x8.yaml"
+    environment = launch_environment(config, "--num_processes", "2", "--mixed_precision", "no")
+    environment |= {"PYTHONPATH": str(ZERO), "DS_ACCELERATOR": "cpu"}
+    runs = whole_runs(request.param, 2)
+    return request.param, run_processes("trained", folder, runs, environment)
+
+
+def saved_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    adapter = checkpoint / "adapter_model.safetensors"
+    if adapter.exists():
+        return dict(load_file(adapter))
+    return dict(load_model(checkpoint).state_dict())
+
+
+def same_training(folder: Path, way: str, name: str, found: Any, expected: Any) -> None:
+    """The losses of every step, and the weights in the last checkpoint's safetensors."""
+    assert len(found["losses"]) == STEPS
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    weights, single = (
+        saved_weights(folder / f"{each} {name}" / f"checkpoint-{STEPS}") for each in (way, "alone")
+    )
+    assert set(weights) == set(single)
+    for key, value in single.items():
+        torch.testing.assert_close(weights[key], value, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fsdp2_shards_all_three_models_and_trains_as_one_process_does(
+    folder: Path, fsdp2: dict[str, Any], alone: dict[str, Any], name: str
+) -> None:
+    assert fsdp2[name]["wrapper"].startswith("FSDP")
+    assert fsdp2[name]["student_split"]
+    assert fsdp2[name]["teachers_split"] == ([] if MODELS[name]["lora"] else [True, True])
+    same_training(folder, "fsdp2", name, fsdp2[name], alone[name])
+
+
+def test_fsdp2_resumes(fsdp2: dict[str, Any]) -> None:
+    assert fsdp2["resumed"]["losses"] == pytest.approx(fsdp2["full"]["losses"], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_zero_shards_what_its_stage_says_and_trains_as_one_process_does(
+    folder: Path, zero: tuple[str, dict[str, Any]], alone: dict[str, Any], name: str
+) -> None:
+    way, runs = zero
+    split = way == "zero3"
+    assert runs[name]["wrapper"] == "DeepSpeedEngine"
+    assert runs[name]["student_split"] is split
+    assert runs[name]["teachers_split"] == ([] if MODELS[name]["lora"] else [split, split])
+    same_training(folder, way, name, runs[name], alone[name])
+
+
+def test_zero_resumes(zero: tuple[str, dict[str, Any]]) -> None:
+    _, runs = zero
+    assert runs["resumed"]["losses"] == pytest.approx(runs["full"]["losses"], rel=1e-6)

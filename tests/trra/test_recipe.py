@@ -92,11 +92,26 @@ def test_what_only_shows_or_keeps_is_no_part_of_the_identity() -> None:
     assert plain.identity() == shown.identity()
     seeded = Recipe.parse(MINIMAL | {"training": {"seed": 1}})
     assert plain.identity() != seeded.identity()
+    split = ("per_device_train_batch_size", "gradient_accumulation_steps")
     assert plain.identity()["training"] == {
         name: value
         for name, value in DEFAULT_TRAINING.items()
-        if not name.startswith(("logging_", "save_", "report_to"))
-    }
+        if not name.startswith(("logging_", "save_", "report_to", *split))
+    } | {"rows_per_step": 16}
+
+
+def test_only_the_rows_of_a_step_count_not_over_what_they_are_spread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def rows_per_step(rows: int, passes: int, processes: int) -> int:
+        training = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": passes}
+        recipe = Recipe.parse(MINIMAL | {"training": training})
+        with monkeypatch.context() as patch:
+            patch.setenv("WORLD_SIZE", str(processes))
+            return int(recipe.identity()["training"]["rows_per_step"])
+
+    assert [rows_per_step(*split) for split in ((4, 2, 1), (1, 8, 1), (2, 2, 2))] == [8, 8, 8]
+    assert rows_per_step(4, 2, 2) == 16
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from flexalign.trra.teachers import Teacher
 
 VOCAB = 320
 LAM = 2.0
-RANK = int(os.environ["RANK"])
+RANK = int(os.environ.get("RANK", "0"))
 
 
 def ddp(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
@@ -75,24 +75,25 @@ def ddp(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def trained(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
-    """Some steps of the trainer over models that accelerate has sharded, and its checkpoint."""
+    """Steps of the trainer over models that accelerate has placed, and their checkpoints."""
     trainer = TrRaTrainer(
-        reference=str(folder / "reference"),
+        reference=str(folder / case["reference"]),
         aligned=str(folder / case["aligned"]),
-        args=TrRaConfig(output_dir=str(folder / case["output"]), **case["options"]),
+        args=TrRaConfig(output_dir=str(folder / case["output"]), lam=LAM, **case["options"]),
         train_dataset=Dataset.from_list(case["rows"]),
         processing_class=AutoTokenizer.from_pretrained(folder / "reference"),
         peft_config=LoraConfig(r=4, target_modules="all-linear") if case["lora"] else None,
     )
-    teachers = [trainer.objective.reference.model, trainer.objective.aligned.model]
-    split = [all(map(_is_split, model.parameters())) for model in teachers if not case["lora"]]
-    trainer.train()
+    teachers = (trainer.objective.reference, trainer.objective.aligned)
+    own = [teacher.model for teacher in teachers if not teacher.shares_student]
+    teachers_split = [all(map(_is_split, model.parameters())) for model in own]
+    resume = case.get("resume")
+    trainer.train(resume_from_checkpoint=str(folder / case["output"] / resume) if resume else None)
     return {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "wrapper": type(trainer.model_wrapped).__name__,
         "student_split": all(map(_is_split, trainer.model.parameters())),
-        "teachers_split": split,
-        "kind": str(trainer.accelerator.distributed_type),
+        "teachers_split": teachers_split,
     }
 
 

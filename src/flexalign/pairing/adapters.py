@@ -10,10 +10,10 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from flexalign.errors import ConfigError, UnsupportedModelError
 from flexalign.loading import Source
+from flexalign.loading.skeleton import skeleton
 from flexalign.loading.weights import TensorInfo
 
 __all__ = ["AdapterSwitch", "inner_model", "read_adapter_config", "unfit_tensor"]
@@ -85,8 +85,8 @@ def unfit_tensor(
         adapter_config: From `read_adapter_config`.
         tensors: The adapter's, from its file.
     """
+    model = skeleton(base_config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(base_config)
         try:
             model = get_peft_model(model, replace(adapter_config, base_model_name_or_path=None))
         except ValueError as error:

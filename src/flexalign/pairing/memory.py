@@ -8,6 +8,7 @@ import torch
 
 from flexalign.errors import ConfigError
 from flexalign.loading import Source
+from flexalign.loading.skeleton import skeleton
 from flexalign.loading.weights import tensor_infos
 
 __all__ = ["GIB", "available_bytes", "weight_bytes"]
@@ -60,11 +61,7 @@ def _itemsize(dtype: torch.dtype | str) -> int | None:
 
 
 def _count_parameters(config: Any) -> int:
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(parameter.numel() for parameter in skeleton(config).parameters())
 
 
 def _available_on_cpu() -> int:

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flexalign.errors import ConfigError
+from flexalign.loading.skeleton import skeleton
 
 __all__ = ["MemoryNeed", "Sizes", "count_parameters", "estimate_memory"]
 
@@ -69,16 +70,14 @@ def count_parameters(config: Any, peft_config: Any = None) -> Sizes:
     Raises:
         ConfigError: If PEFT finds nothing to adapt.
     """
+    model = skeleton(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if peft_config is None:
+        return Sizes(total, total)
     import torch
-    from transformers import AutoModelForCausalLM
+    from peft import get_peft_model
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-        total = sum(parameter.numel() for parameter in model.parameters())
-        if peft_config is None:
-            return Sizes(total, total)
-        from peft import get_peft_model
-
         try:
             model = get_peft_model(model, peft_config)
         except ValueError as error:

@@ -1,5 +1,7 @@
 """The recipe of a realignment: one YAML file, typed, with overrides."""
 
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -10,7 +12,7 @@ import yaml
 from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.trra.settings import check_settings, one_for_each_lambda, read_tree
 
-__all__ = ["DEFAULT_TRAINING", "WITHOUT_INFLUENCE", "Recipe", "Watch", "parse_training"]
+__all__ = ["DEFAULT_TRAINING", "Recipe", "Watch", "decisive", "parse_training"]
 
 DEFAULT_TRAINING: dict[str, Any] = {
     "max_steps": 200,
@@ -30,7 +32,7 @@ cosine, warm-up over the first tenth) and two checkpoints kept."""
 
 _YAML_NAMES = {"lam": "lambda"}
 _TOP_LEVEL = ("lam", "divergence", "beta", "gate", "chunk_size", "teacher", "rounds", "rollouts")
-WITHOUT_INFLUENCE = ("logging_", "save_", "report_to", "run_name", "disable_tqdm", "dataloader_")
+_WITHOUT_INFLUENCE = ("logging_", "save_", "report_to", "run_name", "disable_tqdm", "dataloader_")
 """How the fields begin that change what is shown or kept, not what is learned."""
 
 
@@ -239,12 +241,7 @@ class Recipe:
 
     def identity(self) -> dict[str, Any]:
         """Everything in the recipe that decides the trained weights."""
-        training = DEFAULT_TRAINING | self.training
-        kept = {
-            name: value
-            for name, value in training.items()
-            if not name.startswith(WITHOUT_INFLUENCE)
-        }
+        kept = decisive(DEFAULT_TRAINING | self.training)
         own = {_YAML_NAMES.get(name, name): getattr(self, name) for name in _TOP_LEVEL}
         return own | {"lora": self.lora, "training": kept}
 
@@ -271,6 +268,22 @@ def _parse_watch(values: object) -> Watch:
     if watch.temperature < 0:
         raise ConfigError(f"watch.temperature must not be negative, got {watch.temperature}.")
     return watch
+
+
+def decisive(training: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a ``training`` section decides the trained weights.
+
+    Of the batch that is the rows of a step alone, ``rows_per_step``: over how many processes and
+    passes they are spread may change when a run goes on.
+    """
+    kept = {
+        name: value for name, value in training.items() if not name.startswith(_WITHOUT_INFLUENCE)
+    }
+    rows = [
+        kept.pop(name) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
+    ]
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return kept | {"rows_per_step": math.prod(rows) * processes}
 
 
 def parse_training(values: object, settings: Any) -> dict[str, Any]:

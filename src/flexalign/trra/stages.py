@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from accelerate import PartialState
 from transformers import ProgressCallback
 from transformers.trainer_callback import PrinterCallback
 
-from flexalign.errors import CheckpointError
+from flexalign.errors import CheckpointError, FlexAlignError
 from flexalign.trra.callbacks import StopOnSignal
 from flexalign.trra.checkpoints import MANIFEST, Found, newest_complete, seal, writing
 
@@ -75,19 +76,41 @@ def train_onwards(trainer: Any, found: Found, stop: StopOnSignal) -> Path:
 
     Raises:
         Stopped: If it did.
-        CheckpointError: If there is no checkpoint at the end.
+        CheckpointError: If there is no checkpoint at the end, or another process is lost.
     """
     for printer in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(printer)
-    with stop.listening():
-        trainer.train(resume_from_checkpoint=str(found.path) if found.path else None)
     output = Path(trainer.args.output_dir)
+    with stop.listening(), _together(output):
+        trainer.train(resume_from_checkpoint=str(found.path) if found.path else None)
     checkpoint = newest_complete(output).path
     if checkpoint is None:
         raise CheckpointError(f"training ended without a checkpoint in {output}.")
     if stop.requested and not is_last(checkpoint):
         raise Stopped(checkpoint)
     return checkpoint
+
+
+@contextmanager
+def _together(output: Path) -> Iterator[None]:
+    """Turn the loss of another process of the run into one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, FlexAlignError) or not _is_lost_connection(error):
+            raise
+        stands = newest_complete(output).path
+        remains = f"{stands} stands" if stands else "there is no complete checkpoint yet"
+        raise CheckpointError(
+            f"another process of this run ended or cannot be reached "
+            f"({' '.join(str(error).split())[:200]}); {remains}: start all processes again, "
+            "the run goes on from there."
+        ) from error
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    # Gloo's are plain RuntimeErrors that begin with the place in its source.
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def publish(checkpoint: Path, output: Path, card: str, **facts: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 import yaml
 
 from flexalign.errors import ConfigError, FlexAlignError, LambdaError
-from flexalign.trra.recipe import DEFAULT_TRAINING, WITHOUT_INFLUENCE, parse_training
+from flexalign.trra.recipe import DEFAULT_TRAINING, decisive, parse_training
 from flexalign.trra.settings import check_settings, read_yaml, set_value, split_assignment
 
 __all__ = ["DEFAULT_ADAPT_TRAINING", "AdaptRecipe", "BakeRecipe"]
@@ -125,15 +125,10 @@ class _Recipe:
 
     def identity(self) -> dict[str, Any]:
         """Everything in the recipe that decides the trained weights, models and data apart."""
-        training = {
-            name: value
-            for name, value in self._full_training().items()
-            if not name.startswith(WITHOUT_INFLUENCE)
-        }
         left_out = ("base", "aligned", "adapter", "data", "output", "training")
         own = {name: getattr(self, name) for name in _names(type(self)) if name not in left_out}
         return {_YAML_NAMES.get(name, name): value for name, value in own.items()} | {
-            "training": training
+            "training": decisive(self._full_training())
         }
 
     def _full_training(self) -> dict[str, Any]:
