@@ -1,6 +1,8 @@
 """``flexalign serve``: a server of OpenAI's protocol with a dial on every request."""
 
 import importlib.util
+from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,17 +11,33 @@ from rich.markup import escape
 from flexalign.cli._dial import read_range
 from flexalign.cli._options import Adapter, Aligned, AnyBase, Dtype, Gate
 from flexalign.cli._shared import as_input_errors, console, print_json, read_secret
+from flexalign.cli._vllm import Parts, serve_on_vllm
 from flexalign.errors import ConfigError
 
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+_ROWS, _QUEUE = 32, 256
+
+
+class _Engine(StrEnum):
+    """What runs the model."""
+
+    LOCAL = "local"
+    VLLM = "vllm"
 
 
 def serve(
     model: Annotated[
         str, typer.Argument(help="A model folder or a known name; of a pair, the reference.")
     ],
+    flags: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="-- FLAGS", help="vLLM's own flags, passed on to it."),
+    ] = None,
     adapter: Adapter = None,
     aligned: Aligned = None,
+    engine: Annotated[
+        _Engine, typer.Option(help="local runs here; vllm starts vLLM (docs/vllm.md).")
+    ] = _Engine.LOCAL,
     host: Annotated[
         str, typer.Option(help="Address; other machines come in by 0.0.0.0, which wants a key.")
     ] = "127.0.0.1",
@@ -43,10 +61,17 @@ def serve(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Let other machines in without a key.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Answers written at a time.")] = 32,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"Answers written at a time; {_ROWS}, or vLLM's own number."),
+    ] = None,
     queue: Annotated[
-        int, typer.Option(min=1, help="Answers that may wait; more get status 429.")
-    ] = 256,
+        int | None,
+        typer.Option(
+            min=1,
+            help=f"Answers that may wait, {_QUEUE}; more get status 429. On vLLM no limit, and 503.",
+        ),
+    ] = None,
     context: Annotated[
         int | None,
         typer.Option(help="Most tokens of a prompt and its answer; the model's own if less."),
@@ -60,6 +85,13 @@ def serve(
     dtype: Dtype = "auto",
     playground: Annotated[
         bool, typer.Option("--playground", help="A page to try the dial from, at /playground.")
+    ] = False,
+    prepared: Annotated[
+        Path | None,
+        typer.Option(help="Where to prepare the folder that vLLM loads, instead of in a cache."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the command that would start vLLM.")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Say on stdout as JSON where the server is.")
@@ -75,6 +107,9 @@ def serve(
     Example: [cyan]flexalign serve models/base --aligned models/concise --lambda-range 0,2
     --gate 0.01[/cyan]
 
+    Example: [cyan]flexalign serve models/R1 --adapter out/fast --engine vllm --
+    --tensor-parallel-size 2[/cyan]
+
     Example: [cyan]KEY=… flexalign serve models/R1 --adapter out/fast --host 0.0.0.0
     --api-key-env KEY[/cyan]
     """
@@ -85,6 +120,30 @@ def serve(
         )
     limits = read_range(lambda_range)
     key = read_secret(api_key_env)
+    body_bytes = round(body_limit * 2**20)
+    if engine is _Engine.VLLM:
+        from flexalign.serving.server import require_safe_address
+        from flexalign.serving.vllm.front import FrontOptions
+
+        require_safe_address(host, key, insecure=insecure)
+        settings = {
+            "name": model_name or model,
+            "host": host,
+            "port": port,
+            "key": key,
+            "grace": grace,
+            "dtype": dtype,
+            "context": context,
+            "rows": batch_size,
+            "queue": queue,
+            "front": FrontOptions(limits, body_bytes, playground),
+            "flags": tuple(flags or ()),
+        }
+        parts = Parts(model, adapter, aligned, gate, any_base, prepared)
+        serve_on_vllm(parts, settings, dry_run=dry_run, as_json=as_json)
+        return
+    if flags or prepared is not None or dry_run:
+        raise ConfigError("flags after --, --prepared and --dry-run are about --engine vllm.")
     from flexalign.cli._quiet import quieten_libraries, warnings_as_notes
     from flexalign.serving.app import create_app
     from flexalign.serving.engine import EngineLimits
@@ -103,13 +162,13 @@ def serve(
         any_base,
         dtype,
         context,
-        EngineLimits(batch_size, queue),
+        EngineLimits(batch_size or _ROWS, queue or _QUEUE),
     )
     quieten_libraries()
     with open_socket(host, port) as listening:
         with warnings_as_notes(), as_input_errors():
             service, rules = load_service(options)
-        app = create_app(service, rules, key=key, body_limit=round(body_limit * 2**20))
+        app = create_app(service, rules, key=key, body_limit=body_bytes)
         if playground:
             app = Playground(app)
         shown = f"[{host}]" if ":" in host else host
@@ -123,7 +182,7 @@ def serve(
         else:
             print(url, flush=True)
         try:
-            engine = service.engine
-            run_server(app, listening, grace=grace, is_well=lambda: engine.is_alive)
+            running = service.engine
+            run_server(app, listening, grace=grace, is_well=lambda: running.is_alive)
         finally:
             service.engine.stop()

@@ -8,6 +8,7 @@ from typing import Any
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import CheckpointError, ConfigError, FlexAlignError, LambdaError
 from flexalign.fusion import as_lambda
+from flexalign.policies import DEFAULT_THRESHOLD, Adaptive
 
 __all__ = ["CONFIG_FILE", "FORMAT_VERSION", "InRaConfig"]
 
@@ -63,6 +64,13 @@ class InRaConfig:
         if self.thinking_tags is not None:
             tags = ThinkingTags(*self.thinking_tags)
             object.__setattr__(self, "thinking_tags", (tags.open, tags.close))
+
+    def threshold(self, policy: Adaptive) -> float:
+        """Return a policy's threshold; the calibrated one, where there is one, if it has none."""
+        calibrated = (self.calibration or {}).get("threshold")
+        if policy.threshold is not None:
+            return policy.threshold
+        return DEFAULT_THRESHOLD if calibrated is None else float(calibrated)
 
     def to_json(self) -> str:
         """Return the file's text."""

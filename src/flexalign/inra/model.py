@@ -200,10 +200,7 @@ class InRaModel(StreamDecoding):
 
     def threshold(self, policy: Adaptive) -> float:
         """Return a policy's threshold; the calibrated one, where there is one, if it has none."""
-        calibrated = (self.inra_config.calibration or {}).get("threshold")
-        if policy.threshold is None and calibrated is not None:
-            return float(calibrated)
-        return super().threshold(policy)
+        return self.inra_config.threshold(policy)
 
     def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
         self._note_range(dials.least, dials.largest)

@@ -36,13 +36,16 @@ def register() -> None:
         _log.warning("flexalign's models could not be registered in vLLM.", exc_info=True)
 
 
-def require_supported() -> None:
+def require_supported(version: str | None = None) -> None:
     """Refuse a vLLM whose version was not tried.
+
+    Args:
+        version: Which; that of the vLLM that can be imported if not given.
 
     Raises:
         ConfigError: If it is not one of :data:`SUPPORTED`.
     """
-    version = _installed()
+    version = version or _installed()
     if not _is_supported(version):
         raise ConfigError(
             f"flexalign serves a dial on vLLM {SUPPORTED}.x, and {version} is installed; install "

