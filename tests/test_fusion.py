@@ -14,6 +14,7 @@ from flexalign.fusion import (
     as_lambda,
     concatenate_hidden,
     fuse,
+    mix_hidden,
     gated_lambda,
     per_position,
     plausibility_mask,
@@ -269,3 +270,19 @@ def test_gradients_reach_both_sides_in_their_shares() -> None:
 def test_an_empty_batch_stays_empty() -> None:
     assert fuse(torch.zeros(0, 5), torch.zeros(0, 5), 2.0).shape == (0, 5)
     assert fuse(torch.zeros(0, 5), torch.zeros(0, 5), torch.zeros(0)).shape == (0, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixed_hidden_states_give_the_fused_logits_of_one_linear_head(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    reference, aligned = torch.randn(2, 6, 16, generator=generator).to(dtype)
+    lam = torch.tensor([0.0, 1.0, 0.5, 2.0, -0.5, 30.0])
+    mixed = mix_hidden(reference, aligned, lam)
+    assert mixed.dtype == dtype
+    assert torch.equal(mixed[0], reference[0])
+    assert torch.equal(mixed[1], aligned[1])
+    assert torch.equal(mixed, fuse(reference, aligned, lam).to(dtype))
+    head = torch.randn(9, 16, generator=generator, dtype=torch.float64)
+    expected = fuse64(reference.double() @ head.T, aligned.double() @ head.T, lam)
+    unit = torch.finfo(dtype).eps * expected.abs().max()
+    torch.testing.assert_close(mixed.double() @ head.T, expected, atol=float(4 * unit), rtol=0)
