@@ -41,6 +41,13 @@ def test_files_of_no_run_are_refused(tmp_path: Path) -> None:
         state_of_output(tmp_path / "notes.txt", IDENTITY)
 
 
+def test_a_start_that_died_while_claiming_its_folder_leaves_it_new(tmp_path: Path) -> None:
+    (tmp_path / ".run.json.partial").write_text("{")
+    assert state_of_output(tmp_path, IDENTITY) == "new"
+    claim_output(tmp_path, IDENTITY)
+    assert state_of_output(tmp_path, IDENTITY) == "unfinished"
+
+
 def test_a_folder_that_cannot_be_written_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from flexalign.errors import CheckpointError, ConfigError
 from flexalign.trra.checkpoints import MANIFEST, fault_of
 
-__all__ = ["RUN", "claim_output", "differences", "state_of_output"]
+__all__ = ["RUN", "claim_output", "differences", "is_unused", "state_of_output"]
 
 RUN = "run.json"
 """The file that says whose folder it is: everything that decides the trained weights."""
@@ -33,7 +33,7 @@ def state_of_output(output: Path, identity: Mapping[str, Any]) -> State:
     """
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output {output} is a file; name a folder.")
-    if not output.is_dir() or not any(output.iterdir()):
+    if is_unused(output):
         return "new"
     try:
         before = json.loads((output / RUN).read_text(encoding="utf-8"))
@@ -50,6 +50,13 @@ def state_of_output(output: Path, identity: Mapping[str, Any]) -> State:
             "name another output, or delete that folder."
         )
     return "done" if (output / MANIFEST).exists() and fault_of(output) is None else "unfinished"
+
+
+def is_unused(folder: Path) -> bool:
+    """Whether a folder is missing, empty, or holds only what a killed start left half written."""
+    return not folder.is_dir() or all(
+        path.name.startswith(".") and path.name.endswith(".partial") for path in folder.iterdir()
+    )
 
 
 def claim_output(output: Path, identity: Mapping[str, Any]) -> None:

@@ -42,6 +42,7 @@ from flexalign.trra.cache.shards import (
     write_atomically,
 )
 from flexalign.trra.checkpoints import writing
+from flexalign.trra.output import is_unused
 
 __all__ = ["fill_cache", "stored_dtype"]
 
@@ -86,7 +87,7 @@ def fill_cache(
         require_same(folder, before, owner)
         if _is_whole(folder, say):
             return HiddenStateCache.open(folder, verify=False)
-    elif folder.exists() and any(folder.iterdir()):
+    elif not is_unused(folder):
         raise ConfigError(f"{folder} holds files that are of no cache; name another cache_dir.")
     prepared = documents()
     if not prepared:
