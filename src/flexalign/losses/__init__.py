@@ -18,6 +18,7 @@ from flexalign.fusion import Lambda, per_position
 from flexalign.heads import Head, can_mix_hidden
 from flexalign.losses.chunked import Task, sum_in_chunks
 from flexalign.losses.products import for_products
+from flexalign.losses.sequence import sampled_score
 from flexalign.losses.teacher import FusedTeacher
 
 __all__ = ["DIVERGENCES", "Divergence", "DivergenceMetrics", "fused_divergence"]
@@ -57,6 +58,7 @@ def fused_divergence(
     num_items: int | float | Tensor | None = ...,
     chunk_size: int = ...,
     metrics: Literal[False] = ...,
+    sampled: Tensor | None = ...,
 ) -> Tensor: ...
 @overload
 def fused_divergence(
@@ -75,6 +77,7 @@ def fused_divergence(
     chunk_size: int = ...,
     *,
     metrics: Literal[True],
+    sampled: Tensor | None = ...,
 ) -> tuple[Tensor, DivergenceMetrics]: ...
 def fused_divergence(
     student_hidden: Tensor,
@@ -91,6 +94,7 @@ def fused_divergence(
     num_items: int | float | Tensor | None = None,
     chunk_size: int = 256,
     metrics: bool = False,
+    sampled: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, DivergenceMetrics]:
     """Divergence between a student and the teacher ``softmax(λ·aligned + (1−λ)·reference)``.
 
@@ -120,6 +124,9 @@ def fused_divergence(
             and processes. None: those of this call.
         chunk_size: Tokens per chunk. Memory is about four matrices of ``chunk_size × V`` float32.
         metrics: Also return :class:`DivergenceMetrics` (about a quarter more time).
+        sampled: Shape ``(B, T)``: the tokens that the student itself drew at the counted
+            positions of a batch. Then the gradient is that of the reverse KL between whole
+            responses (:mod:`flexalign.losses.sequence`); the value stays the tokens'.
 
     Returns:
         The sum over counted positions divided by the denominator, in nats per token: a float32
@@ -133,27 +140,39 @@ def fused_divergence(
     """
     beta = _resolve_beta(divergence, beta)
     _check_sizes(num_items, chunk_size)
+    if sampled is not None and (beta != 1.0 or mask.ndim != 2 or sampled.shape != mask.shape):
+        raise ConfigError(
+            "sampled is for the reverse divergence of a batch of rows: give divergence='reverse', "
+            f"and it and the mask as (B, T), got {tuple(sampled.shape)} and {tuple(mask.shape)}."
+        )
     student = _as_head(student_head)
     reference, aligned = _as_head(reference_head), _as_head(aligned_head)
     _check_shapes("student", student_hidden, student, student, mask)
     _check_shapes("reference", reference_hidden, reference, student, mask)
     _check_shapes("aligned", aligned_hidden, aligned, student, mask)
+    teacher = FusedTeacher(
+        reference_hidden=reference_hidden.detach().flatten(0, -2),
+        reference=for_products(reference),
+        aligned_hidden=aligned_hidden.detach().flatten(0, -2),
+        aligned=for_products(aligned),
+        lam=per_position(lam, student_hidden),
+        gate=gate,
+        mixes_hidden=can_mix_hidden(reference, aligned, gate),
+    )
+    own = for_products(student)
+    score = None
+    if sampled is not None and torch.is_grad_enabled():
+        hidden = student_hidden.detach().flatten(0, -2)
+        score = sampled_score(hidden, own, teacher, mask, sampled, chunk_size)
     task = Task(
         positions=mask.reshape(-1).nonzero().squeeze(-1),
-        student=for_products(student),
-        teacher=FusedTeacher(
-            reference_hidden=reference_hidden.detach().flatten(0, -2),
-            reference=for_products(reference),
-            aligned_hidden=aligned_hidden.detach().flatten(0, -2),
-            aligned=for_products(aligned),
-            lam=per_position(lam, student_hidden),
-            gate=gate,
-            mixes_hidden=can_mix_hidden(reference, aligned, gate),
-        ),
+        student=own,
+        teacher=teacher,
         beta=beta,
         chunk_size=chunk_size,
         metrics=metrics,
         gradients=torch.is_grad_enabled(),
+        score=score,
     )
     total, kl_reference, kl_aligned = sum_in_chunks(
         student_hidden.flatten(0, -2), student.weight, student.bias, task

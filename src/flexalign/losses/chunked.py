@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from flexalign.heads import Head
 from flexalign.losses.products import add_outer, add_product, write_logits
+from flexalign.losses.sequence import Score
 from flexalign.losses.teacher import FusedTeacher
 
 __all__ = ["Task", "sum_in_chunks"]
@@ -34,6 +35,8 @@ class Task:
         chunk_size: Positions per chunk.
         metrics: Whether to compare with the two models of the teacher as well.
         gradients: Whether gradients are wanted at all.
+        score: What is added to the gradient, where the student sampled the tokens itself; only
+            with ``beta`` 1.
     """
 
     positions: Tensor
@@ -43,6 +46,7 @@ class Task:
     chunk_size: int
     metrics: bool
     gradients: bool
+    score: Score | None = None
 
 
 def sum_in_chunks(
@@ -115,7 +119,8 @@ def _sweep(hidden: Tensor, task: Task, grads: list[Tensor | None]) -> Tensor:
     buffers = hidden.new_empty((4, rows_at_most, head.vocab_size), dtype=dtype)
     sums = hidden.new_zeros(3, dtype=dtype)
     for start in range(0, len(task.positions), task.chunk_size):
-        rows = task.positions[start : start + task.chunk_size]
+        chunk = slice(start, start + task.chunk_size)
+        rows = task.positions[chunk]
         logits, log_s, log_t, spare = buffers[:, : len(rows)]
         h = hidden[rows].to(dtype)
         write_logits(head, h, logits)
@@ -134,6 +139,8 @@ def _sweep(hidden: Tensor, task: Task, grads: list[Tensor | None]) -> Tensor:
         _log_softmax(fused, log_t)
         value, gradient = _divergence(log_s, log_t, logits, spare, task.beta)
         sums[0] += value
+        if task.score is not None:
+            task.score.add_to(gradient, logits, chunk)
         if head.softcap is not None:
             gradient.mul_(slope)
         if head.scale != 1.0:
@@ -161,7 +168,8 @@ def _divergence(
 ) -> tuple[Tensor, Tensor]:
     """Return the divergence summed over a chunk, and its gradient by the student's logits.
 
-    All four arguments (C, V) are overwritten; the gradient is one of them.
+    All four arguments (C, V) are overwritten; the gradient is one of them. Where β is 1, `one`
+    is left with the student's probabilities.
     """
     if beta == 0.0:  # Σ t·(log t − log s); gradient s − t
         t = torch.exp(log_t, out=one)

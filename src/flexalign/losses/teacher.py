@@ -60,6 +60,13 @@ class FusedTeacher:
         self._aligned(rows, aligned)
         return fuse(reference, aligned, self._lam(rows), self.gate), reference, aligned
 
+    def log_weights(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return log(π_reference^(1−λ)·π_aligned^λ) at some positions, (C, V): not normalised."""
+        reference, aligned = (
+            torch.log_softmax(logits, -1) for logits in self.all_logits(rows, dtype)[1:]
+        )
+        return fuse(reference, aligned, self._lam(rows), self.gate)
+
     def _lam(self, rows: Tensor) -> Lambda:
         return self.lam[rows] if isinstance(self.lam, Tensor) else self.lam
 

@@ -1,0 +1,176 @@
+"""The gradient on the student's own samples against every sequence of a small world, in float64."""
+
+import itertools
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from flexalign.errors import ConfigError
+from flexalign.losses import fused_divergence
+from twin import fuse64
+
+VOCAB, LONGEST, WIDTH = 3, 3, 4
+END = 0
+
+
+class World(NamedTuple):
+    """Three models over prefixes: a hidden state for each prefix, and one head each."""
+
+    prefixes: list[tuple[int, ...]]
+    hidden: dict[str, Tensor]
+    heads: dict[str, Tensor]
+
+    def log_probabilities(self, who: str) -> Tensor:
+        return torch.log_softmax(self.hidden[who] @ self.heads[who].T, -1)
+
+
+@pytest.fixture
+def world() -> World:
+    prefixes = [
+        prefix
+        for length in range(LONGEST)
+        for prefix in itertools.product(range(1, VOCAB), repeat=length)
+    ]
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    names = ("student", "reference", "aligned")
+    hidden = {name: draw(len(prefixes), WIDTH) for name in names}
+    heads = {name: draw(VOCAB, WIDTH) for name in names}
+    # a pair that differs much at some prefixes and little at others, for the gate
+    heads["aligned"] = heads["reference"].clone()
+    hidden["aligned"] = hidden["reference"] + torch.cat([draw(4, WIDTH), 0.01 * draw(3, WIDTH)])
+    for tensor in (hidden["student"], heads["student"]):
+        tensor.requires_grad_(True)
+    return World(prefixes, hidden, heads)
+
+
+def sequences() -> list[tuple[int, ...]]:
+    """All that can be written: up to the end token, or cut off."""
+    going_on = range(1, VOCAB)
+    ended = [
+        (*start, END)
+        for length in range(LONGEST)
+        for start in itertools.product(going_on, repeat=length)
+    ]
+    return ended + list(itertools.product(going_on, repeat=LONGEST))
+
+
+def log_probability(world: World, table: Tensor, sequence: tuple[int, ...]) -> Tensor:
+    return sum(
+        table[world.prefixes.index(sequence[:place]), token] for place, token in enumerate(sequence)
+    )
+
+
+def gradients(loss: Tensor, world: World) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, [world.hidden["student"], world.heads["student"]]))
+
+
+def sampled_loss(
+    world: World, batch: list[tuple[int, ...]], lam: float, gate: float | None, chunk_size: int = 2
+) -> Tensor:
+    """The loss of the library on a batch of samples; each row has one position of a prompt."""
+    rows = torch.zeros(len(batch), LONGEST + 1, dtype=torch.long)
+    tokens, mask = rows.clone(), torch.zeros_like(rows, dtype=torch.bool)
+    for row, sequence in enumerate(batch):
+        for place, token in enumerate(sequence):
+            rows[row, place + 1] = world.prefixes.index(sequence[:place])
+            tokens[row, place + 1], mask[row, place + 1] = token, True
+    sides = [
+        part
+        for who in ("student", "reference", "aligned")
+        for part in (world.hidden[who][rows], world.heads[who])
+    ]
+    return fused_divergence(
+        *sides, mask, lam, gate=gate, num_items=1, chunk_size=chunk_size, sampled=tokens
+    )
+
+
+def exact_gradients(world: World, lam: float, gate: float | None) -> list[Tensor]:
+    """Of the KL between the student and the product of the pair, by summing over all sequences."""
+    student, reference, aligned = (
+        world.log_probabilities(who) for who in ("student", "reference", "aligned")
+    )
+    product = fuse64(reference, aligned, lam, gate).detach()
+    kl = torch.zeros((), dtype=torch.float64)
+    for sequence in sequences():
+        log_s = log_probability(world, student, sequence)
+        kl = kl + log_s.exp() * (log_s - log_probability(world, product, sequence))
+    return gradients(kl, world)
+
+
+@pytest.mark.parametrize(("lam", "gate"), [(0.5, None), (2.0, None), (5.0, None), (3.0, 0.05)])
+def test_the_mean_over_all_samples_is_the_gradient_of_the_sequences_kl(world, lam, gate):
+    expected = exact_gradients(world, lam, gate)
+    table = world.log_probabilities("student").detach()
+    chances = {s: float(log_probability(world, table, s).exp()) for s in sequences()}
+    assert sum(chances.values()) == pytest.approx(1)
+    mean = [torch.zeros_like(part) for part in expected]
+    for sequence, chance in chances.items():
+        for total, part in zip(
+            mean, gradients(sampled_loss(world, [sequence], lam, gate), world), strict=True
+        ):
+            total += chance * part
+    for found, part in zip(mean, expected, strict=True):
+        torch.testing.assert_close(found, part)
+
+
+def test_comparing_with_the_others_of_the_batch_keeps_the_mean(world):
+    expected = exact_gradients(world, 2.0, None)
+    table = world.log_probabilities("student").detach()
+    chances = {s: float(log_probability(world, table, s).exp()) for s in sequences()}
+    mean = [torch.zeros_like(part) for part in expected]
+    for (one, first), (two, second) in itertools.product(chances.items(), repeat=2):
+        parts = gradients(sampled_loss(world, [one, two], 2.0, None), world)
+        for total, part in zip(mean, parts, strict=True):
+            total += first * second * part
+    for found, part in zip(mean, expected, strict=True):
+        torch.testing.assert_close(found, 2 * part)
+
+
+def test_comparing_with_the_others_of_the_batch_makes_the_gradient_vary_less(world):
+    table = world.log_probabilities("student").detach()
+    chances = torch.stack([log_probability(world, table, s).exp() for s in sequences()])
+    generator = torch.Generator().manual_seed(0)
+    expected = exact_gradients(world, 5.0, None)
+    alone = [gradients(sampled_loss(world, [s], 5.0, None), world) for s in sequences()]
+    spread = {"alone": 0.0, "together": 0.0}
+    for _ in range(100):
+        drawn = chances.multinomial(16, replacement=True, generator=generator).tolist()
+        batch = [sequences()[index] for index in drawn]
+        together = gradients(sampled_loss(world, batch, 5.0, None), world)
+        for part, truth, apart in zip(
+            together, expected, zip(*(alone[i] for i in drawn), strict=True), strict=True
+        ):
+            spread["together"] += float((part - 16 * truth).square().sum())
+            spread["alone"] += float((torch.stack(apart).sum(0) - 16 * truth).square().sum())
+    assert spread["together"] < 0.9 * spread["alone"]
+
+
+def test_the_value_is_that_of_the_tokens_however_it_is_cut(world):
+    batch = [(1, 2, 0), (0,), (2, 2, 1)]
+    losses = [sampled_loss(world, batch, 2.0, None, chunk_size) for chunk_size in (1, 4, 100)]
+    student, reference, aligned = (
+        world.log_probabilities(who) for who in ("student", "reference", "aligned")
+    )
+    fused = torch.log_softmax(fuse64(reference, aligned, 2.0), -1)
+    tokens = (student.exp() * (student - fused)).sum(-1)
+    visited = [world.prefixes.index(row[:place]) for row in batch for place in range(len(row))]
+    found = [gradients(loss, world) for loss in losses]
+    for loss, parts in zip(losses, found, strict=True):
+        torch.testing.assert_close(loss, tokens[visited].sum())
+        torch.testing.assert_close(parts, found[0])
+
+
+def test_samples_are_for_the_reverse_divergence_of_rows(world):
+    flat = [part.flatten(0, -2) if part.ndim == 3 else part for part in world.hidden.values()]
+    sides = [
+        part for who, h in zip(world.hidden, flat, strict=True) for part in (h, world.heads[who])
+    ]
+    tokens = torch.zeros(len(world.prefixes), dtype=torch.long)
+    with pytest.raises(ConfigError, match="batch of rows"):
+        fused_divergence(*sides, tokens.bool(), 2.0, sampled=tokens)
