@@ -20,6 +20,7 @@ from families import family_model
 from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
 from flexalign.loading import (
     fingerprint,
+    load_adapter,
     load_config,
     load_model,
     load_tokenizer,
@@ -180,6 +181,23 @@ def test_pickles_are_refused_unless_permitted(folder):
         load_model(folder)
     loaded = load_model(folder, allow_pickle=True).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+
+
+def test_a_pickled_adapter_is_refused_unless_permitted(folder, tmp_path):
+    adapter = tmp_path / "adapter"
+    peft = get_peft_model(load_model(folder), LoraConfig(r=2, target_modules="all-linear"))
+    peft.peft_config["default"].base_model_name_or_path = str(folder)
+    peft.save_pretrained(adapter)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save(weights, adapter / "adapter_model.bin")
+    for use in (load_model, lambda path: load_adapter(load_model(folder), path)):
+        with pytest.raises(ConfigError, match=r"\(adapter_model.bin\).*allow_pickle=True"):
+            use(adapter)
+    state = load_model(adapter, allow_pickle=True).state_dict()
+    name = next(name for name in weights if "lora_A" in name)
+    loaded = state[name.replace("lora_A.weight", "lora_A.default.weight")]
+    assert torch.equal(loaded, weights[name])
 
 
 def test_no_weights(folder):

@@ -137,7 +137,7 @@ def test_only_the_rows_of_a_step_count_not_over_what_they_are_spread(
         ({"gate": 1.5}, "gate must be a number from 0 to 1"),
         ({"divergence": "revers"}, "divergence must be one of reverse, forward, jsd"),
         ({"rounds": 0}, "rounds must be a whole number of at least 1"),
-        ({"teacher": "cached"}, "later release"),
+        ({"teacher": "cached", "rounds": 2}, "every round has another aligned"),
         ({"rollouts": 0.5}, "later release"),
         ({"merge": True}, "merge is for a LoRA student"),
         ({"reference": 3}, "reference must be text"),
@@ -159,3 +159,17 @@ def test_a_schedule_over_thinking_is_for_generation_only() -> None:
     schedule = {"kind": "thinking", "think": 0.0, "answer": 1.0}
     with pytest.raises(FlexAlignError, match="thinking"):
         Recipe.parse(MINIMAL | {"lambda": schedule})
+
+
+def test_a_list_of_lambda_is_a_recipe_for_each(tmp_path: Path) -> None:
+    path = _write(tmp_path, MINIMAL | {"lambda": [0.5, 2], "teacher": "cached"})
+    first, second = Recipe.load_each(path, output="out/r/")
+    assert (first.lam, first.output) == (0.5, "out/r/lambda=0.5")
+    assert (second.lam, second.output) == (2, "out/r/lambda=2")
+    for each in (first, second):
+        assert each.cache_folder == "out/r-cache"
+        assert each.training_arguments(each.output).cache_dir == "out/r-cache"
+    [one] = Recipe.load_each(path, lam=1.0, output="out/r")
+    assert (one.output, one.cache_folder) == ("out/r", "out/r-cache")
+    with pytest.raises(ConfigError, match="load_each"):
+        Recipe.load(path)

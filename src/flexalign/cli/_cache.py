@@ -11,6 +11,7 @@ from rich.markup import escape
 from flexalign.cli._realign import Inputs
 from flexalign.cli._shared import console, progress_bar
 from flexalign.data import data_fingerprint
+from flexalign.errors import ConfigError
 from flexalign.pairing import ModelPair
 from flexalign.pairing.memory import GIB
 from flexalign.trra.cache import (
@@ -59,6 +60,11 @@ def cache_filler(
         anyway: Write even if the disk seems too small.
     """
     args = recipe.training_arguments(recipe.output)
+    if None in inputs.fingerprints:
+        raise ConfigError(
+            "a cache knows its pair by fingerprints, which pickled weights have none of; load and "
+            "save the models once as safetensors (save_pretrained)."
+        )
 
     def load_pair() -> ModelPair:
         pair = ModelPair.load(
@@ -66,6 +72,7 @@ def cache_filler(
             recipe.aligned,
             dtype=_running_dtype(args),
             trust_remote_code=args.trust_remote_code,
+            allow_pickle=args.allow_pickle,
         )
         for model in (pair.reference, pair.aligned):
             model.to(args.device)

@@ -24,6 +24,10 @@ ResultAsJson: TypeAlias = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON, alone, on stdout.")
 ]
 
+AllowPickle: TypeAlias = Annotated[
+    bool, typer.Option("--allow-pickle", help="Permit pickled weights, which can run code.")
+]
+
 Model: TypeAlias = Annotated[str, typer.Argument(help="A model folder or a known name.")]
 Adapter: TypeAlias = Annotated[
     str | None, typer.Option(help="An InRa adapter on the model: its dial.")

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from flexalign.cli._options import Assignments, Recipe, ResultAsJson, SkipBadRows
+from flexalign.cli._options import AllowPickle, Assignments, Recipe, ResultAsJson, SkipBadRows
 from flexalign.cli._shared import console, print_json, result_console
 
 
@@ -21,6 +21,7 @@ def cache(
     ] = "auto",
     assignments: Assignments = None,
     skip_bad_rows: SkipBadRows = False,
+    allow_pickle: AllowPickle = False,
     anyway: Annotated[
         bool, typer.Option("--anyway", help="Write even if the disk seems too small.")
     ] = False,
@@ -50,7 +51,12 @@ def cache(
     known = ("auto", "float32", "bfloat16", "float16")
     if dtype not in known:
         raise ConfigError(f"--dtype must be one of {', '.join(known)}, got {dtype!r}.")
-    plan = Recipe.load_each(recipe, overrides=assignments or (), cache_dir=folder)[0]
+    plan = Recipe.load_each(
+        recipe,
+        overrides=assignments or (),
+        cache_dir=folder,
+        allow_pickle=allow_pickle or None,
+    )[0]
     from flexalign.cli._cache import cache_filler, plan_cache
     from flexalign.cli._quiet import quieten_libraries, warnings_as_notes
     from flexalign.cli._realign import read_inputs

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from flexalign.cli._options import AllowPickle
 from flexalign.cli._shared import console, print_json, result_console
 from flexalign.errors import ConfigError
 
@@ -42,9 +43,7 @@ def inspect(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Permit a model's own code to run.")
     ] = False,
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Permit pickled weights, which can run code.")
-    ] = False,
+    allow_pickle: AllowPickle = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False,
 ) -> None:
     """Show what a model is, whether two fit together, and what λ would turn between them.

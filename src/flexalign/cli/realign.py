@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 
 from flexalign.cli._options import (
+    AllowPickle,
     Assignments,
     DryTraining,
     Recipe,
@@ -40,6 +41,7 @@ def realign(
         bool, typer.Option("--extrapolate", help="Allow rounds beyond an effective λ of 4.")
     ] = False,
     skip_bad_rows: SkipBadRows = False,
+    allow_pickle: AllowPickle = False,
     dry_run: DryTraining = False,
     as_json: ResultAsJson = False,
 ) -> None:
@@ -86,6 +88,7 @@ def realign(
         lam=parse_lambda_option(lam),
         output=output,
         merge=merge or None,
+        allow_pickle=allow_pickle or None,
     )
     from flexalign.cli._cache import cache_filler
     from flexalign.cli._quiet import quieten_libraries, warnings_as_notes

@@ -35,6 +35,7 @@ __all__ = [
     "Model",
     "Source",
     "fingerprint",
+    "load_adapter",
     "load_config",
     "load_model",
     "load_tokenizer",
@@ -143,9 +144,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             allow_pickle=allow_pickle,
         )
-        from peft import PeftModel
-
-        return PeftModel.from_pretrained(base, source.path).eval()
+        return load_adapter(base, source, allow_pickle=allow_pickle).eval()
     config = load_config(source, trust_remote_code=trust_remote_code)
     where: dict[str, Any] = {"dtype": dtype, "device_map": device_map}
     if source.gguf_file is not None:
@@ -176,6 +175,40 @@ def load_model(
     if source.gguf_file is not None:
         _forget_quantisation(loaded)
     return loaded.eval()
+
+
+def load_adapter(
+    base: Any,
+    adapter: Model,
+    *,
+    name: str = "default",
+    trainable: bool = False,
+    allow_pickle: bool = False,
+) -> Any:
+    """Put a PEFT adapter on a base.
+
+    Args:
+        base: A transformers model, or a PEFT wrapper of one, which gets one adapter more.
+        adapter: The adapter's folder.
+        name: What the adapter is called in the wrapper.
+        trainable: Whether it is going to be trained.
+        allow_pickle: Permit pickled weights, whose loading can run code.
+
+    Returns:
+        The PEFT wrapper.
+
+    Raises:
+        ConfigError: If the adapter is not there, or has pickled weights alone.
+        CheckpointError: If it is damaged.
+    """
+    from peft import PeftModel
+
+    source = resolve(adapter)
+    _require_weights(source, allow_pickle)
+    if isinstance(base, PeftModel):
+        base.load_adapter(source.path, name, is_trainable=trainable)
+        return base
+    return PeftModel.from_pretrained(base, source.path, adapter_name=name, is_trainable=trainable)
 
 
 def fingerprint(model: Model | nn.Module) -> str:
@@ -240,11 +273,13 @@ def _require_weights(source: Source, allow_pickle: bool) -> None:
     try:
         tensor_infos(source.path)
     except ConfigError:
-        if not any(source.path.glob("pytorch_model*.bin")):
+        name = "adapter_model.bin" if source.is_adapter else "pytorch_model*.bin"
+        pickled = sorted(file.name for file in source.path.glob(name))
+        if not pickled:
             raise
         if not allow_pickle:
             raise ConfigError(
-                f"{source} has its weights as pickles alone (pytorch_model.bin), and loading a "
+                f"{source} has its weights as pickles alone ({pickled[0]}), and loading a "
                 "pickle can run code; if you trust it, permit it once (allow_pickle=True, "
                 "--allow-pickle) and save it with save_pretrained, as safetensors."
             ) from None

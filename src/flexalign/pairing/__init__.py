@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flexalign.errors import ConfigError, PairMismatchError
 from flexalign.heads import Head, last_hidden
-from flexalign.loading import Model, load_model
+from flexalign.loading import Model, load_adapter, load_model
 from flexalign.loading.weights import same_module
 from flexalign.pairing.adapters import AdapterSwitch, inner_model
 from flexalign.pairing.compatibility import shared_width, vocabulary_size
@@ -120,8 +120,9 @@ class ModelPair:
         }
         first = load_model(facts.reference.source, **options)
         if facts.shared_base:
-            path = facts.aligned.source.path
-            second = PeftModel.from_pretrained(first, path, adapter_name=_ADAPTER).eval()
+            second = load_adapter(
+                first, facts.aligned.source, name=_ADAPTER, allow_pickle=allow_pickle
+            ).eval()
         else:
             second = load_model(facts.aligned.source, **options)
         for model in (first, second):

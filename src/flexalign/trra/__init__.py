@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING
 from flexalign._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from flexalign.trra.cache import HiddenStateCache
     from flexalign.trra.config import TrRaConfig
     from flexalign.trra.trainer import TrRaTrainer
 
-_HOMES = {"TrRaConfig": "flexalign.trra.config", "TrRaTrainer": "flexalign.trra.trainer"}
+_HOMES = {
+    "HiddenStateCache": "flexalign.trra.cache",
+    "TrRaConfig": "flexalign.trra.config",
+    "TrRaTrainer": "flexalign.trra.trainer",
+}
 
-__all__ = ["TrRaConfig", "TrRaTrainer"]
+__all__ = ["HiddenStateCache", "TrRaConfig", "TrRaTrainer"]
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES, __all__)

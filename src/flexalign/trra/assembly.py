@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from flexalign.errors import ConfigError
-from flexalign.loading import load_model, load_tokenizer, resolve
+from flexalign.loading import load_adapter, load_model, load_tokenizer, resolve
 from flexalign.pairing import ModelPair
 from flexalign.pairing.adapters import inner_model
 from flexalign.trra.config import TrRaConfig
@@ -27,6 +27,7 @@ from flexalign.trra.parts import (
     Model,
     Parts,
     is_adapter,
+    loading_options,
     require_one_vocabulary,
     require_trainable,
     with_adapter,
@@ -98,12 +99,12 @@ def _load_pair(
         raise ConfigError("TrRa needs a reference and an aligned model, or a pair of them.")
     options: dict[str, Any] = {
         "dtype": torch.bfloat16 if args.bf16 else torch.float32,
-        "trust_remote_code": args.trust_remote_code,
+        **loading_options(args),
     }
     if isinstance(start, PLACES) and isinstance(aligned, PLACES):
         return ModelPair.load(start, aligned, **options)
     if isinstance(start, PLACES):
-        tokenizer = tokenizer or load_tokenizer(start)
+        tokenizer = tokenizer or load_tokenizer(start, trust_remote_code=args.trust_remote_code)
         start = load_model(start, **options)
     elif start is model and peft_config is None:
         start = copy.deepcopy(start)  # the module itself is going to be trained
@@ -112,7 +113,7 @@ def _load_pair(
     if isinstance(aligned, PLACES):
         source = resolve(aligned)
         other: nn.Module = (
-            PeftModel.from_pretrained(start, source.path, adapter_name=ALIGNED_ADAPTER)
+            load_adapter(start, source, name=ALIGNED_ADAPTER, allow_pickle=args.allow_pickle)
             if source.is_adapter
             else load_model(source, **options)
         )
@@ -126,20 +127,25 @@ def _on_the_base(
 ) -> Parts:
     """Make the student an adapter on the pair's own base, beside the aligned adapter if any."""
     aligned_adapters = None
-    folder = resolve(model).path if isinstance(model, PLACES) and peft_config is None else None
+    folder = model if isinstance(model, PLACES) and peft_config is None else None
+    onto: dict[str, Any] = {
+        "name": STUDENT_ADAPTER,
+        "trainable": True,
+        "allow_pickle": args.allow_pickle,
+    }
     if isinstance(model, PeftModel):
         student = model
     elif not pair.shared_base:
         base = inner_model(pair.reference)
         if folder is not None:
-            student = PeftModel.from_pretrained(base, folder, is_trainable=True)
+            student = load_adapter(base, folder, **onto)
         else:
             student = with_adapter(base, args, peft_config)
     else:
         student = pair.aligned
         aligned_adapters = (_free_the_name(student),)
         if folder is not None:
-            student.load_adapter(folder, STUDENT_ADAPTER, is_trainable=True)
+            load_adapter(student, folder, **onto)
         else:
             set_seed(args.seed)
             student.add_adapter(STUDENT_ADAPTER, peft_config)
@@ -165,7 +171,7 @@ def _own_student(
     path = model if model is not None else reference
     if isinstance(path, PLACES):
         dtype = (args.model_init_kwargs or {}).get("dtype", torch.float32)
-        loaded: nn.Module = load_model(path, dtype=dtype, trust_remote_code=args.trust_remote_code)
+        loaded: nn.Module = load_model(path, dtype=dtype, **loading_options(args))
         return loaded
     source = (
         copy.deepcopy(pair.aligned).unload() if pair.shared_base else copy.deepcopy(pair.reference)

@@ -81,6 +81,10 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
     cache_dir: str | None = field(
         default=None, metadata={"help": "Folder of the hidden states, for teacher='cached'."}
     )
+    allow_pickle: bool = field(
+        default=False,
+        metadata={"help": "Permit pickled weights, whose loading can run code."},
+    )
     rounds: int = field(
         default=1,
         metadata={

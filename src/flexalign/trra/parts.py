@@ -21,6 +21,7 @@ __all__ = [
     "Model",
     "Parts",
     "is_adapter",
+    "loading_options",
     "require_one_vocabulary",
     "require_trainable",
     "with_adapter",
@@ -57,6 +58,11 @@ class Parts:
         teachers = {"reference": self.reference, "aligned": self.aligned}
         own = {role: t.model for role, t in teachers.items() if t and not t.shares_student}
         return {"student": self.student, **own}
+
+
+def loading_options(args: TrRaConfig) -> dict[str, bool]:
+    """What the run permits that loading could otherwise not do safely."""
+    return {"trust_remote_code": args.trust_remote_code, "allow_pickle": args.allow_pickle}
 
 
 def is_adapter(model: Model | None) -> bool:

@@ -11,6 +11,7 @@ import yaml
 
 from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.trra.settings import check_settings, one_for_each_lambda, read_tree
+from flexalign.trra.watch import Watch, parse_watch
 
 __all__ = ["DEFAULT_TRAINING", "Recipe", "Watch", "decisive", "parse_training"]
 
@@ -37,27 +38,6 @@ _WITHOUT_INFLUENCE = ("logging_", "save_", "report_to", "run_name", "disable_tqd
 
 
 @dataclass(frozen=True)
-class Watch:
-    """What is measured while the student learns: its own answers to a few prompts.
-
-    Attributes:
-        prompts: File of prompts; rows with an ``answer`` give an accuracy too.
-        every_steps: Steps between two measurements; the untrained student comes before step 0.
-        samples: Prompts used, the first ones of the file.
-        max_new_tokens: Where an answer is cut off; it then counts as truncated.
-        temperature: Of sampling; 0 is greedy.
-        batch_size: Prompts answered at one time.
-    """
-
-    prompts: str
-    every_steps: int = 50
-    samples: int = 32
-    max_new_tokens: int = 512
-    temperature: float = 1.0
-    batch_size: int = 32
-
-
-@dataclass(frozen=True)
 class Recipe:
     """A realignment, as a YAML file says it (there, `lam` is called ``lambda``).
 
@@ -77,6 +57,7 @@ class Recipe:
             their hidden states.
         cache_dir: Folder of those; None: beside `output`, with ``-cache`` at its end.
         rollouts: Share of batches that the student samples; 0.
+        allow_pickle: Permit pickled weights, whose loading can run code.
         lora: Fields of ``peft.LoraConfig`` for a LoRA student; None trains all weights.
         merge: Save a LoRA student as a plain model too, in ``output/merged``.
         watch: What is measured during training; None for nothing.
@@ -96,6 +77,7 @@ class Recipe:
     teacher: str = "online"
     cache_dir: str | None = None
     rollouts: float = 0.0
+    allow_pickle: bool = False
     lora: dict[str, Any] | None = None
     merge: bool = False
     watch: Watch | None = None
@@ -168,7 +150,7 @@ class Recipe:
         given = check_settings(tree, wanted, "", required)
         given["lam"] = given.pop("lambda")
         if given.get("watch") is not None:
-            given["watch"] = _parse_watch(given["watch"])
+            given["watch"] = parse_watch(given["watch"])
         given["training"] = parse_training(given.get("training"), SFTConfig)
         recipe = cls(**given)
         recipe._check()
@@ -192,6 +174,7 @@ class Recipe:
         # Otherwise several processes without an accelerator would each train alone.
         training.setdefault("use_cpu", not accelerated)
         own = {name: getattr(self, name) for name in _TOP_LEVEL}
+        own["allow_pickle"] = self.allow_pickle
         if self.teacher == "cached":
             own["cache_dir"] = self.cache_folder
         try:
@@ -258,16 +241,6 @@ class Recipe:
 
 def _by_yaml_name(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {_YAML_NAMES.get(name, name): value for name, value in settings.items()}
-
-
-def _parse_watch(values: object) -> Watch:
-    watch = Watch(**check_settings(values, get_type_hints(Watch), "watch", ["prompts"]))
-    for name in ("every_steps", "samples", "max_new_tokens", "batch_size"):
-        if getattr(watch, name) < 1:
-            raise ConfigError(f"watch.{name} must be at least 1, got {getattr(watch, name)}.")
-    if watch.temperature < 0:
-        raise ConfigError(f"watch.temperature must not be negative, got {watch.temperature}.")
-    return watch
 
 
 def decisive(training: Mapping[str, Any]) -> dict[str, Any]:

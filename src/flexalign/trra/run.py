@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from flexalign.data import data_fingerprint
-from flexalign.loading import load_model
+from flexalign.loading import load_adapter, load_model
 from flexalign.trra.cache import HiddenStateCache
 from flexalign.trra.callbacks import StopOnSignal, read_curve
 from flexalign.trra.card import model_card, versions_in_use
@@ -215,11 +215,9 @@ class Realignment:
     def _merge(self, merged: Path) -> None:
         if (merged / MANIFEST).exists():
             return
-        from peft import PeftModel
-
         self._say(f"merging the adapter into a plain model, {merged}")
-        model = load_model(self.recipe.reference)
-        model = PeftModel.from_pretrained(model, self.recipe.output).merge_and_unload()
+        model = load_model(self.recipe.reference, allow_pickle=self.recipe.allow_pickle)
+        model = load_adapter(model, self.recipe.output).merge_and_unload()
         with writing("the merged model", Path(self.recipe.output)):
             model.save_pretrained(merged)
             self.tokenizer.save_pretrained(merged)

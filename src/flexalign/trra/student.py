@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flexalign.data import data_fingerprint
 from flexalign.errors import ConfigError
-from flexalign.loading import fingerprint, load_model, load_tokenizer, resolve
+from flexalign.loading import fingerprint, load_adapter, load_model, load_tokenizer, resolve
 from flexalign.loading.sources import base_of
 from flexalign.trra.cache import HiddenStateCache, identity_of
 from flexalign.trra.config import TrRaConfig
@@ -22,6 +22,7 @@ from flexalign.trra.parts import (
     Model,
     Parts,
     is_adapter,
+    loading_options,
     require_one_vocabulary,
     require_trainable,
     with_adapter,
@@ -121,13 +122,17 @@ def _load_student(
     half = torch.bfloat16 if args.bf16 and (frozen or source.is_adapter) else torch.float32
     options: dict[str, Any] = {
         "dtype": (args.model_init_kwargs or {}).get("dtype", half),
-        "trust_remote_code": args.trust_remote_code,
+        **loading_options(args),
     }
     if not source.is_adapter:
         loaded: nn.Module = load_model(source, **options)
         return loaded
     base = reference if isinstance(reference, PLACES) else base_of(source)
-    student: nn.Module = PeftModel.from_pretrained(
-        load_model(base, **options), source.path, is_trainable=True, adapter_name=STUDENT_ADAPTER
+    student: nn.Module = load_adapter(
+        load_model(base, **options),
+        source,
+        name=STUDENT_ADAPTER,
+        trainable=True,
+        allow_pickle=args.allow_pickle,
     )
     return student
