@@ -79,7 +79,7 @@ def dialled(tmp_path_factory, tiny_model, tiny_tokenizer) -> Callable[..., Diall
     """Make a family's tiny model with an adapter; what its head_dim must be, vLLM on CPUs says."""
 
     def make(family: str, noise: float = 0.1, adapter_layers: int = 1, **config: Any) -> Dialled:
-        settings = {"head_dim": 32, "initializer_range": 0.2} | config
+        settings = {"hidden_size": 128, "head_dim": 32, "initializer_range": 0.2} | config
         base = tiny_model(family, **settings)
         where = tmp_path_factory.mktemp(family)
         base.save_pretrained(where / "base")
@@ -148,7 +148,10 @@ class Engine:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(requests) + "\n")
         self._process.stdin.flush()
-        return json.loads(self._read() or pytest.fail(self.log()))
+        answer: dict[str, Any] = json.loads(self._read() or pytest.fail(self.log()))
+        if "EngineDeadError" in answer.get("error", ""):
+            pytest.fail(self.log())
+        return answer
 
     def log(self) -> str:
         """All that it wrote to standard error."""

@@ -1,0 +1,201 @@
+"""A dial on vLLM beside the plain model on vLLM: tokens per second as ratios to plain.
+
+Run it from the repository, in the environment that has vLLM (``make .venv-vllm/installed``):
+
+    .venv-vllm/bin/python benchmarks/vllm.py                       # every row, ten quiet minutes
+    .venv-vllm/bin/python benchmarks/vllm.py --rows decode:8       # one row into the table
+    .venv-vllm/bin/python benchmarks/vllm.py --quick               # few tokens, nothing written
+
+Two engines stand side by side, the plain model and the same one with an adapter (λ = 0.5); the one
+that is not asked waits. A round asks both in turn, and turns the order around each time. A ratio is
+the median over rounds of plain's time to the dial's in the same round, with its least and largest.
+``decode:B`` are B requests with prompts of 32 tokens: the time of 65 tokens less that of the first.
+``prefill:N`` is one request of N tokens up to its first token. The prefix cache is off.
+
+The model has the shape of SmolLM2-135M (30 layers, width 576, vocabulary 49152) with random weights
+in bfloat16; prompts are random tokens. A dial's decoding reads each weight once, as plain does, so
+its cost is arithmetic; prefill is arithmetic alone, and 30 layers against 2·30 + 1 bound it by 0.49.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path[:] = [*(path for path in sys.path if path != str(HERE)), str(HERE)]  # this is not vLLM
+RESULTS = HERE / "results" / "vllm.json"
+TARGETS = {"decode:1": 0.85, "decode:8": 0.7, "decode:32": 0.5, "prefill:400": 0.44}
+TARGETS["prefill:4000"] = TARGETS["prefill:400"]
+LAMBDA = 0.5
+PROMPT = 32
+
+
+def folders(where: Path) -> dict[str, Path]:
+    """Write the plain model and the one with a dial."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from flexalign.inra import InRaModel
+    from flexalign.miniature import folder
+    from flexalign.serving.vllm.folder import prepare_folder
+    from inra import SHAPE
+
+    torch.manual_seed(0)
+    config = SHAPE
+    config.max_position_embeddings = 4608
+    LlamaForCausalLM(config).bfloat16().save_pretrained(where / "plain")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder("reference") / name, where / "plain")
+    InRaModel.create(where / "plain").save_pretrained(where / "adapter")
+    dial = prepare_folder(where / "plain", where / "adapter", where / "dial")
+    return {"plain": where / "plain", "dial": dial}
+
+
+def start(folder: Path, compiled: bool) -> Any:
+    """Start an engine."""
+    from vllm import LLM
+
+    return LLM(
+        str(folder),
+        dtype="bfloat16",
+        enforce_eager=not compiled,
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+        max_model_len=4352,
+        max_num_batched_tokens=4352,
+        max_num_seqs=32,
+    )
+
+
+def seconds(llm: Any, row: str, new_tokens: int, draw: random.Random) -> float:
+    """Time one row once."""
+    kind, size = row.split(":")
+    if kind == "prefill":
+        return _generate(llm, 1, int(size), 1, draw)
+    first = _generate(llm, int(size), PROMPT, 1, draw)
+    return _generate(llm, int(size), PROMPT, 1 + new_tokens, draw) - first
+
+
+def _generate(llm: Any, rows: int, length: int, tokens: int, draw: random.Random) -> float:
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    prompts = [
+        TokensPrompt(prompt_token_ids=[draw.randrange(49152) for _ in range(length)])
+        for _ in range(rows)
+    ]
+    params = SamplingParams(
+        temperature=0.0,
+        max_tokens=tokens,
+        ignore_eos=True,
+        detokenize=False,
+        extra_args={"lambda": LAMBDA},
+    )
+    began = time.perf_counter()
+    llm.generate(prompts, params, use_tqdm=False)
+    return time.perf_counter() - began
+
+
+def measure(engines: dict[str, Any], row: str, rounds: int, new_tokens: int) -> dict[str, Any]:
+    """Time a row on both engines, after one round that does not count."""
+    draw = random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for turn in range(rounds + 1):
+        for name in sorted(engines, reverse=turn % 2 == 0):
+            times[name].append(seconds(engines[name], row, new_tokens, draw))
+    times = {name: found[1:] for name, found in times.items()}
+    ratios = [plain / dial for plain, dial in zip(times["plain"], times["dial"], strict=True)]
+    kind, size = row.split(":")
+    done = int(size) * (new_tokens if kind == "decode" else 1)
+    return {
+        "row": row,
+        "rounds": rounds,
+        "tokens_per_second": {name: done / statistics.median(t) for name, t in times.items()},
+        "ratio": statistics.median(ratios),
+        "range": [min(ratios), max(ratios)],
+    }
+
+
+def line(found: dict[str, Any]) -> str:
+    """A row of the table."""
+    speed, (least, largest) = found["tokens_per_second"], found["range"]
+    target = TARGETS[found["row"]]
+    verdict = "met" if found["ratio"] >= target else "**not met**"
+    return (
+        f"| {found['row']} | {found['rounds']} | {speed['plain']:.1f} | {speed['dial']:.1f} "
+        f"| {found['ratio']:.2f} ({least:.2f}–{largest:.2f}) | ≥ {target}: {verdict} |"
+    )
+
+
+HEADER = [
+    "| row | rounds | plain, tokens/s | dial, tokens/s | dial to plain (least–largest) | target |",
+    "|---|--:|--:|--:|--:|---|",
+]
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The whole page."""
+    facts = results["machine"]
+    lines = [
+        "# A dial on vLLM beside the plain model",
+        "",
+        f"`.venv-vllm/bin/python benchmarks/vllm.py`, the shape of SmolLM2-135M in bfloat16, vLLM "
+        f"{facts['vllm']}, torch {facts['torch']}, {facts['cpu']}, {facts['cores']} cores of which "
+        f"vLLM computes on one, {facts['mode']}. What the columns mean: the script's head.",
+        "",
+        *HEADER,
+        *(line(results["rows"][row]) for row in TARGETS if row in results["rows"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rows", nargs="+", choices=TARGETS, default=list(TARGETS), metavar="ROW")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--compiled", action="store_true", help="by torch.compile; else eager")
+    parser.add_argument("--quick", action="store_true", help="few tokens, nothing written")
+    arguments = parser.parse_args()
+    found = importlib.util.find_spec("vllm")
+    if found is None or found.origin == str(Path(__file__).absolute()):
+        print(
+            "benchmarks/vllm.py: skipped, as vLLM is not installed here; run it by "
+            ".venv-vllm/bin/python (make .venv-vllm/installed)",
+            file=sys.stderr,
+        )
+        return
+    if arguments.quick:
+        arguments.rounds, arguments.new_tokens = 1, 8
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    from _machine import machine
+    from vllm import __version__
+
+    mode = "compiled" if arguments.compiled else "eager"
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
+    results["machine"] = machine() | {"vllm": __version__, "mode": mode}
+    with tempfile.TemporaryDirectory() as where:
+        made = folders(Path(where))
+        engines = {name: start(folder, arguments.compiled) for name, folder in made.items()}
+        print("\n".join(HEADER), flush=True)
+        for row in arguments.rows:
+            found = measure(engines, row, arguments.rounds, arguments.new_tokens)
+            print(line(found), flush=True)
+            results["rows"][row] = found
+            if not arguments.quick:
+                RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+                RESULTS.with_suffix(".md").write_text(markdown(results))
+
+
+if __name__ == "__main__":
+    main()
