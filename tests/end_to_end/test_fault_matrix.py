@@ -7,9 +7,7 @@ wherever they fall: while loading, in a step, half way through a file.
 import json
 import random
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,41 +21,11 @@ pytestmark = pytest.mark.full
 KILLS = 5
 
 
-class Lived(NamedTuple):
-    """How a command ended, after how many seconds, and what it printed."""
-
-    code: int
-    seconds: float
-    log: str
-
-
 class Activity(NamedTuple):
     """A command that writes to a folder, and what of the folder must not depend on faults."""
 
     arguments: Callable[[Path], list[str]]
     result: Callable[[Path], Any]
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Lived]]:
-    """Run a command line in a fork of a warm process."""
-    log = tmp_path_factory.mktemp("nursery") / "log"
-    command = [sys.executable, str(Path(__file__).with_name("nursery.py"))]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as nursery:
-        assert nursery.stdin is not None
-        assert nursery.stdout is not None
-        assert nursery.stdout.readline() == "ready\n"
-
-        def start(arguments: list[str], seconds: float | None = None) -> Lived:
-            order = {"arguments": arguments, "log": str(log), "seconds": seconds}
-            print(json.dumps(order), file=nursery.stdin, flush=True)
-            answer = json.loads(nursery.stdout.readline())
-            return Lived(answer["code"], answer["seconds"], log.read_text("utf-8", "replace"))
-
-        yield start
-        nursery.stdin.close()
 
 
 @pytest.fixture
@@ -154,7 +122,7 @@ def activity(
 def test_killed_at_random_moments_it_comes_to_the_same_end(
     request: pytest.FixtureRequest,
     activity: Activity,
-    start: Callable[..., Lived],
+    start: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
     whole = start(activity.arguments(tmp_path / "whole"))

@@ -214,6 +214,59 @@ def test_a_read_only_disk_is_one_sentence_and_changes_nothing(
     assert newest_complete(folder / "out").path is not None
 
 
+@pytest.fixture
+def responding(tmp_path: Path, tiny_pair: Any) -> Callable[[str, Path], list[str]]:
+    """The arguments of the two commands that write responses, to a given folder."""
+    prompts = tmp_path / "sums.jsonl"
+    rows = [{"problem": f"what is {n} plus two " + "?" * 200, "answer": n + 2} for n in range(24)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def arguments(name: str, folder: Path) -> list[str]:
+        short = ["--max-new-tokens", "24", "--samples", "2", "--batch-size", "8"]
+        if name == "sample":
+            prompted = ["--prompts", str(prompts), "-o", str(folder / "traces.jsonl")]
+            return ["sample", str(tiny_pair.reference), *prompted, *short]
+        pair = f"pair=pair:{tiny_pair.reference},{tiny_pair.aligned}"
+        asked = ["--task", str(prompts), "--lambda", "0,1", "-o", str(folder)]
+        return ["evaluate", pair, *asked, *short]
+
+    return arguments
+
+
+@pytest.mark.parametrize("name", ["sample", "evaluate"])
+def test_responses_survive_a_full_and_a_read_only_disk(
+    name: str,
+    responding: Callable[[str, Path], list[str]],
+    start: Callable[..., Any],
+    disk: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    file = {"sample": "traces.jsonl", "evaluate": "samples.jsonl"}[name]
+    folder = disk("size=16k")
+    result = start(responding(name, folder))
+    assert result.code == 1, result.log
+    [line] = [line for line in result.log.splitlines() if line.startswith("error:")]
+    assert "the disk is full" in line
+    assert "Traceback" not in result.log
+
+    subprocess.run(["mount", "-o", "remount,ro,size=16m", str(folder)], check=True)
+    before = (folder / file).read_bytes()
+    refused = start(responding(name, folder))
+    assert refused.code == 1, refused.log
+    assert "ead-only" in refused.log
+    assert "Traceback" not in refused.log
+    assert (folder / file).read_bytes() == before
+
+    subprocess.run(["mount", "-o", "remount,rw,size=16m", str(folder)], check=True)
+    assert start(responding(name, folder)).code == 0
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    assert start(responding(name, whole)).code == 0
+    assert sorted((folder / file).read_text().splitlines()) == sorted(
+        (whole / file).read_text().splitlines()
+    )
+
+
 def _launch(
     tree: dict[str, Any], folder: Path, point: str, processes: int = 2
 ) -> subprocess.CompletedProcess[str]:

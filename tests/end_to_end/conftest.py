@@ -1,0 +1,40 @@
+"""Command lines that start at once, without the seconds that the imports take."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+
+class Lived(NamedTuple):
+    """How a command ended, after how many seconds, and what it printed."""
+
+    code: int
+    seconds: float
+    log: str
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Lived]]:
+    """Run a command line in a fork of a warm process."""
+    log = tmp_path_factory.mktemp("nursery") / "log"
+    command = [sys.executable, str(Path(__file__).with_name("nursery.py"))]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as nursery:
+        assert nursery.stdin is not None
+        assert nursery.stdout is not None
+        assert nursery.stdout.readline() == "ready\n"
+
+        def start(arguments: list[str], seconds: float | None = None) -> Lived:
+            order = {"arguments": arguments, "log": str(log), "seconds": seconds}
+            print(json.dumps(order), file=nursery.stdin, flush=True)
+            answer = json.loads(nursery.stdout.readline())
+            return Lived(answer["code"], answer["seconds"], log.read_text("utf-8", "replace"))
+
+        yield start
+        nursery.stdin.close()
