@@ -25,6 +25,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +54,7 @@ from flexalign.trra.cache import Form, fill_cache, identity_of, prepare_document
 RESULTS = Path(__file__).parent / "results"
 TOKENS, PROMPT = 256, 64
 LAM = 2.0
-STEPS, ROUNDS = 4, 2
+STEPS, ROUNDS = 3, 2
 CHUNK = 256
 TARGETS = {
     "cached ÷ SFT, seconds": 1.15,
@@ -235,7 +236,9 @@ def measure(folder: Path, threads: int, rounds: int) -> dict[str, dict[str, floa
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
     for _ in range(rounds):
         for name in VARIANTS:
-            found[name].append(in_own_process(run, name, folder, threads))
+            one = in_own_process(run, name, folder, threads)
+            print(f"{name}: {one}", file=sys.stderr, flush=True)
+            found[name].append(one)
     return {
         name: {
             "seconds": statistics.median(second for run in runs for second in run["seconds"]),

@@ -1,11 +1,13 @@
 """A loss or a weight that is no number stops the run and spoils no checkpoint."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 
 from flexalign.errors import FlexAlignError
@@ -91,3 +93,30 @@ def test_a_stopped_run_leaves_weights_without_the_bad_step(
         trainer.train()
     assert trainer.state.global_step == 1
     assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
+
+
+def test_the_command_says_it_in_one_sentence(
+    run_cli: Callable[..., Any], tiny_pair: Any, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"{n}+{n}=", "completion": f" {2 * n}"} for n in range(8)]
+    traces = tmp_path / "traces.jsonl"
+    traces.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    training = {"max_steps": 6, "save_steps": 1, "learning_rate": 1e30, "max_grad_norm": 0.0}
+    training |= {"gradient_accumulation_steps": 1, "warmup_steps": 3, "use_cpu": True}
+    tree = {
+        "reference": str(tiny_pair.reference),
+        "aligned": str(tiny_pair.aligned),
+        "data": str(traces),
+        "output": str(tmp_path / "out"),
+        "lambda": 2.0,
+        "training": training | {"dataloader_pin_memory": False, "max_length": 32},
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    result = run_cli("realign", recipe)
+    assert result.exit_code == 1
+    [error] = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert "is no number" in error or "the loss is nan" in error
+    stands = newest_complete(tmp_path / "out").path
+    assert stands is not None
+    assert f"{stands} stands" in error

@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from flexalign.cli._realign import Inputs
 from flexalign.cli._shared import console, progress_bar
+from flexalign.cli._training import plan_steps
 from flexalign.data import data_fingerprint
 from flexalign.errors import ConfigError
 from flexalign.pairing import ModelPair
@@ -44,6 +45,7 @@ def plan_cache(recipe: Recipe, inputs: Inputs, dtype: str) -> dict[str, Any]:
         "head_gib": round(form.head_bytes / GIB, 4),
         "gib": round(size / GIB, 4),
         "free_gib": round(free_bytes(folder) / GIB, 4),
+        "epochs": plan_steps(recipe.training_arguments(recipe.output), inputs.lengths)[0]["epochs"],
     }
 
 
@@ -82,6 +84,12 @@ def cache_filler(
     def fill() -> HiddenStateCache:
         form = _form(recipe, inputs, dtype)
         tokens = inputs.lengths.response_tokens
+        steps, _ = plan_steps(args, inputs.lengths)
+        if steps["epochs"] < 1:
+            console.print(
+                f"note: the {steps['steps']:,} steps of a run see {steps['epochs']:.0%} of the "
+                "rows, and the cache holds all; fewer rows would do."
+            )
         with progress_bar("response tokens cached", tokens) as show:
             cache = fill_cache(
                 Path(recipe.cache_folder),

@@ -89,5 +89,6 @@ def _show(facts: dict[str, Any], *, as_json: bool) -> None:
     result_console.print(
         f"{facts['response_tokens']:,} response tokens × {facts['bytes_per_token']:,} bytes "
         f"({facts['dtype']}) and the heads ({facts['head_gib']:.3g} GiB): "
-        f"{facts['gib']:.3g} GiB in {escape(facts['cache'])}; {facts['free_gib']:.3g} GiB are free"
+        f"{facts['gib']:.3g} GiB in {escape(facts['cache'])}; {facts['free_gib']:.3g} GiB are "
+        f"free. A run's steps see the rows {facts['epochs']:g} times."
     )

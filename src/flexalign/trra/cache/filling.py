@@ -201,15 +201,17 @@ class _Work:
             partial.unlink(missing_ok=True)
 
     def _paths(self) -> list[Path]:
-        names = [HEADS, *(shard_name(index) for index in range(len(self._shards)))]
-        return [self._folder / name for name in names]
+        return [self._path(index) for index in range(-1, len(self._shards))]
+
+    def _path(self, index: int) -> Path:
+        return self._folder / (HEADS if index < 0 else shard_name(index))
 
     def _count(self, shard: range) -> int:
         return sum(len(self._documents[index].positions) for index in shard)
 
     def _ensure(self, index: int) -> None:
         """Keep a file whose checksum is right, make it otherwise."""
-        path = self._paths()[index + 1]
+        path = self._path(index)
         note_path = path.with_suffix(".json")
         with suppress(FileNotFoundError):
             if note_path.stat().st_mtime >= self._since:
