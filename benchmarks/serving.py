@@ -4,6 +4,7 @@ Run it from the repository:
 
     python benchmarks/serving.py                 # both models, all servers: 20 minutes
     python benchmarks/serving.py --worlds smollm2 --clients 16    # a part of it into the table
+    python benchmarks/serving.py --worlds smollm2 --clients 16 --rounds 1 --add    # a round more
     python benchmarks/serving.py --quick         # the miniature, few requests, nothing written
 
 Servers, each a process, all up at once and asked in turn:
@@ -221,6 +222,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=1, help="of each client in a round")
     parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1))
+    parser.add_argument("--add", action="store_true", help="add rounds to what is recorded")
     parser.add_argument("--quick", action="store_true", help="few requests, nothing written")
     options = parser.parse_args()
     if options.quick:
@@ -232,13 +234,19 @@ def main() -> None:
         for row in measure_world(world, options):
             print(*table(row), sep="\n", flush=True)
             if not options.quick:
-                record(results, row)
+                record(results, row, options.add)
 
 
-def record(results: dict[str, Any], row: dict[str, Any]) -> None:
-    """Put a row in the place of the recorded one, and write everything down."""
+def record(results: dict[str, Any], row: dict[str, Any], add: bool) -> None:
+    """Put a row in the place of the recorded one, or add its rounds; write everything down."""
     rows = {(one["world"], one["clients"]): one for one in results["rows"]}
-    rows[row["world"], row["clients"]] = row
+    key = row["world"], row["clients"]
+    if add and key in rows:
+        old = rows[key]["servers"]
+        if set(old) != set(row["servers"]):
+            raise SystemExit(f"rounds can be added for the same servers only: {', '.join(old)}.")
+        row["servers"] = {name: old[name] + rounds for name, rounds in row["servers"].items()}
+    rows[key] = row
     results["rows"] = [rows[world, n] for world in TOKENS for n in CLIENTS if (world, n) in rows]
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     RESULTS.with_suffix(".md").write_text(markdown(results))
