@@ -22,6 +22,7 @@ from flexalign.trra.cache import (
     identity_of,
     prepare_documents,
 )
+from flexalign.trra.estimate import Sizes, estimate_memory
 
 from .conftest import Modules, lora, make_rows
 from .test_trainer import VOCAB, assert_same, dense_loss, step, twin_gradients
@@ -259,3 +260,29 @@ def test_what_a_cache_cannot_serve_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
         settings(**{"teacher": "cached", "cache_dir": "somewhere", **options})
+
+
+@pytest.mark.parametrize("adapter", [None, lora(r=4)], ids=["full", "lora"])
+def test_the_estimate_is_what_is_held(
+    make_cache: Callable[..., HiddenStateCache],
+    cached_trainer: Callable[..., Any],
+    adapter: Any,
+) -> None:
+    rows = make_rows(8)
+    make_cache(rows)
+    trainer = cached_trainer(rows, peft_config=adapter)
+    student = sum(p.numel() for p in trainer.model.parameters())
+    heads = sum(head.weight.numel() for head in trainer.objective.heads)
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    need = estimate_memory(
+        trainer.model.config,
+        Sizes(base=student if adapter is None else student - trained, trainable=trained),
+        aligned_parameters=0,
+        cached_heads=2,
+        rows=1,
+        tokens=8,
+        chunk_size=8,
+        half_precision=False,
+        checkpointing=False,
+    )
+    assert need.weights == 4 * (student + heads)

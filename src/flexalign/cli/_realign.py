@@ -149,6 +149,7 @@ def _memory(recipe: Recipe, pair: PairFacts, longest: int) -> dict[str, Any]:
         config,
         sizes,
         aligned_parameters=_parameters(pair.aligned),
+        cached_heads=(1 if pair.shared_base else 2) if recipe.teacher == "cached" else None,
         rows=arguments.per_device_train_batch_size,
         tokens=longest,
         chunk_size=arguments.chunk_size,

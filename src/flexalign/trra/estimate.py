@@ -6,6 +6,8 @@ loss, in bytes::
 
     weights      4·N + b·P(reference) + b·P(aligned)              b = 2 in bf16, else 4; of an
                                                                   aligned adapter its own P
+                 4·N + b·V·H·heads                                with cached teachers; a LoRA's base
+                                                                  comes to it, b·P(reference)
     gradients    4·N
     optimizer    8·N                                              AdamW: two float32 moments
     activations  a·B·T·(L·H + 14·H + 4·I)                         with gradient checkpointing
@@ -91,6 +93,7 @@ def estimate_memory(
     student: Sizes,
     *,
     aligned_parameters: int,
+    cached_heads: int | None = None,
     rows: int,
     tokens: int,
     chunk_size: int,
@@ -103,6 +106,8 @@ def estimate_memory(
         config: The reference model's configuration.
         student: From `count_parameters`.
         aligned_parameters: All of the aligned model's, or its adapter's.
+        cached_heads: Heads in a cache that stands for both teachers, 1 where they share theirs, else
+            2; None if the teachers are loaded.
         rows: Rows in one forward pass, B.
         tokens: Tokens of the longest row, T.
         chunk_size: C.
@@ -116,8 +121,12 @@ def estimate_memory(
     positions = rows * tokens
     layer = 14 * width + 4 * inner
     kept = layers * width + layer if checkpointing else layers * layer
-    weights = _FLOAT32 * student.trainable + small * (student.base + aligned_parameters)
-    head_gradient = vocabulary * width if student.trainable == student.base else 0
+    trains_all = student.trainable == student.base
+    held = student.base + aligned_parameters
+    if cached_heads is not None:
+        held = (0 if trains_all else student.base) + cached_heads * vocabulary * width
+    weights = _FLOAT32 * student.trainable + small * held
+    head_gradient = vocabulary * width if trains_all else 0
     loss = _CHUNK_MATRICES * min(chunk_size, positions) * vocabulary + positions * width
     return MemoryNeed(
         weights=weights,
