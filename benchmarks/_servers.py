@@ -123,7 +123,7 @@ async def stream_completion(port: int, body: dict[str, Any]) -> Streamed:
     """Ask for a streamed completion; chunks are looked into only where they must be."""
     asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
     start = time.perf_counter()
-    first, counted = 0.0, b""
+    first, counted, event = 0.0, b"", b""
     async with post(port, "/v1/completions", json.dumps(asked).encode()) as exchange:
         if exchange.status != 200:
             raise RuntimeError((await exchange.body()).decode())
@@ -132,4 +132,6 @@ async def stream_completion(port: int, body: dict[str, Any]) -> Streamed:
                 first = time.perf_counter() - start
             if b'"completion_tokens"' in event:
                 counted = event
+    if not counted:
+        raise RuntimeError(f"the stream broke off; its last event: {event.decode()}")
     return Streamed(first, json.loads(counted)["usage"]["completion_tokens"])

@@ -11,7 +11,8 @@ their clients in the middle, 5 % are malformed. It is checked that
 * every request is answered with the status it is to have;
 * an answer in so many (400 in all, drawn at random) is the one that the library writes for it alone;
 * the server's resident memory after the first fifth of the time (by its median over a tenth) is
-  that of the last tenth, within 5 %;
+  that of the last tenth, within 5 % (in a run of five minutes or more: before, caches and the
+  allocator's pools still fill);
 * ``/metrics`` counts every request by path and status, every λ, every way of a policy, every client
   that left an answer, and no fewer tokens than the answers have; nothing runs or waits in the end.
 """
@@ -37,6 +38,7 @@ from _servers import Exchange, Server, post, sent, serving
 REPORT = Path(__file__).parent / "results" / "load.md"
 CLIENTS = 12
 FLAT = 0.05
+LEAST_MINUTES = 5
 
 
 @dataclass
@@ -206,7 +208,7 @@ def main() -> None:
     checked = draw.sample(seen.answers, min(options.spot_checks, len(seen.answers)))
     before, after = memory(seen.rss)
     failures = seen.unexpected + wrong_answers(checked) + check_counts(seen, metrics)
-    if not abs(after / before - 1) <= FLAT:
+    if options.minutes >= LEAST_MINUTES and abs(after / before - 1) > FLAT:
         failures.append(f"the resident memory went from {before:.0f} to {after:.0f} MiB")
     text = report(options, seen, metrics, len(checked), (before, after), failures)
     print(text)
