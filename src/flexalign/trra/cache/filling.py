@@ -197,8 +197,9 @@ class _Work:
             },
         }
         write_atomically(self._folder / MANIFEST, json.dumps(facts, indent=2).encode())
-        for partial in self._folder.glob(".*.partial"):  # of processes that were killed
-            partial.unlink(missing_ok=True)
+        for path in self._paths():  # nobody writes these any more: what is left, a kill has left
+            for partial in self._folder.glob(f".{path.stem}.*.partial"):
+                partial.unlink(missing_ok=True)
 
     def _paths(self) -> list[Path]:
         return [self._path(index) for index in range(-1, len(self._shards))]
