@@ -39,7 +39,11 @@ def serving(command: Sequence[str], log: Path, threads: int, patience: float) ->
     It counts as up when ``/health`` answers 200 within ``patience`` seconds.
     """
     port = free_port()
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
     with log.open("wb") as output:
         process = subprocess.Popen(
             [part.format(port=port) for part in command],

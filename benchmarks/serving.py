@@ -15,6 +15,8 @@ Servers, each a process, all up at once and asked in turn:
 * ``λ=0``: the same process, every request at λ = 0;
 * ``transformers``: ``transformers serve`` on the base, one answer after the other;
 * ``transformers, batching``: the same with its continuous batching;
+* ``vllm``: vLLM's server on the base; ``vllm, inra``: vLLM with the dial (``serve --engine vllm``),
+  λ as for ``inra``; both where make has built ``.venv-vllm``.
 
 Worlds: ``miniature`` with its fast adapter, and ``smollm2``: the shape of SmolLM2-135M (30 layers,
 width 576, vocabulary 49152) with random weights in float32. No token ends an answer, so that all
@@ -59,7 +61,8 @@ PROMPT_TOKENS = 32
 LAMBDAS = (0.2, 0.35, 0.5, 0.65, 0.8)
 AIM = ("inra", 16, 0.6)
 """The least tokens per second to ``plain``'s that was aimed at, for whom and at how many clients."""
-SERVERS = ["plain", "inra", "λ=0", "transformers", "transformers, batching"]
+SERVERS = ["plain", "inra", "λ=0", "transformers", "transformers, batching", "vllm", "vllm, inra"]
+VLLM = Path(".venv-vllm/bin")
 
 
 def save_worlds(world: str, target: Path) -> tuple[Path, Path]:
@@ -93,23 +96,36 @@ def commands(base: Path, adapter: Path) -> dict[str, list[str]]:
     """The command of each server that can be run here."""
     programs = Path(sys.executable).parent
     port = ["--port", "{port}"]
-    ours = [str(programs / "flexalign"), "serve", str(base), *port]
-    theirs = [str(programs / "transformers"), "serve", str(base), *port]
+    serve = ["serve", str(base), *port]
+    ours = [str(programs / "flexalign"), *serve]
+    theirs = [str(programs / "transformers"), *serve]
     theirs += ["--dtype", "float32", "--host", "127.0.0.1", "--device", "cpu"]
-    return {
+    dial = ["--adapter", str(adapter)]
+    found = {
         "plain": ours,
-        "inra": [*ours, "--adapter", str(adapter)],
+        "inra": [*ours, *dial],
         "transformers": theirs,
         "transformers, batching": [*theirs, "--continuous-batching"],
+    }
+    if not VLLM.is_dir():
+        print("vllm is left out: .venv-vllm is not built (make .venv-vllm/installed).")
+        return found
+    flags = ["--block-size", "32", "--max-num-seqs", "16", "--no-enable-prefix-caching"]
+    length = ["--max-model-len", "512"]
+    module = [str(VLLM / "python"), "-m", "vllm.entrypoints.openai.api_server"]
+    flexed = [str(VLLM / "flexalign"), *serve, *dial, "--engine", "vllm", "--dtype", "float32"]
+    return found | {
+        "vllm": [*module, "--model", str(base), *port, "--dtype", "float32", *length, *flags],
+        "vllm, inra": [*flexed, "--context", "512", "--", *flags],
     }
 
 
 def body(name: str, model: str, prompt: str, tokens: int, lam: float) -> dict[str, Any]:
     """A request as this server takes it."""
     asked = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
-    if name.startswith("transformers"):
-        return asked
-    return asked | ({"lambda": lam} if name == "inra" else {"lambda": 0} if name == "λ=0" else {})
+    if name in ("inra", "vllm, inra"):
+        return asked | {"lambda": lam}
+    return asked | {"lambda": 0} if name == "λ=0" else asked
 
 
 async def measure(
