@@ -78,18 +78,31 @@ def test_expected_outcome_is_the_sum_over_all_traces(short_world):
     assert outcome.tokens == pytest.approx(tokens, abs=1e-5)
 
 
-@pytest.mark.parametrize("lam", [-1.0, 0.0, 0.5, 1.0, 2.0, 4.0])
-def test_sequence_level_is_the_normalised_product_over_all_traces(short_world, lam):
+@pytest.mark.parametrize(
+    ("lam", "gate"),
+    [(lam, None) for lam in (-1.0, 0.0, 0.5, 1.0, 2.0, 4.0)] + [(3.0, 0.02), (3.0, 0.05)],
+)
+def test_sequence_level_is_the_normalised_product_over_all_traces(short_world, lam, gate):
+    used = {
+        name: 1.0 if gate is not None and abs(low - getattr(RARE_ALIGNED, name)) <= gate else lam
+        for name, low in vars(RARE_REFERENCE).items()
+    } | {"side": 1.0}
+
+    def weigh(events):
+        sides = [{"side": 0.5, **vars(habits)} for habits in (RARE_REFERENCE, RARE_ALIGNED)]
+        return math.prod(
+            (low if yes else 1 - low) ** (1 - used[name])
+            * (high if yes else 1 - high) ** used[name]
+            for name, yes in events
+            for low, high in [[side[name] for side in sides]]
+        )
+
     mass = accuracy = tokens = 0.0
     happened: dict[str, float] = {}
     decided: dict[str, float] = {}
     for terms in short_world:
         traces = list(enumerate_traces(terms))
-        weights = [
-            probability(events, RARE_REFERENCE) ** (1 - lam)
-            * probability(events, RARE_ALIGNED) ** lam
-            for events, _, _ in traces
-        ]
+        weights = [weigh(events) for events, _, _ in traces]
         partition = sum(weights)
         for weight, (events, right, length) in zip(weights, traces, strict=True):
             share = weight / partition / len(short_world)
@@ -97,11 +110,11 @@ def test_sequence_level_is_the_normalised_product_over_all_traces(short_world, l
             for name, yes in events:
                 happened[name] = happened.get(name, 0) + share * yes
                 decided[name] = decided.get(name, 0) + share
-    habits, quit_by_lines = sequence_level(RARE_REFERENCE, RARE_ALIGNED, lam)
+    habits, quit_by_lines = sequence_level(RARE_REFERENCE, RARE_ALIGNED, lam, gate)
     for name in ("error", "check", "again", "catch"):
         assert getattr(habits, name) == pytest.approx(happened[name] / decided[name], rel=1e-5)
     assert quit_by_lines[0] == pytest.approx(happened["quit"] / decided["quit"], rel=1e-5)
-    outcome = sequence_level_outcome(RARE_REFERENCE, RARE_ALIGNED, lam)
+    outcome = sequence_level_outcome(RARE_REFERENCE, RARE_ALIGNED, lam, gate)
     assert outcome.accuracy == pytest.approx(accuracy, abs=1e-6)
     assert outcome.tokens == pytest.approx(tokens, abs=1e-4)
 

@@ -45,7 +45,6 @@ def test_a_copy_from_its_own_dictionary_is_equal(tmp_path: Path) -> None:
         ({"rounds": 1.5}, "at least 1"),
         ({"teacher": "offline"}, "one of online, cached"),
         ({"teacher": "cached"}, "needs cache_dir"),
-        ({"rollouts": 0.5}, "rollouts come with a later release"),
         ({"rollouts": 2.0}, "from 0 to 1"),
         ({"lam": [0.5, 1.0]}, "make one for each"),
         ({"lam": {"kind": "liner", "start": 0}}, "linear"),
@@ -88,7 +87,7 @@ def test_every_own_field_explains_itself() -> None:
     for name in own:
         assert TrRaConfig.__dataclass_fields__[name].metadata["help"]
     assert {"lam", "divergence", "beta", "gate", "chunk_size", "teacher", "cache_dir"} <= own
-    assert {"rounds", "rollouts"} <= own
+    assert {"rounds", "rollouts", "rollout_objective", "rollout_max_new_tokens"} <= own
 
 
 def test_it_parses_from_the_command_line(tmp_path: Path) -> None:

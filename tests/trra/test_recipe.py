@@ -138,7 +138,7 @@ def test_only_the_rows_of_a_step_count_not_over_what_they_are_spread(
         ({"divergence": "revers"}, "divergence must be one of reverse, forward, jsd"),
         ({"rounds": 0}, "rounds must be a whole number of at least 1"),
         ({"teacher": "cached", "rounds": 2}, "every round has another aligned"),
-        ({"rollouts": 0.5}, "later release"),
+        ({"rollouts": 1.5}, "rollouts must be a number from 0 to 1"),
         ({"merge": True}, "merge is for a LoRA student"),
         ({"reference": 3}, "reference must be text"),
     ],

@@ -22,7 +22,7 @@ from flexalign.decoding.text import ResponseText
 from flexalign.errors import ConfigError, DataError, LambdaError
 from flexalign.policies import Way
 
-__all__ = ["Prompt", "Response", "generate_responses"]
+__all__ = ["Prompt", "Response", "generate_responses", "generation_settings", "left_padded"]
 
 Prompt = str | list[dict[str, Any]]
 """Text that the model goes on from as it is, or messages for the chat template."""
@@ -106,7 +106,7 @@ def generate_responses(
         raise ConfigError("give lam or policy, not both: they are two names of one dial.")
     lam = policy if lam is None else lam
     _check_lambdas(lam, len(prompts))
-    settings = _settings(
+    settings = generation_settings(
         model,
         tokenizer,
         max_new_tokens,
@@ -123,7 +123,7 @@ def generate_responses(
         torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            inputs = _left_padded([encoded[i] for i in batch], settings.pad_token_id, model.device)
+            inputs = left_padded([encoded[i] for i in batch], settings.pad_token_id, model.device)
             settings.return_dict_in_generate = False
             if lam is not None:
                 generate_kwargs["lam"] = own = _rows(lam, batch)
@@ -229,7 +229,7 @@ def _is_routed(lam: Any) -> bool:
     return needs_routing(read_dials(list(given), len(given)))
 
 
-def _settings(
+def generation_settings(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
@@ -237,7 +237,16 @@ def _settings(
     top_p: float,
     given: dict[str, Any],
 ) -> GenerationConfig:
-    """Gather all that governs the sampling; what `given` says of it goes here too."""
+    """Gather all that governs the sampling, and nothing that a checkpoint brings along.
+
+    Args:
+        model: Has a ``generation_config``, whose end tokens count beside the tokenizer's.
+        tokenizer: Its tokenizer.
+        max_new_tokens: Tokens after which a response is cut off.
+        temperature: 0 is greedy.
+        top_p: Probability mass sampled from.
+        given: Options of ``generate``; those that are settings are taken out of it, and hold.
+    """
     ends = getattr(model.generation_config, "eos_token_id", None)
     ends = ends if isinstance(ends, list | tuple) else [ends]
     ends = [end for end in dict.fromkeys([*ends, tokenizer.eos_token_id]) if end is not None]
@@ -259,7 +268,8 @@ def _settings(
     return settings
 
 
-def _left_padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
+def left_padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
+    """Put rows of tokens into one batch that ``generate`` goes on from: ids and mask, (B, T)."""
     longest = max(map(len, rows))
     input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])

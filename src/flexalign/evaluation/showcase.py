@@ -52,7 +52,9 @@ class Training:
         steps: Optimizer steps of `batch_size` traces.
         learning_rate: Peak; warm-up over a tenth of the steps, then a cosine to zero.
         batch_size: Traces a step.
-        divergence: As in :class:`flexalign.TrRaConfig`.
+        divergence: As in :class:`flexalign.TrRaConfig`, like the next two.
+        rollouts: Share of the batches that the student samples.
+        rollout_objective: What those minimise.
         seed: Of traces and data order.
     """
 
@@ -60,6 +62,8 @@ class Training:
     learning_rate: float = 5e-4
     batch_size: int = 24
     divergence: str = "reverse"
+    rollouts: float = 0.0
+    rollout_objective: str = "token"
     seed: int = 0
 
 
@@ -103,8 +107,9 @@ def realign(
     training: Training,
     gate: float | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    start: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
-    """Train a student of the miniature's reference towards equation 5 at λ, and return it.
+    """Train a student towards equation 5 over the miniature's reference at λ, and return it.
 
     Args:
         aligned: The aligned model; for a further round, the student of the round before.
@@ -113,9 +118,10 @@ def realign(
         training: Steps, rate and seed.
         gate: The gate τ of the teacher.
         callbacks: Told of every step.
+        start: Where the student starts, changed in place; None: at the reference.
     """
     reference, _, tokenizer = load_pair()
-    student = load_model(str(folder("reference")))
+    student = load_model(str(folder("reference"))) if start is None else start
     rows = make_traces(training.steps * training.batch_size, seed=1_000 + training.seed)
     trainer = TrRaTrainer(
         student,
@@ -126,6 +132,8 @@ def realign(
             lam=lam,
             gate=gate,
             divergence=training.divergence,
+            rollouts=training.rollouts,
+            rollout_objective=training.rollout_objective,
             max_steps=training.steps,
             learning_rate=training.learning_rate,
             lr_scheduler_type="cosine",

@@ -72,16 +72,22 @@ def token_level(
 
     def fused(habit: str) -> float:
         low, high = getattr(reference, habit), getattr(aligned, habit)
-        used = lam
-        if gate is not None and abs(high - low) <= gate:
-            used = min(max(lam, 0.0), 1.0)
+        used = _gated(low, high, lam, gate)
         return _logistic(used * _logit(high) + (1 - used) * _logit(low))
 
     return Habits(**{field.name: fused(field.name) for field in fields(Habits)})
 
 
-def sequence_level(reference: Habits, aligned: Habits, lam: float) -> tuple[Habits, list[float]]:
+def sequence_level(
+    reference: Habits, aligned: Habits, lam: float, gate: float | None = None
+) -> tuple[Habits, list[float]]:
     """The habits of the sequence-level optimum π_ref^(1−λ)·π_aligned^λ.
+
+    Args:
+        reference: The habits of λ=0.
+        aligned: The habits of λ=1.
+        lam: λ.
+        gate: τ: where the two differ by no more, the weights are those of the nearer end of [0, 1].
 
     Returns:
         The habits, with `quit` before the last line, and `quit` by the number k = 1, 2, … of
@@ -94,11 +100,13 @@ def sequence_level(reference: Habits, aligned: Habits, lam: float) -> tuple[Habi
     if reference.catch != aligned.catch:
         raise ConfigError("the closed form wants the same `catch` in both models.")
 
-    def weight(low: float, high: float) -> float:
-        return math.exp((1 - lam) * math.log(low) + lam * math.log(high))
-
     def both(habit: str) -> tuple[float, float]:
         low, high = getattr(reference, habit), getattr(aligned, habit)
+        used = _gated(low, high, lam, gate)
+
+        def weight(low: float, high: float) -> float:
+            return math.exp((1 - used) * math.log(low) + used * math.log(high))
+
         return weight(low, high), weight(1 - low, 1 - high)
 
     again, stop = both("again")
@@ -151,9 +159,11 @@ def expected_outcome(habits: Habits, quit_by_lines: Sequence[float] | None = Non
     return Outcome(accuracy, FRAME_TOKENS + tokens)
 
 
-def sequence_level_outcome(reference: Habits, aligned: Habits, lam: float) -> Outcome:
-    """Accuracy and mean tokens of the sequence-level optimum."""
-    habits, quit_by_lines = sequence_level(reference, aligned, lam)
+def sequence_level_outcome(
+    reference: Habits, aligned: Habits, lam: float, gate: float | None = None
+) -> Outcome:
+    """Accuracy and mean tokens of the sequence-level optimum; raises as `sequence_level` does."""
+    habits, quit_by_lines = sequence_level(reference, aligned, lam, gate)
     return expected_outcome(habits, quit_by_lines)
 
 
@@ -180,6 +190,13 @@ def _missing(left: int, lines: int) -> NDArray[np.float64]:
     reach = min(lines, len(total) - 1)
     chances[lines : lines + reach + 1] = total[: reach + 1]
     return chances
+
+
+def _gated(low: float, high: float, lam: float, gate: float | None) -> float:
+    """λ as the gate lets it through where two probabilities differ by |low − high|."""
+    if gate is not None and abs(high - low) <= gate:
+        return min(max(lam, 0.0), 1.0)
+    return lam
 
 
 def _logit(p: float) -> float:

@@ -13,6 +13,7 @@ from flexalign.schedules import Schedule
 __all__ = ["TrRaConfig"]
 
 _TEACHERS = ("online", "cached")
+_OBJECTIVES = ("token", "sequence")
 
 _WITHOUT_EFFECT = {
     "loss_type": "nll",
@@ -98,6 +99,22 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
             "help": "Share of the batches, from 0 to 1, whose responses the student samples."
         },
     )
+    rollout_objective: str = field(
+        default="token",
+        metadata={
+            "help": "What sampled batches minimise: 'token' is the divergence to equation 5 at "
+            "every token; 'sequence' is the reverse KL of whole responses, whose optimum is that "
+            "of the alignment's objective at another KL weight, which equation 5 approximates.",
+            "choices": list(_OBJECTIVES),
+        },
+    )
+    rollout_max_new_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens after which a sampled response is cut off; by default what the prompt "
+            "leaves of max_length."
+        },
+    )
     router_aux_loss_coef: float | None = field(
         default=0.0,
         metadata={"help": "The load-balancing loss of experts. TrRa has none: 0."},
@@ -138,11 +155,11 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
         _require_count("rounds", self.rounds)
         if self.teacher == "cached":
             self._check_cached()
+        _require_choice("rollout_objective", self.rollout_objective, _OBJECTIVES)
+        if self.rollout_max_new_tokens is not None:
+            _require_count("rollout_max_new_tokens", self.rollout_max_new_tokens)
         if self.rollouts > 0:
-            raise ConfigError(
-                f"rollouts={self.rollouts}: this version trains on the responses of the data "
-                "only; leave it out (rollouts come with a later release)."
-            )
+            self._check_rollouts()
 
     def _check_cached(self) -> None:
         if self.cache_dir is None:
@@ -159,6 +176,27 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
             raise ConfigError(
                 "packing_strategy='bfd_split' with teacher='cached': it cuts documents, and the "
                 "cache holds whole ones; use 'bfd'."
+            )
+
+    def _check_rollouts(self) -> None:
+        if self.packing or self.padding_free:
+            raise ConfigError(
+                "rollouts with packing or padding_free: samples have lengths of their own, and a "
+                "row holds one; leave packing and padding_free out."
+            )
+        if self.max_length is None and self.rollout_max_new_tokens is None:
+            raise ConfigError("rollouts without an end: set max_length or rollout_max_new_tokens.")
+        if self.rollout_objective != "sequence":
+            return
+        if self.divergence != "reverse":
+            raise ConfigError(
+                f"rollout_objective='sequence' with divergence={self.divergence!r}: it is a "
+                "reverse KL; use divergence='reverse'."
+            )
+        if self.per_device_train_batch_size < 2:
+            raise ConfigError(
+                "rollout_objective='sequence' compares a response with the others of its batch; "
+                "set per_device_train_batch_size to 2 or more (8 or more is better)."
             )
 
     def _check_training(self) -> None:

@@ -47,6 +47,7 @@ class _Equation6:
         mask: Tensor,
         lam: float,
         num_items: Tensor | int,
+        sampled: Tensor | None = None,
     ) -> tuple[Tensor, DivergenceMetrics]:
         """Compare hidden states, each with its head."""
         with torch.autocast(student[0].device.type, enabled=False):
@@ -62,6 +63,7 @@ class _Equation6:
                 num_items=num_items,
                 chunk_size=self.chunk_size,
                 metrics=True,
+                sampled=sampled,
             )
 
 
@@ -88,6 +90,7 @@ class Objective(_Equation6):
         mask: Tensor,
         lam: float,
         num_items: Tensor | int,
+        sampled: Tensor | None = None,
     ) -> tuple[Tensor, DivergenceMetrics]:
         """Run the three models on one batch.
 
@@ -97,6 +100,7 @@ class Objective(_Equation6):
             mask: Shape (B, T − 1); True where the token that follows position t is trained on.
             lam: λ of this step.
             num_items: The denominator: response tokens of the whole step.
+            sampled: As in :func:`~flexalign.losses.fused_divergence`; None: the tokens' own loss.
 
         Returns:
             The loss, nats per response token, and the metrics over the same denominator.
@@ -118,7 +122,8 @@ class Objective(_Equation6):
             reference, aligned = (
                 (hidden[side], heads.get(side, frozen)) for side in ("reference", "aligned")
             )
-            return self._loss((student_hidden, head), reference, aligned, mask, lam, num_items)
+            student = (student_hidden, head)
+            return self._loss(student, reference, aligned, mask, lam, num_items, sampled)
 
         with ExitStack() as gathering:
             for side, teacher in teachers.items():

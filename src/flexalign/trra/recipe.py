@@ -32,7 +32,10 @@ DEFAULT_TRAINING: dict[str, Any] = {
 cosine, warm-up over the first tenth) and two checkpoints kept."""
 
 _YAML_NAMES = {"lam": "lambda"}
-_TOP_LEVEL = ("lam", "divergence", "beta", "gate", "chunk_size", "teacher", "rounds", "rollouts")
+_TOP_LEVEL = (
+    *("lam", "divergence", "beta", "gate", "chunk_size", "teacher", "rounds"),
+    *("rollouts", "rollout_objective", "rollout_max_new_tokens"),
+)
 _WITHOUT_INFLUENCE = ("logging_", "save_", "report_to", "run_name", "disable_tqdm", "dataloader_")
 """How the fields begin that change what is shown or kept, not what is learned."""
 
@@ -56,7 +59,10 @@ class Recipe:
         teacher: ``online``, or ``cached``: both models run over the data once, and training reads
             their hidden states.
         cache_dir: Folder of those; None: beside `output`, with ``-cache`` at its end.
-        rollouts: Share of batches that the student samples; 0.
+        rollouts: Share of the batches whose responses the student samples, 0 to 1.
+        rollout_objective: What those minimise: ``token``, the divergence to equation 5, or
+            ``sequence``, the reverse KL of whole responses.
+        rollout_max_new_tokens: Where a sample is cut off; None: by ``training.max_length``.
         allow_pickle: Permit pickled weights, whose loading can run code.
         lora: Fields of ``peft.LoraConfig`` for a LoRA student; None trains all weights.
         merge: Save a LoRA student as a plain model too, in ``output/merged``.
@@ -77,6 +83,8 @@ class Recipe:
     teacher: str = "online"
     cache_dir: str | None = None
     rollouts: float = 0.0
+    rollout_objective: str = "token"
+    rollout_max_new_tokens: int | None = None
     allow_pickle: bool = False
     lora: dict[str, Any] | None = None
     merge: bool = False

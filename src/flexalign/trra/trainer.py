@@ -14,7 +14,6 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
-from trl import SFTTrainer
 
 from flexalign.errors import ConfigError
 from flexalign.losses import Divergence
@@ -29,12 +28,13 @@ from flexalign.trra.finite import require_finite_loss, require_finite_weights
 from flexalign.trra.meter import Meter
 from flexalign.trra.objective import CachedObjective, Objective
 from flexalign.trra.probes import require_packable
+from flexalign.trra.rollouts import Rollouts
 from flexalign.trra.student import assemble_student, require_fit, tokenizer_of
 
 __all__ = ["TrRaTrainer"]
 
 
-class TrRaTrainer(SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
+class TrRaTrainer(SealedCheckpoints, Rollouts):
     """Train a student towards the fusion of a reference and an aligned model.
 
     Example::
@@ -52,6 +52,9 @@ class TrRaTrainer(SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
     the base's parameters are held once: the reference is then the student with its adapters off.
     A module, or a pair, that lends its base is changed in place: use it through the trainer from
     then on.
+
+    With ``teacher="cached"`` no teacher is loaded: their hidden states come from `args.cache_dir`
+    (see `flexalign.trra.cache`), and `reference` and `aligned` only say of which pair they must be.
 
     Every log line has `divergence` (nats per response token), `lambda`, `kl_reference` and
     `kl_aligned` (KL of the student to either model, nats per token) and `tokens_seen` (input
@@ -195,13 +198,14 @@ class TrRaTrainer(SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
         if return_outputs:
             raise ConfigError("the loss builds no logits; evaluate with prediction_loss_only=True.")
         given = {key: value for key, value in inputs.items() if key != "labels"}
+        sampled = self.take_sampled(given)
         mask = inputs["labels"][:, 1:] != -100
         response_tokens = mask.sum()
         num_items = response_tokens if num_items_in_batch is None else num_items_in_batch
         num_items = torch.as_tensor(num_items, device=mask.device).clamp(min=1)
         lam = self.lam
         with self.accelerator.autocast():
-            loss, metrics = self.objective(model, given, mask, lam, num_items)
+            loss, metrics = self.objective(model, given, mask, lam, num_items, **sampled)
         require_finite_loss(loss, inputs, lam, self.state.global_step, Path(self.args.output_dir))
         self._last_lam = lam
         meter = self._meters[self._mode]
