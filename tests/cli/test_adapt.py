@@ -97,7 +97,11 @@ def test_dpo_and_trra_by_option(
     command: Run, tree: dict[str, Any], tiny_pair: Any, tmp_path: Path
 ) -> None:
     trra = {**tree, "aligned": str(tiny_pair.aligned), "output": str(tmp_path / "trra")}
-    result = command("adapt", trra, "--method", "trra", "--lambda", "-0.5", "--json")
+    asked = ("--method", "trra", "--lambda", "-0.5")
+    refused = command("adapt", trra, *asked)
+    assert refused.exit_code == 2
+    assert "undoes its safety training" in refused.stderr
+    result = command("adapt", trra, *asked, "--extrapolate", "--json")
     assert result.exit_code == 0, result.stderr
     rows = [{"prompt": f"{n}=", "chosen": f" {n}", "rejected": " no"} for n in range(6)]
     data = tmp_path / "pairs.jsonl"

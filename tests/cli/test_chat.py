@@ -150,7 +150,8 @@ def test_a_plain_model_talks_and_has_no_dial(chat: Callable[..., Any], tiny_pair
 
 def test_a_pair_begins_at_the_aligned_model(chat: Callable[..., Any], tiny_pair: Any) -> None:
     arguments = (tiny_pair.reference, "--aligned", tiny_pair.aligned, "--max-new-tokens", 4)
-    result = chat("hello", "/lambda 2.5", "hello", arguments=arguments)
+    result = chat("hello", "/lambda -1", "/lambda 2.5", "hello", arguments=arguments)
+    assert "λ=-1: λ < 0 leads away from the aligned model" in result.stderr
     assert "λ=1, aligned. /help" in result.stderr
     assert "λ=2.5 · 4 tokens" in result.stderr
 

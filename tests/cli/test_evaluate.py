@@ -79,6 +79,8 @@ def test_answers_that_cannot_be_read_are_listed_first(run_cli, arguments, questi
         (["--policy", "adaptive much"], "'much' is not a number"),
         (["--policy", "{half"], "is no JSON"),
         (["--lambda-range", "2,1"], "LEAST,LARGEST"),
+        (["--lambda", "0,-0.5"], "λ=-0.5: λ < 0 leads away from the aligned model"),
+        (["--lambda", "0,3", "--lambda-range", "-1,2"], "outside the range [-1, 2] of the pair"),
         (["--task", "nowhere.jsonl"], "no task and no file 'nowhere.jsonl'"),
         (["--task", "miniature"], "differ in their usual temperature"),
         (["--baseline", "x"], "'x' is none of the systems: pair"),

@@ -177,11 +177,34 @@ def test_answers_appear_as_their_batch_is_done(
 
 def test_a_pair_and_a_plain_model_answer_too(rows: Callable[..., Any]) -> None:
     pair = ("miniature", "--aligned", "miniature:aligned", *SAMPLED)
-    default, extrapolated = rows(*pair, QUESTION), rows(*pair, QUESTION, "--lambda=-0.5,2")
+    default, extrapolated = (
+        rows(*pair, QUESTION),
+        rows(*pair, QUESTION, "--lambda=-0.5,2", "--lambda-range=-1,2"),
+    )
     assert [row["setting"] for row in default + extrapolated] == ["λ=1", "λ=-0.5", "λ=2"]
     (aligned,) = rows("miniature:aligned", QUESTION, *SAMPLED)
     assert aligned["response"] == default[0]["response"]
     assert (aligned["setting"], aligned["lambda"]) == ("as it is", None)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("--lambda=-0.5",),
+        ("--lambda", '{"kind": "linear", "start": 1, "end": -1, "steps": 9}'),
+        ("--policy", '{"policy": "adaptive", "slow_lambda": -0.1}'),
+    ],
+)
+def test_a_pair_is_not_led_away_from_the_alignment_unasked(
+    generate: Callable[..., Any], asked: tuple[str, ...]
+) -> None:
+    pair = ("miniature", "--aligned", "miniature:aligned", QUESTION)
+    refused = generate(*pair, *asked)
+    assert refused.exit_code == 2
+    assert "leads away from the aligned model, which on a chat pair undoes" in refused.stderr
+    assert "--lambda-range LEAST,LARGEST" in refused.stderr
+    beyond = generate(*pair, *asked, "--lambda", "3", "--lambda-range=-2,2")
+    assert "outside the range [-2, 2] of the pair miniature,miniature:aligned" in beyond.stderr
 
 
 def test_the_range_is_the_adapters_until_it_is_widened(
@@ -278,7 +301,8 @@ def test_a_truncated_base_is_refused(generate: Callable[..., Any], tmp_path: Pat
         (("miniature", QUESTION, "--lambda", "0.5"), "λ=0.5 needs a dial"),
         (("miniature", QUESTION, "--gate", "0.1"), "a gate needs a dial"),
         ((*DIAL, QUESTION, "--aligned", "miniature:aligned"), "not both"),
-        (("miniature", QUESTION, "--lambda-range=0,2"), "name --adapter"),
+        (("miniature", QUESTION, "--lambda-range=0,2"), "--lambda-range needs a dial"),
+        (("miniature", QUESTION, "--any-base"), "name --adapter"),
         ((*DIAL, QUESTION, "--input", "questions.txt"), "PROMPT or --input, not both"),
         ((*DIAL, "--input", "missing.txt"), "missing.txt: no such file"),
         ((*DIAL, " "), "the prompt is empty"),

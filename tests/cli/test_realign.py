@@ -58,6 +58,14 @@ def test_a_dry_run_shows_what_is_trained_on_and_writes_nothing(
 
 
 @pytest.mark.usefixtures("weightless")
+def test_a_negative_lambda_is_trained_towards_when_it_is_meant(
+    realign: Callable[..., Any], tree: dict[str, Any]
+) -> None:
+    result = realign(tree, "--dry-run", "--json", "--lambda", "-0.5", "--extrapolate")
+    assert json.loads(result.stdout)["lambda"] == -0.5
+
+
+@pytest.mark.usefixtures("weightless")
 def test_a_dry_run_in_json_is_json_alone(
     realign: Callable[..., Any], tree: dict[str, Any], tiny_model: Callable[..., Any]
 ) -> None:
@@ -122,6 +130,9 @@ def _other_vocabulary(tree: dict[str, Any]) -> None:
         ({"lambda": {"kind": "linear", "start": 0}}, [], "end"),
         ({"lambda": {"kind": "linaer", "start": 0, "end": 1, "steps": 2}}, [], "linear"),
         ({"rounds": 3}, [], "--extrapolate"),
+        ({"lambda": -0.5}, [], "undoes its safety training (docs/lambda.md)"),
+        ({}, ["--lambda", "0.5,-1"], "λ = -1.0: λ < 0 leads away from the aligned model"),
+        ({"lambda": {"kind": "linear", "start": 1, "end": -1, "steps": 2}}, [], "--extrapolate"),
         ({}, ["--lambda", "two"], "'two' is not a finite number"),
         ({}, ["--lambda", "0,0.0"], "each λ of a list once"),
         ({"lambda": [1, "two"]}, [], "a list of λ holds numbers"),

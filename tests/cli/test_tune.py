@@ -94,6 +94,10 @@ def test_a_stored_sweep_gives_the_plan_its_variance(run_cli, sweep: Path):
         (("-o", "x", "--task", "miniature"), "SYSTEM is missing"),
         (("model:miniature", "-o", "x", "--task", "miniature"), "has no dial to tune"),
         (("dial:miniature", "-o", "x", "--task", "miniature", "--lambda", "0"), "no candidate"),
+        (
+            ("interpolate:miniature", "-o", "x", "--task", "miniature", "--lambda=-1,1"),
+            "leads away from the aligned model",
+        ),
         (("--plan", "--task", "miniature", "--margin", "0"), "the margin must be"),
         (("--plan", "--task", "miniature", "--looks", "daily"), "looks must be one of"),
         (("a", "--from", "x", "-o", "x"), "SYSTEM is not asked"),

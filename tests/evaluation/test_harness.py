@@ -258,6 +258,7 @@ def test_settings_are_recorded(tiny: Dial):
         ({"adapter": "a", "aligned": "b"}, ConfigError, "adapter= or aligned=, not both"),
         ({"adapter": "a", "lambda": 1, "policy": "auto"}, ConfigError, "one of lambda and policy"),
         ({"adapter": "miniature:fast", "lambda": 2}, LambdaError, "extrapolate=True"),
+        ({"aligned": "miniature:aligned", "lambda": -1}, LambdaError, "safety.*extrapolate=True"),
         ({"adapter": "miniature:fast", "policy": "adaptive x"}, ConfigError, "'x' is not a number"),
         ({"adapter": "nowhere"}, CheckpointError, "nowhere holds no InRa adapter"),
     ],

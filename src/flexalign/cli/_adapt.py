@@ -99,7 +99,9 @@ def prepare_baking(
         base = _examine_base(recipe.base)
         settings = _adapter_settings(recipe.base, recipe.adapter, base)
         permitted = lambda_range or settings.lambda_range
-        require_range(permitted, [(f"λ={recipe.lam:g}", Fixed(recipe.lam))], recipe.adapter)
+        require_range(
+            permitted, [(f"λ={recipe.lam:g}", Fixed(recipe.lam))], f"the adapter {recipe.adapter}"
+        )
         total, layer = _count(base)
         prints = [base.fingerprint, _file_fingerprint(recipe.adapter)]
     data = read_traces(recipe.data, skip_bad_rows=skip_bad_rows)

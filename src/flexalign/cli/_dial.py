@@ -132,29 +132,34 @@ def open_dial(
 
     Raises:
         ConfigError: If a part is not there or damaged, or there is a setting and no dial.
-        LambdaError: If a setting may leave the adapter's range.
+        LambdaError: If a setting may leave the adapter's range, or go below 0 for a pair.
     """
     from flexalign.evaluation.systems.local import LocalBackend
 
     if adapter is not None and aligned is not None:
         raise ConfigError("give --adapter or --aligned, not both: each is a dial of its own.")
-    if adapter is None and (options.lambda_range is not None or options.any_base):
-        raise ConfigError("--lambda-range and --any-base are about an adapter; name --adapter.")
+    if adapter is None and options.any_base:
+        raise ConfigError("--any-base is about an adapter; name --adapter.")
     kind = "dial" if adapter else "pair" if aligned else "model"
     if kind == "model":
-        require_dial(settings, options.gate)
+        require_dial(settings, options.gate, options.lambda_range)
     parts = [part for part in (model, adapter, aligned) if part is not None]
     with as_input_errors():
         return LocalBackend(kind, parts, settings, options)
 
 
-def require_dial(settings: "Sequence[Setting]", gate: float | None = None) -> None:
+def require_dial(
+    settings: "Sequence[Setting]",
+    gate: float | None = None,
+    limits: tuple[float, float] | None = None,
+) -> None:
     """Refuse settings for a model that has nothing to turn.
 
     Raises:
         ConfigError: If there is one.
     """
-    asked = [*(setting.id for setting in settings), *(["a gate"] if gate is not None else [])]
+    asked = [setting.id for setting in settings]
+    asked += ["a gate"] * (gate is not None) + ["--lambda-range"] * (limits is not None)
     if asked:
         raise ConfigError(
             f"{asked[0]} needs a dial, and the model alone has none; name its --adapter, or the "

@@ -39,7 +39,8 @@ Gate: TypeAlias = Annotated[
     float | None, typer.Option(help="Extrapolate only where the two differ by more.")
 ]
 LambdaRange: TypeAlias = Annotated[
-    str | None, typer.Option(help="λ to permit, such as -1,2; the adapter's own otherwise.")
+    str | None,
+    typer.Option(help="λ to permit, such as -1,2; else an adapter's own, and a pair's λ ≥ 0."),
 ]
 AnyBase: TypeAlias = Annotated[
     bool, typer.Option("--any-base", help="Take an adapter that was made for another base.")

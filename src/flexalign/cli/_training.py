@@ -15,6 +15,8 @@ from flexalign.decoding.responses import generate_responses
 from flexalign.evaluation.grading import grade
 from flexalign.evaluation.statistics import clustered_interval
 from flexalign.miniature import make_questions, make_traces
+from flexalign.pairing.direction import require_forward
+from flexalign.policies import parse_dial
 from flexalign.trra.callbacks import Answer, Watcher
 from flexalign.trra.recipe import Watch
 
@@ -24,6 +26,7 @@ __all__ = [
     "plan_steps",
     "read_traces",
     "read_watched",
+    "require_forward_training",
     "sample_rows",
     "show_samples",
 ]
@@ -35,6 +38,21 @@ _QUESTION_SEED = 10_000
 
 _SAMPLES = 2
 _SHOWN = ("loss", "divergence", "lambda", "kl_reference", "kl_aligned")
+
+
+def require_forward_training(lambdas: Sequence[Any], *, extrapolate: bool) -> None:
+    """Refuse to train towards a λ below 0 unless it is meant.
+
+    Args:
+        lambdas: Numbers, or schedules in their JSON form.
+        extrapolate: Whether it is meant.
+
+    Raises:
+        LambdaError: If there is one.
+    """
+    if not extrapolate:
+        asked = [(f"λ = {lam}", parse_dial(lam)) for lam in lambdas]
+        require_forward(asked, "allow it with --extrapolate")
 
 
 class StepProgress(TrainerCallback):  # type: ignore[misc]

@@ -33,6 +33,9 @@ def adapt(
         bool,
         typer.Option("--strip-thinking", help="Train on what follows the thinking alone."),
     ] = False,
+    extrapolate: Annotated[
+        bool, typer.Option("--extrapolate", help="Method trra: allow λ < 0.")
+    ] = False,
     skip_bad_rows: SkipBadRows = False,
     dry_run: DryTraining = False,
     as_json: ResultAsJson = False,
@@ -51,7 +54,7 @@ def adapt(
       adapter: null                   # an adapter to go on from
       adapter_layers: 1               # of a new one
       aligned: miniature:aligned      # trra: λ = 1
-      lambda: 1.0                     # trra: any number, or a schedule
+      lambda: 1.0                     # trra: a number, or a schedule
       divergence: reverse             # trra: or forward, jsd (with beta)
       gate: null                      # trra: as in realign
       training:                       # any field of trl.SFTConfig (dpo: DPOConfig)
@@ -77,7 +80,10 @@ def adapt(
 
     from flexalign.cli._adapt import finish, prepare_adaptation, preview
     from flexalign.cli._quiet import quieten_libraries, warnings_as_notes
+    from flexalign.cli._training import require_forward_training
 
+    if plan.lam is not None:
+        require_forward_training([plan.lam], extrapolate=extrapolate)
     quieten_libraries()
     with warnings_as_notes():
         prepared = prepare_adaptation(

@@ -38,7 +38,8 @@ def realign(
         typer.Option("--merge", help="Save a LoRA student as a plain model too, in OUTPUT/merged."),
     ] = False,
     extrapolate: Annotated[
-        bool, typer.Option("--extrapolate", help="Allow rounds beyond an effective λ of 4.")
+        bool,
+        typer.Option("--extrapolate", help="Allow λ < 0, and rounds beyond an effective λ of 4."),
     ] = False,
     skip_bad_rows: SkipBadRows = False,
     allow_pickle: AllowPickle = False,
@@ -93,7 +94,9 @@ def realign(
     from flexalign.cli._cache import cache_filler
     from flexalign.cli._quiet import quieten_libraries, warnings_as_notes
     from flexalign.cli._realign import make_run, preview, read_inputs
+    from flexalign.cli._training import require_forward_training
 
+    require_forward_training([each.lam for each in recipes], extrapolate=extrapolate)
     quieten_libraries()
 
     with warnings_as_notes():

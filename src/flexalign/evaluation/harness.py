@@ -26,6 +26,7 @@ from flexalign.inra import InRaModel
 from flexalign.inra.folder import check_folder
 from flexalign.loading import fingerprint, load_model, load_tokenizer, resolve_adapter
 from flexalign.pairing import ModelPair
+from flexalign.pairing.direction import require_forward
 from flexalign.policies import Adaptive, Dial, Fixed, Route, extremes, parse_dial
 
 try:
@@ -76,7 +77,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             policy: In its place, a policy such as ``adaptive 0.5``. Policies and schedules set λ
                 for responses; log-likelihoods need one number.
             gate: As in :func:`flexalign.fusion.fuse`.
-            extrapolate: Permit a λ outside the adapter's range.
+            extrapolate: Permit a λ outside the adapter's range, or below 0 for a pair.
             device: Where the model runs; a GPU if there is one.
             dtype: Of the weights; ``"auto"`` is what they are stored in.
             parallelize: Spread the weights over all GPUs.
@@ -87,7 +88,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         Raises:
             ConfigError: If a model is not there, or the arguments contradict each other.
             CheckpointError: If the adapter is not there, or damaged.
-            LambdaError: If λ is not finite, or outside the adapter's range.
+            LambdaError: If λ is not finite, or not permitted.
         """
         asked = {"lambda": options.pop("lambda", None), "lam": lam, "policy": policy}
         dial = _read_dial(asked, adapter, aligned, gate)
@@ -106,8 +107,10 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             leader, tokenizer = model.base, model.tokenizer
             self._facts["adapter"] = adapter
         elif aligned is not None:
-            model = TwoModelDecoder(ModelPair.load(pretrained, aligned, **loading))
             dial = dial or Fixed(1.0)
+            if not extrapolate:
+                require_forward([(f"λ = {extremes(dial)[0]:g}", dial)], "say extrapolate=True")
+            model = TwoModelDecoder(ModelPair.load(pretrained, aligned, **loading))
             leader, tokenizer = model.reference, model.tokenizer
             self._facts["aligned"] = aligned
         else:

@@ -83,14 +83,14 @@ def require_base(settings: InRaConfig, found: str, name: str, folder: Path) -> N
 
 
 def require_range(
-    permitted: tuple[float, float], asked: Sequence[tuple[str, Dial]], adapter: str
+    permitted: tuple[float, float], asked: Sequence[tuple[str, Dial]], whose: str
 ) -> None:
     """Refuse dials that may use a λ outside the range that is permitted.
 
     Args:
         permitted: The least and the largest λ.
         asked: Each with its name.
-        adapter: Whose dials they are.
+        whose: Whose range it is, such as ``the adapter out/fast``.
 
     Raises:
         LambdaError: If there is one; says how to permit it.
@@ -100,8 +100,8 @@ def require_range(
     outside = [name for name, least, largest in reached if least < low or largest > high]
     if outside:
         raise LambdaError(
-            f"{', '.join(outside)}: outside the range [{low:g}, {high:g}] of the adapter "
-            f"{adapter}; if you mean it, start with --lambda-range LEAST,LARGEST."
+            f"{', '.join(outside)}: outside the range [{low:g}, {high:g}] of {whose}; if "
+            "you mean it, start with --lambda-range LEAST,LARGEST."
         )
 
 

@@ -92,7 +92,7 @@ class SystemOptions:
         batch_size: Responses made together on this machine.
         gate: As in :func:`flexalign.fusion.fuse`.
         dtype: Of weights on this machine.
-        lambda_range: λ's to permit for an adapter; its own range if not given.
+        lambda_range: λ's to permit; an adapter's own range if not given, λ ≥ 0 for a pair.
         any_base: Take an adapter for another base than it was made for, if the shapes fit.
         model_name: The model's name at an endpoint; its only one if not given.
         tokenizer: Of an endpoint's model, to count tokens where the server does not.

@@ -31,6 +31,7 @@ from flexalign.inra.folder import check_folder, require_range
 from flexalign.loading import fingerprint, load_model, load_tokenizer, resolve, resolve_adapter
 from flexalign.loading.weights import fingerprint_file
 from flexalign.pairing import ModelPair
+from flexalign.pairing.direction import require_forward
 from flexalign.policies import Adaptive, Fixed, Route
 
 __all__ = ["LocalBackend", "ModelText"]
@@ -91,25 +92,26 @@ class LocalBackend:
         Raises:
             ConfigError: If a model is not there, or a setting is not one that the kind takes.
             CheckpointError: If an adapter's folder is damaged.
-            LambdaError: If a λ is outside the adapter's range.
+            LambdaError: If a λ is outside the adapter's range, or below 0 for a pair, and not
+                permitted.
         """
         self.kind, self._parts, self._options = kind, list(parts), options
         self._sources = [resolve(part) for part in parts[: 1 if kind == "dial" else 2]]
         self.default = Setting.of(1.0) if kind == "pair" else AS_IT_IS
-        self._limits: tuple[float, float] | None = None
+        self._limits = options.lambda_range
         tags = None
         if kind == "dial":
             self._adapter = _adapter_folder(parts[1])
             config = check_folder(self._adapter)
             self.default = Setting.of(config.default_lambda)
-            self._limits = options.lambda_range or config.lambda_range
+            self._limits = self._limits or config.lambda_range
             tags = ThinkingTags(*config.thinking_tags) if config.thinking_tags else None
-            self.require_range(settings)
+        self.require_range(settings)
         self.text = ModelText(load_tokenizer(self._sources[0]), tags)
 
     @property
     def permitted(self) -> tuple[float, float] | None:
-        """The least and the largest λ that may be used; None for no limit."""
+        """The least and the largest λ that may be used; None for a pair's: any that is ≥ 0."""
         if self._limits is None:
             return None
         low, high = (float(as_lambda(limit)) for limit in self._limits)
@@ -118,13 +120,18 @@ class LocalBackend:
     def require_range(self, settings: Sequence[Setting]) -> None:
         """Refuse settings that may use a λ outside the adapter's range, or the one permitted.
 
+        A pair has no range of its own; without one it takes every λ ≥ 0.
+
         Raises:
             LambdaError: If there is one; says how to permit it.
         """
-        if self.permitted is None:
-            return
         dials = [(setting.id, setting.dial) for setting in settings if setting.dial is not None]
-        require_range(self.permitted, dials, self._parts[1])
+        if self.permitted is None:
+            require_forward(dials, "start with --lambda-range LEAST,LARGEST")
+        elif self.kind == "dial":
+            require_range(self.permitted, dials, f"the adapter {self._parts[1]}")
+        else:
+            require_range(self.permitted, dials, f"the pair {','.join(self._parts)}")
 
     def describe(self) -> dict[str, Any]:
         """Names, fingerprints, the data type and the thinking tags."""
