@@ -32,11 +32,37 @@ def test_the_cost_is_told_and_nothing_is_sampled(run_cli):
     assert lambdas["samples"] == 90
 
 
-def test_the_packages_own_adapter_is_not_written_to(run_cli):
-    result = run_cli("calibrate", "miniature", "--adapter", "miniature:fast", "--task", "miniature")
+@pytest.mark.parametrize(
+    "name",
+    [
+        lambda _: "miniature:fast",
+        lambda _: folder("fast"),
+        lambda _: folder("reference") / ".." / "fast",
+        lambda scratch: linked(scratch / "link", folder("fast")),
+        lambda scratch: linked(scratch / "weights", folder("fast").parent) / "fast",
+    ],
+    ids=["name", "path", "dots", "link", "linked parent"],
+)
+def test_the_packages_own_adapter_is_not_written_to(run_cli, tmp_path, name):
+    adapter = name(tmp_path)
+    result = run_cli("calibrate", "miniature", "--adapter", adapter, "--task", "miniature")
     assert result.exit_code == 2
-    assert "--save-to" in result.stderr
+    assert f"{adapter} is part of the package" in result.stderr
     assert InRaConfig.load(folder("fast")).calibration is None
+
+
+def test_no_copy_is_put_into_the_package(run_cli, tmp_path):
+    inside = linked(tmp_path / "weights", folder("fast").parent) / "new"
+    asked = ("calibrate", "miniature", "--adapter", "miniature:fast", "--task", "miniature")
+    result = run_cli(*asked, "--save-to", inside)
+    assert result.exit_code == 2
+    assert "is inside the package" in result.stderr
+    assert not inside.exists()
+
+
+def linked(link, target):
+    link.symlink_to(target)
+    return link
 
 
 @pytest.mark.slow

@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import flexalign
 from flexalign.evaluation.samples import write_json
 from flexalign.inra.config import CONFIG_FILE, InRaConfig
 from flexalign.inra.folder import WEIGHTS_FILE
 
-__all__ = ["copy_adapter", "store_calibration"]
+__all__ = ["copy_adapter", "is_packaged", "store_calibration"]
 
 
 def store_calibration(folder: Path, calibration: Mapping[str, Any]) -> InRaConfig:
@@ -34,6 +35,11 @@ def store_calibration(folder: Path, calibration: Mapping[str, Any]) -> InRaConfi
     )
     write_json(folder / CONFIG_FILE, json.loads(settings.to_json()))
     return settings
+
+
+def is_packaged(folder: Path) -> bool:
+    """Whether a folder, by whatever path or link it is named, is a part of this package."""
+    return folder.resolve().is_relative_to(Path(flexalign.__file__).resolve().parent)
 
 
 def copy_adapter(source: Path, target: Path) -> None:

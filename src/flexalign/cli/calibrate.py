@@ -108,17 +108,20 @@ def calibrate(
     """
     widened = read_range(lambda_range)
     from flexalign.calibration.calibrate import CalibrateOptions, plan_sweeps
+    from flexalign.calibration.store import copy_adapter, is_packaged, store_calibration
     from flexalign.evaluation.systems import System, SystemOptions
     from flexalign.evaluation.tasks import load_task
     from flexalign.inra.folder import check_folder
     from flexalign.loading import resolve_adapter
 
     folder = resolve_adapter(adapter)
-    if save_to is None and not dry_run and adapter.startswith("miniature:"):
+    if save_to is None and not dry_run and is_packaged(folder):
         raise ConfigError(
             f"{adapter} is part of the package and stays as it is; name a folder for a calibrated "
             "copy with --save-to, such as --save-to out/fast."
         )
+    if save_to is not None and is_packaged(save_to):
+        raise ConfigError(f"--save-to {save_to} is inside the package; name a folder outside it.")
     if save_to is not None and save_to.exists():
         raise ConfigError(f"--save-to {save_to} exists already; name a folder that is not there.")
     with as_input_errors():
@@ -140,8 +143,6 @@ def calibrate(
         _preview(sweeps, as_json)
         return
     calibration = _run(sweeps, options, output, workers)
-    from flexalign.calibration.store import copy_adapter, store_calibration
-
     if save_to is not None:
         copy_adapter(folder, save_to)
     store_calibration(save_to or folder, calibration)
