@@ -18,8 +18,10 @@ its cost is arithmetic; prefill is arithmetic alone, and 30 layers against 2·30
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -60,12 +62,27 @@ def folders(where: Path) -> dict[str, Path]:
     return {"plain": where / "plain", "dial": dial}
 
 
-def start(folder: Path, compiled: bool) -> Any:
-    """Start an engine."""
+class Engine:
+    """An engine in a process of its own, which takes no time while it is not asked."""
+
+    def __init__(self, folder: Path, compiled: bool) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        context.Process(target=_run, args=(other, str(folder), compiled), daemon=True).start()
+        self._pipe.recv()
+
+    def seconds(self, rows: int, length: int, tokens: int, seed: int) -> float:
+        """Time so many rows of random prompts of that length, and so many new tokens each."""
+        self._pipe.send((rows, length, tokens, seed))
+        found: float = self._pipe.recv()
+        return found
+
+
+def _run(pipe: Any, folder: str, compiled: bool) -> None:
     from vllm import LLM
 
-    return LLM(
-        str(folder),
+    llm = LLM(
+        folder,
         dtype="bfloat16",
         enforce_eager=not compiled,
         skip_tokenizer_init=True,
@@ -74,21 +91,17 @@ def start(folder: Path, compiled: bool) -> Any:
         max_num_batched_tokens=4352,
         max_num_seqs=32,
     )
+    pipe.send("ready")
+    with contextlib.suppress(EOFError):  # whoever asked is done
+        while True:
+            pipe.send(_generate(llm, *pipe.recv()))
 
 
-def seconds(llm: Any, row: str, new_tokens: int, draw: random.Random) -> float:
-    """Time one row once."""
-    kind, size = row.split(":")
-    if kind == "prefill":
-        return _generate(llm, 1, int(size), 1, draw)
-    first = _generate(llm, int(size), PROMPT, 1, draw)
-    return _generate(llm, int(size), PROMPT, 1 + new_tokens, draw) - first
-
-
-def _generate(llm: Any, rows: int, length: int, tokens: int, draw: random.Random) -> float:
+def _generate(llm: Any, rows: int, length: int, tokens: int, seed: int) -> float:
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
+    draw = random.Random(seed)
     prompts = [
         TokensPrompt(prompt_token_ids=[draw.randrange(49152) for _ in range(length)])
         for _ in range(rows)
@@ -105,13 +118,21 @@ def _generate(llm: Any, rows: int, length: int, tokens: int, draw: random.Random
     return time.perf_counter() - began
 
 
-def measure(engines: dict[str, Any], row: str, rounds: int, new_tokens: int) -> dict[str, Any]:
+def seconds(engine: Engine, row: str, new_tokens: int, seed: int) -> float:
+    """Time one row once."""
+    kind, size = row.split(":")
+    if kind == "prefill":
+        return engine.seconds(1, int(size), 1, seed)
+    first = engine.seconds(int(size), PROMPT, 1, seed)
+    return engine.seconds(int(size), PROMPT, 1 + new_tokens, seed) - first
+
+
+def measure(engines: dict[str, Engine], row: str, rounds: int, new_tokens: int) -> dict[str, Any]:
     """Time a row on both engines, after one round that does not count."""
-    draw = random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in engines}
     for turn in range(rounds + 1):
         for name in sorted(engines, reverse=turn % 2 == 0):
-            times[name].append(seconds(engines[name], row, new_tokens, draw))
+            times[name].append(seconds(engines[name], row, new_tokens, turn))
     times = {name: found[1:] for name, found in times.items()}
     ratios = [plain / dial for plain, dial in zip(times["plain"], times["dial"], strict=True)]
     kind, size = row.split(":")
@@ -178,6 +199,7 @@ def main() -> None:
         arguments.rounds, arguments.new_tokens = 1, 8
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # each is in a process of its own already
     from _machine import machine
     from vllm import __version__
 
@@ -186,7 +208,7 @@ def main() -> None:
     results["machine"] = machine() | {"vllm": __version__, "mode": mode}
     with tempfile.TemporaryDirectory() as where:
         made = folders(Path(where))
-        engines = {name: start(folder, arguments.compiled) for name, folder in made.items()}
+        engines = {name: Engine(folder, arguments.compiled) for name, folder in made.items()}
         print("\n".join(HEADER), flush=True)
         for row in arguments.rows:
             found = measure(engines, row, arguments.rounds, arguments.new_tokens)
