@@ -82,7 +82,7 @@ class Echo:
 
     async def _stream(self, message: Scope) -> None:
         *events, self._buffer = (self._buffer + message.get("body", b"")).split(b"\n\n")
-        if not message.get("more_body"):
+        if self._buffer and not message.get("more_body"):
             events, self._buffer = [*events, self._buffer], b""
         told = [one for one in map(self._event, events) if one is not None]
         content = b"\n\n".join([*told, b""] if told else [])

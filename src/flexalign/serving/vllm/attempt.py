@@ -13,9 +13,6 @@ from flexalign.serving.errors import ApiError, Scope
 
 __all__ = ["Attempt", "fast_body", "fold"]
 
-_PATIENCE = 5.0
-"""Seconds that vLLM has to let go of an answer."""
-
 
 class Attempt:
     """A fast answer on its way: what vLLM is given as ``send`` and as ``receive``.
@@ -85,9 +82,7 @@ class Attempt:
         try:
             await asyncio.wait((writing, stopping), return_when=asyncio.FIRST_COMPLETED)
             is_there = not leaving.done()
-            await asyncio.wait((writing,), timeout=_PATIENCE)
         finally:
-            self._stops.set()
             for task in tasks:
                 task.cancel()
             ended = await asyncio.gather(*tasks, return_exceptions=True)
