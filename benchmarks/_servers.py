@@ -108,7 +108,8 @@ async def sent(port: int, path: str, content: bytes) -> AsyncIterator[Any]:
     """Send a request by HTTP 1.0, whose answers have no frames; the block's end hangs up."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 22)
     try:
-        head = f"POST {path} HTTP/1.0\r\ncontent-type: application/json\r\n"
+        head = f"POST {path} HTTP/1.0\r\nhost: 127.0.0.1:{port}\r\n"
+        head += "content-type: application/json\r\n"
         writer.write(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
         await writer.drain()
         yield reader
