@@ -19,7 +19,7 @@ test: .venv/installed ## All tests but the long and the violent ones
 
 test-full: .venv/installed .venv/harness .venv/docs .venv/deepspeed .venv-vllm/installed ## Faults, several processes, long runs, vLLM
 	$(PYTEST) -m full
-	OMP_NUM_THREADS=1 $(VLLM) -m pytest -q tests/serving/vllm
+	OMP_NUM_THREADS=1 $(VLLM) -m pytest -q -k vllm tests/serving/vllm tests/serving/test_contract.py
 
 check: .venv/installed ## Format, lint, types, fast tests
 	$(BIN)/ruff format --check .
