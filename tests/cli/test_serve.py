@@ -4,8 +4,10 @@ import socket
 from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
 
 from flexalign.errors import ConfigError
+from flexalign.serving import server as serving_server
 from flexalign.serving.server import require_safe_address
 
 
@@ -36,6 +38,27 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(run_cli: Any):
         result = run_cli("serve", "no/such/model", "--port", taken.getsockname()[1])
     assert result.exit_code == 1
     assert "in use" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [((), 403), (("--insecure",), 200), (("--api-key-env", "KEY"), 401)],
+    ids=["neither", "insecure", "key"],
+)
+def test_who_is_served_without_a_key(
+    run_cli: Any, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], status: int
+):
+    served: list[Any] = []
+
+    def ask_once(app: Any, *_: Any, **__: Any) -> None:
+        client = TestClient(app, base_url="http://rebound.example")
+        served.append(client.get("/v1/models").status_code)
+
+    monkeypatch.setenv("KEY", "sesame")
+    monkeypatch.setattr(serving_server, "run_server", ask_once)
+    result = run_cli("serve", "miniature", "--port", "0", *options)
+    assert result.exit_code == 0, result.stderr
+    assert served == [status]
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])

@@ -129,8 +129,9 @@ def ask(app: Any, method: str, path: str, body: bytes = b"") -> tuple[int, bytes
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": method, "path": path, "headers": [], "query_string": b""}
-    asyncio.run(app({**scope, "root_path": ""}, receive, send))
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": method, "path": path, "headers": headers}
+    asyncio.run(app({**scope, "query_string": b"", "root_path": ""}, receive, send))
     return sent[0]["status"], b"".join(one.get("body", b"") for one in sent[1:])
 
 

@@ -54,7 +54,9 @@ def test_requests_leave_no_object_behind():
             if leaves and message.get("body"):
                 gone.set()
 
-        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions"}
+        scope |= {"headers": headers}
         await app({**scope, "query_string": b"", "root_path": ""}, receive, send)
 
     async def ask_all() -> None:

@@ -55,6 +55,7 @@ def ask(
         sent.append(message)
 
     method = "POST" if content else "GET"
+    headers = {"content-type": "application/json"} | headers
     encoded = [(k.encode(), v.encode()) for k, v in headers.items()]
     scope = {"type": "http", "method": method, "path": path, "headers": encoded}
     asyncio.run(app(scope, receive, send))
@@ -140,6 +141,26 @@ def test_a_bad_body_never_reaches_the_engine(content: bytes, status: int, code: 
     assert (answer[0], error["code"]) == (status, code)
     assert set(error) == {"message", "type", "param", "code"}
     assert engine.scope is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        ("application/json", 200),
+        ("Application/JSON; charset=utf-8", 200),
+        ("application/x-www-form-urlencoded", 415),
+        ("text/plain; a=application/json", 415),
+        ("", 415),
+    ],
+)
+def test_a_body_that_a_page_may_send_unasked_is_refused(kind: str, status: int):
+    app = DialMiddleware(Engine(b"{}"), RULES)
+    told, _, parts = ask(app, body(), **{"content-type": kind})
+    assert told == status
+    if status == 415:
+        error = json.loads(parts[0])["error"]
+        assert error["code"] == "invalid_content_type"
+        assert "-H 'content-type: application/json'" in error["message"]
 
 
 def test_a_body_that_is_announced_far_too_long_is_not_read():

@@ -59,7 +59,10 @@ def serve(
         typer.Option(help="Environment variable with the key that requests must carry."),
     ] = None,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Let other machines in without a key.")
+        bool,
+        typer.Option(
+            "--insecure", help="Let other machines, and pages of any site, in without a key."
+        ),
     ] = False,
     batch_size: Annotated[
         int | None,
@@ -120,6 +123,7 @@ def serve(
         )
     limits = read_range(lambda_range)
     key = read_secret(api_key_env)
+    is_local = key is None and not insecure
     body_bytes = round(body_limit * 2**20)
     if engine is _Engine.VLLM:
         from flexalign.serving.server import require_safe_address
@@ -136,7 +140,7 @@ def serve(
             "context": context,
             "rows": batch_size,
             "queue": queue,
-            "front": FrontOptions(limits, body_bytes, playground),
+            "front": FrontOptions(limits, body_bytes, playground, is_local),
             "flags": tuple(flags or ()),
         }
         parts = Parts(model, adapter, aligned, gate, any_base, prepared)
@@ -168,7 +172,7 @@ def serve(
     with open_socket(host, port) as listening:
         with warnings_as_notes(), as_input_errors():
             service, rules = load_service(options)
-        app = create_app(service, rules, key=key, body_limit=body_bytes)
+        app = create_app(service, rules, key=key, is_local=is_local, body_limit=body_bytes)
         if playground:
             app = Playground(app)
         shown = f"[{host}]" if ":" in host else host

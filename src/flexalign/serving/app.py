@@ -14,6 +14,7 @@ from flexalign.errors import FlexAlignError
 from flexalign.serving.answers import event
 from flexalign.serving.dial import DialRules
 from flexalign.serving.errors import ApiError, Scope
+from flexalign.serving.local import LocalGate
 from flexalign.serving.middleware import CHOICE, DialMiddleware, KeyGate
 from flexalign.serving.protocol import ChatRequest, CompletionRequest, read_chat, read_completion
 from flexalign.serving.service import Service, Underway
@@ -24,7 +25,12 @@ _log = logging.getLogger("flexalign.serving")
 
 
 def create_app(
-    service: Service, rules: DialRules, *, key: str | None = None, body_limit: int = 4 << 20
+    service: Service,
+    rules: DialRules,
+    *,
+    key: str | None = None,
+    is_local: bool = False,
+    body_limit: int = 4 << 20,
 ) -> Any:
     """Return the ASGI application of a server.
 
@@ -32,6 +38,7 @@ def create_app(
         service: What answers.
         rules: What dials are permitted.
         key: What requests under ``/v1`` must carry, if anything.
+        is_local: Serve this machine's programs and pages alone, where there is no key.
         body_limit: The longest body in bytes.
     """
     app = FastAPI(title="flexalign", docs_url=None, redoc_url=None, openapi_url=None)
@@ -52,6 +59,8 @@ def create_app(
     stack: Any = DialMiddleware(app, rules, body_limit=body_limit)
     if key is not None:
         stack = KeyGate(stack, key)
+    elif is_local:
+        stack = LocalGate(stack)
     return service.metrics.watched(stack)
 
 

@@ -52,6 +52,7 @@ class DialMiddleware:
             content = await read_body(scope, receive, self.body_limit)
             if content is None:
                 return
+            _require_json(scope)
             body = parse_body(content)
             choice = self.rules.choose(body)
             await self.pass_on(body, choice, scope, receive, send)
@@ -73,6 +74,22 @@ class DialMiddleware:
         """
         scope, receive = with_body({**scope, CHOICE: choice}, body, receive)
         await self.app(scope, receive, Echo(choice, send))
+
+
+def _require_json(scope: Scope) -> None:
+    """Refuse a body that is not said to be JSON: such a one any site's page may send unasked.
+
+    Raises:
+        ApiError: If it is not.
+    """
+    given = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"content-type"), "")
+    if given.partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(
+            415,
+            f"the body is said to be {given[:80] or 'of no type'}; say that it is JSON, with curl by "
+            "-H 'content-type: application/json'.",
+            code="invalid_content_type",
+        )
 
 
 class KeyGate:

@@ -1,6 +1,5 @@
 """The server's process: its socket, its signals, its end."""
 
-import ipaddress
 import logging
 import signal
 import socket
@@ -10,6 +9,7 @@ from typing import Any
 import uvicorn
 
 from flexalign.errors import ConfigError, ServingError
+from flexalign.serving.local import is_loopback
 
 __all__ = ["open_socket", "require_safe_address", "run_server"]
 
@@ -21,11 +21,7 @@ def require_safe_address(host: str, key: str | None, *, insecure: bool) -> None:
         ConfigError: If the address is not this machine's own, there is no key, and nobody said
             that this is meant.
     """
-    try:
-        is_loopback = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = host == "localhost"
-    if not is_loopback and key is None and not insecure:
+    if not is_loopback(host) and key is None and not insecure:
         raise ConfigError(
             f"--host {host} lets other machines in, and there is no key; name the environment "
             "variable that holds one with --api-key-env, or say --insecure."

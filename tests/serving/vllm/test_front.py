@@ -132,7 +132,9 @@ class Vllm:
         await send({"type": "http.response.body", "body": json.dumps(value).encode()})
 
 
-def ask(app: Any, path: str = CHAT, method: str = "POST", key: str = "", **body: Any) -> Any:
+def ask(
+    app: Any, path: str = CHAT, method: str = "POST", key: str = "", host: str = "x", **body: Any
+) -> Any:
     """Return the status, and the object or the chunks of the stream."""
     sent: list[Any] = []
     parts = [{"type": "http.request", "body": json.dumps(body).encode()}]
@@ -145,7 +147,8 @@ def ask(app: Any, path: str = CHAT, method: str = "POST", key: str = "", **body:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    headers = [(b"authorization", f"Bearer {key}".encode())]
+    headers = [(b"authorization", f"Bearer {key}".encode()), (b"host", host.encode())]
+    headers += [(b"content-type", b"application/json")]
     scope = {"type": "http", "method": method, "path": path, "headers": headers}
     asyncio.run(app(scope, receive, send))
     content = b"".join(message["body"] for message in sent[1:]).decode()
@@ -439,7 +442,8 @@ def test_a_client_that_leaves_stops_the_fast_answer(folder: Path):
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": []}
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers}
     asyncio.run(before(vllm, folder)(scope, receive, send))
     assert sent == []
     assert len(vllm.bodies) == 1
@@ -507,8 +511,17 @@ def test_the_middleware_reads_its_rules_at_the_start(
     assert "--lambda-range" in start(Vllm(), folder)["message"]
 
 
+def test_without_a_key_this_machine_alone_is_served(folder: Path):
+    local = before(Vllm(), folder, is_local=True)
+    assert ask(local, "/v1/models", "GET", host="rebound.example")[0] == 403
+    assert ask(local, "/v1/models", "GET", host="localhost:8000")[0] == 200
+    keyed = before(Vllm(), folder, key="secret", is_local=True)
+    assert ask(keyed, "/v1/models", "GET", key="secret", host="gpu.example")[0] == 200
+    assert ask(before(Vllm(), folder), "/v1/models", "GET", host="gpu.example")[0] == 200
+
+
 def test_options_go_through_the_environment():
-    options = FrontOptions((-1.0, 2.0), 1000, True)
+    options = FrontOptions((-1.0, 2.0), 1000, True, True)
     assert FrontOptions.read(options.to_json()) == options
     assert FrontOptions.read(None) == FrontOptions()
     for text in ("[", "[1]", '{"range": 1}', '{"lambda_range": [1]}', '{"body_limit": "x"}'):

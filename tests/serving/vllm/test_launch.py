@@ -81,7 +81,7 @@ def test_a_dry_run_prints_what_would_be_run(run_cli: Any, cache: Path):
     assert result.exit_code == 0
     shown = json.loads(result.stdout)
     options = FrontOptions.read(shown["environment"][VARIABLE])
-    assert options == FrontOptions((-1.0, 2.0))
+    assert options == FrontOptions((-1.0, 2.0), is_local=True)
     command = shown["command"]
     assert command[0] == sys.executable
     assert command[-2:] == ["-tp", "2"]

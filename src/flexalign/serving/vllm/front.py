@@ -22,6 +22,7 @@ from flexalign.serving.bodies import parse_body, read_body, with_body
 from flexalign.serving.dial import DIAL_KEYS, Choice, DialRules, refuse_misspelt
 from flexalign.serving.echo import Echo
 from flexalign.serving.errors import ApiError, Scope, send_error
+from flexalign.serving.local import LocalGate
 from flexalign.serving.middleware import PATHS, KeyGate, path_of
 from flexalign.serving.playground import Playground
 from flexalign.serving.rules import adapter_rules
@@ -48,11 +49,13 @@ class FrontOptions:
         lambda_range: λ to permit; the adapter's own range if not given.
         body_limit: The longest body in bytes.
         playground: Whether there is a page to try the dial from.
+        is_local: Whether this machine's programs and pages alone are served, if there is no key.
     """
 
     lambda_range: tuple[float, float] | None = None
     body_limit: int = 4 << 20
     playground: bool = False
+    is_local: bool = False
 
     def to_json(self) -> str:
         """Return what stands in the environment variable."""
@@ -72,6 +75,7 @@ class FrontOptions:
                 (float(limits[0]), float(limits[1])) if limits else None,
                 int(options.body_limit),
                 bool(options.playground),
+                bool(options.is_local),
             )
         except (ValueError, TypeError, IndexError) as error:
             raise ConfigError(f"{VARIABLE} cannot be read ({error}); unset it.") from error
@@ -124,6 +128,8 @@ def build_front(app: Any, folder: Path, options: FrontOptions, key: str | None) 
     stack = _OtherRoutes(stack, rules, options.body_limit)
     if key:
         stack = KeyGate(stack, key)
+    elif options.is_local:
+        stack = LocalGate(stack)
     return Playground(stack) if options.playground else stack
 
 
