@@ -28,6 +28,7 @@ from flexalign.schedules import Schedule
 
 __all__ = [
     "DEFAULT_THRESHOLD",
+    "LAMBDA_LEGEND",
     "Adaptive",
     "Dial",
     "Fixed",
@@ -45,6 +46,9 @@ Way: TypeAlias = Literal["fast", "slow"]
 
 DEFAULT_THRESHOLD = 0.5
 """The threshold where none is given and the adapter has not been calibrated."""
+
+LAMBDA_LEGEND = "λ: 0 is the reference, 1 the aligned model or the adapter's"
+"""What stands beside every table of λ."""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,8 @@ def test_the_dial_turns_in_mid_conversation(chat: Callable[..., Any]) -> None:
     assert fast.startswith("<think> </think> ")
     assert adaptive.startswith("<think> </think> ")
     start, slow_cost, turned, fast_cost, policy, adaptive_cost = told(result)
-    assert start.startswith("λ=0, the base model; λ may go from 0 to 1. /help")
+    meaning = "0 is the base model, 1 the adapter whole"
+    assert start.startswith(f"λ=0; λ: {meaning}; it may go from 0 to 1. /help")
     tokens = len(slow.split())
     assert slow_cost.startswith(f"λ=0 · {tokens} tokens ({tokens - 3} thinking + 3 answer) · ")
     assert (turned, policy) == ("λ=1", "adaptive 0")
@@ -152,7 +153,7 @@ def test_a_pair_begins_at_the_aligned_model(chat: Callable[..., Any], tiny_pair:
     arguments = (tiny_pair.reference, "--aligned", tiny_pair.aligned, "--max-new-tokens", 4)
     result = chat("hello", "/lambda -1", "/lambda 2.5", "hello", arguments=arguments)
     assert "λ=-1: λ < 0 leads away from the aligned model" in result.stderr
-    assert "λ=1, aligned. /help" in result.stderr
+    assert "λ=1; λ: 0 is the reference, 1 the aligned model. /help" in result.stderr
     assert "λ=2.5 · 4 tokens" in result.stderr
 
 

@@ -222,6 +222,24 @@ def adapter(tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder("fast"), tmp_path / "adapter"))
 
 
+def test_what_calibration_measured_stands_beside_the_setting(
+    generate: Callable[..., Any], adapter: Path
+) -> None:
+    config = json.loads((adapter / CONFIG_FILE).read_text())
+    measured = [("λ=0", 80.0), ("λ=0.5", 66.4)]
+    config["calibration"] = {
+        "settings": [
+            {"setting": name, "tokens": tokens, "source": "measured"} for name, tokens in measured
+        ]
+    }
+    (adapter / CONFIG_FILE).write_text(json.dumps(config))
+    asked = ("--lambda", "0,0.5,1", "--max-new-tokens", 3)
+    result = generate("miniature", QUESTION, "--adapter", adapter, *asked)
+    names = [line.strip(" ─") for line in result.stdout.splitlines() if line.startswith("λ=")]
+    assert names == ["λ=0", "λ=0.5: −17 % tokens, measured", "λ=1"]
+    assert "λ: 0 is the reference, 1 the aligned model or the adapter's" in result.stderr
+
+
 def change_base(adapter: Path) -> None:
     config = json.loads((adapter / CONFIG_FILE).read_text())
     (adapter / CONFIG_FILE).write_text(json.dumps(config | {"base_fingerprint": "0" * 16}))

@@ -8,6 +8,7 @@ from typing import Any
 from flexalign.calibration.confirm import Evidence, Proof
 from flexalign.calibration.tune import Tuned
 from flexalign.evaluation.statistics import Interval
+from flexalign.policies import LAMBDA_LEGEND
 
 __all__ = ["draw_path", "render_card", "write_card"]
 
@@ -57,7 +58,7 @@ def render_card(tuned: Tuned, context: Mapping[str, Any]) -> str:
         f"On at most {len(tuned.choice.questions)} questions, {tuned.options.samples} samples "
         "each. A setting that was chosen for these figures is flattered by them; nothing is "
         "promised on them. *Chance*: the probability, judged here, that the held-out questions "
-        "prove it.",
+        f"prove it. {LAMBDA_LEGEND}.",
         _table(
             ("setting", "chance", *_HEADER),
             [

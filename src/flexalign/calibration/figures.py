@@ -14,7 +14,7 @@ from flexalign.evaluation.statistics import clustered_interval
 from flexalign.evaluation.systems import Setting
 from flexalign.policies import Adaptive, Fixed
 
-__all__ = ["LEVELS", "Answers", "figures", "level_figures"]
+__all__ = ["LEVELS", "Answers", "figures", "known_cut", "level_figures"]
 
 LEVELS = (0.0, 25.0, 50.0, 75.0, 100.0)
 """The efforts that are shown and stored with what they cost and get right."""
@@ -90,6 +90,26 @@ def level_figures(
             }
         )
     return levels
+
+
+def known_cut(calibration: Mapping[str, Any] | None, setting: str) -> tuple[float, str] | None:
+    """Look up what a setting saves of the tokens of λ = 0.
+
+    Args:
+        calibration: Of an adapter's configuration; None if it has none.
+        setting: Its id, such as ``λ=0.5``.
+
+    Returns:
+        The share saved, negative where it costs more, and the figure's source as in
+        :func:`level_figures`; None for λ = 0 itself, or if calibration did not look at it.
+    """
+    known = calibration or {}
+    rows = [*known.get("levels", ()), *known.get("settings", ())]  # the latter are measured
+    found = {row["setting"]: row for row in rows}
+    if setting not in found or setting == "λ=0" or not found.get("λ=0", {}).get("tokens"):
+        return None
+    row = found[setting]
+    return 1 - row["tokens"] / found["λ=0"]["tokens"], row["source"]
 
 
 def _at(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from flexalign.cli._dial import (
     describe_choice,
+    describe_setting,
     describe_tokens,
     read_efforts,
     read_setting,
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["Chat"]
 
 _HELP = """\
-/lambda 0.3          λ from the next answer on, or a schedule's JSON
+/lambda 0.3          λ from the next answer on, or a schedule's JSON; 0 is the reference, 1 the
+                     aligned model or the adapter's
 /policy adaptive 0.5 think only where the fast answer is unsure; or route 0.3, auto, JSON
 /effort 50           0 is fastest, 100 the reference's tokens; the adapter must be calibrated
 /system TEXT         what the model is told beforehand; alone: nothing
@@ -120,7 +122,7 @@ class Chat:
                 require_dial([setting])
             self.backend.require_range([setting])
             self.setting = setting
-        console.print(self.setting.id, markup=False)
+        console.print(describe_setting(self.setting, self.backend.calibration), markup=False)
 
     def _read(self, name: str, value: str) -> Setting:
         if name != "effort":
@@ -159,7 +161,7 @@ class Chat:
             response.confidence,
         )
         parts = [
-            self.setting.id,
+            describe_setting(self.setting, self.backend.calibration),
             describe_choice(answer, self.setting, self.backend.model),
             describe_tokens(answer, response.tokens / seconds),
         ]

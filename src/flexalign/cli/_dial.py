@@ -1,6 +1,6 @@
 """The dial on the command line: read, put to a model, and told of."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from flexalign.cli._shared import as_input_errors, console, parse_lambdas
@@ -96,7 +96,8 @@ def read_efforts(text: str | None, adapter: str | None) -> "list[Dial]":
                 "with commas."
             ) from None
         dials.append(effort_to_dial(calibration, effort))
-        console.print(f"effort {effort:g}: {Setting.of(dials[-1]).id}", markup=False)
+        shown = describe_setting(Setting.of(dials[-1]), calibration)
+        console.print(f"effort {effort:g}: {shown}", markup=False)
     return dials
 
 
@@ -167,17 +168,30 @@ def require_dial(
         )
 
 
+def describe_setting(setting: "Setting", calibration: "Mapping[str, Any] | None") -> str:
+    """Name a setting, with what calibration found that it saves, if it looked at it."""
+    from flexalign.calibration.figures import known_cut
+
+    cut = known_cut(calibration, setting.id)
+    if cut is None:
+        return setting.id
+    sign = "−" if cut[0] >= 0 else "+"
+    return f"{setting.id}: {sign}{abs(100 * cut[0]):.0f} % tokens, {cut[1]}"
+
+
 def describe_start(setting: "Setting", backend: "LocalBackend") -> str:
     """Say what a conversation begins at, what that is, and where λ may go."""
     if backend.kind == "model":
         return "The plain model, which has no dial"
-    ends = {"dial": ("the base model", "the adapter whole"), "pair": ("reference", "aligned")}
-    meaning = {f"λ={lam}": ends[backend.kind][lam] for lam in (0, 1)}.get(setting.id)
-    start = f"{setting.id}, {meaning}" if meaning else setting.id
+    ends = {
+        "dial": "0 is the base model, 1 the adapter whole",
+        "pair": "0 is the reference, 1 the aligned model",
+    }
+    start = f"{describe_setting(setting, backend.calibration)}; λ: {ends[backend.kind]}"
     if backend.permitted is None:
         return start
     low, high = backend.permitted
-    return f"{start}; λ may go from {low:g} to {high:g}"
+    return f"{start}; it may go from {low:g} to {high:g}"
 
 
 def describe_choice(answer: "Answer", setting: "Setting", model: Any) -> str | None:

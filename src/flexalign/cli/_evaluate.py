@@ -31,7 +31,9 @@ def print_summary(summary: dict[str, Any]) -> None:
     result_console.print(table)
     if "task" in heads:
         _print_means(summary["means"])
-    result_console.print(_LEGEND, style="dim", markup=False)
+    from flexalign.policies import LAMBDA_LEGEND
+
+    result_console.print(f"{LAMBDA_LEGEND}; {_LEGEND}", style="dim", markup=False)
 
 
 _LEGEND = (

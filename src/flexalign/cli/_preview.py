@@ -78,6 +78,8 @@ def show_preview(
 
 
 def _print(found: "Preview") -> None:
+    from flexalign.policies import LAMBDA_LEGEND
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("λ", "divergence", f"outside top {found.top_k}", "probability outside"):
         table.add_column(name, justify="right")
@@ -91,7 +93,7 @@ def _print(found: "Preview") -> None:
         )
     result_console.print(table)
     result_console.print(
-        f"{found.tokens:,} tokens; divergence of the teacher from the reference in nats per token; "
+        f"{LAMBDA_LEGEND}; {found.tokens:,} tokens; divergence of the teacher from the reference in nats per token; "
         "outside: the teacher's top choice is among neither model's likeliest.",
         style="dim",
         markup=False,

@@ -193,6 +193,8 @@ def _run(
 
 
 def _show(calibration: dict[str, Any]) -> None:
+    from flexalign.policies import LAMBDA_LEGEND
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("effort", "setting"):
         table.add_column(name, justify="right" if name == "effort" else "left")
@@ -211,7 +213,8 @@ def _show(calibration: dict[str, Any]) -> None:
         )
     result_console.print(table)
     result_console.print(
-        "tokens: the mean; 10 % and 90 %: of single answers; accuracy in %, with 95 % intervals.",
+        f"{LAMBDA_LEGEND}; tokens: the mean; 10 % and 90 %: of single answers; accuracy in %, with "
+        "95 % intervals.",
         style="dim",
         markup=False,
     )

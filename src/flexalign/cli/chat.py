@@ -40,7 +40,11 @@ def chat(
     aligned: Aligned = None,
     lam: Annotated[
         str | None,
-        typer.Option("--lambda", help="To begin with; the adapter's default if not given."),
+        typer.Option(
+            "--lambda",
+            help="To begin with: 0 is the reference, 1 the aligned model or the adapter's; the "
+            "adapter's default if not given (a pair: 1).",
+        ),
     ] = None,
     policy: Annotated[
         str | None, typer.Option(help="Instead: 'adaptive 0.5', 'route 0.3', auto, or JSON.")

@@ -43,7 +43,12 @@ def evaluate(
     ] = None,
     data: Data = None,
     lam: Annotated[
-        str | None, typer.Option("--lambda", help="λ to measure, such as 0,0.5,1,2.")
+        str | None,
+        typer.Option(
+            "--lambda",
+            help="λ to measure, such as 0,0.5,1,2: 0 is the reference, 1 the aligned model or the "
+            "adapter's.",
+        ),
     ] = None,
     policy: Annotated[
         list[str] | None,

@@ -10,6 +10,7 @@ import typer
 
 from flexalign.cli._dial import (
     describe_choice,
+    describe_setting,
     describe_tokens,
     open_dial,
     read_efforts,
@@ -64,8 +65,8 @@ def generate(
         str | None,
         typer.Option(
             "--lambda",
-            help="One or several, such as 0,0.5,1, or a schedule's JSON; the adapter's default "
-            "if not given (a pair: 1).",
+            help="One or several, such as 0,0.5,1, or a schedule's JSON: 0 is the reference, 1 the "
+            "aligned model or the adapter's; the adapter's default if not given (a pair: 1).",
         ),
     ] = None,
     policy: Annotated[
@@ -123,6 +124,7 @@ def generate(
     prompts = read_given(prompt, input_file)
 
     from flexalign.evaluation.systems import SystemOptions
+    from flexalign.policies import LAMBDA_LEGEND
 
     options = SystemOptions(
         temperature=temperature,
@@ -144,6 +146,8 @@ def generate(
             print_json([_row(prompts, one) for one in made_all])
         else:
             _show(prompts, made, backend, samples > 1)
+            if backend.kind != "model":
+                console.print(LAMBDA_LEGEND, style="dim")
 
 
 class _Made(NamedTuple):
@@ -241,7 +245,9 @@ def _show(
             given = prompts[int(last)].given
             text = given if isinstance(given, str) else "\n".join(m["content"] for m in given)
             result_console.print(text, style="bold", markup=False, soft_wrap=True)
-        name = cell.setting.id + (f" · sample {cell.sample + 1}" if has_samples else "")
+        name = describe_setting(cell.setting, backend.calibration) + (
+            f" · sample {cell.sample + 1}" if has_samples else ""
+        )
         result_console.rule(name.replace("[", "\\["), align="left", style="dim")
         print_response(answer.text, backend.text.tags)
         told = [

@@ -59,7 +59,12 @@ def tune(
     ] = None,
     confidence: Annotated[float, typer.Option(help="That a promise made is kept.")] = 0.95,
     lambdas: Annotated[
-        str | None, typer.Option("--lambda", help=f"Candidates; {_LAMBDAS} if none is given.")
+        str | None,
+        typer.Option(
+            "--lambda",
+            help=f"Candidates: 0 is the reference, which they are held against, 1 the aligned "
+            f"model or the adapter's; {_LAMBDAS} if none is given.",
+        ),
     ] = None,
     policies: Annotated[
         list[str] | None,
@@ -247,6 +252,7 @@ def _run(
 
 def _finish(tuned: "Tuned", output: Path, as_json: bool, answers: "StoredAnswers") -> None:
     from flexalign.calibration.card import write_card
+    from flexalign.policies import LAMBDA_LEGEND
 
     write_card(tuned, output, {"system": answers.system, "task": answers.task})
     if as_json:
@@ -264,3 +270,4 @@ def _finish(tuned: "Tuned", output: Path, as_json: bool, answers: "StoredAnswers
         f"{tuned.samples} of {tuned.exhaustive} samples were needed; see "
         f"{escape(str(output / 'tuned.md'))}."
     )
+    console.print(LAMBDA_LEGEND, style="dim")

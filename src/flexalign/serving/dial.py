@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from flexalign.errors import ConfigError, LambdaError
-from flexalign.policies import Adaptive, Dial, Fixed, extremes, parse_dial
+from flexalign.policies import LAMBDA_LEGEND, Adaptive, Dial, Fixed, extremes, parse_dial
 from flexalign.schedules import Schedule
 from flexalign.serving.errors import ApiError
 
@@ -83,6 +83,7 @@ class DialRules:
             "default": self.default.to_json(),
             "lambda_range": list(self.lambda_range),
             "effort": self.effort is not None,
+            "meaning": LAMBDA_LEGEND,
         }
 
     def choose(self, body: dict[str, Any]) -> Choice:

@@ -14,7 +14,7 @@ import torch
 
 from flexalign.errors import CheckpointError, ConfigError
 from flexalign.inra.config import InRaConfig
-from flexalign.policies import Route
+from flexalign.policies import LAMBDA_LEGEND, Route
 from flexalign.serving.vllm.folder import prepare_folder
 from flexalign.serving.vllm.front import KEY_VARIABLE, VARIABLE, Front, FrontOptions, build_front
 
@@ -469,6 +469,7 @@ def test_models_tell_their_dial(folder: Path):
     _, answer = ask(before(Vllm(), folder, lambda_range=(-1.0, 2.0)), "/v1/models", "GET")
     fixed = {"policy": "fixed", "lambda": 0.0}
     expected = {"default": fixed, "lambda_range": [-1.0, 2.0], "effort": False}
+    expected["meaning"] = LAMBDA_LEGEND
     assert answer == {"data": [{"id": "m", "dial": expected}]}
 
 

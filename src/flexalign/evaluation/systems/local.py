@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexalign.data.rendering import render_chat
 from flexalign.data.thinking import ThinkingTags
 from flexalign.decoding import TwoModelDecoder, interpolate
-from flexalign.decoding.responses import Prompt, Response, generate_responses
+from flexalign.decoding.responses import Response, generate_responses
 from flexalign.errors import ConfigError
 from flexalign.evaluation.systems.backend import (
     Answer,
@@ -25,6 +24,7 @@ from flexalign.evaluation.systems.backend import (
     SystemOptions,
 )
 from flexalign.evaluation.systems.settings import AS_IT_IS, Setting
+from flexalign.evaluation.systems.text import ModelText
 from flexalign.fusion import as_lambda
 from flexalign.inra import InRaModel
 from flexalign.inra.folder import check_folder, require_range
@@ -34,42 +34,7 @@ from flexalign.pairing import ModelPair
 from flexalign.pairing.direction import require_forward
 from flexalign.policies import Adaptive, Fixed, Route
 
-__all__ = ["LocalBackend", "ModelText"]
-
-
-class ModelText:
-    """How one model's prompts are written and its responses read."""
-
-    def __init__(self, tokenizer: Any, tags: ThinkingTags | None = None) -> None:
-        """Read with a tokenizer; the thinking tags are its own if not given."""
-        self.tokenizer = tokenizer
-        self.tags = tags or ThinkingTags.detect(tokenizer) or ThinkingTags()
-
-    def prompt(self, messages: Messages) -> Prompt:
-        """The prompt as :func:`generate_responses` takes it; text where there is no template."""
-        if isinstance(messages, str) or self.tokenizer.chat_template:
-            return messages
-        return "\n\n".join(message["content"] for message in messages)
-
-    def render(self, messages: Messages) -> str:
-        """The prompt as text."""
-        prompt = self.prompt(messages)
-        if isinstance(prompt, str):
-            return prompt
-        return render_chat(self.tokenizer, prompt, add_generation_prompt=True)
-
-    def length(self, messages: Messages) -> int:
-        """The prompt's length in tokens, special tokens that a tokenizer adds left out."""
-        return len(self.tokenizer(self.render(messages), add_special_tokens=False)["input_ids"])
-
-    def whole(self, messages: Messages, response: str) -> str:
-        """A response with its opening tag, which may stand in the prompt."""
-        opened = self.tags.opened_by(self.render(messages))
-        return self.tags.open + response if opened else response
-
-    def thinking_tokens(self, response: str) -> int:
-        """Tokens between the thinking tags."""
-        return self.tags.count_tokens(response, self.tokenizer)
+__all__ = ["LocalBackend"]
 
 
 class LocalBackend:
@@ -82,6 +47,7 @@ class LocalBackend:
         kind: ``model``, ``dial``, ``pair`` or ``interpolate``.
         text: How its prompts are written and its responses read.
         default: Its setting where none is asked for.
+        calibration: What was measured of an adapter's dial, if anything.
     """
 
     def __init__(
@@ -99,12 +65,14 @@ class LocalBackend:
         self._sources = [resolve(part) for part in parts[: 1 if kind == "dial" else 2]]
         self.default = Setting.of(1.0) if kind == "pair" else AS_IT_IS
         self._limits = options.lambda_range
+        self.calibration: dict[str, Any] | None = None
         tags = None
         if kind == "dial":
             self._adapter = _adapter_folder(parts[1])
             config = check_folder(self._adapter)
             self.default = Setting.of(config.default_lambda)
             self._limits = self._limits or config.lambda_range
+            self.calibration = config.calibration
             tags = ThinkingTags(*config.thinking_tags) if config.thinking_tags else None
         self.require_range(settings)
         self.text = ModelText(load_tokenizer(self._sources[0]), tags)

@@ -14,7 +14,7 @@ from flexalign.evaluation.systems.backend import (
     Outcome,
     SystemOptions,
 )
-from flexalign.evaluation.systems.local import ModelText
+from flexalign.evaluation.systems.text import ModelText
 from flexalign.loading import fingerprint, load_tokenizer, resolve
 
 __all__ = ["VllmBackend"]
