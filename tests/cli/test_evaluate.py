@@ -71,6 +71,26 @@ def test_answers_that_cannot_be_read_are_listed_first(run_cli, arguments, questi
     assert [row["question"] for row in json.loads(result.stdout)["unreadable_golds"]] == ["4"]
 
 
+@pytest.mark.parametrize(("given", "below"), [("Be brief.", "\n\nBe brief."), ("", "")])
+def test_an_instruction_of_ones_own_stands_below_the_question(
+    run_cli, arguments, given, below
+) -> None:
+    shown = run_cli("evaluate", *arguments, "--dry-run", "--json", "--instruction", given)
+    prompt = json.loads(shown.stdout)["prompts"][0]["prompt"]
+    assert f"what is 0 plus two{below}<" in prompt
+    assert "boxed" not in prompt
+
+
+def test_systems_without_the_reference_are_named_before_they_run(
+    run_cli, arguments, tiny_pair
+) -> None:
+    alone = (f"student=model:{tiny_pair.aligned}", "--dry-run")
+    result = run_cli("evaluate", *arguments, *alone)
+    assert "note: student: no λ = 0 there" in result.stderr
+    told = run_cli("evaluate", *arguments, *alone, "--baseline", "pair")
+    assert "no λ = 0" not in told.stderr
+
+
 @pytest.mark.parametrize(
     ("extra", "problem"),
     [

@@ -1,11 +1,14 @@
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from flexalign.cli._tune import next_step
 from flexalign.evaluation.samples import ResultsFolder
+from flexalign.evaluation.systems import Setting, parse_system
 
 GOOD, BAD = "λ=1", "λ=2"
 
@@ -112,6 +115,28 @@ def test_wrong_input_is_said_at_once(run_cli, tmp_path, monkeypatch, arguments, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("system", "chosen", "said"),
+    [
+        ("pair:a,b", 2.5, "flexalign realign recipe.yaml --lambda 2.5, for one model that does it"),
+        ("pair:a,b", "adaptive 0.4", "flexalign generate a --aligned b --policy "),
+        ("dial:a,b", 0.5, "flexalign generate a --adapter b --lambda 0.5"),
+        ("dial:a,b", None, "--plan says what would do"),
+    ],
+)
+def test_what_comes_next_is_a_command(system, chosen, said):
+    setting = None if chosen is None else Setting.of(chosen)
+    following = next_step(parse_system(system), setting)
+    assert said in following
+    if chosen == "adaptive 0.4":
+        assert Setting.of(shlex.split(following)[-1]) == setting
+
+
+@pytest.mark.parametrize("system", [None, parse_system("url:http://localhost/v1")])
+def test_where_nothing_is_to_be_done_nothing_is_said(system):
+    assert next_step(system, Setting.of(1)) is None
+
+
 def test_dry_run_shows_prompt_and_plan(run_cli):
     result = run_cli("tune", "dial:miniature", "--task", "miniature", "--dry-run", "--lambda", "1")
     assert result.exit_code == 0, result.stderr

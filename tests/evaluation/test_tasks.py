@@ -151,3 +151,11 @@ def test_golds_that_cannot_be_parsed_are_found_before_sampling(tmp_path: Path) -
     with Grader(seconds=20) as grader:
         found = unreadable_golds(load_task(str(path)), grader)
     assert [question.id for question in found] == ["2", "4"]
+
+
+def test_an_instruction_of_ones_own_takes_the_tasks_place(data: Path):
+    usual, bare = load_task("amc", data=data), load_task("amc", data=data, instruction="")
+    assert bare.messages(bare.questions[0])[0]["content"] == "m+n?"
+    assert bare.content_hash != usual.content_hash
+    brief = load_task("miniature", limit=1, instruction="Be brief.")
+    assert brief.messages(brief.questions[0])[0]["content"].endswith("?\n\nBe brief.")

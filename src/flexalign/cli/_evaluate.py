@@ -1,12 +1,47 @@
-"""What `flexalign evaluate` and `flexalign compare` share: their tables."""
+"""What `flexalign evaluate` says beside its work, and the tables it shares with `flexalign compare`."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from flexalign.cli._shared import result_console
+from flexalign.cli._shared import console, result_console
+
+if TYPE_CHECKING:
+    from flexalign.evaluation.sampling import Lost
+    from flexalign.evaluation.sweep import Sweep
+
+_SHOWN = 5
+
+
+def warn_of_cuts(sweep: "Sweep") -> None:
+    """Say whose tokens will be held against nothing."""
+    alone = [
+        system.name
+        for system in sweep.systems
+        if all(setting.lam != 0 for setting in sweep.settings_of(system))
+    ]
+    if alone:
+        console.print(
+            f"[yellow]note:[/yellow] {escape(', '.join(alone))}: no λ = 0 there, so that no token "
+            "cut will be known; name the system to hold it against with --baseline.",
+            soft_wrap=True,
+        )
+
+
+def describe_lost(lost: "list[Lost]", total: int) -> str:
+    """Say which samples got no response, and why."""
+    shown = "; ".join(
+        f"question {one.cell.question} of {one.cell.task} at {one.cell.setting.id}, "
+        f"{one.system}: {one.reason}"
+        for one in lost[:_SHOWN]
+    )
+    more = f"; and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+    return (
+        f"{len(lost)} of {total} samples got no response ({shown}{more}). All others are saved; "
+        "give the same command again to ask for these."
+    )
 
 
 def print_summary(summary: dict[str, Any]) -> None:

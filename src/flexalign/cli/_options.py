@@ -55,6 +55,13 @@ BatchSize: TypeAlias = Annotated[int, typer.Option(min=1, help="Answers made tog
 Data: TypeAlias = Annotated[
     Path | None, typer.Option(help="Folder of the public files; else FLEXALIGN_DATA.")
 ]
+Instruction: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help="What stands below every question; '' for nothing. By default it asks for the answer "
+        "in \\boxed{} (miniature: nothing)."
+    ),
+]
 TaskTemperature: TypeAlias = Annotated[float | None, typer.Option(help="The task's own.")]
 TaskTopP: TypeAlias = Annotated[float | None, typer.Option(help="The task's own.")]
 TaskMaxNewTokens: TypeAlias = Annotated[

@@ -1,5 +1,7 @@
 """What ``flexalign tune`` needs beside the tuning: candidates, the sweep behind it, the plan."""
 
+import json
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -91,6 +93,27 @@ def warn_of_margin(planned: "Plan", goal: "Goal") -> None:
             f"[yellow]note:[/yellow] a margin of {100 * goal.margin:g} points will often not be "
             f"proved by these questions, even of an equal setting (--plan says what would be)."
         )
+
+
+def next_step(system: "System | None", chosen: "Setting | None") -> str | None:
+    """Say what to do with what came out; None if that is the reader's own affair.
+
+    Args:
+        system: What was tuned; None if its answers were taken from a folder.
+        chosen: The setting; None if none was promised.
+    """
+    if chosen is None:
+        return "more questions, more --samples or a wider --margin; --plan says what would do"
+    if system is None or system.kind not in ("dial", "pair"):
+        return None
+    if system.kind == "pair" and chosen.lam is not None:
+        return f"flexalign realign recipe.yaml --lambda {chosen.lam:g}, for one model that does it"
+    second = "--adapter" if system.kind == "dial" else "--aligned"
+    turned = ["--policy", json.dumps(chosen.policy)]
+    if chosen.lam is not None:
+        turned = ["--lambda", f"{chosen.lam:g}"]
+    words = ["flexalign", "generate", system.parts[0], second, system.parts[1], *turned]
+    return shlex.join(words)
 
 
 def show_plan(planned: "Plan", as_json: bool) -> None:

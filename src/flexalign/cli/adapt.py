@@ -99,6 +99,7 @@ def adapt(
     base, folder = shlex.quote(plan.base), shlex.quote(str(outcome.output))
     console.print(
         f"next: [cyan]flexalign generate {escape(base)} --adapter {escape(folder)} "
-        "--lambda 0,0.5,1[/cyan]",
+        f"--lambda 0,0.5,1[/cyan], [cyan]flexalign calibrate {escape(base)} --adapter "
+        f"{escape(folder)} --task questions.jsonl[/cyan]",
         soft_wrap=True,
     )

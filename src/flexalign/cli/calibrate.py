@@ -1,5 +1,6 @@
 """``flexalign calibrate``: give an adapter's dial a scale in tokens."""
 
+import shlex
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ from flexalign.cli._options import (
     BatchSize,
     Data,
     Dtype,
+    Instruction,
     TaskMaxNewTokens,
     TaskTemperature,
     TaskTopP,
@@ -41,6 +43,7 @@ def calibrate(
         str, typer.Option(help="Questions: math500, aime, amc, gsm8k, miniature, or a file.")
     ],
     data: Data = None,
+    instruction: Instruction = None,
     questions: Annotated[int, typer.Option(min=2, help="How many, drawn from the task.")] = 300,
     samples: Annotated[int, typer.Option("--samples", "-n", help="Answers to each.")] = 1,
     dial: Annotated[
@@ -128,7 +131,7 @@ def calibrate(
         settings = check_folder(folder)
     limits = widened or settings.lambda_range
     options = CalibrateOptions(dial, measure, limits, margin, samples, seed)  # type: ignore[arg-type]
-    asked = load_task(task, data=data, limit=questions, seed=seed)
+    asked = load_task(task, data=data, limit=questions, seed=seed, instruction=instruction)
     own = asked.sampling
     sampling = SystemOptions(
         temperature=own.temperature if temperature is None else temperature,
@@ -151,6 +154,12 @@ def calibrate(
     else:
         _show(calibration)
     console.print(f"Written to {escape(str(save_to or folder))}/inra_config.json.", soft_wrap=True)
+    parts = escape(shlex.join([base, "--adapter", str(save_to or adapter)]))
+    console.print(
+        f"next: [cyan]flexalign serve {parts}[/cyan], to whose requests `effort` is a number and "
+        "`reasoning_effort` a word now.",
+        soft_wrap=True,
+    )
 
 
 def _preview(sweeps: "dict[str, Sweep]", as_json: bool) -> None:

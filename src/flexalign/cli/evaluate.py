@@ -7,18 +7,15 @@ import typer
 from rich.markup import escape
 
 from flexalign.cli._dial import read_efforts, read_lambdas, read_range, read_settings
-from flexalign.cli._evaluate import print_summary
-from flexalign.cli._options import BatchSize, Data, Dtype, Gate, LambdaRange, Workers
+from flexalign.cli._evaluate import describe_lost, print_summary, warn_of_cuts
+from flexalign.cli._options import BatchSize, Data, Dtype, Gate, Instruction, LambdaRange, Workers
 from flexalign.cli._shared import console, print_json, read_secret, resumable_bar
 from flexalign.errors import ConfigError, ServingError
 
 if TYPE_CHECKING:
-    from flexalign.evaluation.sampling import Lost
     from flexalign.evaluation.sweep import Sweep
     from flexalign.evaluation.systems import System
     from flexalign.evaluation.tasks import Task
-
-_SHOWN = 5
 
 
 def evaluate(
@@ -42,6 +39,7 @@ def evaluate(
         ),
     ] = None,
     data: Data = None,
+    instruction: Instruction = None,
     lam: Annotated[
         str | None,
         typer.Option(
@@ -136,7 +134,8 @@ def evaluate(
 
     asked = parse_systems(systems)
     settings = read_settings(lams, policy or [], read_efforts(effort, _only_adapter(effort, asked)))
-    tasks = [load_task(name, data=data, limit=limit, seed=seed) for name in task]
+    drawn = {"data": data, "limit": limit, "seed": seed, "instruction": instruction}
+    tasks = [load_task(name, **drawn) for name in task]  # type: ignore[arg-type]
     options = SystemOptions(
         temperature=_default(temperature, tasks, "temperature"),
         top_p=_default(top_p, tasks, "top_p"),
@@ -196,6 +195,8 @@ def _warn(sweep: "Sweep", workers: int) -> list[dict[str, str]]:
     from flexalign.evaluation.grading import Grader
     from flexalign.evaluation.tasks import sample_warning, unreadable_golds
 
+    if sweep.baseline is None and len(sweep.systems) > 1:
+        warn_of_cuts(sweep)
     unreadable = []
     with Grader(workers=workers) as grader:
         for task in sweep.tasks:
@@ -256,7 +257,7 @@ def _run(sweep: "Sweep", output: Path, workers: int) -> dict[str, Any]:
     complete = total - len(result.lost)
     console.print(f"{escape(str(output))}: {complete} of {total} samples, {result.made} made now.")
     if result.lost or result.summary is None:
-        raise ServingError(_describe(result.lost, total))
+        raise ServingError(describe_lost(result.lost, total))
     _report(output)
     return result.summary
 
@@ -265,19 +266,6 @@ def _report(output: Path) -> None:
     from flexalign.evaluation.report import write_report
 
     console.print(f"The report: {escape(str(write_report([output], output)))}")
-
-
-def _describe(lost: "list[Lost]", total: int) -> str:
-    shown = "; ".join(
-        f"question {one.cell.question} of {one.cell.task} at {one.cell.setting.id}, "
-        f"{one.system}: {one.reason}"
-        for one in lost[:_SHOWN]
-    )
-    more = f"; and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
-    return (
-        f"{len(lost)} of {total} samples got no response ({shown}{more}). All others are saved; "
-        "give the same command again to ask for these."
-    )
 
 
 def _regrade(output: Path, workers: int, as_json: bool) -> None:

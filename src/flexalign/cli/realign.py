@@ -127,7 +127,7 @@ def realign(
     if as_json and not console.quiet:
         print_json(report if len(runs) > 1 else outcomes[0].to_dict())
     for outcome in outcomes:
-        _summarise(outcome)
+        _summarise(outcome, recipes[0].reference)
 
 
 def _announce(run: "Realignment") -> None:
@@ -189,7 +189,7 @@ def _report(
     return report
 
 
-def _summarise(outcome: "Outcome") -> None:
+def _summarise(outcome: "Outcome", reference: str) -> None:
     console.print(f"the realigned model: [bold]{escape(str(outcome.output))}[/bold]")
     if outcome.merged:
         console.print(f"as a plain model:    {escape(str(outcome.merged))}")
@@ -205,9 +205,13 @@ def _summarise(outcome: "Outcome") -> None:
             f"tokens per answer:   {first['tokens']:.1f} → {last['tokens']:.1f} "
             f"(a cut of {cut:.1%}){accuracy}"
         )
-    model = shlex.quote(str(outcome.merged or outcome.output))
+    console.print(f"its model card:      {escape(str(outcome.output / 'README.md'))}")
+    before, after = (
+        shlex.quote(f"{name}=model:{model}")
+        for name, model in (("before", reference), ("after", outcome.merged or outcome.output))
+    )
     console.print(
-        f"next: [cyan]flexalign inspect {escape(model)}[/cyan], "
-        f"[cyan]flexalign sample {escape(model)} --prompts questions.jsonl -o answers.jsonl[/cyan]",
+        f"next: [cyan]flexalign evaluate {escape(before)} {escape(after)} --baseline before "
+        "--task questions.jsonl -o out/evaluated[/cyan]",
         soft_wrap=True,
     )

@@ -125,6 +125,11 @@ def sample(
         f"{escape(str(output))}: {summary.rows} traces of {summary.prompts} prompts, "
         f"{summary.made} made now; mean tokens {tokens}, cut off {summary.truncated}."
     )
+    console.print(
+        f"next: a recipe with [cyan]data: {escape(str(output))}[/cyan], for flexalign realign or "
+        "adapt; their --help shows one.",
+        soft_wrap=True,
+    )
     if summary.empty:
         console.print(f"{summary.empty} responses are empty; train with --skip-bad-rows.")
 

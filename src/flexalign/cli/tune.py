@@ -10,6 +10,7 @@ from flexalign.cli._dial import read_lambdas, read_range
 from flexalign.cli._options import (
     BatchSize,
     Data,
+    Instruction,
     LambdaRange,
     TaskMaxNewTokens,
     TaskTemperature,
@@ -19,6 +20,7 @@ from flexalign.cli._options import (
 from flexalign.cli._preview import show_preview
 from flexalign.cli._shared import console, print_json, result_console, resumable_bar
 from flexalign.cli._tune import (
+    next_step,
     plan_of,
     settings_of,
     show_plan,
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from flexalign.calibration import Goal, Tuned, TuneOptions
     from flexalign.calibration.stored import StoredAnswers
     from flexalign.evaluation.sweep import Sweep
-    from flexalign.evaluation.systems import Setting
+    from flexalign.evaluation.systems import Setting, System
 
 _LAMBDAS = "0.25,0.5,0.75,1"
 
@@ -49,6 +51,7 @@ def tune(
         ),
     ] = None,
     data: Data = None,
+    instruction: Instruction = None,
     limit: Annotated[int | None, typer.Option(help="Only this many questions.")] = None,
     margin: Annotated[
         float, typer.Option(help="Loss of accuracy that is accepted; 0.02 is two points.")
@@ -165,11 +168,11 @@ def tune(
         if len(settings) == 1:
             settings += [Setting(name) for name in answers.settings if name != settings[0].id]
         tuned = _run(settings, answers, answers.questions, goal, options)
-        _finish(tuned, output, as_json, answers)
+        _finish(tuned, output, as_json, answers, settings)
         return
     if task is None:
         raise ConfigError("--task is missing; name the questions, such as --task math500.")
-    questions = load_task(task, data=data, limit=limit, seed=seed)
+    questions = load_task(task, data=data, limit=limit, seed=seed, instruction=instruction)
     options = TuneOptions(
         confidence,
         samples or questions.sampling.samples,
@@ -234,7 +237,7 @@ def _draw(
     ):
         ids = [question.id for question in task.questions]
         tuned = _run(settings, answers, ids, goal, options)
-    _finish(tuned, output, as_json, answers)
+    _finish(tuned, output, as_json, answers, settings, sweep.systems[0])
 
 
 def _run(
@@ -250,7 +253,14 @@ def _run(
     return tune(candidates, answers.ask, questions, goal, reference=reference, options=options)
 
 
-def _finish(tuned: "Tuned", output: Path, as_json: bool, answers: "StoredAnswers") -> None:
+def _finish(
+    tuned: "Tuned",
+    output: Path,
+    as_json: bool,
+    answers: "StoredAnswers",
+    settings: "list[Setting]",
+    system: "System | None" = None,
+) -> None:
     from flexalign.calibration.card import write_card
     from flexalign.policies import LAMBDA_LEGEND
 
@@ -271,3 +281,7 @@ def _finish(tuned: "Tuned", output: Path, as_json: bool, answers: "StoredAnswers
         f"{escape(str(output / 'tuned.md'))}."
     )
     console.print(LAMBDA_LEGEND, style="dim")
+    chosen = next((setting for setting in settings if setting.id == tuned.chosen), None)
+    following = next_step(system, chosen)
+    if following is not None:
+        console.print(f"next: {following}", markup=False, soft_wrap=True)

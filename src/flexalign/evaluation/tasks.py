@@ -11,7 +11,7 @@ import math
 import os
 import random
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,12 @@ class Task:
 
 
 def load_task(
-    name_or_path: str, *, data: str | Path | None = None, limit: int | None = None, seed: int = 0
+    name_or_path: str,
+    *,
+    data: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    instruction: str | None = None,
 ) -> Task:
     """Load a task.
 
@@ -135,6 +140,7 @@ def load_task(
         limit: Take this many questions, drawn with `seed` and kept in order; for the miniature,
             how many are made (500 if not given).
         seed: Of that draw.
+        instruction: What follows every problem, if not the task's own; nothing if empty.
 
     Raises:
         ConfigError: If the name is not known, or the public file is not found.
@@ -146,7 +152,8 @@ def load_task(
     name = name_or_path.lower().replace("-", "")
     name = _ALIASES.get(name, name)
     if name == "miniature" or name.startswith("miniature:"):
-        return _miniature(name, limit)
+        task = _miniature(name, limit)
+        return task if instruction is None else replace(task, instruction=instruction)
     if name in _FILES:
         questions = _read(_public_file(name, data))
     else:
@@ -160,7 +167,7 @@ def load_task(
     if limit is not None and limit < len(questions):
         chosen = sorted(random.Random(seed).sample(range(len(questions)), limit))
         questions = [questions[index] for index in chosen]
-    return Task(name, tuple(questions))
+    return Task(name, tuple(questions), MATHEMATICS if instruction is None else instruction)
 
 
 def sample_warning(task: Task, samples: int) -> str | None:
