@@ -302,3 +302,46 @@ def test_zero_shards_what_its_stage_says_and_trains_as_one_process_does(
 def test_zero_resumes(zero: tuple[str, dict[str, Any]]) -> None:
     _, runs = zero
     assert runs["resumed"]["losses"] == pytest.approx(runs["full"]["losses"], rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def on_policy(folder: Path) -> Callable[..., dict[str, Any]]:
+    """Runs of two processes that sample all of their batches."""
+
+    def run(way: str, environment: dict[str, str] | None = None, **options: Any) -> dict[str, Any]:
+        sampling = {"rollouts": 1.0, "rollout_max_new_tokens": 12, "max_length": 64}
+        runs = whole_runs(f"sampled {way}", 2, **sampling, **options)
+        names = ("full", "shared base")
+        return run_processes("trained", folder, {name: runs[name] for name in names}, environment)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def sampled(on_policy: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    return on_policy("ddp", use_cpu=True, ddp_backend="gloo")
+
+
+def test_fsdp2_samples_what_whole_students_do(
+    on_policy: Callable[..., dict[str, Any]], sampled: dict[str, Any]
+) -> None:
+    config = DISTRIBUTED / "fsdp2_1x8.yaml"
+    environment = launch_environment(config, "--num_processes", "2", "--mixed_precision", "no")
+    found = on_policy("fsdp2", environment, use_cpu=True)
+    for name, run in found.items():
+        assert run["student_split"]
+        assert run["losses"] == pytest.approx(sampled[name]["losses"], rel=1e-4)
+
+
+def test_zero3_samples_what_whole_students_do(
+    on_policy: Callable[..., dict[str, Any]], sampled: dict[str, Any]
+) -> None:
+    if not ZERO.is_dir():
+        pytest.skip("DeepSpeed is not installed; make test-full puts it into .venv/deepspeed")
+    config = DISTRIBUTED / "zero3_1x8.yaml"
+    environment = launch_environment(config, "--num_processes", "2", "--mixed_precision", "no")
+    environment |= {"PYTHONPATH": str(ZERO), "DS_ACCELERATOR": "cpu"}
+    found = on_policy("zero3", environment)
+    for name, run in found.items():
+        assert run["student_split"]
+        assert run["losses"] == pytest.approx(sampled[name]["losses"], rel=1e-4)

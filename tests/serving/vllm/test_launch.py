@@ -1,7 +1,9 @@
 """How vLLM's server is started: what is refused, the folder, the command, the process' end."""
 
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 
 from flexalign.errors import ConfigError, ServingError
+from flexalign.loading import resolve_adapter
 from flexalign.serving.vllm import launch as launching
 from flexalign.serving.vllm.folder import is_prepared
 from flexalign.serving.vllm.front import MIDDLEWARE, VARIABLE, FrontOptions
@@ -61,14 +64,17 @@ def test_what_vllm_does_not_serve_is_refused(run_cli: Any, options: tuple[str, .
 
 
 def test_without_vllm_the_way_to_get_it_is_said(run_cli: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(launching.importlib.util, "find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "vllm" else find(name)
+    )
     result = run_cli("serve", *DIAL)
     assert result.exit_code == 2
     assert "flexalign[vllm,serving]" in result.stderr
 
 
 def test_another_version_of_vllm_is_refused(run_cli: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(launching.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(launching, "_version", lambda package: "0.31.2")
     result = run_cli("serve", *DIAL)
     assert result.exit_code == 2
@@ -127,10 +133,6 @@ def test_flags_that_are_not_ours_pass():
 
 
 def test_a_folder_is_prepared_once_for_each_state_of_the_files(tmp_path: Path):
-    import shutil
-
-    from flexalign.loading import resolve_adapter
-
     adapter = tmp_path / "adapter"
     shutil.copytree(resolve_adapter("miniature:fast"), adapter)
     folder = cached_folder("miniature", str(adapter))
@@ -166,6 +168,7 @@ def port() -> int:
         return free.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_a_server_that_ends_by_itself_is_an_error(port: int, monkeypatch: pytest.MonkeyPatch):
     ready: list[bool] = []
     for status in (0, 3):
@@ -175,6 +178,7 @@ def test_a_server_that_ends_by_itself_is_an_error(port: int, monkeypatch: pytest
     assert ready == [True, True]
 
 
+@pytest.mark.slow
 def test_sigterm_ends_it_cleanly(port: int, monkeypatch: pytest.MonkeyPatch):
     launch = fake_server(monkeypatch, LISTENING.format(seconds=60, status=1), port)
     handler = signal.getsignal(signal.SIGTERM)
@@ -184,6 +188,7 @@ def test_sigterm_ends_it_cleanly(port: int, monkeypatch: pytest.MonkeyPatch):
         socket.create_connection(("127.0.0.1", port))
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own signal for it")
 def test_it_does_not_outlive_a_launcher_that_was_killed(port: int):
     code = f"""

@@ -86,7 +86,7 @@ class Attempt:
             for task in tasks:
                 task.cancel()
             ended = await asyncio.gather(*tasks, return_exceptions=True)
-        if isinstance(ended[0], Exception):
+        if isinstance(ended[0], Exception) and not self._stops.is_set():
             raise ended[0]
         if self._error is not None:
             status = self._error.get("code")
