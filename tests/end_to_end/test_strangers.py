@@ -27,7 +27,7 @@ pytestmark = pytest.mark.full
 SCRIPT = Path(sysconfig.get_path("scripts")) / "flexalign"
 TRAINING = {
     "learning_rate": 1e-3,
-    "per_device_train_batch_size": 24,
+    "per_device_train_batch_size": 16,
     "gradient_accumulation_steps": 1,
     "max_length": 512,
     "activation_checkpointing": False,
@@ -139,11 +139,11 @@ def test_the_papers_shape_is_reproduced_and_drawn(stranger: Stranger):
 def test_two_checkpoints_give_a_model_with_forty_percent_fewer_tokens(stranger: Stranger):
     for part, name in (("reference", "base"), ("aligned", "concise")):
         shutil.copytree(folder(part), stranger.home / "models" / name)
-    asked, held_out = stranger.ask_of(7, 300), stranger.ask_of(8, 150)
+    asked, held_out = stranger.ask_of(7, 240), stranger.ask_of(8, 120)
 
     stranger.type("inspect", "models/base", "models/concise")
     stranger.type(
-        "sample", "models/base", "--prompts", asked, "--limit", "200", "-o", "traces.jsonl"
+        "sample", "models/base", "--prompts", asked, "--limit", "120", "-o", "traces.jsonl"
     )
     assert "data: traces.jsonl" in stranger.said[-1]
 
