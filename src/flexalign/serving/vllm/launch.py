@@ -34,6 +34,11 @@ _OURS = {
 """Flags of vLLM's, and what says the same before ``--``."""
 
 _PIPELINE = ("-pp", "--pipeline-parallel-size")
+
+_WHOLE_PROMPTS = "--no-enable-chunked-prefill"
+"""For vLLM's build for CPUs: its engine dies of a request with a ``seed`` whose prompt comes in
+chunks (it winds a generator back that, on a CPU, cannot be)."""
+
 _MARGIN = 30.0
 """Seconds beyond the grace that vLLM has to end."""
 
@@ -96,8 +101,10 @@ class Launch:
             if value is not None
             for word in (name, str(value))
         ]
-        own = ["--enable-prompt-tokens-details", "--disable-uvicorn-access-log", *self.flags]
-        return [sys.executable, *_entry(self.folder), *given, *own]
+        own = ["--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
+        if _version("vllm") is None and not any("chunked" in flag for flag in self.flags):
+            own.append(_WHOLE_PROMPTS)
+        return [sys.executable, *_entry(self.folder), *given, *own, *self.flags]
 
     def variables(self) -> dict[str, str]:
         """Return the environment variables that it needs, the key among them."""
