@@ -139,11 +139,11 @@ def test_the_papers_shape_is_reproduced_and_drawn(stranger: Stranger):
 def test_two_checkpoints_give_a_model_with_forty_percent_fewer_tokens(stranger: Stranger):
     for part, name in (("reference", "base"), ("aligned", "concise")):
         shutil.copytree(folder(part), stranger.home / "models" / name)
-    asked, held_out = stranger.ask_of(7, 240), stranger.ask_of(8, 120)
+    asked, held_out = stranger.ask_of(7, 400), stranger.ask_of(8, 100)
 
     stranger.type("inspect", "models/base", "models/concise")
     stranger.type(
-        "sample", "models/base", "--prompts", asked, "--limit", "120", "-o", "traces.jsonl"
+        "sample", "models/base", "--prompts", asked, "--limit", "100", "-o", "traces.jsonl"
     )
     assert "data: traces.jsonl" in stranger.said[-1]
 
@@ -157,7 +157,7 @@ def test_two_checkpoints_give_a_model_with_forty_percent_fewer_tokens(stranger: 
     assert f"flexalign realign recipe.yaml --lambda {lam}" in stranger.said[-1]
 
     recipe = {"reference": "models/base", "aligned": "models/concise", "data": "traces.jsonl"}
-    recipe |= {"output": "out/realigned", "training": TRAINING | {"max_steps": 40}}
+    recipe |= {"output": "out/realigned", "training": TRAINING | {"max_steps": 30}}
     stranger.write("recipe.yaml", recipe)
     stranger.type("realign", "recipe.yaml", "--lambda", lam)
     systems = ("before=model:models/base", "after=model:out/realigned", "--baseline", "before")
@@ -177,7 +177,7 @@ def test_two_checkpoints_give_a_model_with_forty_percent_fewer_tokens(stranger: 
 
 def test_one_model_gets_a_dial_that_clients_turn(stranger: Stranger):
     shutil.copytree(folder("reference"), stranger.home / "models" / "base")
-    asked = stranger.ask_of(9, 200)
+    asked = stranger.ask_of(9, 150)
 
     stranger.type("sample", "models/base", "--prompts", asked, "-o", "traces.jsonl")
     recipe = {"base": "models/base", "data": "traces.jsonl", "output": "out/fast"}
