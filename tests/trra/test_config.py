@@ -52,6 +52,8 @@ def test_a_copy_from_its_own_dictionary_is_equal(tmp_path: Path) -> None:
         ({"loss_type": "dft"}, "leave it out"),
         ({"label_smoothing_factor": 0.1}, "leave it out"),
         ({"router_aux_loss_coef": 0.01}, "leave it out"),
+        ({"model_init_kwargs": {"use_cache": True}}, "attn_implementation and dtype are"),
+        ({"use_liger_kernel": True}, "pip install liger-kernel"),
         ({"packing": True, "packing_strategy": "wrapped"}, "use 'bfd'"),
         ({"eval_packing": True}, "leave it out"),
         ({"average_tokens_across_devices": False}, "leave it out"),

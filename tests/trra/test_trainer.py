@@ -270,3 +270,22 @@ def test_a_student_without_a_trainable_weight_is_refused(
     frozen = copy.deepcopy(modules.reference).requires_grad_(False)
     with pytest.raises(ConfigError, match="requires_grad_"):
         make_trainer(models={"model": frozen, **modules._asdict()})
+
+
+def test_all_three_models_attend_as_told(make_trainer: Callable[..., Any]) -> None:
+    rows = make_rows(4)
+    losses = {}
+    for attention in ("sdpa", "eager"):
+        trainer = make_trainer(rows, model_init_kwargs={"attn_implementation": attention})
+        models = (trainer.model, trainer.objective.reference.model, trainer.objective.aligned.model)
+        assert {model.config._attn_implementation for model in models} == {attention}
+        trainer.train()
+        losses[attention] = trainer.state.log_history[0]["divergence"]
+    assert losses["eager"] == pytest.approx(losses["sdpa"], rel=1e-4)
+
+
+def test_attention_that_is_not_to_be_had_is_refused_by_model(
+    make_trainer: Callable[..., Any],
+) -> None:
+    with pytest.raises(ConfigError, match="attn_implementation='flash_attention_2' for the "):
+        make_trainer(model_init_kwargs={"attn_implementation": "flash_attention_2"})

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
 from flexalign.errors import ConfigError
@@ -15,10 +16,12 @@ __all__ = ["TrRaConfig"]
 _TEACHERS = ("online", "cached")
 _OBJECTIVES = ("token", "sequence")
 
+_MODEL_OPTIONS = ("attn_implementation", "dtype")
+"""What of TRL's ``model_init_kwargs`` is heeded: the models are loaded by flexalign."""
+
 _WITHOUT_EFFECT = {
     "loss_type": "nll",
     "label_smoothing_factor": 0.0,
-    "use_liger_kernel": False,
     "router_aux_loss_coef": 0.0,
 }
 """TRL's settings of another loss than ours, each with the value that leaves it out."""
@@ -207,6 +210,17 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
                     f"{name}={value!r} is of another loss; the divergence to the fused teacher "
                     "has no such part, so leave it out."
                 )
+        unknown = sorted(set(self.model_init_kwargs or {}) - set(_MODEL_OPTIONS))
+        if unknown:
+            raise ConfigError(
+                f"model_init_kwargs.{unknown[0]} is not heeded; of these, "
+                f"{' and '.join(_MODEL_OPTIONS)} are."
+            )
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise ConfigError(
+                "use_liger_kernel needs the package liger-kernel (and a GPU); install it with: "
+                "pip install liger-kernel"
+            )
         if self.packing and self.packing_strategy == "wrapped":
             raise ConfigError(
                 "packing_strategy='wrapped' cuts documents and lets the pieces see each other; "

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from flexalign.errors import ConfigError, PairMismatchError
 from flexalign.loading import Source, resolve
+from flexalign.pairing.adapters import inner_model
 from flexalign.pairing.examination import examine_pair
 from flexalign.trra.config import TrRaConfig
 from flexalign.trra.forward import HeadForm, require_plain_head
@@ -20,6 +21,7 @@ __all__ = [
     "STUDENT_ADAPTER",
     "Model",
     "Parts",
+    "choose_attention",
     "is_adapter",
     "loading_options",
     "require_one_vocabulary",
@@ -63,6 +65,24 @@ class Parts:
 def loading_options(args: TrRaConfig) -> dict[str, bool]:
     """What the run permits that loading could otherwise not do safely."""
     return {"trust_remote_code": args.trust_remote_code, "allow_pickle": args.allow_pickle}
+
+
+def choose_attention(parts: Parts, args: TrRaConfig) -> None:
+    """Let all three models attend by ``model_init_kwargs.attn_implementation``, if it is given.
+
+    Raises:
+        ConfigError: If it is not to be had here, or not by one of the models.
+    """
+    wanted = (args.model_init_kwargs or {}).get("attn_implementation")
+    if wanted is None:
+        return
+    for role, model in parts.models().items():
+        inner: Any = inner_model(model)
+        try:
+            inner.set_attn_implementation(wanted)
+        except (ImportError, ValueError, RuntimeError) as error:
+            said = " ".join(str(error).split())[:300]
+            raise ConfigError(f"attn_implementation={wanted!r} for the {role}: {said}") from error
 
 
 def is_adapter(model: Model | None) -> bool:

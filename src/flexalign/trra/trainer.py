@@ -27,6 +27,7 @@ from flexalign.trra.config import TrRaConfig
 from flexalign.trra.finite import require_finite_loss, require_finite_weights
 from flexalign.trra.meter import Meter
 from flexalign.trra.objective import CachedObjective, Objective
+from flexalign.trra.parts import choose_attention
 from flexalign.trra.probes import require_packable
 from flexalign.trra.rollouts import Rollouts
 from flexalign.trra.student import assemble_student, require_fit, tokenizer_of
@@ -125,6 +126,7 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
             )
         elif parts is None:
             parts = assemble(model, reference, aligned, pair, args, peft_config, processing_class)
+        choose_attention(parts, args)
         if args.packing or args.padding_free:  # the two ways in which documents share a row
             require_packable(parts.models())
         forward = inner_model(parts.student).__dict__.get("forward")
