@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_map_is_what_the_modules_say() -> None:
+    tool = runpy.run_path(str(ROOT / "tools" / "document_map.py"))
+    page = (ROOT / "docs" / "MAP.md").read_text(encoding="utf-8")
+    assert page == tool["render"](), "a module has come, gone or changed its clause: make docs-cli"
+    assert ": .\n" not in page
+    assert ": \n" not in page, "a module says nothing of itself"
 
 
 @pytest.mark.full
