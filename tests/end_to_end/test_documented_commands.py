@@ -2,7 +2,8 @@
 
 Each page has a folder of its own in which the names that documents use for the reader's files
 (`models/base`, `recipe.yaml`, `DIR`, …) stand for the miniature's parts and a few of its questions.
-What would only take long is cut short by more options at the end; nothing else is changed.
+What would only take long is cut short by more options at the end; nothing else is changed. What asks
+for vLLM is run where vLLM is installed; two processes of it are only planned (`--dry-run`).
 """
 
 import contextlib
@@ -63,6 +64,7 @@ BEFORE = {
     "tune": "evaluate dial:BASE,ADAPTER --task math500 --lambda 0,1 --samples 2 --limit 40 --max-new-tokens 99 -o out/sweep",
 }
 ADDRESS = "http://localhost:8000/v1"
+VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 
 
 def commands(page: Path) -> list[str]:
@@ -128,15 +130,23 @@ def _shortened(words: list[str]) -> list[str]:
     return [*words, *added]
 
 
+def _server_command(words: list[str]) -> list[str]:
+    """Return how a server is started, on a port that is free."""
+    main = "from flexalign.cli.app import main; main()"
+    python = VLLM_PYTHON if "vllm" in words else Path(sys.executable)
+    if not python.exists():
+        pytest.skip("vLLM is not installed here: make .venv-vllm/installed")
+    place = words.index("--") if "--" in words else len(words)
+    return [str(python), "-c", main, *words[:place], "--port", "0", *words[place:]]
+
+
 @contextlib.contextmanager
 def _served(words: list[str]) -> Iterator[str]:
     """Start a server, give its address, and end it as a supervisor does."""
-    main = "from flexalign.cli.app import main; main()"
-    command = [sys.executable, "-c", main, *words, "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(_server_command(words), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         address = process.stdout.readline().strip()
-        assert address.startswith("http"), command
+        assert address.startswith("http"), words
         urllib.request.urlopen(f"{address}/models").close()
         yield address
         process.send_signal(signal.SIGTERM)
@@ -161,6 +171,10 @@ def test_the_commands_of_a_page(
         entered, words = _read(line)
         with contextlib.ExitStack() as stack:
             if words[0] == "serve":
+                if "--tensor-parallel-size" in words:
+                    words.insert(words.index("--"), "--dry-run")
+                    subprocess.run(_server_command(words), check=True)
+                    continue
                 stack.enter_context(_served(words))
                 continue
             if ADDRESS in " ".join(words):
