@@ -15,7 +15,7 @@ from flexalign.cli._training import (
     show_samples,
 )
 from flexalign.data import Lengths, load_preferences, measure_lengths, strip_thinking
-from flexalign.errors import ConfigError, PairMismatchError, UnsupportedModelError
+from flexalign.errors import ConfigError, UnsupportedModelError
 from flexalign.inra.adapter import decoder_layers
 from flexalign.inra.config import InRaConfig
 from flexalign.inra.folder import WEIGHTS_FILE, check_folder, require_base, require_range
@@ -66,11 +66,7 @@ def prepare_adaptation(recipe: AdaptRecipe, *, command: str, skip_bad_rows: bool
             prints.append(_file_fingerprint(recipe.adapter))
         if recipe.aligned is not None:
             facts = examine_pair(recipe.base, recipe.aligned)
-            if facts.problems:
-                raise PairMismatchError(
-                    f"{recipe.base} and {recipe.aligned} do not fit: "
-                    + " Also: ".join(facts.problems)
-                )
+            facts.require_fit()
             others = _count(facts.aligned)[0]
             prints.append(facts.aligned.fingerprint)
     data, rows = _read_data(recipe, base, skip_bad_rows=skip_bad_rows)

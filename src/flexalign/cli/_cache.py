@@ -114,10 +114,9 @@ def _form(recipe: Recipe, inputs: Inputs, dtype: str) -> Form:
     running = _running_dtype(args)
     begun = stored_dtype(Path(recipe.cache_folder))
     facts = inputs.pair
-    assert facts.vocab_size is not None
     return Form(
         widths=(hidden_width(facts.reference.config), hidden_width(facts.aligned.config)),
-        vocab_size=facts.vocab_size,
+        vocab_size=facts.require_fit(),
         shared_head=facts.shared_base,
         dtype=_DTYPES.get(dtype) or begun or running,
         head_dtype=running,

@@ -19,7 +19,6 @@ from flexalign.cli._training import (
 )
 from flexalign.data import Lengths, measure_lengths
 from flexalign.data.rendering import chat_template_of
-from flexalign.errors import PairMismatchError
 from flexalign.loading.weights import tensor_infos
 from flexalign.pairing.examination import ModelFacts, PairFacts, examine_pair
 from flexalign.trra.cache import HiddenStateCache
@@ -60,10 +59,7 @@ def read_inputs(recipe: Recipe, *, skip_bad_rows: bool) -> Inputs:
     facts = examine_pair(
         recipe.reference, recipe.aligned, trust_remote_code=arguments.trust_remote_code
     )
-    if facts.problems:
-        raise PairMismatchError(
-            f"{recipe.reference} and {recipe.aligned} do not fit: {' Also: '.join(facts.problems)}"
-        )
+    facts.require_fit()
     tokenizer = _tokenizer(facts, arguments.chat_template_path)
     traces = read_traces(recipe.data, skip_bad_rows=skip_bad_rows)
     lengths = measure_lengths(traces, tokenizer, arguments.max_length)

@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from flexalign.errors import ConfigError, PairMismatchError
+from flexalign.errors import ConfigError
 from flexalign.heads import Head, last_hidden
 from flexalign.loading import Model, load_adapter, load_model
 from flexalign.loading.weights import same_module
@@ -200,11 +200,7 @@ class ModelPair:
 
 def _judge(facts: PairFacts, device_map: Any, allow_oversize: bool) -> int:
     """Say what there is to say of a pair before it is loaded, or refuse it; return its V."""
-    if facts.vocab_size is None:
-        raise PairMismatchError(
-            f"{facts.reference.name} and {facts.aligned.name} do not fit: "
-            + " Also: ".join(facts.problems)
-        )
+    vocab_size = facts.require_fit()
     for warning in facts.warnings:
         warnings.warn(warning, stacklevel=4)
     free = available_bytes(device_map) / GIB
@@ -216,7 +212,7 @@ def _judge(facts: PairFacts, device_map: Any, allow_oversize: bool) -> int:
         )
     for note in (f"{need}.", *facts.notes):
         print(f"note: {note}", file=sys.stderr)
-    return facts.vocab_size
+    return vocab_size
 
 
 def _width(model: nn.Module) -> int:

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
-from flexalign.errors import ConfigError, UnsupportedModelError
+from flexalign.errors import ConfigError, PairMismatchError, UnsupportedModelError
 from flexalign.loading import (
     Model,
     Source,
@@ -97,6 +97,17 @@ class PairFacts:
     def fits(self) -> bool:
         """Whether the two can be mixed."""
         return not self.problems
+
+    def require_fit(self) -> int:
+        """Return the tokens that both score.
+
+        Raises:
+            PairMismatchError: If the two do not fit; says all that differs.
+        """
+        if self.vocab_size is None:
+            names = f"{self.reference.name} and {self.aligned.name}"
+            raise PairMismatchError(f"{names} do not fit: {' Also: '.join(self.problems)}")
+        return self.vocab_size
 
     def to_json(self) -> dict[str, Any]:
         """The facts by name, with those of both models."""

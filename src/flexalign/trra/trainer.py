@@ -166,8 +166,11 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
             self.data_collator: Any = CachedCollator(self.data_collator, cache)
             heads = cache.heads(self.accelerator.device)
             return CachedObjective(parts.student, parts.form, heads, **equation)
-        assert parts.reference is not None
-        assert parts.aligned is not None
+        if parts.reference is None or parts.aligned is None:
+            raise ConfigError(
+                "parts hold no teachers, and teacher='online' needs both; give them, or a cache and "
+                "teacher='cached'."
+            )
         for teacher in (parts.reference, parts.aligned):
             teacher.prepare(
                 self.accelerator, deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled

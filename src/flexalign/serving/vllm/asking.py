@@ -2,7 +2,7 @@
 
 import json
 import secrets
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -73,8 +73,8 @@ class EngineDial(DialMiddleware):
             if later is None:
                 return
             dial = later
-        assert isinstance(dial, Fixed | Schedule)
-        scope, receive = with_body(scope, _with_lambda(body, dial), receive)
+        lam = cast("Fixed | Schedule", dial)  # all that is left: a model with a dial has a default
+        scope, receive = with_body(scope, _with_lambda(body, lam), receive)
         await self.app(scope, receive, retold)
 
     async def _go_fast(

@@ -9,7 +9,7 @@ in drafts of which several are verified at once; so a schedule is right in all o
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -114,10 +114,10 @@ class RequestDial:
         return max(0, position + 1 - self._prompt_length)
 
     def _look(self, positions: Sequence[int], token_ids: Sequence[int]) -> None:
-        assert self._tokens is not None
+        opening, closing = cast("tuple[int, int]", self._tokens)  # read_lambda has seen to them
         for position, token in zip(positions, token_ids, strict=True):
-            if token in self._tokens:
-                self._tags.append((position, token == self._tokens[0]))
+            if token in (opening, closing):
+                self._tags.append((position, token == opening))
 
     def _in_thinking(self, position: int) -> float:
         """Return λ of the token after ``position``.

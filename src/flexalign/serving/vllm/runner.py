@@ -72,7 +72,8 @@ def _deliver(runner: Any, input_ids: Tensor | None, positions: Tensor | None) ->
     lambdas = getattr(runner.get_model(), "lambdas", None)
     if not isinstance(lambdas, TokenLambdas):
         return
-    assert positions is not None
+    if positions is None:
+        raise ServingError(_refusal(type(runner)))
     lambdas.forget_others(runner.requests.keys())
     batch = runner.input_batch
     dials = []

@@ -122,11 +122,8 @@ class HiddenStateCache:
             if form["shared"]:
                 heads[side] = heads["reference"]
                 continue
-            weight, bias = (
-                mapped.tensor(f"{side}.{part}").to(device) if f"{side}.{part}" in mapped else None
-                for part in ("weight", "bias")
-            )
-            assert weight is not None
+            weight = mapped.tensor(f"{side}.weight").to(device)
+            bias = mapped.tensor(f"{side}.bias").to(device) if f"{side}.bias" in mapped else None
             heads[side] = Head(weight, bias, form["scale"], form["softcap"])
         return Heads(**heads)
 
