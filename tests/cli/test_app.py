@@ -4,6 +4,7 @@ import errno
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import typer
@@ -146,3 +147,19 @@ def test_a_bad_lambda_is_refused_before_torch_loads(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     assert [said in line for said, line in zip(commands.values(), lines, strict=True)] == [True] * 9
+
+
+def test_an_option_of_several_commands_is_written_the_same_in_all() -> None:
+    forms: dict[str, dict[tuple[str, ...], list[str]]] = {}
+
+    def gather(command: Any, name: str) -> None:
+        for option in command.params:
+            long = max(option.opts, key=len)
+            if long.startswith("--"):
+                forms.setdefault(long, {}).setdefault(tuple(option.opts), []).append(name)
+        for inner, sub in getattr(command, "commands", {}).items():
+            gather(sub, f"{name} {inner}")
+
+    gather(typer.main.get_command(app_module.app), "flexalign")
+    assert len(forms["--output"][("--output", "-o")]) > 8
+    assert {long: form for long, form in forms.items() if len(form) > 1} == {}

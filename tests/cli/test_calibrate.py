@@ -25,7 +25,7 @@ def calibrated(tmp_path):
 def test_the_cost_is_told_and_nothing_is_sampled(run_cli):
     result = run_cli(
         *("calibrate", "miniature", "--adapter", "miniature:fast", "--task", "miniature"),
-        *("--questions", 10, "--dry-run", "--json"),
+        *("--limit", 10, "--dry-run", "--json"),
     )
     ways, lambdas = json.loads(result.stdout)["sweeps"]
     assert ways == {"settings": ["λ=0", "adaptive 0"], "samples": 20}
@@ -69,7 +69,7 @@ def linked(link, target):
 def test_what_is_calibrated_can_be_asked_for(run_cli, tmp_path):
     result = run_cli(
         *("calibrate", "miniature", "--adapter", "miniature:fast", "--task", "miniature:3"),
-        *("--questions", 12, "--save-to", tmp_path / "fast", "--json", "-o", tmp_path / "samples"),
+        *("--limit", 12, "--save-to", tmp_path / "fast", "--json", "-o", tmp_path / "samples"),
     )
     assert result.exit_code == 0, result.stderr
     calibration = json.loads(result.stdout)

@@ -117,7 +117,7 @@ def test_prompts_come_from_standard_input_and_files(
         assert [row["response"] for row in rows(*DIAL, *arguments, *short)] == expected[:1]
     text = tmp_path / "questions.txt"
     text.write_text(f"{QUESTION}\n\n4+4+8?\n")
-    assert [row["response"] for row in rows(*DIAL, "--input", text, *short)] == expected
+    assert [row["response"] for row in rows(*DIAL, "--prompts", text, *short)] == expected
     forms: list[tuple[Any, Any]] = [
         ({"problem": QUESTION}, [{"role": "user", "content": QUESTION}]),
         ({"messages": [{"role": "user", "content": QUESTION}]},) * 2,  # type: ignore[list-item]
@@ -126,7 +126,7 @@ def test_prompts_come_from_standard_input_and_files(
     for form, given in forms:
         file = tmp_path / "questions.jsonl"
         file.write_text(json.dumps(form) + "\n")
-        (row,) = rows(*DIAL, "--input", file, *short)
+        (row,) = rows(*DIAL, "--prompts", file, *short)
         assert row["response"] == expected[0]
         assert row["prompt"] == given.get("messages", given) if isinstance(given, dict) else given
 
@@ -154,7 +154,7 @@ def test_answers_appear_as_their_batch_is_done(
 ) -> None:
     file = tmp_path / "questions.txt"
     file.write_text(f"1+2+3?\n{QUESTION[:-1]}+1?\n4+5+6?\n")
-    asked = (*DIAL, "--input", file, "--lambda", "0.5,1", "--batch-size", 2, *SAMPLED)
+    asked = (*DIAL, "--prompts", file, "--lambda", "0.5,1", "--batch-size", 2, *SAMPLED)
     whole = generate(*asked)
     answer, batches = LocalBackend._answer, []
 
@@ -321,12 +321,13 @@ def test_a_truncated_base_is_refused(generate: Callable[..., Any], tmp_path: Pat
         ((*DIAL, QUESTION, "--aligned", "miniature:aligned"), "not both"),
         (("miniature", QUESTION, "--lambda-range=0,2"), "--lambda-range needs a dial"),
         (("miniature", QUESTION, "--any-base"), "name --adapter"),
-        ((*DIAL, QUESTION, "--input", "questions.txt"), "PROMPT or --input, not both"),
-        ((*DIAL, "--input", "missing.txt"), "missing.txt: no such file"),
+        ((*DIAL, QUESTION, "--prompts", "questions.txt"), "PROMPT or --prompts, not both"),
+        ((*DIAL, "--prompts", "missing.txt"), "missing.txt: no such file"),
         ((*DIAL, " "), "the prompt is empty"),
         ((*DIAL, QUESTION, "--temperature", "0", "-n", "2"), "all equal at temperature 0"),
         ((*DIAL, QUESTION, "--temperature", "-1"), "temperature must be"),
         (("nowhere", QUESTION), "there is no model 'nowhere'"),
+        (("miniature", QUESTION, "--dtype", "int8"), "--dtype must be one of auto, float32"),
     ],
 )
 def test_wrong_input_is_one_sentence(
@@ -354,6 +355,6 @@ def test_a_terminal_is_told_where_prompts_come_from(
 def test_text_that_is_not_utf_8_is_refused(generate: Callable[..., Any], tmp_path: Path) -> None:
     file = tmp_path / "questions.txt"
     file.write_bytes(b"\xff\xfe1+2")
-    assert "not UTF-8" in generate(*DIAL, "--input", file).stderr
+    assert "not UTF-8" in generate(*DIAL, "--prompts", file).stderr
     file.write_text("\n \n")
-    assert "holds no prompt" in generate(*DIAL, "--input", file).stderr
+    assert "holds no prompt" in generate(*DIAL, "--prompts", file).stderr

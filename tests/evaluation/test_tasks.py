@@ -76,7 +76,7 @@ def test_the_miniatures_questions_are_its_worlds() -> None:
 def test_the_papers_sampling_is_the_default(data: Path) -> None:
     sampling = load_task("amc", data=data).sampling
     assert (sampling.samples, sampling.temperature) == (8, 0.7)
-    assert (sampling.top_p, sampling.max_tokens) == (0.95, 16384)
+    assert (sampling.top_p, sampling.max_new_tokens) == (0.95, 16384)
 
 
 def test_a_limit_draws_by_seed_and_keeps_the_order(data: Path) -> None:

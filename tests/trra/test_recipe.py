@@ -71,7 +71,7 @@ def test_a_recipe_survives_its_own_yaml(tmp_path: Path) -> None:
     tree = MINIMAL | {
         "lambda": {"kind": "linear", "start": 0, "end": 2, "steps": 10},
         "lora": {"r": 4},
-        "watch": {"prompts": "q.jsonl", "samples": 5},
+        "watch": {"prompts": "q.jsonl", "limit": 5},
         "training": {"max_steps": 9},
         "rounds": 2,
     }
@@ -122,8 +122,8 @@ def test_only_the_rows_of_a_step_count_not_over_what_they_are_spread(
         ({"training": {"max_stpes": 1}}, r"did you mean training\.max_steps\?"),
         ({"lora": {"rank": 3}}, r"unknown key lora\.rank; did you mean lora\.rank_pattern\?"),
         ({"watch": {"promts": "x"}}, r"did you mean watch\.prompts\?"),
-        ({"watch": {"samples": 3}}, r"watch\.prompts is missing"),
-        ({"watch": {"prompts": "q", "samples": 0}}, r"watch\.samples must be at least 1"),
+        ({"watch": {"limit": 3}}, r"watch\.prompts is missing"),
+        ({"watch": {"prompts": "q", "limit": 0}}, r"watch\.limit must be at least 1"),
         ({"training": {"max_steps": "ten"}}, r"training\.max_steps must be a whole number"),
         ({"training": {"output_dir": "x"}}, "the recipe's `output`"),
         ({"training": {"save_total_limit": 1}}, "keep at least 2"),

@@ -1,9 +1,33 @@
 """Options that several commands take, each said once: what they are called and what they mean."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import typer
+
+from flexalign.errors import ConfigError
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class Engine(StrEnum):
+    """What runs a model."""
+
+    LOCAL = "local"
+    VLLM = "vllm"
+
+
+def known_dtype(name: str) -> str:
+    """Check ``--dtype`` before anything is loaded.
+
+    Raises:
+        ConfigError: If there is no such precision.
+    """
+    if name not in _DTYPES:
+        raise ConfigError(f"--dtype must be one of {', '.join(_DTYPES)}, got {name!r}.")
+    return name
+
 
 Recipe: TypeAlias = Annotated[Path, typer.Argument(help="YAML file; the keys are described above.")]
 RecipeOutput: TypeAlias = Annotated[
@@ -45,13 +69,22 @@ LambdaRange: TypeAlias = Annotated[
 AnyBase: TypeAlias = Annotated[
     bool, typer.Option("--any-base", help="Take an adapter that was made for another base.")
 ]
-Dtype: TypeAlias = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Dtype: TypeAlias = Annotated[
+    str, typer.Option(callback=known_dtype, help="auto, float32, bfloat16 or float16.")
+]
 
 Temperature: TypeAlias = Annotated[float, typer.Option(help="0 is greedy.")]
 TopP: TypeAlias = Annotated[float, typer.Option(help="Probability mass sampled from.")]
-MaxNewTokens: TypeAlias = Annotated[int, typer.Option(help="Tokens at which one is cut off.")]
+MaxNewTokens: TypeAlias = Annotated[int, typer.Option(help="Tokens at which an answer is cut off.")]
 BatchSize: TypeAlias = Annotated[int, typer.Option(min=1, help="Answers made together.")]
 
+OneTask: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        help="Questions: math500, aime, amc, gsm8k, miniature, or a file with problem and answer.",
+    ),
+]
 Data: TypeAlias = Annotated[
     Path | None, typer.Option(help="Folder of the public files; else FLEXALIGN_DATA.")
 ]
@@ -62,9 +95,21 @@ Instruction: TypeAlias = Annotated[
         "in \\boxed{} (miniature: nothing)."
     ),
 ]
-TaskTemperature: TypeAlias = Annotated[float | None, typer.Option(help="The task's own.")]
-TaskTopP: TypeAlias = Annotated[float | None, typer.Option(help="The task's own.")]
+TaskTemperature: TypeAlias = Annotated[
+    float | None,
+    typer.Option(help="0 is greedy; by default the task's own, 0.7 (miniature: 1)."),
+]
+TaskTopP: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        help="Probability mass sampled from; by default the task's own, 0.95 (miniature: 1)."
+    ),
+]
 TaskMaxNewTokens: TypeAlias = Annotated[
-    int | None, typer.Option(help="Longest answer; the task's own.")
+    int | None,
+    typer.Option(
+        help="Tokens at which an answer is cut off; by default the task's own, 16384 (miniature: "
+        "1000)."
+    ),
 ]
 Workers: TypeAlias = Annotated[int, typer.Option(min=1, help="Processes that grade.")]

@@ -30,13 +30,13 @@ def read_given(prompt: str | None, file: Path | None) -> list[GivenPrompt]:
     """
     if file is not None:
         if prompt is not None:
-            raise ConfigError("give PROMPT or --input, not both.")
+            raise ConfigError("give PROMPT or --prompts, not both.")
         return _read_file(file)
     if prompt is None or prompt == "-":
         if sys.stdin.isatty():
             raise ConfigError(
                 "there is no prompt; write one behind the model, name a file of them with "
-                "--input, or pipe one in. (flexalign chat is for conversations.)"
+                "--prompts, or pipe one in. (flexalign chat is for conversations.)"
             )
         prompt = sys.stdin.read()
     return [_question(prompt)]

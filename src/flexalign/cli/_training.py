@@ -145,11 +145,11 @@ def read_traces(data: str, *, skip_bad_rows: bool) -> Dataset:
 def read_watched(watch: Watch) -> tuple[list[Any], list[str | None]]:
     """Read the prompts to watch, the first ones of the file, with their answers where known."""
     if watch.prompts == _MINIATURE:
-        questions = make_questions(watch.samples, _QUESTION_SEED)
+        questions = make_questions(watch.limit, _QUESTION_SEED)
         prompts = [[{"role": "user", "content": question.text}] for question in questions]
         return prompts, [str(question.answer) for question in questions]
     rows = load_prompts(watch.prompts)
-    rows = rows.select(range(min(watch.samples, len(rows))))
+    rows = rows.select(range(min(watch.limit, len(rows))))
     answers = rows["answer"] if "answer" in rows.column_names else [None] * len(rows)
     return list(rows["prompt"]), list(answers)
 

@@ -42,7 +42,7 @@ def sweep_of(
     defaults = {
         "temperature": own.temperature,
         "top_p": own.top_p,
-        "max_new_tokens": own.max_tokens,
+        "max_new_tokens": own.max_new_tokens,
     }
     chosen = defaults | {name: value for name, value in given.items() if value is not None}
     how = SystemOptions(**chosen)  # type: ignore[arg-type]

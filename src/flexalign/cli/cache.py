@@ -5,7 +5,14 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from flexalign.cli._options import AllowPickle, Assignments, Recipe, ResultAsJson, SkipBadRows
+from flexalign.cli._options import (
+    AllowPickle,
+    Assignments,
+    Recipe,
+    ResultAsJson,
+    SkipBadRows,
+    known_dtype,
+)
 from flexalign.cli._shared import console, print_json, result_console
 
 
@@ -17,7 +24,10 @@ def cache(
     ] = None,
     dtype: Annotated[
         str,
-        typer.Option(help="Stored as auto (what the models run in), float32, bfloat16, float16."),
+        typer.Option(
+            callback=known_dtype,
+            help="What is stored: auto (what the models run in), float32, bfloat16 or float16.",
+        ),
     ] = "auto",
     assignments: Assignments = None,
     skip_bad_rows: SkipBadRows = False,
@@ -45,12 +55,8 @@ def cache(
 
     Killed, the same command goes on. A finished cache is checked, and what is damaged is made again.
     """
-    from flexalign.errors import ConfigError
     from flexalign.trra.recipe import Recipe
 
-    known = ("auto", "float32", "bfloat16", "float16")
-    if dtype not in known:
-        raise ConfigError(f"--dtype must be one of {', '.join(known)}, got {dtype!r}.")
     plan = Recipe.load_each(
         recipe,
         overrides=assignments or (),

@@ -40,12 +40,16 @@ def calibrate(
     base: Annotated[str, typer.Argument(help="The adapter's base: a folder or a known name.")],
     adapter: Annotated[str, typer.Option(help="The InRa adapter that is calibrated.")],
     task: Annotated[
-        str, typer.Option(help="Questions: math500, aime, amc, gsm8k, miniature, or a file.")
+        str,
+        typer.Option(
+            help="Questions: math500, aime, amc, gsm8k, miniature, or a file with problem and "
+            "answer."
+        ),
     ],
     data: Data = None,
     instruction: Instruction = None,
-    questions: Annotated[int, typer.Option(min=2, help="How many, drawn from the task.")] = 300,
-    samples: Annotated[int, typer.Option("--samples", "-n", help="Answers to each.")] = 1,
+    limit: Annotated[int, typer.Option(min=2, help="Only so many questions, drawn.")] = 300,
+    samples: Annotated[int, typer.Option("--samples", "-n", help="Answers to each question.")] = 1,
     dial: Annotated[
         str,
         typer.Option(
@@ -71,7 +75,7 @@ def calibrate(
     max_new_tokens: TaskMaxNewTokens = None,
     batch_size: BatchSize = 32,
     dtype: Dtype = "auto",
-    seed: Annotated[int, typer.Option(help="Of sampling and of the draw of questions.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of all sampling and of --limit's draw.")] = 0,
     workers: Workers = 1,
     output: Annotated[
         Path | None,
@@ -85,7 +89,7 @@ def calibrate(
         bool, typer.Option("--dry-run", help="Check all and say what it costs; sample nothing.")
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="The calibration as JSON on stdout.")
+        bool, typer.Option("--json", help="Print the calibration as JSON, alone, on stdout.")
     ] = False,
 ) -> None:
     """Measure an adapter's dial, so that --effort 50 means half of the thinking tokens.
@@ -104,7 +108,7 @@ def calibrate(
     Your own, with samples kept so that a broken run goes on:
 
     [cyan]flexalign calibrate models/R1 --adapter out/adapter --task math500 --data DIR
-    --questions 500 -o out/calibration[/cyan]
+    --limit 500 -o out/calibration[/cyan]
 
     Few questions make a coarse scale: at effort 25 the tokens have a standard error of about 10 %
     with 300 questions, and 5 % with 1500.
@@ -131,12 +135,12 @@ def calibrate(
         settings = check_folder(folder)
     limits = widened or settings.lambda_range
     options = CalibrateOptions(dial, measure, limits, margin, samples, seed)  # type: ignore[arg-type]
-    asked = load_task(task, data=data, limit=questions, seed=seed, instruction=instruction)
+    asked = load_task(task, data=data, limit=limit, seed=seed, instruction=instruction)
     own = asked.sampling
     sampling = SystemOptions(
         temperature=own.temperature if temperature is None else temperature,
         top_p=own.top_p if top_p is None else top_p,
-        max_new_tokens=max_new_tokens or own.max_tokens,
+        max_new_tokens=max_new_tokens or own.max_new_tokens,
         batch_size=batch_size,
         dtype=dtype,
     )

@@ -47,7 +47,10 @@ def chat(
         ),
     ] = None,
     policy: Annotated[
-        str | None, typer.Option(help="Instead: 'adaptive 0.5', 'route 0.3', auto, or JSON.")
+        str | None,
+        typer.Option(
+            help="Instead: 'adaptive 0.5', 'route 0.3', auto, or JSON of a policy or a schedule."
+        ),
     ] = None,
     effort: Annotated[
         str | None,

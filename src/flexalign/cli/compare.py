@@ -20,9 +20,15 @@ def compare(
     ],
     output: Annotated[
         Path | None,
-        typer.Option(help="Also write report.html and pareto.png of all of them into this folder."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Also write report.html and pareto.png of all of them into this folder.",
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The rows as JSON on stdout.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the rows as JSON, alone, on stdout.")
+    ] = False,
 ) -> None:
     """Put the results of several sweeps into one table, and with --output into one report.
 

@@ -8,7 +8,19 @@ from rich.markup import escape
 
 from flexalign.cli._dial import read_efforts, read_lambdas, read_range, read_settings
 from flexalign.cli._evaluate import describe_lost, print_summary, warn_of_cuts
-from flexalign.cli._options import BatchSize, Data, Dtype, Gate, Instruction, LambdaRange, Workers
+from flexalign.cli._options import (
+    BatchSize,
+    Data,
+    Dtype,
+    Engine,
+    Gate,
+    Instruction,
+    LambdaRange,
+    TaskMaxNewTokens,
+    TaskTemperature,
+    TaskTopP,
+    Workers,
+)
 from flexalign.cli._shared import console, print_json, read_secret, resumable_bar
 from flexalign.errors import ConfigError, ServingError
 
@@ -23,8 +35,8 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="SYSTEM...",
-            help="model:PATH, dial:BASE,ADAPTER, pair:REFERENCE,ALIGNED, "
-            "interpolate:REFERENCE,ALIGNED or url:http://…; name= in front names it.",
+            help="model:PATH, dial:BASE,ADAPTER, pair:REF,ALIGNED, interpolate:REF,ALIGNED or "
+            "url:http://…; name= in front names it.",
         ),
     ] = None,
     output: Annotated[
@@ -34,8 +46,8 @@ def evaluate(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="math500, aime, amc, gsm8k, miniature, or a file with problem and answer; "
-            "repeat it for several."
+            help="Questions: math500, aime, amc, gsm8k, miniature, or a file with problem and "
+            "answer; repeatable."
         ),
     ] = None,
     data: Data = None,
@@ -51,7 +63,7 @@ def evaluate(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="'adaptive 0.5', 'route 0.3', or JSON of a policy or a schedule; repeatable."
+            help="'adaptive 0.5', 'route 0.3', auto, or JSON of a policy or a schedule; repeatable."
         ),
     ] = None,
     effort: Annotated[
@@ -59,18 +71,14 @@ def evaluate(
         typer.Option(help="Efforts to measure, such as 0,50,100, of one calibrated dial:."),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option("--samples", "-n", help="Responses a question; 8 by default.")
+        int | None, typer.Option("--samples", "-n", help="Answers to each question; 8 by default.")
     ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(help="0 is greedy; 0.7 by default (miniature: 1).")
+    temperature: TaskTemperature = None,
+    top_p: TaskTopP = None,
+    max_new_tokens: TaskMaxNewTokens = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only so many questions of each task, drawn.")
     ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Probability mass; 0.95 by default (miniature: 1).")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Longest response; 16384 by default (miniature: 1000).")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions a task, drawn.")] = None,
     seed: Annotated[int, typer.Option(help="Of all sampling and of --limit's draw.")] = 0,
     baseline: Annotated[
         str | None,
@@ -80,7 +88,9 @@ def evaluate(
     gate: Gate = None,
     lambda_range: LambdaRange = None,
     dtype: Dtype = "auto",
-    engine: Annotated[str, typer.Option(help="local, or vllm for plain models.")] = "local",
+    engine: Annotated[
+        Engine, typer.Option(help="local runs here; vllm is for plain models.")
+    ] = Engine.LOCAL,
     model_name: Annotated[str | None, typer.Option(help="The model's name at a url:.")] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Of a url:'s model; counts where the server does not.")
@@ -88,7 +98,7 @@ def evaluate(
     api_key_env: Annotated[
         str | None, typer.Option(help="Environment variable that holds a url:'s key.")
     ] = None,
-    concurrency: Annotated[int, typer.Option(help="Requests under way at a url:.")] = 8,
+    concurrency: Annotated[int, typer.Option(help="Requests under way at a url: at one time.")] = 8,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for one response.")] = 1800.0,
     attempts: Annotated[int, typer.Option(min=1, help="Tries per request.")] = 5,
     workers: Workers = 1,
@@ -98,7 +108,9 @@ def evaluate(
     regrade: Annotated[
         bool, typer.Option("--regrade", help="Grade the stored samples again; sample nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The summary as JSON on stdout.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the summary as JSON, alone, on stdout.")
+    ] = False,
 ) -> None:
     """Measure systems at several settings of their dial, on questions with known answers.
 
@@ -139,7 +151,7 @@ def evaluate(
     options = SystemOptions(
         temperature=_default(temperature, tasks, "temperature"),
         top_p=_default(top_p, tasks, "top_p"),
-        max_new_tokens=_default(max_new_tokens, tasks, "max_tokens"),
+        max_new_tokens=_default(max_new_tokens, tasks, "max_new_tokens"),
         batch_size=batch_size,
         gate=gate,
         dtype=dtype,
@@ -150,7 +162,7 @@ def evaluate(
         timeout_seconds=timeout,
         attempts=attempts,
         api_key=read_secret(api_key_env),
-        engine=engine,
+        engine=engine.value,
     )
     count = _default(samples, tasks, "samples")
     sweep = Sweep(asked, tasks, settings, count, seed, baseline, options)
@@ -182,7 +194,7 @@ def _default(given: Any, tasks: "list[Task]", name: str) -> Any:
         return given
     values = {getattr(task.sampling, name) for task in tasks}
     if len(values) > 1:
-        option = {"max_tokens": "max-new-tokens"}.get(name, name.replace("_", "-"))
+        option = name.replace("_", "-")
         raise ConfigError(
             f"the tasks differ in their usual {option} ({', '.join(map(str, sorted(values)))}); "
             f"give one for all with --{option}."

@@ -54,8 +54,8 @@ def generate(
     input_file: Annotated[
         Path | None,
         typer.Option(
-            "--input",
-            help="Prompts instead: .txt with one a line, or JSONL with problem, messages or "
+            "--prompts",
+            help="Instead, a file of them: .txt with one a line, or JSONL with problem, messages or "
             "prompt (text in prompt skips the chat template).",
         ),
     ] = None,
@@ -71,7 +71,9 @@ def generate(
     ] = None,
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="'adaptive 0.5', 'route 0.3', auto, or a policy's JSON; repeatable."),
+        typer.Option(
+            help="'adaptive 0.5', 'route 0.3', auto, or JSON of a policy or a schedule; repeatable."
+        ),
     ] = None,
     effort: Annotated[
         str | None,
@@ -87,7 +89,7 @@ def generate(
     top_p: TopP = 0.95,
     max_new_tokens: MaxNewTokens = 2048,
     samples: Annotated[
-        int, typer.Option("--samples", "-n", min=1, help="Answers per prompt and setting.")
+        int, typer.Option("--samples", "-n", min=1, help="Answers to each prompt at each setting.")
     ] = 1,
     seed: Annotated[
         int, typer.Option(help="The same seed, the same answers; shared by all settings.")
@@ -95,7 +97,7 @@ def generate(
     batch_size: BatchSize = 32,
     dtype: Dtype = "auto",
     as_json: Annotated[
-        bool, typer.Option("--json", help="A list with a row for each answer, on stdout.")
+        bool, typer.Option("--json", help="Print a row for each answer as JSON, alone, on stdout.")
     ] = False,
 ) -> None:
     """Answer prompts at one λ or several, side by side, with their tokens and tokens/s.
@@ -112,7 +114,7 @@ def generate(
 
     Two models, further than the aligned one goes, many questions:
     [cyan]flexalign generate models/base --aligned models/concise --lambda 2 --gate 0.01
-    --input questions.jsonl --json > answers.json[/cyan]
+    --prompts questions.jsonl --json > answers.json[/cyan]
     """
     from flexalign.cli._prompts import read_given
     from flexalign.cli._quiet import quieten_libraries, warnings_as_notes

@@ -64,7 +64,7 @@ def realign(
       watch:                          # the student answers while it learns
         prompts: questions.jsonl      # rows with an answer give an accuracy too
         every_steps: 50               # also before step 0 and at the end
-        samples: 32                   # how many of the prompts
+        limit: 32                     # only the first prompts, this many
         max_new_tokens: 512
         temperature: 1.0
         batch_size: 32

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from flexalign.cli._options import Dtype, MaxNewTokens, Temperature, TopP
+from flexalign.cli._options import Dtype, MaxNewTokens, SkipBadRows, Temperature, TopP
 from flexalign.cli._shared import console, print_json, progress_bar, read_secret, resumable
 from flexalign.errors import ConfigError
 
@@ -45,11 +45,11 @@ def sample(
     concurrency: Annotated[
         int, typer.Option(min=1, help="Requests under way at the endpoint at one time.")
     ] = 8,
-    samples: Annotated[int, typer.Option("--samples", "-n", help="Responses per prompt.")] = 1,
+    samples: Annotated[int, typer.Option("--samples", "-n", help="Answers to each prompt.")] = 1,
     max_new_tokens: MaxNewTokens = 2048,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Responses made, and saved, together.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Answers made, and saved, together.")] = 16,
     seed: Annotated[int, typer.Option(help="The same seed gives the same traces.")] = 0,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first prompts, this many.")
@@ -63,14 +63,14 @@ def sample(
         ),
     ] = False,
     dtype: Dtype = "auto",
-    skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Leave bad rows out instead of stopping.")
-    ] = False,
+    skip_bad_rows: SkipBadRows = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Check everything and show two prompts; write nothing."),
+        typer.Option("--dry-run", help="Check all and show two prompts; write nothing."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The summary as JSON on stdout.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the summary as JSON, alone, on stdout.")
+    ] = False,
 ) -> None:
     """Make the traces that TrRa trains on: responses to prompts, as JSON Lines.
 

@@ -1,7 +1,6 @@
 """``flexalign serve``: a server of OpenAI's protocol with a dial on every request."""
 
 import importlib.util
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,20 +8,13 @@ import typer
 from rich.markup import escape
 
 from flexalign.cli._dial import read_range
-from flexalign.cli._options import Adapter, Aligned, AnyBase, Dtype, Gate
+from flexalign.cli._options import Adapter, Aligned, AnyBase, Dtype, Engine, Gate
 from flexalign.cli._shared import as_input_errors, console, print_json, read_secret
 from flexalign.cli._vllm import Parts, serve_on_vllm
 from flexalign.errors import ConfigError
 
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 _ROWS, _QUEUE = 32, 256
-
-
-class _Engine(StrEnum):
-    """What runs the model."""
-
-    LOCAL = "local"
-    VLLM = "vllm"
 
 
 def serve(
@@ -36,8 +28,8 @@ def serve(
     adapter: Adapter = None,
     aligned: Aligned = None,
     engine: Annotated[
-        _Engine, typer.Option(help="local runs here; vllm starts vLLM (docs/vllm.md).")
-    ] = _Engine.LOCAL,
+        Engine, typer.Option(help="local runs here; vllm starts vLLM (docs/vllm.md).")
+    ] = Engine.LOCAL,
     host: Annotated[
         str, typer.Option(help="Address; other machines come in by 0.0.0.0, which wants a key.")
     ] = "127.0.0.1",
@@ -97,7 +89,7 @@ def serve(
         bool, typer.Option("--dry-run", help="Print the command that would start vLLM.")
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Say on stdout as JSON where the server is.")
+        bool, typer.Option("--json", help="Print where the server is as JSON, alone, on stdout.")
     ] = False,
 ) -> None:
     """Serve a model over OpenAI's API, every request with its own λ.
@@ -125,7 +117,7 @@ def serve(
     key = read_secret(api_key_env)
     is_local = key is None and not insecure
     body_bytes = round(body_limit * 2**20)
-    if engine is _Engine.VLLM:
+    if engine is Engine.VLLM:
         from flexalign.serving.server import require_safe_address
         from flexalign.serving.vllm.front import FrontOptions
 

@@ -12,6 +12,8 @@ from flexalign.cli._options import (
     Data,
     Instruction,
     LambdaRange,
+    OneTask,
+    ResultAsJson,
     TaskMaxNewTokens,
     TaskTemperature,
     TaskTopP,
@@ -44,15 +46,10 @@ def tune(
         str | None,
         typer.Argument(help="What is tuned, such as dial:BASE,ADAPTER; none with --from."),
     ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            "--task", help="Its questions: math500, aime, amc, gsm8k, miniature, or a file."
-        ),
-    ] = None,
+    task: OneTask = None,
     data: Data = None,
     instruction: Instruction = None,
-    limit: Annotated[int | None, typer.Option(help="Only this many questions.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many questions, drawn.")] = None,
     margin: Annotated[
         float, typer.Option(help="Loss of accuracy that is accepted; 0.02 is two points.")
     ] = 0.02,
@@ -71,9 +68,12 @@ def tune(
     ] = None,
     policies: Annotated[
         list[str] | None,
-        typer.Option("--policy", help="More candidates: 'adaptive 0.5', or JSON; repeatable."),
+        typer.Option("--policy", help="More candidates: 'adaptive 0.5' or JSON; repeatable."),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="Of each question; the task's own.")] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option("--samples", "-n", help="Answers to each question; 8 by default."),
+    ] = None,
     temperature: TaskTemperature = None,
     top_p: TaskTopP = None,
     max_new_tokens: TaskMaxNewTokens = None,
@@ -85,7 +85,9 @@ def tune(
             "holds for any distribution of the questions and needs more of them."
         ),
     ] = "obrien-fleming",
-    seed: Annotated[int, typer.Option(help="Of sampling and of the questions' order.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of all sampling, of --limit's draw and of the order.")
+    ] = 0,
     stored: Annotated[
         Path | None,
         typer.Option("--from", help="Take answers from the --output of an evaluate run."),
@@ -113,9 +115,10 @@ def tune(
     lambda_range: LambdaRange = None,
     workers: Workers = 1,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check all, show a prompt and the plan; ask nothing.")
+        bool,
+        typer.Option("--dry-run", help="Check all, show a prompt and the plan; sample nothing."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The result as JSON on stdout.")] = False,
+    as_json: ResultAsJson = False,
 ) -> None:
     """Choose the setting that saves most tokens and keeps the accuracy, with a promise.
 

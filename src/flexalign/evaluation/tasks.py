@@ -65,13 +65,13 @@ class Sampling:
         samples: Responses a question.
         temperature: Of the sampling.
         top_p: Share of probability that is kept.
-        max_tokens: The longest response.
+        max_new_tokens: Tokens at which a response is cut off.
     """
 
     samples: int = 8
     temperature: float = 0.7
     top_p: float = 0.95
-    max_tokens: int = 16_384
+    max_new_tokens: int = 16_384
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def _miniature(name: str, limit: int | None) -> Task:
         Question(str(number), question.text, str(question.answer))
         for number, question in enumerate(made, start=1)
     )
-    sampling = Sampling(temperature=1.0, top_p=1.0, max_tokens=1000)
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=1000)
     return Task(name, tuple(questions), instruction="", sampling=sampling)
 
 

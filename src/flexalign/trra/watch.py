@@ -16,7 +16,7 @@ class Watch:
     Attributes:
         prompts: File of prompts; rows with an ``answer`` give an accuracy too.
         every_steps: Steps between two measurements; the untrained student comes before step 0.
-        samples: Prompts used, the first ones of the file.
+        limit: Prompts used, the first ones of the file.
         max_new_tokens: Where an answer is cut off; it then counts as truncated.
         temperature: Of sampling; 0 is greedy.
         batch_size: Prompts answered at one time.
@@ -24,7 +24,7 @@ class Watch:
 
     prompts: str
     every_steps: int = 50
-    samples: int = 32
+    limit: int = 32
     max_new_tokens: int = 512
     temperature: float = 1.0
     batch_size: int = 32
@@ -37,7 +37,7 @@ def parse_watch(values: object) -> Watch:
         ConfigError: If a key is unknown, or a value has a wrong type or is out of its range.
     """
     watch = Watch(**check_settings(values, get_type_hints(Watch), "watch", ["prompts"]))
-    for name in ("every_steps", "samples", "max_new_tokens", "batch_size"):
+    for name in ("every_steps", "limit", "max_new_tokens", "batch_size"):
         if getattr(watch, name) < 1:
             raise ConfigError(f"watch.{name} must be at least 1, got {getattr(watch, name)}.")
     if watch.temperature < 0:

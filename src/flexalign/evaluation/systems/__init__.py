@@ -4,8 +4,8 @@
 
     model:PATH                   a model as it is
     dial:BASE,ADAPTER            an InRa adapter on its base
-    pair:REFERENCE,ALIGNED       two models, fused as they decode
-    interpolate:REFERENCE,ALIGNED   weights between two models
+    pair:REF,ALIGNED             two models, fused as they decode
+    interpolate:REF,ALIGNED      weights between two models
     url:http://…                 a server of OpenAI's protocol
     mine=dial:BASE,ADAPTER       any of these under a name of the user's
 """
@@ -86,8 +86,8 @@ def parse_system(text: str) -> System:
     match = _FORM.fullmatch(text.strip())
     if match is None:
         raise ConfigError(
-            f"{text!r} is no system; write model:PATH, dial:BASE,ADAPTER, pair:REFERENCE,ALIGNED, "
-            "interpolate:REFERENCE,ALIGNED or url:http://…, with name= in front if you like"
+            f"{text!r} is no system; write model:PATH, dial:BASE,ADAPTER, pair:REF,ALIGNED, "
+            "interpolate:REF,ALIGNED or url:http://…, with name= in front if you like"
             + (f" (such as model:{text})." if ":" not in text else ".")
         )
     kind, rest = match["kind"], match["rest"]
