@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from flexalign.data import split_tokens
-from flexalign.decoding.difference import measure_difference, propose_gate
+from flexalign.decoding.difference import measure_difference
+from flexalign.decoding.gate import propose_gate
 from flexalign.errors import DataError
 from flexalign.miniature import make_traces
 from flexalign.pairing import ModelPair

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flexalign._modes import evaluating
-from flexalign.decoding.difference import Row, logit_chunks
+from flexalign.decoding.reading import Row, read_logits
 from flexalign.errors import ConfigError, DataError
 from flexalign.fusion import as_lambda, fuse
 from flexalign.heads import Head
@@ -103,25 +103,26 @@ def preview(
     if not ordered:
         raise ConfigError("a preview needs at least one λ.")
     sums, count = torch.zeros(len(ordered), 3, dtype=torch.float64), 0
-    order = sorted(range(len(rows)), key=lambda index: -sum(map(len, rows[index])))
     with _reading(system) as (hidden, heads, device):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            for reference, aligned, _ in logit_chunks(
-                hidden, heads, rows, batch, device=device, chunk_size=chunk_size
-            ):
-                if not 1 <= top_k < reference.shape[-1]:
-                    raise ConfigError(
-                        f"top_k must be at least 1 and less than the vocabulary of "
-                        f"{reference.shape[-1]} tokens, got {top_k}."
-                    )
-                own = _likeliest(reference, top_k) | _likeliest(aligned, top_k)
-                before = reference.float().log_softmax(-1)
-                for place, lam in enumerate(ordered):
-                    sums[place] += _look(fuse(reference, aligned, lam), before, own)
-                count += len(reference)
-            if progress is not None:
-                progress(start + len(batch), len(order))
+        for reference, aligned, _ in read_logits(
+            hidden,
+            heads,
+            rows,
+            device=device,
+            batch_size=batch_size,
+            chunk_size=chunk_size,
+            progress=progress,
+        ):
+            if not 1 <= top_k < reference.shape[-1]:
+                raise ConfigError(
+                    f"top_k must be at least 1 and less than the vocabulary of "
+                    f"{reference.shape[-1]} tokens, got {top_k}."
+                )
+            own = _likeliest(reference, top_k) | _likeliest(aligned, top_k)
+            before = reference.float().log_softmax(-1)
+            for place, lam in enumerate(ordered):
+                sums[place] += _look(fuse(reference, aligned, lam), before, own)
+            count += len(reference)
     table = (sums / count).tolist()
     found = tuple(PreviewRow(lam, *means) for lam, means in zip(ordered, table, strict=True))
     left = [row.lam for row in found if row.lam > 1 and row.outside >= LEAVING_SHARE]

@@ -5,14 +5,10 @@ At every response token both models give a distribution of what comes next. Thei
 probability say in what. Positions with the same two tokens are one *shift*: "`again` gives way to
 `;`". λ turns each of them; beyond [0, 1] it turns the noise too, in which the two merely differ.
 
-The gate that is proposed lies between the two. The TVs are split, on a logarithmic scale and each
-position weighted by its TV, into the two groups that explain most of their variance (Otsu's
-threshold). The noise floor n is the weighted 99 % quantile of the lower group, s the weighted 1 %
-quantile of the upper one, the gate √(s·n): half-way between. s/n is the *separation*; near 1 the
-two groups pass into each other, and a gate cuts where there is no gap.
+The gate that is proposed (:mod:`flexalign.decoding.gate`) lies between the two.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,27 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flexalign._modes import evaluating
+from flexalign.decoding.gate import NO_DIFFERENCE, propose_gate
+from flexalign.decoding.reading import Row, read_logits
 from flexalign.errors import DataError
 from flexalign.fusion import total_variation
-from flexalign.heads import Head
 from flexalign.pairing import ModelPair
 
-__all__ = [
-    "Difference",
-    "Row",
-    "Shift",
-    "TokenChange",
-    "logit_chunks",
-    "measure_difference",
-    "propose_gate",
-]
-
-Row = tuple[list[int], list[int]]
-"""Token ids of a prompt and of its response."""
-
-_TAIL = 0.01
-_NO_DIFFERENCE = 1e-4
-"""A total variation so small that no λ in use makes it matter; smaller ones count as this."""
+__all__ = ["Difference", "Shift", "TokenChange", "measure_difference"]
 
 _CONTEXT_TOKENS = 12
 _COLUMNS = ("row", "position", "variation", "falls", "rises", "falls_reference", "falls_aligned",
@@ -127,31 +109,6 @@ class Difference:
         return asdict(self)
 
 
-def propose_gate(variations: NDArray[np.float64]) -> tuple[float | None, float, float]:
-    """Propose a gate from total variations; the rule is at the top of this module.
-
-    Args:
-        variations: One for each position.
-
-    Returns:
-        The gate (None if the models differ nowhere by more than 0.0001), the noise floor and the
-        separation.
-    """
-    weights = np.sort(variations).clip(_NO_DIFFERENCE)
-    if not len(weights) or weights[-1] == _NO_DIFFERENCE:
-        return None, 0.0, 1.0
-    logs = np.log(weights)
-    below, total = np.cumsum(weights)[:-1], weights.sum()
-    moments = np.cumsum(weights * logs)[:-1]
-    mean = (weights * logs).sum() / total
-    # Otsu: the split with the largest variance between its two groups.
-    between = (moments - mean * below) ** 2 / (below * (total - below))
-    split = int(between.argmax()) + 1 if len(between) else 0
-    signal = _weighted_quantile(weights[split:], _TAIL)
-    noise = _weighted_quantile(weights[:split], 1 - _TAIL) if split else signal
-    return float(np.sqrt(signal * noise)), noise, signal / noise
-
-
 @torch.no_grad()
 def measure_difference(
     pair: ModelPair,
@@ -180,26 +137,21 @@ def measure_difference(
     if not any(response for _, response in rows):
         raise DataError("the traces have no response tokens to compare the two models on.")
     masses = torch.zeros(2, pair.vocab_size, dtype=torch.float64)
-    parts: list[NDArray[np.float64]] = []
-    order = sorted(range(len(rows)), key=lambda index: -sum(map(len, rows[index])))
     device = next(pair.reference.parameters()).device
     with evaluating(pair.reference), evaluating(pair.aligned):
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            for chunk in logit_chunks(
-                lambda **inputs: [pair.hidden(side, **inputs) for side in ("reference", "aligned")],
-                pair.heads,
-                rows,
-                batch,
-                device=device,
-                chunk_size=chunk_size,
-            ):
-                parts.append(_look(*chunk, masses))
-            if progress is not None:
-                progress(start + len(batch), len(order))
+        chunks = read_logits(
+            lambda **inputs: [pair.hidden(side, **inputs) for side in ("reference", "aligned")],
+            pair.heads,
+            rows,
+            device=device,
+            batch_size=batch_size,
+            chunk_size=chunk_size,
+            progress=progress,
+        )
+        parts = [_look(*chunk, masses) for chunk in chunks]
     table = dict(zip(_COLUMNS, np.concatenate(parts, axis=1), strict=True))
     gate, noise, separation = propose_gate(table["variation"])
-    above = table["variation"] > (_NO_DIFFERENCE if gate is None else gate)
+    above = table["variation"] > (NO_DIFFERENCE if gate is None else gate)
     return Difference(
         rows=len(rows),
         tokens=len(above),
@@ -212,48 +164,6 @@ def measure_difference(
         rises=_changes(masses, len(above), pair.tokenizer, shown, sign=1),
         shifts=_shifts({key: column[above] for key, column in table.items()}, rows, pair, shown),
     )
-
-
-def logit_chunks(
-    hidden: Callable[..., Sequence[Tensor]],
-    heads: Sequence[Head],
-    rows: Sequence[Row],
-    batch: Sequence[int],
-    *,
-    device: torch.device,
-    chunk_size: int,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield both models' logits, (N, V) each, and (row, position) of the tokens they predict.
-
-    Args:
-        hidden: Gives the final hidden states of both for ``input_ids`` and ``attention_mask``.
-        heads: Of both.
-        rows: Prompts and responses; the responses' tokens are those predicted.
-        batch: Which of the rows are read, together.
-        device: Of the models.
-        chunk_size: N, at most.
-    """
-    tokens = [rows[index][0] + rows[index][1] for index in batch]
-    longest = max(map(len, tokens))
-    padded = [row + [row[-1]] * (longest - len(row)) for row in tokens]
-    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in tokens]
-    inputs = {
-        "input_ids": torch.tensor(padded, device=device),
-        "attention_mask": torch.tensor(mask, device=device),
-    }
-    places = [
-        (line, position - 1)
-        for line, (index, row) in enumerate(zip(batch, tokens, strict=True))
-        for position in range(max(len(rows[index][0]), 1), len(row))
-    ]
-    states = hidden(**inputs)
-    for start in range(0, len(places), chunk_size):
-        here = torch.tensor(places[start : start + chunk_size])
-        logits = [
-            head(own[here[:, 0], here[:, 1]]).cpu() for head, own in zip(heads, states, strict=True)
-        ]
-        where = torch.stack([torch.tensor(batch)[here[:, 0]], here[:, 1] + 1])
-        yield logits[0], logits[1], where
 
 
 def _look(reference: Tensor, aligned: Tensor, where: Tensor, masses: Tensor) -> NDArray[np.float64]:
@@ -315,12 +225,6 @@ def _shifts(
             )
         )
     return tuple(found)
-
-
-def _weighted_quantile(ordered: NDArray[np.float64], share: float) -> float:
-    """Return the value below which this share of the sum of all values lies."""
-    sums = np.cumsum(ordered)
-    return float(ordered[int(np.searchsorted(sums, share * sums[-1]))])
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
