@@ -10,7 +10,7 @@ import flexalign
 
 SOURCE = Path(flexalign.__file__).parent
 LAYERS = (
-    {"errors", "_version"},
+    {"errors", "_version", "_spelling"},
     {"fusion", "schedules"},
     {"losses", "loading", "pairing", "heads", "data", "miniature", "policies"},
     {"trra", "decoding"},

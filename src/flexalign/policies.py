@@ -17,17 +17,16 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
+from flexalign._spelling import nearest
 from flexalign.errors import ConfigError, LambdaError
 from flexalign.fusion import as_lambda
 from flexalign.schedules import Schedule
 
 __all__ = [
-    "DEFAULT_THRESHOLD",
     "LAMBDA_LEGEND",
     "Adaptive",
     "Dial",
@@ -44,7 +43,7 @@ Measure: TypeAlias = Literal["answer_probability", "min_token_probability", "agr
 
 Way: TypeAlias = Literal["fast", "slow"]
 
-DEFAULT_THRESHOLD = 0.5
+_DEFAULT_THRESHOLD = 0.5
 """The threshold where none is given and the adapter has not been calibrated."""
 
 LAMBDA_LEGEND = "λ: 0 is the reference, 1 the aligned model or the adapter's"
@@ -111,12 +110,18 @@ class Adaptive:
         if self.threshold is not None:
             _set(self, "threshold", _share(self.threshold, "an adaptive policy's threshold"))
         if self.measure not in get_args(Measure):
-            known = dict.fromkeys(get_args(Measure))
-            raise ConfigError(f"{self.measure!r} is no measure{_nearest(self.measure, known)}.")
+            known = nearest(self.measure, get_args(Measure))
+            raise ConfigError(f"{self.measure!r} is no measure{known}.")
         _set_lambdas(self)
         samples = self.samples
         if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
             raise ConfigError(f"an adaptive policy's samples must be ≥ 1, got {samples!r}.")
+
+    def resolved_threshold(self, calibrated: float | None = None) -> float:
+        """Return the threshold that holds: its own, else the calibrated one, else 0.5."""
+        if self.threshold is not None:
+            return self.threshold
+        return _DEFAULT_THRESHOLD if calibrated is None else calibrated
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form, which :func:`parse_dial` takes back."""
@@ -194,11 +199,11 @@ def parse_dial(value: object) -> Dial:
     given = dict(value)
     name = given.pop("policy")
     if not isinstance(name, str) or name not in _POLICIES:
-        raise ConfigError(f"{name!r} is no policy{_nearest(name, _POLICIES)}.")
+        raise ConfigError(f"{name!r} is no policy{nearest(name, _POLICIES)}.")
     policy, keys = _POLICIES[name]
     for key in given:
         if key not in keys:
-            raise ConfigError(f"the policy {name} takes no {key!r}{_nearest(key, keys)}.")
+            raise ConfigError(f"the policy {name} takes no {key!r}{nearest(key, keys)}.")
     if name == "fixed" and len(given) != 1:
         raise ConfigError('the policy fixed takes one λ: {"policy": "fixed", "lambda": 0.5}.')
     if name == "route" and "share" not in given:
@@ -278,8 +283,3 @@ def _share(value: object, name: str) -> float:
     if not 0 <= number <= 1:
         raise ConfigError(f"{name} must be a number in [0, 1], got {value!r}.")
     return number
-
-
-def _nearest(name: object, known: Mapping[str, object]) -> str:
-    close = get_close_matches(str(name), known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"

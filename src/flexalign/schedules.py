@@ -20,9 +20,9 @@ import numbers
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from typing import Any, TypeAlias, TypeVar, Union, cast
 
+from flexalign._spelling import nearest
 from flexalign.errors import ConfigError, LambdaError
 
 __all__ = ["JsonSchedule", "Schedule"]
@@ -119,7 +119,7 @@ class Schedule:
         known = [field.name for field in fields(cls)]
         for key in value:
             if key not in known:
-                raise ConfigError(f"a schedule has no key {key!r}{_nearest(key, known)}.")
+                raise ConfigError(f"a schedule has no key {key!r}{nearest(key, known)}.")
         if "kind" not in value:
             raise ConfigError(f"a schedule needs a 'kind': one of {', '.join(_REQUIRED)}.")
         given = dict(value)
@@ -181,9 +181,7 @@ class Schedule:
 
     def _check_keys(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in _REQUIRED:
-            raise ConfigError(
-                f"kind {self.kind!r} is no schedule{_nearest(self.kind, list(_REQUIRED))}."
-            )
+            raise ConfigError(f"kind {self.kind!r} is no schedule{nearest(self.kind, _REQUIRED)}.")
         required = _REQUIRED[self.kind]
         allowed = required + _OPTIONAL.get(self.kind, ())
         for field in fields(self)[1:]:
@@ -262,8 +260,3 @@ def _points(value: object) -> tuple[tuple[float, float], ...]:
             raise ConfigError(f"{hint}; step {step:g} comes after {points[-1][0]:g}.")
         points.append((step, _lambda(point[1], f"points at step {step:g}")))
     return tuple(points)
-
-
-def _nearest(name: object, known: list[str]) -> str:
-    close = get_close_matches(str(name), known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"

@@ -14,13 +14,18 @@ from flexalign.cli._training import (
     sample_rows,
     show_samples,
 )
-from flexalign.data import Lengths, load_preferences, measure_lengths, strip_thinking
+from flexalign.data import (
+    Lengths,
+    ThinkingTags,
+    load_preferences,
+    measure_lengths,
+    strip_thinking,
+)
 from flexalign.errors import ConfigError, UnsupportedModelError
 from flexalign.inra.adapter import decoder_layers
 from flexalign.inra.config import InRaConfig
 from flexalign.inra.folder import WEIGHTS_FILE, check_folder, require_base, require_range
 from flexalign.inra.training import Adaptation, AdaptRecipe, BakeRecipe, Baking, Outcome
-from flexalign.inra.training.adaptation import thinking_tags
 from flexalign.inra.training.run import Run
 from flexalign.loading import resolve_adapter
 from flexalign.loading.weights import fingerprint_file
@@ -179,7 +184,7 @@ def _read_data(
         return pairs, concatenate_datasets(sides)
     traces = read_traces(recipe.data, skip_bad_rows=skip_bad_rows)
     if recipe.strip_thinking:
-        traces = strip_thinking(traces, thinking_tags(base.tokenizer))
+        traces = strip_thinking(traces, ThinkingTags.of(base.tokenizer))
     return traces, traces
 
 

@@ -61,6 +61,11 @@ class ThinkingTags:
                 return tags
         return None
 
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "ThinkingTags":
+        """Return the tags that a tokenizer shows, else ``<think>`` and ``</think>``."""
+        return cls.detect(tokenizer) or cls()
+
     def opened_by(self, prompt: str) -> bool:
         """Whether a rendered prompt leaves the tag open, so that the response starts inside it."""
         return prompt.rfind(self.open) > prompt.rfind(self.close)

@@ -21,7 +21,7 @@ from flexalign.decoding.dials import RowDials, TagTokens, read_dials
 from flexalign.decoding.routing import generate_routed, needs_routing
 from flexalign.errors import ConfigError
 from flexalign.fusion import gated_lambda
-from flexalign.policies import DEFAULT_THRESHOLD, Adaptive
+from flexalign.policies import Adaptive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,7 +71,7 @@ class FusedDecoding(GenerationMixin, ABC):  # type: ignore[misc]
 
     def threshold(self, policy: Adaptive) -> float:
         """Return the least confidence that an adaptive policy accepts."""
-        return DEFAULT_THRESHOLD if policy.threshold is None else policy.threshold
+        return policy.resolved_threshold()
 
     def generate(
         self,
@@ -212,5 +212,5 @@ class FusedDecoding(GenerationMixin, ABC):  # type: ignore[misc]
         tokenizer = self._known_tokenizer("a thinking schedule", options)
         if self._setting("prefill_chunk_size", options):
             raise ConfigError("a thinking schedule needs the prompt whole; no prefill_chunk_size.")
-        tags = self._thinking_tags() or ThinkingTags.detect(tokenizer) or ThinkingTags()
+        tags = self._thinking_tags() or ThinkingTags.of(tokenizer)
         return TagTokens(tokenizer, tags)

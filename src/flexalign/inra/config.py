@@ -8,7 +8,7 @@ from typing import Any
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import CheckpointError, ConfigError, FlexAlignError, LambdaError
 from flexalign.fusion import as_lambda
-from flexalign.policies import DEFAULT_THRESHOLD, Adaptive
+from flexalign.policies import Adaptive
 
 __all__ = ["CONFIG_FILE", "FORMAT_VERSION", "InRaConfig"]
 
@@ -68,9 +68,12 @@ class InRaConfig:
     def threshold(self, policy: Adaptive) -> float:
         """Return a policy's threshold; the calibrated one, where there is one, if it has none."""
         calibrated = (self.calibration or {}).get("threshold")
-        if policy.threshold is not None:
-            return policy.threshold
-        return DEFAULT_THRESHOLD if calibrated is None else float(calibrated)
+        return policy.resolved_threshold(None if calibrated is None else float(calibrated))
+
+    @property
+    def tags(self) -> ThinkingTags | None:
+        """The thinking tags, if the adapter names any."""
+        return ThinkingTags(*self.thinking_tags) if self.thinking_tags else None
 
     def to_json(self) -> str:
         """Return the file's text."""

@@ -195,8 +195,7 @@ class InRaModel(StreamDecoding):
         return self.inra_config.default_lambda
 
     def _thinking_tags(self) -> ThinkingTags | None:
-        tags = self.inra_config.thinking_tags
-        return ThinkingTags(*tags) if tags else None
+        return self.inra_config.tags
 
     def threshold(self, policy: Adaptive) -> float:
         """Return a policy's threshold; the calibrated one, where there is one, if it has none."""

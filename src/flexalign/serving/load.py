@@ -88,7 +88,7 @@ def load_service(options: ServeOptions) -> tuple[Service, DialRules]:
     """
     runner, tokenizer, tags, rules = _load(options)
     model = runner.model
-    tags = tags or ThinkingTags.detect(tokenizer) or ThinkingTags()
+    tags = tags or ThinkingTags.of(tokenizer)
     configs = [side.config for side in _sides(model)]
     known = [getattr(config, "max_position_embeddings", None) for config in configs]
     limits = [limit for limit in (*known, options.context) if limit is not None]
@@ -121,8 +121,7 @@ def _load(options: ServeOptions) -> tuple[Runner, Any, ThinkingTags | None, Dial
     settings = model.inra_config
     rules = adapter_rules(settings, options.lambda_range)
     model.inra_config = replace(settings, lambda_range=rules.lambda_range)
-    tags = ThinkingTags(*settings.thinking_tags) if settings.thinking_tags else None
-    return InRaRunner(model, options.gate), load_tokenizer(options.model), tags, rules
+    return InRaRunner(model, options.gate), load_tokenizer(options.model), settings.tags, rules
 
 
 def _sides(model: Any) -> Sequence[Any]:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexalign.data.thinking import ThinkingTags
 from flexalign.decoding import TwoModelDecoder, interpolate
 from flexalign.decoding.responses import Response, generate_responses
 from flexalign.errors import ConfigError
@@ -73,7 +72,7 @@ class LocalBackend:
             self.default = Setting.of(config.default_lambda)
             self._limits = self._limits or config.lambda_range
             self.calibration = config.calibration
-            tags = ThinkingTags(*config.thinking_tags) if config.thinking_tags else None
+            tags = config.tags
         self.require_range(settings)
         self.text = ModelText(load_tokenizer(self._sources[0]), tags)
 

@@ -16,7 +16,7 @@ class ModelText:
     def __init__(self, tokenizer: Any, tags: ThinkingTags | None = None) -> None:
         """Read with a tokenizer; the thinking tags are its own if not given."""
         self.tokenizer = tokenizer
-        self.tags = tags or ThinkingTags.detect(tokenizer) or ThinkingTags()
+        self.tags = tags or ThinkingTags.of(tokenizer)
 
     def prompt(self, messages: Messages) -> Prompt:
         """The prompt as :func:`generate_responses` takes it; text where there is no template."""

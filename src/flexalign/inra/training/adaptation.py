@@ -30,7 +30,7 @@ from flexalign.trra.callbacks import StopOnSignal
 from flexalign.trra.forward import HeadForm
 from flexalign.trra.teachers import Teacher
 
-__all__ = ["Adaptation", "adapt", "thinking_tags"]
+__all__ = ["Adaptation", "adapt"]
 
 
 class Adaptation(Run):
@@ -46,7 +46,7 @@ class Adaptation(Run):
     @contextmanager
     def _trainer(self, callbacks: list[TrainerCallback]) -> Iterator[Any]:
         inra = self._load()
-        tags = thinking_tags(self.tokenizer)
+        tags = ThinkingTags.of(self.tokenizer)
         inra.inra_config = replace(
             inra.inra_config, thinking_tags=(tags.open, tags.close), calibration=None
         )
@@ -133,7 +133,7 @@ def adapt(
             raise ConfigError("the base is a loaded model; give its tokenizer too.")
         tokenizer = load_tokenizer(name)
     if recipe.strip_thinking:
-        data = strip_thinking(data, thinking_tags(tokenizer))
+        data = strip_thinking(data, ThinkingTags.of(tokenizer))
     models = [fingerprint(name if loaded is None else loaded)]
     models += [fingerprint(recipe.aligned)] if recipe.aligned else []
     run = Adaptation(
@@ -141,11 +141,6 @@ def adapt(
     )
     run.base = loaded
     return run.run(callbacks, StopOnSignal())
-
-
-def thinking_tags(tokenizer: PreTrainedTokenizerBase) -> ThinkingTags:
-    """Return the tags that a tokenizer shows, else ``<think>`` and ``</think>``."""
-    return ThinkingTags.detect(tokenizer) or ThinkingTags()
 
 
 def _dtype(arguments: Any) -> torch.dtype:

@@ -15,7 +15,7 @@ from flexalign.data.thinking import ThinkingTags
 from flexalign.decoding.dials import RowDials, TagTokens
 from flexalign.decoding.text import ResponseText
 from flexalign.errors import ConfigError, ServingError
-from flexalign.policies import DEFAULT_THRESHOLD, Adaptive, Dial
+from flexalign.policies import Adaptive, Dial
 from flexalign.schedules import Schedule
 from flexalign.serving.dial import refuse_agreement
 from flexalign.serving.engine.frame import Frame
@@ -57,7 +57,7 @@ class Engine:
         self._runner = runner
         self._limits = limits or EngineLimits()
         self._tag_error = ""
-        threshold = getattr(runner.model, "threshold", _default_threshold)
+        threshold = getattr(runner.model, "threshold", Adaptive.resolved_threshold)
         reader = ResponseText(tokenizer, tags)
         self._writing = Writing(reader, frozenset(ends), self._find(tokenizer, tags), threshold)
         self._frame: Frame[Row] = Frame(runner)
@@ -287,7 +287,3 @@ class Engine:
         own_cache = self._runner.fork(cache, at, RowDials.of(dials, len(dials)))
         self._frame.add(rows, own_cache, mask[at])
         self._saved |= saved
-
-
-def _default_threshold(policy: Adaptive) -> float:
-    return DEFAULT_THRESHOLD if policy.threshold is None else policy.threshold

@@ -163,9 +163,8 @@ def _write_index(base: dict[str, TensorInfo], adapter: list[str], output: Path) 
 def _thinking_tokens(settings: InRaConfig, source: Model) -> tuple[int, int] | None:
     """Return the tokens of the thinking's tags; None where they are not one token each."""
     tokenizer = load_tokenizer(source)
-    tags = ThinkingTags(*settings.thinking_tags) if settings.thinking_tags else None
     try:
-        tokens = TagTokens(tokenizer, tags or ThinkingTags.detect(tokenizer) or ThinkingTags())
+        tokens = TagTokens(tokenizer, settings.tags or ThinkingTags.of(tokenizer))
     except ConfigError:
         return None
     return tokens.open, tokens.close

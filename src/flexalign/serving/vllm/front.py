@@ -122,8 +122,7 @@ def build_front(app: Any, folder: Path, options: FrontOptions, key: str | None) 
     settings = InRaConfig.load(folder)
     rules = adapter_rules(settings, options.lambda_range)
     tokenizer = load_tokenizer(folder)
-    tags = ThinkingTags(*settings.thinking_tags) if settings.thinking_tags else None
-    reading = Reading(tokenizer, tags or ThinkingTags.detect(tokenizer) or ThinkingTags())
+    reading = Reading(tokenizer, settings.tags or ThinkingTags.of(tokenizer))
     stack: Any = EngineDial(app, rules, settings, reading, body_limit=options.body_limit)
     stack = _OtherRoutes(stack, rules, options.body_limit)
     if key:
