@@ -9,6 +9,7 @@ from flexalign.calibration.confirm import Evidence, Proof
 from flexalign.calibration.tune import Tuned
 from flexalign.evaluation.statistics import Interval
 from flexalign.policies import LAMBDA_LEGEND
+from flexalign.trra.card import table
 
 __all__ = ["draw_path", "render_card", "write_card"]
 
@@ -59,7 +60,7 @@ def render_card(tuned: Tuned, context: Mapping[str, Any]) -> str:
         "each. A setting that was chosen for these figures is flattered by them; nothing is "
         "promised on them. *Chance*: the probability, judged here, that the held-out questions "
         f"prove it. {LAMBDA_LEGEND}.",
-        _table(
+        table(
             ("setting", "chance", *_HEADER),
             [
                 (s.setting, f"{s.promise:.0%}", *_cells(tuned.at_choice[s.setting]))
@@ -140,7 +141,7 @@ def _proof_text(tuned: Tuned) -> str:
         f"given up; error shared among looks: {tuned.options.looks}. Finalists in the order set "
         "beforehand; the first that is not kept ends it. Intervals are at 95 %, as if the number "
         "of questions had been fixed.\n\n"
-        + _table(("setting", "verdict", *_HEADER), rows)
+        + table(("setting", "verdict", *_HEADER), rows)
         + "\n\n"
         + looks
     )
@@ -177,8 +178,3 @@ def _share(interval: Interval) -> str:
 
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -28,6 +28,7 @@ from flexalign.inra.folder import WEIGHTS_FILE, check_folder, require_base, requ
 from flexalign.inra.training import Adaptation, AdaptRecipe, BakeRecipe, Baking, Outcome
 from flexalign.inra.training.run import Run
 from flexalign.loading import resolve_adapter
+from flexalign.loading.skeleton import skeleton
 from flexalign.loading.weights import fingerprint_file
 from flexalign.pairing.examination import ModelFacts, examine, examine_pair
 from flexalign.policies import Fixed
@@ -213,11 +214,7 @@ def _count(facts: ModelFacts) -> tuple[int, int]:
     Raises:
         UnsupportedModelError: If it has no stack of decoder layers.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(facts.config)
+    model = skeleton(facts.config)
     layer = decoder_layers(model, facts.name)[0]
     parts = (model, layer)
     total, first = (sum(item.numel() for item in part.parameters()) for part in parts)

@@ -25,6 +25,7 @@ from flexalign.trra.cache import (
     prepare_documents,
     stored_dtype,
 )
+from flexalign.trra.parts import running_dtype
 from flexalign.trra.recipe import Recipe
 
 __all__ = ["cache_filler", "plan_cache"]
@@ -72,7 +73,7 @@ def cache_filler(
         pair = ModelPair.load(
             recipe.reference,
             recipe.aligned,
-            dtype=_running_dtype(args),
+            dtype=running_dtype(args),
             trust_remote_code=args.trust_remote_code,
             allow_pickle=args.allow_pickle,
         )
@@ -111,7 +112,7 @@ def cache_filler(
 
 def _form(recipe: Recipe, inputs: Inputs, dtype: str) -> Form:
     args = recipe.training_arguments(recipe.output)
-    running = _running_dtype(args)
+    running = running_dtype(args)
     begun = stored_dtype(Path(recipe.cache_folder))
     facts = inputs.pair
     return Form(
@@ -121,7 +122,3 @@ def _form(recipe: Recipe, inputs: Inputs, dtype: str) -> Form:
         dtype=_DTYPES.get(dtype) or begun or running,
         head_dtype=running,
     )
-
-
-def _running_dtype(args: Any) -> torch.dtype:
-    return torch.bfloat16 if args.bf16 else torch.float32

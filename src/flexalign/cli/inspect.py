@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from flexalign.cli._options import AllowPickle, Dtype
-from flexalign.cli._shared import console, print_json, result_console
+from flexalign.cli._shared import print_json, progress_bar, result_console
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -102,19 +101,9 @@ def _measure(
         warnings.simplefilter("ignore")  # the report has said it all
         pair = ModelPair.load(reference, aligned, **loading)
     rows = list(split_tokens(traces, pair.tokenizer))
-    columns = (
-        TextColumn("reading with both models"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(rows))
+    with progress_bar("reading with both models", len(rows)) as show:
         return measure_difference(
-            pair,
-            rows,
-            batch_size=batch_size,
-            progress=lambda done, _: progress.update(task, completed=done),
+            pair, rows, batch_size=batch_size, progress=lambda done, _: show(done)
         )
 
 

@@ -26,7 +26,7 @@ from flexalign.policies import Adaptive
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["FusedDecoding"]
+__all__ = ["FusedDecoding", "positions_of"]
 
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 _REPEATING = ("num_beams", "num_return_sequences")
@@ -214,3 +214,8 @@ class FusedDecoding(GenerationMixin, ABC):  # type: ignore[misc]
             raise ConfigError("a thinking schedule needs the prompt whole; no prefill_chunk_size.")
         tags = self._thinking_tags() or ThinkingTags.of(tokenizer)
         return TagTokens(tokenizer, tags)
+
+
+def positions_of(attention_mask: Tensor) -> Tensor:
+    """Count each row's positions from its first token on, as ``generate`` does: (B, T)."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

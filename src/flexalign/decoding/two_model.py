@@ -12,7 +12,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flexalign.decoding.dials import RowDials, TagTokens
-from flexalign.decoding.fused import FusedDecoding
+from flexalign.decoding.fused import FusedDecoding, positions_of
 from flexalign.errors import ConfigError, UnsupportedModelError
 from flexalign.fusion import Lambda, fuse
 from flexalign.pairing import ModelPair, Side
@@ -224,7 +224,7 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
         common = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "position_ids": (attention_mask.long().cumsum(-1) - 1).clamp(min=0),
+            "position_ids": positions_of(attention_mask),
             "use_cache": True,
             "logits_to_keep": 1,
         }

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from flexalign._modes import evaluating
+from flexalign.decoding.fused import positions_of
 from flexalign.errors import UnsupportedModelError
 from flexalign.inra.refusal import refusing
-from flexalign.inra.stacked import StackedStreams, positions_of
+from flexalign.inra.stacked import StackedStreams
 from flexalign.inra.streams import ADAPTER, BASE
 
 __all__ = ["probe_streams"]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from flexalign.decoding.fused import positions_of
 from flexalign.errors import LambdaError
 from flexalign.fusion import Lambda, fuse
 from flexalign.heads import Head, can_mix_hidden
@@ -15,7 +16,7 @@ from flexalign.inra.adapter import decoder_layers
 from flexalign.inra.kv import StreamCache
 from flexalign.inra.streams import ADAPTER, BASE, BOTH, Entry, Plan
 
-__all__ = ["StackedStreams", "needed_streams", "positions_of"]
+__all__ = ["StackedStreams", "needed_streams"]
 
 
 class StackedStreams(nn.Module):
@@ -126,11 +127,6 @@ class StackedStreams(nn.Module):
         if can_mix_hidden(self.head, self.head, gate):
             return self.head(fuse(*plan.split(hidden), lam))
         return fuse(*plan.split(self.head(hidden)), lam, gate)
-
-
-def positions_of(attention_mask: Tensor) -> Tensor:
-    """Count each row's positions from its first token on, as ``generate`` does: (B, T)."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def needed_streams(lam: Lambda, rows: int) -> Tensor:

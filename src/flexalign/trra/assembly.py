@@ -30,6 +30,7 @@ from flexalign.trra.parts import (
     loading_options,
     require_one_vocabulary,
     require_trainable,
+    running_dtype,
     with_adapter,
 )
 from flexalign.trra.teachers import Teacher
@@ -98,7 +99,7 @@ def _load_pair(
     if start is None or aligned is None:
         raise ConfigError("TrRa needs a reference and an aligned model, or a pair of them.")
     options: dict[str, Any] = {
-        "dtype": torch.bfloat16 if args.bf16 else torch.float32,
+        "dtype": running_dtype(args),
         **loading_options(args),
     }
     if isinstance(start, PLACES) and isinstance(aligned, PLACES):

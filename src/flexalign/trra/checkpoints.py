@@ -28,6 +28,7 @@ __all__ = [
     "fault_of",
     "newest_complete",
     "seal",
+    "what_stands",
     "writing",
 ]
 
@@ -106,6 +107,12 @@ def newest_complete(output: Path) -> Found:
     return Found(None, passed_over)
 
 
+def what_stands(output: Path) -> str:
+    """Say, for messages, which checkpoint of a run still stands."""
+    stands = newest_complete(output).path
+    return f"{stands} stands" if stands else "there is no complete checkpoint yet"
+
+
 @contextlib.contextmanager
 def writing(what: str, output: Path, *, remains: str | None = None) -> Iterator[None]:
     """Turn a failure to write into one sentence that says what still stands.
@@ -123,11 +130,9 @@ def writing(what: str, output: Path, *, remains: str | None = None) -> Iterator[
     except (OSError, SafetensorError, RuntimeError) as error:
         if not _is_write_failure(error):
             raise
-        if remains is None:
-            stands = newest_complete(output).path
-            remains = f"{stands} stands" if stands else "there is no complete checkpoint yet"
         raise CheckpointError(
-            f"{what} could not be written to {output} ({_reason(error, output)}); {remains}: "
+            f"{what} could not be written to {output} ({_reason(error, output)}); "
+            f"{remains or what_stands(output)}: "
             "mend that and run the same command again, it goes on from there."
         ) from error
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flexalign.errors import FlexAlignError
-from flexalign.trra.checkpoints import newest_complete, writing
+from flexalign.trra.checkpoints import what_stands, writing
 
 __all__ = ["BATCH", "require_finite_loss", "require_finite_weights"]
 
@@ -71,9 +71,7 @@ def require_finite_weights(model: nn.Module, step: int, output: Path) -> None:
 
 
 def _stop(problem: str, output: Path) -> NoReturn:
-    stands = newest_complete(output).path
-    remains = f"{stands} stands" if stands else "there is no complete checkpoint yet"
     raise FlexAlignError(
-        f"{problem}; {remains}. Lower the learning rate or λ, or set max_grad_norm, and look at the "
+        f"{problem}; {what_stands(output)}. Lower the learning rate or λ, or set max_grad_norm, and look at the "
         "data; another setting is another run, so name another output."
     )

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerBase, set_seed
@@ -26,6 +27,7 @@ __all__ = [
     "loading_options",
     "require_one_vocabulary",
     "require_trainable",
+    "running_dtype",
     "with_adapter",
 ]
 
@@ -65,6 +67,11 @@ class Parts:
 def loading_options(args: TrRaConfig) -> dict[str, bool]:
     """What the run permits that loading could otherwise not do safely."""
     return {"trust_remote_code": args.trust_remote_code, "allow_pickle": args.allow_pickle}
+
+
+def running_dtype(args: Any) -> torch.dtype:
+    """What frozen models are loaded in: bfloat16 in a run that computes in it, else float32."""
+    return torch.bfloat16 if args.bf16 else torch.float32
 
 
 def choose_attention(parts: Parts, args: TrRaConfig) -> None:

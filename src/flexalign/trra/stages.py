@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from flexalign.errors import CheckpointError, FlexAlignError
 from flexalign.trra.callbacks import StopOnSignal
-from flexalign.trra.checkpoints import MANIFEST, Found, newest_complete, seal, writing
+from flexalign.trra.checkpoints import MANIFEST, Found, newest_complete, seal, what_stands, writing
 
 __all__ = [
     "Stopped",
@@ -99,11 +99,9 @@ def _together(output: Path) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, FlexAlignError) or not _is_lost_connection(error):
             raise
-        stands = newest_complete(output).path
-        remains = f"{stands} stands" if stands else "there is no complete checkpoint yet"
         raise CheckpointError(
             f"another process of this run ended or cannot be reached "
-            f"({' '.join(str(error).split())[:200]}); {remains}: start all processes again, "
+            f"({' '.join(str(error).split())[:200]}); {what_stands(output)}: start all processes again, "
             "the run goes on from there."
         ) from error
 

@@ -189,10 +189,10 @@ class LocalBackend:
             text,
             response.tokens,
             self.text.thinking_tokens(text),
-            getattr(response, "rejected_tokens", None) or 0,
+            response.rejected_tokens,
             response.truncated,
-            route or getattr(response, "route", None),
-            getattr(response, "confidence", None),
+            route or response.route,
+            response.confidence,
         )
 
     @contextmanager

@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
@@ -28,6 +27,7 @@ from flexalign.pairing.adapters import inner_model
 from flexalign.trra.assembly import Parts
 from flexalign.trra.callbacks import StopOnSignal
 from flexalign.trra.forward import HeadForm
+from flexalign.trra.parts import running_dtype
 from flexalign.trra.teachers import Teacher
 
 __all__ = ["Adaptation", "adapt"]
@@ -68,7 +68,9 @@ class Adaptation(Run):
     def _load(self) -> InRaModel:
         recipe = self.recipe
         base: Any = recipe.base if self.base is None else self.base
-        loading: dict[str, Any] = {"dtype": _dtype(self.arguments)} if self.base is None else {}
+        loading: dict[str, Any] = (
+            {"dtype": running_dtype(self.arguments)} if self.base is None else {}
+        )
         if recipe.adapter is not None:
             return InRaModel.from_pretrained(base, recipe.adapter, **loading)
         model = InRaModel.create(base, adapter_layers=recipe.adapter_layers, **loading)
@@ -77,7 +79,7 @@ class Adaptation(Run):
 
     def _parts(self, inra: InRaModel) -> Parts:
         """Return the student and its teachers: the base stream, and one model more."""
-        aligned = load_model(str(self.recipe.aligned), dtype=_dtype(self.arguments))
+        aligned = load_model(str(self.recipe.aligned), dtype=running_dtype(self.arguments))
         aligned.eval().requires_grad_(False)
         pair = ModelPair.of(inra.base, aligned, self.tokenizer)
         form = HeadForm.of(inra.base, pair.vocab_size)
@@ -141,7 +143,3 @@ def adapt(
     )
     run.base = loaded
     return run.run(callbacks, StopOnSignal())
-
-
-def _dtype(arguments: Any) -> torch.dtype:
-    return torch.bfloat16 if arguments.bf16 else torch.float32

@@ -15,6 +15,7 @@ from flexalign.inra.training.student import adapter_off, as_student
 from flexalign.loading import load_model
 from flexalign.trra.assembly import Parts
 from flexalign.trra.forward import HeadForm
+from flexalign.trra.parts import running_dtype
 from flexalign.trra.teachers import Teacher
 from flexalign.trra.trainer import TrRaTrainer
 
@@ -35,7 +36,7 @@ class Baking(Run):
     @contextmanager
     def _trainer(self, callbacks: list[TrainerCallback]) -> Iterator[Any]:
         recipe = self.recipe
-        dtype = torch.bfloat16 if self.arguments.bf16 else torch.float32
+        dtype = running_dtype(self.arguments)
         inra = InRaModel.from_pretrained(recipe.base, recipe.adapter, dtype=dtype)
         inra.requires_grad_(False)
         student = load_model(recipe.base, dtype=torch.float32).requires_grad_(True)

@@ -9,7 +9,7 @@ import yaml
 
 from flexalign.errors import ConfigError, FlexAlignError, LambdaError
 from flexalign.trra.recipe import DEFAULT_TRAINING, decisive, parse_training
-from flexalign.trra.settings import check_settings, read_yaml, set_value, split_assignment
+from flexalign.trra.settings import check_settings, read_tree
 
 __all__ = ["DEFAULT_ADAPT_TRAINING", "AdaptRecipe", "BakeRecipe"]
 
@@ -47,13 +47,8 @@ class _Recipe:
                 another type or out of its range.
             LambdaError: If λ is not a finite number or a schedule.
         """
-        tree = read_yaml(path)
-        for override in overrides:
-            set_value(tree, *split_assignment(override))
-        for name, value in given.items():
-            if value is not None:
-                tree[_YAML_NAMES.get(name, name)] = value
-        return cls.parse(tree)
+        by_yaml_name = {_YAML_NAMES.get(name, name): value for name, value in given.items()}
+        return cls.parse(read_tree(path, overrides, by_yaml_name))
 
     @classmethod
     def parse(cls: type[R], tree: Mapping[str, Any]) -> R:

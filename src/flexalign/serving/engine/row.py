@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from flexalign.decoding.confidence import Watch
-from flexalign.decoding.dials import RowDials, TagTokens
+from flexalign.decoding.dials import TagTokens
 from flexalign.decoding.seeded import SeededSampling
 from flexalign.decoding.text import ResponseText
 from flexalign.policies import Adaptive, Fixed, Route, Way
@@ -64,7 +64,6 @@ class Row:
     ended: Ended | None
     is_rejected: bool
     _dial: Fixed | Schedule
-    _dials: RowDials
     _index: int
     _written: list[int]
     _tokens: list[WrittenToken]
@@ -105,10 +104,11 @@ class Row:
         """λ of the token that will be chosen next."""
         if isinstance(self._dial, Fixed):
             return self._dial.lam
-        follows = self._dial.follows_thinking
-        ids = torch.tensor([self._job.prompt + tuple(self._written)] if follows else [[0]])
-        tags = self._writing.tags if follows else None
-        return float(self._dials.at(torch.zeros(1, dtype=torch.long), self._index, ids, tags)[0])
+        tags = self._writing.tags
+        if not self._dial.follows_thinking or tags is None:
+            return self._dial.at(self._index)
+        (inside,), (thinking,) = tags.place(torch.tensor([self._job.prompt + tuple(self._written)]))
+        return self._dial.at(self._index, inside=inside, thinking_tokens=thinking)
 
     def accept(self, logits: Tensor, likeliest: int) -> bool:
         """Choose the next token.
@@ -179,7 +179,6 @@ class Row:
         self.ended = None
         self.is_rejected = False
         self._dial = dial
-        self._dials = RowDials.of([dial], 1)
         self._index = 0
         self._written = []
         self._tokens = []

@@ -15,11 +15,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from flexalign.decoding.dials import RowDials
+from flexalign.decoding.fused import positions_of
 from flexalign.decoding.two_model import PairCache, TwoModelDecoder
 from flexalign.errors import UnsupportedModelError
 from flexalign.inra import InRaModel
 from flexalign.inra.kv import StreamCache
-from flexalign.inra.stacked import positions_of
 from flexalign.serving.engine.caches import append_rows, reframe
 
 __all__ = ["InRaRunner", "PairRunner", "PlainRunner", "Runner"]

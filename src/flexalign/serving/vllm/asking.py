@@ -16,11 +16,11 @@ from flexalign.serving.echo import Echo
 from flexalign.serving.errors import ApiError, Scope
 from flexalign.serving.middleware import PATHS, DialMiddleware, path_of
 from flexalign.serving.vllm.attempt import Attempt, fast_body, fold
+from flexalign.serving.vllm.lambdas import LAMBDA_KEY
 from flexalign.serving.vllm.retelling import Reading, Retold
 
 __all__ = ["EngineDial", "refuse_engine_lambda"]
 
-_LAMBDA = "lambda"
 _EXTRAS = "vllm_xargs"
 
 
@@ -117,7 +117,7 @@ class EngineDial(DialMiddleware):
         try:
             refuse_agreement(dial)
         except ConfigError as error:
-            raise ApiError(400, str(error), param=_LAMBDA, code="invalid_dial") from error
+            raise ApiError(400, str(error), param=LAMBDA_KEY, code="invalid_dial") from error
         if not isinstance(dial, Adaptive | Route):
             return
         if body.get("n") not in (None, 1) or _prompts(body) > 1:
@@ -138,10 +138,10 @@ def refuse_engine_lambda(body: dict[str, Any]) -> None:
     sampling = body.get("sampling_params")
     extra_args = sampling.get("extra_args") if isinstance(sampling, dict) else None
     for extras in (body.get(_EXTRAS), extra_args):
-        if isinstance(extras, dict) and _LAMBDA in extras:
+        if isinstance(extras, dict) and LAMBDA_KEY in extras:
             raise ApiError(
                 400,
-                f"{_EXTRAS} may not hold {_LAMBDA!r}, which is the server's; say {_LAMBDA} itself, "
+                f"{_EXTRAS} may not hold {LAMBDA_KEY!r}, which is the server's; say {LAMBDA_KEY} itself, "
                 f"beside the messages or the prompt, at {' or '.join(PATHS)}.",
                 param=_EXTRAS,
                 code="invalid_dial",
@@ -165,7 +165,7 @@ def _with_lambda(body: dict[str, Any], dial: Fixed | Schedule) -> dict[str, Any]
     extras = body.get(_EXTRAS)
     if extras is not None and not isinstance(extras, dict):
         return body  # vLLM refuses it, with the reason
-    return body | {_EXTRAS: {**(extras or {}), _LAMBDA: value}}
+    return body | {_EXTRAS: {**(extras or {}), LAMBDA_KEY: value}}
 
 
 def _prompts(body: dict[str, Any]) -> int:
