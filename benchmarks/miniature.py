@@ -136,11 +136,10 @@ def run_job(job: Job, options: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _departure(student: Any, pair: Any) -> dict[str, float]:
     """Student minus pair at the same branches, with a simultaneous interval over the habits."""
-    from flexalign.evaluation.statistics import clustered_interval
+    from flexalign.evaluation.statistics import simultaneous_interval
 
-    each = 1 - (1 - CONFIDENCE) / len(JUDGED)
-    low, middle, high = clustered_interval(
-        student.values - pair.values, pair.questions, confidence=each
+    low, middle, high = simultaneous_interval(
+        student.values - pair.values, pair.questions, len(JUDGED), CONFIDENCE
     )
     return {"mean": middle, "low": low, "high": high}
 
@@ -180,6 +179,8 @@ def build_placebo(folder: Path) -> None:
 
 def report(rows: dict[str, list[dict[str, Any]]], options: dict[str, Any]) -> str:
     """The section of the results document."""
+    from flexalign.evaluation.statistics import equivalent
+
     models = rows["models"]
     students = sorted(rows["students"], key=_place_in_table)
     reference = models[0]
@@ -235,7 +236,8 @@ def report(rows: dict[str, list[dict[str, Any]]], options: dict[str, Any]) -> st
     for row in students:
         departure = row["departure"]
         inside = all(
-            departure[h]["low"] >= -MARGIN and departure[h]["high"] <= MARGIN for h in JUDGED
+            equivalent((own["low"], own["mean"], own["high"]), 0.0, MARGIN)
+            for own in (departure[habit] for habit in JUDGED)
         )
         lines.append(
             f"| {row['name']} "

@@ -90,7 +90,7 @@ def test_a_cache_is_made_checked_and_mended(
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     again = flexalign("cache", tree)
     assert again.exit_code == 0, again.stderr
-    assert "is corrupt (its checksum); it is made again" in again.stderr
+    assert "is corrupt (its checksum differs); it is made again" in again.stderr
     HiddenStateCache.open(facts["cache"])
 
 

@@ -175,7 +175,7 @@ def test_a_server_answers_with_a_seed_of_its_own_for_each(
             ["--endpoint", "http://127.0.0.1:9", "--model-name", "m", "--api-key-env", "NO_SUCH"],
             "'NO_SUCH' is not set",
         ),
-        (["m", "--temperature", "-1"], "temperature must not be negative"),
+        (["m", "--temperature", "-1"], "temperature must be a number ≥ 0"),
         (["no/such/model"], "no/such/model"),
     ],
 )

@@ -59,7 +59,7 @@ def test_every_prompt_is_answered_samples_times(tmp_path: Path) -> None:
     )
     assert all(row["answer"] == PROMPTS[row["prompt_index"]]["answer"] for row in rows)
     assert seen == [4, 8, 12, 15]
-    assert summary.to_dict() == {
+    assert summary.to_json() == {
         "prompts": 5,
         "rows": 15,
         "made": 15,
@@ -190,7 +190,7 @@ def test_a_damaged_line_in_the_middle_stops_the_run(tmp_path: Path) -> None:
         ({"samples": 0}, "samples must be at least 1"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"batch_size": -1}, "batch_size must be at least 1"),
-        ({"temperature": -1}, "temperature must not be negative"),
+        ({"temperature": -1}, "temperature must be a number ≥ 0"),
         ({"top_p": 0}, "top_p must be above 0"),
         ({"temperature": 0, "samples": 2}, "the same response each time"),
     ],

@@ -33,7 +33,7 @@ def store_calibration(folder: Path, calibration: Mapping[str, Any]) -> InRaConfi
     settings = replace(
         settings, calibration=kept, lambda_range=(min(low, least), max(high, largest))
     )
-    write_json(folder / CONFIG_FILE, json.loads(settings.to_json()))
+    write_json(folder / CONFIG_FILE, json.loads(settings.to_text()))
     return settings
 
 

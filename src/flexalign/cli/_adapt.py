@@ -133,7 +133,7 @@ def preview(prepared: Prepared, *, as_json: bool) -> None:
     )
     facts = {
         **{key: value for key, value in recipe.to_tree().items() if key != "training"},
-        "data": {"path": recipe.data, **prepared.lengths.to_dict()},
+        "data": {"path": recipe.data, **prepared.lengths.to_json()},
         **steps,
         "trained_parameters": prepared.sizes.trainable,
         "memory_gib": need.to_gib(),

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from flexalign.cli._shared import console
 from flexalign.data.endpoint import Endpoint, EndpointResponse
-from flexalign.data.rendering import keeps_thinking, plain_prompt
+from flexalign.data.rendering import Prompt, keeps_thinking, plain_prompt
 from flexalign.data.thinking import ThinkingTags
 from flexalign.data.trace_run import SamplingSettings
-from flexalign.data.traces import Prompt
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:

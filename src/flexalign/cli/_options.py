@@ -78,6 +78,13 @@ TopP: TypeAlias = Annotated[float, typer.Option(help="Probability mass sampled f
 MaxNewTokens: TypeAlias = Annotated[int, typer.Option(help="Tokens at which an answer is cut off.")]
 BatchSize: TypeAlias = Annotated[int, typer.Option(min=1, help="Answers made together.")]
 
+Policies: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--policy",
+        help="'adaptive 0.5', 'route 0.3', auto, or JSON of a policy or a schedule; repeatable.",
+    ),
+]
 OneTask: TypeAlias = Annotated[
     str | None,
     typer.Option(

@@ -131,7 +131,7 @@ def _facts(run: Realignment, inputs: Inputs) -> dict[str, Any]:
         "effective_lambda": effective_lambda(recipe.lam, recipe.rounds, extrapolate=True),
         "output": recipe.output,
         "output_state": run.state,
-        "data": {"path": recipe.data, **inputs.lengths.to_dict()},
+        "data": {"path": recipe.data, **inputs.lengths.to_json()},
         **steps,
         **_memory(recipe, inputs.pair, longest),
     }

@@ -61,7 +61,7 @@ class Costs:
     training: float
     online: list[float] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "cache_seconds": self.cache,
@@ -106,7 +106,7 @@ def write_report(
     Of several processes the first one writes.
     """
     students = [
-        {"lambda": run.recipe.lam, **outcome.to_dict(), **_figures(outcome.output)}
+        {"lambda": run.recipe.lam, **outcome.to_json(), **_figures(outcome.output)}
         | {"seconds_per_step": clock.mean}
         for run, outcome, clock in zip(runs, outcomes, clocks, strict=True)
     ]
@@ -115,7 +115,7 @@ def write_report(
         "teacher": runs[0].recipe.teacher,
         "cache": str(cache.folder) if cache else None,
         "students": students,
-        "cost": costs.to_dict() if costs else None,
+        "cost": costs.to_json() if costs else None,
     }
     with one_process() as is_first, writing("the report", folder, remains="all students stand"):
         if is_first:
@@ -161,7 +161,7 @@ def _markdown(report: dict[str, Any], costs: Costs | None) -> str:
     parts = ["# Students of several λ", table(head, rows)]
     parts.append("Divergence and KL to either model are the last logged, in nats per token.")
     if costs:
-        parts.append(f"{describe_costs(costs.to_dict(), len(rows)).capitalize()}. {HOW}")
+        parts.append(f"{describe_costs(costs.to_json(), len(rows)).capitalize()}. {HOW}")
     return "\n\n".join(parts) + "\n"
 
 

@@ -94,7 +94,7 @@ def adapt(
             return
         outcome = finish(prepared.run)
     if as_json and not console.quiet:
-        print_json(outcome.to_dict() | {"trained_parameters": prepared.sizes.trainable})
+        print_json(outcome.to_json() | {"trained_parameters": prepared.sizes.trainable})
     console.print(f"the adapter: [bold]{escape(str(outcome.output))}[/bold]")
     base, folder = shlex.quote(plan.base), shlex.quote(str(outcome.output))
     console.print(

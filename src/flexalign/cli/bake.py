@@ -82,7 +82,7 @@ def bake(
             return
         outcome = finish(prepared.run)
     if as_json and not console.quiet:
-        print_json(outcome.to_dict())
+        print_json(outcome.to_json())
     measured = outcome.measures
     console.print(f"the baked model: [bold]{escape(str(outcome.output))}[/bold]")
     console.print(

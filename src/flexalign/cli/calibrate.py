@@ -130,7 +130,7 @@ def calibrate(
     if save_to is not None and is_packaged(save_to):
         raise ConfigError(f"--save-to {save_to} is inside the package; name a folder outside it.")
     if save_to is not None and save_to.exists():
-        raise ConfigError(f"--save-to {save_to} exists already; name a folder that is not there.")
+        raise ConfigError(f"--save-to {save_to} is there already; move it away or name another.")
     with as_input_errors():
         settings = check_folder(folder)
     limits = widened or settings.lambda_range

@@ -16,6 +16,7 @@ from flexalign.cli._options import (
     Gate,
     Instruction,
     LambdaRange,
+    Policies,
     TaskMaxNewTokens,
     TaskTemperature,
     TaskTopP,
@@ -60,12 +61,7 @@ def evaluate(
             "adapter's.",
         ),
     ] = None,
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="'adaptive 0.5', 'route 0.3', auto, or JSON of a policy or a schedule; repeatable."
-        ),
-    ] = None,
+    policy: Policies = None,
     effort: Annotated[
         str | None,
         typer.Option(help="Efforts to measure, such as 0,50,100, of one calibrated dial:."),

@@ -28,6 +28,7 @@ from flexalign.cli._options import (
     LambdaRange,
     MaxNewTokens,
     Model,
+    Policies,
     Temperature,
     TopP,
 )
@@ -69,12 +70,7 @@ def generate(
             "aligned model or the adapter's; the adapter's default if not given (a pair: 1).",
         ),
     ] = None,
-    policy: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="'adaptive 0.5', 'route 0.3', auto, or JSON of a policy or a schedule; repeatable."
-        ),
-    ] = None,
+    policy: Policies = None,
     effort: Annotated[
         str | None,
         typer.Option(

@@ -125,7 +125,7 @@ def realign(
         if len(runs) > 1:
             report = _report(runs, outcomes, clocks, cache)
     if as_json and not console.quiet:
-        print_json(report if len(runs) > 1 else outcomes[0].to_dict())
+        print_json(report if len(runs) > 1 else outcomes[0].to_json())
     for outcome in outcomes:
         _summarise(outcome, recipes[0].reference)
 

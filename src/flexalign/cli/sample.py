@@ -14,8 +14,8 @@ from flexalign.errors import ConfigError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from flexalign.data.rendering import Prompt
     from flexalign.data.trace_run import SamplingSettings
-    from flexalign.data.traces import Prompt
 
 _PREVIEWED = 2
 
@@ -118,7 +118,7 @@ def sample(
             render=generator.render,
         )
     if as_json:
-        print_json({"output": str(output), **summary.to_dict()})
+        print_json({"output": str(output), **summary.to_json()})
         return
     tokens = "unknown" if summary.mean_tokens is None else f"{summary.mean_tokens:.1f}"
     console.print(

@@ -36,7 +36,7 @@ class Lengths:
     longest: int
     shortest: int
 
-    def to_dict(self) -> dict[str, int]:
+    def to_json(self) -> dict[str, int]:
         """The figures by name, for JSON."""
         return asdict(self)
 

@@ -10,12 +10,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
+    "Prompt",
     "chat_template_of",
     "check_rendering",
     "keeps_thinking",
     "plain_prompt",
     "render_chat",
 ]
+
+Prompt = str | list[dict[str, Any]]
+"""Text that the model goes on from as it is, or messages for the chat template."""
 
 
 def chat_template_of(tokenizer: "PreTrainedTokenizerBase", path: str | None) -> Any:

@@ -1,6 +1,7 @@
 """A run of trace-making on disk: its settings, its manifest, and where it stopped."""
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +43,10 @@ class SamplingSettings:
         for name in ("samples", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.temperature < 0:
-            raise ConfigError(f"temperature must not be negative, got {self.temperature}.")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(
+                f"temperature must be a number ≥ 0 (0 is greedy), got {self.temperature}."
+            )
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
         if self.temperature == 0 and self.samples > 1:

@@ -14,15 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from flexalign.data.rendering import Prompt
 from flexalign.data.trace_run import SamplingSettings
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-__all__ = ["Generate", "Prompt", "TraceSummary", "derive_seed", "make_traces"]
-
-Prompt = str | list[dict[str, Any]]
-"""Text that the model continues as it stands, or messages for the chat template."""
+__all__ = ["Generate", "TraceSummary", "derive_seed", "make_traces"]
 
 
 class Sampled(Protocol):
@@ -65,7 +63,7 @@ class TraceSummary:
     empty: int
     mean_tokens: float | None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The figures by name, for JSON."""
         return asdict(self)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from flexalign._modes import evaluating
-from flexalign.data.rendering import render_chat
+from flexalign.data.rendering import Prompt, render_chat
 from flexalign.decoding.dials import read_dials
 from flexalign.decoding.routing import needs_routing
 from flexalign.decoding.seeded import SeededSampling
@@ -22,10 +22,7 @@ from flexalign.decoding.text import ResponseText
 from flexalign.errors import ConfigError, DataError, LambdaError
 from flexalign.policies import Way
 
-__all__ = ["Prompt", "Response", "generate_responses", "generation_settings", "left_padded"]
-
-Prompt = str | list[dict[str, Any]]
-"""Text that the model goes on from as it is, or messages for the chat template."""
+__all__ = ["Response", "generate_responses", "generation_settings", "left_padded"]
 
 
 @dataclass(frozen=True)

@@ -245,7 +245,9 @@ def _check_options(samples: int, options: SystemOptions) -> None:
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}.")
     if not 0 <= options.temperature < float("inf"):
-        raise ConfigError(f"temperature must be a number ≥ 0, got {options.temperature}.")
+        raise ConfigError(
+            f"temperature must be a number ≥ 0 (0 is greedy), got {options.temperature}."
+        )
     if not 0 < options.top_p <= 1:
         raise ConfigError(f"top_p must be above 0 and at most 1, got {options.top_p}.")
     if options.temperature == 0 and samples > 1:

@@ -75,7 +75,7 @@ class InRaConfig:
         """The thinking tags, if the adapter names any."""
         return ThinkingTags(*self.thinking_tags) if self.thinking_tags else None
 
-    def to_json(self) -> str:
+    def to_text(self) -> str:
         """Return the file's text."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 

@@ -31,7 +31,7 @@ def save_adapter(adapter: nn.Module, settings: InRaConfig, folder: Path) -> None
     weights, config = folder / WEIGHTS_FILE, folder / CONFIG_FILE
     partial = {path: path.with_name(f".{path.name}.partial") for path in (weights, config)}
     save_file(tensors, partial[weights], metadata={"format": "pt"})
-    partial[config].write_text(settings.to_json(), encoding="utf-8")
+    partial[config].write_text(settings.to_text(), encoding="utf-8")
     for path, written in partial.items():
         os.replace(written, path)
 

@@ -52,7 +52,7 @@ class Outcome:
     tokens_seen: int
     curve: list[dict[str, Any]]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "output": str(self.output),

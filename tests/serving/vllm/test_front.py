@@ -406,7 +406,7 @@ def test_a_calibration_is_gone_by(folder: Path, tmp_path: Path, threshold: float
     copy = tmp_path / "folder"
     shutil.copytree(folder, copy, symlinks=True)
     settings = replace(InRaConfig.load(folder), calibration=calibration)
-    (copy / "inra_config.json").write_text(settings.to_json())
+    (copy / "inra_config.json").write_text(settings.to_text())
     app = before(Vllm(), copy)
     _, answer = ask(app, messages=[], **{"lambda": {"policy": "adaptive"}})
     assert answer["dial"]["route"] == route
@@ -508,7 +508,7 @@ def test_the_middleware_reads_its_rules_at_the_start(
     failed = start(Vllm(), tmp_path)
     assert failed["type"] == "lifespan.startup.failed"
     assert "holds no InRa adapter" in failed["message"]
-    monkeypatch.setenv(VARIABLE, FrontOptions((0.5, 1.0)).to_json())
+    monkeypatch.setenv(VARIABLE, FrontOptions((0.5, 1.0)).to_text())
     assert "--lambda-range" in start(Vllm(), folder)["message"]
 
 
@@ -523,7 +523,7 @@ def test_without_a_key_this_machine_alone_is_served(folder: Path):
 
 def test_options_go_through_the_environment():
     options = FrontOptions((-1.0, 2.0), 1000, True, True)
-    assert FrontOptions.read(options.to_json()) == options
+    assert FrontOptions.read(options.to_text()) == options
     assert FrontOptions.read(None) == FrontOptions()
     for text in ("[", "[1]", '{"range": 1}', '{"lambda_range": [1]}', '{"body_limit": "x"}'):
         with pytest.raises(ConfigError, match=VARIABLE):

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from flexalign.data.rendering import render_chat
+from flexalign.data.rendering import Prompt, render_chat
 from flexalign.data.thinking import ThinkingTags
-from flexalign.decoding.responses import Prompt
 from flexalign.evaluation.systems.backend import Messages
 
 __all__ = ["ModelText"]

@@ -43,7 +43,7 @@ class Outcome:
     steps: int
     measures: dict[str, float]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """For JSON."""
         return {"output": str(self.output), "steps": self.steps, **self.measures}
 

@@ -57,7 +57,7 @@ class FrontOptions:
     playground: bool = False
     is_local: bool = False
 
-    def to_json(self) -> str:
+    def to_text(self) -> str:
         """Return what stands in the environment variable."""
         return json.dumps(asdict(self))
 

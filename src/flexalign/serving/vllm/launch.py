@@ -109,7 +109,7 @@ class Launch:
     def variables(self) -> dict[str, str]:
         """Return the environment variables that it needs, the key among them."""
         secret = {KEY_VARIABLE: self.key} if self.key else {}
-        return {VARIABLE: self.front.to_json(), **secret}
+        return {VARIABLE: self.front.to_text(), **secret}
 
 
 def require_vllm() -> None:

@@ -77,7 +77,9 @@ def fault_of_file(path: Path, note: dict[str, Any] | None) -> str | None:
         return f"{path.name} is cut off"
     with path.open("rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
-    return None if checksum == note.get("sha256") else f"{path.name} is corrupt (its checksum)"
+    return (
+        None if checksum == note.get("sha256") else f"{path.name} is corrupt (its checksum differs)"
+    )
 
 
 @dataclass(frozen=True)
