@@ -17,232 +17,38 @@ from dataclasses import asdict
 from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-RAW = Path("benchmarks/results/dial.json")
-QUESTION_SEED, CHOICE_SEED, CONFIRMING_SEED = 20_000, 30_000, 40_000
-"""Of the questions that all settings answer, of those that the threshold is chosen on, and of the
-many that the two ends alone answer, to confirm the adaptive dial."""
+from _dial_answers import (
+    CONCISE,
+    LIMIT,
+    QUESTION_SEED,
+    SOFT_ENDS,
+    Found,
+    answer_concise,
+    answer_fast,
+    answer_hard,
+    answer_pair,
+    answer_soft,
+    branch_table,
+    questions_of,
+    train_concise,
+)
 
-LIMIT = 500
-"""Tokens; one slow answer in some thousands is longer. Mixtures that lose themselves end here."""
+RAW = Path("benchmarks/results/dial.json")
+CHOICE_SEED, CONFIRMING_SEED = 30_000, 40_000
+"""Of the questions that the threshold is chosen on, and of the many that the two ends alone answer,
+to confirm the adaptive dial."""
 
 FAST_LAMBDAS = (-0.5, 0.25, 0.5, 0.75, 1.0, 1.5)
-CONCISE_LAMBDAS = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0)
 CONCISE_ANSWERED = (-1.0, -0.5, 0.5, 1.0, 1.5, 2.0)
 THRESHOLDS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.42, 0.44, 0.46, 0.48, 0.5, 0.6, 0.7)
 SHARES = (0.25, 0.5, 0.75)
 BUDGETS = (20, 40, 60, 80, 110)
 SOFT_BUDGETS = (40, 80, 160)
-SOFT_ENDS = {"fast": 1.0, "concise": 1.5, "pair": 5.0}
 PAIR_LAMBDAS = (-0.5, 0.5, 2.0)
 CHOSEN_CUT = 0.62
 """Cut in tokens that the threshold is chosen for; the aim is 0.6 on other questions."""
-CONCISE = {
-    "sft": {"steps": 900, "learning_rate": 2e-3},
-    "trra": {"steps": 900, "learning_rate": 2e-3},
-}
-
-Found = dict[str, Any]
-"""A setting's name, its ``answers``, and the ``traces`` and ``confidence`` that others need."""
-
-
-def train_concise(method: str, folder: Path, options: dict[str, Any]) -> None:
-    """Train an adapter towards the aligned model, unless its folder is there already."""
-    import torch
-
-    from flexalign.cli._miniature import make_adapter
-    from flexalign.evaluation.showcase import load_pair
-    from flexalign.miniature import ALIGNED
-    from flexalign.miniature import folder as part
-    from flexalign.miniature.build import Schooling, teach
-
-    if (folder / "inra_config.json").is_file():
-        return
-    torch.set_num_threads(1)
-    adapter = make_adapter(part("reference"))
-    recipe = {**CONCISE[method], **({"steps": 100} if options["quick"] else {})}
-    if method == "sft":
-        teach(adapter.stream, Schooling(ALIGNED, batch_size=24, **recipe), seed=0, callbacks=[])
-    else:
-        from _adapters import dial_logits, plain_logits, towards
-
-        reference, aligned, _ = load_pair()
-        student = dial_logits(adapter.model, 1.0)
-        parameters = list(adapter.model.adapter.parameters())
-        towards(student, parameters, plain_logits(reference), plain_logits(aligned), **recipe)
-    adapter.save(folder)
-
-
-def branch_table(method: str, folder: Path, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Habits at each λ, teacher-forced, beside the form of the adapter's own measured ends."""
-    import torch
-    from _adapters import dial_logits, walked
-
-    from flexalign.inra import InRaModel
-    from flexalign.miniature import make_questions
-    from flexalign.miniature.build import CONTEXT_TOKENS, build_tokenizer
-    from flexalign.miniature.closed_form import expected_outcome, token_level
-    from flexalign.miniature.measure import branch_probabilities, mean_habits
-
-    torch.set_num_threads(1)
-    model = InRaModel.from_pretrained("miniature:reference", folder)
-    questions = make_questions(options["judged_questions"], QUESTION_SEED)
-    values = branch_probabilities(
-        {f"{lam:g}": dial_logits(model, lam) for lam in CONCISE_LAMBDAS},
-        build_tokenizer(CONTEXT_TOKENS),
-        questions,
-        walked(questions),
-    )
-    habits = {name: mean_habits(found) for name, found in values.items()}
-    rows = []
-    for name, measured in habits.items():
-        form = token_level(habits["0"], habits["1"], float(name))
-        rows.append(
-            {
-                "method": method,
-                "lambda": float(name),
-                "habits": asdict(measured),
-                "form": asdict(form),
-                "form_outcome": asdict(expected_outcome(form)),
-            }
-        )
-    return rows
-
-
-def answer_fast(lam: float | None, options: dict[str, Any], seed: int) -> Found:
-    """Let the fast adapter's dial answer at λ, or greedily at λ = 1 with its confidence (None)."""
-    from flexalign.evaluation.ends import confidences
-
-    model, tokenizer, questions = _dial("miniature:fast", options, seed)
-    if lam is not None:
-        return _answered("mixed dial", f"λ={lam:g}", model, tokenizer, questions, lam=lam)
-    found = _answered(
-        "fast, greedy", "greedy", model, tokenizer, questions, lam=1.0, temperature=0.0
-    )
-    return {**found, "confidence": confidences(model, tokenizer, questions, found["traces"])}
-
-
-def answer_concise(method: str, folder: Path, lam: float, options: dict[str, Any]) -> Found:
-    model, tokenizer, questions = _dial(folder, options, QUESTION_SEED)
-    system = f"concise dial, {method}"
-    return _answered(system, f"λ={lam:g}", model, tokenizer, questions, lam=lam)
-
-
-def answer_soft(where: str, budget: int, work: Path, options: dict[str, Any]) -> Found:
-    """A soft budget: λ rises from 0 over the budget's tokens of thinking, and stays there.
-
-    Args:
-        where: What the λ belongs to: the fast adapter, the concise one, or the pair.
-        budget: In tokens.
-        work: Holds the concise adapter.
-        options: Of the run.
-    """
-    from flexalign import ModelPair, TwoModelDecoder
-
-    if where == "pair":
-        model: Any = TwoModelDecoder(ModelPair.load("miniature:reference", "miniature:aligned"))
-        _, tokenizer, questions = _dial("miniature:fast", options, QUESTION_SEED)
-    else:
-        adapter = "miniature:fast" if where == "fast" else work / "sft"
-        model, tokenizer, questions = _dial(adapter, options, QUESTION_SEED)
-    end = SOFT_ENDS[where]
-    answer = 0.0 if where == "fast" else 1.0  # the fast stream knows no answers to thinking
-    schedule = {"kind": "thinking", "think": 0.0, "answer": answer, "budget": budget, "end": end}
-    name = f"N={budget}, end {end:g}"
-    return _answered(f"soft budget, {where}", name, model, tokenizer, questions, lam=schedule)
-
-
-def answer_hard(budget: int, slow: Found, options: dict[str, Any]) -> Found:
-    """A hard cut: the slow mode's thinking, stopped after so many tokens by ``</think>``."""
-    from flexalign.evaluation.ends import judge
-    from flexalign.evaluation.showcase import load_pair
-
-    reference, _, tokenizer = load_pair()
-    questions = _questions(options, QUESTION_SEED)
-    traces = [list(trace) for trace in slow["traces"]]
-    # <think> is no token of the budget; a trace that closes in time is left as it is.
-    late = [i for i, trace in enumerate(traces) if "</think>" not in trace[: budget + 2]]
-    kept = {i: [*traces[i][: budget + 1], "</think>"] for i in late}
-    prompts = [" ".join(["<bos>", questions[i].text, *kept[i]]) for i in late]
-    for i, written in zip(late, _written(reference, tokenizer, prompts), strict=True):
-        traces[i] = kept[i] + written
-    return {"system": "hard cut", "setting": f"N={budget}", "answers": judge(questions, traces)}
-
-
-def answer_pair(kind: str, lam: float, options: dict[str, Any]) -> Found:
-    """The pair by other ways: equation 5 over two models, between weights, or TrRa's student."""
-    import torch
-
-    from flexalign import ModelPair, TwoModelDecoder, interpolate
-    from flexalign.evaluation.showcase import Training, load_pair, realign
-    from flexalign.loading import load_model
-
-    torch.set_num_threads(1)
-    _, aligned, tokenizer = load_pair()
-    questions = _questions(options, QUESTION_SEED)
-    name = f"λ={lam:g}"
-    if kind == "two models":
-        pair = ModelPair.load("miniature:reference", "miniature:aligned")
-        return _answered(kind, name, TwoModelDecoder(pair), tokenizer, questions, lam=lam)
-    with TemporaryDirectory() as scratch:
-        if kind == "weights":
-            output = Path(scratch) / "between"
-            model = load_model(interpolate("miniature:reference", "miniature:aligned", lam, output))
-        else:
-            training = Training(steps=20 if options["quick"] else 150)
-            model = realign(aligned, lam, Path(scratch), training)
-    return _answered(kind, name, model, tokenizer, questions)
-
-
-def _questions(options: dict[str, Any], seed: int) -> list[Any]:
-    from flexalign.miniature import make_questions
-
-    return make_questions(options["questions"], seed)
-
-
-def _dial(adapter: Any, options: dict[str, Any], seed: int) -> tuple[Any, Any, list[Any]]:
-    import torch
-
-    from flexalign.inra import InRaModel
-    from flexalign.loading import load_tokenizer
-    from flexalign.miniature import folder
-
-    torch.set_num_threads(1)
-    path = folder("fast") if adapter == "miniature:fast" else adapter
-    model = InRaModel.from_pretrained("miniature:reference", path)
-    model._has_warned = True
-    return model, load_tokenizer("miniature:reference"), _questions(options, seed)
-
-
-def _answered(
-    system: str, setting: str, model: Any, tokenizer: Any, questions: list[Any], **options: Any
-) -> Found:
-    from flexalign.evaluation.ends import judge
-    from flexalign.evaluation.showcase import respond
-
-    traces = respond(
-        model,
-        tokenizer,
-        questions,
-        seed=1,
-        batch_size=64,
-        max_new_tokens=LIMIT,
-        **options,
-    )
-    answers = judge(questions, traces)
-    return {"system": system, "setting": setting, "answers": answers, "traces": traces}
-
-
-def _written(model: Any, tokenizer: Any, prompts: list[str]) -> list[list[str]]:
-    """What a model writes after prompts that end in the middle of a response."""
-    from flexalign.decoding.responses import generate_responses
-
-    responses = generate_responses(
-        model, tokenizer, prompts, max_new_tokens=20, temperature=1.0, batch_size=128, seed=2
-    )
-    return [response.text.split() for response in responses]
 
 
 def choose_threshold(fast: Found, slow: Found) -> float:
@@ -427,7 +233,7 @@ def gather(
         "branches": branches,
         "rows": sorted((summarise(one, fast, slow) for one in rows), key=lambda row: row["system"]),
         "miscopied": {
-            name: share_miscopied(measured[name], _questions(options, QUESTION_SEED))
+            name: share_miscopied(measured[name], questions_of(options, QUESTION_SEED))
             for name in ("slow", *(f"concise {lam:g}" for lam in CONCISE_ANSWERED))
         },
         "confirmed": [summarise(one, *more) for one in confirmed],
