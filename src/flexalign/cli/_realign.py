@@ -90,9 +90,7 @@ def make_run(
 
 def _tokenizer(facts: PairFacts, chat_template: str | None) -> Any:
     """The pair's tokenizer, with the chat template that training is going to use."""
-    tokenizer = facts.reference.tokenizer
-    if not tokenizer.chat_template and facts.aligned.tokenizer.chat_template:
-        tokenizer = facts.aligned.tokenizer
+    tokenizer = facts.tokenizer
     tokenizer.chat_template = chat_template_of(tokenizer, chat_template)
     return tokenizer
 

@@ -127,10 +127,7 @@ class ModelPair:
             second = load_model(facts.aligned.source, **options)
         for model in (first, second):
             model.requires_grad_(False)
-        tokenizer = facts.reference.tokenizer
-        if not tokenizer.chat_template and facts.aligned.tokenizer.chat_template:
-            tokenizer = facts.aligned.tokenizer
-        return cls(first, second, tokenizer, vocab_size)
+        return cls(first, second, facts.tokenizer, vocab_size)
 
     @classmethod
     def of(

@@ -98,6 +98,12 @@ class PairFacts:
         """Whether the two can be mixed."""
         return not self.problems
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Of both: the reference's, unless the aligned model alone has a chat template."""
+        own, other = self.reference.tokenizer, self.aligned.tokenizer
+        return other if other.chat_template and not own.chat_template else own
+
     def require_fit(self) -> int:
         """Return the tokens that both score.
 
@@ -217,7 +223,7 @@ def _examine_adapter(source: Source, base: ModelFacts) -> ModelFacts:
             "without lm_head among target_modules and modules_to_save, or merge it into a model."
         )
     try:
-        tokenizer = load_tokenizer(replace(source, name=source.name))
+        tokenizer = load_tokenizer(source)
     except ConfigError:
         tokenizer = base.tokenizer
     return replace(
