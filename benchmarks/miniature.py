@@ -20,9 +20,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-REPORT = Path("docs/results.md")
+from _document import put_section
+
 RAW = Path("benchmarks/results/miniature.json")
-BEGIN, END = "<!-- miniature: begin -->", "<!-- miniature: end -->"
 
 GATE = 0.01
 QUESTION_SEED = 20_000
@@ -297,10 +297,7 @@ def draw(rows: dict[str, list[dict[str, Any]]]) -> None:
 def publish(rows: dict[str, list[dict[str, Any]]], options: dict[str, Any]) -> None:
     """Draw the picture and put the section between its marks in the results document."""
     draw(rows)
-    text = report(rows, options)
-    document = REPORT.read_text(encoding="utf-8")
-    before, rest = document.split(BEGIN)
-    REPORT.write_text(before + BEGIN + "\n" + text + END + rest.split(END)[1], encoding="utf-8")
+    put_section("miniature", report(rows, options))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
