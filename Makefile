@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 VLLM := .venv-vllm/bin/python
 INSTALL_VLLM := $(VLLM) -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt
-RESULTS := benchmarks/miniature.py benchmarks/dial.py benchmarks/grading.py benchmarks/coverage.py benchmarks/tune.py benchmarks/evaluate.py benchmarks/effort.py benchmarks/preview.py
+RESULTS := benchmarks/environment.py benchmarks/miniature.py benchmarks/dial.py benchmarks/grading.py benchmarks/coverage.py benchmarks/tune.py benchmarks/evaluate.py benchmarks/effort.py benchmarks/preview.py
 
 .PHONY: demo test test-full check bench results smollm2 docs docs-cli clean
 
@@ -17,7 +17,7 @@ demo: .venv/installed ## Realign the built-in miniature at several λ
 test: .venv/installed ## All tests but the long and the violent ones
 	$(PYTEST) -m "not full"
 
-test-full: .venv/installed .venv/harness .venv/docs .venv/deepspeed .venv-vllm/installed ## Faults, several processes, long runs, vLLM
+test-full: .venv/installed .venv/harness .venv/docs .venv/deepspeed/installed .venv-vllm/installed ## Faults, several processes, long runs, vLLM
 	$(PYTEST) -m full
 	OMP_NUM_THREADS=1 $(VLLM) -m pytest -q -k vllm tests/serving/vllm tests/serving/test_contract.py
 
@@ -27,8 +27,9 @@ check: .venv/installed ## Format, lint, types, fast tests
 	$(BIN)/mypy
 	$(PYTEST) -m "not slow and not full"
 
-bench: .venv/installed ## Each claim's benchmark: ours, the peer, the ratio
-	set -e; for file in $(filter-out $(RESULTS),$(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$file; done
+bench: .venv/installed .venv-vllm/installed ## Each claim's benchmark: ours, the peer, the ratio (hours)
+	set -e; for file in $(filter-out $(RESULTS) benchmarks/vllm.py,$(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$file; done
+	$(VLLM) benchmarks/vllm.py
 
 results: .venv/installed ## Tables and pictures: the miniature, grading (FLEXALIGN_DATA), coverage
 	set -e; for file in $(RESULTS); do $(BIN)/python $$file; done
@@ -82,6 +83,6 @@ clean: ## Remove what the targets made; .venv and .venv-vllm stay
 	@touch $@
 
 # Apart from what all other tests import: transformers and accelerate change where they find it.
-.venv/deepspeed: .venv/installed
-	DS_BUILD_OPS=0 $(INSTALL) --no-deps --upgrade --target $@ deepspeed einops hjson msgpack ninja py-cpuinfo
+.venv/deepspeed/installed: .venv/installed
+	DS_BUILD_OPS=0 $(INSTALL) --no-deps --upgrade --target $(@D) deepspeed einops hjson msgpack ninja py-cpuinfo
 	@touch $@

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-REPORT = Path("docs/results.md")
+from _document import put_section
+
 PICTURE = Path("docs/pictures/dial.png")
-BEGIN, END = "<!-- dial: begin -->", "<!-- dial: end -->"
 
 _HABITS = {"again": "r", "error": "ε", "check": "c"}
 _ORDER = ("λ", "mixed dial", "fast", "adaptive", "coin", "soft", "hard", "two", "weights", "TrRa")
@@ -46,9 +46,7 @@ def report(results: dict[str, Any]) -> str:
 def publish(results: dict[str, Any]) -> None:
     """Draw the picture and put the section between its marks in the results document."""
     draw(results)
-    before, rest = REPORT.read_text(encoding="utf-8").split(BEGIN)
-    text = before + BEGIN + "\n" + report(results) + END + rest.split(END)[1]
-    REPORT.write_text(text, encoding="utf-8")
+    put_section("dial", report(results))
 
 
 def draw(results: dict[str, Any]) -> None:

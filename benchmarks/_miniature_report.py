@@ -4,8 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-REPORT = Path("docs/results.md")
-BEGIN, END = "<!-- miniature: begin -->", "<!-- miniature: end -->"
+from _document import put_section
 
 GATE = 0.01
 JUDGED = ("again", "check", "error")
@@ -134,7 +133,4 @@ def draw(rows: dict[str, list[dict[str, Any]]]) -> None:
 def publish(rows: dict[str, list[dict[str, Any]]], options: dict[str, Any]) -> None:
     """Draw the picture and put the section between its marks in the results document."""
     draw(rows)
-    text = report(rows, options)
-    document = REPORT.read_text(encoding="utf-8")
-    before, rest = document.split(BEGIN)
-    REPORT.write_text(before + BEGIN + "\n" + text + END + rest.split(END)[1], encoding="utf-8")
+    put_section("miniature", report(rows, options))

@@ -21,10 +21,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from _document import put_section
+
 RAW = Path("benchmarks/results/evaluate.json")
-REPORT = Path("docs/results.md")
 PICTURE = Path("docs/pictures/report.png")
-BEGIN, END = "<!-- evaluate -->", "<!-- /evaluate -->"
 
 MINIATURE = [
     *("model:miniature:reference", "model:miniature:aligned"),
@@ -123,9 +123,7 @@ def section(results: dict[str, dict[str, Any]]) -> str:
 
 def publish(results: dict[str, dict[str, Any]]) -> None:
     """Put the section between its marks in the results document."""
-    before, rest = REPORT.read_text(encoding="utf-8").split(BEGIN)
-    text = before + BEGIN + "\n" + section(results) + END + rest.split(END)[1]
-    REPORT.write_text(text, encoding="utf-8")
+    put_section("evaluate", section(results))
 
 
 def photograph(page: Path) -> None:

@@ -105,6 +105,8 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (home / "question.txt").write_text(asked[0][0], encoding="utf-8")
     monkeypatch.chdir(home)
     monkeypatch.setenv("KEY", "sesame")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("FLEXALIGN_DATA", str(home / "DIR"))
     return home
 
@@ -137,7 +139,8 @@ def _server_command(words: list[str]) -> list[str]:
     if not python.exists():
         pytest.skip("vLLM is not installed here: make .venv-vllm/installed")
     place = words.index("--") if "--" in words else len(words)
-    return [str(python), "-c", main, *words[:place], "--port", "0", *words[place:]]
+    flags = words[place:] or (["--", "--enforce-eager"] if "vllm" in words else [])
+    return [str(python), "-c", main, *words[:place], "--port", "0", *flags]
 
 
 @contextlib.contextmanager
