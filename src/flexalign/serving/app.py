@@ -14,7 +14,7 @@ from flexalign.errors import FlexAlignError
 from flexalign.serving.answers import event
 from flexalign.serving.dial import DialRules
 from flexalign.serving.errors import ApiError, Scope
-from flexalign.serving.local import LocalGate
+from flexalign.serving.loopback import LoopbackGate
 from flexalign.serving.middleware import CHOICE, DialMiddleware, KeyGate
 from flexalign.serving.protocol import ChatRequest, CompletionRequest, read_chat, read_completion
 from flexalign.serving.service import Service, Underway
@@ -60,7 +60,7 @@ def create_app(
     if key is not None:
         stack = KeyGate(stack, key)
     elif is_local:
-        stack = LocalGate(stack)
+        stack = LoopbackGate(stack)
     return service.metrics.watched(stack)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import uvicorn
 
 from flexalign.errors import ConfigError, ServingError
-from flexalign.serving.local import is_loopback
+from flexalign.serving.loopback import is_loopback
 
 __all__ = ["open_socket", "require_safe_address", "run_server"]
 

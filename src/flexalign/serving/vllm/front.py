@@ -22,7 +22,7 @@ from flexalign.serving.bodies import parse_body, read_body, with_body
 from flexalign.serving.dial import DIAL_KEYS, Choice, DialRules, refuse_misspelt
 from flexalign.serving.echo import Echo
 from flexalign.serving.errors import ApiError, Scope, send_error
-from flexalign.serving.local import LocalGate
+from flexalign.serving.loopback import LoopbackGate
 from flexalign.serving.middleware import PATHS, KeyGate, path_of
 from flexalign.serving.playground import Playground
 from flexalign.serving.rules import adapter_rules
@@ -128,7 +128,7 @@ def build_front(app: Any, folder: Path, options: FrontOptions, key: str | None) 
     if key:
         stack = KeyGate(stack, key)
     elif options.is_local:
-        stack = LocalGate(stack)
+        stack = LoopbackGate(stack)
     return Playground(stack) if options.playground else stack
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from flexalign.serving.local import LocalGate
+from flexalign.serving.loopback import LoopbackGate
 
 
 def ask(**headers: str) -> tuple[int, dict[str, Any]]:
@@ -22,7 +22,7 @@ def ask(**headers: str) -> tuple[int, dict[str, Any]]:
 
     encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "method": "POST", "path": "/v1/models", "headers": encoded}
-    asyncio.run(LocalGate(app)(scope, None, send))
+    asyncio.run(LoopbackGate(app)(scope, None, send))
     return sent[0]["status"], json.loads(sent[1]["body"])
 
 

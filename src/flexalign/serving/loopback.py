@@ -6,10 +6,10 @@ from urllib.parse import urlsplit
 
 from flexalign.serving.errors import ApiError, Scope, send_error
 
-__all__ = ["LocalGate", "is_loopback"]
+__all__ = ["LoopbackGate", "is_loopback"]
 
 
-class LocalGate:
+class LoopbackGate:
     """Refuses what a page of another site makes a browser on this machine send.
 
     Listening on the loopback keeps other machines out, and not the pages that a browser here has
