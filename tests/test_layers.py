@@ -100,6 +100,18 @@ def test_commands_load_nothing_heavy_at_import(path: Path):
     assert {name.split(".")[0] for _, name in found} - LIGHT == set()
 
 
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_no_logic_rests_on_an_assert(path: Path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    lines = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
+    assert lines == []  # python -O leaves them out
+
+
+@pytest.mark.parametrize("path", MODULES, ids=_name)
+def test_a_module_stays_below_300_lines(path: Path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 300
+
+
 def test_fusion_stands_on_torch_and_errors():
     found = _imports((SOURCE / "fusion.py").read_text(encoding="utf-8"))
     names = {name for _, name in found if name.split(".")[0] not in sys.stdlib_module_names}

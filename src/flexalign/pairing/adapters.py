@@ -3,20 +3,22 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict
+from safetensors import safe_open
 from torch import nn
 
 from flexalign.errors import ConfigError, UnsupportedModelError
 from flexalign.loading import Source
 from flexalign.loading.skeleton import skeleton
-from flexalign.loading.weights import TensorInfo
+from flexalign.loading.weights import TensorInfo, tensor_infos
 
-__all__ = ["AdapterSwitch", "inner_model", "read_adapter_config", "unfit_tensor"]
+__all__ = ["AdapterSwitch", "adds_nothing", "inner_model", "read_adapter_config", "unfit_tensor"]
 
 
 def inner_model(model: nn.Module) -> nn.Module:
@@ -99,3 +101,16 @@ def unfit_tensor(
             return f"{name} is {info.shape} where that base needs {tuple(wanted[name].shape)}"
     missing = sorted(wanted.keys() - tensors.keys())
     return f"it lacks {missing[0]}" if missing else None
+
+
+def adds_nothing(adapter: Path) -> bool:
+    """Whether a LoRA's second matrices are all zero, as they are before training."""
+    infos = tensor_infos(adapter)
+    seconds = [name for name in infos if ".lora_B" in name or ".lora_embedding_B" in name]
+    if not seconds or any(".lora_" not in name for name in infos):
+        return False
+    for name in seconds:
+        with safe_open(infos[name].file, framework="pt") as tensors:
+            if bool(tensors.get_tensor(name).any()):
+                return False
+    return True

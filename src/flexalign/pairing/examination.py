@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
 from flexalign.errors import ConfigError, PairMismatchError, UnsupportedModelError
@@ -191,10 +190,12 @@ def examine_pair(
     shared = other.kind == "adapter"
     problems, warnings = _compare(one, other)
     if shared:
+        from flexalign.pairing.adapters import adds_nothing
+
         problem, doubt = _compare_base(one, other)
         problems += [problem] if problem else []
         warnings += [doubt] if doubt else []
-    identical = _adds_nothing(source.path) if shared else _is_same(one, other)
+    identical = adds_nothing(source.path) if shared else _is_same(one, other)
     if identical:
         warnings.append(
             f"{other.name} equals the reference, {one.name}: there is nothing to realign."
@@ -284,16 +285,3 @@ def _is_same(one: ModelFacts, other: ModelFacts) -> bool:
     if one.fingerprint is None or one.fingerprint != other.fingerprint:
         return False
     return one.kind == other.kind == "gguf" or same_folder(one.source.path, other.source.path)
-
-
-def _adds_nothing(adapter: Path) -> bool:
-    """Whether a LoRA's second matrices are all zero, as they are before training."""
-    infos = tensor_infos(adapter)
-    seconds = [name for name in infos if ".lora_B" in name or ".lora_embedding_B" in name]
-    if not seconds or any(".lora_" not in name for name in infos):
-        return False
-    for name in seconds:
-        with safe_open(infos[name].file, framework="pt") as tensors:
-            if bool(tensors.get_tensor(name).any()):
-                return False
-    return True
