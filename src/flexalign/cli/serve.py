@@ -1,19 +1,19 @@
 """``flexalign serve``: a server of OpenAI's protocol with a dial on every request."""
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
+from flexalign._packages import require_packages
 from flexalign.cli._dial import read_range
 from flexalign.cli._options import Adapter, Aligned, AnyBase, Dtype, Engine, Gate
 from flexalign.cli._shared import as_input_errors, console, print_json, read_secret
 from flexalign.cli._vllm import Parts, serve_on_vllm
 from flexalign.errors import ConfigError
 
-_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+_NEEDED = ("fastapi", "starlette", "uvicorn", "prometheus_client")
 _ROWS, _QUEUE = 32, 256
 
 
@@ -108,11 +108,8 @@ def serve(
     Example: [cyan]KEY=… flexalign serve models/R1 --adapter out/fast --host 0.0.0.0
     --api-key-env KEY[/cyan]
     """
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"serving needs {', '.join(missing)}; install it with: pip install 'flexalign[serving]'"
-        )
+    extras = "vllm,serving" if engine is _Engine.VLLM else "serving"
+    require_packages("serving", *_NEEDED, install=f"'flexalign[{extras}]'")
     limits = read_range(lambda_range)
     key = read_secret(api_key_env)
     is_local = key is None and not insecure

@@ -12,6 +12,7 @@ Prompts, batches, log-likelihoods and metrics are the harness's: the class below
 with the logits of equation 5, so that both ends of the dial give the numbers of ``hf`` itself.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
@@ -35,10 +36,14 @@ try:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import resolve_max_length
 except ImportError as error:
-    raise ConfigError(
+    _NEEDED = (
         "lm-evaluation-harness is not installed here; install it with: "
         "pip install 'flexalign[evaluation]'"
-    ) from error
+    )
+    if __name__ == "__main__":
+        print(f"error: {_NEEDED}", file=sys.stderr)
+        sys.exit(2)
+    raise ConfigError(_NEEDED) from error
 
 __all__ = ["HarnessModel", "main"]
 

