@@ -1,5 +1,6 @@
 """What is measured while a student learns, as a recipe says it."""
 
+import math
 from dataclasses import dataclass
 from typing import get_type_hints
 
@@ -40,6 +41,6 @@ def parse_watch(values: object) -> Watch:
     for name in ("every_steps", "samples", "max_new_tokens", "batch_size"):
         if getattr(watch, name) < 1:
             raise ConfigError(f"watch.{name} must be at least 1, got {getattr(watch, name)}.")
-    if watch.temperature < 0:
-        raise ConfigError(f"watch.temperature must not be negative, got {watch.temperature}.")
+    if not 0 <= watch.temperature < math.inf:
+        raise ConfigError(f"watch.temperature must be a number ≥ 0, got {watch.temperature}.")
     return watch
