@@ -9,7 +9,9 @@ VLLM := .venv-vllm/bin/python
 INSTALL_VLLM := $(VLLM) -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt
 RESULTS := benchmarks/environment.py benchmarks/miniature.py benchmarks/dial.py benchmarks/grading.py benchmarks/coverage.py benchmarks/tune.py benchmarks/evaluate.py benchmarks/effort.py benchmarks/preview.py
 
-.PHONY: demo test test-full check bench results smollm2 docs docs-cli clean
+COVERED := --cov --cov-report= --cov-fail-under=0
+
+.PHONY: demo test test-full coverage check bench results smollm2 docs docs-cli clean
 
 demo: .venv/installed ## Realign the built-in miniature at several λ
 	$(BIN)/flexalign demo --output out/demo
@@ -20,6 +22,12 @@ test: .venv/installed ## All tests but the long and the violent ones
 test-full: .venv/installed .venv/harness .venv/docs .venv/deepspeed/installed .venv-vllm/installed ## Faults, several processes, long runs, vLLM
 	$(PYTEST) -m full
 	OMP_NUM_THREADS=1 $(VLLM) -m pytest -q -k vllm tests/serving/vllm tests/serving/test_contract.py
+
+coverage: .venv/installed .venv/harness .venv/docs .venv/deepspeed .venv-vllm/installed ## Lines that all tests of both environments run; fails below 95 %
+	$(BIN)/coverage erase
+	$(PYTEST) $(COVERED)
+	OMP_NUM_THREADS=1 $(VLLM) -m pytest -q -k vllm tests/serving/vllm tests/serving/test_contract.py $(COVERED) --cov-append
+	$(BIN)/coverage report
 
 check: .venv/installed ## Format, lint, types, fast tests
 	$(BIN)/ruff format --check .
@@ -46,7 +54,7 @@ docs-cli: .venv/installed ## Write docs/cli.md from the commands' own help, docs
 	$(BIN)/python tools/document_map.py
 
 clean: ## Remove what the targets made; .venv and .venv-vllm stay
-	rm -rf out site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf out site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
 
 # torch goes first and exactly: any other request for torch would fetch the CUDA build.
 .venv/installed: pyproject.toml constraints.txt

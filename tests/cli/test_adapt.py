@@ -9,6 +9,7 @@ import yaml
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from flexalign.inra import InRaModel
+from flexalign.trra.callbacks import StopOnSignal
 
 Run = Callable[..., Any]
 
@@ -128,6 +129,7 @@ def test_dpo_and_trra_by_option(
         ({"adapter_layers": 0}, "adapter_layers must be at least 1"),
         ({"base": "no/such"}, "there is no model"),
         ({"adapter": "no/such"}, "holds no InRa adapter"),
+        ({"method": "trra", "lambda": 1.0, "aligned": "miniature:aligned"}, "do not fit: "),
     ],
 )
 def test_wrong_recipes_are_one_sentence(
@@ -217,3 +219,44 @@ def test_the_examples_run_in_the_miniature(
     assert result.exit_code == 0, result.stderr
     measured = json.loads(result.stdout)
     assert measured["held_out_divergence"] < measured["held_out_divergence_of_base"]
+
+
+@pytest.mark.usefixtures("weightless")
+def test_a_base_that_is_a_peft_adapter_is_refused(
+    command: Run, tree: dict[str, Any], tmp_path: Path
+) -> None:
+    peft = {"peft_type": "LORA", "base_model_name_or_path": tree["base"], "r": 4}
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(peft))
+    result = command("adapt", {**tree, "base": str(tmp_path / "peft")})
+    assert result.exit_code == 2, result.stderr
+    assert "merge" in result.stderr
+
+
+def test_a_single_row_leaves_nothing_to_hold_out(
+    command: Run, tree: dict[str, Any], adapter: Path
+) -> None:
+    data = Path(tree["data"])
+    data.write_text(data.read_text(encoding="utf-8").splitlines()[0], encoding="utf-8")
+    result = command("bake", {**tree, "adapter": str(adapter), "lambda": 0.5})
+    assert result.exit_code == 2, result.stderr
+    assert "has one row; held_out needs at least one more" in result.stderr
+
+
+def test_a_signal_ends_with_how_to_go_on(
+    command: Run, tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_step_end = StopOnSignal.on_step_end
+
+    def signalled(self: StopOnSignal, *given: Any, **more: Any) -> None:
+        self.requested = True
+        on_step_end(self, *given, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StopOnSignal, "on_step_end", signalled)
+        result = command("adapt", tree)
+    assert result.exit_code == 130, result.stderr
+    assert "checkpoint-1; give the same command again to go on from there" in result.stderr
+    result = command("adapt", tree)
+    assert result.exit_code == 0, result.stderr
+    assert InRaModel.from_pretrained(tree["base"], tree["output"])

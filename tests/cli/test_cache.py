@@ -1,6 +1,7 @@
 """``flexalign cache``, and ``flexalign realign`` of several λ from one cache."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from flexalign.trra.cache import HiddenStateCache
@@ -175,3 +177,36 @@ def test_an_unknown_dtype_is_one_sentence(
     result = flexalign("cache", tree, "--dtype", "int8")
     assert result.exit_code == 2
     assert "--dtype must be one of auto, float32" in result.stderr
+
+
+def test_pickled_weights_have_no_fingerprint_to_go_by(
+    flexalign: Callable[..., Any], tree: dict[str, Any], tmp_path: Path
+) -> None:
+    aligned = shutil.copytree(tree["aligned"], tmp_path / "pickled")
+    torch.save(load_file(aligned / "model.safetensors"), aligned / "pytorch_model.bin")
+    (aligned / "model.safetensors").unlink()
+    result = flexalign("cache", {**tree, "aligned": str(aligned)}, "--allow-pickle")
+    assert result.exit_code == 2, result.stderr
+    assert "which pickled weights have none of" in result.stderr
+
+
+def test_a_run_of_few_rows_is_told_that_the_cache_holds_all(
+    flexalign: Callable[..., Any], tree: dict[str, Any]
+) -> None:
+    result = flexalign("cache", tree, "--set", "training.max_steps=1")
+    assert result.exit_code == 0, result.stderr
+    assert "the 1 steps of a run see 33% of the rows" in result.stderr
+
+
+def test_ctrl_c_says_how_to_go_on(
+    flexalign: Callable[..., Any], tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("flexalign.cli._cache.fill_cache", interrupt)
+        result = flexalign("cache", tree)
+    assert result.exit_code == 130
+    assert "give the same command again to go on from there" in result.stderr
+    assert flexalign("cache", tree).exit_code == 0

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from flexalign.calibration.store import copy_adapter, store_calibration
+from flexalign.cli.calibrate import _show
 from flexalign.inra import InRaConfig
 from flexalign.miniature import folder, make_traces
 
@@ -30,6 +31,58 @@ def test_the_cost_is_told_and_nothing_is_sampled(run_cli):
     ways, lambdas = json.loads(result.stdout)["sweeps"]
     assert ways == {"settings": ["λ=0", "adaptive 0"], "samples": 20}
     assert lambdas["samples"] == 90
+    shown = run_cli(
+        *("calibrate", "miniature", "--adapter", "miniature:fast", "--task", "miniature"),
+        *("--questions", 10, "--dry-run"),
+    )
+    assert "\n20 samples: λ=0, adaptive 0\n" in shown.stderr
+    assert "and, if fast answers are not short, 90 samples: λ=0, λ=0.125" in shown.stderr
+
+
+def test_an_adaptive_dial_alone_needs_both_ways_and_no_grid(run_cli):
+    result = run_cli(
+        *("calibrate", "miniature", "--adapter", "miniature:fast", "--task", "miniature"),
+        *("--questions", 10, "--dial", "adaptive", "--dry-run", "--json"),
+    )
+    (ways,) = json.loads(result.stdout)["sweeps"]
+    assert ways == {"settings": ["λ=0", "adaptive 0"], "samples": 20}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--dial", "speed"), "the dial is auto, adaptive or lambda, not 'speed'"),
+        (("--margin", "1"), "margin must be in [0, 1), got 1.0"),
+        (("--samples", "0"), "samples must be at least 1, got 0"),
+        (("--measure", "feeling"), "measure"),
+        (("--save-to", "{there}"), "exists already; name a folder that is not there"),
+    ],
+)
+def test_wrong_options_are_refused_before_sampling(run_cli, tmp_path, options, message):
+    options = [option.format(there=tmp_path) for option in options]
+    asked = ("calibrate", "miniature", "--adapter", "miniature:fast", "--task", "miniature")
+    save = [] if "--save-to" in options else ["--save-to", tmp_path / "new"]
+    result = run_cli(*asked, *options, *save)
+    assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_was_measured_is_shown_with_its_holes_and_steps(capsys):
+    level = {"setting": "λ=0.5", "line": 10.0, "tokens": 12.5, "tokens_p10": 4, "tokens_p90": 21}
+    level |= {"accuracy": 0.75, "accuracy_ci": [0.5, 0.9]}
+    levels = [{"effort": 0, **level, "tokens": 10.0}, {"effort": 50, **level}]
+    _show({"levels": levels, "holes": [[0.25, 0.75]], "threshold": 0.123456})
+    shown = capsys.readouterr()
+    row = "50 λ=0.5 10.0 12.5 4 21 75.0 [50, 90]"
+    assert row in [" ".join(line.split()) for line in shown.out.splitlines()]
+    assert "skipped: λ between 0.25 and 0.75" in shown.out
+    assert "the adapter's own threshold: 0.123" in shown.out
+    assert "note: at effort 50 no setting has the line's tokens to within 10 %" in shown.err
+    _show({"levels": levels[:1], "holes": [], "threshold": None})
+    shown = capsys.readouterr()
+    assert "skipped" not in shown.out
+    assert "threshold" not in shown.out
+    assert shown.err == ""
 
 
 @pytest.mark.parametrize(
@@ -115,6 +168,34 @@ def test_a_sweep_can_be_asked_for_efforts(run_cli, calibrated):
     assert result.exit_code == 0, result.stderr
     (system,) = json.loads(result.stdout)["configuration"]["systems"]
     assert [one["id"] for one in system["settings"]] == ["adaptive 0", "adaptive 0.4", "λ=0"]
+
+
+@pytest.mark.parametrize(
+    ("system", "message"),
+    [
+        ([], "SYSTEM is missing; say what is previewed"),
+        (["model:miniature"], "has no two models or streams; give pair: or dial:"),
+    ],
+)
+def test_a_preview_needs_two_models(run_cli, tmp_path, system, message):
+    result = run_cli("tune", *system, "--preview", tmp_path / "traces.jsonl")
+    assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
+
+
+def test_a_preview_is_a_table_that_says_where_it_leaves_both(run_cli, tmp_path):
+    traces = tmp_path / "traces.jsonl"
+    traces.write_text("".join(json.dumps(row) + "\n" for row in make_traces(3, 0)))
+    asked = ("tune", "pair:miniature", "--preview", traces, "--limit", 2)
+    found = json.loads(run_cli(*asked, "--lambda", "0,1", "--json").stdout)
+    shown = run_cli(*asked, "--lambda", "0,1")
+    assert shown.exit_code == 0, shown.stderr
+    lines = [" ".join(line.split()) for line in shown.stdout.splitlines()]
+    for row in found["rows"]:
+        start = f"{row['lambda']:g} {row['divergence']:.4f} {100 * row['outside']:.3f} %"
+        assert any(line.startswith(start) for line in lines), (start, lines)
+    assert "at no λ here" in shown.stderr
+    far = run_cli(*asked, "--lambda", "0,1,40", "--top-k", 1)
+    assert "from λ = 40 on" in far.stderr
 
 
 def test_a_preview_reads_traces_and_samples_nothing(run_cli, tmp_path):

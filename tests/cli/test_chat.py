@@ -3,13 +3,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import flexalign.cli._chat
-from flexalign.cli._dial import _beside
+from flexalign.calibration.store import copy_adapter, store_calibration
+from flexalign.cli._dial import _beside, describe_choice
+from flexalign.evaluation.systems import Setting
+from flexalign.miniature import folder
+from flexalign.policies import Adaptive, Fixed, Route
 
 DIAL = ("miniature", "--adapter", "miniature:fast", "--temperature", "1", "--top-p", "1")
 
@@ -230,3 +236,43 @@ def test_a_rounded_confidence_stays_on_its_side(
     confidence: float, threshold: float, shown: str
 ) -> None:
     assert _beside(confidence, threshold) == shown
+
+
+@pytest.mark.parametrize(
+    ("policy", "answer", "said"),
+    [
+        (Adaptive(0.5), {"route": "fast", "confidence": 0.75}, "fast: confidence 0.75 ≥ 0.5"),
+        (
+            Adaptive(0.5),
+            {"route": "slow", "confidence": 0.25},
+            "slow: fast answer's confidence 0.25 < 0.5",
+        ),
+        (
+            Adaptive(0.5),
+            {"route": "slow", "confidence": 0.75},
+            "slow: the fast answer did not come to its end",
+        ),
+        (Route(0.5), {"route": "slow", "confidence": None}, "slow: by the coin"),
+        (Fixed(0.5), {"route": None, "confidence": None}, None),
+    ],
+)
+def test_the_way_that_was_taken_is_said_with_its_reason(
+    policy: Any, answer: dict[str, Any], said: str | None
+) -> None:
+    model = SimpleNamespace(threshold=lambda policy: policy.threshold)
+    assert describe_choice(SimpleNamespace(**answer), Setting.of(policy), model) == said
+
+
+def test_effort_turns_where_the_adapter_is_calibrated(
+    chat: Callable[..., Any], tmp_path: Path
+) -> None:
+    copy_adapter(folder("fast"), tmp_path / "fast")
+    effort = {"thresholds": [[0.0, 0.0], [100.0, 0.8]], "lambdas": [[100.0, 0.0]]}
+    calibration = {"version": 1, "measure": "answer_probability", "lambda_range": [0.0, 1.0]}
+    store_calibration(tmp_path / "fast", calibration | {"holes": [], "effort": effort})
+    dial = ("miniature", "--adapter", tmp_path / "fast", "--temperature", "0")
+    result = chat("/effort 0,50", "/effort 50", "/effort 100", arguments=dial)
+    assert result.exit_code == 0, result.stderr
+    turned = [line for line in told(result)[1:] if not line.startswith("effort ")]
+    assert turned[0] == "error: a conversation has one effort at a time; got '0,50'."
+    assert [line.split(";")[0] for line in turned[1:]] == ["adaptive 0.4", "λ=0"]

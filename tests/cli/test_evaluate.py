@@ -107,6 +107,7 @@ def test_systems_without_the_reference_are_named_before_they_run(
         (["--api-key-env", "NO_SUCH_KEY"], "'NO_SUCH_KEY' is not set"),
         (["second"], "'second' is no system"),
         (["--engine", "vllm"], "runs plain models"),
+        (["--temperature", "nan"], "temperature must be a number ≥ 0, got nan"),
     ],
 )
 def test_bad_input_is_one_sentence(run_cli, arguments, extra, problem) -> None:
@@ -224,3 +225,62 @@ def test_an_interrupted_sweep_ends_as_an_uninterrupted_one(arguments, tmp_path, 
     for name in ("samples.jsonl", "summary.json", "questions.jsonl"):
         content = (tmp_path / "out" / name).read_bytes()
         assert content == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (["pair:miniature"], "name at least one SYSTEM and one --task"),
+        (["--task", "miniature"], "name at least one SYSTEM and one --task"),
+        (["pair:miniature", "--task", "miniature"], "name the folder of the results with --output"),
+        (
+            ["a=dial:miniature", "b=dial:miniature", "--task", "miniature", "--effort", "50"],
+            "an effort is another setting for each adapter",
+        ),
+    ],
+)
+def test_what_is_missing_or_too_much_is_said(run_cli, tmp_path, given, problem) -> None:
+    output = ["--output", tmp_path / "out"] if "--effort" in given else []
+    result = run_cli("evaluate", *given, *output)
+    assert (result.exit_code, problem in result.stderr) == (2, True), result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_files_of_one_name_are_told_apart_by_none(run_cli, arguments, questions, tmp_path):
+    other = tmp_path / "deeper" / questions.name
+    other.parent.mkdir()
+    other.write_bytes(questions.read_bytes())
+    result = run_cli("evaluate", *arguments, "--task", other)
+    assert result.exit_code == 2
+    assert "a task is given twice, or two files have one name: ['sums', 'sums']" in result.stderr
+
+
+def test_several_tasks_end_in_their_means(run_cli, arguments, questions, tmp_path) -> None:
+    other = tmp_path / "more.jsonl"
+    other.write_bytes(questions.read_bytes())
+    result = run_cli("evaluate", *arguments, "--task", other)
+    assert result.exit_code == 0, result.stderr
+    table, means = result.stdout.split("accuracy, mean")
+    assert {line.split()[0] for line in table.splitlines() if "λ=" in line} == {"sums", "more"}
+    assert "cut, pooled" in means
+    again = run_cli("evaluate", "--regrade", "--output", tmp_path / "out", "--json")
+    summary = json.loads(again.stdout)
+    assert [mean["setting"] for mean in summary["means"]] == ["λ=0", "λ=1"]
+    assert f"{100 * summary['means'][1]['token_cut_pooled']:.1f}" in means
+
+
+def test_few_samples_of_aime_are_warned_of(run_cli, arguments, tmp_path) -> None:
+    rows = [{"ID": f"2024-I-{n}", "problem": "1+1?", "answer": 2} for n in range(30)]
+    (tmp_path / "aime.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [*arguments, "--task", tmp_path / "aime.jsonl", "--dry-run"]
+    result = run_cli("evaluate", *command)
+    assert "note: aime has 30 questions, one of which is 3.3 points" in result.stderr
+
+
+@pytest.mark.parametrize("text", ["{", "[1, 2]", "{}", '{"rows": [{}]}'])
+def test_a_damaged_summary_is_said_with_the_way_to_mend_it(run_cli, tmp_path, text) -> None:
+    (tmp_path / "summary.json").write_text(text)
+    result = run_cli("compare", tmp_path)
+    assert result.exit_code == 2, result.stderr
+    assert "is damaged" in result.stderr
+    assert "flexalign evaluate --regrade" in result.stderr

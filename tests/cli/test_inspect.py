@@ -71,6 +71,27 @@ def test_equal_models_are_said(tiny_pair, run_cli):
     facts = json.loads(result.stdout)
     assert (result.exit_code, facts["identical"]) == (0, True)
     assert "nothing to realign" in facts["warnings"][0]
+    shown = run_cli("inspect", tiny_pair.reference, tiny_pair.reference)
+    assert "warning: " in shown.stdout
+    assert "nothing to realign" in shown.stdout
+
+
+def test_a_padded_width_is_noted(tiny_pair, tiny_model, tiny_tokenizer, run_cli, tmp_path):
+    for part in (tiny_model(vocab_size=384, seed=1), tiny_tokenizer):
+        part.save_pretrained(tmp_path / "wide")
+    shown = run_cli("inspect", tiny_pair.reference, tmp_path / "wide")
+    assert shown.exit_code == 0, shown.stdout
+    assert "note: logits are 320 wide in the reference and 384 in the aligned model" in shown.stdout
+
+
+def test_the_miniature_is_compared_with_its_own_aligned_model(run_cli, tmp_path):
+    questions = tmp_path / "traces.jsonl"
+    assert run_cli("miniature", "traces", "--count", "2", "-o", questions).exit_code == 0
+    result = run_cli("inspect", "miniature", "--diff", questions, "--json")
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert facts["aligned"]["name"] == "miniature:aligned"
+    assert facts["difference"]["rows"] == 2
 
 
 def test_the_difference_on_traces(tiny_pair, run_cli, traces):

@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -6,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from peft import LoraConfig, get_peft_model
 
 RunCli = Callable[..., Any]
 
@@ -94,6 +96,59 @@ def test_the_cut_off_shortens_what_is_shown(
     facts = json.loads(result.stdout)
     assert facts["data"]["truncated"] == 1
     assert facts["samples"][0] == {"masked": "abc=", "trained": "x" * 6}
+
+
+@pytest.mark.usefixtures("weightless")
+def test_rounds_packing_and_epochs_are_told_to_people(
+    realign: Callable[..., Any], tree: dict[str, Any]
+) -> None:
+    result = realign(tree, "--dry-run", "--lambda", "1.5", "--set", "rounds=2")
+    assert "1.5, 2 rounds: effective 2.25" in result.stdout
+    tree["training"] |= {"packing": True, "num_train_epochs": 2}
+    del tree["training"]["max_steps"]
+    facts = json.loads(realign(tree, "--dry-run", "--json").stdout)
+    tokens = facts["data"]["prompt_tokens"] + facts["data"]["response_tokens"]
+    rows = math.ceil(tokens / 64)
+    assert facts["steps"] == 2 * math.ceil(rows / 2)
+
+
+@pytest.mark.usefixtures("weightless")
+def test_packing_without_a_length_is_refused(
+    realign: Callable[..., Any], tree: dict[str, Any]
+) -> None:
+    tree["training"] |= {"packing": True, "max_length": None}
+    result = realign(tree, "--dry-run")
+    assert result.exit_code == 2, result.stderr
+    assert "max_length" in result.stderr
+
+
+@pytest.mark.usefixtures("weightless")
+def test_a_template_that_the_reference_lacks_is_the_aligned_models(
+    realign: Callable[..., Any], tree: dict[str, Any], tmp_path: Path
+) -> None:
+    reference = shutil.copytree(tree["reference"], tmp_path / "bare")
+    (reference / "chat_template.jinja").unlink()
+    message = {"role": "user", "content": "1+1?"}
+    row = {"prompt": [message], "completion": [{"role": "assistant", "content": "2"}]}
+    Path(tree["data"]).write_text(json.dumps(row) + "\n")
+    facts = json.loads(realign({**tree, "reference": str(reference)}, "--dry-run", "--json").stdout)
+    assert facts["samples"][0]["masked"].startswith("<|im_start|>user\n1+1?")
+
+
+@pytest.mark.usefixtures("weightless")
+def test_an_aligned_adapter_costs_its_own_parameters(
+    realign: Callable[..., Any], tree: dict[str, Any], tmp_path: Path, tiny_model: Any
+) -> None:
+    base = tiny_model()
+    own = sum(parameter.numel() for parameter in base.parameters())
+    peft = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    added = sum(parameter.numel() for parameter in peft.parameters()) - own
+    peft.peft_config["default"].base_model_name_or_path = tree["reference"]
+    peft.save_pretrained(tmp_path / "adapter")
+    result = realign({**tree, "aligned": str(tmp_path / "adapter")}, "--dry-run", "--json")
+    facts = json.loads(result.stdout)
+    expected = 4 * (2 * own + added) / 2**30
+    assert facts["memory_gib"]["weights"] == pytest.approx(expected, abs=1e-4)
 
 
 def _empty(tree: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """``flexalign serve``: what it refuses before anything is loaded."""
 
+import json
 import socket
 from typing import Any
 
@@ -72,3 +73,31 @@ def test_other_addresses_need_a_key_or_a_word(host: str):
         require_safe_address(host, None, insecure=False)
     require_safe_address(host, "key", insecure=False)
     require_safe_address(host, None, insecure=True)
+
+
+def test_without_the_packages_the_way_to_get_them_is_said(
+    run_cli: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("flexalign.cli.serve._NEEDED", ("fastapi", "no_such_package"))
+    result = run_cli("serve", "miniature")
+    assert result.exit_code == 2
+    assert "serving needs no_such_package; install it with: pip install" in result.stderr
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_where_it_serves_is_told_as_json(run_cli: Any, monkeypatch: pytest.MonkeyPatch, host: str):
+    served: list[Any] = []
+
+    def run_server(app: Any, listening: Any, *, grace: float, is_well: Any) -> None:
+        assert is_well()
+        served.append(listening.getsockname()[1])
+
+    monkeypatch.setattr(serving_server, "run_server", run_server)
+    dial = ("--adapter", "miniature:fast", "--playground")
+    result = run_cli("serve", "miniature", *dial, "--host", host, "--port", 0, "--json")
+    assert result.exit_code == 0, result.stderr
+    shown = f"[{host}]" if ":" in host else host
+    url = f"http://{shown}:{served[0]}"
+    told = {"url": f"{url}/v1", "model": "miniature", "lambda_range": [0.0, 1.0]}
+    assert json.loads(result.stdout) == told
+    assert f"playground: {url}/playground" in result.stderr

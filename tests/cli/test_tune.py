@@ -61,6 +61,24 @@ def test_a_stored_sweep_is_tuned_at_no_cost(run_cli, sweep: Path, tmp_path: Path
     assert (output / "tuned.png").is_file()
 
 
+def test_a_variance_needs_two_settings(run_cli, tmp_path: Path):
+    alone = [row for row in _rows(20, 2) if row["setting"] == "λ=0"]
+    ResultsFolder.begin(tmp_path / "sweep", {"systems": []}, [], {}).append(alone)
+    result = run_cli("tune", "--plan", "--from", tmp_path / "sweep")
+    assert result.exit_code == 2, result.stderr
+    assert "the stored samples need λ=0 and a candidate; sweep both" in result.stderr
+
+
+def test_what_was_chosen_is_told_with_its_proof(run_cli, sweep: Path, tmp_path: Path):
+    asked = ("tune", "--from", sweep, "--margin", "0.2", "-o", tmp_path / "tuned")
+    result = run_cli(*asked)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.splitlines()[0] == GOOD
+    drawn = json.loads((tmp_path / "tuned" / "tuned.json").read_text(encoding="utf-8"))["samples"]
+    assert "held-out: accuracy " in result.stderr
+    assert f"{drawn['spent']} of {drawn['exhaustive']} samples were needed" in result.stderr
+
+
 def test_none_is_an_answer_and_no_failure(run_cli, sweep: Path, tmp_path: Path):
     arguments = ("--from", sweep, "--lambda", "2", "--margin", "0.1", "-o", tmp_path / "tuned")
     result = run_cli("tune", *arguments)

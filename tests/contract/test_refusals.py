@@ -17,3 +17,4 @@ def test_refused_by_the_probe(family: str) -> None:
     with pytest.raises(UnsupportedModelError, match=f"{family}.*InRa"):
         InRaModel.create(base)
     assert torch.equal(base(tokens).logits, before)
+    assert all(parameter.requires_grad for parameter in base.parameters())

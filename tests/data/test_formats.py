@@ -135,6 +135,20 @@ GOOD = json.dumps({"prompt": "1+2=", "completion": "3"}).encode() + b"\n"
         (b'{"messages": [{"role": "ai", "content": "a"}]}\n', r"\[0\] has the unknown role 'ai'"),
         (b'{"messages": [{"role": ["user"], "content": "a"}]}\n', r"unknown role \['user'\]"),
         (b'{"messages": [{"role": "user"}]}\n', r"messages\[0\] has no text"),
+        (b'{"messages": ["1+2?", "3"]}\n', r"messages\[0\] is not a message with a role"),
+        (
+            b'{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}\n',
+            r"line 3: of prompt and completion one is text and the other is messages",
+        ),
+        (
+            b'{"prompt": [{"role": "user", "content": "a"}],'
+            b' "completion": [{"role": "user", "content": "b"}]}\n',
+            r"line 3: the completion has a message of role 'user'",
+        ),
+        (
+            b'{"instruction": "a", "output": "b", "history": [["c", "d"]]}\n',
+            r"line 3: Alpaca's history field is not supported; write the turns as messages",
+        ),
         (b'{"text": "half \\ud83d pair"}\n', r"'text' has half of a surrogate pair"),
         (
             b'{"conversations": [], "chosen": [], "rejected": []}\n',
@@ -232,6 +246,10 @@ def test_a_folder_must_be_one_data_set(tmp_path: Path) -> None:
 def test_a_prompt_that_is_already_answered_is_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing is left to answer"):
         load_prompts(write_lines(tmp_path / "p.jsonl", {"prompt": [USER, REPLY]}))
+    with pytest.raises(DataError, match="there is no message before the response"):
+        load_prompts(write_lines(tmp_path / "p.jsonl", {"messages": [REPLY]}))
+    with pytest.raises(DataError, match="unknown fields text; expected prompt, problem"):
+        load_prompts(write_lines(tmp_path / "p.jsonl", {"text": "1+2="}))
 
 
 def test_the_fingerprint_follows_contents_and_order_alone() -> None:

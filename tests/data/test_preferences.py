@@ -33,6 +33,7 @@ def test_text_and_conversations_become_prompt_chosen_rejected(tmp_path: Path) ->
     [
         ({"prompt": "1+1=", "completion": " 2"}, "expected chosen and rejected"),
         ({"chosen": " 2", "rejected": " 3"}, "needs a prompt"),
+        ({"chosen": [say("2")], "rejected": [say("3")]}, "no message before the responses"),
         ({"prompt": "1", "chosen": [say("2")], "rejected": " 3"}, "some are text"),
         (
             {"chosen": [USER, say("2")], "rejected": [say("?"), USER, say("3")]},

@@ -169,3 +169,23 @@ def test_only_the_weights_are_not_copied(tiny_pair, tmp_path):
     assert {path.name for path in output.iterdir()} == expected
     with safe_open(output / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_whole_numbers_are_kept_where_they_agree(tiny_pair, tmp_path):
+    def with_counter(folder, value):
+        copy = shutil.copytree(folder, tmp_path / f"{folder.name}-{value}")
+        file = copy / "model.safetensors"
+        counter = {"model.counter": torch.tensor([value])}
+        save_file(load_file(file) | counter, file, metadata={"format": "pt"})
+        return copy
+
+    reference, aligned = (with_counter(folder, 3) for folder in tiny_pair)
+    found = tensors(interpolate(reference, aligned, 0.5, tmp_path / "output"))
+    assert found["model.counter"].tolist() == [3]
+    other = with_counter(tiny_pair.aligned, 4)
+    with pytest.raises(PairMismatchError, match=r"model\.counter holds whole numbers and differs"):
+        interpolate(reference, other, 0.5, tmp_path / "none")
+    assert tensors(interpolate(reference, other, 1, tmp_path / "end"))[
+        "model.counter"
+    ].tolist() == [4]
+    assert not (tmp_path / "none").exists()

@@ -1,10 +1,13 @@
 """Batches change nothing: every response is what the model alone would have written."""
 
+import copy
+
 import pytest
 import torch
 
 from flexalign.decoding.responses import generate_responses
 from flexalign.errors import ConfigError, DataError, LambdaError
+from flexalign.policies import Fixed
 
 QUESTION = [{"role": "user", "content": "what is one plus two"}]
 PROMPTS = ["one and two", QUESTION, "1+2=", "the answer is six because one and two make three"]
@@ -154,3 +157,23 @@ def test_bad_prompts(model, tiny_tokenizer):
         generate_responses(model, tiny_tokenizer, ["one", ""], max_new_tokens=2)
     with pytest.raises(LambdaError, match="one for each"):
         generate_responses(model, tiny_tokenizer, PROMPTS, max_new_tokens=2, lam=[0.0, 1.0])
+
+
+def test_one_dial_has_one_name(model, tiny_tokenizer):
+    with pytest.raises(ConfigError, match="give lam or policy, not both"):
+        generate_responses(
+            model, tiny_tokenizer, PROMPTS, max_new_tokens=2, lam=1.0, policy=Fixed(1.0)
+        )
+
+
+def test_a_tokenizer_that_names_no_padding_and_no_end_is_enough(model, tiny_tokenizer):
+    whole = generate_responses(model, tiny_tokenizer, PROMPTS, max_new_tokens=9, temperature=0)
+    bare = copy.deepcopy(tiny_tokenizer)
+    bare.pad_token = None
+    found = generate_responses(model, bare, PROMPTS, max_new_tokens=9, temperature=0)
+    assert [one.token_ids for one in found] == [one.token_ids for one in whole]
+    bare.eos_token = None
+    model.generation_config.eos_token_id = None
+    endless = generate_responses(model, bare, PROMPTS, max_new_tokens=9, temperature=0)
+    assert [one.tokens for one in endless] == [9] * len(PROMPTS)
+    assert all(one.truncated for one in endless)

@@ -1,3 +1,6 @@
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -240,3 +243,33 @@ def test_a_grader_needs_workers_and_time() -> None:
         Grader(workers=0)
     with pytest.raises(ConfigError, match="positive limit"):
         Grader(seconds=0)
+
+
+def test_the_program_that_compares_answers_until_its_input_ends() -> None:
+    pairs = {
+        ("x+1", "1+x"): "equal",
+        ("x+1", "x+2"): "unequal",
+        ("0.3333333", r"\frac{1}{3}"): "equal",
+        ("0.333", r"\frac{1}{3}"): "unequal",
+        (r"0.\overline{3}", r"\frac{1}{3}"): "equal",
+        ("12 cm", "12"): "equal",
+        ("0.0000123", "0.0000124"): "unequal",
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"): "equal",
+        ("", "7"): "unparsed",
+        ("7", "???"): "unparsed",
+        ("x+", "7"): "unparsed",
+    }
+    lines = [json.dumps({"found": f, "expected": e, "seconds": 20}) + "\n" for f, e in pairs]
+    command = [sys.executable, "-P", "-m", "flexalign.evaluation._equality"]
+    done = subprocess.run(
+        command, input="".join(lines), capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.splitlines() == ["ready", *pairs.values()]
+
+
+def test_a_program_that_does_not_start_is_said_with_the_way_to_see_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(ConfigError, match=r"does not start; see why with: /bin/false -P -m"):
+        WorkerPool(1, seconds=1).compare("x+1", "1+x")

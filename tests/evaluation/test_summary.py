@@ -201,3 +201,18 @@ def test_the_environment_names_the_run_and_later_machines(measured) -> None:
     assert environment["python"] == "3.11"
     assert environment["continued_with"] == [{"python": "3.12"}]
     assert environment["run"] == configuration
+
+
+def test_settings_without_a_question_in_common_have_no_distances() -> None:
+    rows = [_row("s", lam, "t", f"q{lam}", 0) for lam in (0, 1)]
+    rows.append(_row("other", 0, "u", "q", 0))
+    found = summarise(_configuration({"s": [0, 1], "other": [0]}, ["t", "u"]), rows, [{}])["rows"]
+    assert [(row["system"], row["task"]) for row in found] == [
+        ("s", "t"),
+        ("s", "t"),
+        ("other", "u"),
+    ]
+    for row in found[:2]:
+        assert row["chord_distance"] is None
+        assert row["hull_distance"] is None
+    assert found[1]["token_cut"] is None

@@ -13,7 +13,13 @@ from flexalign.evaluation import sweep as module
 from flexalign.evaluation.grading import grade
 from flexalign.evaluation.sampling import sample_seed, sweep_cells
 from flexalign.evaluation.sweep import Sweep, SweepResult, regrade
-from flexalign.evaluation.systems import SystemOptions, parse_systems, unique_settings
+from flexalign.evaluation.systems import (
+    AS_IT_IS,
+    SystemOptions,
+    open_backend,
+    parse_systems,
+    unique_settings,
+)
 from flexalign.evaluation.tasks import Question, Task
 from flexalign.inra import InRaModel
 
@@ -237,6 +243,12 @@ def test_stored_samples_are_graded_again(make, tmp_path, monkeypatch) -> None:
         (("ref",), {"lams": [], "options": SystemOptions(top_p=0)}, "top_p must be above 0"),
         (("ref",), {"lams": [], "options": SystemOptions(engine="x")}, "engine is local or vllm"),
         (("model:nowhere",), {"lams": []}, "there is no model 'nowhere'"),
+        ((), {"lams": []}, "at least one system and one --task"),
+        (
+            ("ref",),
+            {"lams": [], "options": SystemOptions(temperature=float("inf"))},
+            "temperature must be a number ≥ 0",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_said_at_once(make, systems, fields, problem) -> None:
@@ -336,3 +348,38 @@ def test_the_only_model_of_a_server_needs_no_name(make, serve, tmp_path) -> None
     models.append({"id": "second"})
     with pytest.raises(ConfigError, match=r"has 2 models \(only, second\); name one"):
         _served(make, chat.url, model_name=None).run(tmp_path / "two")
+
+
+def test_a_task_is_asked_once(tiny_pair) -> None:
+    systems = parse_systems([f"ref=model:{tiny_pair.reference}"])
+    with pytest.raises(ConfigError, match=r"a task is given twice.*\['sums', 'sums'\]"):
+        Sweep(systems, [TASK, TASK], options=OPTIONS)
+
+
+def test_a_finished_sweep_asks_no_server(make, serve, tmp_path) -> None:
+    chat = serve(lambda path, body: _reply())
+    _served(make, chat.url).run(tmp_path)
+    asked = len(chat.asked)
+    assert _served(make, chat.url).run(tmp_path).made == 0
+    assert len(chat.asked) == asked
+
+
+def test_what_breaks_in_a_request_is_no_lost_sample(make, serve, tmp_path, monkeypatch) -> None:
+    def broken(self, response):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("flexalign.evaluation.systems.endpoint.EndpointBackend._read", broken)
+    chat = serve(lambda path, body: _reply())
+    with pytest.raises(MemoryError, match="no room"):
+        _served(make, chat.url).run(tmp_path)
+
+
+def test_a_model_without_a_template_is_asked_in_plain_text(tiny_pair, tmp_path) -> None:
+    bare = shutil.copytree(tiny_pair.reference, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    [system] = parse_systems([f"bare=model:{bare}"])
+    backend = open_backend(system, [AS_IT_IS], OPTIONS)
+    messages = [{"role": "system", "content": "Add."}, {"role": "user", "content": "1+2?"}]
+    assert backend.render(messages) == "Add.\n\n1+2?"
+    Sweep([system], [TASK], samples=1, options=OPTIONS).run(tmp_path / "out")
+    assert len(_rows(tmp_path / "out")) == 3

@@ -1,3 +1,4 @@
+import json
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -17,6 +18,7 @@ from flexalign.evaluation.systems import (
     unique_settings,
 )
 from flexalign.inra import InRaModel
+from flexalign.loading import fingerprint
 
 
 @pytest.mark.parametrize(
@@ -136,7 +138,7 @@ def test_vllm_is_asked_for_where_it_is_not(tiny_pair) -> None:
         open_backend(pair, [], SystemOptions(engine="vllm"))
 
 
-def test_vllm_is_asked_in_its_own_way(tiny_pair, tiny_tokenizer, monkeypatch) -> None:
+def test_vllm_is_asked_in_its_own_way(tiny_pair, tiny_tokenizer, monkeypatch, tmp_path) -> None:
     """The adapter against a stand-in that answers as vLLM's offline engine does."""
     asked = []
 
@@ -172,3 +174,16 @@ def test_vllm_is_asked_in_its_own_way(tiny_pair, tiny_tokenizer, monkeypatch) ->
     assert prompts == [{"prompt_token_ids": expected}] * 2
     assert [one["seed"] for one in sampling] == [41, 42]
     assert sampling[0]["max_tokens"] == 9
+    facts = backend.describe()
+    assert facts["engine"] == "vllm"
+    assert facts["parts"][0]["fingerprint"] == fingerprint(tiny_pair.reference)
+    assert facts["thinking_tags"] == ["<think>", "</think>"]
+    backend.release()
+    list(backend.run(cells, {cells[0].key}))
+    assert len([one for one in asked if isinstance(one, dict)]) == 2  # it was started anew
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    peft = {"peft_type": "LORA", "base_model_name_or_path": str(tiny_pair.reference)}
+    (adapter / "adapter_config.json").write_text(json.dumps(peft))
+    with pytest.raises(ConfigError, match=r"no whole model in safetensors.*merge the adapter"):
+        open_backend(System("a", "model", (str(adapter),)), [AS_IT_IS], options)

@@ -180,3 +180,53 @@ def test_what_is_not_found_is_the_bases(model, base):
     assert model.device == base.device
     with pytest.raises(AttributeError, match="no attribute 'wheels'"):
         model.wheels  # noqa: B018
+
+
+def test_an_empty_cache_is_rearranged_into_an_empty_one_and_joins_nothing(model, inputs):
+    empty = model.new_cache()
+    empty.batch_select_indices(torch.tensor([1]))
+    empty.batch_repeat_interleave(2)
+    assert empty.plan is None
+    with pytest.raises(ConfigError, match="the cache is empty; run the prompts first"):
+        empty.join(model.prefill(**inputs))
+    with pytest.raises(ConfigError, match="the cache is empty; run the prompts first"):
+        model.prefill(**inputs).append(empty)
+
+
+@torch.no_grad()
+def test_rows_are_chosen_as_transformers_chooses_them(model, inputs, rows):
+    cache = model.prefill(**inputs)
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    mask = torch.cat([inputs["attention_mask"][[2, 0]], torch.ones(2, 1).long()], 1)
+    positions = mask.sum(1, keepdim=True) - 1
+    token = torch.tensor([[7], [8]])
+    found = model(token, mask, positions, past_key_values=cache, lam=0.5).logits[:, 0]
+    for row, source in enumerate((2, 0)):
+        alone = torch.tensor([rows[source] + token[row].tolist()])
+        expected = model(alone, lam=0.5).logits[0, -1]
+        assert float((found[row] - expected).abs().max()) <= 1e-5
+
+
+class _Leaky(torch.nn.Module):
+    """A decoder layer whose rows see each other."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden_states, *args, **kwargs):
+        output = self.layer(hidden_states, *args, **kwargs)
+        hidden = output[0] if isinstance(output, tuple) else output
+        return hidden + 0.1 * hidden.mean(0, keepdim=True)
+
+
+def test_a_base_whose_rows_see_each_other_is_refused_and_stays_as_it_was(base):
+    base.model.layers[1] = _Leaky(base.model.layers[1])
+    hooks = len(base.model.layers[0]._forward_pre_hooks)
+    with pytest.raises(
+        UnsupportedModelError, match=r"Qwen2.*disturb each other when they run as rows .*off by"
+    ):
+        InRaModel.create(base)
+    gc.collect()
+    assert len(base.model.layers[0]._forward_pre_hooks) == hooks
+    assert all(parameter.requires_grad for parameter in base.parameters())

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from flexalign.cli._miniature import make_adapter
+from flexalign.errors import ConfigError
 from flexalign.evaluation.ends import judge
 from flexalign.evaluation.showcase import respond
 from flexalign.inra import InRaConfig, InRaModel
 from flexalign.loading import fingerprint, load_tokenizer
-from flexalign.miniature import REFERENCE, folder, make_questions
+from flexalign.miniature import REFERENCE, build, folder, make_questions
 from flexalign.miniature.build import FAST_SCHOOLING, Schooling, _Traces, teach
 from flexalign.miniature.tokenizer import build_tokenizer
 
@@ -54,6 +55,44 @@ def test_the_adapter_alone_is_taught_and_saved(tmp_path):
         plain = loaded(input_ids=ids, lam=0.0).logits
     assert torch.equal(found, expected)
     assert not torch.equal(found, plain)
+
+
+@pytest.mark.slow
+def test_every_part_is_made_and_loads(tmp_path, monkeypatch):
+    for name in ("ALIGNED_SCHOOLING", "PLACEBO_SCHOOLING", "FAST_SCHOOLING"):
+        short = dataclasses.replace(getattr(build, name), steps=1, batch_size=2, traces=4)
+        monkeypatch.setattr(build, name, short)
+    reference = [
+        dataclasses.replace(one, steps=1, batch_size=2) for one in build.REFERENCE_SCHOOLING
+    ]
+    monkeypatch.setattr(build, "REFERENCE_SCHOOLING", reference)
+    parts = list(build.build_all(tmp_path / "one", make_adapter, seed=3, placebo=True))
+    assert parts == ["reference", "aligned", "placebo", "fast"]
+    again = list(build.build_all(tmp_path / "other", make_adapter, seed=3))
+    assert again == ["reference", "aligned", "fast"]
+    prints = {part: fingerprint(tmp_path / "one" / part) for part in parts[:3]}
+    assert len(set(prints.values())) == 3
+    assert all(fingerprint(tmp_path / "other" / part) == prints[part] for part in again[:2])
+    assert InRaModel.from_pretrained(tmp_path / "one" / "reference", tmp_path / "one" / "fast")
+
+
+def test_exact_targets_are_the_habits_own_probabilities():
+    tokenizer = build_tokenizer(256)
+    schooling = Schooling(REFERENCE, steps=2, learning_rate=1e-3, batch_size=4, exact=True)
+    branching = 0
+    for row in _Traces(tokenizer, schooling, seed=3)._rows:
+        for targets in row["targets"]:
+            assert not targets or sum(p for _, p in targets) == pytest.approx(1)
+            branching += len(targets) > 1
+    assert branching > 0
+
+
+def test_a_part_that_is_none_or_not_installed_is_said(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="no part 'slow'; it has reference, aligned, fast"):
+        folder("slow")
+    monkeypatch.setattr("flexalign.miniature._WEIGHTS", tmp_path)
+    with pytest.raises(ConfigError, match="reinstall flexalign, or make them with: flexalign mini"):
+        folder("fast")
 
 
 def test_what_ships_is_small_and_made_for_the_reference():

@@ -1,5 +1,6 @@
 """The closed forms against brute-force enumeration of every trace of a short world."""
 
+import dataclasses
 import itertools
 import math
 import random
@@ -183,3 +184,9 @@ def test_the_world_rises_and_falls_with_lambda_and_has_headroom_below_zero():
     assert at[10].accuracy < at[0].accuracy
     cut = {lam: 1 - outcome.tokens / at[0].tokens for lam, outcome in at.items()}
     assert cut[2] > 1.5 * cut[1]
+
+
+def test_two_models_that_catch_errors_unlike_have_no_closed_form():
+    other = dataclasses.replace(ALIGNED, catch=REFERENCE.catch / 2)
+    with pytest.raises(ConfigError, match="the same `catch` in both models"):
+        sequence_level(REFERENCE, other, 1.0)

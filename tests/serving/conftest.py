@@ -25,7 +25,7 @@ _PROGRAM = ("-c", "from flexalign.cli.app import main; main()")
 
 @pytest.fixture(scope="session")
 def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
-    """Call ``flexalign serve ARGS… --port 0``; whatever still runs in the end is killed."""
+    """Call ``flexalign serve ARGS… --port 0``; whatever still runs in the end is ended."""
     processes = []
 
     def start(*args: str, program: Sequence[str] = _PROGRAM, port: int = 0) -> Server:
@@ -47,8 +47,13 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 
     yield start
     for process in processes:
-        process.kill()
-        process.wait()
+        process.terminate()
+    for process in processes:
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
         assert process.stdout is not None
         process.stdout.close()
 

@@ -37,6 +37,8 @@ def test_nothing_is_wrong_lost_or_uncounted_under_mixed_load(tmp_path: Path):
 
 @pytest.mark.slow
 def test_requests_leave_no_object_behind():
+    if sys.gettrace() is not None:
+        pytest.skip("coverage keeps objects of its own for every thread")
     service, rules = load_service(ServeOptions("miniature", "miniature:fast"))
     app = create_app(service, rules)
 

@@ -1,15 +1,18 @@
 """The cache's files: what is in them, and what happens when they or their writers are damaged."""
 
+import errno
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
 
 from flexalign.errors import CheckpointError, ConfigError
@@ -19,7 +22,7 @@ from flexalign.trra.cache import filling as filling_module
 from flexalign.trra.cache.documents import Document, documents_of
 from flexalign.trra.cache.layout import claim, plan_shards
 
-from .conftest import Modules, make_rows
+from .conftest import Modules, lora, make_rows
 
 IDENTITY = {"pair": ["a", "b"], "data": "c", "max_length": 64}
 WIDTH, VOCAB = 64, 320
@@ -268,3 +271,85 @@ def test_the_manifest_says_what_the_cache_is_of(
     assert manifest["dtype"] == "float32"
     assert manifest["documents"] == 9
     assert all(len(note["sha256"]) == 64 for note in manifest["files"].values())
+
+
+def test_files_that_another_process_makes_are_waited_for_and_not_made_twice(
+    fill: Callable[..., HiddenStateCache], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill("other")
+    assert fill.loads == 1
+    taken, waits = [True], []
+
+    @contextmanager
+    def claimed_by_the_other(folder: Path, index: int) -> Iterator[bool]:
+        yield not taken[0]
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:  # the other process is done, and lets go
+            for file in (tmp_path / "other").iterdir():
+                shutil.copyfile(file, tmp_path / "cache" / file.name)
+            (tmp_path / "cache" / "manifest.json").unlink(missing_ok=True)
+            taken[0] = False
+
+    monkeypatch.setattr(filling_module, "claim", claimed_by_the_other)
+    monkeypatch.setattr(filling_module.time, "sleep", wait)
+    seen: list[tuple[int, int]] = []
+    cache = fill(progress=lambda done, total: seen.append((done, total)))
+    assert len(waits) == 2
+    assert fill.loads == 1
+    assert seen[-1] == (cache.facts["tokens"], cache.facts["tokens"])
+    assert cache.facts["files"] == HiddenStateCache.open(tmp_path / "other").facts["files"]
+
+
+def test_a_file_system_without_locks_grants_every_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", none)
+    with claim(tmp_path, 0) as mine, claim(tmp_path, 0) as too:
+        assert mine
+        assert too
+
+
+def test_a_cut_off_file_is_made_again(
+    fill: Callable[..., HiddenStateCache], tmp_path: Path
+) -> None:
+    fill()
+    folder = tmp_path / "cache"
+    before = contents(folder)
+    (folder / "shard-00001.safetensors").write_bytes(before["shard-00001.safetensors"][:-9])
+    with pytest.raises(CheckpointError, match=r"shard-00001\.safetensors is cut off"):
+        HiddenStateCache.open(folder)
+    fill()
+    assert contents(folder) == before
+
+
+def test_data_without_a_response_fill_no_cache(
+    fill: Callable[..., HiddenStateCache], documents: list[Document]
+) -> None:
+    documents.clear()
+    with pytest.raises(ConfigError, match="no row keeps a response token within the cut-off"):
+        fill()
+
+
+def test_a_head_is_kept_with_its_bias_and_a_shared_one_once(
+    tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, documents: list[Document]
+) -> None:
+    base = tiny_model("phi", seed=3)
+    adapted = get_peft_model(base, lora(target_modules=["q_proj"], init_lora_weights=False))
+    form = Form((WIDTH, WIDTH), VOCAB, True, torch.float32, torch.float32)
+    cache = fill_cache(
+        tmp_path / "cache",
+        IDENTITY,
+        lambda: documents,
+        lambda: ModelPair.of(base, adapted, tiny_tokenizer),
+        form=form,
+    )
+    heads = cache.heads(torch.device("cpu"))
+    assert heads.aligned is heads.reference
+    assert heads.reference.bias is not None
+    assert torch.equal(heads.reference.bias, base.lm_head.bias)
+    assert torch.equal(heads.reference.weight, base.lm_head.weight)

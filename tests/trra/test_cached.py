@@ -1,6 +1,8 @@
 """A cached teacher is the online one: the same losses and gradients, whatever the setting."""
 
 import copy
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 from torch import Tensor
+from transformers import AutoConfig
 
 from flexalign.data import data_fingerprint
-from flexalign.errors import ConfigError, DataError
-from flexalign.loading import fingerprint
+from flexalign.errors import ConfigError, DataError, PairMismatchError
+from flexalign.loading import fingerprint, load_model
 from flexalign.pairing import ModelPair
 from flexalign.trra import TrRaTrainer
 from flexalign.trra.cache import (
@@ -286,3 +290,92 @@ def test_the_estimate_is_what_is_held(
         checkpointing=False,
     )
     assert need.weights == 4 * (student + heads)
+
+
+def refused(
+    settings: Callable[..., Any], folder: Path, reason: str, error: type = ConfigError, **given: Any
+) -> None:
+    with pytest.raises(error, match=reason):
+        TrRaTrainer(args=settings(teacher="cached", cache_dir=str(folder)), **given)
+
+
+def test_what_does_not_go_with_a_cache_is_said(
+    make_cache: Callable[..., HiddenStateCache],
+    modules: Modules,
+    settings: Callable[..., Any],
+    tiny_tokenizer: Any,
+    adapter_folder: tuple[Path, Path],
+    tmp_path: Path,
+) -> None:
+    rows = make_rows(8)
+    base, adapter = adapter_folder
+    cache = make_cache(rows).folder
+    given: dict[str, Any] = {"train_dataset": rows, "processing_class": tiny_tokenizer}
+    pair = ModelPair.of(modules.reference, modules.aligned, tiny_tokenizer)
+    refused(settings, cache, "leave pair out", pair=pair, **given)
+    refused(settings, cache, "holds no model; give the student's start", **given)
+    refused(settings, cache, "holds no model; give the student's start", train_dataset=rows)
+    model = modules.reference
+    refused(settings, cache, "give its tokenizer", model=model, train_dataset=rows)
+    stream = {**given, "train_dataset": rows.to_iterable_dataset()}
+    refused(settings, cache, "needs a data set that is there whole", model=model, **stream)
+    peft = get_peft_model(copy.deepcopy(modules.aligned), lora())
+    refused(settings, cache, "give an adapter as its folder", aligned=peft, model=model, **given)
+    twice = {"model": adapter, "peft_config": lora(), **given}
+    refused(settings, cache, "is an adapter already; leave out peft_config", **twice)
+    other = shutil.copytree(base, tmp_path / "other")
+    AutoConfig.from_pretrained(base).save_pretrained(other)
+    wide = {"model": other, "reference": base, **given}
+    changed = json.loads((other / "tokenizer.json").read_text())
+    changed["model"]["vocab"] |= {"a": 66, "b": 65}
+    (other / "tokenizer.json").write_text(json.dumps(changed))
+    wide_error = (ConfigError, PairMismatchError)
+    refused(settings, cache, "the pair|does not fit the reference", wide_error, **wide)
+
+
+def test_an_adapter_folder_is_trained_on_without_teachers(
+    make_cache: Callable[..., HiddenStateCache],
+    settings: Callable[..., Any],
+    tiny_tokenizer: Any,
+    adapter_folder: tuple[Path, Path],
+    tmp_path: Path,
+) -> None:
+    base, adapter = adapter_folder
+    rows = make_rows(8)
+    make_cache(rows, pair=Modules(load_model(base), load_model(adapter).merge_and_unload()))
+    trainer = TrRaTrainer(
+        model=adapter,
+        args=settings(teacher="cached", cache_dir=str(tmp_path / "cache"), lam=1.0),
+        train_dataset=rows,
+        processing_class=tiny_tokenizer,
+    )
+    trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all(".lora_" in name for name in trained)
+    trainer.train()
+    assert trainer.state.log_history[0]["divergence"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_split_of_an_evaluation_is_named(
+    make_cache: Callable[..., HiddenStateCache], cached_trainer: Callable[..., Any]
+) -> None:
+    rows = make_rows(8)
+    make_cache(rows)
+    splits = {"near": rows.select(range(2)), "far": make_rows(2, seed=5)}
+    with pytest.raises(DataError, match="row 1 of eval_dataset far is not in the cache"):
+        cached_trainer(rows, eval_dataset=splits)
+
+
+def test_a_row_that_ends_before_its_response_needs_no_states(
+    make_cache: Callable[..., HiddenStateCache],
+    cached_trainer: Callable[..., Any],
+    make_trainer: Callable[..., Any],
+) -> None:
+    empty = {"input_ids": [5, 6, 7], "labels": [-100] * 3}
+    rows = Dataset.from_list([*make_rows(4).to_list(), empty])
+    make_cache(rows)
+    losses = []
+    for trainer in (cached_trainer(rows), make_trainer(make_rows(4))):
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["divergence"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

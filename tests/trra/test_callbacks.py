@@ -1,6 +1,7 @@
 import json
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,3 +160,25 @@ def test_the_last_step_is_saved_whatever_the_strategy(
     harness.steps(stop, 5, 5)
     assert harness.control.should_save
     assert not harness.control.should_training_stop
+
+
+def test_elsewhere_than_in_the_main_thread_signals_stay_as_they_were() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    seen: list[Any] = []
+
+    def listen() -> None:
+        with StopOnSignal().listening():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_one_process_of_several_keeps_the_curve(tmp_path: Path, model: PreTrainedModel) -> None:
+    harness = Harness(tmp_path, model)
+    harness.state.is_world_process_zero = False
+    harness.fire(harness.watcher(), "on_train_begin")
+    assert harness.asked == []
+    assert not (tmp_path / CURVE).exists()

@@ -1,3 +1,4 @@
+import pytest
 import yaml
 
 from flexalign.trra.card import model_card, versions_in_use
@@ -48,6 +49,11 @@ def test_header_and_recipe_in_the_card_are_yaml_that_loads() -> None:
     assert "flexalign" in header["tags"]
     inside = card.split("```yaml\n")[1].split("```")[0]
     assert Recipe.parse(yaml.safe_load(inside)) == recipe
+
+
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexalign.trra.card._PACKAGES", ("torch", "no-such-package"))
+    assert set(versions_in_use()) == {"python", "torch"}
 
 
 def test_rounds_and_a_missing_curve_are_told_apart() -> None:

@@ -1,5 +1,6 @@
 import errno
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,12 @@ def test_a_failure_to_write_says_what_stands(tmp_path: Path, error: Exception, r
 def test_other_failures_pass_through(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="out of memory"), writing("checkpoint-8", tmp_path):
         raise RuntimeError("CUDA out of memory")
+
+
+def test_a_disk_that_is_full_by_now_is_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CheckpointError, match="the disk is full"), writing("model", tmp_path):
+        raise RuntimeError("PytorchStreamWriter failed writing file data/3")

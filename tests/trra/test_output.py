@@ -57,3 +57,10 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(
     monkeypatch.setattr(Path, "write_text", refuse)
     with pytest.raises(CheckpointError, match="Read-only file system"):
         claim_output(tmp_path / "out", IDENTITY)
+
+
+def test_a_damaged_note_of_the_run_is_one_sentence(tmp_path: Path) -> None:
+    claim_output(tmp_path, IDENTITY)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"run\.json cannot be read; name another output folder"):
+        state_of_output(tmp_path, IDENTITY)

@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from families import family_model
 from flexalign.errors import ConfigError, UnsupportedModelError
+from flexalign.trra import TrRaTrainer
 from twin import divergence64, fuse64
 
 from .conftest import Modules, lora, make_rows
@@ -289,3 +291,52 @@ def test_attention_that_is_not_to_be_had_is_refused_by_model(
 ) -> None:
     with pytest.raises(ConfigError, match="attn_implementation='flash_attention_2' for the "):
         make_trainer(model_init_kwargs={"attn_implementation": "flash_attention_2"})
+
+
+@pytest.mark.parametrize(
+    "name", ["compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"]
+)
+def test_what_wants_logits_is_refused(
+    settings: Callable[..., Any], modules: Modules, name: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"{name}: the loss builds no logits"):
+        TrRaTrainer(
+            *modules, args=settings(), train_dataset=make_rows(2), **{name: lambda *_: None}
+        )
+
+
+def test_outputs_are_not_to_be_had(make_trainer: Callable[..., Any]) -> None:
+    trainer = make_trainer(make_rows(2))
+    inputs = trainer.data_collator(list(make_rows(2)))
+    with pytest.raises(ConfigError, match="prediction_loss_only=True"):
+        trainer.compute_loss(trainer.model, inputs, return_outputs=True)
+
+
+def test_a_forward_of_the_students_own_is_kept(
+    make_trainer: Callable[..., Any], modules: Modules
+) -> None:
+    student = copy.deepcopy(modules.reference)
+    calls: list[int] = []
+    plain = type(student).forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return plain(student, *args, **kwargs)
+
+    student.forward = forward
+    make_trainer(models={"model": student, **modules._asdict()})
+    assert student.forward is forward
+    calls.clear()
+    student(torch.arange(9)[None])
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("name", ["cp_enabled", "sp_enabled"])
+def test_a_split_sequence_is_refused(
+    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    trainer = make_trainer(make_rows(2))
+    split = SimpleNamespace(**{"cp_enabled": False, "sp_enabled": False, name: True})
+    monkeypatch.setattr(trainer.accelerator.state, "parallelism_config", split, raising=False)
+    with pytest.raises(ConfigError, match=r"split a sequence over devices.*use data parallelism"):
+        trainer._refuse_sequence_parallelism()

@@ -96,11 +96,6 @@ class Ledger:
         self.spent: dict[str, int] = {}
         """Samples drawn so far, by setting."""
 
-    @property
-    def total(self) -> int:
-        """Samples drawn so far."""
-        return sum(self.spent.values())
-
     def outcomes(self, setting: str, questions: Sequence[str]) -> Outcomes:
         """Return the answers to these questions, asking those that are new.
 

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from flexalign.cli._shared import console, result_console
 from flexalign.data import Lengths, load_prompts, load_traces, split_tokens
 from flexalign.decoding.responses import generate_responses
+from flexalign.errors import ConfigError
 from flexalign.evaluation.grading import grade
 from flexalign.evaluation.statistics import clustered_interval
 from flexalign.miniature import make_questions, make_traces
@@ -96,7 +97,11 @@ class StepProgress(TrainerCallback):  # type: ignore[misc]
 
 
 def plan_steps(arguments: Any, lengths: Lengths) -> tuple[dict[str, Any], int]:
-    """Work out a run's steps, its batch and its epochs, and its longest row in tokens."""
+    """Work out a run's steps, its batch and its epochs, and its longest row in tokens.
+
+    Raises:
+        ConfigError: If rows are to be packed and have no length.
+    """
     batch = (
         arguments.per_device_train_batch_size
         * arguments.gradient_accumulation_steps
@@ -105,6 +110,10 @@ def plan_steps(arguments: Any, lengths: Lengths) -> tuple[dict[str, Any], int]:
     longest = min(lengths.longest, arguments.max_length or lengths.longest)
     rows = lengths.rows
     if getattr(arguments, "packing", False):
+        if arguments.max_length is None:
+            raise ConfigError(
+                "training.packing fills rows up to training.max_length; give that a number."
+            )
         longest = arguments.max_length
         rows = math.ceil((lengths.prompt_tokens + lengths.response_tokens) / longest)
     steps = arguments.max_steps

@@ -41,9 +41,9 @@ def compare(
         raise ConfigError("a folder is named twice; name each once.")
     rows, means = [], []
     for folder, label in zip(folders, tell_apart(resolved), strict=True):
-        summary = _read(folder)
-        rows += [row | {"system": f"{label}/{row['system']}"} for row in summary["rows"]]
-        means += [mean | {"system": f"{label}/{mean['system']}"} for mean in summary["means"]]
+        own_rows, own_means = _read(folder, label)
+        rows += own_rows
+        means += own_means
     merged = {"rows": rows, "means": means}
     if output:
         from flexalign.evaluation.report import write_report
@@ -55,17 +55,22 @@ def compare(
         print_summary(merged)
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _read(folder: Path, label: str) -> list[list[dict[str, Any]]]:
+    """Return the rows and the means of a sweep, its systems named after its folder too."""
     path = folder / "summary.json"
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        return [
+            [row | {"system": f"{label}/{row['system']}"} for row in summary[part]]
+            for part in ("rows", "means")
+        ]
     except FileNotFoundError:
         raise ConfigError(
             f"{folder} has no summary.json; give the --output of flexalign evaluate, and finish "
             "its run first."
         ) from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(
-            f"{path} is damaged ({error}); write it anew with: flexalign evaluate --regrade "
+            f"{path} is damaged ({error!r}); write it anew with: flexalign evaluate --regrade "
             f"--output {folder}"
         ) from error

@@ -108,7 +108,7 @@ def serve(
     Example: [cyan]KEY=… flexalign serve models/R1 --adapter out/fast --host 0.0.0.0
     --api-key-env KEY[/cyan]
     """
-    extras = "vllm,serving" if engine is _Engine.VLLM else "serving"
+    extras = "vllm,serving" if engine is Engine.VLLM else "serving"
     require_packages("serving", *_NEEDED, install=f"'flexalign[{extras}]'")
     limits = read_range(lambda_range)
     key = read_secret(api_key_env)

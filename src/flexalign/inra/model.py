@@ -68,6 +68,7 @@ class InRaModel(StreamDecoding):
         self.tokenizer = tokenizer
         self._has_warned = False
         probe_streams(self, name)
+        base.requires_grad_(False)  # last: a base that is refused is left as it was
 
     @classmethod
     def create(cls, base: Base, *, adapter_layers: int = 1, **loading: Any) -> "InRaModel":

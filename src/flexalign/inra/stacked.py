@@ -36,7 +36,7 @@ class StackedStreams(nn.Module):
             UnsupportedModelError: If the base has no plain head, or layers that are recurrent.
         """
         super().__init__()
-        self.base = base.requires_grad_(False)
+        self.base = base
         self.adapter = adapter
         self.head = Head.of(base)
         self._takes_positions = (

@@ -31,7 +31,7 @@ def for_products(head: Head) -> Head:
     weight = head.weight.detach()
     device = weight.device.type
     if device != "cpu" and torch.is_autocast_enabled(device):
-        weight = weight.to(torch.get_autocast_dtype(device))
+        weight = weight.to(torch.get_autocast_dtype(device))  # pragma: no cover (needs CUDA)
     return replace(head, weight=weight, bias=None if head.bias is None else head.bias.detach())
 
 
@@ -54,7 +54,7 @@ def write_logits(head: Head, hidden: Tensor, out: Tensor) -> Tensor:
 
 def project(hidden: Tensor, weight: Tensor, out: Tensor, *, add: bool = False) -> None:
     """Write ``hidden·weightᵀ`` into ``out``, or add it: (C, H), (V, H) → (C, V)."""
-    if rounds_its_factor(weight):
+    if rounds_its_factor(weight):  # pragma: no cover (needs CUDA)
         _half_product(hidden, weight.t(), out, add=add)
         return
     hidden = hidden.to(out.dtype)
@@ -64,7 +64,7 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor, *, add: bool = False) -
 
 def add_product(gradient: Tensor, weight: Tensor, out: Tensor) -> None:
     """Add ``gradient·weight`` to ``out``: (C, V), (V, H) → (C, H)."""
-    if rounds_its_factor(weight):
+    if rounds_its_factor(weight):  # pragma: no cover (needs CUDA)
         _half_product(gradient, weight, out, add=True)
         return
     for rows, part in _widened(weight, out.dtype):
@@ -73,13 +73,15 @@ def add_product(gradient: Tensor, weight: Tensor, out: Tensor) -> None:
 
 def add_outer(gradient: Tensor, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """Add ``gradientᵀ·hidden``, the gradient of ``weight``, to ``out``: (C, V), (C, H) → (V, H)."""
-    if rounds_its_factor(weight):
+    if rounds_its_factor(weight):  # pragma: no cover (needs CUDA)
         _half_product(gradient.t(), hidden.to(weight.dtype), out, add=True)
     else:
         out.addmm_(gradient.t(), hidden.to(out.dtype))
 
 
-def _half_product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
+def _half_product(  # pragma: no cover (needs CUDA)
+    left: Tensor, right: Tensor, out: Tensor, *, add: bool
+) -> None:
     left = left.to(right.dtype)
     if add:
         torch.addmm(out, left, right, out_dtype=out.dtype, out=out)

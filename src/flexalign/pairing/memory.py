@@ -16,6 +16,9 @@ __all__ = ["GIB", "available_bytes", "weight_bytes"]
 GIB = 2**30
 
 _STORED_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+_ACROSS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Words of transformers for a model that is spread over the devices, and over the host."""
+
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 
@@ -46,11 +49,12 @@ def available_bytes(device_map: Any) -> int:
     if device_map in (None, "cpu") or not torch.cuda.is_available():
         return _available_on_cpu()
     devices = range(torch.cuda.device_count())
-    if device_map != "auto" and isinstance(device_map, str | int | torch.device):
+    is_spread = device_map in _ACROSS
+    if not is_spread and isinstance(device_map, str | int | torch.device):
         index = torch.device(device_map).index
         devices = range(index or 0, (index or 0) + 1)
     free = sum(torch.cuda.mem_get_info(device)[0] for device in devices)
-    return free + (_available_on_cpu() if device_map == "auto" else 0)
+    return free + (_available_on_cpu() if is_spread else 0)
 
 
 def _itemsize(dtype: torch.dtype | str) -> int | None:

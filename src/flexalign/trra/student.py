@@ -30,6 +30,8 @@ from flexalign.trra.parts import (
 
 __all__ = ["assemble_student", "require_fit", "tokenizer_of"]
 
+_NO_START = "teacher='cached' holds no model; give the student's start as model."
+
 
 def tokenizer_of(start: Model | None, args: TrRaConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer of where a student starts.
@@ -37,6 +39,8 @@ def tokenizer_of(start: Model | None, args: TrRaConfig) -> PreTrainedTokenizerBa
     Raises:
         ConfigError: If that is no folder.
     """
+    if start is None:
+        raise ConfigError(_NO_START)
     if not isinstance(start, PLACES):
         raise ConfigError("the model is a module; give its tokenizer as processing_class.")
     return load_tokenizer(start, trust_remote_code=args.trust_remote_code)
@@ -99,7 +103,7 @@ def assemble_student(
     """
     start = reference if model is None else model
     if start is None:
-        raise ConfigError("teacher='cached' holds no model; give the student's start as model.")
+        raise ConfigError(_NO_START)
     if peft_config is not None and is_adapter(start):
         raise ConfigError("model is an adapter already; leave out peft_config to train it on.")
     if isinstance(model, PLACES) and isinstance(reference, PLACES) and model != reference:

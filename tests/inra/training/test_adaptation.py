@@ -1,6 +1,9 @@
+import functools
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,11 +12,12 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from flexalign.errors import ConfigError, DataError
+from flexalign.errors import ConfigError, DataError, LambdaError
 from flexalign.fusion import fuse
 from flexalign.inra import InRaModel
-from flexalign.inra.training import Adaptation, AdaptRecipe
+from flexalign.inra.training import Adaptation, AdaptRecipe, BakeRecipe, adapt
 from flexalign.inra.training.student import adapter_off, as_student
+from flexalign.inra.training.trainers import AdapterSFTTrainer
 
 Model = Callable[..., Any]
 
@@ -308,3 +312,78 @@ def test_a_base_in_half_precision_is_trained_in_float32(
     outcome = train(base, traces, training={"bf16": True, "use_cpu": True})
     model = InRaModel.from_pretrained(base, outcome.output)
     assert {parameter.dtype for parameter in model.adapter.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"adapter_layers": 0}, "adapter_layers must be at least 1, got 0"),
+        ({"adapter": "a", "adapter_layers": 2}, "adapter_layers is for a new adapter"),
+        (
+            {"training": {"activation_checkpointing_kwargs": {"use_reentrant": True}}},
+            "reentrant checkpointing passes no gradient through frozen layers",
+        ),
+        ({"training": {"lr_scheduler_type": "cosin"}}, "^training: .*cosin"),
+        (
+            {"method": "dpo", "training": {"precompute_ref_log_probs": False}},
+            "precompute_ref_log_probs: false would load a second base",
+        ),
+        ({"method": "trra", "lambda": 1.0}, "needs `aligned` and `lambda`"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_one_sentence(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        AdaptRecipe.parse({"base": "b", "data": "d", "output": "o"} | changes)
+    assert "\n" not in str(caught.value)
+
+
+def test_epochs_alone_decide_the_steps() -> None:
+    recipe = {"base": "b", "data": "d", "output": "o"}
+    arguments = AdaptRecipe.parse(recipe | {"training": {"num_train_epochs": 2}})
+    assert arguments.training_arguments().max_steps == -1
+
+
+@pytest.mark.parametrize("held_out", [0, 1, -0.5, float("nan")])
+def test_a_share_that_leaves_nothing_is_refused(held_out: float) -> None:
+    recipe = {"base": "b", "adapter": "a", "data": "d", "output": "o", "lambda": 0.5}
+    with pytest.raises(ConfigError, match="held_out must lie between 0 and 1"):
+        BakeRecipe.parse(recipe | {"held_out": held_out})
+
+
+@pytest.mark.parametrize("lam", [float("nan"), float("inf")])
+def test_a_lambda_to_bake_is_a_finite_number(lam: float) -> None:
+    recipe = {"base": "b", "adapter": "a", "data": "d", "output": "o", "lambda": lam}
+    with pytest.raises(LambdaError, match="lambda must be a finite number"):
+        BakeRecipe.parse(recipe)
+
+
+def test_a_loaded_base_needs_its_tokenizer(
+    tiny_model: Model, traces: Dataset, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="give its tokenizer too"):
+        adapt(tiny_model(), traces, tmp_path / "out")
+
+
+def test_a_bases_own_forward_comes_back(tiny_model: Model) -> None:
+    model = InRaModel.create(tiny_model())
+    own = functools.partial(type(model.base).forward, model.base)
+    model.base.forward = own
+    with as_student(model) as student:
+        student.forward = None
+    assert model.base.forward is own
+
+
+def test_the_best_adapter_is_loaded_in_the_end(
+    tiny_model: Model, traces: Dataset, tmp_path: Path
+) -> None:
+    model = InRaModel.create(tiny_model())
+    folder = tmp_path / "best"
+    model.save_pretrained(folder)
+    best = {name: tensor.clone() for name, tensor in model.adapter.state_dict().items()}
+    with torch.no_grad():
+        for parameter in model.adapter.parameters():
+            parameter.add_(1.0)
+    trainer = SimpleNamespace(inra=model, state=SimpleNamespace(best_model_checkpoint=str(folder)))
+    AdapterSFTTrainer._load_best_model(trainer)
+    for name, tensor in model.adapter.state_dict().items():
+        assert torch.equal(tensor, best[name]), name

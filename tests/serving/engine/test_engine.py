@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from contract.subjects import make_base
+from flexalign.data.thinking import ThinkingTags
 from flexalign.decoding.responses import generate_responses
-from flexalign.errors import ConfigError, ServingError
+from flexalign.errors import ConfigError, ServingError, UnsupportedModelError
 from flexalign.inra import InRaModel
 from flexalign.policies import Adaptive, Fixed, Route
 from flexalign.schedules import Schedule
 from flexalign.serving.engine import Engine, Generation, InRaRunner, Job, Piece
+from flexalign.serving.engine.rate import TokenRate
+from flexalign.serving.engine.runners import PlainRunner
 
 PROMPTS = ["one and two", "1+2=", "the answer is six because one and two make three and three", "a"]
 DIALS = [
@@ -192,6 +196,15 @@ def test_a_prompt_that_cannot_be_prefilled_fails_alone(
     assert "prefilled" in caplog.text
 
 
+def test_a_prompt_that_fails_with_nobody_beside_it_leaves_the_engine_running(
+    engine: Callable[..., Engine], write: Any, dial: InRaModel
+):
+    started = engine(Choosy(dial))
+    for token, fails in ((310, True), (7, False)):
+        [answer] = write(started, [Job((5, token, 6), Fixed(0.5), 4, temperature=0)])
+        assert isinstance(answer, RuntimeError) == fails
+
+
 class Failing(InRaRunner):
     """Its next steps fail, as often as it is told."""
 
@@ -269,6 +282,31 @@ def test_what_it_cannot_serve_is_refused(engine: Callable[..., Engine], tiny_tok
     assert not started.has_room(3)
     with pytest.raises(ConfigError, match="rows must be"):
         engine(rows=0)
+
+
+def test_thinking_that_cannot_be_seen_in_tokens_is_no_dial(dial: InRaModel, tiny_tokenizer: Any):
+    tags = ThinkingTags("<reasoning>", "</reasoning>")
+    started = Engine(InRaRunner(dial), tiny_tokenizer, tags, [])
+    started.check(Schedule("linear", start=0, end=1, steps=5))
+    with pytest.raises(ConfigError, match=r"<reasoning>.*token"):
+        started.check(Schedule("thinking", think=0, answer=1))
+
+
+def test_a_recurrent_model_is_refused_before_it_is_served() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"this mamba keeps a .*no recurrent ones"):
+        PlainRunner(make_base("mamba"))
+
+
+def test_the_rate_is_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch):
+    now = [100.0]
+    monkeypatch.setattr("flexalign.serving.engine.rate.time.monotonic", lambda: now[0])
+    rate = TokenRate()
+    rate.add(30)
+    now[0] += 6
+    rate.add(10)
+    assert (rate.per_second, rate.total) == (4.0, 40)
+    now[0] += 6
+    assert (rate.per_second, rate.total) == (1.0, 40)
 
 
 def test_what_is_under_way_when_it_stops_is_told(engine: Callable[..., Engine]):

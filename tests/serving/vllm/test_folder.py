@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from flexalign.errors import CheckpointError, ConfigError, PairMismatchError, UnsupportedModelError
 from flexalign.inra import InRaConfig, InRaModel
-from flexalign.loading import Source
+from flexalign.loading import Source, load_model
 from flexalign.serving.vllm import folder as module
 from flexalign.serving.vllm.folder import is_prepared, prepare_folder
 from flexalign.serving.vllm.settings import DialSettings
@@ -145,3 +146,11 @@ def test_tags_of_several_tokens_are_no_tags(tmp_path, tiny_pair, adapter):
     path.write_text(json.dumps(settings))
     folder = prepare_folder(tiny_pair.reference, adapter, tmp_path / "out")
     assert json.loads((folder / "config.json").read_text())["flexalign"]["thinking_tokens"] is None
+
+
+def test_a_base_that_is_a_peft_adapter_is_refused(tmp_path, tiny_pair, adapter):
+    peft = get_peft_model(load_model(tiny_pair.reference), LoraConfig(target_modules="all-linear"))
+    peft.save_pretrained(tmp_path / "peft")
+    with pytest.raises(UnsupportedModelError, match="merge it"):
+        prepare_folder(tmp_path / "peft", adapter, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()

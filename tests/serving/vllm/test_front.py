@@ -14,6 +14,7 @@ import torch
 
 from flexalign.errors import CheckpointError, ConfigError
 from flexalign.inra.config import InRaConfig
+from flexalign.loading import load_tokenizer
 from flexalign.policies import LAMBDA_LEGEND, Route
 from flexalign.serving.vllm.folder import prepare_folder
 from flexalign.serving.vllm.front import KEY_VARIABLE, VARIABLE, Front, FrontOptions, build_front
@@ -533,3 +534,103 @@ def test_options_go_through_the_environment():
 def test_a_folder_without_an_adapter_is_refused(tmp_path: Path):
     with pytest.raises(CheckpointError, match="no InRa adapter"):
         before(Vllm(), tmp_path)
+
+
+def test_extras_that_are_none_are_left_to_vllm_to_refuse(folder: Path):
+    vllm = Vllm()
+    ask(before(vllm, folder), messages=[], vllm_xargs=[1], **{"lambda": 0.5})
+    assert vllm.bodies[0]["vllm_xargs"] == [1]
+
+
+def test_a_prompt_of_tokens_may_leave_the_thinking_open(folder: Path):
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer("3+4?<think>", add_special_tokens=False)["input_ids"]
+    words = ["3 +", " 4", "<eos>"]
+    counted = []
+    for prompt in (ids, "3+4?<think>", "3+4?"):
+        _, answer = ask(before(Vllm(words), folder), COMPLETION, prompt=prompt)
+        counted.append(answer["usage"]["completion_tokens_details"]["reasoning_tokens"])
+    assert counted[0] == counted[1] > 0
+    assert counted[2] == 0
+
+
+@pytest.mark.parametrize("content", [b"--part\r\n", b"", b"[1]"])
+def test_a_body_that_is_no_object_passes_on_other_routes(folder: Path, content: bytes):
+    heard: list[bytes] = []
+
+    async def transcribe(scope: Any, receive: Any, send: Any) -> None:
+        heard.append((await receive())["body"])
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": content}
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/audio/transcriptions", "headers": []}
+    asyncio.run(build_front(transcribe, folder, FrontOptions(), None)(scope, receive, None))
+    assert heard == [content]
+
+
+def test_a_client_that_leaves_before_its_body_is_whole_gets_nothing(folder: Path):
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
+    vllm = Vllm()
+    scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": []}
+    asyncio.run(before(vllm, folder)(scope, receive, None))
+    assert vllm.paths == []
+
+
+def test_what_goes_wrong_in_the_fast_call_is_not_swallowed(folder: Path):
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        raise RuntimeError("the engine is gone")
+
+    with pytest.raises(RuntimeError, match="the engine is gone"):
+        ask(before(broken, folder), messages=[], **adaptive(0.5))
+
+
+def test_an_error_in_a_stream_passes_as_it_is(folder: Path):
+    error = {"error": {"message": "the engine is dead", "code": 500}}
+
+    class Dying(Vllm):
+        async def _event(self, send: Any, choices: Any, is_chat: bool, **more: Any) -> None:
+            content = f"data: {json.dumps(error)}\n\n".encode()
+            await send({"type": "http.response.body", "body": content, "more_body": True})
+
+    _, chunks = ask(before(Dying(["a"]), folder), messages=[], stream=True)
+    assert chunks[0] == error
+
+
+def test_what_a_parser_found_in_a_stream_is_kept(folder: Path):
+    class Parsed(Vllm):
+        async def _event(self, send: Any, choices: Any, is_chat: bool, **more: Any) -> None:
+            for choice in choices:
+                content = choice["delta"].pop("content", None)
+                choice["delta"] |= {"reasoning": content} if content else {}
+            await super()._event(send, choices, is_chat, **more)
+
+    _, chunks = ask(before(Parsed([" 3", "<eos>"]), folder), messages=[], stream=True)
+    deltas = [part["delta"] for chunk in chunks for part in chunk["choices"]]
+    assert [(d["reasoning"], d["reasoning_content"]) for d in deltas if d.get("reasoning")] == [
+        (" 3", " 3")
+    ]
+
+
+def test_tags_that_are_special_tokens_are_asked_for(folder: Path, tmp_path: Path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    config["additional_special_tokens"] = ["<think>", "</think>"]
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    for served, expected in ((folder, None), (copy, False)):
+        vllm = Vllm()
+        ask(before(vllm, served), messages=[])
+        assert vllm.bodies[0].get("skip_special_tokens") is expected
+    vllm = Vllm()
+    ask(before(vllm, copy), messages=[], skip_special_tokens=True)
+    assert vllm.bodies[0]["skip_special_tokens"] is True
+
+
+def test_without_a_start_of_the_server_a_bad_folder_is_an_error_of_the_request(tmp_path: Path):
+    vllm = Vllm()
+    vllm.state.args.model = str(tmp_path)
+    scope = {"type": "http", "method": "GET", "path": "/health", "headers": [], "app": vllm}
+    with pytest.raises(CheckpointError, match="no InRa adapter"):
+        asyncio.run(Front(vllm)(scope, None, None))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 from flexalign.errors import ConfigError, ServingError
 from flexalign.loading import resolve_adapter
 from flexalign.serving.vllm import launch as launching
-from flexalign.serving.vllm.folder import is_prepared
+from flexalign.serving.vllm.folder import is_prepared, prepare_folder
 from flexalign.serving.vllm.front import MIDDLEWARE, VARIABLE, FrontOptions
 from flexalign.serving.vllm.launch import Launch, cached_folder, check_flags, prepare_once, run
 
@@ -148,6 +149,28 @@ def test_a_folder_is_prepared_once_for_each_state_of_the_files(tmp_path: Path):
     assert [path for path in folder.parent.iterdir() if path != folder] == []
 
 
+def test_of_two_that_prepare_a_folder_the_slower_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = tmp_path / "cache" / "key"
+
+    def prepare_late(model: str, adapter: str, output: Path, **options: Any) -> None:
+        prepare_folder(model, adapter, output, **options)
+        prepare_folder(model, adapter, folder, **options)  # by another process
+
+    monkeypatch.setattr(launching, "prepare_folder", prepare_late)
+    prepare_once("miniature", "miniature:fast", folder)
+    assert is_prepared(folder)
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_folder_that_is_in_the_way_is_said(tmp_path: Path):
+    (tmp_path / "key").mkdir()
+    (tmp_path / "key" / "thesis.tex").touch()
+    with pytest.raises(OSError, match="not empty"):
+        prepare_once("miniature", "miniature:fast", tmp_path / "key")
+
+
 def fake_server(monkeypatch: pytest.MonkeyPatch, code: str, port: int) -> Launch:
     """Have the launcher start this instead of vLLM."""
     monkeypatch.setattr(Launch, "command", lambda self: [sys.executable, "-c", code, str(port)])
@@ -185,6 +208,16 @@ def test_sigterm_ends_it_cleanly(port: int, monkeypatch: pytest.MonkeyPatch):
     handler = signal.getsignal(signal.SIGTERM)
     run(launch, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert signal.getsignal(signal.SIGTERM) == handler
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", port))
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_heed_sigterm_is_killed(port: int, monkeypatch: pytest.MonkeyPatch):
+    deaf = LISTENING.replace("lambda *_: sys.exit(0)", "signal.SIG_IGN")
+    launch = fake_server(monkeypatch, deaf.format(seconds=60, status=1), port)
+    monkeypatch.setattr(launching, "_MARGIN", 0.0)
+    run(replace(launch, grace=0.2), lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", port))
 

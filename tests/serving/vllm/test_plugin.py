@@ -1,5 +1,6 @@
 """What the plugin does in vLLM's processes, without an engine."""
 
+import gc
 import logging
 import sys
 from types import SimpleNamespace
@@ -128,6 +129,32 @@ def test_the_check_sees_a_runner_that_goes_its_own_way(unhooked):
     with pytest.raises(ServingError, match="vLLM's Other does not"):
         runner.require_delivery()
     del Other
+    gc.collect()  # of subclasses there are weak references alone, and cycles to hold them
+
+
+def test_the_check_says_why_a_runner_of_another_shape_fails(unhooked):
+    from flexalign.serving.vllm import runner
+
+    class Other(unhooked):
+        def _model_forward(self, *args, **kwargs):
+            return self.no_such_part
+
+    runner.install()
+    with pytest.raises(
+        ServingError, match=r"Other does not run .*\(AttributeError: .*no_such_part"
+    ):
+        runner.require_delivery()
+    del Other
+    gc.collect()
+
+
+def test_a_model_without_a_dial_runs_as_it_did(unhooked):
+    from flexalign.serving.vllm import runner
+
+    runner.install()
+    plain = object.__new__(unhooked)
+    plain.model = lambda **inputs: inputs["positions"]
+    assert plain._model_forward(input_ids=None, positions="as they were") == "as they were"
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 import ctypes
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
@@ -176,6 +178,7 @@ def prepare_once(model: str, adapter: str, folder: Path, *, any_base: bool = Fal
     except OSError:  # another process was faster
         if not is_prepared(folder):
             raise
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def run(launch: Launch, on_ready: Callable[[], None]) -> None:
@@ -210,7 +213,8 @@ def run(launch: Launch, on_ready: Callable[[], None]) -> None:
                 is_ready = True
                 on_ready()
             time.sleep(0.2)
-        process.wait(launch.grace + _MARGIN if is_stopping else None)
+        with suppress(subprocess.TimeoutExpired):  # one that does not end is killed below
+            process.wait(launch.grace + _MARGIN if is_stopping else None)
     finally:
         if process.poll() is None:
             process.kill()
