@@ -38,9 +38,12 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Name files outside docs/ instead of linking them; a file that is not there is an error."""
+    borrowed = {f"../{source}": page for page, source in BORROWED.items()}
 
     def plain(match: re.Match[str]) -> str:
         mark, text, target = match.groups()
+        if target in borrowed:
+            return f"{mark}[{text}]({borrowed[target]})"
         if not target.startswith("../"):
             return match.group(0)
         path = ROOT / target.removeprefix("../").partition("#")[0]
