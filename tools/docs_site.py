@@ -23,6 +23,7 @@ RECIPES = {
     "adapt": "flexalign.inra.training.recipe.AdaptRecipe",
     "bake": "flexalign.inra.training.recipe.BakeRecipe",
 }
+_DEFAULTS = re.compile(r"`(DEFAULT_\w+)`")
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
@@ -90,8 +91,9 @@ def _reference() -> str:
 def _recipes() -> str:
     parts = ["# Recipes: the keys of the YAML files\n"]
     for command, path in RECIPES.items():
-        module, _, name = path.rpartition(".")
-        recipe = getattr(importlib.import_module(module), name)
+        home, _, name = path.rpartition(".")
+        module = importlib.import_module(home)
+        recipe = getattr(module, name)
         said = _attributes(inspect.getdoc(recipe) or "")
         parts.append(f"## `flexalign {command}`\n\n| key | default | meaning |\n|---|---|---|")
         for field in fields(recipe):
@@ -100,9 +102,15 @@ def _recipes() -> str:
             default = f"`{field.default}`" if given else ""
             if not given and field.default_factory is MISSING:
                 default = "required"
-            parts.append(f"| `{key}` | {default} | {said.get(field.name, '')} |")
+            meaning = _DEFAULTS.sub(lambda found: _said(module, found[1]), said.get(field.name, ""))
+            parts.append(f"| `{key}` | {default} | {meaning} |")
         parts.append("")
     return "\n".join(parts)
+
+
+def _said(module: Any, name: str) -> str:
+    """Write a dictionary of defaults out where a docstring names it."""
+    return ", ".join(f"`{key}: {value}`" for key, value in getattr(module, name).items())
 
 
 def _attributes(doc: str) -> dict[str, str]:
