@@ -102,15 +102,19 @@ def _recipes() -> str:
             default = f"`{field.default}`" if given else ""
             if not given and field.default_factory is MISSING:
                 default = "required"
-            meaning = _DEFAULTS.sub(lambda found: _said(module, found[1]), said.get(field.name, ""))
+            meaning = _spelt_out(said.get(field.name, ""), module)
             parts.append(f"| `{key}` | {default} | {meaning} |")
         parts.append("")
     return "\n".join(parts)
 
 
-def _said(module: Any, name: str) -> str:
+def _spelt_out(meaning: str, module: Any) -> str:
     """Write a dictionary of defaults out where a docstring names it."""
-    return ", ".join(f"`{key}: {value}`" for key, value in getattr(module, name).items())
+
+    def items(found: re.Match[str]) -> str:
+        return ", ".join(f"`{key}: {value}`" for key, value in getattr(module, found[1]).items())
+
+    return _DEFAULTS.sub(items, meaning)
 
 
 def _attributes(doc: str) -> dict[str, str]:
