@@ -23,6 +23,7 @@ RECIPES = {
     "adapt": "flexalign.inra.training.recipe.AdaptRecipe",
     "bake": "flexalign.inra.training.recipe.BakeRecipe",
 }
+_DEFAULTS = re.compile(r"`(DEFAULT_\w+)`")
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
@@ -38,9 +39,12 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Name files outside docs/ instead of linking them; a file that is not there is an error."""
+    borrowed = {f"../{source}": page for page, source in BORROWED.items()}
 
     def plain(match: re.Match[str]) -> str:
         mark, text, target = match.groups()
+        if target in borrowed:
+            return f"{mark}[{text}]({borrowed[target]})"
         if not target.startswith("../"):
             return match.group(0)
         path = ROOT / target.removeprefix("../").partition("#")[0]
@@ -87,8 +91,9 @@ def _reference() -> str:
 def _recipes() -> str:
     parts = ["# Recipes: the keys of the YAML files\n"]
     for command, path in RECIPES.items():
-        module, _, name = path.rpartition(".")
-        recipe = getattr(importlib.import_module(module), name)
+        home, _, name = path.rpartition(".")
+        module = importlib.import_module(home)
+        recipe = getattr(module, name)
         said = _attributes(inspect.getdoc(recipe) or "")
         parts.append(f"## `flexalign {command}`\n\n| key | default | meaning |\n|---|---|---|")
         for field in fields(recipe):
@@ -97,9 +102,19 @@ def _recipes() -> str:
             default = f"`{field.default}`" if given else ""
             if not given and field.default_factory is MISSING:
                 default = "required"
-            parts.append(f"| `{key}` | {default} | {said.get(field.name, '')} |")
+            meaning = _spelt_out(said.get(field.name, ""), module)
+            parts.append(f"| `{key}` | {default} | {meaning} |")
         parts.append("")
     return "\n".join(parts)
+
+
+def _spelt_out(meaning: str, module: Any) -> str:
+    """Write a dictionary of defaults out where a docstring names it."""
+
+    def items(found: re.Match[str]) -> str:
+        return ", ".join(f"`{key}: {value}`" for key, value in getattr(module, found[1]).items())
+
+    return _DEFAULTS.sub(items, meaning)
 
 
 def _attributes(doc: str) -> dict[str, str]:
