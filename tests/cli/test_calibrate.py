@@ -33,7 +33,7 @@ def test_the_cost_is_told_and_nothing_is_sampled(run_cli):
     assert lambdas["samples"] == 90
     shown = run_cli(
         *("calibrate", "miniature", "--adapter", "miniature:fast", "--task", "miniature"),
-        *("--questions", 10, "--dry-run"),
+        *("--limit", 10, "--dry-run"),
     )
     assert "\n20 samples: λ=0, adaptive 0\n" in shown.stderr
     assert "and, if fast answers are not short, 90 samples: λ=0, λ=0.125" in shown.stderr
@@ -42,7 +42,7 @@ def test_the_cost_is_told_and_nothing_is_sampled(run_cli):
 def test_an_adaptive_dial_alone_needs_both_ways_and_no_grid(run_cli):
     result = run_cli(
         *("calibrate", "miniature", "--adapter", "miniature:fast", "--task", "miniature"),
-        *("--questions", 10, "--dial", "adaptive", "--dry-run", "--json"),
+        *("--limit", 10, "--dial", "adaptive", "--dry-run", "--json"),
     )
     (ways,) = json.loads(result.stdout)["sweeps"]
     assert ways == {"settings": ["λ=0", "adaptive 0"], "samples": 20}
