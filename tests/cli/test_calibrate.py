@@ -55,7 +55,7 @@ def test_an_adaptive_dial_alone_needs_both_ways_and_no_grid(run_cli):
         (("--margin", "1"), "margin must be in [0, 1), got 1.0"),
         (("--samples", "0"), "samples must be at least 1, got 0"),
         (("--measure", "feeling"), "measure"),
-        (("--save-to", "{there}"), "exists already; name a folder that is not there"),
+        (("--save-to", "{there}"), "is there already; move it away or name another"),
     ],
 )
 def test_wrong_options_are_refused_before_sampling(run_cli, tmp_path, options, message):
