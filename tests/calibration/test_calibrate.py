@@ -1,14 +1,22 @@
 import json
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from flexalign.calibration.calibrate import CalibrateOptions, calibrate, plan_sweeps
+from flexalign.calibration.calibrate import (
+    CalibrateOptions,
+    _fit_ways,
+    calibrate,
+    plan_sweeps,
+)
 from flexalign.calibration.effort import effort_to_dial
-from flexalign.calibration.measure import measure_ways
+from flexalign.calibration.measure import measure_settings, measure_ways
 from flexalign.calibration.store import copy_adapter, store_calibration
-from flexalign.errors import ConfigError
+from flexalign.calibration.ways import Ways
+from flexalign.errors import ConfigError, ServingError
 from flexalign.evaluation.samples import ResultsFolder
 from flexalign.evaluation.sweep import Sweep
 from flexalign.evaluation.systems import Setting, SystemOptions, parse_system
@@ -95,3 +103,66 @@ def test_a_crash_while_writing_leaves_the_old_settings(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="power"):
         store_calibration(tmp_path / "fast", {"version": 1, "lambda_range": [0.0, 1.0]})
     assert InRaConfig.load(tmp_path / "fast") == before
+
+
+class _Sweep:
+    """A sweep that was run: `tokens` and grades by setting, one answer to each question."""
+
+    def __init__(self, found, lost=()):
+        self.settings = [Setting.of(value) for value in found]
+        self._found = list(found.values())
+        self._lost = list(lost)
+
+    def run(self, output, **_):
+        rows = [
+            {"system": "s", "task": "t", "setting": setting.id, "question": str(question)}
+            | {"sample": 0, "status": "correct", "tokens": tokens, "route": "fast"}
+            | {"confidence": 0.9, "rejected_tokens": 0, "lambda": setting.lam}
+            for setting, tokens in zip(self.settings, self._found, strict=True)
+            for question in range(4)
+        ]
+        ResultsFolder.begin(output, {"systems": []}, [], {}).append(rows)
+        return SimpleNamespace(lost=self._lost)
+
+
+def test_lost_samples_stop_a_calibration_with_how_to_go_on(tmp_path):
+    lost = [SimpleNamespace(reason="503 down")]
+    with pytest.raises(ServingError, match=r"1 samples could not .*503 down.*same command again"):
+        measure_settings(_Sweep({0.0: 9}, lost), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dial": "speed"}, "the dial is auto, adaptive or lambda, not 'speed'"),
+        ({"margin": float("nan")}, "margin must be in"),
+        ({"samples": 0}, "samples must be at least 1"),
+    ],
+)
+def test_what_is_out_of_range_is_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        CalibrateOptions(**given)
+
+
+def _ways(fast, slow):
+    count = 4
+    return Ways(
+        [str(number) for number in range(count)],
+        np.linspace(0.1, 0.9, count),
+        np.full(count, float(fast)),
+        np.ones(count, bool),
+        np.full(count, float(slow)),
+        np.ones(count, bool),
+    )
+
+
+def test_fast_answers_that_save_nothing_are_no_dial():
+    with pytest.raises(ConfigError, match=r"save no tokens \(20\.0 on average, λ = 0: 20\.0\)"):
+        _fit_ways(_ways(20, 20), {0.0: 20.0})
+
+
+def test_efforts_above_100_rise_with_the_tokens_below_lambda_0():
+    tokens = {0.0: 50.0, -0.25: 70.0, -0.5: 60.0, -1.0: 90.0}
+    fitted = _fit_ways(_ways(10, 50), tokens)["lambdas"]
+    # 40 tokens are 100 of effort; λ = −0.5 costs less than λ = −0.25 and has no effort
+    assert fitted == [[100.0, 0.0], [150.0, -0.25], [200.0, -1.0]]

@@ -82,6 +82,12 @@ def test_version_alone_on_stdout(run_cli):
     assert run_cli("--version") == (0, f"flexalign {__version__}\n", "")
 
 
+def test_the_package_itself_is_the_command():
+    command = [sys.executable, "-m", "flexalign", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"flexalign {__version__}\n"
+
+
 HELP_OF_EVERYTHING = """
 import contextlib, io, json, sys
 import typer.main

@@ -47,3 +47,15 @@ def test_forms_draws_a_picture(run_cli, tmp_path):
     output = tmp_path / "forms.png"
     assert run_cli("miniature", "forms", "-o", output).exit_code == 0
     assert output.read_bytes().startswith(b"\x89PNG")
+
+
+def test_building_names_each_part_as_it_is_written(run_cli, tmp_path, monkeypatch):
+    def build_all(output, make_adapter, *, seed, placebo):
+        assert (seed, placebo) == (3, True)
+        yield from ("reference", "placebo")
+
+    monkeypatch.setattr("flexalign.miniature.build.build_all", build_all)
+    result = run_cli("miniature", "build", "-o", tmp_path, "--seed", 3, "--placebo")
+    assert result.exit_code == 0, result.stderr
+    wrote = [f"wrote {tmp_path / part}" for part in ("reference", "placebo")]
+    assert "".join(result.stderr.split("\n")) == "".join(wrote)

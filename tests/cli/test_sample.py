@@ -1,4 +1,5 @@
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -222,3 +223,42 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert sample("-o", output, "-n", 3).exit_code == 0
     assert sample("-o", whole, "-n", 3).exit_code == 0
     assert output.read_bytes() == whole.read_bytes()
+
+
+def test_a_template_that_drops_the_thinking_is_warned_of(
+    sample: Callable[..., Any], tmp_path: Path, tiny_pair: Any
+) -> None:
+    folder = shutil.copytree(tiny_pair.reference, tmp_path / "dropping")
+    template = folder / "chat_template.jinja"
+    answer = "{{ message['content'] }}<|im_end|>{% endgeneration %}"
+    dropping = answer.replace("['content']", "['content'].split('</think>')[-1]")
+    text = template.read_text(encoding="utf-8")
+    assert answer in text
+    template.write_text(text.replace(answer, dropping), encoding="utf-8")
+    kept = sample("-o", tmp_path / "kept.jsonl", "--limit", 1)
+    assert "drops the thinking" not in kept.stderr
+    noted = sample("-o", tmp_path / "noted.jsonl", "--limit", 1, model=folder)
+    assert "note: this model's chat template drops the thinking of responses" in noted.stderr
+    plain = sample("-o", tmp_path / "plain.jsonl", "--limit", 1, "--plain", model=folder)
+    assert "drops the thinking" not in plain.stderr
+
+
+def test_a_server_is_shown_the_messages_it_would_be_sent(
+    run_cli: Callable[..., Any], prompts: Path, tmp_path: Path, server: str
+) -> None:
+    asked = ("--endpoint", server, "--model-name", "m", "--prompts", prompts)
+    result = run_cli("sample", *asked, "-o", tmp_path / "t.jsonl", "--dry-run", "--json")
+    assert result.exit_code == 0, result.stderr
+    (first, *_) = json.loads(result.stdout)["preview"]
+    assert json.loads(first) == [{"role": "user", "content": "what is 0 plus two"}]
+
+
+def test_empty_responses_are_counted_with_what_to_do(
+    run_cli: Callable[..., Any], prompts: Path, tmp_path: Path, serve: Callable[..., Any]
+) -> None:
+    choice = {"message": {"content": ""}, "finish_reason": "stop"}
+    chat = serve(lambda path, body: (200, {"choices": [choice]}))
+    asked = ("--endpoint", chat.url, "--model-name", "m", "--prompts", prompts)
+    result = run_cli("sample", *asked, "-o", tmp_path / "traces.jsonl")
+    assert result.exit_code == 0, result.stderr
+    assert "3 responses are empty; train with --skip-bad-rows" in result.stderr

@@ -262,3 +262,16 @@ def test_recurrent_models_are_refused_by_name(tiny_tokenizer, inputs):
     inputs = {"input_ids": torch.arange(5, 9)[None]}
     with pytest.raises(UnsupportedModelError, match=r"mamba.*use_cache=False"):
         TwoModelDecoder(pair).generate(**inputs, lam=0.5, max_new_tokens=2)
+
+
+def test_responses_are_padded_as_the_tokenizer_says_where_no_model_does(pair, inputs):
+    for model in (pair.reference, pair.aligned):
+        model.generation_config.pad_token_id = None
+    decoder = TwoModelDecoder(pair)
+    assert decoder.generation_config.pad_token_id == pair.tokenizer.pad_token_id
+    whole = greedy(decoder, inputs, lam=MIXED, max_new_tokens=6)
+    ends = [row[2] for row in whole]
+    cut = greedy(decoder, inputs, lam=MIXED, max_new_tokens=6, eos_token_id=ends[0])
+    end = whole[0].index(ends[0]) + 1
+    assert cut[0][:end] == whole[0][:end]
+    assert set(cut[0][end:]) <= {pair.tokenizer.pad_token_id}

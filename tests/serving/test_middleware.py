@@ -105,6 +105,17 @@ def test_a_stream_tells_the_dial_where_it_begins_and_ends(size: int):
     assert told == values
 
 
+def test_a_stream_that_breaks_off_is_passed_on_to_its_last_byte():
+    value = {"choices": [{"delta": {"content": "é"}, "finish_reason": None}]}
+    event = b"data: " + json.dumps(value).encode()
+    engine = Engine(event + b"\n\n", event, kind=b"text/event-stream")
+    _, _, sent = ask(DialMiddleware(engine, RULES), body(**{"lambda": 0.25}))
+    events = b"".join(sent).split(b"\n\n")
+    told = [json.loads(one.removeprefix(b"data: ")) for one in events if one]
+    assert [one.pop("dial", None) for one in told] == [TOLD, None]
+    assert told == [value, value]
+
+
 def test_what_was_ignored_is_said_in_a_header():
     _, headers, _ = ask(DialMiddleware(Engine(b"{}"), RULES), body(reasoning_effort="low"))
     assert headers["x-flexalign-ignored"] == "reasoning_effort"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -126,3 +126,39 @@ def test_a_student_with_other_tokens_is_refused_before_its_weights_are_read(
     assert Tokenizer.from_file(str(other / "tokenizer.json")).get_vocab_size() >= 300
     with pytest.raises(PairMismatchError, match="does not fit the reference"):
         parts(str(other), tiny_pair.reference, tiny_pair.aligned)
+
+
+def test_a_students_adapter_lies_beside_the_aligned_one_on_their_base(
+    parts: Callable[..., Parts], adapter_folder: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, aligned = adapter_folder
+    own = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora(r=2))
+    with torch.no_grad():
+        for name, parameter in own.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.01)
+    own.save_pretrained(tmp_path / "own")
+    made = parts(model=tmp_path / "own", reference=base, aligned=aligned)
+    assert set(made.student.peft_config) == {"default", "aligned"}
+    one, other = (
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
+        for folder in (tmp_path / "own", aligned)
+    )
+    found = made.student.eval()(input_ids=IDS).logits
+    assert torch.allclose(found, one(input_ids=IDS).logits, atol=1e-6)
+    expected = other.get_base_model().model(input_ids=IDS)[0]
+    assert torch.allclose(hidden(made.aligned), expected, atol=1e-6)
+    trained = [name for name, part in made.student.named_parameters() if part.requires_grad]
+    assert trained
+    assert all(".default." in name for name in trained)
+
+
+def test_a_peft_student_on_the_reference_itself_lends_it_its_base(
+    parts: Callable[..., Parts], modules: Modules
+) -> None:
+    expected = modules.reference.model(input_ids=IDS)[0]
+    student = get_peft_model(modules.reference, lora(init_lora_weights=False))
+    made = parts(model=student, reference=modules.reference, aligned=modules.aligned)
+    assert made.student is student
+    assert made.reference.model is student
+    assert torch.equal(hidden(made.reference), expected)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from flexalign.errors import CheckpointError
+
 from .conftest import Modules, lora, make_rows
 
 RAMP = {"kind": "linear", "start": 0, "end": 3, "steps": 6}
@@ -92,3 +94,16 @@ def test_stopped_and_resumed_is_uninterrupted(
     for key in ("tokens_seen", "lambda", "divergence", "kl_reference", "grad_norm"):
         assert [log[key] for log in logs[0]] == [log[key] for log in logs[1]], key
     assert logs[0][-1]["tokens_seen"] > logs[0][0]["tokens_seen"] > 0
+
+
+def test_a_damaged_checkpoint_that_is_named_is_not_resumed_from(
+    make_trainer: Callable[..., Any], tmp_path: Path
+) -> None:
+    trainer = make_trainer(make_rows(12), callbacks=[_StopAfter(2)], **RUN)
+    trainer.train()
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    (checkpoint / "model.safetensors").write_bytes(b"x")
+    again = make_trainer(make_rows(12), **RUN)
+    with pytest.raises(CheckpointError, match=r"checkpoint-2 cannot be resumed from: .*corrupt"):
+        again.train(resume_from_checkpoint=str(checkpoint))
+    assert again.state.global_step == 0
