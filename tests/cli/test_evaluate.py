@@ -107,7 +107,7 @@ def test_systems_without_the_reference_are_named_before_they_run(
         (["--api-key-env", "NO_SUCH_KEY"], "'NO_SUCH_KEY' is not set"),
         (["second"], "'second' is no system"),
         (["--engine", "vllm"], "runs plain models"),
-        (["--temperature", "nan"], "temperature must be a number ≥ 0, got nan"),
+        (["--temperature", "nan"], "temperature must be a number ≥ 0 (0 is greedy), got nan"),
     ],
 )
 def test_bad_input_is_one_sentence(run_cli, arguments, extra, problem) -> None:
