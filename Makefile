@@ -9,7 +9,7 @@ VLLM := .venv-vllm/bin/python
 INSTALL_VLLM := $(VLLM) -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt
 RESULTS := benchmarks/miniature.py benchmarks/dial.py benchmarks/grading.py benchmarks/coverage.py benchmarks/tune.py benchmarks/evaluate.py benchmarks/effort.py benchmarks/preview.py
 
-.PHONY: demo test test-full check bench results smollm2 docs docs-cli clean
+.PHONY: demo test test-full check mutation bench results smollm2 docs docs-cli clean
 
 demo: .venv/installed ## Realign the built-in miniature at several λ
 	$(BIN)/flexalign demo --output out/demo
@@ -17,7 +17,7 @@ demo: .venv/installed ## Realign the built-in miniature at several λ
 test: .venv/installed ## All tests but the long and the violent ones
 	$(PYTEST) -m "not full"
 
-test-full: .venv/installed .venv/harness .venv/docs .venv/deepspeed .venv-vllm/installed ## Faults, several processes, long runs, vLLM
+test-full: .venv/installed .venv/harness .venv/docs .venv/deepspeed .venv-vllm/installed mutation ## Faults, several processes, long runs, vLLM
 	$(PYTEST) -m full
 	OMP_NUM_THREADS=1 $(VLLM) -m pytest -q -k vllm tests/serving/vllm tests/serving/test_contract.py
 
@@ -26,6 +26,9 @@ check: .venv/installed ## Format, lint, types, fast tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(PYTEST) -m "not slow and not full"
+
+mutation: .venv/mutation ## Small changes to the mathematics, each of which a test must notice
+	$(BIN)/python tools/mutation.py --jobs $(JOBS)
 
 bench: .venv/installed ## Each claim's benchmark: ours, the peer, the ratio
 	set -e; for file in $(filter-out $(RESULTS),$(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$file; done
@@ -45,7 +48,7 @@ docs-cli: .venv/installed ## Write docs/cli.md from the commands' own help, docs
 	$(BIN)/python tools/document_map.py
 
 clean: ## Remove what the targets made; .venv and .venv-vllm stay
-	rm -rf out site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf out site build dist mutants .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 
 # torch goes first and exactly: any other request for torch would fetch the CUDA build.
 .venv/installed: pyproject.toml constraints.txt
@@ -68,6 +71,10 @@ clean: ## Remove what the targets made; .venv and .venv-vllm stay
 # lm-evaluation-harness brings 40 packages: those who run its tests alone wait for them.
 .venv/harness: .venv/installed
 	$(INSTALL) --editable '.[dev,evaluation]'
+	@touch $@
+
+.venv/mutation: .venv/installed
+	$(INSTALL) --editable '.[dev,mutation]'
 	@touch $@
 
 # The tested set for vLLM on a CPU. The three packages that go again come as builds that do not load

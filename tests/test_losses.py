@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 import flexalign.losses.chunked
@@ -50,7 +52,7 @@ def make_case(kind: str = "plain", seed: int = 0, shape: tuple[int, ...] = (3, 1
         head = Head(
             2 * normal(V, width) / width**0.5,
             normal(V) if kind in ("bias", "all") else None,
-            0.6 if kind in ("scale", "all") else 1.0,
+            {"scale": 0.6, "all": 0.6, "doubled": 2.0}.get(kind, 1.0),
             3.0 if kind in ("softcap", "all") else None,
         )
         return normal(*shape, width), head
@@ -89,7 +91,7 @@ def assert_agree(found: list[Tensor], expected: list[Tensor], relative: float = 
         assert (one.double() - other.double()).norm() <= relative * other.double().norm()
 
 
-KINDS = ("plain", "softcap", "bias", "scale", "all", "one head", "gate")
+KINDS = ("plain", "softcap", "bias", "scale", "doubled", "all", "one head", "gate")
 DIRECTIONS = [("reverse", 0.5), ("forward", 0.5), *(("jsd", b) for b in (0.0, 0.1, 0.5, 0.9, 1.0))]
 
 
@@ -124,6 +126,53 @@ def test_the_ends_of_lambda_are_the_two_models(lam: float, kind: str) -> None:
             lambda c, g=given: fused_divergence(**c.arguments(), lam=g),  # type: ignore[misc]
         )
         assert_agree(found, with_gradients(case, lambda c: twin(c, lam, "reverse", 1, None)))
+
+
+@pytest.mark.parametrize(("lam", "unread"), [(0.0, "aligned"), (1.0, "reference")])
+@pytest.mark.parametrize("kind", ["plain", "all", "one head"])
+def test_at_an_end_of_lambda_the_other_model_is_not_read(
+    lam: float, unread: str, kind: str
+) -> None:
+    case = make_case(kind)
+    expected = fused_divergence(**case.arguments(), lam=lam)
+    getattr(case, f"{unread}_hidden").fill_(math.nan)
+    assert torch.equal(fused_divergence(**case.arguments(), lam=lam), expected)
+
+
+class Fresh(TorchDispatchMode):
+    """Collects the shapes of the tensors that are made under it: neither views nor in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        def storages(tree: Any) -> dict[int, Tensor]:
+            tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+            return {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
+
+        result = func(*args, **(kwargs or {}))
+        given = storages((args, kwargs))
+        self.shapes += [tuple(t.shape) for at, t in storages(result).items() if at not in given]
+        return result
+
+
+@pytest.mark.parametrize("kind", ["plain", "bias", "scale", "one head"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_one_set_of_buffers_serves_every_chunk(kind: str, divergence: Any) -> None:
+    """Four matrices of chunk × vocabulary, and no fifth: the memory that the docstring promises."""
+    case = make_case(kind)
+    case.student_hidden.requires_grad_()
+    case.student_head.weight.requires_grad_()
+    if kind == "bias":  # the student's: heads with a bias are not joined
+        case.reference_head = dataclasses.replace(case.reference_head, bias=None)
+        case.aligned_head = dataclasses.replace(case.aligned_head, bias=None)
+    with Fresh() as fresh:
+        fused_divergence(**case.arguments(), lam=2.0, divergence=divergence, chunk_size=4)
+    vocabulary = [shape for shape in fresh.shapes if shape[-1:] == (V,) and math.prod(shape) > V]
+    assert vocabulary == [(4, 4, V)]
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -263,14 +312,15 @@ def test_a_frozen_head_gets_no_gradient() -> None:
 
 
 def test_without_gradients_none_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case()
-    case.student_head.weight.requires_grad_()
+    case = make_case("bias")
+    for leaf in (case.student_hidden, case.student_head.weight, case.student_head.bias):
+        leaf.requires_grad_()  # type: ignore[union-attr]
     expected = fused_divergence(**case.arguments(), lam=2.0).detach()
 
-    def forbidden(*_: Any) -> None:
-        raise AssertionError("a gradient was made under no_grad")
+    def nowhere_to_go(*arguments: Any) -> None:
+        assert arguments[-1] == [None, None, None], "a gradient was made under no_grad"
 
-    monkeypatch.setattr(flexalign.losses.chunked, "add_outer", forbidden)
+    monkeypatch.setattr(flexalign.losses.chunked, "_add_gradients", nowhere_to_go)
     with torch.no_grad():
         assert torch.equal(fused_divergence(**case.arguments(), lam=2.0), expected)
 
@@ -380,7 +430,7 @@ def test_gradients_through_a_tied_head_equal_the_twin(family: str) -> None:
 
 
 @pytest.mark.parametrize("slice_rows", [50, 8192])
-@pytest.mark.parametrize("kind", ["plain", "all", "one head"])
+@pytest.mark.parametrize("kind", ["plain", "scale", "all", "one head"])
 def test_half_precision_weights_accumulate_in_float32(
     kind: str, slice_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

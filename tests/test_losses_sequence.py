@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import flexalign.losses.sequence
 from flexalign.errors import ConfigError
+from flexalign.heads import Head
 from flexalign.losses import fused_divergence
 from twin import fuse64
 
@@ -71,7 +73,11 @@ def gradients(loss: Tensor, world: World) -> list[Tensor]:
 
 
 def sampled_loss(
-    world: World, batch: list[tuple[int, ...]], lam: float, gate: float | None, chunk_size: int = 2
+    world: World,
+    batch: list[tuple[int, ...]],
+    lam: float | Tensor,
+    gate: float | None,
+    chunk_size: int = 2,
 ) -> Tensor:
     """The loss of the library on a batch of samples; each row has one position of a prompt."""
     rows = torch.zeros(len(batch), LONGEST + 1, dtype=torch.long)
@@ -120,16 +126,21 @@ def test_the_mean_over_all_samples_is_the_gradient_of_the_sequences_kl(world, la
 
 
 def test_comparing_with_the_others_of_the_batch_keeps_the_mean(world):
-    expected = exact_gradients(world, 2.0, None)
+    """Each of the two rows has its own λ."""
+    lams = torch.tensor([2.0, 0.5], dtype=torch.float64)
+    expected = [
+        one + two
+        for one, two in zip(*(exact_gradients(world, lam, None) for lam in (2.0, 0.5)), strict=True)
+    ]
     table = world.log_probabilities("student").detach()
     chances = {s: float(log_probability(world, table, s).exp()) for s in sequences()}
     mean = [torch.zeros_like(part) for part in expected]
     for (one, first), (two, second) in itertools.product(chances.items(), repeat=2):
-        parts = gradients(sampled_loss(world, [one, two], 2.0, None), world)
+        parts = gradients(sampled_loss(world, [one, two], lams, None), world)
         for total, part in zip(mean, parts, strict=True):
             total += first * second * part
     for found, part in zip(mean, expected, strict=True):
-        torch.testing.assert_close(found, 2 * part)
+        torch.testing.assert_close(found, part)
 
 
 def test_comparing_with_the_others_of_the_batch_makes_the_gradient_vary_less(world):
@@ -164,6 +175,68 @@ def test_the_value_is_that_of_the_tokens_however_it_is_cut(world):
     for loss, parts in zip(losses, found, strict=True):
         torch.testing.assert_close(loss, tokens[visited].sum())
         torch.testing.assert_close(parts, found[0])
+
+
+def test_no_more_than_a_chunk_of_logits_is_made_at_one_time(world, monkeypatch):
+    sizes: list[int] = []
+    write = flexalign.losses.sequence.write_logits
+
+    def watched(head, hidden, out):
+        sizes.append(len(out))
+        return write(head, hidden, out)
+
+    monkeypatch.setattr(flexalign.losses.sequence, "write_logits", watched)
+    sampled_loss(world, [(1, 2, 0), (0,), (2, 2, 1)], 2.0, None, chunk_size=3)
+    assert sizes == [3, 3, 1]
+
+
+def test_half_precision_is_weighed_in_float32():
+    """Nearly all gradients are float64's, rounded once; some of the costs' sums lie on an edge."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = {"hidden": (8, 7, 16), "head": (31, 16)}
+    sides = [
+        (2 * torch.randn(shape, generator=generator)).bfloat16()
+        for _ in ("student", "reference", "aligned")
+        for shape in shapes.values()
+    ]
+    lengths = torch.tensor([7, 7, 6, 5, 4, 4, 1, 0])
+    mask = (torch.arange(7) < lengths[:, None]).long()
+    tokens = torch.randint(31, mask.shape, generator=generator)
+    lam = torch.linspace(-0.5, 3, 8)
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        given = [side.to(dtype) for side in sides]
+        leaves = [side.requires_grad_() for side in given[:2]]
+        loss = fused_divergence(*given, mask, lam, chunk_size=9, sampled=tokens)
+        found.append(torch.autograd.grad(loss, leaves))
+    for half, exact in zip(*found, strict=True):
+        assert half.dtype == torch.bfloat16
+        assert (half != exact.bfloat16()).float().mean() < 0.02
+        torch.testing.assert_close(half.double(), exact, rtol=0.01, atol=1e-5)
+
+
+def test_tokens_that_no_model_can_write_weigh_nothing():
+    """−inf in all three biases equals heads without those rows."""
+    generator = torch.Generator().manual_seed(6)
+    whole, cut = [], []
+    for _ in ("student", "reference", "aligned"):
+        hidden = torch.randn(3, 5, 4, generator=generator, dtype=torch.float64)
+        head = Head(
+            torch.randn(9, 4, generator=generator, dtype=torch.float64),
+            torch.randn(9, generator=generator, dtype=torch.float64),
+        )
+        cut += [hidden, head.cut(7)]
+        head.bias[7:] = -torch.inf
+        whole += [hidden, head]
+    tokens = torch.randint(7, (3, 5), generator=generator)
+    whole[0].requires_grad_()
+    gradients = [
+        torch.autograd.grad(
+            fused_divergence(*sides, torch.ones(3, 5), 2.0, sampled=tokens), whole[0]
+        )
+        for sides in (whole, cut)
+    ]
+    torch.testing.assert_close(*gradients)
 
 
 def test_samples_are_for_the_reverse_divergence_of_rows(world):
