@@ -158,6 +158,9 @@ class Fresh(TorchDispatchMode):
         self.shapes += [tuple(t.shape) for at, t in storages(result).items() if at not in given]
         return result
 
+    def of_width(self, width: int) -> list[tuple[int, ...]]:
+        return [s for s in self.shapes if s[-1:] == (width,) and math.prod(s) > width]
+
 
 @pytest.mark.parametrize("kind", ["plain", "bias", "scale", "one head"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -171,8 +174,19 @@ def test_one_set_of_buffers_serves_every_chunk(kind: str, divergence: Any) -> No
         case.aligned_head = dataclasses.replace(case.aligned_head, bias=None)
     with Fresh() as fresh:
         fused_divergence(**case.arguments(), lam=2.0, divergence=divergence, chunk_size=4)
-    vocabulary = [shape for shape in fresh.shapes if shape[-1:] == (V,) and math.prod(shape) > V]
-    assert vocabulary == [(4, 4, V)]
+    assert fresh.of_width(V) == [(4, 4, V)]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_metrics_need_both_models_logits_and_no_more(divergence: Any) -> None:
+    case = make_case()
+    chunks = math.ceil(int(case.mask.sum()) / 4)
+    with Fresh() as fresh:
+        fused_divergence(
+            **case.arguments(), lam=2.0, divergence=divergence, chunk_size=4, metrics=True
+        )
+    made = [len(shape) for shape in fresh.of_width(V)]
+    assert made == [3] + chunks * [3, 2]  # the two models', and their fusion
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -489,18 +503,45 @@ def test_equals_trl_fed_with_the_joined_teacher(lam: float) -> None:
         ({"divergence": "backward"}, ConfigError, "one of reverse, forward, jsd, got 'backward'"),
         ({"beta": 1.5}, ConfigError, r"beta must be a number in \[0, 1\]"),
         ({"beta": math.nan}, ConfigError, r"beta must be a number in \[0, 1\]"),
+        ({"beta": -0.1}, ConfigError, r"beta must be a number in \[0, 1\], got -0\.1"),
+        ({"beta": "0.5"}, ConfigError, r"beta must be a number in \[0, 1\]"),
         ({"beta": True}, ConfigError, r"beta must be a number in \[0, 1\]"),
         ({"gate": 2.0}, ConfigError, r"gate must be a number in \[0, 1\]"),
         ({"chunk_size": 0}, ConfigError, "chunk_size must be a whole number of tokens"),
+        ({"chunk_size": True}, ConfigError, "chunk_size must be a whole number of tokens"),
         ({"chunk_size": 2.5}, ConfigError, "chunk_size must be a whole number of tokens"),
         ({"num_items": 0}, ConfigError, "num_items must be a positive number"),
+        ({"num_items": -1.5}, ConfigError, "num_items must be a positive number"),
         ({"num_items": math.inf}, ConfigError, "num_items must be a positive number"),
         ({"lam": math.nan}, LambdaError, "λ must be finite"),
         ({"lam": torch.ones(2)}, LambdaError, "does not broadcast"),
         ({"mask": torch.ones(3, 10)}, PairMismatchError, "do not fit the mask"),
         ({"aligned_hidden": torch.ones(3, 10, 20)}, PairMismatchError, "the aligned's hidden"),
-        ({"reference_hidden": torch.ones(3, 11, 9)}, PairMismatchError, "width 9, its head"),
-        ({"aligned_head": torch.ones(V + 1, 20)}, PairMismatchError, r"Head\.cut"),
+        (
+            {"reference_hidden": torch.ones(3, 11, 9)},
+            PairMismatchError,
+            "the reference's hidden states have width 9, its head takes 24;",
+        ),
+        (
+            {"student_hidden": torch.ones(3, 11, 9)},
+            PairMismatchError,
+            "the student's hidden states have width 9, its head takes 16;",
+        ),
+        (
+            {"student_hidden": torch.ones(16), "mask": torch.tensor(True)},
+            PairMismatchError,
+            r"the student's hidden states \(16,\) do not fit the mask \(\);",
+        ),
+        (
+            {"aligned_head": torch.ones(V + 1, 20)},
+            PairMismatchError,
+            rf"the aligned's head scores {V + 1} tokens, the student's {V}; .*Head\.cut",
+        ),
+        (
+            {"reference_head": torch.ones(V - 1, 24)},
+            PairMismatchError,
+            rf"the reference's head scores {V - 1} tokens, the student's {V};",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(

@@ -190,6 +190,18 @@ def test_no_more_than_a_chunk_of_logits_is_made_at_one_time(world, monkeypatch):
     assert sizes == [3, 3, 1]
 
 
+def test_nothing_sampled_is_zero_with_its_graph(world):
+    sides = [
+        part
+        for who in ("student", "reference", "aligned")
+        for part in (world.hidden[who][None], world.heads[who])
+    ]
+    nothing = torch.zeros(1, len(world.prefixes), dtype=torch.long)
+    loss = fused_divergence(*sides, nothing, 2.0, sampled=nothing)
+    assert loss == 0.0
+    assert all((part == 0).all() for part in gradients(loss, world))
+
+
 def test_half_precision_is_weighed_in_float32():
     """Nearly all gradients are float64's, rounded once; some of the costs' sums lie on an edge."""
     generator = torch.Generator().manual_seed(5)
@@ -240,10 +252,22 @@ def test_tokens_that_no_model_can_write_weigh_nothing():
 
 
 def test_samples_are_for_the_reverse_divergence_of_rows(world):
-    flat = [part.flatten(0, -2) if part.ndim == 3 else part for part in world.hidden.values()]
-    sides = [
-        part for who, h in zip(world.hidden, flat, strict=True) for part in (h, world.heads[who])
-    ]
-    tokens = torch.zeros(len(world.prefixes), dtype=torch.long)
-    with pytest.raises(ConfigError, match="batch of rows"):
-        fused_divergence(*sides, tokens.bool(), 2.0, sampled=tokens)
+    hidden = [part[None] for part in world.hidden.values()]
+    heads = world.heads.values()
+    tokens = torch.zeros(1, len(world.prefixes), dtype=torch.long)
+
+    def loss(hidden: list[Tensor], mask: Tensor, sampled: Tensor, **settings: object) -> Tensor:
+        sides = [part for pair in zip(hidden, heads, strict=True) for part in pair]
+        return fused_divergence(*sides, mask, 2.0, sampled=sampled, **settings)
+
+    mask = tokens.bool()
+    loss(hidden, mask, tokens, divergence="jsd", beta=1.0)
+    for settings in ({"divergence": "forward"}, {"divergence": "jsd", "beta": 0.5}):
+        with pytest.raises(ConfigError, match="sampled is for the reverse divergence"):
+            loss(hidden, mask, tokens, **settings)
+    with pytest.raises(ConfigError, match=r"got \(1, 6\) and \(1, 7\)"):
+        loss(hidden, mask, tokens[:, 1:])
+    for flat in ([part[0] for part in hidden], [part[None] for part in hidden]):
+        like = tokens.reshape(flat[0].shape[:-1])
+        with pytest.raises(ConfigError, match="batch of rows"):
+            loss(flat, like.bool(), like)
