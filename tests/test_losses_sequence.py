@@ -11,6 +11,8 @@ import flexalign.losses.sequence
 from flexalign.errors import ConfigError
 from flexalign.heads import Head
 from flexalign.losses import fused_divergence
+from flexalign.losses.sequence import sampled_score
+from flexalign.losses.teacher import FusedTeacher
 from twin import fuse64
 
 VOCAB, LONGEST, WIDTH = 3, 3, 4
@@ -72,6 +74,17 @@ def gradients(loss: Tensor, world: World) -> list[Tensor]:
     return list(torch.autograd.grad(loss, [world.hidden["student"], world.heads["student"]]))
 
 
+def as_batch(world: World, batch: list[tuple[int, ...]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Prefixes, tokens and mask of some samples; each row has one position of a prompt."""
+    rows = torch.zeros(len(batch), LONGEST + 1, dtype=torch.long)
+    tokens, mask = rows.clone(), torch.zeros_like(rows, dtype=torch.bool)
+    for row, sequence in enumerate(batch):
+        for place, token in enumerate(sequence):
+            rows[row, place + 1] = world.prefixes.index(sequence[:place])
+            tokens[row, place + 1], mask[row, place + 1] = token, True
+    return rows, tokens, mask
+
+
 def sampled_loss(
     world: World,
     batch: list[tuple[int, ...]],
@@ -79,13 +92,8 @@ def sampled_loss(
     gate: float | None,
     chunk_size: int = 2,
 ) -> Tensor:
-    """The loss of the library on a batch of samples; each row has one position of a prompt."""
-    rows = torch.zeros(len(batch), LONGEST + 1, dtype=torch.long)
-    tokens, mask = rows.clone(), torch.zeros_like(rows, dtype=torch.bool)
-    for row, sequence in enumerate(batch):
-        for place, token in enumerate(sequence):
-            rows[row, place + 1] = world.prefixes.index(sequence[:place])
-            tokens[row, place + 1], mask[row, place + 1] = token, True
+    """The loss of the library on a batch of samples."""
+    rows, tokens, mask = as_batch(world, batch)
     sides = [
         part
         for who in ("student", "reference", "aligned")
@@ -141,6 +149,41 @@ def test_comparing_with_the_others_of_the_batch_keeps_the_mean(world):
             total += first * second * part
     for found, part in zip(mean, expected, strict=True):
         torch.testing.assert_close(found, part)
+
+
+def test_a_weight_is_what_follows_less_the_mean_of_what_follows_at_that_place_elsewhere(world):
+    batch = [(1, 2, 0), (0,), (2, 2, 1), (1, 0)]
+    rows, tokens, mask = as_batch(world, batch)
+    sides = {
+        name: part
+        for who in ("reference", "aligned")
+        for name, part in (
+            (f"{who}_hidden", world.hidden[who][rows].flatten(0, 1)),
+            (who, Head(world.heads[who])),
+        )
+    }
+    teacher = FusedTeacher(**sides, lam=2.0, gate=None, mixes_hidden=False)
+    hidden, head = (part.detach() for part in (world.hidden["student"], world.heads["student"]))
+    score = sampled_score(hidden[rows].flatten(0, 1), Head(head), teacher, mask, tokens, 3)
+
+    log_s, log_r, log_a = (
+        world.log_probabilities(who).detach() for who in ("student", "reference", "aligned")
+    )
+    cost = (log_s.exp() * (log_s - fuse64(log_r, log_a, 2.0))).sum(-1).tolist()
+    follows = [
+        [
+            sum(cost[world.prefixes.index(sequence[:later])] for later in range(at, len(sequence)))
+            for at in range(1, len(sequence) + 1)
+        ]
+        for sequence in batch
+    ]
+    expected = []
+    for row, own in enumerate(follows):
+        for place, cost_of_rest in enumerate(own):
+            others = [f[place] for i, f in enumerate(follows) if i != row and place < len(f)]
+            expected.append(cost_of_rest - (sum(others) / len(others) if others else 0.0))
+    torch.testing.assert_close(score.weights, torch.tensor(expected, dtype=torch.float64))
+    assert score.tokens.tolist() == [token for sequence in batch for token in sequence]
 
 
 def test_comparing_with_the_others_of_the_batch_makes_the_gradient_vary_less(world):

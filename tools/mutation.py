@@ -67,8 +67,11 @@ def _run(jobs: int, only: str) -> bool:
     """Start mutmut without what an earlier run left: it does not see that tests have changed."""
     shutil.rmtree(MUTANTS, ignore_errors=True)
     command = [Path(sys.executable).with_name("mutmut"), "run", "--max-children", str(jobs)]
-    # The plugins of pytest are not needed here, and each mutant would pay for loading them.
-    settings = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
+    settings = {
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # none is needed, and each mutant would load them
+        "HYPOTHESIS_PROFILE": "mutation",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         [*command, *([only] if only else [])],
         env=os.environ | settings,
