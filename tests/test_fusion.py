@@ -281,7 +281,7 @@ def test_a_token_is_plausible_beside_the_largest_of_its_own_position() -> None:
 @pytest.mark.parametrize(
     "lam",
     [0.0, 1.0, 2.5, torch.tensor([-1.0, 0.5]), torch.tensor([[-1.0, 0.5, 2.0], [0.0, 1.0, 3.0]])],
-    ids=str,
+    ids=["reference", "aligned", "beyond", "by row", "by position"],
 )
 def test_one_product_of_joined_hidden_states_is_the_fused_logits(lam: float | torch.Tensor) -> None:
     generator = torch.Generator().manual_seed(1)

@@ -369,6 +369,7 @@ def test_metrics_are_the_distances_to_both_models(kind: str, divergence: Any) ->
     )
     (metrics,) = collected
     assert not metrics.kl_reference.requires_grad
+    assert not metrics.kl_aligned.requires_grad
     assert_agree([metrics.kl_reference], [twin(case, 0.0, "reverse", 1, None)])
     assert_agree([metrics.kl_aligned], [twin(case, 1.0, "reverse", 1, None)])
     _, halved = fused_divergence(
@@ -461,6 +462,9 @@ def test_half_precision_weights_accumulate_in_float32(
     expected = with_gradients(case, lambda c: twin(c, PER_ROW, "reverse", 1, None))
     assert found[0].dtype == torch.float32
     assert_agree(found[:1], expected[:1])
+    _, metrics = fused_divergence(**case.arguments(), lam=PER_ROW, metrics=True)
+    assert_agree([metrics.kl_reference], [twin(case, 0.0, "reverse", 1, None)])
+    assert_agree([metrics.kl_aligned], [twin(case, 1.0, "reverse", 1, None)])
     # the twin's float64 gradients were rounded to bfloat16 too: nearly all agree to the bit
     for one, other in zip(found[1:], expected[1:], strict=True):
         assert one.dtype == torch.bfloat16

@@ -117,3 +117,35 @@ def test_logits_are_those_of_the_head(scale: float, softcap: float | None) -> No
     hidden, out = draw(3, 4, seed=3), torch.full((3, 7), torch.nan)
     assert products.write_logits(head, hidden, out) is out
     torch.testing.assert_close(out, head(hidden))
+
+
+def test_a_head_for_products_is_cut_from_the_graph() -> None:
+    head = Head(draw(7, 4, seed=1).requires_grad_(), draw(7, seed=2).requires_grad_(), 0.5, 3.0)
+    cut = products.for_products(head)
+    assert cut.bias is not None
+    assert head.bias is not None
+    for part, whole in ((cut.weight, head.weight), (cut.bias, head.bias)):
+        assert not part.requires_grad
+        assert part.data_ptr() == whole.data_ptr()
+    assert (cut.scale, cut.softcap) == (0.5, 3.0)
+    assert products.for_products(Head(head.weight)).bias is None
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_autocast_on_an_accelerator_gives_the_head_its_precision(
+    enabled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Weight:
+        device = SimpleNamespace(type="cuda")
+        dtype = torch.float32
+
+        def detach(self) -> "Weight":
+            return self
+
+        def to(self, dtype: torch.dtype) -> torch.dtype:
+            return dtype
+
+    weight: Any = Weight()
+    monkeypatch.setattr(torch, "is_autocast_enabled", {"cuda": enabled}.__getitem__)
+    monkeypatch.setattr(torch, "get_autocast_dtype", {"cuda": torch.float16}.__getitem__)
+    assert products.for_products(Head(weight)).weight == (torch.float16 if enabled else weight)

@@ -37,7 +37,7 @@ def main() -> int:
     options = parser.parse_args()
     os.chdir(ROOT)
     start = time.monotonic()
-    if not _run(options.jobs, options.only):
+    if not _run(options.jobs, options.only) or not _every_test_is_found():
         return 1
     seconds = time.monotonic() - start
 
@@ -81,6 +81,23 @@ def _run(jobs: int, only: str) -> bool:
     )
     if done.returncode:
         print(done.stdout[-5000:])
+    return done.returncode == 0
+
+
+def _every_test_is_found() -> bool:
+    """Ask pytest for each test by its name; one that it does not find would count as a kill."""
+    stats = json.loads((MUTANTS / "mutmut-stats.json").read_text(encoding="utf-8"))
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, "--rootdir=.", *stats["duration_by_test"]],
+        cwd=MUTANTS,
+        env=os.environ | {"PYTHONPATH": "src"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        print(f"a test cannot be asked for by its name; give its cases ids:\n{done.stdout[-2000:]}")
+        print(done.stderr[-2000:])
     return done.returncode == 0
 
 
