@@ -15,6 +15,7 @@ from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 import flexalign.losses.chunked
 import flexalign.losses.products
+import flexalign.losses.teacher
 from families import family_model
 from flexalign.errors import ConfigError, LambdaError, PairMismatchError
 from flexalign.fusion import concatenate_hidden
@@ -58,7 +59,7 @@ def make_case(kind: str = "plain", seed: int = 0, shape: tuple[int, ...] = (3, 1
         return normal(*shape, width), head
 
     student, reference, aligned = side(16), side(24), side(20)
-    if kind == "one head":
+    if kind.startswith("one head"):
         aligned = normal(*shape, 24), reference[1]
     return Case(*student, *reference, *aligned, torch.rand(shape, generator=generator) > 0.3)
 
@@ -91,7 +92,17 @@ def assert_agree(found: list[Tensor], expected: list[Tensor], relative: float = 
         assert (one.double() - other.double()).norm() <= relative * other.double().norm()
 
 
-KINDS = ("plain", "softcap", "bias", "scale", "doubled", "all", "one head", "gate")
+KINDS = (
+    "plain",
+    "softcap",
+    "bias",
+    "scale",
+    "doubled",
+    "all",
+    "one head",
+    "gate",
+    "one head, gate",
+)
 DIRECTIONS = [("reverse", 0.5), ("forward", 0.5), *(("jsd", b) for b in (0.0, 0.1, 0.5, 0.9, 1.0))]
 
 
@@ -99,7 +110,7 @@ DIRECTIONS = [("reverse", 0.5), ("forward", 0.5), *(("jsd", b) for b in (0.0, 0.
 @pytest.mark.parametrize(("divergence", "beta"), DIRECTIONS)
 def test_value_and_gradients_equal_the_twin(kind: str, divergence: Any, beta: float) -> None:
     case = make_case(kind)
-    gate = 0.5 if kind == "gate" else None
+    gate = 0.5 if "gate" in kind else None
     for lam in (2.0, PER_ROW):
         found = with_gradients(
             case,
@@ -177,6 +188,29 @@ def test_one_set_of_buffers_serves_every_chunk(kind: str, divergence: Any) -> No
     assert fresh.of_width(V) == [(4, 4, V)]
 
 
+def test_the_buffers_hold_256_tokens_unless_told() -> None:
+    case = make_case(shape=(1, 300))
+    case.mask[:] = True
+    with Fresh() as fresh:
+        fused_divergence(**case.arguments(), lam=2.0)
+    assert fresh.of_width(V) == [(4, 256, V)]
+
+
+def test_one_head_is_multiplied_once_for_both_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case("one head")
+    written: list[Tensor] = []
+    write = flexalign.losses.teacher.write_logits
+
+    def watched(head: Head, hidden: Tensor, out: Tensor) -> Tensor:
+        written.append(hidden)
+        return write(head, hidden, out)
+
+    monkeypatch.setattr(flexalign.losses.teacher, "write_logits", watched)
+    monkeypatch.delattr(flexalign.losses.teacher, "project")
+    fused_divergence(**case.arguments(), lam=2.0)
+    assert len(written) == 1
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_metrics_need_both_models_logits_and_no_more(divergence: Any) -> None:
     case = make_case()
@@ -229,7 +263,7 @@ def test_the_chunk_size_changes_nothing(kind: str) -> None:
         with_gradients(
             case,
             lambda c, size=size: fused_divergence(  # type: ignore[misc]
-                **c.arguments(), lam=PER_ROW, gate=0.5 if kind == "gate" else None, chunk_size=size
+                **c.arguments(), lam=PER_ROW, gate=0.5 if "gate" in kind else None, chunk_size=size
             ),
         )
         for size in (1, 4, 7, 33, 1000)
@@ -353,7 +387,7 @@ def test_a_second_backward_is_refused_and_not_wrong() -> None:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_metrics_are_the_distances_to_both_models(kind: str, divergence: Any) -> None:
     case = make_case(kind)
-    gate = 0.5 if kind == "gate" else None
+    gate = 0.5 if "gate" in kind else None
     settings: dict[str, Any] = {"lam": PER_ROW, "gate": gate, "divergence": divergence}
     collected: list[DivergenceMetrics] = []
 
@@ -561,7 +595,7 @@ def test_what_does_not_fit_is_refused(
 @pytest.mark.parametrize("kind", KINDS)
 def test_cuda_equals_the_twin(kind: str, dtype: torch.dtype) -> None:
     case = make_case(kind)
-    gate = 0.5 if kind == "gate" else None
+    gate = 0.5 if "gate" in kind else None
 
     def there(value: Any) -> Any:
         if isinstance(value, Head):
