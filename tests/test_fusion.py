@@ -109,6 +109,23 @@ def test_the_minimum_of_each_dtype_counts_as_masked(dtype: torch.dtype) -> None:
     assert fuse(aligned, reference, 1e-3).tolist() == [0.0, -INF]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_half_the_minimum_of_each_side_s_own_dtype_is_where_masking_begins(
+    dtype: torch.dtype,
+) -> None:
+    edge = 0.5 * torch.finfo(dtype).min
+    reference = torch.tensor([0.0, edge, 0.9 * edge], dtype=dtype)
+    for other in (dtype, torch.float32):
+        aligned = torch.tensor([0.0, 3.0, 3.0], dtype=other)
+        for fused in (fuse(reference, aligned, 1e-3), fuse(aligned, reference, 1e-3)):
+            assert (fused == -INF).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("lam", [1e36, -1e36, torch.finfo(torch.float32).max])
+def test_an_enormous_lambda_leaves_what_is_not_masked_finite(lam: float) -> None:
+    assert fuse(torch.tensor([0.0, 1e5]), torch.tensor([1e5, 0.0]), lam).isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_mixed_in_float32(dtype: torch.dtype) -> None:
     reference, aligned = (side.to(dtype) for side in random_pair(4, 9))
@@ -166,6 +183,12 @@ def test_what_is_no_finite_real_lambda_is_refused(lam: object) -> None:
     reference, aligned = random_pair(2, 5)
     with pytest.raises(LambdaError, match="λ must be"):
         fuse(reference, aligned, lam)  # type: ignore[arg-type]
+
+
+def test_a_tensor_with_something_that_is_not_finite_is_refused_for_that() -> None:
+    for value in (math.nan, INF, -INF):
+        with pytest.raises(LambdaError, match="a tensor with NaN or infinity"):
+            as_lambda(torch.tensor([0.5, value]))
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 2), (2, 3, 1), (2, 3, 5), (0,)])
