@@ -59,7 +59,7 @@ hypothesis.settings.register_profile("offline", deadline=None, derandomize=True,
 hypothesis.settings.register_profile(
     "mutation",  # of tools/mutation.py: that a test fails is all it asks, by which example it is not
     hypothesis.settings.get_profile("offline"),
-    max_examples=40,
+    max_examples=30,
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "offline"))
