@@ -11,7 +11,7 @@ RESULTS := benchmarks/environment.py benchmarks/miniature.py benchmarks/dial.py 
 
 COVERED := --cov --cov-report= --cov-fail-under=0
 
-.PHONY: demo test test-full coverage check bench results smollm2 docs docs-cli clean
+.PHONY: demo test test-full coverage check mutation bench results smollm2 docs docs-cli clean
 
 demo: .venv/installed ## Realign the built-in miniature at several λ
 	$(BIN)/flexalign demo --output out/demo
@@ -19,11 +19,12 @@ demo: .venv/installed ## Realign the built-in miniature at several λ
 test: .venv/installed ## All tests but the long and the violent ones
 	$(PYTEST) -m "not full"
 
-test-full: .venv/installed .venv/harness .venv/docs .venv/deepspeed/installed .venv-vllm/installed ## Faults, several processes, long runs, vLLM
+test-full: .venv/installed .venv/mutation .venv/harness .venv/docs .venv/deepspeed/installed .venv-vllm/installed ## Faults, several processes, long runs, vLLM
 	$(PYTEST) -m full
+	$(MAKE) --no-print-directory mutation
 	OMP_NUM_THREADS=1 $(VLLM) -m pytest -q -k vllm tests/serving/vllm tests/serving/test_contract.py
 
-coverage: .venv/installed .venv/harness .venv/docs .venv/deepspeed .venv-vllm/installed ## Lines that all tests of both environments run; fails below 95 %
+coverage: .venv/installed .venv/harness .venv/docs .venv/deepspeed/installed .venv-vllm/installed ## Lines that all tests of both environments run; fails below 95 %
 	$(BIN)/coverage erase
 	$(PYTEST) $(COVERED)
 	OMP_NUM_THREADS=1 $(VLLM) -m pytest -q -k vllm tests/serving/vllm tests/serving/test_contract.py $(COVERED) --cov-append
@@ -34,6 +35,9 @@ check: .venv/installed ## Format, lint, types, fast tests
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(PYTEST) -m "not slow and not full"
+
+mutation: .venv/mutation ## Small changes to the mathematics, each of which a test must notice
+	$(BIN)/python tools/mutation.py --jobs $(JOBS)
 
 bench: .venv/installed .venv-vllm/installed ## Each claim's benchmark: ours, the peer, the ratio (hours)
 	set -e; for file in $(filter-out $(RESULTS) benchmarks/vllm.py,$(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$file; done
@@ -54,7 +58,7 @@ docs-cli: .venv/installed ## Write docs/cli.md from the commands' own help, docs
 	$(BIN)/python tools/document_map.py
 
 clean: ## Remove what the targets made; .venv and .venv-vllm stay
-	rm -rf out site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
+	rm -rf out site build dist mutants .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*
 
 # torch goes first and exactly: any other request for torch would fetch the CUDA build.
 .venv/installed: pyproject.toml constraints.txt
@@ -77,6 +81,10 @@ clean: ## Remove what the targets made; .venv and .venv-vllm stay
 # lm-evaluation-harness brings 40 packages: those who run its tests alone wait for them.
 .venv/harness: .venv/installed
 	$(INSTALL) --editable '.[dev,evaluation]'
+	@touch $@
+
+.venv/mutation: .venv/installed
+	$(INSTALL) --editable '.[dev,mutation]'
 	@touch $@
 
 # The tested set for vLLM on a CPU. The three packages that go again come as builds that do not load

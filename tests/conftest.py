@@ -56,7 +56,13 @@ from chat_server import Answer, Chat
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 hypothesis.settings.register_profile("offline", deadline=None, derandomize=True, database=None)
-hypothesis.settings.load_profile("offline")
+hypothesis.settings.register_profile(
+    "mutation",  # of tools/mutation.py: that a test fails is all it asks, by which example it is not
+    hypothesis.settings.get_profile("offline"),
+    max_examples=30,
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "offline"))
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

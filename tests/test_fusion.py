@@ -109,6 +109,23 @@ def test_the_minimum_of_each_dtype_counts_as_masked(dtype: torch.dtype) -> None:
     assert fuse(aligned, reference, 1e-3).tolist() == [0.0, -INF]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_half_the_minimum_of_each_side_s_own_dtype_is_where_masking_begins(
+    dtype: torch.dtype,
+) -> None:
+    edge = 0.5 * torch.finfo(dtype).min
+    reference = torch.tensor([0.0, edge, 0.9 * edge], dtype=dtype)
+    for other in (dtype, torch.float32):
+        aligned = torch.tensor([0.0, 3.0, 3.0], dtype=other)
+        for fused in (fuse(reference, aligned, 1e-3), fuse(aligned, reference, 1e-3)):
+            assert (fused == -INF).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("lam", [1e36, -1e36, torch.finfo(torch.float32).max])
+def test_an_enormous_lambda_leaves_what_is_not_masked_finite(lam: float) -> None:
+    assert fuse(torch.tensor([0.0, 1e5]), torch.tensor([1e5, 0.0]), lam).isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_mixed_in_float32(dtype: torch.dtype) -> None:
     reference, aligned = (side.to(dtype) for side in random_pair(4, 9))
@@ -168,6 +185,12 @@ def test_what_is_no_finite_real_lambda_is_refused(lam: object) -> None:
         fuse(reference, aligned, lam)  # type: ignore[arg-type]
 
 
+def test_a_tensor_with_something_that_is_not_finite_is_refused_for_that() -> None:
+    for value in (math.nan, INF, -INF):
+        with pytest.raises(LambdaError, match="a tensor with NaN or infinity"):
+            as_lambda(torch.tensor([0.5, value]))
+
+
 @pytest.mark.parametrize("shape", [(3,), (2, 2), (2, 3, 1), (2, 3, 5), (0,)])
 def test_a_lambda_of_the_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
     reference, aligned = random_pair(2, 3, 5)
@@ -208,7 +231,34 @@ def test_the_gate_lets_lambda_through_only_where_the_models_differ() -> None:
         [0, -2],
         [0.5, 0.5],
     ]
-    assert gated_lambda(reference, aligned, 0.7, 0.2) == 0.7
+    assert gated_lambda(reference, aligned, 1.5, 0.2).tolist() == [[1, 1.5], [1, 1.5]]
+    assert gated_lambda(reference, aligned, torch.tensor([1.5, 0.5]), 0.2).tolist() == [
+        [1, 1.5],
+        [0.5, 0.5],
+    ]
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.7, 1.0, torch.tensor([0.0, 1.0]), torch.tensor([0.5, 0.5])])
+def test_the_gate_hands_a_lambda_back_of_which_nothing_lies_outside(
+    lam: float | torch.Tensor,
+) -> None:
+    assert gated_lambda(*random_pair(2, 5), lam, 0.2) is lam
+
+
+def test_models_that_are_one_do_not_pass_a_gate_of_zero() -> None:
+    logits, _ = random_pair(3, 5)
+    assert gated_lambda(logits, logits, 3.0, 0.0).tolist() == [1, 1, 1]
+
+
+def test_the_gate_and_the_distance_are_in_float32_for_half_precision() -> None:
+    reference, aligned = (side.bfloat16() for side in random_pair(6, 5))
+    distance = total_variation(reference, aligned)
+    exact = 0.5 * (reference.double().softmax(-1) - aligned.double().softmax(-1)).abs().sum(-1)
+    assert distance.dtype == torch.float32
+    torch.testing.assert_close(distance.double(), exact, rtol=0, atol=1e-6)
+    passed = gated_lambda(reference, aligned, 2.3, 0.0)
+    assert passed.dtype == torch.float32
+    assert torch.equal(passed, torch.full((6,), 2.3))
 
 
 def test_a_gate_of_one_is_never_passed_and_one_of_zero_by_any_difference() -> None:
@@ -241,10 +291,21 @@ def test_a_token_is_plausible_if_either_model_finds_it_so() -> None:
     assert plausibility_mask(reference, aligned, 0.55).tolist() == [True, True, False, True]
     assert plausibility_mask(reference, aligned, 0.45).tolist() == [True, True, True, True]
     assert plausibility_mask(reference, aligned, 1.0).tolist() == [True, False, False, True]
-    assert plausibility_mask(reference - INF, aligned, 0.0).all()
+    everything = plausibility_mask(reference - INF, aligned, 0.0)
+    assert everything.dtype == torch.bool
+    assert everything.all()
 
 
-@pytest.mark.parametrize("lam", [0.0, 1.0, 2.5, torch.tensor([-1.0, 0.5])])
+def test_a_token_is_plausible_beside_the_largest_of_its_own_position() -> None:
+    one = torch.tensor([[0.6, 0.4, 0.0], [0.1, 0.0, 0.9]]).log() + torch.tensor([[0.0], [9.0]])
+    assert plausibility_mask(one, one, 0.5).tolist() == [[True, True, False], [False, False, True]]
+
+
+@pytest.mark.parametrize(
+    "lam",
+    [0.0, 1.0, 2.5, torch.tensor([-1.0, 0.5]), torch.tensor([[-1.0, 0.5, 2.0], [0.0, 1.0, 3.0]])],
+    ids=["reference", "aligned", "beyond", "by row", "by position"],
+)
 def test_one_product_of_joined_hidden_states_is_the_fused_logits(lam: float | torch.Tensor) -> None:
     generator = torch.Generator().manual_seed(1)
     h_reference = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
@@ -258,6 +319,13 @@ def test_one_product_of_joined_hidden_states_is_the_fused_logits(lam: float | to
     torch.testing.assert_close(
         joined, fuse64(h_reference @ w_reference.mT, h_aligned @ w_aligned.mT, lam)
     )
+
+
+@pytest.mark.parametrize("lam", [0.5, torch.tensor([0.5, 2.0])], ids=["number", "tensor"])
+def test_joined_hidden_states_keep_their_dtype(lam: float | torch.Tensor) -> None:
+    one, other = (side.bfloat16() for side in random_pair(2, 4))
+    assert concatenate_hidden(one, other, lam).dtype == torch.bfloat16
+    assert concatenate_hidden(one, other.float(), lam).dtype == torch.float32
 
 
 def test_gradients_reach_both_sides_in_their_shares() -> None:
@@ -286,3 +354,12 @@ def test_mixed_hidden_states_give_the_fused_logits_of_one_linear_head(dtype: tor
     expected = fuse64(reference.double() @ head.T, aligned.double() @ head.T, lam)
     unit = torch.finfo(dtype).eps * expected.abs().max()
     torch.testing.assert_close(mixed.double() @ head.T, expected, atol=float(4 * unit), rtol=0)
+
+
+def test_hidden_states_are_mixed_with_one_lambda_for_each_position() -> None:
+    reference, aligned = random_pair(2, 3, 4)
+    lam = torch.tensor([[0.0, 1.0, 0.5], [2.0, -0.5, 30.0]], dtype=torch.float64)
+    expected = fuse64(reference, aligned, lam)
+    mixed = mix_hidden(reference, aligned, lam)
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed.double(), expected, rtol=1e-5, atol=1e-5)

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 import flexalign.losses.chunked
 import flexalign.losses.products
+import flexalign.losses.teacher
 from families import family_model
 from flexalign.errors import ConfigError, LambdaError, PairMismatchError
 from flexalign.fusion import concatenate_hidden
@@ -50,13 +53,13 @@ def make_case(kind: str = "plain", seed: int = 0, shape: tuple[int, ...] = (3, 1
         head = Head(
             2 * normal(V, width) / width**0.5,
             normal(V) if kind in ("bias", "all") else None,
-            0.6 if kind in ("scale", "all") else 1.0,
+            {"scale": 0.6, "all": 0.6, "doubled": 2.0}.get(kind, 1.0),
             3.0 if kind in ("softcap", "all") else None,
         )
         return normal(*shape, width), head
 
     student, reference, aligned = side(16), side(24), side(20)
-    if kind == "one head":
+    if kind.startswith("one head"):
         aligned = normal(*shape, 24), reference[1]
     return Case(*student, *reference, *aligned, torch.rand(shape, generator=generator) > 0.3)
 
@@ -89,7 +92,17 @@ def assert_agree(found: list[Tensor], expected: list[Tensor], relative: float = 
         assert (one.double() - other.double()).norm() <= relative * other.double().norm()
 
 
-KINDS = ("plain", "softcap", "bias", "scale", "all", "one head", "gate")
+KINDS = (
+    "plain",
+    "softcap",
+    "bias",
+    "scale",
+    "doubled",
+    "all",
+    "one head",
+    "gate",
+    "one head, gate",
+)
 DIRECTIONS = [("reverse", 0.5), ("forward", 0.5), *(("jsd", b) for b in (0.0, 0.1, 0.5, 0.9, 1.0))]
 
 
@@ -97,7 +110,7 @@ DIRECTIONS = [("reverse", 0.5), ("forward", 0.5), *(("jsd", b) for b in (0.0, 0.
 @pytest.mark.parametrize(("divergence", "beta"), DIRECTIONS)
 def test_value_and_gradients_equal_the_twin(kind: str, divergence: Any, beta: float) -> None:
     case = make_case(kind)
-    gate = 0.5 if kind == "gate" else None
+    gate = 0.5 if "gate" in kind else None
     for lam in (2.0, PER_ROW):
         found = with_gradients(
             case,
@@ -124,6 +137,90 @@ def test_the_ends_of_lambda_are_the_two_models(lam: float, kind: str) -> None:
             lambda c, g=given: fused_divergence(**c.arguments(), lam=g),  # type: ignore[misc]
         )
         assert_agree(found, with_gradients(case, lambda c: twin(c, lam, "reverse", 1, None)))
+
+
+@pytest.mark.parametrize(("lam", "unread"), [(0.0, "aligned"), (1.0, "reference")])
+@pytest.mark.parametrize("kind", ["plain", "all", "one head"])
+def test_at_an_end_of_lambda_the_other_model_is_not_read(
+    lam: float, unread: str, kind: str
+) -> None:
+    case = make_case(kind)
+    expected = fused_divergence(**case.arguments(), lam=lam)
+    getattr(case, f"{unread}_hidden").fill_(math.nan)
+    assert torch.equal(fused_divergence(**case.arguments(), lam=lam), expected)
+
+
+class Fresh(TorchDispatchMode):
+    """Collects the shapes of the tensors that are made under it: neither views nor in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        def storages(tree: Any) -> dict[int, Tensor]:
+            tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+            return {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
+
+        result = func(*args, **(kwargs or {}))
+        given = storages((args, kwargs))
+        self.shapes += [tuple(t.shape) for at, t in storages(result).items() if at not in given]
+        return result
+
+    def of_width(self, width: int) -> list[tuple[int, ...]]:
+        return [s for s in self.shapes if s[-1:] == (width,) and math.prod(s) > width]
+
+
+@pytest.mark.parametrize("kind", ["plain", "bias", "scale", "one head"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_one_set_of_buffers_serves_every_chunk(kind: str, divergence: Any) -> None:
+    """Four matrices of chunk × vocabulary, and no fifth: the memory that the docstring promises."""
+    case = make_case(kind)
+    case.student_hidden.requires_grad_()
+    case.student_head.weight.requires_grad_()
+    if kind == "bias":  # the student's: heads with a bias are not joined
+        case.reference_head = dataclasses.replace(case.reference_head, bias=None)
+        case.aligned_head = dataclasses.replace(case.aligned_head, bias=None)
+    with Fresh() as fresh:
+        fused_divergence(**case.arguments(), lam=2.0, divergence=divergence, chunk_size=4)
+    assert fresh.of_width(V) == [(4, 4, V)]
+
+
+def test_the_buffers_hold_256_tokens_unless_told() -> None:
+    case = make_case(shape=(1, 300))
+    case.mask[:] = True
+    with Fresh() as fresh:
+        fused_divergence(**case.arguments(), lam=2.0)
+    assert fresh.of_width(V) == [(4, 256, V)]
+
+
+def test_one_head_is_multiplied_once_for_both_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case("one head")
+    written: list[Tensor] = []
+    write = flexalign.losses.teacher.write_logits
+
+    def watched(head: Head, hidden: Tensor, out: Tensor) -> Tensor:
+        written.append(hidden)
+        return write(head, hidden, out)
+
+    monkeypatch.setattr(flexalign.losses.teacher, "write_logits", watched)
+    monkeypatch.delattr(flexalign.losses.teacher, "project")
+    fused_divergence(**case.arguments(), lam=2.0)
+    assert len(written) == 1
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_metrics_need_both_models_logits_and_no_more(divergence: Any) -> None:
+    case = make_case()
+    chunks = math.ceil(int(case.mask.sum()) / 4)
+    with Fresh() as fresh:
+        fused_divergence(
+            **case.arguments(), lam=2.0, divergence=divergence, chunk_size=4, metrics=True
+        )
+    made = [len(shape) for shape in fresh.of_width(V)]
+    assert made == [3] + chunks * [3, 2]  # the two models', and their fusion
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -166,7 +263,7 @@ def test_the_chunk_size_changes_nothing(kind: str) -> None:
         with_gradients(
             case,
             lambda c, size=size: fused_divergence(  # type: ignore[misc]
-                **c.arguments(), lam=PER_ROW, gate=0.5 if kind == "gate" else None, chunk_size=size
+                **c.arguments(), lam=PER_ROW, gate=0.5 if "gate" in kind else None, chunk_size=size
             ),
         )
         for size in (1, 4, 7, 33, 1000)
@@ -263,14 +360,15 @@ def test_a_frozen_head_gets_no_gradient() -> None:
 
 
 def test_without_gradients_none_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case()
-    case.student_head.weight.requires_grad_()
+    case = make_case("bias")
+    for leaf in (case.student_hidden, case.student_head.weight, case.student_head.bias):
+        leaf.requires_grad_()  # type: ignore[union-attr]
     expected = fused_divergence(**case.arguments(), lam=2.0).detach()
 
-    def forbidden(*_: Any) -> None:
-        raise AssertionError("a gradient was made under no_grad")
+    def nowhere_to_go(*arguments: Any) -> None:
+        assert arguments[-1] == [None, None, None], "a gradient was made under no_grad"
 
-    monkeypatch.setattr(flexalign.losses.chunked, "add_outer", forbidden)
+    monkeypatch.setattr(flexalign.losses.chunked, "_add_gradients", nowhere_to_go)
     with torch.no_grad():
         assert torch.equal(fused_divergence(**case.arguments(), lam=2.0), expected)
 
@@ -289,7 +387,7 @@ def test_a_second_backward_is_refused_and_not_wrong() -> None:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_metrics_are_the_distances_to_both_models(kind: str, divergence: Any) -> None:
     case = make_case(kind)
-    gate = 0.5 if kind == "gate" else None
+    gate = 0.5 if "gate" in kind else None
     settings: dict[str, Any] = {"lam": PER_ROW, "gate": gate, "divergence": divergence}
     collected: list[DivergenceMetrics] = []
 
@@ -305,6 +403,7 @@ def test_metrics_are_the_distances_to_both_models(kind: str, divergence: Any) ->
     )
     (metrics,) = collected
     assert not metrics.kl_reference.requires_grad
+    assert not metrics.kl_aligned.requires_grad
     assert_agree([metrics.kl_reference], [twin(case, 0.0, "reverse", 1, None)])
     assert_agree([metrics.kl_aligned], [twin(case, 1.0, "reverse", 1, None)])
     _, halved = fused_divergence(
@@ -380,7 +479,7 @@ def test_gradients_through_a_tied_head_equal_the_twin(family: str) -> None:
 
 
 @pytest.mark.parametrize("slice_rows", [50, 8192])
-@pytest.mark.parametrize("kind", ["plain", "all", "one head"])
+@pytest.mark.parametrize("kind", ["plain", "scale", "all", "one head"])
 def test_half_precision_weights_accumulate_in_float32(
     kind: str, slice_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -397,6 +496,9 @@ def test_half_precision_weights_accumulate_in_float32(
     expected = with_gradients(case, lambda c: twin(c, PER_ROW, "reverse", 1, None))
     assert found[0].dtype == torch.float32
     assert_agree(found[:1], expected[:1])
+    _, metrics = fused_divergence(**case.arguments(), lam=PER_ROW, metrics=True)
+    assert_agree([metrics.kl_reference], [twin(case, 0.0, "reverse", 1, None)])
+    assert_agree([metrics.kl_aligned], [twin(case, 1.0, "reverse", 1, None)])
     # the twin's float64 gradients were rounded to bfloat16 too: nearly all agree to the bit
     for one, other in zip(found[1:], expected[1:], strict=True):
         assert one.dtype == torch.bfloat16
@@ -439,18 +541,45 @@ def test_equals_trl_fed_with_the_joined_teacher(lam: float) -> None:
         ({"divergence": "backward"}, ConfigError, "one of reverse, forward, jsd, got 'backward'"),
         ({"beta": 1.5}, ConfigError, r"beta must be a number in \[0, 1\]"),
         ({"beta": math.nan}, ConfigError, r"beta must be a number in \[0, 1\]"),
+        ({"beta": -0.1}, ConfigError, r"beta must be a number in \[0, 1\], got -0\.1"),
+        ({"beta": "0.5"}, ConfigError, r"beta must be a number in \[0, 1\]"),
         ({"beta": True}, ConfigError, r"beta must be a number in \[0, 1\]"),
         ({"gate": 2.0}, ConfigError, r"gate must be a number in \[0, 1\]"),
         ({"chunk_size": 0}, ConfigError, "chunk_size must be a whole number of tokens"),
+        ({"chunk_size": True}, ConfigError, "chunk_size must be a whole number of tokens"),
         ({"chunk_size": 2.5}, ConfigError, "chunk_size must be a whole number of tokens"),
         ({"num_items": 0}, ConfigError, "num_items must be a positive number"),
+        ({"num_items": -1.5}, ConfigError, "num_items must be a positive number"),
         ({"num_items": math.inf}, ConfigError, "num_items must be a positive number"),
         ({"lam": math.nan}, LambdaError, "λ must be finite"),
         ({"lam": torch.ones(2)}, LambdaError, "does not broadcast"),
         ({"mask": torch.ones(3, 10)}, PairMismatchError, "do not fit the mask"),
         ({"aligned_hidden": torch.ones(3, 10, 20)}, PairMismatchError, "the aligned's hidden"),
-        ({"reference_hidden": torch.ones(3, 11, 9)}, PairMismatchError, "width 9, its head"),
-        ({"aligned_head": torch.ones(V + 1, 20)}, PairMismatchError, r"Head\.cut"),
+        (
+            {"reference_hidden": torch.ones(3, 11, 9)},
+            PairMismatchError,
+            "the reference's hidden states have width 9, its head takes 24;",
+        ),
+        (
+            {"student_hidden": torch.ones(3, 11, 9)},
+            PairMismatchError,
+            "the student's hidden states have width 9, its head takes 16;",
+        ),
+        (
+            {"student_hidden": torch.ones(16), "mask": torch.tensor(True)},
+            PairMismatchError,
+            r"the student's hidden states \(16,\) do not fit the mask \(\);",
+        ),
+        (
+            {"aligned_head": torch.ones(V + 1, 20)},
+            PairMismatchError,
+            rf"the aligned's head scores {V + 1} tokens, the student's {V}; .*Head\.cut",
+        ),
+        (
+            {"reference_head": torch.ones(V - 1, 24)},
+            PairMismatchError,
+            rf"the reference's head scores {V - 1} tokens, the student's {V};",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -466,7 +595,7 @@ def test_what_does_not_fit_is_refused(
 @pytest.mark.parametrize("kind", KINDS)
 def test_cuda_equals_the_twin(kind: str, dtype: torch.dtype) -> None:
     case = make_case(kind)
-    gate = 0.5 if kind == "gate" else None
+    gate = 0.5 if "gate" in kind else None
 
     def there(value: Any) -> Any:
         if isinstance(value, Head):

@@ -7,8 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import flexalign.losses.sequence
 from flexalign.errors import ConfigError
+from flexalign.heads import Head
 from flexalign.losses import fused_divergence
+from flexalign.losses.sequence import sampled_score
+from flexalign.losses.teacher import FusedTeacher
 from twin import fuse64
 
 VOCAB, LONGEST, WIDTH = 3, 3, 4
@@ -70,16 +74,26 @@ def gradients(loss: Tensor, world: World) -> list[Tensor]:
     return list(torch.autograd.grad(loss, [world.hidden["student"], world.heads["student"]]))
 
 
-def sampled_loss(
-    world: World, batch: list[tuple[int, ...]], lam: float, gate: float | None, chunk_size: int = 2
-) -> Tensor:
-    """The loss of the library on a batch of samples; each row has one position of a prompt."""
+def as_batch(world: World, batch: list[tuple[int, ...]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Prefixes, tokens and mask of some samples; each row has one position of a prompt."""
     rows = torch.zeros(len(batch), LONGEST + 1, dtype=torch.long)
     tokens, mask = rows.clone(), torch.zeros_like(rows, dtype=torch.bool)
     for row, sequence in enumerate(batch):
         for place, token in enumerate(sequence):
             rows[row, place + 1] = world.prefixes.index(sequence[:place])
             tokens[row, place + 1], mask[row, place + 1] = token, True
+    return rows, tokens, mask
+
+
+def sampled_loss(
+    world: World,
+    batch: list[tuple[int, ...]],
+    lam: float | Tensor,
+    gate: float | None,
+    chunk_size: int = 2,
+) -> Tensor:
+    """The loss of the library on a batch of samples."""
+    rows, tokens, mask = as_batch(world, batch)
     sides = [
         part
         for who in ("student", "reference", "aligned")
@@ -120,16 +134,56 @@ def test_the_mean_over_all_samples_is_the_gradient_of_the_sequences_kl(world, la
 
 
 def test_comparing_with_the_others_of_the_batch_keeps_the_mean(world):
-    expected = exact_gradients(world, 2.0, None)
+    """Each of the two rows has its own λ."""
+    lams = torch.tensor([2.0, 0.5], dtype=torch.float64)
+    expected = [
+        one + two
+        for one, two in zip(*(exact_gradients(world, lam, None) for lam in (2.0, 0.5)), strict=True)
+    ]
     table = world.log_probabilities("student").detach()
     chances = {s: float(log_probability(world, table, s).exp()) for s in sequences()}
     mean = [torch.zeros_like(part) for part in expected]
     for (one, first), (two, second) in itertools.product(chances.items(), repeat=2):
-        parts = gradients(sampled_loss(world, [one, two], 2.0, None), world)
+        parts = gradients(sampled_loss(world, [one, two], lams, None), world)
         for total, part in zip(mean, parts, strict=True):
             total += first * second * part
     for found, part in zip(mean, expected, strict=True):
-        torch.testing.assert_close(found, 2 * part)
+        torch.testing.assert_close(found, part)
+
+
+def test_a_weight_is_what_follows_less_the_mean_of_what_follows_at_that_place_elsewhere(world):
+    batch = [(1, 2, 0), (0,), (2, 2, 1)]
+    rows, tokens, mask = as_batch(world, batch)
+    sides = {
+        name: part
+        for who in ("reference", "aligned")
+        for name, part in (
+            (f"{who}_hidden", world.hidden[who][rows].flatten(0, 1)),
+            (who, Head(world.heads[who])),
+        )
+    }
+    teacher = FusedTeacher(**sides, lam=2.0, gate=None, mixes_hidden=False)
+    hidden, head = (part.detach() for part in (world.hidden["student"], world.heads["student"]))
+    score = sampled_score(hidden[rows].flatten(0, 1), Head(head), teacher, mask, tokens, 3)
+
+    log_s, log_r, log_a = (
+        world.log_probabilities(who).detach() for who in ("student", "reference", "aligned")
+    )
+    cost = (log_s.exp() * (log_s - fuse64(log_r, log_a, 2.0))).sum(-1).tolist()
+    follows = [
+        [
+            sum(cost[world.prefixes.index(sequence[:later])] for later in range(at, len(sequence)))
+            for at in range(1, len(sequence) + 1)
+        ]
+        for sequence in batch
+    ]
+    expected = []
+    for row, own in enumerate(follows):
+        for place, cost_of_rest in enumerate(own):
+            others = [f[place] for i, f in enumerate(follows) if i != row and place < len(f)]
+            expected.append(cost_of_rest - (sum(others) / len(others) if others else 0.0))
+    torch.testing.assert_close(score.weights, torch.tensor(expected, dtype=torch.float64))
+    assert score.tokens.tolist() == [token for sequence in batch for token in sequence]
 
 
 def test_comparing_with_the_others_of_the_batch_makes_the_gradient_vary_less(world):
@@ -166,11 +220,97 @@ def test_the_value_is_that_of_the_tokens_however_it_is_cut(world):
         torch.testing.assert_close(parts, found[0])
 
 
-def test_samples_are_for_the_reverse_divergence_of_rows(world):
-    flat = [part.flatten(0, -2) if part.ndim == 3 else part for part in world.hidden.values()]
+def test_no_more_than_a_chunk_of_logits_is_made_at_one_time(world, monkeypatch):
+    sizes: list[int] = []
+    write = flexalign.losses.sequence.write_logits
+
+    def watched(head, hidden, out):
+        sizes.append(len(out))
+        return write(head, hidden, out)
+
+    monkeypatch.setattr(flexalign.losses.sequence, "write_logits", watched)
+    sampled_loss(world, [(1, 2, 0), (0,), (2, 2, 1)], 2.0, None, chunk_size=3)
+    assert sizes == [3, 3, 1]
+
+
+def test_nothing_sampled_is_zero_with_its_graph(world):
     sides = [
-        part for who, h in zip(world.hidden, flat, strict=True) for part in (h, world.heads[who])
+        part
+        for who in ("student", "reference", "aligned")
+        for part in (world.hidden[who][None], world.heads[who])
     ]
-    tokens = torch.zeros(len(world.prefixes), dtype=torch.long)
-    with pytest.raises(ConfigError, match="batch of rows"):
-        fused_divergence(*sides, tokens.bool(), 2.0, sampled=tokens)
+    nothing = torch.zeros(1, len(world.prefixes), dtype=torch.long)
+    loss = fused_divergence(*sides, nothing, 2.0, sampled=nothing)
+    assert loss == 0.0
+    assert all((part == 0).all() for part in gradients(loss, world))
+
+
+def test_half_precision_is_weighed_in_float32():
+    """Nearly all gradients are float64's, rounded once; some of the costs' sums lie on an edge."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = {"hidden": (8, 7, 16), "head": (31, 16)}
+    sides = [
+        (2 * torch.randn(shape, generator=generator)).bfloat16()
+        for _ in ("student", "reference", "aligned")
+        for shape in shapes.values()
+    ]
+    lengths = torch.tensor([7, 7, 6, 5, 4, 4, 1, 0])
+    mask = (torch.arange(7) < lengths[:, None]).long()
+    tokens = torch.randint(31, mask.shape, generator=generator)
+    lam = torch.linspace(-0.5, 3, 8)
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        given = [side.to(dtype) for side in sides]
+        leaves = [side.requires_grad_() for side in given[:2]]
+        loss = fused_divergence(*given, mask, lam, chunk_size=9, sampled=tokens)
+        found.append(torch.autograd.grad(loss, leaves))
+    for half, exact in zip(*found, strict=True):
+        assert half.dtype == torch.bfloat16
+        assert (half != exact.bfloat16()).float().mean() < 0.02
+        torch.testing.assert_close(half.double(), exact, rtol=0.01, atol=1e-5)
+
+
+def test_tokens_that_no_model_can_write_weigh_nothing():
+    """−inf in all three biases equals heads without those rows."""
+    generator = torch.Generator().manual_seed(6)
+    whole, cut = [], []
+    for _ in ("student", "reference", "aligned"):
+        hidden = torch.randn(3, 5, 4, generator=generator, dtype=torch.float64)
+        head = Head(
+            torch.randn(9, 4, generator=generator, dtype=torch.float64),
+            torch.randn(9, generator=generator, dtype=torch.float64),
+        )
+        cut += [hidden, head.cut(7)]
+        head.bias[7:] = -torch.inf
+        whole += [hidden, head]
+    tokens = torch.randint(7, (3, 5), generator=generator)
+    whole[0].requires_grad_()
+    gradients = [
+        torch.autograd.grad(
+            fused_divergence(*sides, torch.ones(3, 5), 2.0, sampled=tokens), whole[0]
+        )
+        for sides in (whole, cut)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_samples_are_for_the_reverse_divergence_of_rows(world):
+    hidden = [part[None] for part in world.hidden.values()]
+    heads = world.heads.values()
+    tokens = torch.zeros(1, len(world.prefixes), dtype=torch.long)
+
+    def loss(hidden: list[Tensor], mask: Tensor, sampled: Tensor, **settings: object) -> Tensor:
+        sides = [part for pair in zip(hidden, heads, strict=True) for part in pair]
+        return fused_divergence(*sides, mask, 2.0, sampled=sampled, **settings)
+
+    mask = tokens.bool()
+    loss(hidden, mask, tokens, divergence="jsd", beta=1.0)
+    for settings in ({"divergence": "forward"}, {"divergence": "jsd", "beta": 0.5}):
+        with pytest.raises(ConfigError, match="sampled is for the reverse divergence"):
+            loss(hidden, mask, tokens, **settings)
+    with pytest.raises(ConfigError, match=r"got \(1, 6\) and \(1, 7\)"):
+        loss(hidden, mask, tokens[:, 1:])
+    for flat in ([part[0] for part in hidden], [part[None] for part in hidden]):
+        like = tokens.reshape(flat[0].shape[:-1])
+        with pytest.raises(ConfigError, match="batch of rows"):
+            loss(flat, like.bool(), like)

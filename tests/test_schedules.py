@@ -35,6 +35,13 @@ def test_linear_is_a_straight_line_held_at_its_ends() -> None:
     assert schedule.end_value == 3
 
 
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_the_ends_are_exact_where_rounding_would_miss_them(kind: str) -> None:
+    schedule = Schedule(kind, start=-0.9, end=0.3, steps=7)
+    assert -0.9 + (0.3 - -0.9) * 1.0 != 0.3
+    assert (schedule.at(0), schedule.at(7), schedule.at(8)) == (-0.9, 0.3, 0.3)
+
+
 def test_cosine_is_half_a_wave() -> None:
     schedule = Schedule.parse(COSINE)
     for step in range(9):
@@ -62,6 +69,7 @@ def test_a_budget_bends_lambda_over_the_thinking_tokens_and_then_holds_it() -> N
     schedule = Schedule.parse(BUDGET)
     at = {n: schedule.at(n, inside=True, thinking_tokens=n) for n in (0, 500, 1000, 2000, 9000)}
     assert at == {0: 0.25, 500: 0.5, 1000: 0.75, 2000: 1.25, 9000: 1.25}
+    assert schedule.at(0, inside=True) == 0.25
     assert schedule.at(5000, thinking_tokens=5000) == 1.0
     assert schedule.end_value == 1.0
 
@@ -128,9 +136,15 @@ def test_no_lambda_leaves_the_range_of_the_values(
         ({"kind": ["linear"]}, "is no schedule"),
         ({**LINEAR, "step": 3}, "no key 'step'; did you mean 'steps'"),
         ({**LINEAR, 7: 3}, "no key 7"),
-        ({"start": 0, "end": 2, "steps": 200}, "needs a 'kind'"),
-        ({"kind": "linear", "start": 0, "end": 2}, "a linear schedule needs 'steps'"),
-        ({**COSINE, "points": [[0, 1]]}, "a cosine schedule takes no 'points'"),
+        ({"start": 0, "end": 2, "steps": 200}, "needs a 'kind': one of constant, linear"),
+        (
+            {"kind": "linear", "start": 0, "end": 2},
+            "a linear schedule needs 'steps'; it takes start, end, steps",
+        ),
+        (
+            {**COSINE, "points": [[0, 1]]},
+            "a cosine schedule takes no 'points'; it takes start, end, steps",
+        ),
         ({"kind": "constant"}, "a constant schedule needs 'start'"),
         ({"kind": "constant", "start": 1, "end": 2}, "one λ, got start 1.0 and end 2.0"),
         ({**LINEAR, "steps": 0}, "steps must be a whole number ≥ 1, got 0"),
@@ -142,9 +156,10 @@ def test_no_lambda_leaves_the_range_of_the_values(
         ({**THINKING, "end": 1.0}, "takes 'budget' and 'end' together"),
         ({"kind": "thinking", "think": 1.0}, "a thinking schedule needs 'answer'"),
         ({"kind": "piecewise", "points": []}, r"points must be pairs \[step, λ\]"),
-        ({"kind": "piecewise", "points": 3}, r"points must be pairs \[step, λ\]"),
+        ({"kind": "piecewise", "points": 3}, r"^points must be pairs \[step, λ\].*; got 3\.$"),
         ({"kind": "piecewise", "points": [[0, 1, 2]]}, r"got \[0, 1, 2\] among them"),
         ({"kind": "piecewise", "points": [[-1, 2]]}, "the step -1 is not a number ≥ 0"),
+        ({"kind": "piecewise", "points": [[math.inf, 2]]}, "the step inf is not a number"),
         ({"kind": "piecewise", "points": [[True, 2]]}, "the step True is not a number"),
         ({"kind": "piecewise", "points": [[5, 1], [4, 2]]}, "step 4 comes after 5"),
         ("fast", "a number or a JSON object, got 'fast'"),

@@ -94,17 +94,21 @@ class _ChunkedDivergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        if ctx.grads is None:
-            raise RuntimeError(
-                "backward through fused_divergence can run once: its gradients are made with the "
-                "loss and handed over; call fused_divergence again."
-            )
-        grads, ctx.grads = ctx.grads, None
-        scaled = [
-            None if grad is None else grad.mul_(grad_total).to(dtype)
-            for grad, dtype in zip(grads, ctx.dtypes, strict=True)
-        ]
-        return *scaled, None
+        return *_hand_over(ctx, grad_total), None
+
+
+def _hand_over(ctx: Any, grad_total: Tensor) -> list[Tensor | None]:
+    """Give away the gradients that were made with the loss: they are scaled where they lie."""
+    if ctx.grads is None:
+        raise RuntimeError(
+            "backward through fused_divergence can run once: its gradients are made with the "
+            "loss and handed over; call fused_divergence again."
+        )
+    grads, ctx.grads = ctx.grads, None
+    return [
+        None if grad is None else grad.mul_(grad_total).to(dtype)
+        for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+    ]
 
 
 def _sweep(hidden: Tensor, task: Task, grads: list[Tensor | None]) -> Tensor:

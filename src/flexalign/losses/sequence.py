@@ -45,7 +45,6 @@ class Score:
         gradient.scatter_add_(1, tokens, weights)
 
 
-@torch.no_grad()
 def sampled_score(
     hidden: Tensor,
     student: Head,
@@ -71,7 +70,8 @@ def sampled_score(
     mask = mask.bool()
     rows, columns = mask.nonzero(as_tuple=True)
     places = mask.cumsum(1)[rows, columns] - 1
-    costs = _costs(hidden, student, teacher, rows * mask.shape[1] + columns, chunk_size)
+    with torch.no_grad():
+        costs = _costs(hidden, student, teacher, rows * mask.shape[1] + columns, chunk_size)
     by_place = costs.new_zeros(len(mask), int(places.max()) + 1 if len(places) else 0)
     by_place[rows, places] = costs
     ahead = by_place.flip(1).cumsum(1).flip(1) - by_place
