@@ -89,7 +89,9 @@ def test_smollm2_is_the_packages_file(monkeypatch, tmp_path):
 def test_gguf_names_the_package_that_it_needs(monkeypatch, tmp_path):
     (tmp_path / "model.gguf").touch()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs gguf; install it with: pip install .flexalign\[gguf\]"):
+    with pytest.raises(
+        ConfigError, match=r"needs gguf; install it with: pip install .flexalign\[gguf\]"
+    ):
         load_config(tmp_path)
 
 

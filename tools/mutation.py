@@ -43,17 +43,22 @@ def main() -> int:
 
     ended = {"killed": 0, "ran out of time": 0, "survived": 0}
     survivors: dict[str, list[str]] = {}
+    slow = set()
     for name, code, path in _results():
         outcome = (
             "killed" if code in KILLED else "ran out of time" if code in OUT_OF_TIME else "survived"
         )
         ended[outcome] += 1
+        if outcome == "killed":
+            continue
+        diff = get_diff_for_mutant(name, path=path)
         if outcome == "survived":
-            diff = get_diff_for_mutant(name, path=path)
             survivors.setdefault(_signature(name, diff), []).append(f"# {name}: {code}\n{diff}")
+        else:  # which says nothing against a reason
+            slow.add(_signature(name, diff))
     explained = _explained()
     alive = [diff for key, diffs in survivors.items() if key not in explained for diff in diffs]
-    dead = [] if options.only else sorted(explained - set(survivors))
+    dead = [] if options.only else sorted(explained - set(survivors) - slow)
     for diff in alive:
         print(diff, end="\n\n")
     for key in dead:
