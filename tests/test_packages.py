@@ -27,7 +27,7 @@ PROJECT = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text(encoding=
 EXTRAS = {
     name: {Requirement(line).name.replace("-", "_") for line in lines}
     for name, lines in PROJECT["optional-dependencies"].items()
-    if name not in ("dev", "docs")
+    if name not in ("dev", "docs", "mutation")
 }
 OPTIONAL = sorted(set().union(*EXTRAS.values()))
 ABSENT = """
