@@ -141,7 +141,7 @@ def test_only_the_rows_of_a_step_count_not_over_what_they_are_spread(
         ({"training": {"save_total_limit": 1}}, "keep at least 2"),
         ({"training": {"save_only_model": True}}, "could not be resumed"),
         ({"training": {"lr_scheduler_type": "cosin"}}, "training: .*cosin"),
-        ({"lambda": None}, "lambda is missing"),
+        ({"lambda": None}, "lambda is missing.*or give --lambda"),
         ({"lambda": [1, 2]}, "one λ in a run"),
         ({"lambda": True}, "lambda must be a number or a mapping"),
         ({"lambda": {"kind": "linaer", "start": 0, "end": 1, "steps": 3}}, "linear"),

@@ -72,7 +72,7 @@ def run_demo(
         reference, aligned, tokenizer = load_pair()
 
         def ask(name: str, model: Any, **options: Any) -> list[list[str]]:
-            task = progress.add_task(f"{name}: answers", total=questions)
+            task = _begin(progress, f"{name}: answers", questions)
             return respond(
                 model,
                 tokenizer,
@@ -89,7 +89,7 @@ def run_demo(
             return traces
 
         def train(name: str, towards: Any, lam: float) -> Any:
-            task = progress.add_task(f"{name}: trains", total=steps)
+            task = _begin(progress, f"{name}: trains", steps)
             callback = _ShowSteps(progress, task)
             return realign(towards, lam, Path(scratch), training, callbacks=[callback])
 
@@ -140,6 +140,13 @@ class _ShowSteps(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._progress.update(self._task, completed=state.global_step)
+
+
+def _begin(progress: Progress, description: str, total: int) -> TaskID:
+    """Add a bar; where bars are not drawn until the end, say what has begun."""
+    if not console.is_terminal:
+        console.print(description)
+    return progress.add_task(description, total=total)
 
 
 @contextmanager

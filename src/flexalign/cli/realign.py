@@ -212,6 +212,7 @@ def _summarise(outcome: "Outcome", reference: str) -> None:
     )
     console.print(
         f"next: [cyan]flexalign evaluate {escape(before)} {escape(after)} --baseline before "
-        "--task questions.jsonl -o out/evaluated[/cyan]",
+        "--task questions.jsonl --limit 100 --samples 1 -o out/evaluated[/cyan] (a first look; the "
+        "whole without --limit and --samples)",
         soft_wrap=True,
     )

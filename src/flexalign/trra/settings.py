@@ -172,7 +172,8 @@ def check_settings(
             raise ConfigError(f"{prefix}{key} must be {wish}, got {value!r}.") from None
     for key in required:
         if key not in checked:
-            raise ConfigError(f"{prefix}{key} is missing; add a line `{key}: …`.")
+            option = ", or give --lambda" if key == "lambda" else ""
+            raise ConfigError(f"{prefix}{key} is missing; add a line `{key}: …`{option}.")
     return checked
 
 
