@@ -13,6 +13,8 @@ def test_the_demo_trains_measures_and_draws(run_cli, tmp_path):
     output = tmp_path / "demo"
     result = run_cli("demo", "-o", output, "--questions", 40, "--steps", 8, "--json")
     assert result.exit_code == 0, result.stderr
+    assert "reference: answers\n" in result.stderr
+    assert "λ=2, 2 rounds: trains\n" in result.stderr
     printed = json.loads(result.stdout)
     rows, dial = printed["rows"], printed["dial"]
     assert [row["name"] for row in rows] == [
