@@ -187,7 +187,9 @@ def test_what_is_no_finite_real_lambda_is_refused(lam: object) -> None:
 
 def test_a_tensor_with_something_that_is_not_finite_is_refused_for_that() -> None:
     for value in (math.nan, INF, -INF):
-        with pytest.raises(LambdaError, match="a tensor with NaN or infinity"):
+        with pytest.raises(
+            LambdaError, match=r"^λ must be finite, got a tensor with NaN or infinity in it\.$"
+        ):
             as_lambda(torch.tensor([0.5, value]))
 
 
@@ -203,6 +205,14 @@ def test_a_lambda_of_the_wrong_shape_is_refused(shape: tuple[int, ...]) -> None:
 )
 def test_every_real_two_is_two(lam: object) -> None:
     assert float(as_lambda(lam)) == 2.0
+
+
+def test_a_tensor_of_lambdas_stays_as_it_is_and_becomes_float32_where_it_is_whole() -> None:
+    exact = torch.tensor([0.1, 2.0], dtype=torch.float64)
+    assert as_lambda(exact) is exact
+    whole = as_lambda(torch.tensor([0, 2]))
+    assert isinstance(whole, torch.Tensor)
+    assert whole.dtype == torch.float32
 
 
 def test_two_widths_are_refused_with_the_remedy() -> None:

@@ -18,13 +18,14 @@ import flexalign.losses.products
 import flexalign.losses.teacher
 from families import family_model
 from flexalign.errors import ConfigError, LambdaError, PairMismatchError
-from flexalign.fusion import concatenate_hidden
+from flexalign.fusion import concatenate_hidden, total_variation
 from flexalign.heads import Head, last_hidden
 from flexalign.losses import DIVERGENCES, DivergenceMetrics, fused_divergence
 from twin import divergence64, fuse64, logits64
 
 V = 211
 PER_ROW = torch.tensor([0.5, 2.0, -0.3])
+GATE = 0.8  # some positions of a case pass it, others do not
 
 
 @dataclasses.dataclass
@@ -92,6 +93,15 @@ def assert_agree(found: list[Tensor], expected: list[Tensor], relative: float = 
         assert (one.double() - other.double()).norm() <= relative * other.double().norm()
 
 
+@pytest.mark.parametrize("kind", ["gate", "one head, gate"])
+def test_the_gate_of_these_tests_divides_their_positions(kind: str) -> None:
+    case = make_case(kind)
+    r = logits64(case.reference_head, case.reference_hidden)
+    a = logits64(case.aligned_head, case.aligned_hidden)
+    passed = (total_variation(r, a) > GATE)[case.mask]
+    assert 5 < passed.sum() < len(passed) - 5
+
+
 KINDS = (
     "plain",
     "softcap",
@@ -110,7 +120,7 @@ DIRECTIONS = [("reverse", 0.5), ("forward", 0.5), *(("jsd", b) for b in (0.0, 0.
 @pytest.mark.parametrize(("divergence", "beta"), DIRECTIONS)
 def test_value_and_gradients_equal_the_twin(kind: str, divergence: Any, beta: float) -> None:
     case = make_case(kind)
-    gate = 0.5 if "gate" in kind else None
+    gate = GATE if "gate" in kind else None
     for lam in (2.0, PER_ROW):
         found = with_gradients(
             case,
@@ -263,7 +273,7 @@ def test_the_chunk_size_changes_nothing(kind: str) -> None:
         with_gradients(
             case,
             lambda c, size=size: fused_divergence(  # type: ignore[misc]
-                **c.arguments(), lam=PER_ROW, gate=0.5 if "gate" in kind else None, chunk_size=size
+                **c.arguments(), lam=PER_ROW, gate=GATE if "gate" in kind else None, chunk_size=size
             ),
         )
         for size in (1, 4, 7, 33, 1000)
@@ -387,7 +397,7 @@ def test_a_second_backward_is_refused_and_not_wrong() -> None:
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_metrics_are_the_distances_to_both_models(kind: str, divergence: Any) -> None:
     case = make_case(kind)
-    gate = 0.5 if "gate" in kind else None
+    gate = GATE if "gate" in kind else None
     settings: dict[str, Any] = {"lam": PER_ROW, "gate": gate, "divergence": divergence}
     collected: list[DivergenceMetrics] = []
 
@@ -595,7 +605,7 @@ def test_what_does_not_fit_is_refused(
 @pytest.mark.parametrize("kind", KINDS)
 def test_cuda_equals_the_twin(kind: str, dtype: torch.dtype) -> None:
     case = make_case(kind)
-    gate = 0.5 if "gate" in kind else None
+    gate = GATE if "gate" in kind else None
 
     def there(value: Any) -> Any:
         if isinstance(value, Head):
