@@ -26,6 +26,17 @@ def arguments(questions, tiny_pair, tmp_path) -> list[str]:
     ]
 
 
+@pytest.mark.parametrize(
+    ("given", "is_said"),
+    [((), True), (("--instruction", ""), False), (("--instruction", "Think."), False)],
+)
+def test_an_instruction_that_nobody_chose_is_said(run_cli, arguments, given, is_said) -> None:
+    result = run_cli("evaluate", *arguments, "--dry-run", *given)
+    assert result.exit_code == 0, result.stderr
+    said = "followed by: Please reason step by step, and put your final answer within \\boxed{}."
+    assert (said in result.stderr) == is_said
+
+
 def test_a_sweep_prints_and_writes_its_summary(run_cli, arguments, tmp_path) -> None:
     result = run_cli("evaluate", *arguments)
     assert result.exit_code == 0, result.stderr

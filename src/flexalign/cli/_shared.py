@@ -3,14 +3,17 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flexalign.errors import CheckpointError, ConfigError, LambdaError
+
+if TYPE_CHECKING:
+    from flexalign.evaluation.tasks import Task
 
 console = Console(stderr=True, highlight=False)
 """Everything for people goes to stderr; stdout carries the result alone."""
@@ -57,6 +60,18 @@ def read_secret(variable: str | None) -> str | None:
     if not value:
         raise ConfigError(f"--api-key-env: the environment variable {variable!r} is not set.")
     return value
+
+
+def say_instruction(instruction: str | None, tasks: "Sequence[Task]") -> None:
+    """Say what follows each question, where nobody chose it: models answer to it."""
+    texts = {task.instruction for task in tasks if task.instruction}
+    if instruction is None:
+        for text in sorted(texts):
+            console.print(
+                f"each question is followed by: {text} (--instruction '' leaves it out)",
+                markup=False,
+                soft_wrap=True,
+            )
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from flexalign.cli._shared import (
     print_json,
     result_console,
     resumable_bar,
+    say_instruction,
 )
 from flexalign.errors import ConfigError
 
@@ -136,6 +137,7 @@ def calibrate(
     limits = widened or settings.lambda_range
     options = CalibrateOptions(dial, measure, limits, margin, samples, seed)  # type: ignore[arg-type]
     asked = load_task(task, data=data, limit=limit, seed=seed, instruction=instruction)
+    say_instruction(instruction, [asked])
     own = asked.sampling
     sampling = SystemOptions(
         temperature=own.temperature if temperature is None else temperature,

@@ -22,7 +22,7 @@ from flexalign.cli._options import (
     TaskTopP,
     Workers,
 )
-from flexalign.cli._shared import console, print_json, read_secret, resumable_bar
+from flexalign.cli._shared import console, print_json, read_secret, resumable_bar, say_instruction
 from flexalign.errors import ConfigError, ServingError
 
 if TYPE_CHECKING:
@@ -144,6 +144,7 @@ def evaluate(
     settings = read_settings(lams, policy or [], read_efforts(effort, _only_adapter(effort, asked)))
     drawn = {"data": data, "limit": limit, "seed": seed, "instruction": instruction}
     tasks = [load_task(name, **drawn) for name in task]  # type: ignore[arg-type]
+    say_instruction(instruction, tasks)
     options = SystemOptions(
         temperature=_default(temperature, tasks, "temperature"),
         top_p=_default(top_p, tasks, "top_p"),

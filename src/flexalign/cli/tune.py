@@ -20,7 +20,13 @@ from flexalign.cli._options import (
     Workers,
 )
 from flexalign.cli._preview import show_preview
-from flexalign.cli._shared import console, print_json, result_console, resumable_bar
+from flexalign.cli._shared import (
+    console,
+    print_json,
+    result_console,
+    resumable_bar,
+    say_instruction,
+)
 from flexalign.cli._tune import (
     next_step,
     plan_of,
@@ -190,6 +196,7 @@ def tune(
         return
     if system is None:
         raise ConfigError("SYSTEM is missing; say what is tuned, such as dial:BASE,ADAPTER.")
+    say_instruction(instruction, [questions])
     settings = settings_of(lams or ([] if policies else read_lambdas(_LAMBDAS)), policies or [])
     if len(settings) == 1:
         raise ConfigError(
