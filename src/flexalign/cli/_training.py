@@ -6,6 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 from transformers import TrainerCallback
 
@@ -62,10 +63,10 @@ class StepProgress(TrainerCallback):  # type: ignore[misc]
     def __init__(self, name: str = "steps") -> None:
         columns = (
             TextColumn(name),
-            BarColumn(),
+            BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", table_column=Column()),  # alone may wrap
         )
         self._bar = Progress(*columns, console=console)
         self._task = self._bar.add_task(name, figures="")
