@@ -58,7 +58,11 @@ def test_forms(given, expected):
         ({"policy": "adaptive", "treshold": 1}, ConfigError, "did you mean 'threshold'"),
         ({"policy": "adaptive", "threshold": 1.5}, ConfigError, r"in \[0, 1\], got 1.5"),
         ({"policy": "adaptive", "threshold": True}, ConfigError, r"in \[0, 1\], got True"),
-        ({"policy": "adaptive", "measure": "agrement"}, ConfigError, "did you mean 'agreement'"),
+        (
+            {"policy": "adaptive", "measure": "agrement"},
+            ConfigError,
+            r"did you mean 'agreement'\?$",
+        ),
         ({"policy": "adaptive", "samples": 0}, ConfigError, "samples must be ≥ 1"),
         ({"policy": "adaptive", "slow_lambda": float("inf")}, LambdaError, "slow_lambda: "),
         ({"policy": "route"}, ConfigError, "needs a share"),

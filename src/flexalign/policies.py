@@ -111,7 +111,7 @@ class Adaptive:
             _set(self, "threshold", _share(self.threshold, "an adaptive policy's threshold"))
         if self.measure not in get_args(Measure):
             known = nearest(self.measure, get_args(Measure))
-            raise ConfigError(f"{self.measure!r} is no measure{known}.")
+            raise ConfigError(f"{self.measure!r} is no measure{known}")
         _set_lambdas(self)
         samples = self.samples
         if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
@@ -199,11 +199,11 @@ def parse_dial(value: object) -> Dial:
     given = dict(value)
     name = given.pop("policy")
     if not isinstance(name, str) or name not in _POLICIES:
-        raise ConfigError(f"{name!r} is no policy{nearest(name, _POLICIES)}.")
+        raise ConfigError(f"{name!r} is no policy{nearest(name, _POLICIES)}")
     policy, keys = _POLICIES[name]
     for key in given:
         if key not in keys:
-            raise ConfigError(f"the policy {name} takes no {key!r}{nearest(key, keys)}.")
+            raise ConfigError(f"the policy {name} takes no {key!r}{nearest(key, keys)}")
     if name == "fixed" and len(given) != 1:
         raise ConfigError('the policy fixed takes one λ: {"policy": "fixed", "lambda": 0.5}.')
     if name == "route" and "share" not in given:

@@ -119,7 +119,7 @@ class Schedule:
         known = [field.name for field in fields(cls)]
         for key in value:
             if key not in known:
-                raise ConfigError(f"a schedule has no key {key!r}{nearest(key, known)}.")
+                raise ConfigError(f"a schedule has no key {key!r}{nearest(key, known)}")
         if "kind" not in value:
             raise ConfigError(f"a schedule needs a 'kind': one of {', '.join(_REQUIRED)}.")
         given = dict(value)
@@ -181,7 +181,7 @@ class Schedule:
 
     def _check_keys(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in _REQUIRED:
-            raise ConfigError(f"kind {self.kind!r} is no schedule{nearest(self.kind, _REQUIRED)}.")
+            raise ConfigError(f"kind {self.kind!r} is no schedule{nearest(self.kind, _REQUIRED)}")
         required = _REQUIRED[self.kind]
         allowed = required + _OPTIONAL.get(self.kind, ())
         for field in fields(self)[1:]:

@@ -31,7 +31,9 @@ def arguments(questions, tiny_pair, tmp_path) -> list[str]:
     [((), True), (("--instruction", ""), False), (("--instruction", "Think."), False)],
 )
 def test_an_instruction_that_nobody_chose_is_said(run_cli, arguments, given, is_said) -> None:
-    result = run_cli("evaluate", *arguments, "--dry-run", *given)
+    data = arguments[arguments.index("--task") + 1]
+    public = [*arguments, "--task", "math500", "--data", data]
+    result = run_cli("evaluate", *public, "--dry-run", *given)
     assert result.exit_code == 0, result.stderr
     said = "followed by: Please reason step by step, and put your final answer within \\boxed{}."
     assert (said in result.stderr) == is_said
@@ -64,7 +66,7 @@ def test_stored_samples_are_graded_again(run_cli, arguments, tmp_path) -> None:
 def test_a_dry_run_shows_prompts_and_cost(run_cli, arguments, tmp_path) -> None:
     result = run_cli("evaluate", *arguments, "--policy", "route 0.5", "--dry-run")
     assert result.exit_code == 0, result.stderr
-    assert "<|im_start|>user\nwhat is 0 plus two\n\nPlease reason" in result.stderr
+    assert "<|im_start|>user\nwhat is 0 plus two<|im_end|>" in result.stderr
     assert "pair: λ=0, λ=1, route 0.5" in result.stderr
     assert "would make 18 samples, at most 90 tokens" in result.stderr
     assert not (tmp_path / "out").exists()

@@ -38,7 +38,7 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded(run_cli: Any):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = run_cli("serve", "no/such/model", "--port", taken.getsockname()[1])
     assert result.exit_code == 1
-    assert "in use" in result.stderr
+    assert "in use; choose another --host or --port" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,6 @@ def test_a_narrow_screen_shows_steps_and_figures(monkeypatch):
     bar.on_step_end(None, state, None)
     bar.close()
 
-    last = screen.getvalue().rpartition("steps")[2]
+    last = " ".join(screen.getvalue().rpartition("steps")[2].split())
     assert "20/60" in last
     assert all(f"{name} 0.0123" in last for name in figures)

@@ -97,6 +97,9 @@ def test_the_plan_needs_no_system(run_cli, sums: Path):
     assert plan["tune_margin"] > plan["margin"] > plan["costs"][0]["margin"]
     told = run_cli("tune", "--plan", "--task", sums, "--samples", "4").stdout
     assert f"40 questions × 4 samples prove a margin of {100 * plan['margin']:.1f} points" in told
+    assert "Your margin, 2 points: tune will not mostly prove it" in told
+    wide = run_cli("tune", "--plan", "--task", sums, "--samples", "4", "--margin", "0.9").stdout
+    assert "Your margin, 90 points: tune will mostly prove it" in wide
 
 
 def test_a_stored_sweep_gives_the_plan_its_variance(run_cli, sweep: Path):

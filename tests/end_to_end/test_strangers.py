@@ -32,7 +32,7 @@ TRAINING = {
     "max_length": 512,
     "activation_checkpointing": False,
 }
-AS_WRITTEN = ("--instruction", "", "--temperature", "1", "--top-p", "1", "--max-new-tokens", "400")
+AS_WRITTEN = ("--temperature", "1", "--top-p", "1", "--max-new-tokens", "400")
 """The miniature was taught bare sums, sampled as they are."""
 
 

@@ -54,11 +54,15 @@ def test_the_folder_may_come_from_the_environment(
     assert load_task("amc", data=data / "amc.json").name == "amc"
 
 
-def test_a_mathematical_question_asks_for_a_box_and_the_miniature_for_nothing(data: Path) -> None:
+def test_a_public_question_asks_for_a_box_and_others_for_nothing(data: Path) -> None:
     task = load_task("amc", data=data)
     [message] = task.messages(task.questions[0])
     assert message == {"role": "user", "content": f"m+n?\n\n{MATHEMATICS}"}
     assert "\\boxed{}" in MATHEMATICS
+    own = load_task(str(data / "amc.json"))
+    assert own.messages(own.questions[0])[0]["content"] == "m+n?"
+    asked = load_task(str(data / "amc.json"), instruction="Go.")
+    assert asked.messages(asked.questions[0])[0]["content"] == "m+n?\n\nGo."
     little = load_task("miniature", limit=1)
     assert little.messages(little.questions[0])[0]["content"] == little.questions[0].problem
 
@@ -94,7 +98,7 @@ def test_a_limit_draws_by_seed_and_keeps_the_order(data: Path) -> None:
 def test_the_hash_is_that_of_the_contents(data: Path, tmp_path: Path) -> None:
     before = load_task("amc", data=data).content_hash
     (data / "copy.json").write_text(json.dumps(AMC))
-    assert load_task(str(data / "copy.json")).content_hash == before
+    assert load_task(str(data / "copy.json"), instruction=MATHEMATICS).content_hash == before
     (data / "amc.json").write_text(json.dumps([AMC[0], {**AMC[1], "answer": 4}]))
     assert load_task("amc", data=data).content_hash != before
     assert len(before) == 16

@@ -118,6 +118,7 @@ def test_only_the_rows_of_a_step_count_not_over_what_they_are_spread(
     ("change", "message"),
     [
         ({"refernce": "x"}, r"unknown key refernce; did you mean reference\?"),
+        ({"base": "x"}, r"unknown key base; it belongs to a recipe of flexalign adapt or bake\."),
         ({"lam": 2}, r"unknown key lam; did you mean lambda\?"),
         ({"training": {"max_stpes": 1}}, r"did you mean training\.max_steps\?"),
         ({"lora": {"rank": 3}}, r"unknown key lora\.rank; did you mean lora\.rank_pattern\?"),

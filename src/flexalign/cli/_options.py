@@ -98,8 +98,8 @@ Data: TypeAlias = Annotated[
 Instruction: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        help="What stands below every question; '' for nothing. By default it asks for the answer "
-        "in \\boxed{} (miniature: nothing)."
+        help="What stands below every question; '' for nothing. By default the public tasks "
+        "ask for the answer in \\boxed{}, the miniature and your own files for nothing."
     ),
 ]
 TaskTemperature: TypeAlias = Annotated[

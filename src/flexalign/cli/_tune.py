@@ -85,14 +85,23 @@ def plan_of(
 
 
 def warn_of_margin(planned: "Plan", goal: "Goal") -> None:
+    margin = _margin_of(goal)
+    if margin is not None and not _is_proved(planned, margin):
+        console.print(
+            f"[yellow]note:[/yellow] a margin of {100 * margin:g} points will often not be proved by "
+            "these questions, even of an equal setting (--plan says what would be)."
+        )
+
+
+def _margin_of(goal: "Goal") -> float | None:
     from flexalign.calibration import NonInferiority
 
-    able = planned.tune_margin
-    if isinstance(goal, NonInferiority) and (able is None or goal.margin < able):
-        console.print(
-            f"[yellow]note:[/yellow] a margin of {100 * goal.margin:g} points will often not be "
-            f"proved by these questions, even of an equal setting (--plan says what would be)."
-        )
+    return goal.margin if isinstance(goal, NonInferiority) else None
+
+
+def _is_proved(planned: "Plan", margin: float) -> bool:
+    """Whether `tune` mostly proves a margin of a setting that is as good as the reference."""
+    return planned.tune_margin is not None and margin >= planned.tune_margin
 
 
 def next_step(system: "System | None", chosen: "Setting | None") -> str | None:
@@ -116,7 +125,7 @@ def next_step(system: "System | None", chosen: "Setting | None") -> str | None:
     return shlex.join(words)
 
 
-def show_plan(planned: "Plan", as_json: bool) -> None:
+def show_plan(planned: "Plan", goal: "Goal", as_json: bool) -> None:
     if as_json:
         print_json(planned.to_json())
         return
@@ -133,6 +142,13 @@ def show_plan(planned: "Plan", as_json: bool) -> None:
         show(
             f"tune, which chooses on a part, proves on the rest and reckons with rare whole losses: "
             f"{100 * planned.tune_margin:.1f} points."
+        )
+    margin = _margin_of(goal)
+    if margin is not None:
+        able = "will" if _is_proved(planned, margin) else "will not"
+        show(
+            f"Your margin, {100 * margin:g} points: tune {able} mostly prove it of a setting that is as "
+            "good as the reference."
         )
     show(
         f"Assumed variance of a question's paired difference: {planned.variance.between:.4f} "

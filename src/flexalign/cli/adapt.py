@@ -98,8 +98,9 @@ def adapt(
     console.print(f"the adapter: [bold]{escape(str(outcome.output))}[/bold]")
     base, folder = shlex.quote(plan.base), shlex.quote(str(outcome.output))
     console.print(
-        f"next: [cyan]flexalign generate {escape(base)} --adapter {escape(folder)} "
-        f"--lambda 0,0.5,1[/cyan], [cyan]flexalign calibrate {escape(base)} --adapter "
-        f"{escape(folder)} --task questions.jsonl[/cyan]",
+        f"next: [cyan]flexalign calibrate {escape(base)} --adapter {escape(folder)} --task "
+        "questions.jsonl[/cyan]\n"
+        f"a look: [cyan]flexalign generate {escape(base)} QUESTION --adapter {escape(folder)} "
+        "--lambda 0,0.5,1[/cyan]",
         soft_wrap=True,
     )

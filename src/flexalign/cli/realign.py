@@ -212,7 +212,8 @@ def _summarise(outcome: "Outcome", reference: str) -> None:
     )
     console.print(
         f"next: [cyan]flexalign evaluate {escape(before)} {escape(after)} --baseline before "
-        "--task questions.jsonl --limit 100 --samples 1 -o out/evaluated[/cyan] (a first look; the "
+        "--task questions.jsonl --limit 100 --samples 1 "
+        f"-o {escape(shlex.quote(f'{outcome.output}-evaluated'))}[/cyan] (a first look; the "
         "whole without --limit and --samples)",
         soft_wrap=True,
     )

@@ -170,7 +170,7 @@ def tune(
         variance = variance_of(answers, answers.task, accuracy)
         planned = plan_of(len(answers.questions), options, power, variance)
         if plan_only or dry_run or output is None:
-            show_plan(planned, as_json)
+            show_plan(planned, goal, as_json)
             return
         warn_of_margin(planned, goal)
         settings = settings_of(lams, policies or [])
@@ -192,7 +192,7 @@ def tune(
         len(questions.questions), options, power, variance_of(None, questions.name, accuracy)
     )
     if plan_only:
-        show_plan(planned, as_json)
+        show_plan(planned, goal, as_json)
         return
     if system is None:
         raise ConfigError("SYSTEM is missing; say what is tuned, such as dial:BASE,ADAPTER.")
@@ -222,7 +222,7 @@ def tune(
         console.print(prompt, markup=False, soft_wrap=True)
         console.rule()
         console.print(f"would draw at most {sweep.total} samples.")
-        show_plan(planned, as_json)
+        show_plan(planned, goal, as_json)
         return
     _draw(sweep, settings, goal, options, output, workers, as_json)
 

@@ -36,7 +36,8 @@ DATA_VARIABLE = "FLEXALIGN_DATA"
 """The environment variable that names the folder of the public files."""
 
 MATHEMATICS = "Please reason step by step, and put your final answer within \\boxed{}."
-"""The instruction that follows a question of mathematics."""
+"""The instruction that follows the public tasks' questions; a file's own are asked as they stand, as
+`flexalign sample` and a server's clients ask them."""
 
 _FILES = {
     "math500": ("math", "math500", "math-500", "MATH-500"),
@@ -140,7 +141,7 @@ def load_task(
         limit: Take this many questions, drawn with `seed` and kept in order; for the miniature,
             how many are made (500 if not given).
         seed: Of that draw.
-        instruction: What follows every problem, if not the task's own; nothing if empty.
+        instruction: What follows every problem, if not the task's own (nothing for a file).
 
     Raises:
         ConfigError: If the name is not known, or the public file is not found.
@@ -154,8 +155,9 @@ def load_task(
     if name == "miniature" or name.startswith("miniature:"):
         task = _miniature(name, limit)
         return task if instruction is None else replace(task, instruction=instruction)
+    own = ""
     if name in _FILES:
-        questions = _read(_public_file(name, data))
+        questions, own = _read(_public_file(name, data)), MATHEMATICS
     else:
         path = Path(name_or_path).expanduser()
         if not path.exists():
@@ -167,7 +169,7 @@ def load_task(
     if limit is not None and limit < len(questions):
         chosen = sorted(random.Random(seed).sample(range(len(questions)), limit))
         questions = [questions[index] for index in chosen]
-    return Task(name, tuple(questions), MATHEMATICS if instruction is None else instruction)
+    return Task(name, tuple(questions), own if instruction is None else instruction)
 
 
 def sample_warning(task: Task, samples: int) -> str | None:

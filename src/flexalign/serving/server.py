@@ -1,6 +1,7 @@
 """The server's process: its socket, its signals, its end."""
 
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable
@@ -32,10 +33,16 @@ def open_socket(host: str, port: int) -> socket.socket:
     """Listen at an address; port 0 takes a free one.
 
     Raises:
-        OSError: If the address is taken or not this machine's.
+        ServingError: If the address is taken or not this machine's.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=1024)
+    try:
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ServingError(
+            f"{host}, port {port}: {reason}; choose another --host or --port (--port 0 takes a free one)."
+        ) from error
 
 
 def run_server(

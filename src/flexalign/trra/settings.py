@@ -177,8 +177,14 @@ def check_settings(
     return checked
 
 
+_ELSEWHERE = {"reference": "realign", "base": "adapt or bake", "adapter": "bake", "method": "adapt"}
+"""Keys of the file itself, and the commands whose recipes have them."""
+
+
 def _suggest(key: str, wanted: Iterable[str], prefix: str) -> str:
     known = list(wanted)
+    if not prefix and key in _ELSEWHERE:
+        return f"it belongs to a recipe of flexalign {_ELSEWHERE[key]}."
     near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.5)
     if near:
         return f"did you mean {prefix}{near[0]}?"
