@@ -102,7 +102,7 @@ def _recipes() -> str:
             default = f"`{field.default}`" if given else ""
             if not given and field.default_factory is MISSING:
                 default = "required"
-            meaning = _spelt_out(said.get(field.name, ""), module)
+            meaning = _spelt_out(said.get(field.name, "").replace("`lam`", "`lambda`"), module)
             parts.append(f"| `{key}` | {default} | {meaning} |")
         parts.append("")
     return "\n".join(parts)
