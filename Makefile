@@ -21,7 +21,7 @@ test: .venv/installed ## All tests but the long and the violent ones
 
 test-full: .venv/installed .venv/mutation .venv/harness .venv/docs .venv/deepspeed/installed .venv-vllm/installed ## Faults, several processes, long runs, vLLM
 	$(PYTEST) -m full
-	$(MAKE) --no-print-directory mutation
+	$(BIN)/python tools/mutation.py --jobs $(JOBS) --allow 3
 	OMP_NUM_THREADS=1 $(VLLM) -m pytest -q -k vllm tests/serving/vllm tests/serving/test_contract.py
 
 coverage: .venv/installed .venv/harness .venv/docs .venv/deepspeed/installed .venv-vllm/installed ## Lines that all tests of both environments run; fails below 95 %
