@@ -99,21 +99,20 @@ def test_an_undeclared_scale_is_refused_by_its_family() -> None:
         Head.of(model)
 
 
-def test_a_refusal_says_all_that_was_read_of_the_head() -> None:
-    model = family_model("gemma2")
-    model.lm_head = _Shifted(64, 97, bias=True)
-    with pytest.raises(
-        UnsupportedModelError, match=r"a 97×64 matrix, a bias, soft-cap 0\.5, misses"
-    ):
-        Head.of(model)
-
-
-def test_a_head_of_another_width_is_refused() -> None:
-    model = family_model("llama")
-    model.lm_head = _Doubled(64, 97, bias=False)
-    with pytest.raises(
-        UnsupportedModelError, match=r"gives \(.*97\) where its logits are \(.*194\)"
-    ):
+@pytest.mark.parametrize(
+    ("family", "head", "bias", "says"),
+    [
+        ("gemma2", _Shifted, True, r"a 97×64 matrix, a bias, soft-cap 0\.5, misses"),
+        ("llama", _Doubled, False, r"gives \(.*97\) where its logits are \(.*194\)"),
+    ],
+    ids=["what was read of it", "another width"],
+)
+def test_a_refusal_says_how_the_head_differs(
+    family: str, head: type[nn.Linear], bias: bool, says: str
+) -> None:
+    model = family_model(family)
+    model.lm_head = head(64, 97, bias=bias)
+    with pytest.raises(UnsupportedModelError, match=says):
         Head.of(model)
 
 

@@ -213,6 +213,7 @@ def test_a_signal_stops_the_answer_and_no_more() -> None:
         stdout=pipe,
         stderr=pipe,
     ) as process:
+        # For the type checker, which does not know of the pipes; what is tested comes below.
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None

@@ -43,7 +43,7 @@ def build(family: str) -> PreTrainedModel:
             pytest.skip(f"{size} parameters at the least")
         model = AutoModelForCausalLM.from_config(config).float().eval()
         model(TOKENS, attention_mask=MASK, use_cache=False)
-    except Exception as error:
+    except Exception as error:  # all of it is transformers' own; nothing of ours has run yet
         pytest.skip(f"needs a configuration of its own ({type(error).__name__}: {error})")
     return model
 

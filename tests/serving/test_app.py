@@ -1,6 +1,5 @@
 """The application in this process: its routes, and what it says of requests that it cannot serve."""
 
-import asyncio
 import contextlib
 import json
 from collections.abc import Iterator
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from asgi import request
 from flexalign.serving.app import create_app
 from flexalign.serving.engine import EngineLimits
 from flexalign.serving.engine.row import Row
@@ -26,21 +26,9 @@ class Served(NamedTuple):
 
     def ask(self, path: str, method: str = "POST", **body: Any) -> tuple[int, Any]:
         """Return the status, and the object, the text, or the events of a stream."""
-        parts = [{"type": "http.request", "body": json.dumps(body).encode()}]
         sent: list[Any] = []
-
-        async def receive() -> Any:
-            if not parts:
-                await asyncio.Event().wait()
-            return parts.pop()
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        headers = [(b"content-type", b"application/json")]
-        scope = {"type": "http", "method": method, "path": path, "headers": headers}
         with contextlib.suppress(RuntimeError):  # what a server logs after its answer
-            asyncio.run(self.app({**scope, "query_string": b"", "root_path": ""}, receive, send))
+            request(self.app, path, body, method=method, sent=sent)
         content = b"".join(message.get("body", b"") for message in sent[1:]).decode()
         if content.startswith("data: "):
             events = content.removesuffix("\n\n").split("\n\n")

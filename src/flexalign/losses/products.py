@@ -54,7 +54,7 @@ def write_logits(head: Head, hidden: Tensor, out: Tensor) -> Tensor:
 
 def project(hidden: Tensor, weight: Tensor, out: Tensor, *, add: bool = False) -> None:
     """Write ``hidden·weightᵀ`` into ``out``, or add it: (C, H), (V, H) → (C, V)."""
-    if rounds_its_factor(weight):  # pragma: no cover (needs CUDA)
+    if rounds_its_factor(weight):
         _half_product(hidden, weight.t(), out, add=add)
         return
     hidden = hidden.to(out.dtype)
@@ -64,7 +64,7 @@ def project(hidden: Tensor, weight: Tensor, out: Tensor, *, add: bool = False) -
 
 def add_product(gradient: Tensor, weight: Tensor, out: Tensor) -> None:
     """Add ``gradient·weight`` to ``out``: (C, V), (V, H) → (C, H)."""
-    if rounds_its_factor(weight):  # pragma: no cover (needs CUDA)
+    if rounds_its_factor(weight):
         _half_product(gradient, weight, out, add=True)
         return
     for rows, part in _widened(weight, out.dtype):
@@ -73,15 +73,13 @@ def add_product(gradient: Tensor, weight: Tensor, out: Tensor) -> None:
 
 def add_outer(gradient: Tensor, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
     """Add ``gradientᵀ·hidden``, the gradient of ``weight``, to ``out``: (C, V), (C, H) → (V, H)."""
-    if rounds_its_factor(weight):  # pragma: no cover (needs CUDA)
+    if rounds_its_factor(weight):
         _half_product(gradient.t(), hidden.to(weight.dtype), out, add=True)
     else:
         out.addmm_(gradient.t(), hidden.to(out.dtype))
 
 
-def _half_product(  # pragma: no cover (needs CUDA)
-    left: Tensor, right: Tensor, out: Tensor, *, add: bool
-) -> None:
+def _half_product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:
     left = left.to(right.dtype)
     if add:
         torch.addmm(out, left, right, out_dtype=out.dtype, out=out)

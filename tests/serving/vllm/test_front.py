@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from asgi import request
 from flexalign.errors import CheckpointError, ConfigError
 from flexalign.inra.config import InRaConfig
 from flexalign.loading import load_tokenizer
@@ -137,21 +138,8 @@ def ask(
     app: Any, path: str = CHAT, method: str = "POST", key: str = "", host: str = "x", **body: Any
 ) -> Any:
     """Return the status, and the object or the chunks of the stream."""
-    sent: list[Any] = []
-    parts = [{"type": "http.request", "body": json.dumps(body).encode()}]
-
-    async def receive() -> Any:
-        if not parts:
-            await asyncio.Event().wait()
-        return parts.pop()
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
     headers = [(b"authorization", f"Bearer {key}".encode()), (b"host", host.encode())]
-    headers += [(b"content-type", b"application/json")]
-    scope = {"type": "http", "method": method, "path": path, "headers": headers}
-    asyncio.run(app(scope, receive, send))
+    sent = request(app, path, body, method=method, headers=headers)
     content = b"".join(message["body"] for message in sent[1:]).decode()
     if not content.startswith("data: "):
         return sent[0]["status"], json.loads(content)
