@@ -1,25 +1,25 @@
-"""Run the command line with a model that breaks for good: ``failing.py STEPS ARGS…``.
+"""Run the command line with a model that breaks for good: ``failing.py ARGS…``.
 
-After so many steps of an InRa model every forward pass fails, as after a fault of the device.
+From SIGUSR1 on every forward pass of an InRa model fails, as after a fault of the device.
 """
 
-import sys
+import signal
+import threading
 from typing import Any
 
 from flexalign.cli.app import main
 from flexalign.inra import InRaModel
 
-left = int(sys.argv.pop(1))
+broken = threading.Event()
 forward = InRaModel.forward
 
 
-def counted(self: InRaModel, *args: Any, **kwargs: Any) -> Any:
-    global left
-    left -= 1
-    if left < 0:
+def failing(self: InRaModel, *args: Any, **kwargs: Any) -> Any:
+    if broken.is_set():
         raise RuntimeError("the device is lost")
     return forward(self, *args, **kwargs)
 
 
-InRaModel.forward = counted  # type: ignore[method-assign]
+InRaModel.forward = failing  # type: ignore[method-assign]
+signal.signal(signal.SIGUSR1, lambda *_: broken.set())
 main()

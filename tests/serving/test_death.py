@@ -17,8 +17,9 @@ import pytest
 from flexalign.serving.app import create_app
 from flexalign.serving.engine import InRaRunner
 from flexalign.serving.load import ServeOptions, load_service
-from server_process import Server
+from server_process import Server, metric
 
+WAITING = 4
 DIAL = ("miniature", "--adapter", "miniature:fast")
 LONG: dict[str, Any] = {
     "model": "miniature",
@@ -32,7 +33,7 @@ LONG: dict[str, Any] = {
 
 
 def wait_and_stream(server: Server, act: Callable[[], None]) -> list[Exception]:
-    """Let four clients wait for whole answers and one read a stream; act; return what each met."""
+    """Let clients wait for whole answers and one read a stream; act; return what each met."""
 
     async def whole(client: openai.AsyncOpenAI) -> None:
         await client.chat.completions.create(**LONG)
@@ -48,8 +49,9 @@ def wait_and_stream(server: Server, act: Callable[[], None]) -> list[Exception]:
         ) as client:
             tasks = [asyncio.create_task(stream(client, begun))]
             await asyncio.wait_for(begun.wait(), 60)
-            tasks += [asyncio.create_task(whole(client)) for _ in range(4)]
-            await asyncio.sleep(0.3)
+            tasks += [asyncio.create_task(whole(client)) for _ in range(WAITING)]
+            while metric(server, "flexalign_lambda_count") < 1 + WAITING:
+                await asyncio.sleep(0.01)
             act()
             return await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -75,7 +77,7 @@ def test_a_killed_server_is_a_broken_connection_and_a_restart_serves_again(start
 
 @pytest.mark.full
 def test_a_model_that_works_no_more_ends_the_server_and_everybody_is_told(start_server: Any):
-    server = start_server(*DIAL, program=(str(Path(__file__).with_name("failing.py")), "40"))
+    server = start_server(*DIAL, program=(str(Path(__file__).with_name("failing.py")),))
     unwell = threading.Event()
 
     def watch() -> None:
@@ -88,7 +90,7 @@ def test_a_model_that_works_no_more_ends_the_server_and_everybody_is_told(start_
 
     watching = threading.Thread(target=watch)
     watching.start()
-    met = wait_and_stream(server, lambda: None)
+    met = wait_and_stream(server, lambda: server.process.send_signal(signal.SIGUSR1))
     assert isinstance(met[0], openai.APIError)
     for error in met[1:]:
         assert isinstance(error, openai.InternalServerError), met

@@ -181,6 +181,7 @@ LISTENING = """
 import signal, socket, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 server = socket.create_server(("127.0.0.1", int(sys.argv[1])))
+server.accept()
 time.sleep({seconds})
 sys.exit({status})
 """
@@ -196,7 +197,7 @@ def port() -> int:
 def test_a_server_that_ends_by_itself_is_an_error(port: int, monkeypatch: pytest.MonkeyPatch):
     ready: list[bool] = []
     for status in (0, 3):
-        launch = fake_server(monkeypatch, LISTENING.format(seconds=1, status=status), port)
+        launch = fake_server(monkeypatch, LISTENING.format(seconds=0, status=status), port)
         with pytest.raises(ServingError, match=f"status {status}"):
             run(launch, lambda: ready.append(True))
     assert ready == [True, True]
