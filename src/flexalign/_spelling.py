@@ -3,11 +3,43 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["nearest"]
+__all__ = ["misspelt", "nearest"]
+
+_OTHER_NAMES = {"lam": "lambda", "λ": "lambda"}
+
+_MOST_TOLD = 20
+"""Names that a message lists; of more it gives the nearest, even one that is less like."""
 
 
-def nearest(name: object, known: Iterable[str]) -> str:
-    """Return the end of a sentence, its full stop included, with the nearest known name or all."""
+def nearest(
+    name: object, known: Iterable[str], *, prefix: str = "", otherwise: str | None = None
+) -> str:
+    """Return the end of a sentence about a name that is not known, its full stop included.
+
+    Args:
+        name: The name.
+        known: Those that are; the nearest is asked for, else all are listed.
+        prefix: What stands before each of them in the user's file.
+        otherwise: What to do where none is near, instead of the list.
+    """
     names = list(known)
-    close = get_close_matches(str(name), names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(names)}."
+    is_long = len(names) > _MOST_TOLD
+    meant = _closest(name, names, 0.5 if is_long else 0.6)
+    if meant is not None:
+        return f"; did you mean {prefix + meant!r}?"
+    if otherwise is None and is_long:
+        otherwise = f"none of the {len(names)} known is like it"
+    return f"; {otherwise or 'known are ' + ', '.join(names)}."
+
+
+def misspelt(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that this is almost: enough to refuse it where others may pass."""
+    return _closest(name, list(known), 0.8)
+
+
+def _closest(name: object, known: list[str], likeness: float) -> str | None:
+    text = str(name).casefold()
+    other = _OTHER_NAMES.get(text)
+    if other in known:
+        return other
+    return next(iter(get_close_matches(text, known, n=1, cutoff=likeness)), None)

@@ -119,9 +119,9 @@ def test_dpo_and_trra_by_option(
     ("change", "message"),
     [
         ({"method": "dqo"}, "method must be"),
-        ({"methods": "sft"}, "did you mean method?"),
-        ({"training": {"max_step": 3}}, "did you mean training.max_steps?"),
-        ({"training": {"beta": 0.1}}, "unknown key training.beta"),
+        ({"methods": "sft"}, "did you mean 'method'?"),
+        ({"training": {"max_step": 3}}, "did you mean 'training.max_steps'?"),
+        ({"training": {"beta": 0.1}}, "unknown key 'training.beta'"),
         ({"lambda": 1.0}, "lambda is for method trra"),
         ({"method": "trra"}, "needs `aligned` and `lambda`"),
         ({"method": "dpo"}, "expected chosen and rejected"),

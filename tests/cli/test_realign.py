@@ -176,8 +176,8 @@ def _other_vocabulary(tree: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        ({"refernce": "x"}, [], "did you mean reference?"),
-        ({"training": {"max_stpes": 3}}, [], "did you mean training.max_steps?"),
+        ({"refernce": "x"}, [], "did you mean 'reference'?"),
+        ({"training": {"max_stpes": 3}}, [], "did you mean 'training.max_steps'?"),
         ({"reference": "no/such/model"}, [], "no/such/model"),
         ({"aligned": "no/such/model"}, [], "no/such/model"),
         ({"data": "no/such/traces.jsonl"}, [], "no/such/traces.jsonl"),

@@ -32,7 +32,7 @@ def test_none_lists_and_choices_pass() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("max_step", 3, r"unknown key training\.max_step; did you mean training\.max_steps\?"),
+        ("max_step", 3, r"unknown key 'training\.max_step'; did you mean 'training\.max_steps'\?"),
         ("max_steps", "ten", r"training\.max_steps must be a whole number, got 'ten'"),
         ("max_steps", True, r"training\.max_steps must be a whole number"),
         ("max_steps", 2.5, r"training\.max_steps must be a whole number"),

@@ -5,9 +5,9 @@ import math
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any
 
+from flexalign._spelling import misspelt
 from flexalign.errors import ConfigError, LambdaError
 from flexalign.policies import LAMBDA_LEGEND, Adaptive, Dial, Fixed, extremes, parse_dial
 from flexalign.schedules import Schedule
@@ -36,7 +36,6 @@ EFFORT_LEVELS: Mapping[str, float | None] = {
 }
 """``reasoning_effort`` as an effort; None is the end of the range that is permitted."""
 
-_OTHER_NAMES = {"lam": "lambda", "λ": "lambda"}
 _log = logging.getLogger("flexalign.serving")
 
 
@@ -194,8 +193,7 @@ def refuse_misspelt(body: dict[str, Any]) -> None:
     for key in body:
         if key in DIAL_KEYS:
             continue
-        close = get_close_matches(key.casefold(), DIAL_KEYS, n=1, cutoff=0.8)
-        meant = _OTHER_NAMES.get(key.casefold()) or (close[0] if close else None)
+        meant = misspelt(key, DIAL_KEYS)
         if meant is not None:
             raise _bad(key[:80], f"{key[:80]!r} is no dial; did you mean {meant!r}?")
 

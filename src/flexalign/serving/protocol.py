@@ -4,9 +4,9 @@ import numbers
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, TypeAlias
 
+from flexalign._spelling import nearest
 from flexalign.serving.errors import ApiError
 
 __all__ = ["ChatRequest", "CompletionRequest", "Sampling", "read_chat", "read_completion"]
@@ -150,9 +150,8 @@ def _refuse_unknown(body: Mapping[str, Any], own: tuple[str, ...]) -> None:
             if value not in _NEUTRAL[key]:
                 raise _bad(key, f"{key} is not served by this engine; leave it out.")
             continue
-        close = get_close_matches(key, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else "leave it out."
-        raise _bad(key[:80], f"{key[:80]!r} is not known to this server; {hint}")
+        hint = nearest(key[:80], known, otherwise="leave it out")
+        raise _bad(key[:80], f"{key[:80]!r} is not known to this server{hint}")
 
 
 def _messages(given: object) -> tuple[dict[str, Any], ...]:

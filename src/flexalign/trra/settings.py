@@ -1,6 +1,5 @@
 """YAML into typed settings: unknown keys and wrong types become one sentence."""
 
-import difflib
 import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
+from flexalign._spelling import nearest
 from flexalign.errors import ConfigError
 
 __all__ = [
@@ -162,7 +162,7 @@ def check_settings(
     checked = {}
     for key, value in values.items():
         if key not in wanted:
-            raise ConfigError(f"unknown key {prefix}{key}; {_suggest(str(key), wanted, prefix)}")
+            raise ConfigError(f"unknown key {prefix + str(key)!r}{_suggest(key, wanted, prefix)}")
         if value is None and key in required:
             continue
         try:
@@ -181,16 +181,10 @@ _ELSEWHERE = {"reference": "realign", "base": "adapt or bake", "adapter": "bake"
 """Keys of the file itself, and the commands whose recipes have them."""
 
 
-def _suggest(key: str, wanted: Iterable[str], prefix: str) -> str:
-    known = list(wanted)
+def _suggest(key: object, wanted: Iterable[str], prefix: str) -> str:
     if not prefix and key in _ELSEWHERE:
-        return f"it belongs to a recipe of flexalign {_ELSEWHERE[key]}."
-    near = difflib.get_close_matches(key.lower(), known, n=1, cutoff=0.5)
-    if near:
-        return f"did you mean {prefix}{near[0]}?"
-    if len(known) > 20:
-        return "it is no field of this section."
-    return f"known are {', '.join(known)}."
+        return f"; it belongs to a recipe of flexalign {_ELSEWHERE[str(key)]}."
+    return nearest(key, wanted, prefix=prefix)
 
 
 def _convert(value: Any, wanted: Any) -> Any:

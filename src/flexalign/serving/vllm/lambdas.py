@@ -8,13 +8,13 @@ in drafts of which several are verified at once; so a schedule is right in all o
 
 import itertools
 from collections.abc import Collection, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flexalign._spelling import misspelt
 from flexalign.errors import ConfigError
 from flexalign.fusion import as_lambda
 from flexalign.schedules import Schedule
@@ -24,8 +24,6 @@ __all__ = ["LAMBDA_KEY", "RequestDial", "TokenLambdas", "read_lambda"]
 
 LAMBDA_KEY = "lambda"
 """The key of ``SamplingParams.extra_args``; over HTTP, of ``vllm_xargs``."""
-
-_OTHER_NAMES = ("lam", "λ")
 
 
 def read_lambda(extra_args: Mapping[str, Any] | None, settings: DialSettings) -> Schedule:
@@ -44,7 +42,7 @@ def read_lambda(extra_args: Mapping[str, Any] | None, settings: DialSettings) ->
     given = dict(extra_args or {})
     value = given.pop(LAMBDA_KEY, None)
     for name in given:
-        if name in _OTHER_NAMES or get_close_matches(name.casefold(), [LAMBDA_KEY], cutoff=0.8):
+        if misspelt(name, [LAMBDA_KEY]):
             raise ConfigError(f"{name[:80]!r} is no dial; did you mean {LAMBDA_KEY!r}?")
     schedule = Schedule.parse(settings.default_lambda if value is None else value)
     for lam in schedule.values:
