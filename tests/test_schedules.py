@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -193,6 +194,15 @@ def test_a_lambda_that_is_no_finite_number_is_refused_by_its_place(
         Schedule.parse(form)  # type: ignore[arg-type]
 
 
-def test_a_schedule_needs_no_torch() -> None:
-    code = "import sys, flexalign.schedules; sys.exit('torch' in sys.modules)"
+def test_the_largest_lambda_is_the_largest_float32() -> None:
+    assert Schedule.parse(torch.finfo(torch.float32).max).at(0) == torch.finfo(torch.float32).max
+    with pytest.raises(LambdaError, match="finite"):
+        Schedule.parse(math.nextafter(torch.finfo(torch.float32).max, math.inf))
+
+
+@pytest.mark.parametrize(
+    "module", ["flexalign.schedules", "flexalign.policies", "flexalign.evaluation.systems"]
+)
+def test_what_reads_a_dial_needs_no_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -10,6 +10,8 @@ serves Python, YAML, the command line and HTTP::
     "auto"                                               adaptive, at the calibrated threshold
     {"policy": "route", "share": 0.3}                    a coin: this share goes the slow way
     "adaptive 0.5", "route 0.3"                          short forms, as text
+
+Reading one needs no torch.
 """
 
 import json
@@ -17,14 +19,14 @@ import math
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeAlias, get_args
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from flexalign._spelling import nearest
-from flexalign.errors import ConfigError, LambdaError
-from flexalign.fusion import as_lambda
-from flexalign.schedules import Schedule
+from flexalign.errors import ConfigError
+from flexalign.schedules import Schedule, finite_lambda
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "LAMBDA_LEGEND",
@@ -64,7 +66,7 @@ class Fixed:
     lam: float
 
     def __post_init__(self) -> None:
-        _set(self, "lam", float(as_lambda(self.lam)))
+        _set(self, "lam", finite_lambda(self.lam, "lambda"))
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form, which :func:`parse_dial` takes back."""
@@ -111,11 +113,13 @@ class Adaptive:
             _set(self, "threshold", _share(self.threshold, "an adaptive policy's threshold"))
         if self.measure not in get_args(Measure):
             known = nearest(self.measure, get_args(Measure))
-            raise ConfigError(f"{self.measure!r} is no measure{known}")
+            raise ConfigError(f"{self.measure!r:.80} is no measure{known}")
         _set_lambdas(self)
         samples = self.samples
         if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
-            raise ConfigError(f"an adaptive policy's samples must be ≥ 1, got {samples!r}.")
+            raise ConfigError(
+                f"an adaptive policy's samples must be a whole number ≥ 1, got {samples!r:.80}."
+            )
 
     def resolved_threshold(self, calibrated: float | None = None) -> float:
         """Return the threshold that holds: its own, else the calibrated one, else 0.5."""
@@ -153,8 +157,10 @@ class Route:
         _set(self, "share", _share(self.share, "a route policy's share (of the slow way)"))
         _set_lambdas(self)
 
-    def draw(self, generator: torch.Generator | None = None) -> Way:
+    def draw(self, generator: "torch.Generator | None" = None) -> Way:
         """Draw one request's way, from torch's own random state or a generator."""
+        import torch
+
         return "slow" if float(torch.rand((), generator=generator)) < self.share else "fast"
 
     def to_json(self) -> dict[str, Any]:
@@ -194,16 +200,21 @@ def parse_dial(value: object) -> Dial:
         value = _from_text(value)
     if not isinstance(value, Mapping):
         return Fixed(value)  # type: ignore[arg-type]
+    if not value.keys() & {"policy", "kind"}:
+        raise ConfigError(
+            'a dial\'s object has a "policy", as in {"policy": "adaptive", "threshold": 0.5}, or a '
+            f'"kind", as in {{"kind": "thinking", "think": 0, "answer": 1}}; got {dict(value)!r:.80}.'
+        )
     if "policy" not in value:
         return Schedule.parse(value)
     given = dict(value)
     name = given.pop("policy")
     if not isinstance(name, str) or name not in _POLICIES:
-        raise ConfigError(f"{name!r} is no policy{nearest(name, _POLICIES)}")
+        raise ConfigError(f"{name!r:.80} is no policy{nearest(name, _POLICIES)}")
     policy, keys = _POLICIES[name]
     for key in given:
         if key not in keys:
-            raise ConfigError(f"the policy {name} takes no {key!r}{nearest(key, keys)}")
+            raise ConfigError(f"the policy {name} takes no {key!r:.80}{nearest(key, keys)}")
     if name == "fixed" and len(given) != 1:
         raise ConfigError('the policy fixed takes one λ: {"policy": "fixed", "lambda": 0.5}.')
     if name == "route" and "share" not in given:
@@ -270,10 +281,7 @@ def _set(policy: object, name: str, value: float) -> None:
 
 def _set_lambdas(policy: Adaptive | Route) -> None:
     for name in ("fast_lambda", "slow_lambda"):
-        try:
-            _set(policy, name, float(as_lambda(getattr(policy, name))))
-        except LambdaError as error:
-            raise LambdaError(f"{name}: {error}") from error
+        _set(policy, name, finite_lambda(getattr(policy, name), name))
 
 
 def _share(value: object, name: str) -> float:
@@ -281,5 +289,5 @@ def _share(value: object, name: str) -> float:
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         number = float(value)
     if not 0 <= number <= 1:
-        raise ConfigError(f"{name} must be a number in [0, 1], got {value!r}.")
+        raise ConfigError(f"{name} must be a number in [0, 1], got {value!r:.80}.")
     return number

@@ -25,12 +25,15 @@ from typing import Any, TypeAlias, TypeVar, Union, cast
 from flexalign._spelling import nearest
 from flexalign.errors import ConfigError, LambdaError
 
-__all__ = ["JsonSchedule", "Schedule"]
+__all__ = ["JsonSchedule", "Schedule", "finite_lambda"]
 
 JsonSchedule: TypeAlias = float | dict[str, Any]
 """The JSON form: a number, or an object with a ``kind``."""
 
 _Value = TypeVar("_Value")
+
+_LARGEST = float.fromhex("0x1.fffffep+127")
+"""The largest float32: λ is applied to logits in that precision."""
 
 _REQUIRED = {
     "constant": ("start",),
@@ -74,7 +77,7 @@ class Schedule:
         self._check_keys()
         for name in ("start", "end", "think", "answer"):
             if getattr(self, name) is not None:
-                self._set(name, _lambda(getattr(self, name), name))
+                self._set(name, finite_lambda(getattr(self, name), name))
         for name in ("steps", "budget"):
             if getattr(self, name) is not None:
                 self._set(name, _count(getattr(self, name), name))
@@ -112,14 +115,14 @@ class Schedule:
                 value = json.loads(value)
             except ValueError as error:
                 raise ConfigError(
-                    f"a schedule must be a number or a JSON object, got {value!r} ({error})."
+                    f"a schedule must be a number or a JSON object, got {value!r:.80} ({error})."
                 ) from error
         if not isinstance(value, Mapping):
-            return cls("constant", start=_lambda(value, "lambda"))
+            return cls("constant", start=finite_lambda(value, "lambda"))
         known = [field.name for field in fields(cls)]
         for key in value:
             if key not in known:
-                raise ConfigError(f"a schedule has no key {key!r}{nearest(key, known)}")
+                raise ConfigError(f"a schedule has no key {key!r:.80}{nearest(key, known)}")
         if "kind" not in value:
             raise ConfigError(f"a schedule needs a 'kind': one of {', '.join(_REQUIRED)}.")
         given = dict(value)
@@ -181,7 +184,9 @@ class Schedule:
 
     def _check_keys(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in _REQUIRED:
-            raise ConfigError(f"kind {self.kind!r} is no schedule{nearest(self.kind, _REQUIRED)}")
+            raise ConfigError(
+                f"kind {self.kind!r:.80} is no schedule{nearest(self.kind, _REQUIRED)}"
+            )
         required = _REQUIRED[self.kind]
         allowed = required + _OPTIONAL.get(self.kind, ())
         for field in fields(self)[1:]:
@@ -198,6 +203,22 @@ class Schedule:
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+
+def finite_lambda(value: object, name: str) -> float:
+    """Check a λ that is one number and return it; tensors go through `flexalign.fusion.as_lambda`.
+
+    Args:
+        value: λ.
+        name: What messages call it.
+
+    Raises:
+        LambdaError: If it is no real number (a boolean is none) or not finite in float32.
+    """
+    number = _real(value)
+    if not abs(number) <= _LARGEST:
+        raise LambdaError(f"{name} must be a finite number (a λ), got {value!r:.80}.")
+    return number
 
 
 def _known(value: _Value | None) -> _Value:
@@ -231,32 +252,25 @@ def _real(value: object) -> float:
         return math.inf
 
 
-def _lambda(value: object, name: str) -> float:
-    number = _real(value)
-    if not math.isfinite(number):
-        raise LambdaError(f"{name} must be a finite number (a λ), got {value!r}.")
-    return number
-
-
 def _count(value: object, name: str) -> int:
     number = _real(value)
     if not (number >= 1 and number.is_integer()):
-        raise ConfigError(f"{name} must be a whole number ≥ 1, got {value!r}.")
+        raise ConfigError(f"{name} must be a whole number ≥ 1, got {value!r:.80}.")
     return int(number)
 
 
 def _points(value: object) -> tuple[tuple[float, float], ...]:
     hint = "points must be pairs [step, λ] in order of their steps, such as [[0, 0.5], [100, 2]]"
     if not isinstance(value, list | tuple) or not value:
-        raise ConfigError(f"{hint}; got {value!r}.")
+        raise ConfigError(f"{hint}; got {value!r:.80}.")
     points: list[tuple[float, float]] = []
     for point in value:
         if not isinstance(point, list | tuple) or len(point) != 2:
-            raise ConfigError(f"{hint}; got {point!r} among them.")
+            raise ConfigError(f"{hint}; got {point!r:.80} among them.")
         step = _real(point[0])
         if not 0 <= step < math.inf:
-            raise ConfigError(f"{hint}; the step {point[0]!r} is not a number ≥ 0.")
+            raise ConfigError(f"{hint}; the step {point[0]!r:.80} is not a number ≥ 0.")
         if points and step < points[-1][0]:
             raise ConfigError(f"{hint}; step {step:g} comes after {points[-1][0]:g}.")
-        points.append((step, _lambda(point[1], f"points at step {step:g}")))
+        points.append((step, finite_lambda(point[1], f"points at step {step:g}")))
     return tuple(points)

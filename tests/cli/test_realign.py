@@ -68,6 +68,16 @@ def test_a_negative_lambda_is_trained_towards_when_it_is_meant(
 
 
 @pytest.mark.usefixtures("weightless")
+def test_a_schedule_may_come_from_the_command_line(
+    realign: Callable[..., Any], tree: dict[str, Any]
+) -> None:
+    schedule = {"kind": "linear", "start": 0, "end": 2, "steps": 3}
+    result = realign(tree, "--dry-run", "--json", "--lambda", json.dumps(schedule))
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["lambda"] == schedule
+
+
+@pytest.mark.usefixtures("weightless")
 def test_a_dry_run_in_json_is_json_alone(
     realign: Callable[..., Any], tree: dict[str, Any], tiny_model: Callable[..., Any]
 ) -> None:

@@ -259,7 +259,7 @@ def test_threads_do_not_see_each_other(model, greedy):
     ("settings", "error", "message"),
     [
         ({"lam": float("nan")}, LambdaError, "finite"),
-        ({"lam": True}, LambdaError, "real number"),
+        ({"lam": True}, LambdaError, "finite number"),
         ({"lam": [0.1, 0.2]}, LambdaError, "2 λ for 3 prompts"),
         ({"lam": torch.zeros(2)}, LambdaError, "does not fit 3 prompts"),
         ({"lam": {"kind": "lineal"}}, ConfigError, "did you mean 'linear'"),

@@ -150,8 +150,8 @@ def test_saving_again_leaves_no_partial_files(model, folder, base):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"default_lambda": float("nan")}, LambdaError, "default_lambda: λ must be finite"),
-        ({"default_lambda": True}, LambdaError, "real number"),
+        ({"default_lambda": float("nan")}, LambdaError, "default_lambda must be a finite number"),
+        ({"default_lambda": True}, LambdaError, "finite number"),
         ({"lambda_range": (0,)}, ConfigError, r"\[least, largest\]"),
         ({"lambda_range": (0, float("inf"))}, LambdaError, "finite"),
         ({"adapter_layers": 0}, ConfigError, "whole number ≥ 1"),

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flexalign.errors import CheckpointError, ConfigError, LambdaError
+from flexalign.errors import CheckpointError, ConfigError, FlexAlignError, LambdaError
+from flexalign.schedules import Schedule
 
 if TYPE_CHECKING:
     from flexalign.evaluation.tasks import Task
@@ -123,9 +124,16 @@ def parse_lambda_option(text: str | None) -> Any:
     """Read ``--lambda`` of a training command: a number, several, a JSON schedule, or none.
 
     Raises:
+        ConfigError: If it is a schedule that is malformed.
         LambdaError: If it is none of these.
     """
-    if text is None or text.lstrip().startswith("{"):
-        return text
+    if text is None:
+        return None
+    if text.lstrip().startswith("{"):
+        try:
+            Schedule.parse(text)
+        except FlexAlignError as error:
+            raise type(error)(f"--lambda: {error}") from error
+        return json.loads(text)
     values = parse_lambdas(text)
     return values[0] if len(values) == 1 else values

@@ -135,13 +135,13 @@ def evaluate(
     if output is None and not dry_run:
         raise ConfigError("name the folder of the results with --output DIR.")
     lams, limits = read_lambdas(lam), read_range(lambda_range)
-
-    from flexalign.evaluation.sweep import Sweep
     from flexalign.evaluation.systems import SystemOptions, parse_systems
-    from flexalign.evaluation.tasks import load_task
 
     asked = parse_systems(systems)
     settings = read_settings(lams, policy or [], read_efforts(effort, _only_adapter(effort, asked)))
+    from flexalign.evaluation.sweep import Sweep
+    from flexalign.evaluation.tasks import load_task
+
     drawn = {"data": data, "limit": limit, "seed": seed, "instruction": instruction}
     tasks = [load_task(name, **drawn) for name in task]  # type: ignore[arg-type]
     say_instruction(instruction, tasks)

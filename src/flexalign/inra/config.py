@@ -7,8 +7,8 @@ from typing import Any
 
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import CheckpointError, ConfigError, FlexAlignError, LambdaError
-from flexalign.fusion import as_lambda
 from flexalign.policies import Adaptive
+from flexalign.schedules import finite_lambda
 
 __all__ = ["CONFIG_FILE", "FORMAT_VERSION", "InRaConfig"]
 
@@ -53,11 +53,12 @@ class InRaConfig:
         layers = self.adapter_layers
         if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
             raise ConfigError(f"adapter_layers must be a whole number ≥ 1, got {layers!r}.")
-        object.__setattr__(self, "default_lambda", _lambda(self.default_lambda, "default_lambda"))
+        default = finite_lambda(self.default_lambda, "default_lambda")
+        object.__setattr__(self, "default_lambda", default)
         limits = self.lambda_range
         if not isinstance(limits, list | tuple) or len(limits) != 2:
             raise ConfigError(f"lambda_range must be [least, largest], got {limits!r}.")
-        low, high = (_lambda(limit, "lambda_range") for limit in limits)
+        low, high = (finite_lambda(limit, "lambda_range") for limit in limits)
         if low > high:
             raise LambdaError(f"lambda_range must be [least, largest], got [{low:g}, {high:g}].")
         object.__setattr__(self, "lambda_range", (low, high))
@@ -110,10 +111,3 @@ class InRaConfig:
             return cls(**given)
         except (FlexAlignError, TypeError) as error:
             raise CheckpointError(f"{path} is not usable: {error}") from error
-
-
-def _lambda(value: object, name: str) -> float:
-    try:
-        return float(as_lambda(value))
-    except LambdaError as error:
-        raise LambdaError(f"{name}: {error}") from error

@@ -10,6 +10,7 @@ from typing import Any, get_type_hints
 import yaml
 
 from flexalign.errors import ConfigError, FlexAlignError
+from flexalign.schedules import Schedule
 from flexalign.trra.settings import check_settings, one_for_each_lambda, read_tree
 from flexalign.trra.watch import Watch, parse_watch
 
@@ -145,8 +146,6 @@ class Recipe:
                 f"lambda: one λ in a run, got {len(tree['lambda'])}; read several with "
                 "Recipe.load_each, as flexalign realign does."
             )
-        from trl import SFTConfig
-
         hints = get_type_hints(cls)
         hints |= {"watch": dict[str, Any] | None, "training": dict[str, Any] | None}
         wanted = {_YAML_NAMES.get(name, name): hint for name, hint in hints.items()}
@@ -157,8 +156,11 @@ class Recipe:
         ]
         given = check_settings(tree, wanted, "", required)
         given["lam"] = given.pop("lambda")
+        Schedule.parse(given["lam"])
         if given.get("watch") is not None:
             given["watch"] = parse_watch(given["watch"])
+        from trl import SFTConfig  # seconds: what needs no trainer is refused by now
+
         given["training"] = parse_training(given.get("training"), SFTConfig)
         recipe = cls(**given)
         recipe._check()

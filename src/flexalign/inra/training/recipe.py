@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import yaml
 
-from flexalign.errors import ConfigError, FlexAlignError, LambdaError
+from flexalign.errors import ConfigError, FlexAlignError
+from flexalign.schedules import Schedule, finite_lambda
 from flexalign.trra.recipe import DEFAULT_TRAINING, decisive, parse_training
 from flexalign.trra.settings import check_settings, read_tree
 
@@ -64,9 +65,9 @@ class _Recipe:
         values = check_settings(tree, wanted, "", required)
         values = {("lam" if key == "lambda" else key): value for key, value in values.items()}
         recipe = cls(**values | {"training": values.get("training") or {}})
+        recipe._check()
         training = parse_training(values.get("training"), recipe._settings_class())
         recipe = replace(recipe, training=training)  # type: ignore[call-arg]
-        recipe._check()
         recipe.training_arguments()
         return recipe
 
@@ -147,7 +148,7 @@ class _Recipe:
         return {name: getattr(self, name) for name in _REALIGNMENT if name in _names(type(self))}
 
     def _check(self) -> None:
-        """Refuse what cannot be; the trainer's settings check themselves."""
+        """Refuse what cannot be, `training` apart, before the trainer's libraries load."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +223,7 @@ class AdaptRecipe(_Recipe):
         if self.method == "trra":
             if self.aligned is None or self.lam is None:
                 raise ConfigError("method trra needs `aligned` and `lambda`; add both lines.")
+            Schedule.parse(self.lam)
             return
         for name in ("aligned", "lam", "divergence", "beta", "gate", "chunk_size"):
             if getattr(self, name) != type(self).__dataclass_fields__[name].default:
@@ -270,8 +272,7 @@ class BakeRecipe(_Recipe):
     def _check(self) -> None:
         if not 0 < self.held_out < 1:
             raise ConfigError(f"held_out must lie between 0 and 1, got {self.held_out}.")
-        if not -float("inf") < self.lam < float("inf"):
-            raise LambdaError(f"lambda must be a finite number, got {self.lam}.")
+        finite_lambda(self.lam, "lambda")
 
 
 def _names(recipe: type) -> list[str]:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from flexalign._spelling import misspelt
 from flexalign.errors import ConfigError
-from flexalign.fusion import as_lambda
 from flexalign.schedules import Schedule
 from flexalign.serving.vllm.settings import DialSettings
 
@@ -45,8 +44,6 @@ def read_lambda(extra_args: Mapping[str, Any] | None, settings: DialSettings) ->
         if misspelt(name, [LAMBDA_KEY]):
             raise ConfigError(f"{name[:80]!r} is no dial; did you mean {LAMBDA_KEY!r}?")
     schedule = Schedule.parse(settings.default_lambda if value is None else value)
-    for lam in schedule.values:
-        as_lambda(lam)
     if schedule.follows_thinking and settings.thinking_tokens is None:
         raise ConfigError(
             "a thinking schedule needs tags that are one token each, and this model's are not; "
