@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from asgi import request
+from flexalign.errors import ConfigError
+from flexalign.policies import Dial
 from flexalign.serving.app import create_app
 from flexalign.serving.engine import EngineLimits
 from flexalign.serving.engine.row import Row
@@ -87,7 +89,7 @@ def test_prompts_that_cannot_be_encoded_are_refused(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ):
     vocabulary = served.service.model.vocabulary
-    says = f"prompt has the token id {vocabulary}; this model's are below {vocabulary}."
+    says = f"prompt has the token id {vocabulary}; this model's are 0 to {vocabulary - 1}."
     assert served.refused(400, COMPLETION, says, prompt=[3, vocabulary])["param"] == "prompt"
     says = f"may get {10**6} more; this server's context is {served.service.model.context}"
     error = served.refused(400, CHAT, says, messages=MESSAGES, max_tokens=10**6)
@@ -95,16 +97,27 @@ def test_prompts_that_cannot_be_encoded_are_refused(
     tokenizer = served.service.model.tokenizer
     for template, says in (
         ("{{ raise_exception('no system message') }}", "no system message"),
-        ("{{ 1 / 0 }}", "the chat template fails on these messages (ZeroDivisionError"),
-        (None, "this model has no chat template; ask /v1/completions."),
+        ("{{ 1 / 0 }}", "messages: the chat template fails on them (ZeroDivisionError"),
+        (None, "messages: this model has no chat template; send a prompt to /v1/completions."),
     ):
         monkeypatch.setattr(tokenizer, "chat_template", template)
         assert served.refused(400, CHAT, says, messages=MESSAGES)["param"] == "messages"
 
 
+def test_a_dial_that_the_engine_cannot_follow_is_refused_by_its_key(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+):
+    def check(dial: Dial | None) -> None:
+        raise ConfigError("the tag <think> is not one token.")
+
+    monkeypatch.setattr(served.service.engine, "check", check)
+    error = served.refused(400, CHAT, "lambda: the tag <think> is", messages=MESSAGES)
+    assert (error["param"], error["code"]) == ("lambda", "invalid_dial")
+
+
 def test_more_answers_than_may_ever_wait_are_refused_for_good(served: Served):
-    says = "the request asks for 5 answers; this server takes 4."
-    served.refused(400, CHAT, says, messages=MESSAGES, n=5)
+    says = "n: the request asks for 5 answers, n to each prompt, and this server takes 4 at most"
+    assert served.refused(400, CHAT, says, messages=MESSAGES, n=5)["param"] == "n"
 
 
 def test_a_stream_counts_at_its_end_if_it_is_asked_to(served: Served):

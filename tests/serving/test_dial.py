@@ -50,9 +50,9 @@ def test_a_dial_is_read_and_taken_out(body: dict[str, Any], dial: object):
 @pytest.mark.parametrize(
     ("body", "param", "says"),
     [
-        ({"lambda": True}, "lambda", "real number"),
+        ({"lambda": True}, "lambda", "finite number"),
         ({"lambda": "0.5"}, "lambda", "auto"),
-        ({"lambda": [0.5]}, "lambda", "real number"),
+        ({"lambda": [0.5]}, "lambda", "finite number"),
         ({"lambda": float("nan")}, "lambda", "finite"),
         ({"lambda": float("inf")}, "lambda", "finite"),
         ({"lambda": 10**400}, "lambda", "finite"),
@@ -64,8 +64,8 @@ def test_a_dial_is_read_and_taken_out(body: dict[str, Any], dial: object):
         ({"lambda": {"policy": "rout"}}, "lambda", "route"),
         ({"lambda": {"kind": "cubic"}}, "lambda", "cubic"),
         ({"lambda": {}}, "lambda", "kind"),
-        ({"lambda": 0, "control": 0}, "control", "two dials"),
-        ({"lambda": 0, "effort": 5}, "effort", "two dials"),
+        ({"lambda": 0, "control": 0}, "control", "2 dials"),
+        ({"lambda": 0, "effort": 5}, "effort", "2 dials"),
         ({"effort": 50}, "effort", "not calibrated"),
         ({"lamda": 0.5}, "lamda", "'lambda'"),
         ({"Lambda": 0.5}, "Lambda", "'lambda'"),

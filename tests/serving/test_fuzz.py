@@ -101,7 +101,10 @@ def require_sound(number: int, status: int, told: bytes) -> None:
     if status == 200:
         assert b'"error"' not in told or b'"choices"' in told, (number, told)
     else:
-        assert json.loads(told)["error"]["message"], number
+        error = json.loads(told)["error"]
+        assert error["message"], number
+        assert "tensor" not in error["message"], (number, error)
+        assert repr(error["param"] or "")[1:-1] in error["message"], (number, error)
 
 
 Ask = Callable[[str, bytes], Awaitable[tuple[int, bytes]]]

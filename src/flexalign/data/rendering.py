@@ -67,8 +67,8 @@ def render_chat(
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(
-            f"the chat template refuses a conversation of the roles {roles} ({error}); "
-            "change the data to what the template takes."
+            f"the chat template refuses messages of the roles {roles} ({error}); "
+            "change them to what the template takes."
         ) from error
 
 

@@ -3,11 +3,13 @@
 import json
 from typing import Any
 
-from flexalign.serving.errors import ApiError, Scope
+from flexalign.serving.errors import ApiError, Scope, as_sent
 
 __all__ = ["parse_body", "read_body", "with_body", "with_length"]
 
 _DEEPEST = 64
+
+_SUCH_AS = 'such as {"messages": [{"role": "user", "content": "1+2?"}]}'
 
 _HEARD_OUT = 16
 """Bodies of up to so many times the limit are read to their end before they are refused."""
@@ -63,10 +65,16 @@ def parse_body(content: bytes) -> dict[str, Any]:
         json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError) as error:
         raise ApiError(
-            400, f"the body is no JSON ({str(error)[:200]}); send an object.", code="invalid_json"
+            400,
+            f"the body is no JSON ({str(error)[:200]}); send an object, {_SUCH_AS}.",
+            code="invalid_json",
         ) from error
     if not isinstance(body, dict):
-        raise ApiError(400, "the body must be a JSON object.", code="invalid_json")
+        raise ApiError(
+            400,
+            f"the body must be a JSON object, {_SUCH_AS}, got {as_sent(body)}.",
+            code="invalid_json",
+        )
     if _is_deeper(body, _DEEPEST):
         raise ApiError(
             400,

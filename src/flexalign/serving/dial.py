@@ -1,8 +1,7 @@
 """The dial of a request: which key of the body it stands in, what it may be, what is told of it."""
 
 import logging
-import math
-import numbers
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,14 +10,13 @@ from flexalign._spelling import misspelt
 from flexalign.errors import ConfigError, LambdaError
 from flexalign.policies import LAMBDA_LEGEND, Adaptive, Dial, Fixed, extremes, parse_dial
 from flexalign.schedules import Schedule
-from flexalign.serving.errors import ApiError
+from flexalign.serving.errors import ApiError, as_sent
 
 __all__ = [
     "DIAL_KEYS",
     "EFFORT_LEVELS",
     "Choice",
     "DialRules",
-    "refuse_agreement",
     "refuse_misspelt",
 ]
 
@@ -35,6 +33,8 @@ EFFORT_LEVELS: Mapping[str, float | None] = {
     "max": None,
 }
 """``reasoning_effort`` as an effort; None is the end of the range that is permitted."""
+
+_FORMS = 'a finite number such as 0.5, "auto", or an object such as {"policy": "adaptive", "threshold": 0.5}'
 
 _log = logging.getLogger("flexalign.serving")
 
@@ -101,7 +101,9 @@ class DialRules:
         if self.default is None or self.effort is None:
             ignored = ("reasoning_effort",) if given.pop("reasoning_effort", None) else ()
         if len(given) > 1:
-            raise _bad(list(given)[1], f"{' and '.join(given)} are two dials; give one of them.")
+            raise _bad(
+                list(given)[1], f"{' and '.join(given)} are {len(given)} dials; give one of them."
+            )
         if not given:
             return Choice(self.default, ignored, self._report(self.default))
         [(key, value)] = given.items()
@@ -120,17 +122,20 @@ class DialRules:
             elif key == "effort":
                 dial = self._of_effort(value)
             else:
-                if isinstance(value, str) and value != "auto":
-                    raise ConfigError(f'must be a number, an object or "auto", got {value!r:.80}.')
-                dial = parse_dial(value)
+                dial = _of_lambda(key, value)
             self._require_range(dial)
-        except (ConfigError, LambdaError, OverflowError) as error:
+            _refuse_agreement(dial)
+        except (ConfigError, LambdaError) as error:
             raise _bad(key, f"{key}: {error}") from error
         return dial
 
     def _of_level(self, value: object) -> Dial:
         if not isinstance(value, str) or value not in EFFORT_LEVELS:
-            raise ConfigError(f"must be one of {', '.join(EFFORT_LEVELS)}, got {value!r:.80}.")
+            levels = ", ".join(EFFORT_LEVELS)
+            raise _bad(
+                "reasoning_effort",
+                f"reasoning_effort must be one of {levels}, got {as_sent(value)}.",
+            )
         effort = EFFORT_LEVELS[value]
         return Fixed(self.lambda_range[0]) if effort is None else self._of_effort(effort)
 
@@ -140,9 +145,13 @@ class DialRules:
                 "this adapter is not calibrated, so that effort has no meaning here; give lambda, "
                 "or let the operator run flexalign calibrate."
             )
-        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        if not is_number or not 0 <= float(value) < math.inf:  # type: ignore[arg-type]
-            raise ConfigError(f"must be a number ≥ 0 (100 is the reference), got {value!r:.80}.")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 <= value <= sys.float_info.max:  # type: ignore[operator]
+            raise _bad(
+                "effort",
+                "effort must be a number, 0 for the fastest answers and 100 for the reference's "
+                f"tokens, got {as_sent(value)}.",
+            )
         return self.effort(float(value))  # type: ignore[arg-type]
 
     def _require_range(self, dial: Dial) -> None:
@@ -184,6 +193,17 @@ class DialRules:
         )
 
 
+def _of_lambda(key: str, value: object) -> Dial:
+    if isinstance(value, dict):
+        return parse_dial(value)
+    if value == "auto":
+        return Adaptive()
+    try:
+        return Fixed(value)  # type: ignore[arg-type]
+    except LambdaError:
+        raise _bad(key, f"{key} must be {_FORMS}, got {as_sent(value)}.") from None
+
+
 def refuse_misspelt(body: dict[str, Any]) -> None:
     """Refuse a body with a key that is almost a dial's.
 
@@ -198,16 +218,11 @@ def refuse_misspelt(body: dict[str, Any]) -> None:
             raise _bad(key[:80], f"{key[:80]!r} is no dial; did you mean {meant!r}?")
 
 
-def refuse_agreement(dial: Dial | None) -> None:
-    """Refuse the policy measure that takes several answers for one.
-
-    Raises:
-        ConfigError: If the dial judges by it.
-    """
+def _refuse_agreement(dial: Dial) -> None:
     if isinstance(dial, Adaptive) and dial.measure == "agreement":
         raise ConfigError(
-            "the measure agreement samples several answers for one, which the server does not; "
-            "take answer_probability or min_token_probability."
+            'the measure "agreement" samples several answers for one, which the server does not; '
+            'take "answer_probability" or "min_token_probability".'
         )
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["ApiError", "Scope", "send_error"]
+__all__ = ["ApiError", "Scope", "as_sent", "send_error"]
 
 Scope = dict[str, Any]
 """What ASGI calls so, and its messages."""
@@ -48,6 +48,12 @@ class ApiError(Exception):
         )
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
+
+
+def as_sent(value: object) -> str:
+    """Return a value of a body as JSON, for messages: what is longer than 80 characters is cut."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 async def send_error(error: ApiError, send: Any) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from flexalign._spelling import nearest
-from flexalign.serving.errors import ApiError
+from flexalign.serving.errors import ApiError, as_sent
 
 __all__ = ["ChatRequest", "CompletionRequest", "Sampling", "read_chat", "read_completion"]
 
@@ -40,6 +40,9 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 _MOST_CHOICES = 128
 _MOST_STOPS = 16
 _MOST_LOGPROBS = 20
+
+_SUCH_AS_MESSAGE = 'such as {"role": "user", "content": "1+2?"}'
+_SUCH_AS_PART = 'such as {"type": "text", "text": "1+2?"}'
 
 TokenIds: TypeAlias = tuple[int, ...]
 
@@ -123,11 +126,11 @@ def _sampling(body: Mapping[str, Any], limit: int | None, logprobs: int | None) 
     temperature = _number(body, "temperature", 0, 2, default=1)
     top_p = _number(body, "top_p", 0, 1, default=1)
     if top_p == 0:
-        raise _bad("top_p", "top_p must be above 0 and at most 1, got 0.")
+        raise _wrong("top_p", "a number above 0 and at most 1", body["top_p"])
     seed = _whole(body, "seed", -(2**63), 2**63 - 1)
     options = body.get("stream_options")
     if options is not None and not isinstance(options, dict):
-        raise _bad("stream_options", 'stream_options must be an object: {"include_usage": true}.')
+        raise _wrong("stream_options", 'an object, such as {"include_usage": true}', options)
     return Sampling(
         max_tokens=limit,
         temperature=temperature,
@@ -137,7 +140,7 @@ def _sampling(body: Mapping[str, Any], limit: int | None, logprobs: int | None) 
         n=_whole(body, "n", 1, _MOST_CHOICES) or 1,
         logprobs=logprobs,
         stream=_flag(body, "stream"),
-        include_usage=_flag(options or {}, "include_usage"),
+        include_usage=_flag(options or {}, "include_usage", within="stream_options"),
     )
 
 
@@ -148,7 +151,10 @@ def _refuse_unknown(body: Mapping[str, Any], own: tuple[str, ...]) -> None:
             continue
         if key in _NEUTRAL:
             if value not in _NEUTRAL[key]:
-                raise _bad(key, f"{key} is not served by this engine; leave it out.")
+                served = " or ".join(map(as_sent, _NEUTRAL[key]))
+                raise _bad(
+                    key, f"{key} is served at {served} alone, got {as_sent(value)}; leave it out."
+                )
             continue
         hint = nearest(key[:80], known, otherwise="leave it out")
         raise _bad(key[:80], f"{key[:80]!r} is not known to this server{hint}")
@@ -156,28 +162,31 @@ def _refuse_unknown(body: Mapping[str, Any], own: tuple[str, ...]) -> None:
 
 def _messages(given: object) -> tuple[dict[str, Any], ...]:
     if not isinstance(given, list) or not given:
-        raise _bad("messages", "messages must be a list of at least one message.")
+        raise _wrong("messages", f"a list of at least one message, {_SUCH_AS_MESSAGE}", given)
     return tuple(_message(message, index) for index, message in enumerate(given))
 
 
 def _message(given: object, index: int) -> dict[str, Any]:
     where = f"messages[{index}]"
     if not isinstance(given, dict) or not isinstance(given.get("role"), str):
-        raise _bad("messages", f"{where} must be an object with a role, such as user.")
+        raise _wrong("messages", f"an object with a role, {_SUCH_AS_MESSAGE}", given, where)
     content = given.get("content")
     if content is None and given["role"] == "assistant":
         content = ""
     if isinstance(content, list):
-        content = "".join(_part(part, where) for part in content)
+        content = "".join(
+            _part(part, f"{where}.content[{place}]") for place, part in enumerate(content)
+        )
     if not isinstance(content, str):
-        raise _bad("messages", f"{where}: content must be a text, or a list of texts.")
+        wanted = f"a text or a list of parts, {_SUCH_AS_PART}"
+        raise _wrong("messages", wanted, content, f"{where}.content")
     return {**given, "content": content}
 
 
 def _part(part: object, where: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
-    raise _bad("messages", f"{where}: this server takes parts of the type text alone.")
+    raise _wrong("messages", f"a part of the type text, {_SUCH_AS_PART}", part, where)
 
 
 def _prompts(given: object) -> tuple[str | TokenIds, ...]:
@@ -190,7 +199,8 @@ def _prompts(given: object) -> tuple[str | TokenIds, ...]:
             return tuple(given)
         if all(_are_ids(one) for one in given):
             return tuple(tuple(one) for one in given)
-    raise _bad("prompt", "prompt must be a text, a list of texts, or token ids.")
+    wanted = 'a text such as "1+2?", a list of texts, a list of token ids, or a list of such lists'
+    raise _wrong("prompt", wanted, given)
 
 
 def _are_ids(given: object) -> bool:
@@ -206,23 +216,24 @@ def _stops(given: object) -> tuple[str, ...]:
         return ()
     stops = [given] if isinstance(given, str) else given
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
-        raise _bad("stop", "stop must be a text or a list of texts, none of them empty.")
+        raise _wrong("stop", "a text or a list of texts, none of them empty", given)
     if len(stops) > _MOST_STOPS:
-        raise _bad("stop", f"stop has {len(stops)} texts; {_MOST_STOPS} are taken.")
+        raise _bad("stop", f"stop must be at most {_MOST_STOPS} texts, got {len(stops)}.")
     return tuple(stops)
 
 
 def _text(body: Mapping[str, Any], key: str) -> str | None:
     value = body.get(key)
     if value is not None and not isinstance(value, str):
-        raise _bad(key, f"{key} must be a text, got {value!r:.80}.")
+        raise _wrong(key, "a text", value)
     return value
 
 
-def _flag(body: Mapping[str, Any], key: str) -> bool:
+def _flag(body: Mapping[str, Any], key: str, within: str | None = None) -> bool:
     value = body.get(key)
     if value is not None and not isinstance(value, bool):
-        raise _bad(key, f"{key} must be true or false, got {value!r:.80}.")
+        where = f"{within}.{key}" if within else key
+        raise _wrong(within or key, "true or false", value, where)
     return bool(value)
 
 
@@ -233,7 +244,7 @@ def _whole(body: Mapping[str, Any], key: str, least: int, largest: int | None) -
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     if not is_whole or value < least or (largest is not None and value > largest):
         limits = f"≥ {least}" if largest is None else f"from {least} to {largest}"
-        raise _bad(key, f"{key} must be a whole number {limits}, got {value!r:.80}.")
+        raise _wrong(key, f"a whole number {limits}", value)
     return int(value)
 
 
@@ -245,8 +256,13 @@ def _number(
         return default
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not least <= value <= largest:
-        raise _bad(key, f"{key} must be a number from {least:g} to {largest:g}, got {value!r:.80}.")
+        raise _wrong(key, f"a number from {least:g} to {largest:g}", value)
     return float(value)
+
+
+def _wrong(param: str, wanted: str, given: object, where: str | None = None) -> ApiError:
+    """Say of a value what it must be; ``where`` is its place, if that is not the key itself."""
+    return _bad(param, f"{where or param} must be {wanted}, got {as_sent(given)}.")
 
 
 def _bad(param: str, message: str) -> ApiError:

@@ -13,7 +13,7 @@ from flexalign.data.rendering import render_chat
 from flexalign.data.thinking import ThinkingTags
 from flexalign.data.traces import derive_seed
 from flexalign.decoding.text import ResponseText
-from flexalign.errors import DataError
+from flexalign.errors import ConfigError, DataError
 from flexalign.serving.answers import (
     AnswerForm,
     ChatForm,
@@ -24,7 +24,7 @@ from flexalign.serving.answers import (
 )
 from flexalign.serving.dial import Choice
 from flexalign.serving.engine import Engine, Generation, Job, Piece
-from flexalign.serving.errors import ApiError
+from flexalign.serving.errors import ApiError, as_sent
 from flexalign.serving.metrics import Metrics
 from flexalign.serving.protocol import ChatRequest, CompletionRequest, Sampling
 
@@ -97,8 +97,8 @@ class Service:
         """Check a request against the model and hand it to the engine.
 
         Raises:
-            ApiError: If the model is another one, a prompt too long, or the queue full.
-            ConfigError: If the engine does not serve the dial.
+            ApiError: If the model is another one, a prompt too long, or the queue full, or the
+                engine does not serve the dial.
         """
         since = monotonic()
         name = self.model.name
@@ -109,7 +109,10 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
-        self.engine.check(choice.dial)
+        try:
+            self.engine.check(choice.dial)
+        except ConfigError as error:
+            raise ApiError(400, f"lambda: {error}", param="lambda", code="invalid_dial") from error
         form: AnswerForm
         if isinstance(request, ChatRequest):
             form = ChatForm(name, self.model.tokenizer, self.model.tags)
@@ -168,17 +171,19 @@ class Service:
         tokenizer = self.model.tokenizer
         if not tokenizer.chat_template:
             raise ApiError(
-                400, "this model has no chat template; ask /v1/completions.", param="messages"
+                400,
+                "messages: this model has no chat template; send a prompt to /v1/completions.",
+                param="messages",
             )
         try:
             messages = [dict(message) for message in request.messages]
             text = render_chat(tokenizer, messages, add_generation_prompt=True)
         except DataError as error:
-            raise ApiError(400, str(error), param="messages") from error
+            raise ApiError(400, f"messages: {error}", param="messages") from error
         except Exception as error:  # a template is a program, and these are its arguments
             raise ApiError(
                 400,
-                f"the chat template fails on these messages ({error!r:.200}).",
+                f"messages: the chat template fails on them ({error!r:.200}); send others.",
                 param="messages",
             ) from error
         return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -190,8 +195,8 @@ class Service:
         if outside:
             raise ApiError(
                 400,
-                f"prompt has the token id {outside[0]}; this model's are below "
-                f"{self.model.vocabulary}.",
+                f"prompt has the token id {as_sent(outside[0])}; this model's are 0 to "
+                f"{self.model.vocabulary - 1}.",
                 param="prompt",
             )
         return prompt
@@ -199,7 +204,7 @@ class Service:
     def _jobs(self, ids: tuple[int, ...], sampling: Sampling, choice: Choice) -> Iterator[Job]:
         """Yield a prompt's choices; the first has the request's own seed."""
         if not ids:
-            raise ApiError(400, "the prompt is empty: there is no token to go on from.")
+            raise ApiError(400, "prompt is empty: there is no token to go on from.", param="prompt")
         room = self.model.context - len(ids)
         limit = sampling.max_tokens if sampling.max_tokens is not None else max(room, 1)
         if limit > room:
@@ -225,7 +230,10 @@ class Service:
     def _require_room(self, jobs: int) -> None:
         if jobs > self._queue:
             raise ApiError(
-                400, f"the request asks for {jobs} answers; this server takes {self._queue}."
+                400,
+                f"n: the request asks for {jobs} answers, n to each prompt, and this server takes "
+                f"{self._queue} at most; ask for fewer.",
+                param="n",
             )
         if not self.engine.has_room(jobs):
             raise ApiError(

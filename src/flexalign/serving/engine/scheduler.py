@@ -17,7 +17,6 @@ from flexalign.decoding.text import ResponseText
 from flexalign.errors import ConfigError, ServingError
 from flexalign.policies import Adaptive, Dial
 from flexalign.schedules import Schedule
-from flexalign.serving.dial import refuse_agreement
 from flexalign.serving.engine.frame import Frame
 from flexalign.serving.engine.jobs import Generation, Job, Outbox
 from flexalign.serving.engine.limits import EngineLimits
@@ -113,9 +112,8 @@ class Engine:
         """Refuse a dial that cannot be served.
 
         Raises:
-            ConfigError: If it judges by agreement, or follows a thinking that cannot be seen.
+            ConfigError: If it follows a thinking that cannot be seen.
         """
-        refuse_agreement(dial)
         if isinstance(dial, Schedule) and dial.follows_thinking and self._writing.tags is None:
             raise ConfigError(self._tag_error)
 

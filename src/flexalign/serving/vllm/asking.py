@@ -6,12 +6,11 @@ from typing import Any, cast
 
 import torch
 
-from flexalign.errors import ConfigError
 from flexalign.inra.config import InRaConfig
 from flexalign.policies import Adaptive, Dial, Fixed, Route
 from flexalign.schedules import Schedule
 from flexalign.serving.bodies import with_body
-from flexalign.serving.dial import Choice, DialRules, refuse_agreement
+from flexalign.serving.dial import Choice, DialRules
 from flexalign.serving.echo import Echo
 from flexalign.serving.errors import ApiError, Scope
 from flexalign.serving.middleware import PATHS, DialMiddleware, path_of
@@ -114,15 +113,13 @@ class EngineDial(DialMiddleware):
     def _check(self, body: dict[str, Any], dial: Dial | None) -> None:
         if body.get("use_beam_search"):
             raise _refused("use_beam_search", "vLLM's beam search takes no λ; leave it out.")
-        try:
-            refuse_agreement(dial)
-        except ConfigError as error:
-            raise ApiError(400, str(error), param=LAMBDA_KEY, code="invalid_dial") from error
         if not isinstance(dial, Adaptive | Route):
             return
         if body.get("n") not in (None, 1) or _prompts(body) > 1:
             raise _refused(
-                "n", "under a policy that chooses a way, vLLM writes one answer for one request."
+                "n",
+                "n must be 1, and the prompt one, under the adaptive and the route policy on vLLM; ask "
+                "once for each answer.",
             )
         for key in ("tools", "echo") if isinstance(dial, Adaptive) else ():
             if body.get(key):
