@@ -14,6 +14,7 @@ from typing import Any
 import openai
 import pytest
 
+from asgi import read, request
 from flexalign.serving.app import create_app
 from flexalign.serving.engine import InRaRunner
 from flexalign.serving.load import ServeOptions, load_service
@@ -118,31 +119,14 @@ def broken() -> Iterator[Any]:
     engine.stop()
 
 
-def ask(app: Any, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
-    sent: list[Any] = []
-    parts = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive() -> Any:
-        if parts:
-            return parts.pop()
-        await asyncio.Event().wait()
-        return None
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    headers = [(b"content-type", b"application/json")]
-    scope = {"type": "http", "method": method, "path": path, "headers": headers}
-    asyncio.run(app({**scope, "query_string": b"", "root_path": ""}, receive, send))
-    return sent[0]["status"], b"".join(one.get("body", b"") for one in sent[1:])
-
-
 def test_health_turns_and_requests_are_refused_in_openais_form(broken: Any):
-    assert ask(broken, "GET", "/health") == (http.client.OK, b'{"status":"ok"}')
-    request = b'{"prompt": "1+2?", "max_tokens": 2}'
+    def health() -> tuple[int, bytes]:
+        return read(request(broken, "/health", method="GET"))
+
+    assert health() == (http.client.OK, b'{"status":"ok"}')
     for told in ("has failed", "has stopped"):
-        status, body = ask(broken, "POST", "/v1/completions", request)
+        status, body = read(request(broken, "/v1/completions", {"prompt": "1+2?", "max_tokens": 2}))
         assert status == http.client.SERVICE_UNAVAILABLE
         assert told in body.decode()
         assert b'"type":"server_error"' in body
-    assert ask(broken, "GET", "/health")[0] == http.client.SERVICE_UNAVAILABLE
+    assert health()[0] == http.client.SERVICE_UNAVAILABLE

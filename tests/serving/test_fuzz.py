@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from asgi import exchange, read
 from flexalign.serving.app import create_app
 from flexalign.serving.load import ServeOptions, load_service
 from server_process import KEY, Server
@@ -140,23 +141,7 @@ def app() -> Iterator[Any]:
 @pytest.mark.slow
 def test_no_body_breaks_the_application(app: Any):
     async def ask(path: str, content: bytes) -> tuple[int, bytes]:
-        parts = [{"type": "http.request", "body": content, "more_body": False}]
-        sent: list[Any] = []
-
-        async def receive() -> Any:
-            if parts:
-                return parts.pop()
-            await asyncio.Event().wait()
-            return None
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        headers = [(b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": path, "headers": headers}
-        scope |= {"query_string": b"", "root_path": ""}
-        await app(scope, receive, send)
-        return sent[0]["status"], b"".join(part.get("body", b"") for part in sent[1:])
+        return read(await exchange(app, path, content))
 
     async def run() -> tuple[dict[int, int], Any]:
         statuses = await ask_all(ask)

@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,20 +9,21 @@ from typing import Any
 
 import pytest
 
+from asgi import exchange
 from flexalign.serving.app import create_app
 from flexalign.serving.load import ServeOptions, load_service
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "load.py"
 QUESTION = {"messages": [{"role": "user", "content": "3+14+15?"}], "max_tokens": 12}
-KINDS: list[tuple[dict[str, Any], bool]] = [
-    ({"lambda": 0.3}, False),
-    ({"lambda": 0.7, "stream": True, "n": 2}, False),
-    ({"lambda": {"policy": "adaptive", "threshold": 0.9}}, False),
-    ({"lambda": 1, "logprobs": True, "top_logprobs": 2, "stop": ["again"]}, False),
-    ({"lambda": 0.5, "max_tokens": 300, "stream": True}, True),
-    ({"lambda": 9}, False),
+KINDS: list[tuple[dict[str, Any], int | None]] = [
+    ({"lambda": 0.3}, None),
+    ({"lambda": 0.7, "stream": True, "n": 2}, None),
+    ({"lambda": {"policy": "adaptive", "threshold": 0.9}}, None),
+    ({"lambda": 1, "logprobs": True, "top_logprobs": 2, "stop": ["again"]}, None),
+    ({"lambda": 0.5, "max_tokens": 300, "stream": True}, 2),
+    ({"lambda": 9}, None),
 ]
-"""What is asked, and whether its client leaves."""
+"""What is asked, and after how many messages of the answer its client leaves, if it does."""
 
 
 @pytest.mark.full
@@ -42,27 +42,12 @@ def test_requests_leave_no_object_behind():
     service, rules = load_service(ServeOptions("miniature", "miniature:fast"))
     app = create_app(service, rules)
 
-    async def ask(more: dict[str, Any], leaves: bool) -> None:
-        parts = [{"type": "http.request", "body": json.dumps(QUESTION | more).encode()}]
-        gone = asyncio.Event()
-
-        async def receive() -> Any:
-            if parts:
-                return parts.pop()
-            await gone.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: Any) -> None:
-            if leaves and message.get("body"):
-                gone.set()
-
-        headers = [(b"content-type", b"application/json")]
-        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions"}
-        scope |= {"headers": headers}
-        await app({**scope, "query_string": b"", "root_path": ""}, receive, send)
-
     async def ask_all() -> None:
-        await asyncio.gather(*(ask(*kind) for kind in KINDS * 5))
+        asked = [
+            exchange(app, "/v1/chat/completions", QUESTION | more, leaves_after=messages)
+            for more, messages in KINDS * 5
+        ]
+        await asyncio.gather(*asked)
 
     def held() -> int:
         asyncio.run(ask_all())

@@ -1,29 +1,24 @@
 """A server on the loopback without a key, and the pages that a browser has open."""
 
-import asyncio
 import json
 from typing import Any
 
 import pytest
 
+from asgi import read, request
 from flexalign.serving.loopback import LoopbackGate
 
 
 def ask(**headers: str) -> tuple[int, dict[str, Any]]:
-    """Ask for something, with these headers alone."""
-    sent: list[Any] = []
+    """Ask for something, with these headers."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})
 
-    async def send(message: Any) -> None:
-        sent.append(message)
-
     encoded = [(name.encode(), value.encode()) for name, value in headers.items()]
-    scope = {"type": "http", "method": "POST", "path": "/v1/models", "headers": encoded}
-    asyncio.run(LoopbackGate(app)(scope, None, send))
-    return sent[0]["status"], json.loads(sent[1]["body"])
+    status, content = read(request(LoopbackGate(app), "/v1/models", headers=encoded))
+    return status, json.loads(content)
 
 
 @pytest.mark.parametrize(

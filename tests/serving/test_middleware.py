@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from asgi import request
 from flexalign.policies import Fixed
 from flexalign.serving.dial import DialRules
 from flexalign.serving.middleware import CHOICE, DialMiddleware, KeyGate
@@ -42,23 +43,10 @@ def ask(
     app: Any, *content: bytes, path: str = "/v1/chat/completions", **headers: str
 ) -> tuple[int, dict[str, str], list[bytes]]:
     """Send a request whose body comes in these parts; return status, headers, bodies."""
-    messages: list[Any] = [
-        {"type": "http.request", "body": part, "more_body": place < len(content) - 1}
-        for place, part in enumerate(content or (b"",))
-    ]
-    sent: list[Any] = []
-
-    async def receive() -> Any:
-        return messages.pop(0) if messages else {"type": "http.disconnect"}
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
     method = "POST" if content else "GET"
     headers = {"content-type": "application/json"} | headers
     encoded = [(k.encode(), v.encode()) for k, v in headers.items()]
-    scope = {"type": "http", "method": method, "path": path, "headers": encoded}
-    asyncio.run(app(scope, receive, send))
+    sent = request(app, path, content or b"", method=method, headers=encoded, leaves_after=0)
     if not sent:
         return 0, {}, []
     told = {k.decode().lower(): v.decode() for k, v in sent[0]["headers"]}
@@ -198,14 +186,8 @@ def test_a_body_over_the_limit_is_heard_out_so_that_its_sender_hears_the_reason(
 
 
 def test_a_client_that_leaves_before_its_body_is_whole_gets_nothing():
-    async def run() -> None:
-        async def receive() -> Any:
-            return {"type": "http.disconnect"}
-
-        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
-        await DialMiddleware(Engine(b"{}"), RULES)(scope, receive, None)
-
-    asyncio.run(run())
+    app = DialMiddleware(Engine(b"{}"), RULES)
+    assert request(app, "/v1/completions", (), leaves_after=0) == []
 
 
 def test_other_paths_pass():

@@ -1,6 +1,5 @@
 """The playground: what is served, and the page in a real browser before engines of all kinds."""
 
-import asyncio
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from asgi import read, request
 from browser import CHROMIUM, Browser, Tab
 from flexalign.policies import Fixed
 from flexalign.serving import playground
@@ -24,19 +24,15 @@ in_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-ge
 
 def get(path: str, method: str = "GET", root: str = "") -> tuple[int, dict[str, str], bytes]:
     """Ask a playground before an application that answers 404 to everything."""
-    sent: list[Any] = []
 
     async def behind(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 404, "headers": []})
         await send({"type": "http.response.body", "body": b"behind"})
 
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    scope = {"type": "http", "method": method, "path": path, "root_path": root, "headers": []}
-    asyncio.run(Playground(behind)(scope, None, send))
+    sent = request(Playground(behind), path, method=method, root_path=root)
     headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
-    return sent[0]["status"], headers, sent[1]["body"]
+    status, content = read(sent)
+    return status, headers, content
 
 
 @pytest.mark.parametrize("root", ["", "/under"])

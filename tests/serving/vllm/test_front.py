@@ -420,20 +420,7 @@ def test_an_error_of_the_fast_call_is_the_answer(folder: Path):
 
 def test_a_client_that_leaves_stops_the_fast_answer(folder: Path):
     vllm = Vllm([f"w{i}" for i in range(1000)] + ["<eos>"], [-1e-9] * 1001)
-    parts = [
-        {"type": "http.request", "body": json.dumps({"messages": []} | adaptive(0.5)).encode()}
-    ]
-    sent: list[Any] = []
-
-    async def receive() -> Any:
-        return parts.pop() if parts else {"type": "http.disconnect"}
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    headers = [(b"content-type", b"application/json")]
-    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": headers}
-    asyncio.run(before(vllm, folder)(scope, receive, send))
+    sent = request(before(vllm, folder), CHAT, {"messages": []} | adaptive(0.5), leaves_after=0)
     assert sent == []
     assert len(vllm.bodies) == 1
     assert vllm.written[0] < 10
@@ -549,21 +536,14 @@ def test_a_body_that_is_no_object_passes_on_other_routes(folder: Path, content: 
     async def transcribe(scope: Any, receive: Any, send: Any) -> None:
         heard.append((await receive())["body"])
 
-    async def receive() -> Any:
-        return {"type": "http.request", "body": content}
-
-    scope = {"type": "http", "method": "POST", "path": "/v1/audio/transcriptions", "headers": []}
-    asyncio.run(build_front(transcribe, folder, FrontOptions(), None)(scope, receive, None))
+    front = build_front(transcribe, folder, FrontOptions(), None)
+    request(front, "/v1/audio/transcriptions", content)
     assert heard == [content]
 
 
 def test_a_client_that_leaves_before_its_body_is_whole_gets_nothing(folder: Path):
-    async def receive() -> Any:
-        return {"type": "http.disconnect"}
-
     vllm = Vllm()
-    scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": []}
-    asyncio.run(before(vllm, folder)(scope, receive, None))
+    request(before(vllm, folder), "/v1/embeddings", (), leaves_after=0)
     assert vllm.paths == []
 
 
