@@ -6,7 +6,7 @@ from datasets import Dataset, concatenate_datasets
 from rich.markup import escape
 from rich.table import Table
 
-from flexalign.cli._shared import as_input_errors, console, print_json, result_console
+from flexalign.cli._shared import as_input_errors, print_json, result_console, say
 from flexalign.cli._training import (
     StepProgress,
     plan_steps,
@@ -78,7 +78,7 @@ def prepare_adaptation(recipe: AdaptRecipe, *, command: str, skip_bad_rows: bool
     data, rows = _read_data(recipe, base, skip_bad_rows=skip_bad_rows)
     arguments = recipe.training_arguments()
     lengths = measure_lengths(rows, base.tokenizer, arguments.max_length)
-    run = Adaptation(recipe, data, base.tokenizer, models=prints, command=command, say=_say)
+    run = Adaptation(recipe, data, base.tokenizer, models=prints, command=command, say=say)
     return Prepared(run, lengths, rows, base, Sizes(total, layers * layer), others)
 
 
@@ -111,7 +111,7 @@ def prepare_baking(
         raise ConfigError(f"{recipe.data} has one row; held_out needs at least one more.")
     arguments = recipe.training_arguments()
     lengths = measure_lengths(data, base.tokenizer, arguments.max_length)
-    run = Baking(recipe, data, base.tokenizer, models=prints, command=command, say=_say)
+    run = Baking(recipe, data, base.tokenizer, models=prints, command=command, say=say)
     sizes = Sizes(total, total)
     return Prepared(run, lengths, data, base, sizes, settings.adapter_layers * layer)
 
@@ -161,12 +161,12 @@ def finish(run: Run) -> Outcome:
     import typer
 
     if run.state == "done":
-        _say(f"{run.output} holds this run already, finished.")
+        say(f"{run.output} holds this run already, finished.")
     bar = StepProgress()
     try:
         return run.run([bar], StopOnSignal())
     except Stopped as stop:
-        _say(f"stopped after {stop.checkpoint}; give the same command again to go on from there.")
+        say(f"stopped after {stop.checkpoint}; give the same command again to go on from there.")
         raise typer.Exit(130) from None
     finally:
         bar.close()
@@ -223,7 +223,3 @@ def _count(facts: ModelFacts) -> tuple[int, int]:
 
 def _file_fingerprint(adapter: str) -> str:
     return fingerprint_file(resolve_adapter(adapter) / WEIGHTS_FILE)
-
-
-def _say(line: str) -> None:
-    console.print(escape(line), soft_wrap=True)

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
 
 from flexalign.cli._realign import Inputs
-from flexalign.cli._shared import console, progress_bar
+from flexalign.cli._shared import note, progress_bar, say
 from flexalign.cli._training import plan_steps
 from flexalign.data import data_fingerprint
 from flexalign.errors import ConfigError
@@ -87,8 +86,8 @@ def cache_filler(
         tokens = inputs.lengths.response_tokens
         steps, _ = plan_steps(args, inputs.lengths)
         if steps["epochs"] < 1:
-            console.print(
-                f"note: the {steps['steps']:,} steps of a run see {steps['epochs']:.0%} of the "
+            note(
+                f"the {steps['steps']:,} steps of a run see {steps['epochs']:.0%} of the "
                 "rows, and the cache holds all; fewer rows would do."
             )
         with progress_bar("response tokens cached", tokens) as show:
@@ -101,7 +100,7 @@ def cache_filler(
                 load_pair,
                 form=form,
                 anyway=anyway,
-                say=lambda line: console.print(escape(line), soft_wrap=True),
+                say=say,
                 progress=lambda done, total: show(done),
             )
             show(tokens)  # the bar's total is before equal rows became one

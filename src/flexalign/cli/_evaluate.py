@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from flexalign.cli._shared import console, result_console
+from flexalign.cli._shared import note, result_console
 
 if TYPE_CHECKING:
     from flexalign.evaluation.sampling import Lost
@@ -23,10 +23,9 @@ def warn_of_cuts(sweep: "Sweep") -> None:
         if all(setting.lam != 0 for setting in sweep.settings_of(system))
     ]
     if alone:
-        console.print(
-            f"[yellow]note:[/yellow] {escape(', '.join(alone))}: no λ = 0 there, so that no token "
-            "cut will be known; name the system to hold it against with --baseline.",
-            soft_wrap=True,
+        note(
+            f"{', '.join(alone)}: no λ = 0 there, so that no token cut will be known; name the system "
+            "to hold it against with --baseline."
         )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from flexalign.cli._shared import console
+from flexalign.cli._shared import note
 from flexalign.data.endpoint import Endpoint, EndpointResponse
 from flexalign.data.rendering import Prompt, keeps_thinking, plain_prompt
 from flexalign.data.thinking import ThinkingTags
@@ -32,8 +32,8 @@ class LocalModel:
         tags = ThinkingTags.detect(self._tokenizer)
         conversations = bool(self._tokenizer.chat_template) and not settings.plain
         if conversations and tags and not keeps_thinking(self._tokenizer, tags):
-            console.print(
-                "[yellow]note:[/yellow] this model's chat template drops the thinking of "
+            note(
+                "this model's chat template drops the thinking of "
                 "responses, so training on these traces will need --plain here, or another "
                 "template there."
             )

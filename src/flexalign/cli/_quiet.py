@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.markup import escape
-
-from flexalign.cli._shared import console
+from flexalign.cli._shared import console, note
 
 __all__ = ["quieten_libraries", "warnings_as_notes"]
 
@@ -32,7 +30,7 @@ def warnings_as_notes() -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if category is UserWarning:
-            console.print(f"[yellow]note:[/yellow] {escape(str(message))}", soft_wrap=True)
+            note(str(message))
 
     with warnings.catch_warnings():
         warnings.simplefilter("default")

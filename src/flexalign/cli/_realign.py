@@ -9,7 +9,7 @@ from datasets import Dataset
 from rich.markup import escape
 from rich.table import Table
 
-from flexalign.cli._shared import console, print_json, result_console
+from flexalign.cli._shared import print_json, result_console, say
 from flexalign.cli._training import (
     plan_steps,
     read_traces,
@@ -84,7 +84,7 @@ def make_run(
         command=command,
         cache=cache,
         extrapolate=extrapolate,
-        say=lambda line: console.print(escape(line), soft_wrap=True),
+        say=say,
     )
 
 

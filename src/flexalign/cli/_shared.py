@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flexalign.errors import CheckpointError, ConfigError, FlexAlignError, LambdaError
@@ -21,6 +22,16 @@ console = Console(stderr=True, highlight=False)
 
 result_console = Console(highlight=False)
 """The result of a command, when it is not JSON."""
+
+
+def say(line: str) -> None:
+    """Tell people something, as it stands."""
+    console.print(escape(line), soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Tell people what they may want to act on."""
+    console.print(f"[yellow]note:[/yellow] {escape(text)}", soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

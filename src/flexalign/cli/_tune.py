@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from flexalign.cli._dial import read_settings
-from flexalign.cli._shared import console, print_json, result_console
+from flexalign.cli._shared import note, print_json, result_console
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -87,8 +87,8 @@ def plan_of(
 def warn_of_margin(planned: "Plan", goal: "Goal") -> None:
     margin = _margin_of(goal)
     if margin is not None and not _is_proved(planned, margin):
-        console.print(
-            f"[yellow]note:[/yellow] a margin of {100 * margin:g} points will often not be proved by "
+        note(
+            f"a margin of {100 * margin:g} points will often not be proved by "
             "these questions, even of an equal setting (--plan says what would be)."
         )
 

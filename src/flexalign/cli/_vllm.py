@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
+from flexalign.cli._address import tell_address, url_of
 from flexalign.cli._shared import as_input_errors, console, print_json
 from flexalign.errors import ConfigError
 
@@ -75,18 +76,17 @@ def serve_on_vllm(parts: Parts, settings: dict[str, Any], *, dry_run: bool, as_j
     with as_input_errors():
         _prepare(parts, launch.folder)
 
-    def say() -> None:
-        url = _url(launch)
-        console.print(f"serving {escape(launch.name)} on vLLM; stop it with Ctrl-C.")
-        if launch.front.playground:
-            console.print(f"playground: {url.removesuffix('/v1')}/playground")
-        if as_json:
-            limits = list(rules.lambda_range)
-            print_json({"url": url, "model": launch.name, "lambda_range": limits})
-        else:
-            print(url, flush=True)
+    def tell() -> None:
+        tell_address(
+            _url(launch),
+            launch.name,
+            rules.lambda_range,
+            engine="on vLLM",
+            playground=launch.front.playground,
+            as_json=as_json,
+        )
 
-    run(launch, say)
+    run(launch, tell)
 
 
 def _folder(parts: Parts) -> Path:
@@ -137,6 +137,5 @@ def _show(launch: "Launch", as_json: bool) -> None:
 
 
 def _url(launch: "Launch") -> str:
-    shown = f"[{launch.host}]" if ":" in launch.host else launch.host
     is_safe = any(flag.startswith("--ssl-certfile") for flag in launch.flags)
-    return f"{'https' if is_safe else 'http'}://{shown}:{launch.port}/v1"
+    return url_of(launch.host, launch.port, scheme="https" if is_safe else "http")

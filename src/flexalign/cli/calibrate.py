@@ -23,6 +23,7 @@ from flexalign.cli._options import (
 from flexalign.cli._shared import (
     as_input_errors,
     console,
+    note,
     print_json,
     result_console,
     resumable_bar,
@@ -247,7 +248,7 @@ def _show(calibration: dict[str, Any]) -> None:
         if abs(level["tokens"] - level["line"]) > _COARSE * level["line"]
     ]
     if coarse:
-        console.print(
-            f"[yellow]note:[/yellow] at effort {', '.join(f'{one:g}' for one in coarse)} no "
+        note(
+            f"at effort {', '.join(f'{one:g}' for one in coarse)} no "
             "setting has the line's tokens to within 10 %; the scale has steps there."
         )

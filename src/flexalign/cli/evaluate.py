@@ -22,7 +22,14 @@ from flexalign.cli._options import (
     TaskTopP,
     Workers,
 )
-from flexalign.cli._shared import console, print_json, read_secret, resumable_bar, say_instruction
+from flexalign.cli._shared import (
+    console,
+    note,
+    print_json,
+    read_secret,
+    resumable_bar,
+    say_instruction,
+)
 from flexalign.errors import ConfigError, ServingError
 
 if TYPE_CHECKING:
@@ -209,16 +216,16 @@ def _warn(sweep: "Sweep", workers: int) -> list[dict[str, str]]:
     unreadable = []
     with Grader(workers=workers) as grader:
         for task in sweep.tasks:
-            note = sample_warning(task, sweep.samples)
-            if note is not None:
-                console.print(f"[yellow]note:[/yellow] {escape(note)}", soft_wrap=True)
+            warning = sample_warning(task, sweep.samples)
+            if warning is not None:
+                note(warning)
             unreadable += [
                 {"task": task.name, "question": question.id, "gold": question.gold}
                 for question in unreadable_golds(task, grader)
             ]
     if unreadable:
-        console.print(
-            f"[yellow]note:[/yellow] {len(unreadable)} known answers cannot be read, so that no "
+        note(
+            f"{len(unreadable)} known answers cannot be read, so that no "
             "response can match them; mend or remove them:"
         )
         for row in unreadable:

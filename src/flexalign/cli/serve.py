@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from flexalign._packages import require_packages
+from flexalign.cli._address import tell_address, url_of
 from flexalign.cli._dial import read_range
 from flexalign.cli._options import Adapter, Aligned, AnyBase, Dtype, Engine, Gate
-from flexalign.cli._shared import as_input_errors, console, print_json, read_secret
+from flexalign.cli._shared import as_input_errors, read_secret
 from flexalign.cli._vllm import Parts, serve_on_vllm
 from flexalign.errors import ConfigError
 
@@ -164,16 +164,13 @@ def serve(
         app = create_app(service, rules, key=key, is_local=is_local, body_limit=body_bytes)
         if playground:
             app = Playground(app)
-        shown = f"[{host}]" if ":" in host else host
-        url = f"http://{shown}:{listening.getsockname()[1]}/v1"
-        name = service.model.name
-        console.print(f"serving {escape(name)}; stop it with Ctrl-C.")
-        if playground:
-            console.print(f"playground: {url.removesuffix('/v1')}/playground")
-        if as_json:
-            print_json({"url": url, "model": name, "lambda_range": list(rules.lambda_range)})
-        else:
-            print(url, flush=True)
+        tell_address(
+            url_of(host, listening.getsockname()[1]),
+            service.model.name,
+            rules.lambda_range,
+            playground=playground,
+            as_json=as_json,
+        )
         try:
             running = service.engine
             run_server(app, listening, grace=grace, is_well=lambda: running.is_alive)

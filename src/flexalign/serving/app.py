@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 
 from flexalign.errors import FlexAlignError
 from flexalign.serving.answers import event
+from flexalign.serving.bodies import BODY_LIMIT
 from flexalign.serving.dial import DialRules
 from flexalign.serving.errors import ApiError, Scope
 from flexalign.serving.loopback import LoopbackGate
@@ -30,7 +31,7 @@ def create_app(
     *,
     key: str | None = None,
     is_local: bool = False,
-    body_limit: int = 4 << 20,
+    body_limit: int = BODY_LIMIT,
 ) -> Any:
     """Return the ASGI application of a server.
 

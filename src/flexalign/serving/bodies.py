@@ -5,7 +5,10 @@ from typing import Any
 
 from flexalign.serving.errors import ApiError, Scope, as_sent
 
-__all__ = ["parse_body", "read_body", "with_body", "with_length"]
+__all__ = ["BODY_LIMIT", "parse_body", "read_body", "with_body", "with_length"]
+
+BODY_LIMIT = 4 << 20
+"""The longest body in bytes, where an operator names no other."""
 
 _DEEPEST = 64
 

@@ -11,12 +11,13 @@ from prometheus_client.registry import Collector
 from flexalign.policies import Dial, Fixed
 from flexalign.serving.engine import Ended, Engine
 from flexalign.serving.errors import Scope
+from flexalign.serving.middleware import PATHS
 
 __all__ = ["Metrics"]
 
 _LAMBDAS = (-2, -1, -0.5, 0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5)
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
+_PATHS = (*PATHS, "/v1/models", "/health", "/metrics")
 
 
 class Metrics:

@@ -9,7 +9,7 @@ import hmac
 from hashlib import sha256
 from typing import Any
 
-from flexalign.serving.bodies import parse_body, read_body, with_body
+from flexalign.serving.bodies import BODY_LIMIT, parse_body, read_body, with_body
 from flexalign.serving.dial import Choice, DialRules
 from flexalign.serving.echo import Echo
 from flexalign.serving.errors import ApiError, Scope, send_error
@@ -30,7 +30,7 @@ class DialMiddleware:
     overrides :meth:`pass_on`.
     """
 
-    def __init__(self, app: Any, rules: DialRules, *, body_limit: int = 4 << 20) -> None:
+    def __init__(self, app: Any, rules: DialRules, *, body_limit: int = BODY_LIMIT) -> None:
         """Stand before an application.
 
         Args:

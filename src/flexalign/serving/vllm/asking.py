@@ -9,14 +9,14 @@ import torch
 from flexalign.inra.config import InRaConfig
 from flexalign.policies import Adaptive, Dial, Fixed, Route
 from flexalign.schedules import Schedule
-from flexalign.serving.bodies import with_body
+from flexalign.serving.bodies import BODY_LIMIT, with_body
 from flexalign.serving.dial import Choice, DialRules
 from flexalign.serving.echo import Echo
 from flexalign.serving.errors import ApiError, Scope
 from flexalign.serving.middleware import PATHS, DialMiddleware, path_of
 from flexalign.serving.vllm.attempt import Attempt, fast_body, fold
 from flexalign.serving.vllm.lambdas import LAMBDA_KEY
-from flexalign.serving.vllm.retelling import Reading, Retold
+from flexalign.serving.vllm.retelling import Reading, Retold, are_ids
 
 __all__ = ["EngineDial", "refuse_engine_lambda"]
 
@@ -37,7 +37,7 @@ class EngineDial(DialMiddleware):
         settings: InRaConfig,
         reading: Reading,
         *,
-        body_limit: int = 4 << 20,
+        body_limit: int = BODY_LIMIT,
     ) -> None:
         """Stand before vLLM's application.
 
@@ -168,8 +168,7 @@ def _with_lambda(body: dict[str, Any], dial: Fixed | Schedule) -> dict[str, Any]
 def _prompts(body: dict[str, Any]) -> int:
     """Count the prompts of a completion."""
     given = body.get("prompt")
-    is_list = isinstance(given, list) and not all(type(one) is int for one in given)
-    return len(given) if is_list else 1  # type: ignore[arg-type]
+    return len(given) if isinstance(given, list) and not are_ids(given) else 1
 
 
 def _whole(answer: dict[str, Any]) -> list[Scope]:

@@ -18,7 +18,7 @@ from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.inra.config import InRaConfig
 from flexalign.loading import load_tokenizer
-from flexalign.serving.bodies import parse_body, read_body, with_body
+from flexalign.serving.bodies import BODY_LIMIT, parse_body, read_body, with_body
 from flexalign.serving.dial import DIAL_KEYS, Choice, DialRules, refuse_misspelt
 from flexalign.serving.echo import Echo
 from flexalign.serving.errors import ApiError, Scope, send_error
@@ -53,7 +53,7 @@ class FrontOptions:
     """
 
     lambda_range: tuple[float, float] | None = None
-    body_limit: int = 4 << 20
+    body_limit: int = BODY_LIMIT
     playground: bool = False
     is_local: bool = False
 

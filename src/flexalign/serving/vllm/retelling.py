@@ -16,7 +16,7 @@ from flexalign.decoding.text import ResponseText
 from flexalign.serving.dial import Choice
 from flexalign.serving.echo import Echo
 
-__all__ = ["Reading", "Retold"]
+__all__ = ["Reading", "Retold", "are_ids"]
 
 
 class Reading:
@@ -180,9 +180,10 @@ class Retold(Echo):
 def _opened(reading: Reading, body: dict[str, Any]) -> list[bool]:
     """Return, for each prompt of a completion, whether it leaves the thinking open."""
     given = body.get("prompt")
-    prompts = given if isinstance(given, list) and not _are_ids(given) else [given]
-    return [(isinstance(one, str) or _are_ids(one)) and reading.opens(one) for one in prompts]
+    prompts = given if isinstance(given, list) and not are_ids(given) else [given]
+    return [(isinstance(one, str) or are_ids(one)) and reading.opens(one) for one in prompts]
 
 
-def _are_ids(value: Any) -> bool:
+def are_ids(value: Any) -> bool:
+    """Whether a prompt is one of token ids."""
     return isinstance(value, list) and all(type(one) is int for one in value)
