@@ -168,6 +168,33 @@ def test_a_sweep_can_be_asked_for_efforts(run_cli, calibrated):
     assert result.exit_code == 0, result.stderr
     (system,) = json.loads(result.stdout)["configuration"]["systems"]
     assert [one["id"] for one in system["settings"]] == ["adaptive 0", "adaptive 0.4", "λ=0"]
+    assert [one["effort"] for one in system["settings"]] == [0, 50, 100]
+
+
+def test_what_was_asked_for_as_an_effort_is_called_one(run_cli, calibrated, tmp_path):
+    asked = (
+        *("evaluate", f"dial:miniature,{calibrated}", "--task", "miniature", "--limit", 2),
+        *("--effort", "50,100", "--lambda", "1", "-n", 1, "--max-new-tokens", 4),
+    )
+    assert "dial:miniature,fast: λ=1, effort 50 (adaptive 0.4), effort 100 (λ=0)" in (
+        run_cli(*asked, "--dry-run").stderr
+    )
+    result = run_cli(*asked, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    labels = ["λ=1", "effort 50 (adaptive 0.4)", "effort 100 (λ=0)"]
+    rows = [line for line in result.stdout.splitlines() if "2×1" in line]
+    assert all(row.startswith(label) for row, label in zip(rows, labels, strict=True)), rows
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    for part in ("rows", "means"):
+        found = [(row["setting"], row["effort"], row["lambda"]) for row in summary[part]]
+        assert found == [("λ=1", None, 1.0), ("adaptive 0.4", 50.0, None), ("λ=0", 100.0, 0.0)]
+
+
+def test_two_efforts_that_are_one_setting_are_both_named(run_cli, calibrated):
+    asked = ("evaluate", f"dial:miniature,{calibrated}", "--task", "miniature", "--dry-run")
+    result = run_cli(*asked, "--effort", "100", "--lambda", "0")
+    assert result.exit_code == 2
+    assert "λ=0 and effort 100 (λ=0) are one and the same setting; leave one" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ def _preview(sweep: "Sweep", unreadable: list[dict[str, str]], as_json: bool) ->
         console.print(text, markup=False, soft_wrap=True)
     console.rule()
     for system in sweep.systems:
-        ids = ", ".join(setting.id for setting in sweep.settings_of(system))
+        ids = ", ".join(setting.label for setting in sweep.settings_of(system))
         console.print(f"{system.name}: {ids}", markup=False, soft_wrap=True)
     console.print(
         f"would make {sweep.total} samples, at most {most:,} tokens "
