@@ -190,6 +190,21 @@ def test_what_was_asked_for_as_an_effort_is_called_one(run_cli, calibrated, tmp_
         assert found == [("λ=1", None, 1.0), ("adaptive 0.4", 50.0, None), ("λ=0", 100.0, 0.0)]
 
 
+def test_a_sweep_of_efforts_says_once_that_it_samples_otherwise(run_cli, tmp_path):
+    copy_adapter(folder("fast"), tmp_path / "fast")
+    sampling = {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 400, "seed": 3}
+    store_calibration(tmp_path / "fast", CALIBRATION | {"sampling": sampling})
+    asked = ("evaluate", f"dial:miniature,{tmp_path / 'fast'}", "--task", "miniature", "--dry-run")
+    same = ("--temperature", "1", "--top-p", "0.9", "--max-new-tokens", 400)
+    told = run_cli(*asked, "--effort", "0,50", *same, "--top-p", 1, "--max-new-tokens", 50).stderr
+    assert told.count("effort was calibrated") == 1
+    assert "at top_p 0.9, max_new_tokens 400 and is asked for at top_p 1.0, max_new_tokens 50" in (
+        told
+    )
+    assert "was calibrated" not in run_cli(*asked, "--effort", "0,50", *same).stderr
+    assert "was calibrated" not in run_cli(*asked, "--lambda", "0,1").stderr
+
+
 def test_two_efforts_that_are_one_setting_are_both_named(run_cli, calibrated):
     asked = ("evaluate", f"dial:miniature,{calibrated}", "--task", "miniature", "--dry-run")
     result = run_cli(*asked, "--effort", "100", "--lambda", "0")

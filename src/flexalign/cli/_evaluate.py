@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flexalign.evaluation.sweep import Sweep
 
 _SHOWN = 5
+_OF_EFFORT = ("temperature", "top_p", "max_new_tokens")
 
 
 def warn_of_cuts(sweep: "Sweep") -> None:
@@ -29,6 +30,25 @@ def warn_of_cuts(sweep: "Sweep") -> None:
             "cut will be known; name the system to hold it against with --baseline.",
             soft_wrap=True,
         )
+
+
+def warn_of_sampling(sweep: "Sweep") -> None:
+    """Say that efforts are measured at other sampling options than they were calibrated at."""
+    from dataclasses import asdict
+
+    from flexalign.calibration.effort import note_on_sampling
+    from flexalign.evaluation.systems.local import LocalBackend
+
+    if all(setting.effort is None for setting in sweep.settings):
+        return
+    for backend in sweep.backends.values():
+        if isinstance(backend, LocalBackend) and backend.calibration is not None:
+            calibrated = backend.calibration.get("sampling", {})
+            note = note_on_sampling(
+                {name: calibrated.get(name) for name in _OF_EFFORT}, asdict(sweep.options)
+            )
+            if note is not None:
+                console.print(f"[yellow]note:[/yellow] {escape(note)}", soft_wrap=True)
 
 
 def describe_lost(lost: "list[Lost]", total: int) -> str:
