@@ -4,7 +4,7 @@ import pytest
 
 from flexalign.calibration.store import copy_adapter, store_calibration
 from flexalign.cli.calibrate import _show
-from flexalign.inra import InRaConfig
+from flexalign.inra import InRaConfig, InRaModel
 from flexalign.miniature import folder, make_traces
 
 CALIBRATION = {
@@ -116,6 +116,35 @@ def test_no_copy_is_put_into_the_package(run_cli, tmp_path):
 def linked(link, target):
     link.symlink_to(target)
     return link
+
+
+def test_an_adapter_that_changes_nothing_gets_no_calibration(run_cli, tmp_path):
+    InRaModel.create("miniature").save_pretrained(tmp_path / "new")
+    result = run_cli(
+        *("calibrate", "miniature", "--adapter", tmp_path / "new", "--task", "miniature"),
+        *("--limit", 3, "--max-new-tokens", 12),
+    )
+    assert result.exit_code == 2
+    assert "no setting of this dial saves tokens beyond chance" in result.stderr
+    assert InRaConfig.load(tmp_path / "new").calibration is None
+
+
+@pytest.mark.parametrize("is_hopeless", [True, False])
+def test_a_dial_that_only_loses_is_called_so_at_the_end(
+    run_cli, calibrated, monkeypatch, is_hopeless
+):
+    level = {"effort": 50.0, "setting": "λ=0.5", "line": 10.0, "tokens": 10.0, "tokens_p10": 4}
+    level |= {"tokens_p90": 21, "accuracy": 0.4, "accuracy_ci": [0.3, 0.5]}
+    level |= {"accuracy_change": -0.4, "accuracy_change_ci": [-0.5, -0.3 * is_hopeless]}
+    found = CALIBRATION | {"levels": [level], "threshold": None, "margin": 0.02}
+    monkeypatch.setattr("flexalign.cli.calibrate._run", lambda *_: found)
+    asked = ("calibrate", "miniature", "--adapter", calibrated, "--task", "miniature")
+    for more in ((), ("--json",)):
+        result = run_cli(*asked, *more)
+        assert result.exit_code == 0, result.stderr
+        told = "warning: every effort below 100 is less accurate than λ = 0" in result.stderr
+        assert (told, "next: flexalign serve" in result.stderr) == (is_hopeless, not is_hopeless)
+    assert InRaConfig.load(calibrated).calibration == found
 
 
 @pytest.mark.slow
