@@ -125,7 +125,12 @@ def parse_lambda_option(text: str | None) -> Any:
     Raises:
         LambdaError: If it is none of these.
     """
-    if text is None or text.lstrip().startswith("{"):
-        return text
+    if text is None:
+        return None
+    if text.lstrip().startswith("{"):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise LambdaError(f"--lambda: {text!r} is no JSON ({error}).") from None
     values = parse_lambdas(text)
     return values[0] if len(values) == 1 else values
