@@ -156,11 +156,6 @@ def _ways(fast, slow):
     )
 
 
-def test_fast_answers_that_save_nothing_are_no_dial():
-    with pytest.raises(ConfigError, match=r"save no tokens \(20\.0 on average, λ = 0: 20\.0\)"):
-        _fit_ways(_ways(20, 20), {0.0: 20.0})
-
-
 def test_efforts_above_100_rise_with_the_tokens_below_lambda_0():
     tokens = {0.0: 50.0, -0.25: 70.0, -0.5: 60.0, -1.0: 90.0}
     fitted = _fit_ways(_ways(10, 50), tokens)["lambdas"]

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from flexalign.calibration.effort import effort_to_dial, largest_effort
+from flexalign.calibration.effort import effort_to_dial, largest_effort, note_on_sampling
 from flexalign.errors import ConfigError
 from flexalign.policies import Adaptive, Fixed
 
@@ -54,3 +54,13 @@ def test_without_a_calibration_the_command_that_makes_one_is_named():
 def test_a_calibration_that_cannot_be_read_is_named(damage):
     with pytest.raises(ConfigError, match="run flexalign calibrate again"):
         effort_to_dial(calibration(**damage), 50)
+
+
+def test_other_sampling_options_than_calibrations_are_named_beside_them():
+    known = {"temperature": 0.7, "top_p": 0.95, "max_new_tokens": None}
+    for same in ({}, known, known | {"temperature": None, "seed": 3, "max_new_tokens": 5}):
+        assert note_on_sampling(known, same) is None
+    both = note_on_sampling(known, {"temperature": 10**400, "top_p": 1.0})
+    assert "at temperature 0.7, top_p 0.95 and is asked for at temperature 1000" in both
+    assert "0, top_p 1.0: its tokens" in both
+    assert len(both) < 250

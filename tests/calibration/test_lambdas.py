@@ -16,6 +16,11 @@ def test_points_follow_the_measured_tokens():
     assert points == [(0.0, 1.0), (75.0, 0.5), (100.0, 0.0), (162.5, -0.5)]
 
 
+def test_the_reference_is_effort_100_whatever_its_tokens():
+    means = np.random.default_rng(0).uniform(50, 100, 200)
+    assert {fit_lambdas({0.0: mean, 1.0: 3.0})[-1] for mean in means} == {(100.0, 0.0)}
+
+
 def test_a_rise_by_chance_is_pooled_and_the_map_stays_monotone():
     points = fit_lambdas({0.0: 100.0, 0.25: 70.0, 0.5: 74.0, 1.0: 20.0})
     assert points == [(0.0, 1.0), (65.0, 0.25), (100.0, 0.0)]

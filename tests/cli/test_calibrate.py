@@ -4,7 +4,7 @@ import pytest
 
 from flexalign.calibration.store import copy_adapter, store_calibration
 from flexalign.cli.calibrate import _show
-from flexalign.inra import InRaConfig
+from flexalign.inra import InRaConfig, InRaModel
 from flexalign.miniature import folder, make_traces
 
 CALIBRATION = {
@@ -118,6 +118,35 @@ def linked(link, target):
     return link
 
 
+def test_an_adapter_that_changes_nothing_gets_no_calibration(run_cli, tmp_path):
+    InRaModel.create("miniature").save_pretrained(tmp_path / "new")
+    result = run_cli(
+        *("calibrate", "miniature", "--adapter", tmp_path / "new", "--task", "miniature"),
+        *("--limit", 3, "--max-new-tokens", 12),
+    )
+    assert result.exit_code == 2
+    assert "no setting of this dial saves tokens beyond chance" in result.stderr
+    assert InRaConfig.load(tmp_path / "new").calibration is None
+
+
+@pytest.mark.parametrize("is_hopeless", [True, False])
+def test_a_dial_that_only_loses_is_called_so_at_the_end(
+    run_cli, calibrated, monkeypatch, is_hopeless
+):
+    level = {"effort": 50.0, "setting": "λ=0.5", "line": 10.0, "tokens": 10.0, "tokens_p10": 4}
+    level |= {"tokens_p90": 21, "accuracy": 0.4, "accuracy_ci": [0.3, 0.5]}
+    level |= {"accuracy_change": -0.4, "accuracy_change_ci": [-0.5, -0.3 * is_hopeless]}
+    found = CALIBRATION | {"levels": [level], "threshold": None, "margin": 0.02}
+    monkeypatch.setattr("flexalign.cli.calibrate._run", lambda *_: found)
+    asked = ("calibrate", "miniature", "--adapter", calibrated, "--task", "miniature")
+    for more in ((), ("--json",)):
+        result = run_cli(*asked, *more)
+        assert result.exit_code == 0, result.stderr
+        told = "warning: every effort below 100 is less accurate than λ = 0" in result.stderr
+        assert (told, "next: flexalign serve" in result.stderr) == (is_hopeless, not is_hopeless)
+    assert InRaConfig.load(calibrated).calibration == found
+
+
 @pytest.mark.slow
 def test_what_is_calibrated_can_be_asked_for(run_cli, tmp_path):
     result = run_cli(
@@ -168,6 +197,48 @@ def test_a_sweep_can_be_asked_for_efforts(run_cli, calibrated):
     assert result.exit_code == 0, result.stderr
     (system,) = json.loads(result.stdout)["configuration"]["systems"]
     assert [one["id"] for one in system["settings"]] == ["adaptive 0", "adaptive 0.4", "λ=0"]
+    assert [one["effort"] for one in system["settings"]] == [0, 50, 100]
+
+
+def test_what_was_asked_for_as_an_effort_is_called_one(run_cli, calibrated, tmp_path):
+    asked = (
+        *("evaluate", f"dial:miniature,{calibrated}", "--task", "miniature", "--limit", 2),
+        *("--effort", "50,100", "--lambda", "1", "-n", 1, "--max-new-tokens", 4),
+    )
+    assert "dial:miniature,fast: λ=1, effort 50 (adaptive 0.4), effort 100 (λ=0)" in (
+        run_cli(*asked, "--dry-run").stderr
+    )
+    result = run_cli(*asked, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.stderr
+    labels = ["λ=1", "effort 50 (adaptive 0.4)", "effort 100 (λ=0)"]
+    rows = [line for line in result.stdout.splitlines() if "2×1" in line]
+    assert all(row.startswith(label) for row, label in zip(rows, labels, strict=True)), rows
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    for part in ("rows", "means"):
+        found = [(row["setting"], row["effort"], row["lambda"]) for row in summary[part]]
+        assert found == [("λ=1", None, 1.0), ("adaptive 0.4", 50.0, None), ("λ=0", 100.0, 0.0)]
+
+
+def test_a_sweep_of_efforts_says_once_that_it_samples_otherwise(run_cli, tmp_path):
+    copy_adapter(folder("fast"), tmp_path / "fast")
+    sampling = {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 400, "seed": 3}
+    store_calibration(tmp_path / "fast", CALIBRATION | {"sampling": sampling})
+    asked = ("evaluate", f"dial:miniature,{tmp_path / 'fast'}", "--task", "miniature", "--dry-run")
+    same = ("--temperature", "1", "--top-p", "0.9", "--max-new-tokens", 400)
+    told = run_cli(*asked, "--effort", "0,50", *same, "--top-p", 1, "--max-new-tokens", 50).stderr
+    assert told.count("effort was calibrated") == 1
+    assert "at top_p 0.9, max_new_tokens 400 and is asked for at top_p 1.0, max_new_tokens 50" in (
+        told
+    )
+    assert "was calibrated" not in run_cli(*asked, "--effort", "0,50", *same).stderr
+    assert "was calibrated" not in run_cli(*asked, "--lambda", "0,1").stderr
+
+
+def test_two_efforts_that_are_one_setting_are_both_named(run_cli, calibrated):
+    asked = ("evaluate", f"dial:miniature,{calibrated}", "--task", "miniature", "--dry-run")
+    result = run_cli(*asked, "--effort", "100", "--lambda", "0")
+    assert result.exit_code == 2
+    assert "λ=0 and effort 100 (λ=0) are one and the same setting; leave one" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,32 @@ def test_a_schedule_may_come_from_the_command_line(
 
 
 @pytest.mark.usefixtures("weightless")
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--lambda", "20"), "λ of 20 without"),
+        (("--lambda", "1,5,2"), "λ of 5 without"),
+        (("--lambda", "2.5", "--set", "rounds=2", "--extrapolate"), "an effective λ of 6.25"),
+        (("--lambda", '{"kind": "linear", "start": 0, "end": 9, "steps": 2}'), "λ of 9 without"),
+        (("--lambda", '{"kind": "linear", "start": 9, "end": 4, "steps": 2}'), None),
+        (("--lambda", "20", "--set", "gate=0.01"), None),
+        (("--lambda", "2", "--set", "rounds=2"), None),
+        (("--lambda", "4"), None),
+    ],
+)
+def test_far_extrapolation_without_a_gate_is_cautioned_of_once(
+    realign: Callable[..., Any], tree: dict[str, Any], options: tuple[str, ...], told: str | None
+) -> None:
+    result = realign(tree, "--dry-run", "--json", *options)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr.count("caution: ") == (told is not None)
+    if told is not None:
+        assert told in result.stderr
+        command = f"flexalign inspect {tree['reference']} {tree['aligned']} --diff {tree['data']}"
+        assert f"set `gate: τ`, for which {command} proposes a τ." in result.stderr
+
+
+@pytest.mark.usefixtures("weightless")
 def test_a_dry_run_in_json_is_json_alone(
     realign: Callable[..., Any], tree: dict[str, Any], tiny_model: Callable[..., Any]
 ) -> None:
@@ -202,7 +228,11 @@ def _other_vocabulary(tree: dict[str, Any]) -> None:
         ({}, ["--lambda", "0,0.0"], "each λ of a list once"),
         ({"lambda": [1, "two"]}, [], "a list of λ holds numbers"),
         ({"teacher": "cached", "rounds": 2}, [], "every round has another aligned model"),
-        ({}, ["--lambda", '{"kind": "linear"'], "lambda"),
+        (
+            {},
+            ["--lambda", '{"kind": "linear"'],
+            "--lambda: a schedule must be a number or a JSON object",
+        ),
         ({}, ["--set", "training.max_steps"], "key=value"),
         ({}, ["--merge"], "LoRA student"),
         (_empty, [], "empty"),

@@ -102,6 +102,20 @@ def test_the_plan_needs_no_system(run_cli, sums: Path):
     assert "Your margin, 90 points: tune will mostly prove it" in wide
 
 
+@pytest.mark.parametrize(
+    ("goal", "asked", "is_proved"),
+    [
+        ((), 0.02, False),
+        (("--margin", "0.9"), 0.9, True),
+        (("--max-tokens-mean", "50"), None, None),
+    ],
+)
+def test_the_plan_in_json_has_the_verdict_too(run_cli, sums: Path, goal, asked, is_proved):
+    result = run_cli("tune", "--plan", "--task", sums, "--samples", "4", *goal, "--json")
+    plan = json.loads(result.stdout)
+    assert (plan["asked_margin"], plan["is_proved"]) == (asked, is_proved)
+
+
 def test_a_stored_sweep_gives_the_plan_its_variance(run_cli, sweep: Path):
     arguments = ("--plan", "--from", sweep, "--json")
     measured = json.loads(run_cli("tune", *arguments).stdout)["variance"]

@@ -10,7 +10,7 @@ from flexalign.evaluation.summary import summarise
 from flexalign.evaluation.token_cut import token_cut_interval
 
 KEYS = {
-    *("system", "setting", "lambda", "task", "n_questions", "n_samples", "accuracy"),
+    *("system", "setting", "effort", "lambda", "task", "n_questions", "n_samples", "accuracy"),
     *("accuracy_ci", "tokens", "tokens_ci", "thinking_tokens", "token_cut", "token_cut_ci"),
     *("chord_distance", "chord_distance_ci", "hull_distance", "hull_distance_ci", "wrong"),
     *("truncated", "unparsed", "no_answer"),
@@ -109,6 +109,15 @@ def test_rows_are_what_a_naive_count_gives(measured) -> None:
         cut = token_cut_interval(tokens, questions, reference, _of(rows, *base, "question"))
         assert row["token_cut"] == pytest.approx(1 - np.mean(tokens) / np.mean(reference))
         assert row["token_cut_ci"] == pytest.approx([cut.low, cut.high])
+
+
+def test_an_effort_is_told_beside_the_setting_that_it_stands_for(measured) -> None:
+    configuration, rows = measured
+    configuration["systems"][0]["settings"][1]["effort"] = 60.0
+    summary = summarise(configuration, rows, [{}])
+    for part in ("rows", "means"):
+        efforts = {(row["setting"], row["effort"]) for row in summary[part]}
+        assert efforts == {("λ=0", None), ("λ=0.5", 60.0), ("λ=1", None), ("as it is", None)}
 
 
 def test_distances_are_to_the_line_between_the_ends(measured) -> None:

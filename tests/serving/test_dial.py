@@ -1,15 +1,19 @@
 """Which dials a server takes, and what it says of them."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from flexalign.errors import ConfigError
+from flexalign.inra import InRaConfig
+from flexalign.miniature import folder
 from flexalign.policies import Adaptive, Fixed, Route
 from flexalign.schedules import Schedule
 from flexalign.serving.dial import EFFORT_LEVELS, DialRules
 from flexalign.serving.errors import ApiError
+from flexalign.serving.rules import adapter_rules
 
 
 def halves(effort: float) -> Fixed:
@@ -122,11 +126,28 @@ def test_the_report_says_what_was_chosen():
 
 
 def test_another_temperature_than_calibrations_is_noted_once(caplog: pytest.LogCaptureFixture):
-    rules = DialRules(Fixed(0.0), effort=halves, temperature=0.6)
+    rules = DialRules(Fixed(0.0), effort=halves, sampling={"temperature": 0.6, "top_p": 1.0})
     with caplog.at_level(logging.WARNING, "flexalign.serving"):
-        rules.choose({"effort": 50, "temperature": 0.6})
+        rules.choose({"effort": 50, "temperature": 0.6, "max_tokens": 9})
+        rules.choose({"effort": 50, "temperature": "1"})  # refused elsewhere
         rules.choose({"lambda": 0.5, "temperature": 1})
         assert caplog.records == []
-        rules.choose({"effort": 50, "temperature": 1})
+        rules.choose({"effort": 50, "temperature": 1, "top_p": 1})
         rules.choose({"reasoning_effort": "low", "temperature": 0})
-    assert len(caplog.records) == 1
+    assert [record.message for record in caplog.records] == [
+        "effort was calibrated at temperature 0.6 and is asked for at temperature 1: its tokens "
+        "and its accuracy may differ from what calibration measured."
+    ]
+
+
+def test_an_adapters_rules_know_what_its_calibration_sampled_with():
+    calibration = {
+        "version": 1,
+        "holes": [],
+        "effort": {"thresholds": [], "lambdas": [[0.0, 1.0], [100.0, 0.0]]},
+        "sampling": {"temperature": 0.7, "top_p": 0.95, "max_new_tokens": 9, "seed": 0},
+    }
+    settings = replace(InRaConfig.load(folder("fast")), calibration=calibration)
+    assert adapter_rules(settings).sampling == {"temperature": 0.7, "top_p": 0.95}
+    bare = replace(settings, calibration={**calibration, "sampling": {}})
+    assert adapter_rules(bare).sampling == {}

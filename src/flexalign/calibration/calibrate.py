@@ -15,6 +15,7 @@ from flexalign.calibration.figures import Answers, figures, level_figures
 from flexalign.calibration.lambdas import find_holes, fit_lambdas
 from flexalign.calibration.measure import Progress, measure_settings, measure_ways
 from flexalign.calibration.ways import Ways, fit_thresholds
+from flexalign.calibration.worth import require_saving
 from flexalign.errors import ConfigError
 from flexalign.evaluation.sweep import Sweep
 from flexalign.evaluation.systems import Setting, System, SystemOptions
@@ -147,7 +148,8 @@ def calibrate(
         The calibration, as the adapter's configuration keeps it.
 
     Raises:
-        ConfigError: If the dial saves no tokens, or the folder is of another calibration.
+        ConfigError: If the dial saves no tokens beyond chance, or the folder is of another
+            calibration.
         ServingError: If samples could not be made.
     """
     answers: dict[str, Answers] = {}
@@ -176,6 +178,7 @@ def calibrate(
         "sampling": described["sampling"],
         "parts": described["systems"][0]["parts"],
         "lambda_range": list(options.lambda_range),
+        "margin": options.margin,
     }
     fixed = {setting.lam: answers[setting.id] for setting in _settings(sweeps, ways)}
     correct = {lam: own.correct for lam, own in fixed.items()}
@@ -186,6 +189,7 @@ def calibrate(
         for lam, own in fixed.items()
         if not any(low < lam < high for low, high in holes)
     }
+    _require_saving(answers, ways, tokens)
     if ways is None:
         calibration["effort"] = {"thresholds": [], "lambdas": fit_lambdas(tokens)}
     else:
@@ -204,13 +208,23 @@ def _settings(sweeps: Mapping[str, Sweep], ways: Ways | None) -> list[Any]:
     return [setting for setting in sweep.settings if setting.lam is not None]
 
 
+def _require_saving(
+    answers: Mapping[str, Answers], ways: Ways | None, tokens: Mapping[float, float]
+) -> None:
+    """Refuse a dial that saves nothing at the settings that efforts below 100 rest on."""
+    reference = answers["λ=0"]
+    shorter = "train the adapter on shorter answers"
+    if ways is None:
+        names = [Setting.of(lam).id for lam in tokens if lam > 0]
+        faster = {name: answers[name] for name in names}
+        require_saving(faster, reference, f"{shorter}, widen --lambda-range")
+    else:
+        fast = Answers(ways.questions, ways.tokens(0.0), ways.correct(0.0))
+        require_saving({"the fast answer": fast}, reference, f"{shorter}, take --dial lambda")
+
+
 def _fit_ways(ways: Ways, tokens: Mapping[float, float]) -> dict[str, Any]:
     fastest, reference = float(ways.tokens(0.0).mean()), float(ways.slow_tokens.mean())
-    if fastest >= reference:
-        raise ConfigError(
-            f"fast answers save no tokens ({fastest:.1f} on average, λ = 0: {reference:.1f}), so "
-            "that there is no effort to set; take --dial lambda."
-        )
     thresholds = fit_thresholds(ways, _EFFORTS)
     lambdas, most = [(REFERENCE_EFFORT, 0.0)], reference
     for lam in sorted((lam for lam in tokens if lam < 0), reverse=True):

@@ -15,7 +15,7 @@ import numpy as np
 from flexalign.errors import ConfigError
 from flexalign.policies import Adaptive, Fixed
 
-__all__ = ["REFERENCE_EFFORT", "VERSION", "effort_to_dial", "largest_effort"]
+__all__ = ["REFERENCE_EFFORT", "VERSION", "effort_to_dial", "largest_effort", "note_on_sampling"]
 
 VERSION = 1
 """Of a calibration's form."""
@@ -62,6 +62,33 @@ def largest_effort(calibration: Mapping[str, Any] | None) -> float:
         ConfigError: If there is no calibration, or it cannot be read.
     """
     return _checked(calibration)[1]
+
+
+def note_on_sampling(calibrated: Mapping[str, object], asked: Mapping[str, object]) -> str | None:
+    """Say that an effort is asked for at other sampling options than its calibration's.
+
+    Args:
+        calibrated: The options of the calibration, such as ``{"temperature": 0.7}``.
+        asked: Those that are asked for; what is in one of the two only, or no number, is left out.
+
+    Returns:
+        One sentence that names what differs; None if nothing does.
+    """
+    other = [
+        (name, known, given)
+        for name, known in calibrated.items()
+        if isinstance(known, numbers.Real)
+        and isinstance(given := asked.get(name), numbers.Real)
+        and given != known
+    ]
+    if not other:
+        return None
+    before = ", ".join(f"{name} {known!s:.20}" for name, known, _ in other)
+    now = ", ".join(f"{name} {given!s:.20}" for name, _, given in other)
+    return (
+        f"effort was calibrated at {before} and is asked for at {now}: its tokens and its "
+        "accuracy may differ from what calibration measured."
+    )
 
 
 def _checked(calibration: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], float]:

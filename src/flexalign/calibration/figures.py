@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from flexalign.calibration.effort import REFERENCE_EFFORT, effort_to_dial, largest_effort
 from flexalign.calibration.ways import Ways
 from flexalign.errors import ConfigError
-from flexalign.evaluation.statistics import clustered_interval
+from flexalign.evaluation.statistics import clustered_interval, paired_difference_interval
 from flexalign.evaluation.systems import Setting
 from flexalign.policies import Adaptive, Fixed
 
@@ -66,7 +66,8 @@ def level_figures(
         fixed: Samples of each measured λ.
 
     Returns:
-        One object for each effort. Its `source` says where the figures are from: `measured`,
+        One object for each effort. Its `accuracy_change` is against λ = 0, paired by question, and
+        0 for λ = 0 itself. Its `source` says where the figures are from: `measured`,
         `simulated` from the two ways, or `interpolated` between two measured λ.
 
     Raises:
@@ -119,14 +120,27 @@ def _at(
         if ways is None or dial.threshold is None:
             raise ConfigError("this calibration's efforts are thresholds; give both ways.")
         tokens, correct = ways.tokens(dial.threshold), ways.correct(dial.threshold)
-        return figures(Answers(ways.questions, tokens, correct)), "simulated"
+        found = figures(Answers(ways.questions, tokens, correct))
+        return found | _change(correct, fixed[0.0]), "simulated"
     lam = dial.lam
     if lam in fixed:
-        return figures(fixed[lam]), "measured"
+        return figures(fixed[lam]) | _change(fixed[lam].correct, fixed[0.0]), "measured"
     low, high = max(one for one in fixed if one < lam), min(one for one in fixed if one > lam)
     share = (lam - low) / (high - low)
     one, other = figures(fixed[low]), figures(fixed[high])
     mixed = {
-        name: (1 - share) * np.array(one[name]) + share * np.array(other[name]) for name in one
+        name: ((1 - share) * np.array(one[name]) + share * np.array(other[name])).tolist()
+        for name in one
     }
-    return {name: value.tolist() for name, value in mixed.items()}, "interpolated"
+    correct = (1 - share) * fixed[low].correct + share * fixed[high].correct
+    return mixed | _change(correct, fixed[0.0]), "interpolated"
+
+
+def _change(correct: NDArray[Any], reference: Answers) -> dict[str, Any]:
+    """Accuracy less that of λ = 0, with its 95 % interval, paired by question."""
+    if correct is reference.correct:
+        return {"accuracy_change": 0.0, "accuracy_change_ci": [0.0, 0.0]}
+    low, mean, high = paired_difference_interval(
+        correct, reference.questions, reference.correct, reference.questions
+    )
+    return {"accuracy_change": mean, "accuracy_change_ci": [low, high]}

@@ -39,7 +39,8 @@ def fit_lambdas(tokens: Mapping[float, float]) -> list[tuple[float, float]]:
             f"({tokens[0.0]:.1f} and {tokens[lams[-1]]:.1f} on average), so that there is no "
             "effort to set; train the adapter on shorter answers, or widen --lambda-range."
         )
-    return [(100 * (mean - fastest) / (reference - fastest), kept[mean]) for mean in sorted(kept)]
+    saved = reference - fastest
+    return [(100 * ((mean - fastest) / saved), kept[mean]) for mean in sorted(kept)]
 
 
 def find_holes(

@@ -127,10 +127,10 @@ class Chat:
     def _read(self, name: str, value: str) -> Setting:
         if name != "effort":
             return read_setting(name, value)
-        dials = read_efforts(value, self.adapter)
-        if len(dials) != 1:
+        settings = read_efforts(value, self.adapter)
+        if len(settings) != 1:
             raise ConfigError(f"a conversation has one effort at a time; got {value!r}.")
-        return Setting.of(dials[0])
+        return settings[0]
 
     def _generate(self, messages: list[dict[str, str]], printer: "_Streamer") -> Response:
         options = self.options

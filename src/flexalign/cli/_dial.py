@@ -1,6 +1,7 @@
 """The dial on the command line: read, put to a model, and told of."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flexalign.cli._shared import as_input_errors, console, parse_lambdas
@@ -9,7 +10,6 @@ from flexalign.errors import ConfigError, LambdaError
 if TYPE_CHECKING:
     from flexalign.evaluation.systems import Answer, Setting, SystemOptions
     from flexalign.evaluation.systems.local import LocalBackend
-    from flexalign.policies import Dial
 
 
 def read_lambdas(text: str | None) -> list[object]:
@@ -24,7 +24,7 @@ def read_lambdas(text: str | None) -> list[object]:
 
 
 def read_settings(
-    lambdas: Sequence[object], policies: Sequence[str], efforts: "Sequence[Dial]" = ()
+    lambdas: Sequence[object], policies: Sequence[str], efforts: "Sequence[Setting]" = ()
 ) -> "list[Setting]":
     """Make settings of ``--lambda``, every ``--policy`` and ``--effort``.
 
@@ -61,7 +61,7 @@ def read_setting(name: str, text: str) -> "Setting":
         raise ConfigError(f"/lambda takes one finite number, such as 0.3; got {text!r}.") from None
 
 
-def read_efforts(text: str | None, adapter: str | None) -> "list[Dial]":
+def read_efforts(text: str | None, adapter: str | None) -> "list[Setting]":
     """Read ``--effort 0,50,100`` by an adapter's calibration, and say what each stands for.
 
     Args:
@@ -86,7 +86,7 @@ def read_efforts(text: str | None, adapter: str | None) -> "list[Dial]":
 
     with as_input_errors():
         calibration = InRaConfig.load(resolve_adapter(adapter)).calibration
-    dials: list[Dial] = []
+    settings = []
     for part in text.split(","):
         try:
             effort = float(part)
@@ -95,10 +95,10 @@ def read_efforts(text: str | None, adapter: str | None) -> "list[Dial]":
                 f"--effort: {part.strip()!r} is not a number; write one, such as 50, or several "
                 "with commas."
             ) from None
-        dials.append(effort_to_dial(calibration, effort))
-        shown = describe_setting(Setting.of(dials[-1]), calibration)
-        console.print(f"effort {effort:g}: {shown}", markup=False)
-    return dials
+        setting = Setting.of(effort_to_dial(calibration, effort))
+        console.print(f"effort {effort:g}: {describe_setting(setting, calibration)}", markup=False)
+        settings.append(replace(setting, effort=effort))
+    return settings
 
 
 def read_range(text: str | None) -> tuple[float, float] | None:

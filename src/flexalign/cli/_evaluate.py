@@ -7,12 +7,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from flexalign.cli._shared import note, result_console
+from flexalign.evaluation.labels import row_label
 
 if TYPE_CHECKING:
     from flexalign.evaluation.sampling import Lost
     from flexalign.evaluation.sweep import Sweep
 
 _SHOWN = 5
+_OF_EFFORT = ("temperature", "top_p", "max_new_tokens")
 
 
 def warn_of_cuts(sweep: "Sweep") -> None:
@@ -29,10 +31,29 @@ def warn_of_cuts(sweep: "Sweep") -> None:
         )
 
 
+def warn_of_sampling(sweep: "Sweep") -> None:
+    """Say that efforts are measured at other sampling options than they were calibrated at."""
+    from dataclasses import asdict
+
+    from flexalign.calibration.effort import note_on_sampling
+    from flexalign.evaluation.systems.local import LocalBackend
+
+    if all(setting.effort is None for setting in sweep.settings):
+        return
+    for backend in sweep.backends.values():
+        if isinstance(backend, LocalBackend) and backend.calibration is not None:
+            calibrated = backend.calibration.get("sampling", {})
+            warning = note_on_sampling(
+                {name: calibrated.get(name) for name in _OF_EFFORT}, asdict(sweep.options)
+            )
+            if warning is not None:
+                note(warning)
+
+
 def describe_lost(lost: "list[Lost]", total: int) -> str:
     """Say which samples got no response, and why."""
     shown = "; ".join(
-        f"question {one.cell.question} of {one.cell.task} at {one.cell.setting.id}, "
+        f"question {one.cell.question} of {one.cell.task} at {one.cell.setting.label}, "
         f"{one.system}: {one.reason}"
         for one in lost[:_SHOWN]
     )
@@ -54,7 +75,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     for row in rows:
         lost = row["truncated"] + row["unparsed"] + row["no_answer"]
         table.add_row(
-            *(escape(row[name]) for name in [*heads, "setting"]),
+            *(escape(row[name]) for name in heads),
+            escape(row_label(row)),
             f"{row['n_questions']}×{row['n_samples'] / row['n_questions']:g}",
             _figure(row["accuracy"], row["accuracy_ci"], 100),
             _figure(row["tokens"], row["tokens_ci"]),
@@ -83,7 +105,7 @@ def _print_means(means: Sequence[dict[str, Any]]) -> None:
         figures = (mean["accuracy"], mean["token_cut_mean"], mean["token_cut_pooled"])
         table.add_row(
             escape(mean["system"]),
-            escape(mean["setting"]),
+            escape(row_label(mean)),
             *(_figure(figure, None, 100) for figure in figures),
         )
     result_console.print(table)

@@ -126,8 +126,10 @@ def next_step(system: "System | None", chosen: "Setting | None") -> str | None:
 
 
 def show_plan(planned: "Plan", goal: "Goal", as_json: bool) -> None:
+    margin = _margin_of(goal)
+    is_proved = None if margin is None else _is_proved(planned, margin)
     if as_json:
-        print_json(planned.to_json())
+        print_json({**planned.to_json(), "asked_margin": margin, "is_proved": is_proved})
         return
 
     def show(text: str) -> None:
@@ -143,9 +145,8 @@ def show_plan(planned: "Plan", goal: "Goal", as_json: bool) -> None:
             f"tune, which chooses on a part, proves on the rest and reckons with rare whole losses: "
             f"{100 * planned.tune_margin:.1f} points."
         )
-    margin = _margin_of(goal)
     if margin is not None:
-        able = "will" if _is_proved(planned, margin) else "will not"
+        able = "will" if is_proved else "will not"
         show(
             f"Your margin, {100 * margin:g} points: tune {able} mostly prove it of a setting that is as "
             "good as the reference."

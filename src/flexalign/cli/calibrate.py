@@ -118,6 +118,7 @@ def calibrate(
     widened = read_range(lambda_range)
     from flexalign.calibration.calibrate import CalibrateOptions, plan_sweeps
     from flexalign.calibration.store import copy_adapter, is_packaged, store_calibration
+    from flexalign.calibration.worth import describe_loss
     from flexalign.evaluation.systems import System, SystemOptions
     from flexalign.evaluation.tasks import load_task
     from flexalign.inra.folder import check_folder
@@ -161,6 +162,10 @@ def calibrate(
     else:
         _show(calibration)
     console.print(f"Written to {escape(str(save_to or folder))}/inra_config.json.", soft_wrap=True)
+    loss = describe_loss(calibration)
+    if loss is not None:
+        console.print(f"[yellow]warning:[/yellow] {escape(loss)}", soft_wrap=True)
+        return
     parts = escape(shlex.join([base, "--adapter", str(save_to or adapter)]))
     console.print(
         f"next: [cyan]flexalign serve {parts}[/cyan], to whose requests `effort` is a number and "

@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 
 from flexalign.cli._dial import read_efforts, read_lambdas, read_range, read_settings
-from flexalign.cli._evaluate import describe_lost, print_summary, warn_of_cuts
+from flexalign.cli._evaluate import describe_lost, print_summary, warn_of_cuts, warn_of_sampling
 from flexalign.cli._options import (
     BatchSize,
     Data,
@@ -213,6 +213,7 @@ def _warn(sweep: "Sweep", workers: int) -> list[dict[str, str]]:
 
     if sweep.baseline is None and len(sweep.systems) > 1:
         warn_of_cuts(sweep)
+    warn_of_sampling(sweep)
     unreadable = []
     with Grader(workers=workers) as grader:
         for task in sweep.tasks:
@@ -255,7 +256,7 @@ def _preview(sweep: "Sweep", unreadable: list[dict[str, str]], as_json: bool) ->
         console.print(text, markup=False, soft_wrap=True)
     console.rule()
     for system in sweep.systems:
-        ids = ", ".join(setting.id for setting in sweep.settings_of(system))
+        ids = ", ".join(setting.label for setting in sweep.settings_of(system))
         console.print(f"{system.name}: {ids}", markup=False, soft_wrap=True)
     console.print(
         f"would make {sweep.total} samples, at most {most:,} tokens "

@@ -93,7 +93,7 @@ def realign(
     )
     from flexalign.cli._cache import cache_filler
     from flexalign.cli._quiet import quieten_libraries, warnings_as_notes
-    from flexalign.cli._realign import make_run, preview, read_inputs
+    from flexalign.cli._realign import caution_of_distance, make_run, preview, read_inputs
     from flexalign.cli._training import require_forward_training
 
     require_forward_training([each.lam for each in recipes], extrapolate=extrapolate)
@@ -113,6 +113,9 @@ def realign(
             )
             for each in recipes
         ]
+        caution = caution_of_distance(recipes)
+        if caution is not None:
+            console.print(f"[yellow]caution:[/yellow] {escape(caution)}", soft_wrap=True)
         if dry_run:
             preview(runs, inputs, as_json=as_json)
             return

@@ -68,12 +68,13 @@ def summarise(
         raise ConfigError("there is no sample yet to summarise; sample first.")
     lambdas = {_Place(row["system"], row["setting"]): row["lambda"] for row in rows}
     names = [task["name"] for task in configuration["tasks"]]
-    places = [
-        place
+    efforts = {
+        place: setting.get("effort")
         for system in configuration["systems"]
         for setting in system["settings"]
         if (place := _Place(system["name"], setting["id"])) in lambdas
-    ]
+    }
+    places = list(efforts)
     sorted_rows: dict[tuple[_Place, str], list[_Row]] = {}
     for row in rows:
         key = (_Place(row["system"], row["setting"]), row["task"])
@@ -92,6 +93,7 @@ def summarise(
                 head = {
                     "system": place.system,
                     "setting": place.setting,
+                    "effort": efforts[place],
                     "lambda": lambdas[place],
                     "task": task,
                 }
@@ -101,7 +103,16 @@ def summarise(
     table.sort(key=lambda row: order[_Place(row["system"], row["setting"])])
     return {
         "rows": [_ordered(row) for row in table],
-        "means": [_mean(place, lambdas, references, groups, names) for place in places],
+        "means": [
+            {
+                "system": place.system,
+                "setting": place.setting,
+                "effort": efforts[place],
+                "lambda": lambdas[place],
+                **_mean(place, references, groups, names),
+            }
+            for place in places
+        ],
         "environment": _environment(configuration, environments),
     }
 
@@ -195,7 +206,6 @@ def _distance_row(distances: Distances | None) -> _Row:
 
 def _mean(
     place: _Place,
-    lambdas: dict[_Place, float | None],
     references: dict[_Place, _Place | None],
     groups: dict[tuple[_Place, str], _Group],
     tasks: list[str],
@@ -211,9 +221,6 @@ def _mean(
     complete = len(pairs) == len(own) and all(base > 0 for _, base in pairs)
     tokens, bases = [[float(pair[i]) for pair in pairs] for i in (0, 1)]
     return {
-        "system": place.system,
-        "setting": place.setting,
-        "lambda": lambdas[place],
         "accuracy": float(np.mean([group.correct.mean() for group in own])),
         "token_cut_mean": token_cut_mean(tokens, bases) if complete else None,
         "token_cut_pooled": token_cut_pooled(tokens, bases) if complete else None,
@@ -231,10 +238,10 @@ def _ends(interval: Interval) -> list[float | None]:
 
 
 _KEYS = (
-    "system", "setting", "lambda", "task", "n_questions", "n_samples", "accuracy", "accuracy_ci",
-    "tokens", "tokens_ci", "thinking_tokens", "token_cut", "token_cut_ci", "chord_distance",
-    "chord_distance_ci", "hull_distance", "hull_distance_ci", "wrong", "truncated", "unparsed",
-    "no_answer",
+    "system", "setting", "effort", "lambda", "task", "n_questions", "n_samples", "accuracy",
+    "accuracy_ci", "tokens", "tokens_ci", "thinking_tokens", "token_cut", "token_cut_ci",
+    "chord_distance", "chord_distance_ci", "hull_distance", "hull_distance_ci", "wrong",
+    "truncated", "unparsed", "no_answer",
 )  # fmt: skip
 
 

@@ -134,7 +134,7 @@ class Sweep:
                     "name": system.name,
                     **self.backends[system.name].describe(),
                     "settings": [
-                        {"id": s.id, "lambda": s.lam, "policy": s.policy}
+                        {"id": s.id, "lambda": s.lam, "policy": s.policy, "effort": s.effort}
                         for s in self.settings_of(system)
                     ],
                 }

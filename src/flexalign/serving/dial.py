@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flexalign._spelling import misspelt
+from flexalign.calibration.effort import note_on_sampling
 from flexalign.errors import ConfigError, LambdaError
 from flexalign.policies import LAMBDA_LEGEND, Adaptive, Dial, Fixed, extremes, parse_dial
 from flexalign.schedules import Schedule
@@ -64,14 +65,15 @@ class DialRules:
         effort: From an effort (100 the reference's tokens, 0 the fastest) to a dial; None before
             calibration.
         holes: Ranges of λ that calibration found worse than both neighbours.
-        temperature: What calibration sampled with; another one is noted once in the log.
+        sampling: What calibration sampled with, by the name of a request's key; another
+            temperature, say, is noted once in the log.
     """
 
     default: Dial | None
     lambda_range: tuple[float, float] = (0.0, 1.0)
     effort: Callable[[float], Dial] | None = None
     holes: tuple[tuple[float, float], ...] = ()
-    temperature: float | None = None
+    sampling: Mapping[str, float] = field(default_factory=dict)
     _has_warned: bool = field(default=False, init=False, repr=False)
 
     def to_json(self) -> dict[str, Any] | None:
@@ -111,7 +113,7 @@ class DialRules:
             raise _bad(key, f"{key}: this server's model has no dial; leave {key} out.")
         dial = self._read(key, value)
         if key in ("effort", "reasoning_effort"):
-            self._note_temperature(body.get("temperature"))
+            self._note_sampling(body)
         extra = {"effort": value} if key == "effort" else {}
         return Choice(dial, ignored, self._report(dial) | extra)
 
@@ -181,16 +183,11 @@ class DialRules:
                 )
         return report
 
-    def _note_temperature(self, given: object) -> None:
-        if self.temperature is None or self._has_warned or given in (None, self.temperature):
-            return
-        self._has_warned = True
-        _log.warning(
-            "effort was calibrated at temperature %g and a request samples at %.20s: its tokens "
-            "and its accuracy may differ from what calibration measured.",
-            self.temperature,
-            given,
-        )
+    def _note_sampling(self, body: Mapping[str, Any]) -> None:
+        note = None if self._has_warned else note_on_sampling(self.sampling, body)
+        if note is not None:
+            self._has_warned = True
+            _log.warning(note)
 
 
 def _of_lambda(key: str, value: object) -> Dial:

@@ -32,11 +32,12 @@ def adapter_rules(
     default, calibration = Fixed(settings.default_lambda), settings.calibration
     if calibration is None:
         return DialRules(default, permitted)
+    sampling = calibration.get("sampling", {})
     largest_effort(calibration)  # refuses one that cannot be read, before anybody asks
     return DialRules(
         default,
         permitted,
         effort=partial(effort_to_dial, calibration),
         holes=tuple((float(low), float(high)) for low, high in calibration.get("holes", ())),
-        temperature=calibration.get("sampling", {}).get("temperature"),
+        sampling={name: sampling[name] for name in ("temperature", "top_p") if name in sampling},
     )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from flexalign.errors import DataError
+from flexalign.evaluation import report
 from flexalign.evaluation.chord import Point
 from flexalign.evaluation.report import render_page, write_report
 from flexalign.evaluation.report.lines import frontier, mixture_lines
@@ -69,6 +70,23 @@ def test_settings_stand_in_the_order_of_the_dial(payload):
     assert lams == [-0.5, 0.0, 0.5, 1.0, 2.0, None]
     references = [setting["reference"] for setting in payload["tasks"][0]["settings"]]
     assert references == [1, None, 1, 1, 1, 1]
+
+
+def test_an_effort_names_its_setting_in_page_and_picture(run, tmp_path, monkeypatch):
+    folder = shutil.copytree(run, tmp_path / "run")
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    for row in [*summary["rows"], *summary["means"]]:
+        row["effort"] = 40.0 if row["setting"] == "adaptive 0.5" else None
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    shown = report_payload(Run.open_all([folder]), 1, 1)
+    last = shown["tasks"][0]["settings"][-1]
+    assert last["row"]["label"] == "effort 40 (adaptive 0.5)"
+    assert shown["means"][-1]["label"] == "effort 40 (adaptive 0.5)"
+    assert shown["means"][0]["label"] == shown["means"][0]["setting"]
+    drawn = []
+    monkeypatch.setattr(report, "draw_pareto", lambda _, points, **__: drawn.append(points))
+    write_report([folder], tmp_path)
+    assert [point.label for point in drawn[0]][-2:] == ["λ=2", "effort 40 (adaptive 0.5)"]
 
 
 def test_several_runs_are_told_apart(run, make_run, tmp_path):

@@ -187,6 +187,14 @@ def test_a_compiled_model(llama, engine):
     assert _wrong(llama, requests, compiled(*requests)) == []
 
 
+def test_two_processes_share_a_model(llama, engine, monkeypatch):
+    """Each holds half of the heads and of the vocabulary."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # else a NUMA node for each
+    shared = engine(llama.folder, tensor_parallel_size=2, max_num_batched_tokens=48)
+    requests = _mixed(_prompts(llama, [3, 40, 7, 90, 12, 33, 64, 5, 20], 14), prompt_logprobs=0)
+    assert _wrong(llama, requests, shared(*requests)) == []
+
+
 def test_an_identity_adapter_is_the_base_at_every_lambda(dialled, engine):
     """And an adapter of two layers."""
     plain = dialled("llama", noise=0.0, adapter_layers=2)

@@ -8,6 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from flexalign.evaluation.labels import row_label
 from flexalign.evaluation.pareto import ParetoPoint, draw_pareto
 from flexalign.evaluation.report.lines import dial_ends
 from flexalign.evaluation.report.payload import Setting, report_payload, settings_by_task
@@ -94,7 +95,7 @@ def _draw(path: Path, task: str, settings: Sequence[Setting]) -> None:
 def _point(setting: Setting) -> ParetoPoint:
     row = setting.row
     return ParetoPoint(
-        label=row["setting"],
+        label=row_label(row),
         group=setting.series,
         tokens=row["tokens"],
         tokens_interval=_closed(row["tokens_ci"], row["tokens"]),

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from flexalign.evaluation.chord import Point
+from flexalign.evaluation.labels import row_label
 from flexalign.evaluation.report.budget import (
     BudgetCurve,
     Scored,
@@ -75,7 +76,11 @@ def report_payload(runs: Sequence[Run], questions: int, megabytes: float) -> dic
     return {
         "statuses": STATUSES,
         "tasks": [_task(name, settings) for name, settings in tasks.items()],
-        "means": [{"run": run.label, **mean} for run in runs for mean in run.summary["means"]],
+        "means": [
+            {"run": run.label, "label": row_label(mean), **mean}
+            for run in runs
+            for mean in run.summary["means"]
+        ],
         "runs": [
             {
                 "label": run.label or run.folder.name,
@@ -112,7 +117,7 @@ def _task(name: str, settings: Sequence[Setting]) -> dict[str, Any]:
         members.append(
             {
                 "series": setting.series,
-                "row": dict(setting.row),
+                "row": {"label": row_label(setting.row), **setting.row},
                 "frontier": index in best,
                 "reference": reference,
                 "histogram": _histogram(samples[index], edges),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flexalign.errors import ConfigError
+from flexalign.evaluation.labels import setting_label
 from flexalign.policies import Adaptive, Dial, Fixed, Route, parse_dial
 
 __all__ = ["AS_IT_IS", "Setting", "unique_settings"]
@@ -19,10 +20,12 @@ class Setting:
         id: How results call it: ``λ=0.5``, ``adaptive 0.5``, ``route 0.3``, a schedule's JSON, or
             ``as it is`` for a system without a dial. The same dial always has the same id.
         dial: What the system is given; None for one without a dial.
+        effort: The effort that the dial was asked for as; None if it was asked for by itself.
     """
 
     id: str
     dial: Dial | None = None
+    effort: float | None = None
 
     @classmethod
     def of(cls, value: object) -> "Setting":
@@ -36,6 +39,11 @@ class Setting:
         if isinstance(dial, Fixed):
             return cls(f"λ={dial.lam + 0.0:g}", Fixed(dial.lam + 0.0))  # −0 is 0
         return cls(_name(dial), dial)
+
+    @property
+    def label(self) -> str:
+        """How tables call it: its id, behind the effort if there is one."""
+        return setting_label(self.id, self.effort)
 
     @property
     def lam(self) -> float | None:
@@ -56,17 +64,22 @@ AS_IT_IS = Setting("as it is")
 
 
 def unique_settings(values: Sequence[object]) -> list[Setting]:
-    """Name several dials.
+    """Name several dials; those that have a name keep it.
 
     Raises:
         ConfigError: If two have one id: they are the same, or differ beyond six digits.
     """
-    settings = [Setting.of(value) for value in values]
-    seen: set[str] = set()
+    settings = [value if isinstance(value, Setting) else Setting.of(value) for value in values]
+    seen: dict[str, Setting] = {}
     for setting in settings:
-        if setting.id in seen:
-            raise ConfigError(f"the setting {setting.id} is given twice; leave one out.")
-        seen.add(setting.id)
+        first = seen.setdefault(setting.id, setting)
+        if first is setting:
+            continue
+        if first.label == setting.label:
+            raise ConfigError(f"the setting {setting.label} is given twice; leave one out.")
+        raise ConfigError(
+            f"{first.label} and {setting.label} are one and the same setting; leave one out."
+        )
     return settings
 
 

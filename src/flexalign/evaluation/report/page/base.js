@@ -34,7 +34,7 @@ const signed = (share, digits = 1) => {
 const count = (value) => Math.round(value || 0).toLocaleString("en-US");
 const tokens = (value) => (!known(value) ? "–" : value >= 100 ? count(value) : fixed(value, 1));
 const range = (pair, format) => (pair && known(pair[0]) && known(pair[1]) ? `${format(pair[0])} to ${format(pair[1])}` : "");
-const settingName = (setting) => setting.row.setting.replace(/λ\s*=\s*/g, "λ\u00a0=\u00a0").replace(/\u00a0-/g, "\u00a0−");
+const settingName = (setting) => setting.row.label.replace(/λ\s*=\s*/g, "λ\u00a0=\u00a0").replace(/\u00a0-/g, "\u00a0−");
 
 const seriesNames = [...new Set(data.tasks.flatMap((task) => task.settings.map((setting) => setting.series)))];
 const colour = (series) => `--c: var(--series-${seriesNames.indexOf(series) % 6})`;

@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+
+from flexalign.calibration.calibrate import _require_saving
+from flexalign.calibration.figures import Answers, level_figures
+from flexalign.calibration.lambdas import fit_lambdas
+from flexalign.calibration.ways import Ways, fit_thresholds
+from flexalign.calibration.worth import describe_loss, require_saving
+from flexalign.errors import ConfigError
+from flexalign.evaluation.statistics import paired_difference_interval
+
+COUNT = 400
+QUESTIONS = [str(number) for number in range(COUNT)]
+
+
+def answers(tokens, right, seed=0):
+    generator = np.random.default_rng(seed)
+    return Answers(
+        QUESTIONS,
+        tokens * generator.lognormal(0, 0.4, COUNT),
+        np.arange(COUNT) < round(right * COUNT),
+    )
+
+
+def test_a_dial_that_moves_nothing_is_refused_with_what_was_measured():
+    reference = answers(100, 1)
+    faster = {f"λ={number}": answers(100, 1, seed=number) for number in range(1, 9)}
+    with pytest.raises(ConfigError) as caught:
+        require_saving(faster, reference, "mend it")
+    assert "no setting of this dial saves tokens beyond chance: λ=" in str(caught.value)
+    assert "of λ = 0's tokens on 400 questions, so that there is no effort" in str(caught.value)
+    assert "; mend it, or, if" in str(caught.value)
+
+
+def test_one_setting_that_saves_is_enough():
+    faster = {"λ=0.5": answers(130, 1, seed=1), "λ=1": answers(50, 1, seed=2)}
+    require_saving(faster, answers(100, 1), "mend it")
+
+
+def test_intervals_hold_together_for_all_settings():
+    """A saving that stands out alone, but not as the best of twenty, is chance."""
+    reference = answers(100, 1)
+    barely = Answers(QUESTIONS, reference.tokens.copy(), reference.correct)
+    noise = np.random.default_rng(5).normal(0, 30, COUNT)
+    barely.tokens[:] += noise - noise.mean() - 2.4 * 30 / np.sqrt(COUNT)
+    require_saving({"λ=1": barely}, reference, "mend it")
+    others = {f"λ={number}": reference for number in range(2, 21)}
+    with pytest.raises(ConfigError, match="λ=1 cuts most"):
+        require_saving({"λ=1": barely} | others, reference, "mend it")
+
+
+def ways(fast_right, fast_tokens=10, is_sure_of_right=False):
+    fast, slow = answers(fast_tokens, fast_right, seed=3), answers(100, 0.8, seed=4)
+    sure = np.random.default_rng(6).permutation(COUNT) / COUNT
+    if is_sure_of_right:
+        sure = np.where(fast.correct, 0.5 + sure / 2, sure / 2)
+    return (
+        Ways(QUESTIONS, sure, fast.tokens, fast.correct, slow.tokens, slow.correct),
+        {0.0: slow},
+    )
+
+
+def test_each_kind_of_dial_is_told_its_own_way_out():
+    both, fixed = ways(0.5, fast_tokens=100)
+    with pytest.raises(ConfigError, match=r"the fast answer cuts most.*take --dial lambda, or"):
+        _require_saving({"λ=0": fixed[0.0]}, both, {0.0: 100.0})
+    names = {"λ=0": fixed[0.0], "λ=-1": answers(10, 1), "λ=1": answers(100, 1, seed=8)}
+    names["λ=0.5"] = answers(10, 1)  # inside a hole: no effort goes there
+    with pytest.raises(ConfigError, match=r"λ=1 cuts most.*widen --lambda-range, or"):
+        _require_saving(names, None, {-1.0: 10.0, 0.0: 100.0, 1.0: 100.0})
+
+
+def adaptive(both, fixed, margin=0.02):
+    efforts = [0, 25, 50, 75, 100]
+    points = [[e, t] for e, t in zip(efforts, fit_thresholds(both, efforts), strict=True)]
+    calibration = {"version": 1, "measure": "answer_probability", "holes": [], "margin": margin}
+    calibration["effort"] = {"thresholds": points, "lambdas": [[100.0, 0.0]]}
+    return calibration | {"levels": level_figures(calibration, both, fixed)}
+
+
+def test_a_fast_end_that_is_mostly_wrong_makes_every_effort_useless():
+    both, fixed = ways(0.05)
+    calibration = adaptive(both, fixed)
+    loss = describe_loss(calibration)
+    best = calibration["levels"][3]
+    low, mean, high = paired_difference_interval(
+        both.correct(float(best["setting"].split()[1])), QUESTIONS, fixed[0.0].correct, QUESTIONS
+    )
+    assert (best["effort"], best["accuracy_change"]) == (75, pytest.approx(mean, abs=0.003))
+    assert best["accuracy_change_ci"] == pytest.approx([low, high], abs=0.003)
+    low, high = best["accuracy_change_ci"]
+    assert "every effort below 100 is less accurate than λ = 0 by more than" in loss
+    figures = f"{-100 * best['accuracy_change']:.1f} points [{-100 * high:.1f}, {-100 * low:.1f}]:"
+    assert f"the margin of 2 points; effort 75 loses least, {figures} train" in loss
+    assert describe_loss(calibration | {"margin": 0.3}) is None
+
+
+def test_one_effort_that_may_do_is_enough():
+    assert describe_loss(adaptive(*ways(0.5, is_sure_of_right=True))) is None
+
+
+def test_a_loss_that_may_be_chance_is_no_loss():
+    assert describe_loss(adaptive(*ways(0.79))) is None
+
+
+def test_between_two_measured_lambdas_accuracy_changes_along_the_line():
+    fixed = {0.0: answers(100, 0.8), 0.5: answers(80, 0.6), 1.0: answers(20, 0.1)}
+    tokens = {lam: float(own.tokens.mean()) for lam, own in fixed.items()}
+    calibration = {"version": 1, "measure": None, "holes": [], "margin": 0.02}
+    calibration["effort"] = {"thresholds": [], "lambdas": fit_lambdas(tokens)}
+    levels = level_figures(calibration, None, fixed)
+    assert levels[-1]["accuracy_change"] == 0
+    assert levels[-1]["accuracy_change_ci"] == [0, 0]
+    for level in levels[:-1]:
+        assert level["accuracy_change"] == pytest.approx(level["accuracy"] - 0.8)
+        low, high = level["accuracy_change_ci"]
+        assert low < level["accuracy_change"] < high
+    assert "effort 75 loses least" in describe_loss(calibration | {"levels": levels})
+    calibration["holes"] = [[0.0, 1.0]]  # effort 75 takes λ = 0, which is no step
+    snapped = level_figures(calibration, None, fixed)
+    assert snapped[3]["setting"] == "λ=0"
+    assert "effort 0 loses least" in describe_loss(calibration | {"levels": snapped})
