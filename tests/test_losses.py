@@ -88,7 +88,8 @@ def with_gradients(case: Case, loss: Callable[[Case], Tensor]) -> list[Tensor]:
     return [value.detach(), *(leaf.grad for leaf in leaves.values() if leaf.grad is not None)]
 
 
-def assert_agree(found: list[Tensor], expected: list[Tensor], relative: float = 1e-6) -> None:
+def assert_agree(found: list[Tensor], expected: list[Tensor], relative: float = 2e-6) -> None:
+    """Compare with float64; how float32 rounds differs between processors, up to 1.1e-6 was seen."""
     for one, other in zip(found, expected, strict=True):
         assert (one.double() - other.double()).norm() <= relative * other.double().norm()
 
