@@ -142,8 +142,8 @@ def test_a_dial_that_only_loses_is_called_so_at_the_end(
     for more in ((), ("--json",)):
         result = run_cli(*asked, *more)
         assert result.exit_code == 0, result.stderr
-        told = "warning: every effort below 100 is less accurate than λ = 0" in result.stderr
-        assert (told, "next: flexalign serve" in result.stderr) == (is_hopeless, not is_hopeless)
+        last = result.stderr.splitlines()[-1]
+        assert last.startswith("warning: every effort below 100 is less accurate") == is_hopeless
     assert InRaConfig.load(calibrated).calibration == found
 
 

@@ -47,7 +47,7 @@ EXCUSED = {
 SHORT = {
     "evaluate": {"--samples": "1", "--max-new-tokens": "16", "--limit": "4"},
     "tune": {"--samples": "1", "--max-new-tokens": "16"},
-    "calibrate": {"--max-new-tokens": "16", "--limit": "30"},
+    "calibrate": {"--max-new-tokens": "99", "--limit": "30"},
     "generate": {"--max-new-tokens": "16"},
     "chat": {"--max-new-tokens": "16"},
     "sample": {"--max-new-tokens": "16"},

@@ -162,16 +162,15 @@ def calibrate(
     else:
         _show(calibration)
     console.print(f"Written to {escape(str(save_to or folder))}/inra_config.json.", soft_wrap=True)
-    loss = describe_loss(calibration)
-    if loss is not None:
-        console.print(f"[yellow]warning:[/yellow] {escape(loss)}", soft_wrap=True)
-        return
     parts = escape(shlex.join([base, "--adapter", str(save_to or adapter)]))
     console.print(
         f"next: [cyan]flexalign serve {parts}[/cyan], to whose requests `effort` is a number and "
         "`reasoning_effort` a word now.",
         soft_wrap=True,
     )
+    loss = describe_loss(calibration)
+    if loss is not None:
+        console.print(f"[yellow]warning:[/yellow] {escape(loss)}", soft_wrap=True)
 
 
 def _preview(sweeps: "dict[str, Sweep]", as_json: bool) -> None:
