@@ -130,3 +130,11 @@ def test_another_temperature_than_calibrations_is_noted_once(caplog: pytest.LogC
         rules.choose({"effort": 50, "temperature": 1})
         rules.choose({"reasoning_effort": "low", "temperature": 0})
     assert len(caplog.records) == 1
+
+
+def test_a_request_without_a_temperature_is_sampled_at_1(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING, "flexalign.serving"):
+        DialRules(Fixed(0.0), effort=halves, temperature=1).choose({"effort": 50})
+        assert caplog.records == []
+        DialRules(Fixed(0.0), effort=halves, temperature=0.6).choose({"effort": 50})
+    assert "calibrated at temperature 0.6 and a request samples at 1:" in caplog.text

@@ -36,6 +36,9 @@ EFFORT_LEVELS: Mapping[str, float | None] = {
 }
 """``reasoning_effort`` as an effort; None is the end of the range that is permitted."""
 
+_USUAL_TEMPERATURE = 1
+"""What a request that gives no temperature is sampled at, by OpenAI's rule and every engine here."""
+
 _OTHER_NAMES = {"lam": "lambda", "λ": "lambda"}
 _log = logging.getLogger("flexalign.serving")
 
@@ -174,7 +177,8 @@ class DialRules:
         return report
 
     def _note_temperature(self, given: object) -> None:
-        if self.temperature is None or self._has_warned or given in (None, self.temperature):
+        given = _USUAL_TEMPERATURE if given is None else given
+        if self.temperature is None or self._has_warned or given == self.temperature:
             return
         self._has_warned = True
         _log.warning(
