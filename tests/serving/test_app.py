@@ -70,6 +70,12 @@ def test_a_request_for_another_model_names_the_one_that_is_here(served: Served):
     assert (error["param"], error["code"]) == ("model", "model_not_found")
 
 
+def test_a_dial_that_the_engine_does_not_serve_is_a_bad_dial(served: Served):
+    asked = {"messages": MESSAGES, "lambda": {"policy": "adaptive", "measure": "agreement"}}
+    error = served.refused(400, CHAT, "the measure agreement samples several answers", **asked)
+    assert (error["param"], error["code"]) == ("lambda", "invalid_dial")
+
+
 def test_metrics_count_what_was_written(served: Served):
     def count() -> float:
         _, text = served.ask("/metrics", "GET")

@@ -73,6 +73,9 @@ def test_a_dial_is_read_and_taken_out(body: dict[str, Any], dial: object):
         ({"efort": 5}, "efort", "'effort'"),
         ({"reasoning_efort": "low"}, "reasoning_efort", "'reasoning_effort'"),
         ({"contol": 1}, "contol", "'control'"),
+        ({"lambda": 2.0000001}, "lambda", r"λ = 2\.0000001 is outside"),
+        ({"extra_body": {"lambda": 1}}, "extra_body", "beside the messages"),
+        ({"reasoning": {"effort": "low"}}, "reasoning", "'reasoning_effort'"),
     ],
 )
 def test_what_is_no_dial_is_refused(body: dict[str, Any], param: str, says: str):

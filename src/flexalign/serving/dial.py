@@ -36,6 +36,9 @@ EFFORT_LEVELS: Mapping[str, float | None] = {
 }
 """``reasoning_effort`` as an effort; None is the end of the range that is permitted."""
 
+_ELSEWHERE = {"reasoning": "effort", "output_config": "effort"}
+"""Where other protocols say ``reasoning_effort``: an engine that knows them would go by it."""
+
 _USUAL_TEMPERATURE = 1
 """What a request that gives no temperature is sampled at, by OpenAI's rule and every engine here."""
 
@@ -154,7 +157,7 @@ class DialRules:
         outside = [lam for lam in extremes(dial) if not low <= lam <= high]
         if outside:
             raise LambdaError(
-                f"λ = {outside[0]:g} is outside the range [{low:g}, {high:g}] that this server's "
+                f"λ = {outside[0]:.12g} is outside the range [{low:g}, {high:g}] that this server's "
                 "operator permits; stay inside it."
             )
 
@@ -190,11 +193,21 @@ class DialRules:
 
 
 def refuse_misspelt(body: dict[str, Any]) -> None:
-    """Refuse a body with a key that is almost a dial's.
+    """Refuse a body with a key that is almost a dial's, or a dial in a place where none is read.
 
     Raises:
         ApiError: If there is one; names what was meant.
     """
+    if body.get("extra_body") is not None:
+        raise _bad(
+            "extra_body",
+            "extra_body is an argument of OpenAI's Python client; over HTTP its keys stand beside "
+            "the messages or the prompt.",
+        )
+    for key, inner in _ELSEWHERE.items():
+        value = body.get(key)
+        if isinstance(value, dict) and value.get(inner) is not None:
+            raise _bad(key, f"{key}.{inner} is no dial here; did you mean 'reasoning_effort'?")
     for key in body:
         if key in DIAL_KEYS:
             continue

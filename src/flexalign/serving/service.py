@@ -13,7 +13,7 @@ from flexalign.data.rendering import render_chat
 from flexalign.data.thinking import ThinkingTags
 from flexalign.data.traces import derive_seed
 from flexalign.decoding.text import ResponseText
-from flexalign.errors import DataError
+from flexalign.errors import ConfigError, DataError
 from flexalign.serving.answers import (
     AnswerForm,
     ChatForm,
@@ -97,8 +97,8 @@ class Service:
         """Check a request against the model and hand it to the engine.
 
         Raises:
-            ApiError: If the model is another one, a prompt too long, or the queue full.
-            ConfigError: If the engine does not serve the dial.
+            ApiError: If the model is another one, the engine does not serve the dial, a prompt is
+                too long, or the queue full.
         """
         since = monotonic()
         name = self.model.name
@@ -109,7 +109,10 @@ class Service:
                 param="model",
                 code="model_not_found",
             )
-        self.engine.check(choice.dial)
+        try:
+            self.engine.check(choice.dial)
+        except ConfigError as error:
+            raise ApiError(400, str(error), param="lambda", code="invalid_dial") from error
         form: AnswerForm
         if isinstance(request, ChatRequest):
             form = ChatForm(name, self.model.tokenizer, self.model.tags)
