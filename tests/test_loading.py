@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import typer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -18,6 +19,7 @@ from transformers import (
 )
 
 from families import family_model
+from flexalign.cli.app import app
 from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
 from flexalign.loading import (
     fingerprint,
@@ -45,6 +47,17 @@ VISION = {
 def folder(tiny_pair, tmp_path):
     """A model's folder that may be changed."""
     return shutil.copytree(tiny_pair.reference, tmp_path / "model")
+
+
+def commands_with(option):
+    """The commands that take an option; a message may name no other."""
+    commands = typer.main.get_command(app).commands
+    takers = [(name, flag) for name in commands for flag in flags_of(commands[name])]
+    return {name for name, flag in takers if flag == option}
+
+
+def flags_of(command):
+    return [flag for parameter in command.params for flag in parameter.opts]
 
 
 def change_json(file, **changes):
@@ -184,7 +197,8 @@ def test_own_code_runs_only_if_permitted(folder):
         auto_map={"AutoConfig": "configuration.Config"},
     )
     (folder / "configuration.py").write_text("raise RuntimeError('it ran')\n")
-    refused(folder, "brings its own code", "--trust-remote-code")
+    assert commands_with("--trust-remote-code") == {"inspect"}
+    refused(folder, "brings its own code", "--trust-remote-code with flexalign inspect")
 
 
 def test_an_unknown_family(folder):
@@ -196,8 +210,10 @@ def test_pickles_are_refused_unless_permitted(folder):
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
-    with pytest.raises(ConfigError, match=r"allow_pickle=True"):
+    with pytest.raises(ConfigError, match=r"allow_pickle=True") as caught:
         load_model(folder)
+    assert commands_with("--allow-pickle") == {"realign", "cache", "inspect"}
+    assert "flexalign realign, cache and inspect take it as it is" in str(caught.value)
     loaded = load_model(folder, allow_pickle=True).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
 

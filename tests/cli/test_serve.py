@@ -21,6 +21,7 @@ from flexalign.serving.server import require_safe_address
         (("--any-base",), "--adapter"),
         (("--adapter", "a", "--gate", "2"), "gate"),
         (("--adapter", "a", "--lambda-range", "2,1"), "LEAST,LARGEST"),
+        (("--adapter", "a", "--lambda-range", "nan,1"), "--lambda-range takes LEAST,LARGEST"),
         (("--context", "1"), "at least 2"),
         (("--host", "0.0.0.0"), "--insecure"),
         (("--api-key-env", "NO_SUCH_VARIABLE"), "not set"),

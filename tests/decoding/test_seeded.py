@@ -29,6 +29,12 @@ def test_frequencies_are_those_of_transformers_warpers(temperature: float, top_p
     assert bool(((frequencies - expected).abs() <= 4.5 * error).all())
 
 
+@pytest.mark.parametrize(("temperature", "top_p"), [(1e-320, 1.0), (1e-38, 0.5), (1.0, 1e-320)])
+def test_next_to_nothing_leaves_the_likeliest(temperature: float, top_p: float) -> None:
+    logits = torch.tensor([[4.0, 30.0, 31.0, -torch.inf]]).expand(100, -1)
+    assert set(_draw(SeededSampling(range(100), temperature, top_p), logits).tolist()) == {2}
+
+
 def test_one_seed_draws_independently_at_every_token() -> None:
     logits = torch.zeros(1, 2)
     sampling = SeededSampling([7])

@@ -39,3 +39,26 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Li
 
         yield start
         nursery.stdin.close()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mount a small file system; its size is in KiB."""
+    mounted = []
+
+    def mount(*options: str) -> Path:
+        folder = tmp_path / "disk"
+        folder.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(folder)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            pytest.skip("there is no mount command here")
+        if done.returncode:
+            pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,29 @@ def test_a_launcher_starts_both(recipe: Path, tmp_path: Path, whole: dict[str, b
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("response tokens of 40 rows") == 1
     assert contents(folder) == whole
+
+
+def test_a_full_and_a_read_only_disk_are_one_sentence_each(
+    recipe: Path, whole: dict[str, bytes], disk: Callable[..., Path]
+) -> None:
+    place = disk(f"size={sum(map(len, whole.values())) // 2}")
+    folder = place / "cache"
+
+    def refused() -> str:
+        done = subprocess.run(
+            [*command(recipe, folder), "--anyway"], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1, done.stderr
+        assert "Traceback" not in done.stderr
+        [line] = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+        return line
+
+    assert "the disk is full" in refused()
+    assert not list(folder.glob(".*.partial"))
+    subprocess.run(["mount", "-o", "remount,ro,size=64m", str(place)], check=True)
+    assert "ead-only" in refused()
+    subprocess.run(["mount", "-o", "remount,rw,size=64m", str(place)], check=True)
+    done = run(recipe, folder)
+    assert done.returncode == 0, done.stderr
+    # Not `contents`, which maps the files: the disk could not be unmounted.
+    assert {name: (folder / name).read_bytes() for name in whole} == whole

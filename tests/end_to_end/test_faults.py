@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,29 +146,6 @@ def test_ctrl_c_from_outside_saves_and_says_how_to_go_on(
     assert str(stopped) in stderr
     assert "same command" in stderr
     assert "Traceback" not in stderr
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Mount a small file system; its size is in KiB."""
-    mounted = []
-
-    def mount(*options: str) -> Path:
-        folder = tmp_path / "disk"
-        folder.mkdir(exist_ok=True)
-        command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", str(folder)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            pytest.skip("there is no mount command here")
-        if done.returncode:
-            pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk_leaves_the_last_complete_checkpoint(

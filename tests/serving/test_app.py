@@ -2,13 +2,18 @@
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from asgi import request
 from flexalign.errors import ConfigError
+from flexalign.inra.config import InRaConfig
+from flexalign.loading import resolve_adapter
 from flexalign.policies import Dial
 from flexalign.serving.app import create_app
 from flexalign.serving.engine import EngineLimits
@@ -70,6 +75,12 @@ def test_models_are_told_one_by_one(served: Served):
 def test_a_request_for_another_model_names_the_one_that_is_here(served: Served):
     error = served.refused(404, CHAT, "this server has 'miniature'", messages=MESSAGES, model="gpt")
     assert (error["param"], error["code"]) == ("model", "model_not_found")
+
+
+def test_a_dial_that_the_engine_does_not_serve_is_a_bad_dial(served: Served):
+    asked = {"messages": MESSAGES, "lambda": {"policy": "adaptive", "measure": "agreement"}}
+    error = served.refused(400, CHAT, 'the measure "agreement" samples several answers', **asked)
+    assert (error["param"], error["code"]) == ("lambda", "invalid_dial")
 
 
 def test_metrics_count_what_was_written(served: Served):
@@ -172,3 +183,35 @@ def test_an_answer_that_breaks_is_told_and_the_next_is_served(
     status, answer = served.ask(COMPLETION, **asked)
     assert (status, answer["usage"]["completion_tokens"]) == (200, 3 * n)
     assert served.service.engine.running == 0
+
+
+def test_effort_turns_the_dial_of_a_calibrated_adapter(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    points = {"thresholds": [], "lambdas": [[0, 1.0], [50, 0.6], [100, 0.0]]}
+    calibration = {"version": 1, "effort": points, "holes": [[0.1, 0.5]], "threshold": 0.5}
+    calibration |= {"measure": "answer_probability", "sampling": {"temperature": 0.7}}
+    fast = shutil.copytree(resolve_adapter("miniature:fast"), tmp_path / "fast")
+    settings = replace(InRaConfig.load(fast), calibration=calibration)
+    (fast / "inra_config.json").write_text(settings.to_text())
+    service, rules = load_service(ServeOptions("miniature", str(fast)))
+    served = Served(service, create_app(service, rules))
+
+    def written(**dial: Any) -> tuple[Any, str]:
+        asked = {"messages": MESSAGES, "max_tokens": 20, "temperature": 0, **dial}
+        _, answer = served.ask(CHAT, **asked)
+        [choice] = answer["choices"]
+        return answer["dial"], choice["message"]["content"]
+
+    try:
+        (dial, answer), (same, expected) = written(reasoning_effort="none"), written(effort=0)
+        assert dial == {"lambda": 1.0, "policy": "fixed", "route": None}
+        assert (answer, same) == (expected, dial | {"effort": 0})
+        assert "" == written(reasoning_effort="xhigh")[1] != answer  # it is thinking still
+        assert written(reasoning_effort="medium")[0]["lambda"] == 0.6
+        assert written(effort=70)[0]["lambda"] == 0.5  # 0.36 lies in the hole
+        assert "worse than both ends" in written(**{"lambda": 0.3})[0]["note"]
+        served.refused(400, CHAT, "0 (fastest) to 100", messages=MESSAGES, effort=101)
+    finally:
+        service.engine.stop()
+    assert caplog.text.count("effort was calibrated at temperature 0.7") == 1

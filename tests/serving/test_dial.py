@@ -77,6 +77,9 @@ def test_a_dial_is_read_and_taken_out(body: dict[str, Any], dial: object):
         ({"efort": 5}, "efort", "'effort'"),
         ({"reasoning_efort": "low"}, "reasoning_efort", "'reasoning_effort'"),
         ({"contol": 1}, "contol", "'control'"),
+        ({"lambda": 2.0000001}, "lambda", r"λ = 2\.0000001 is outside"),
+        ({"extra_body": {"lambda": 1}}, "extra_body", "beside the messages"),
+        ({"reasoning": {"effort": "low"}}, "reasoning", "'reasoning_effort'"),
     ],
 )
 def test_what_is_no_dial_is_refused(body: dict[str, Any], param: str, says: str):
@@ -151,3 +154,13 @@ def test_an_adapters_rules_know_what_its_calibration_sampled_with():
     assert adapter_rules(settings).sampling == {"temperature": 0.7, "top_p": 0.95}
     bare = replace(settings, calibration={**calibration, "sampling": {}})
     assert adapter_rules(bare).sampling == {}
+
+
+def test_a_request_without_a_temperature_is_sampled_at_1(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING, "flexalign.serving"):
+        calibrated = {"temperature": 1, "top_p": 1.0}
+        DialRules(Fixed(0.0), effort=halves, sampling=calibrated).choose({"effort": 50})
+        assert caplog.records == []
+        calibrated = {"temperature": 0.6}
+        DialRules(Fixed(0.0), effort=halves, sampling=calibrated).choose({"effort": 50})
+    assert "calibrated at temperature 0.6 and is asked for at temperature 1:" in caplog.text

@@ -5,6 +5,7 @@ import signal
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -96,5 +97,29 @@ def test_sigterm_lets_what_runs_finish(start_server: Any):
             last = chunk
         assert last is not None
         assert last.choices[0].finish_reason in ("stop", "length")
+    assert server.process.wait(30) == 0
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_whoever_is_not_done_within_the_grace_is_told(start_server: Any):
+    dial = ("miniature", "--adapter", "miniature:fast", "--batch-size", "1", "--grace", "1")
+    server = start_server(*dial)
+    asked: dict[str, Any] = {"model": "miniature", "messages": messages(QUESTIONS[3]), "n": 60}
+    with (
+        openai.OpenAI(base_url=server.url, api_key="none", max_retries=0) as client,
+        ThreadPoolExecutor(1) as aside,
+    ):
+        stream = client.chat.completions.create(**asked, stream=True)
+        next(stream)
+        waiting = aside.submit(client.chat.completions.create, **asked)
+        while metric(server, "flexalign_lambda_count") < 2:
+            time.sleep(0.01)
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(stream)
+        error = waiting.exception()
+    assert isinstance(error, openai.InternalServerError)
+    assert error.status_code == 503
+    assert "shutting down" in error.body["message"]
     assert server.process.wait(30) == 0
     assert "Traceback" not in server.log.read_text()

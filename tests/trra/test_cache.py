@@ -2,6 +2,7 @@
 
 import errno
 import json
+import mmap
 import shutil
 import subprocess
 import sys
@@ -300,6 +301,30 @@ def test_files_that_another_process_makes_are_waited_for_and_not_made_twice(
     assert fill.loads == 1
     assert seen[-1] == (cache.facts["tokens"], cache.facts["tokens"])
     assert cache.facts["files"] == HiddenStateCache.open(tmp_path / "other").facts["files"]
+
+
+def test_the_system_is_asked_to_read_ahead_what_a_batch_takes(
+    fill: Callable[..., HiddenStateCache],
+    documents: list[Document],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    class Watched(mmap.mmap):
+        def madvise(self, *given: int) -> None:
+            super().madvise(*given)
+            asked.append(given)
+
+    monkeypatch.setattr(mmap, "mmap", Watched)
+    cache = fill()
+    for document in documents:
+        del asked[:]
+        states = cache.states(document)
+        for (advice, start, length), tensor in zip(asked, states, strict=True):
+            assert advice == mmap.MADV_WILLNEED
+            assert start % mmap.PAGESIZE == 0
+            size = tensor.numel() * tensor.element_size()
+            assert size <= length < size + mmap.PAGESIZE
 
 
 def test_a_file_system_without_locks_grants_every_claim(

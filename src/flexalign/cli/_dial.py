@@ -1,6 +1,7 @@
 """The dial on the command line: read, put to a model, and told of."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -109,10 +110,11 @@ def read_range(text: str | None) -> tuple[float, float] | None:
     """
     if text is None:
         return None
-    limits = parse_lambdas(text)
-    if len(limits) != 2 or limits[0] > limits[1]:
-        raise LambdaError(f"--lambda-range takes LEAST,LARGEST, such as -1,2; got {text!r}.")
-    return limits[0], limits[1]
+    with suppress(LambdaError):
+        least, *rest = parse_lambdas(text)
+        if len(rest) == 1 and least <= rest[0]:
+            return least, rest[0]
+    raise LambdaError(f"--lambda-range takes LEAST,LARGEST, such as -1,2; got {text!r}.")
 
 
 def open_dial(

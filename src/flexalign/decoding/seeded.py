@@ -15,6 +15,9 @@ from transformers import LogitsProcessor
 
 __all__ = ["SeededSampling"]
 
+_LEAST_TEMPERATURE = 1e-8
+"""Colder ones are taken for it: nothing but the likeliest is drawn, and no quotient overflows."""
+
 _INCREMENT = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
 _FIRST = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _SECOND = -7723592293110705685  # 0x94D049BB133111EB
@@ -41,7 +44,7 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
             top_p: Probability mass sampled from, 0 < top_p ≤ 1.
         """
         self.seeds = torch.tensor(list(seeds), dtype=torch.int64)
-        self._temperature = temperature
+        self._temperature = max(temperature, _LEAST_TEMPERATURE)
         self._top_p = top_p
         self._prompt_tokens: int | None = None
 
@@ -70,6 +73,7 @@ def _likeliest(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     probabilities = ordered.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
     dropped = before >= top_p
+    dropped[:, 0] = False  # a top_p that float32 takes for 0 leaves the likeliest
     width = int((~dropped).sum(-1).amax())
     return ordered.masked_fill(dropped, -torch.inf)[:, :width], ids[:, :width]
 

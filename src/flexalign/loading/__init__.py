@@ -74,7 +74,8 @@ def load_config(model: Model, *, trust_remote_code: bool = False) -> Any:
         if not trust_remote_code and "auto_map" in raw and not _is_known(raw):
             raise UnsupportedModelError(
                 f"{source} brings its own code ({raw['auto_map']}), which would run here; if you "
-                "trust it, permit it: trust_remote_code=True (--trust-remote-code)."
+                "trust it, permit it: trust_remote_code=True in Python, training.trust_remote_code "
+                "in a recipe, --trust-remote-code with flexalign inspect."
             )
         try:
             config = AutoConfig.from_pretrained(
@@ -280,8 +281,9 @@ def _require_weights(source: Source, allow_pickle: bool) -> None:
         if not allow_pickle:
             raise ConfigError(
                 f"{source} has its weights as pickles alone ({pickled[0]}), and loading a "
-                "pickle can run code; if you trust it, permit it once (allow_pickle=True, "
-                "--allow-pickle) and save it with save_pretrained, as safetensors."
+                "pickle can run code; if you trust it, load it once in Python with allow_pickle=True "
+                "and save it with save_pretrained, as safetensors. flexalign realign, cache and "
+                "inspect take it as it is with --allow-pickle."
             ) from None
 
 

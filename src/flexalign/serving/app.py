@@ -102,6 +102,8 @@ class _Routes:
         leaving = asyncio.create_task(_cancel_when_gone(request.receive, underway))
         try:
             return JSONResponse(await self._service.answer(underway))
+        except asyncio.CancelledError as error:
+            raise _as_api_error(error) from error
         finally:
             leaving.cancel()
             underway.cancel()
@@ -144,7 +146,7 @@ class _EventStream(Response):
         try:
             async for content in self._events:
                 yield content
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             yield event(_as_api_error(error).to_json())
 
 
@@ -161,9 +163,11 @@ async def _on_error(request: Request, error: Exception) -> Response:
     return JSONResponse(told.to_json(), told.status, headers=told.headers)
 
 
-def _as_api_error(error: Exception) -> ApiError:
+def _as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, asyncio.CancelledError):  # by uvicorn, when the grace is over
+        return ApiError(503, "the server is shutting down; ask again later.")
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
     if isinstance(error, FlexAlignError):

@@ -37,6 +37,12 @@ EFFORT_LEVELS: Mapping[str, float | None] = {
 
 _FORMS = 'a finite number such as 0.5, "auto", or an object such as {"policy": "adaptive", "threshold": 0.5}'
 
+_ELSEWHERE = {"reasoning": "effort", "output_config": "effort"}
+"""Where other protocols say ``reasoning_effort``: an engine that knows them would go by it."""
+
+_USUAL = {"temperature": 1, "top_p": 1}
+"""How a request that does not say is sampled, by OpenAI's rule and every engine here."""
+
 _log = logging.getLogger("flexalign.serving")
 
 
@@ -161,7 +167,7 @@ class DialRules:
         outside = [lam for lam in extremes(dial) if not low <= lam <= high]
         if outside:
             raise LambdaError(
-                f"λ = {outside[0]:g} is outside the range [{low:g}, {high:g}] that this server's "
+                f"λ = {outside[0]:.12g} is outside the range [{low:g}, {high:g}] that this server's "
                 "operator permits; stay inside it."
             )
 
@@ -184,7 +190,8 @@ class DialRules:
         return report
 
     def _note_sampling(self, body: Mapping[str, Any]) -> None:
-        note = None if self._has_warned else note_on_sampling(self.sampling, body)
+        asked = _USUAL | {name: body[name] for name in _USUAL if body.get(name) is not None}
+        note = None if self._has_warned else note_on_sampling(self.sampling, asked)
         if note is not None:
             self._has_warned = True
             _log.warning(note)
@@ -202,11 +209,21 @@ def _of_lambda(key: str, value: object) -> Dial:
 
 
 def refuse_misspelt(body: dict[str, Any]) -> None:
-    """Refuse a body with a key that is almost a dial's.
+    """Refuse a body with a key that is almost a dial's, or a dial in a place where none is read.
 
     Raises:
         ApiError: If there is one; names what was meant.
     """
+    if body.get("extra_body") is not None:
+        raise _bad(
+            "extra_body",
+            "extra_body is an argument of OpenAI's Python client; over HTTP its keys stand beside "
+            "the messages or the prompt.",
+        )
+    for key, inner in _ELSEWHERE.items():
+        value = body.get(key)
+        if isinstance(value, dict) and value.get(inner) is not None:
+            raise _bad(key, f"{key}.{inner} is no dial here; did you mean 'reasoning_effort'?")
     for key in body:
         if key in DIAL_KEYS:
             continue

@@ -97,8 +97,8 @@ class Service:
         """Check a request against the model and hand it to the engine.
 
         Raises:
-            ApiError: If the model is another one, a prompt too long, or the queue full, or the
-                engine does not serve the dial.
+            ApiError: If the model is another one, the engine does not serve the dial, a prompt is
+                too long, or the queue full.
         """
         since = monotonic()
         name = self.model.name

@@ -126,7 +126,7 @@ def test_several_samples_share_their_lambda(llama, chunked):
         ({"lambda": "abc"}, "must be a number or a JSON object"),
         ({"lambda": True}, "must be a finite number"),
         ({"lambda": [1]}, "must be a finite number"),
-        ({"lambda": 1e300}, "must be finite"),
+        ({"lambda": 1e300}, "must be a finite number"),
         ({"lambda": {"kind": "linea"}}, "did you mean 'linear'"),
         ({"lamda": 1}, "did you mean 'lambda'"),
     ],

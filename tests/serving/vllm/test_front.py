@@ -194,6 +194,8 @@ def test_a_schedule_reaches_the_engine_as_text_beside_what_else_it_is_told(folde
         ({"lambda": "fast"}, "lambda"),
         ({"lamda": 1}, "lamda"),
         ({"lambda": 1, "control": 1}, "control"),
+        ({"extra_body": {"lambda": 1}}, "extra_body"),
+        ({"reasoning": {"effort": "low"}}, "reasoning"),
         (xargs(0.5), "vllm_xargs"),
         ({"lambda": 0.5} | xargs(2), "vllm_xargs"),
         ({"use_beam_search": True}, "use_beam_search"),
@@ -217,12 +219,14 @@ def test_other_routes_have_no_dial_and_say_so(folder: Path, path: str):
     vllm = Vllm()
     app = before(vllm, folder)
     sampling = {"sampling_params": {"extra_args": {"lambda": 2}}}
-    for body in ({"lambda": 1}, {"effort": 3}, {"lamda": 1}, xargs(2), sampling):
+    efforts = ({"reasoning": {"effort": "low"}}, {"output_config": {"effort": "low"}})
+    for body in ({"lambda": 1}, {"effort": 3}, {"lamda": 1}, xargs(2), sampling, *efforts):
         status, answer = ask(app, path, **body)
         assert (status, vllm.bodies) == (400, [])
         assert CHAT in answer["error"]["message"] or "did you mean" in answer["error"]["message"]
-    assert ask(app, path, input="a") == (200, {"id": "other"})
-    assert vllm.bodies == [{"input": "a"}]
+    others = {"input": "a", "reasoning": {"summary": "auto", "effort": None}}
+    assert ask(app, path, **others) == (200, {"id": "other"})
+    assert vllm.bodies == [others]
 
 
 def test_a_root_path_is_no_way_round(folder: Path):

@@ -5,6 +5,7 @@ import json
 import mmap
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,13 +38,21 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all, whoever else writes it at the same time."""
+    """Write a file that is there whole or not at all, whoever else writes it at the same time.
+
+    A failure takes the part that was written away: it would fill the disk that is full.
+    """
     partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **facts: Any) -> None:
