@@ -12,7 +12,7 @@ from flexalign.data.endpoint import Endpoint
 from flexalign.data.thinking import ThinkingTags
 from flexalign.loading import load_tokenizer
 from flexalign.policies import Adaptive, Route
-from server_process import KEY, QUESTIONS, Server, messages, whole
+from server_process import KEY, QUESTIONS, Server, messages, metric, whole
 
 pytestmark = pytest.mark.slow
 
@@ -195,19 +195,42 @@ def test_errors_have_openais_form(client: openai.OpenAI, either: Server):
     ):
         with pytest.raises(kind) as caught:
             ask(**values)
+        assert isinstance(caught.value.body, dict)
         assert caught.value.body["message"]
+        assert caught.value.body["type"] in ("invalid_request_error", "not_found_error")
+        assert not isinstance(caught.value.body["code"], int)
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=either.url, api_key="open", max_retries=0).models.list()
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
-    with pytest.raises(openai.NotFoundError):
+    with pytest.raises(openai.NotFoundError) as caught:
         client.embeddings.create(model="miniature", input="a")
+    assert isinstance(caught.value.body, dict)
+    assert caught.value.body["type"] == "not_found_error"
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model="miniature", prompt=[5, 66])
     with pytest.raises(openai.APIStatusError) as caught:
         ask(extra_body={"user": "a" * 5_000_000})
     assert caught.value.status_code == 413
     ask()
+
+
+def test_metrics_count_the_dials(client: openai.OpenAI, either: Server):
+    def counted() -> list[float]:
+        return [metric(either, f"flexalign_{name}") for name in ("lambda_count", "routes_total")]
+
+    before = counted()
+    for dial in (0.75, {"policy": "route", "share": 0}, {"policy": "adaptive", "threshold": 1}):
+        client.chat.completions.create(
+            model="miniature",
+            messages=messages(QUESTIONS[0]),
+            max_tokens=3,
+            extra_body={"lambda": dial},
+        )
+    with pytest.raises(openai.BadRequestError):
+        client.completions.create(model="miniature", prompt="1", extra_body={"lambda": 9})
+    grown = [after - then for after, then in zip(counted(), before, strict=True)]
+    assert grown == [1, 2]
 
 
 def test_each_of_many_gets_the_answer_it_gets_alone(either: Server, alone: Any):

@@ -13,11 +13,39 @@ from flexalign.serving.engine import Ended, Engine
 from flexalign.serving.errors import Scope
 from flexalign.serving.middleware import PATHS
 
-__all__ = ["Metrics"]
+__all__ = ["DialMetrics", "Metrics"]
 
 _LAMBDAS = (-2, -1, -0.5, 0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5)
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _PATHS = (*PATHS, "/v1/models", "/health", "/metrics")
+
+
+class DialMetrics:
+    """Counts what dials were served, whatever engine serves them."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._lambda = Histogram(
+            "flexalign_lambda",
+            "λ of requests with one λ throughout.",
+            registry=registry,
+            buckets=_LAMBDAS,
+        )
+        self._routes = Counter(
+            "flexalign_routes",
+            "Ways taken under adaptive and route policies.",
+            ("policy", "route"),
+            registry=registry,
+        )
+
+    def began(self, dial: Dial | None) -> None:
+        """Count a request that was let in."""
+        if isinstance(dial, Fixed):
+            self._lambda.observe(dial.lam)
+
+    def went(self, policy: str | None, route: str | None) -> None:
+        """Count the way that an answer took, if its policy chooses one."""
+        if route is not None:
+            self._routes.labels(policy, route).inc()
 
 
 class Metrics:
@@ -28,16 +56,8 @@ class Metrics:
         self.registry.register(_EngineState(engine))
         self._requests = self._counter("requests", "Requests answered.", ("path", "status"))
         self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
-        self._routes = self._counter(
-            "routes", "Ways taken under adaptive and route policies.", ("policy", "route")
-        )
+        self._dials = DialMetrics(self.registry)
         self._cancelled = self._counter("cancelled", "Answers whose client left.")
-        self._lambda = Histogram(
-            "flexalign_lambda",
-            "λ of requests with one λ throughout.",
-            registry=self.registry,
-            buckets=_LAMBDAS,
-        )
         self._first = Histogram(
             "flexalign_first_text_seconds",
             "From a request's arrival to its first text.",
@@ -62,8 +82,7 @@ class Metrics:
     def began(self, dial: Dial | None, prompt_tokens: int) -> None:
         """Count a request that was let in."""
         self._prompt_tokens.inc(prompt_tokens)
-        if isinstance(dial, Fixed):
-            self._lambda.observe(dial.lam)
+        self._dials.began(dial)
 
     def first_text(self, since: float) -> None:
         """Note that a request that arrived at this time has its first text."""
@@ -73,8 +92,7 @@ class Metrics:
         """Count an answer that has ended."""
         if ended.finish == "cancelled":
             self._cancelled.inc()
-        if ended.route is not None:
-            self._routes.labels(policy, ended.route).inc()
+        self._dials.went(policy, ended.route)
 
     def text(self) -> bytes:
         """Return everything in Prometheus' text form."""

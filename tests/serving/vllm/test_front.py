@@ -50,19 +50,26 @@ class Vllm:
         self.finish, self.stop_reason = "stop", None
         self.prompt = "3+4?"
         self.failure: dict[str, Any] | None = None
+        self.status = 400
         self.state = SimpleNamespace(args=SimpleNamespace(model=""))
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.paths.append(scope["path"])
         if scope["path"] == "/v1/models":
             return await self._whole(send, {"data": [{"id": "m"}]})
+        if scope["path"] == "/metrics":
+            assert not {b"accept", b"accept-encoding"} & {name for name, _ in scope["headers"]}
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            for body, more in ((b"vllm:a 1.0\n", True), (b"vllm:b 2.0\n", False)):
+                await send({"type": "http.response.body", "body": body, "more_body": more})
+            return None
         body = json.loads((await receive())["body"])
         self.bodies.append(body)
         self.written.append(0)
         if scope["path"] not in (CHAT, COMPLETION):
             return await self._whole(send, {"id": "other"})
         if self.failure:
-            return await self._whole(send, self.failure, 400)
+            return await self._whole(send, self.failure, self.status)
         is_chat = scope["path"] == CHAT
         if not body.get("stream"):
             return await self._whole(send, self._answer(body, is_chat))
@@ -410,7 +417,8 @@ def test_a_calibration_is_gone_by(folder: Path, tmp_path: Path, threshold: float
 def test_an_error_of_the_fast_call_is_the_answer(folder: Path):
     vllm = Vllm()
     vllm.failure = {"error": {"message": "too long", "code": 400}}
-    assert ask(before(vllm, folder), messages=[], **adaptive(0.5)) == (400, vllm.failure)
+    status, answer = ask(before(vllm, folder), messages=[], **adaptive(0.5))
+    assert (status, answer["error"]["message"]) == (400, "too long")
 
     class Dying(Vllm):
         async def _event(self, send: Any, choices: Any, is_chat: bool, **more: Any) -> None:
@@ -606,3 +614,57 @@ def test_without_a_start_of_the_server_a_bad_folder_is_an_error_of_the_request(t
     scope = {"type": "http", "method": "GET", "path": "/health", "headers": [], "app": vllm}
     with pytest.raises(CheckpointError, match="no InRa adapter"):
         asyncio.run(Front(vllm)(scope, None, None))
+
+
+def test_metrics_tell_the_dials_after_what_vllm_tells(folder: Path):
+    front = before(Vllm(), folder)
+    for lam in (0.5, 0.25, {"policy": "route", "share": 1}):
+        ask(front, messages=[], **{"lambda": lam})
+    ask(front, messages=[], **{"lambda": 9})
+    bargain = [(b"accept", b"application/openmetrics-text"), (b"accept-encoding", b"gzip")]
+    [start, body] = request(front, "/metrics", method="GET", headers=bargain)
+    assert dict(start["headers"])[b"content-length"] == str(len(body["body"])).encode()
+    told = body["body"].decode().splitlines()
+    assert told[:2] == ["vllm:a 1.0", "vllm:b 2.0"]
+    assert "flexalign_lambda_count 2.0" in told
+    assert 'flexalign_lambda_bucket{le="0.25"} 1.0' in told
+    assert 'flexalign_routes_total{policy="route",route="slow"} 1.0' in told
+
+
+BUSY = "The engine is currently busy and cannot accept new requests. Please try again later"
+
+
+@pytest.mark.parametrize(
+    ("status", "told", "expected"),
+    [
+        (404, {"detail": "Not Found"}, (404, "not_found_error", None, None)),
+        (405, {"detail": "No"}, (405, "invalid_request_error", None, None)),
+        (400, {"error": {"message": "m", "type": "BadRequestError", "param": "stop", "code": 400}},
+         (400, "invalid_request_error", "stop", None)),
+        (500, {"error": {"message": "m", "type": "Internal", "code": 500}},
+         (500, "server_error", None, None)),
+        (503, {"error": {"message": BUSY, "code": 503}}, (429, "rate_limit_error", None, "queue_full")),
+        (503, {"error": {"message": "dead", "code": 503}}, (503, "server_error", None, None)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dial", [0.5, {"policy": "adaptive", "threshold": 0.5}])
+def test_what_vllm_refuses_has_openais_form(
+    folder: Path, status: int, told: dict[str, Any], expected: Any, dial: Any
+):
+    vllm = Vllm()
+    vllm.failure, vllm.status = told, status
+    sent = request(before(vllm, folder), CHAT, {"messages": [], "lambda": dial})
+    error = json.loads(sent[1]["body"])["error"]
+    found = (sent[0]["status"], error["type"], error["param"], error["code"])
+    assert found == expected
+    assert error["message"] == told.get("detail", told.get("error", {}).get("message"))
+    headers = dict(sent[0]["headers"])
+    assert headers[b"content-length"] == str(len(sent[1]["body"])).encode()
+    assert headers.get(b"retry-after") == (b"1" if expected[0] == 429 else None)
+
+
+def test_an_error_that_is_no_json_is_left_alone(folder: Path):
+    vllm = Vllm()
+    vllm.failure, vllm.status = {"message": "a form of its own"}, 400
+    sent = request(before(vllm, folder), CHAT, {"messages": []})
+    assert (sent[0]["status"], json.loads(sent[1]["body"])) == (400, vllm.failure)

@@ -159,15 +159,18 @@ def engine_of(server: Server) -> int:
     return engine
 
 
-def test_a_dead_engine_is_told_and_a_restart_serves_again(start_vllm: Any):
+def test_a_full_queue_and_a_dead_engine_are_told_and_a_restart_serves_again(start_vllm: Any):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    server = start_vllm(port=port)
+    server = start_vllm("--queue", "12", port=port)
     asked: dict[str, Any] = {"model": "miniature", "messages": messages(QUESTIONS[3])}
     asked |= {"max_tokens": 900, "temperature": 1, "n": 8, "extra_body": {"ignore_eos": True}}
     with openai.OpenAI(base_url=server.url, api_key="none", max_retries=0) as client:
         stream = client.chat.completions.create(**asked, stream=True)
         next(stream)
+        with pytest.raises(openai.RateLimitError) as full:
+            client.chat.completions.create(**asked)
+        assert full.value.response.headers["retry-after"] == "1"
         subprocess.run(["kill", "-KILL", str(engine_of(server))], check=True)
         with pytest.raises(openai.APIError) as caught:
             for _ in stream:

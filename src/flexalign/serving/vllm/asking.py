@@ -15,6 +15,7 @@ from flexalign.serving.echo import Echo
 from flexalign.serving.errors import ApiError, Scope
 from flexalign.serving.middleware import PATHS, DialMiddleware, path_of
 from flexalign.serving.vllm.attempt import Attempt, fast_body, fold
+from flexalign.serving.vllm.counting import DialCount
 from flexalign.serving.vllm.lambdas import LAMBDA_KEY
 from flexalign.serving.vllm.retelling import Reading, Retold, are_ids
 
@@ -36,6 +37,7 @@ class EngineDial(DialMiddleware):
         rules: DialRules,
         settings: InRaConfig,
         reading: Reading,
+        count: DialCount,
         *,
         body_limit: int = BODY_LIMIT,
     ) -> None:
@@ -46,11 +48,13 @@ class EngineDial(DialMiddleware):
             rules: What is permitted.
             settings: The adapter's.
             reading: Of its model.
+            count: Of the dials that it serves.
             body_limit: The longest body in bytes.
         """
         super().__init__(app, rules, body_limit=body_limit)
         self._settings = settings
         self._reading = reading
+        self._count = count
 
     async def pass_on(
         self, body: dict[str, Any], choice: Choice, scope: Scope, receive: Any, send: Any
@@ -59,6 +63,7 @@ class EngineDial(DialMiddleware):
         refuse_engine_lambda(body)
         is_chat = path_of(scope) == PATHS[0]
         self._check(body, choice.dial)
+        send = self._count.counted(choice, send)
         retold = Retold(self._reading, body, is_chat, choice, send)
         if is_chat:
             body = body | {"return_prompt_text": True}

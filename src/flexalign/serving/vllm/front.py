@@ -27,6 +27,8 @@ from flexalign.serving.middleware import PATHS, KeyGate, path_of
 from flexalign.serving.playground import Playground
 from flexalign.serving.rules import adapter_rules
 from flexalign.serving.vllm.asking import EngineDial, refuse_engine_lambda
+from flexalign.serving.vllm.counting import DialCount
+from flexalign.serving.vllm.refusals import openai_errors
 from flexalign.serving.vllm.retelling import Reading
 
 __all__ = ["KEY_VARIABLE", "MIDDLEWARE", "VARIABLE", "Front", "FrontOptions", "build_front"]
@@ -123,8 +125,9 @@ def build_front(app: Any, folder: Path, options: FrontOptions, key: str | None) 
     rules = adapter_rules(settings, options.lambda_range)
     tokenizer = load_tokenizer(folder)
     reading = Reading(tokenizer, settings.tags or ThinkingTags.of(tokenizer))
-    stack: Any = EngineDial(app, rules, settings, reading, body_limit=options.body_limit)
-    stack = _OtherRoutes(stack, rules, options.body_limit)
+    count = DialCount()
+    stack: Any = EngineDial(app, rules, settings, reading, count, body_limit=options.body_limit)
+    stack = openai_errors(count.told(_OtherRoutes(stack, rules, options.body_limit)))
     if key:
         stack = KeyGate(stack, key)
     elif options.is_local:
