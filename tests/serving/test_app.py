@@ -215,3 +215,15 @@ def test_effort_turns_the_dial_of_a_calibrated_adapter(
     finally:
         service.engine.stop()
     assert caplog.text.count("effort was calibrated at temperature 0.7") == 1
+
+
+def test_a_request_below_a_root_path_is_counted_by_its_path(served: Served):
+    def counted() -> int:
+        told = served.service.metrics.text().decode().splitlines()
+        [line] = [one for one in told if one.startswith('flexalign_requests_total{path="/health"')]
+        return int(float(line.split()[-1]))
+
+    request(served.app, "/health", method="GET")
+    before = counted()
+    request(served.app, "/behind/health", method="GET", root_path="/behind")
+    assert counted() == before + 1

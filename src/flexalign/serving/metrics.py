@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from flexalign.policies import Dial, Fixed
 from flexalign.serving.engine import Ended, Engine
 from flexalign.serving.errors import Scope
-from flexalign.serving.middleware import PATHS
+from flexalign.serving.middleware import PATHS, path_of
 
 __all__ = ["DialMetrics", "Metrics"]
 
@@ -71,7 +71,8 @@ class Metrics:
         async def counting(scope: Scope, receive: Any, send: Any) -> None:
             async def counted(message: Scope) -> None:
                 if message["type"] == "http.response.start":
-                    path = scope["path"] if scope["path"] in _PATHS else "other"
+                    path = path_of(scope)
+                    path = path if path in _PATHS else "other"
                     self._requests.labels(path, str(message["status"])).inc()
                 await send(message)
 
