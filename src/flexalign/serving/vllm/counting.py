@@ -2,12 +2,9 @@
 
 from typing import Any
 
-from prometheus_client import CollectorRegistry, generate_latest
-
 from flexalign.serving.bodies import with_length
 from flexalign.serving.dial import Choice
 from flexalign.serving.errors import Scope
-from flexalign.serving.metrics import DialMetrics
 from flexalign.serving.middleware import path_of
 
 __all__ = ["DialCount"]
@@ -17,9 +14,16 @@ _BARGAINING = (b"accept", b"accept-encoding")
 
 
 class DialCount:
-    """Counts the dials of answers, and tells them at ``/metrics`` after what vLLM tells."""
+    """Counts the dials of answers, and tells them at ``/metrics`` after what vLLM tells.
+
+    It needs ``prometheus_client``, which vLLM brings.
+    """
 
     def __init__(self) -> None:
+        from prometheus_client import CollectorRegistry
+
+        from flexalign.serving.metrics import DialMetrics
+
         self._registry = CollectorRegistry()
         self._dials = DialMetrics(self._registry)
 
@@ -36,6 +40,7 @@ class DialCount:
 
     def told(self, app: Any) -> Any:
         """Return the application with the count in what it answers at ``/metrics``."""
+        from prometheus_client import generate_latest
 
         async def telling(scope: Scope, receive: Any, send: Any) -> None:
             if scope["type"] != "http" or path_of(scope) != "/metrics":
