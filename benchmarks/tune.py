@@ -13,9 +13,9 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
+from scipy.special import ndtri
 
 from flexalign.calibration import NonInferiority, Outcomes, TuneOptions, tune
 
@@ -139,7 +139,7 @@ def summarise(world: World, options: TuneOptions, repetitions: int) -> dict[str,
 def allowed(repetitions: int) -> float:
     """The most broken promises that chance explains (99.9 %), as a share."""
     error = 1 - CONFIDENCE
-    z = NormalDist().inv_cdf(0.999)
+    z = float(ndtri(0.999))
     return error + z * (error * (1 - error) / repetitions) ** 0.5
 
 

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from flexalign.errors import ConfigError, DataError
-from flexalign.evaluation._student import t_quantile
 from flexalign.evaluation.statistics import (
     Interval,
     clustered_interval,
@@ -14,6 +13,7 @@ from flexalign.evaluation.statistics import (
     paired_ratio_interval,
     simultaneous_confidence,
     simultaneous_interval,
+    t_quantile,
 )
 
 REPEATS = 1500

@@ -8,17 +8,16 @@ worth is its gain times the probability that the held-out questions will prove i
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtr, ndtri
 
 from flexalign.calibration.goals import Goal
 from flexalign.calibration.outcomes import Ledger, Outcomes
 
 __all__ = ["Choice", "Standing", "choose", "steadied_deviation"]
 
-_NORMAL = NormalDist()
 _HOPELESS = 0.05
 _SURE = 0.9
 _BATCHES = 5
@@ -136,9 +135,9 @@ def _read(
     gain = goal.gain(outcomes, base)
 
     def standing(shift: float) -> Standing:
-        needed = _NORMAL.inv_cdf(1 - level) * held_against / math.sqrt(rest)
+        needed = float(ndtri(1 - level)) * held_against / math.sqrt(rest)
         spread = math.hypot(deviation / math.sqrt(rest), error)
-        promise = _NORMAL.cdf((float(slack.mean()) + shift - needed) / spread)
+        promise = float(ndtr((float(slack.mean()) + shift - needed) / spread))
         return Standing(setting, outcomes.questions, promise, gain)
 
     return max(0.0, standing(-error).worth), standing(0.0), standing(error)

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 
 from flexalign.calibration.outcomes import Outcomes
 from flexalign.errors import ConfigError
-from flexalign.evaluation._student import t_quantile
-from flexalign.evaluation.statistics import Interval, paired_difference_interval
+from flexalign.evaluation.statistics import Interval, paired_difference_interval, t_quantile
 
 __all__ = ["Goal", "NonInferiority", "TokenBudget", "accuracy_difference"]
 

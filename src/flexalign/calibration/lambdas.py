@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
 
 from flexalign.errors import ConfigError
 from flexalign.evaluation.statistics import paired_difference_interval, simultaneous_confidence
@@ -27,7 +28,7 @@ def fit_lambdas(tokens: Mapping[float, float]) -> list[tuple[float, float]]:
         ConfigError: If no λ above 0 saves tokens.
     """
     lams = sorted(tokens)
-    means = _falling([tokens[lam] for lam in lams])
+    means = isotonic_regression([tokens[lam] for lam in lams], increasing=False).x.tolist()
     kept: dict[float, float] = {}
     for lam, mean in zip(lams, means, strict=True):
         if mean not in kept or abs(lam) < abs(kept[mean]):
@@ -78,15 +79,3 @@ def find_holes(
             holes.append((lams[low], lams[high]))
         low = high or low + 1
     return holes
-
-
-def _falling(values: Sequence[float]) -> list[float]:
-    """Return the closest sequence, in squares, that never rises."""
-    blocks: list[tuple[float, int]] = []
-    for value in values:
-        mean, size = value, 1
-        while blocks and blocks[-1][0] <= mean:
-            earlier, count = blocks.pop()
-            mean, size = (earlier * count + mean * size) / (count + size), count + size
-        blocks.append((mean, size))
-    return [mean for mean, size in blocks for _ in range(size)]

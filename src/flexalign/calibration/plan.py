@@ -16,13 +16,15 @@ error α and with probability `power`, if
 
 import math
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
+
+from scipy.optimize import brentq
+from scipy.special import ndtri
 
 from flexalign.calibration.goals import NonInferiority
 from flexalign.calibration.outcomes import Outcomes
 from flexalign.errors import ConfigError, DataError
-from flexalign.evaluation._student import t_quantile
+from flexalign.evaluation.statistics import t_quantile
 
 __all__ = ["TASK_ACCURACY", "Cost", "Plan", "VarianceModel", "plan"]
 
@@ -218,7 +220,7 @@ def plan(
 
 
 def _factor(questions: int, confidence: float, power: float) -> float:
-    return t_quantile(2 * confidence - 1, questions - 1) + NormalDist().inv_cdf(power)
+    return t_quantile(2 * confidence - 1, questions - 1) + float(ndtri(power))
 
 
 def _tune_margin(questions: int, confidence: float, power: float, variance: float) -> float | None:
@@ -226,14 +228,14 @@ def _tune_margin(questions: int, confidence: float, power: float, variance: floa
     if questions < 2:
         return None
     against = t_quantile(2 * confidence - 1, questions - 1) / math.sqrt(questions)
-    chance = NormalDist().inv_cdf(power) * math.sqrt(variance / questions)
-    low, high = 0.0, 1.0
-    while high - low > 1e-9:
-        margin = (low + high) / 2
-        deviation = max(math.sqrt(variance), NonInferiority(margin).least_deviation)
-        needed = against * deviation + chance + 1 / (2 * questions)
-        low, high = (margin, high) if needed > margin else (low, margin)
-    return high
+    chance = float(ndtri(power)) * math.sqrt(variance / questions)
+
+    def lacking(margin: float) -> float:
+        least = NonInferiority(margin).least_deviation if 0 < margin < 1 else 0.0
+        needed = against * max(math.sqrt(variance), least) + chance + 1 / (2 * questions)
+        return needed - margin
+
+    return float(brentq(lacking, 0.0, 1.0, xtol=1e-12)) if lacking(1.0) < 0 else 1.0
 
 
 def _cost(
@@ -244,7 +246,7 @@ def _cost(
     power: float,
     model: VarianceModel,
 ) -> Cost:
-    factor = NormalDist().inv_cdf(confidence) + NormalDist().inv_cdf(power)
+    factor = float(ndtri(confidence) + ndtri(power))
     variance = model.of_question(samples)
     needed = max(2, math.ceil(variance * (factor / margin) ** 2))
     if needed <= _MOST and needed < 1000:  # below that Student's t asks for a little more

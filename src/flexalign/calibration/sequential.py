@@ -10,11 +10,12 @@ the wealth reaches 1/α with probability α at most, at any time, for every boun
 
 import math
 from functools import lru_cache
-from statistics import NormalDist
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.special import ndtr, ndtri
 
 from flexalign.errors import ConfigError
 
@@ -23,9 +24,10 @@ __all__ = ["Looks", "betting_wealth", "look_levels", "predictive_power", "spent_
 Looks: TypeAlias = Literal["obrien-fleming", "pocock", "betting"]
 """How the error is shared among looks."""
 
-_NORMAL = NormalDist()
 _GRID = 401
 _FAR = 8.0
+_LAST_TAIL = 37.0
+"""Standard deviations beyond which a normal tail is no float any more, nearly."""
 _BOLDEST = 0.75
 
 
@@ -41,8 +43,8 @@ def spent_error(fraction: float, alpha: float, looks: Looks) -> float:
     """
     if looks == "pocock":
         return alpha * math.log1p((math.e - 1) * fraction)
-    z = _NORMAL.inv_cdf(1 - alpha / 2)
-    return 2 * _NORMAL.cdf(-z / math.sqrt(fraction))
+    z = ndtri(1 - alpha / 2)
+    return 2 * float(ndtr(-z / math.sqrt(fraction)))
 
 
 @lru_cache(maxsize=256)
@@ -70,7 +72,7 @@ def look_levels(fractions: tuple[float, ...], alpha: float, looks: Looks) -> tup
         target = spent_error(fraction, alpha, looks) - used
         step = math.sqrt(fraction - before)
         boundary = _boundary(places, density, step, target)
-        levels.append(_NORMAL.cdf(-boundary / math.sqrt(fraction)))
+        levels.append(float(ndtr(-boundary / math.sqrt(fraction))))
         grid = np.linspace(-_FAR * math.sqrt(fraction), boundary, _GRID)
         gaps = (grid[:, None] - places) / step
         weights = np.full(_GRID, grid[1] - grid[0])
@@ -84,12 +86,14 @@ def _boundary(
     places: NDArray[np.float64], density: NDArray[np.float64], step: float, target: float
 ) -> float:
     """The b that the next running sum passes with probability `target`."""
-    low, high = -_FAR, 2 * _FAR
-    while high - low > 1e-9:
-        middle = (low + high) / 2
-        tails = [math.erfc((middle - place) / (step * math.sqrt(2))) / 2 for place in places]
-        low, high = (middle, high) if float(density @ tails) > target else (low, middle)
-    return (low + high) / 2
+
+    def excess(boundary: float) -> float:
+        return float(density @ ndtr((places - boundary) / step)) - target
+
+    furthest = float(places[-1]) + _LAST_TAIL * step
+    if excess(furthest) >= 0:  # an early look may be allowed an error that rounds to 0
+        return furthest
+    return float(brentq(excess, -_FAR, furthest, xtol=1e-12))
 
 
 def predictive_power(score: float, fraction: float, level: float) -> float:
@@ -103,8 +107,8 @@ def predictive_power(score: float, fraction: float, level: float) -> float:
         fraction: Share of the questions now, in (0, 1).
         level: One-sided level of the last look.
     """
-    needed = _NORMAL.inv_cdf(1 - level)
-    return _NORMAL.cdf((score - needed * math.sqrt(fraction)) / math.sqrt(1 - fraction))
+    needed = ndtri(1 - level)
+    return float(ndtr((score - needed * math.sqrt(fraction)) / math.sqrt(1 - fraction)))
 
 
 def betting_wealth(slack: NDArray[np.float64], lowest: float) -> float:

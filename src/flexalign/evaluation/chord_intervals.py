@@ -2,15 +2,14 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtr
 
 from flexalign.errors import ConfigError, DataError
-from flexalign.evaluation._student import t_quantile
-from flexalign.evaluation.statistics import Interval
+from flexalign.evaluation.statistics import Interval, t_quantile
 
 __all__ = ["Distances", "Measured", "distance_intervals"]
 
@@ -191,7 +190,7 @@ def _bootstrap(table: _Array, ends: tuple[int, int] | None, repeats: int, seed: 
 def _tails(confidence: float, questions: int) -> tuple[float, float]:
     """The percentiles to take, with Student's quantile for the normal one."""
     quantile = t_quantile(confidence, questions - 1)
-    low = NormalDist().cdf(-quantile * ((questions + 1) / (questions - 1)) ** 0.5)
+    low = float(ndtr(-quantile * ((questions + 1) / (questions - 1)) ** 0.5))
     return low, 1 - low
 
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import brentq
+from scipy.special import ndtri, stdtrit
 
 from flexalign.errors import ConfigError, DataError
-from flexalign.evaluation._score import tango_limits, wilson_limits
-from flexalign.evaluation._student import t_quantile
 
 __all__ = [
     "Interval",
@@ -23,7 +23,10 @@ __all__ = [
     "paired_ratio_interval",
     "simultaneous_confidence",
     "simultaneous_interval",
+    "t_quantile",
 ]
+
+_SMALLEST_TAIL = 2.0**-54
 
 
 class Interval(NamedTuple):
@@ -80,7 +83,7 @@ def clustered_interval(
         if groups == 1:
             return Interval(0.0, mean, 1.0)
         size = _effective_size(data, index, groups)
-        low, high = wilson_limits(mean, size, t_quantile(confidence, groups - 1), confidence)
+        low, high = _wilson_limits(mean, size, t_quantile(confidence, groups - 1), confidence)
         return Interval(low, mean, high)
     return _student(mean, _sums(data - mean, index, groups) / data.size, confidence)
 
@@ -133,7 +136,7 @@ def paired_difference_interval(
     if variance > 0:
         effective = groups * (disagreement - difference**2) / variance
         size = min(effective, float(min(a.size, b.size)))
-    low, high = tango_limits(difference, disagreement, size, t_quantile(confidence, groups - 1))
+    low, high = _tango_limits(difference, disagreement, size, t_quantile(confidence, groups - 1))
     return Interval(low, difference, high)
 
 
@@ -218,6 +221,17 @@ def equivalent(interval: tuple[float, float, float], target: float, margin: floa
     return target - margin <= low and high <= target + margin
 
 
+def t_quantile(confidence: float, freedom: int) -> float:
+    """The t for which |T| ≤ t with probability `confidence`, T being Student's.
+
+    Args:
+        confidence: In (0, 1). What rounds to 1 is read as the largest number below 1, so that the
+            quantile is always finite.
+        freedom: Degrees of freedom, at least 1.
+    """
+    return -float(stdtrit(freedom, max((1 - confidence) / 2, _SMALLEST_TAIL)))
+
+
 def _clustered(
     values: ArrayLike, clusters: Sequence[Hashable]
 ) -> tuple[NDArray[np.float64], NDArray[np.intp], int]:
@@ -248,6 +262,55 @@ def _check_same_questions(first: Sequence[Hashable], second: Sequence[Hashable])
 
 def _sums(values: NDArray[np.float64], index: NDArray[np.intp], groups: int) -> NDArray[np.float64]:
     return np.bincount(index, values, groups).astype(np.float64)
+
+
+def _wilson_limits(share: float, size: float, t: float, confidence: float) -> tuple[float, float]:
+    """Wilson's limits of a share: what a score test of the true value would not refuse.
+
+    Args:
+        share: The share measured.
+        size: Number of independent samples.
+        t: Student's quantile; the size is cut by (z/t)² for an estimated design effect.
+        confidence: Coverage, in (0, 1).
+    """
+    z = float(ndtri((1 + confidence) / 2))
+    size *= (z / t) ** 2
+    centre = (share + z**2 / (2 * size)) / (1 + z**2 / size)
+    half = z / (1 + z**2 / size) * math.sqrt(share * (1 - share) / size + (z / (2 * size)) ** 2)
+    return max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))
+
+
+def _tango_limits(
+    difference: float, disagreement: float, size: float, z: float
+) -> tuple[float, float]:
+    """Tango's limits of a difference of paired shares.
+
+    Args:
+        difference: Share of questions that the first alone got right, less the second's share.
+        disagreement: Sum of the two shares.
+        size: Number of questions.
+        z: Quantile of the test.
+    """
+    second_only = (disagreement - difference) / 2
+
+    def score(delta: float) -> float:
+        """Test statistic of a true difference `delta`; it falls from inf at −1 to −inf at 1."""
+        gap = difference - delta
+        if gap == 0:
+            return 0.0
+        linear = (2 - difference) * delta - disagreement
+        root = math.sqrt(max(linear**2 + 8 * second_only * delta * (1 - delta), 0.0))
+        variance = (root - linear) / 2 + delta * (1 - delta)
+        if abs(delta) == 1 or variance <= 0:  # no variance at ±1; rounding may leave a little
+            return math.copysign(math.inf, gap)
+        return gap * math.sqrt(size / variance)
+
+    def crossing(low: float, high: float, level: float) -> float:
+        if low == high:
+            return low
+        return float(brentq(lambda delta: score(delta) - level, low, high, xtol=1e-12))
+
+    return crossing(-1.0, difference, z), crossing(difference, 1.0, -z)
 
 
 def _student(estimate: float, parts: NDArray[np.float64], confidence: float) -> Interval:

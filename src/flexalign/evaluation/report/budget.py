@@ -5,6 +5,7 @@ limit would have given. Assumed, and nothing else: the model does not know its l
 response that has not come to its answer within the limit is wrong (no answer is forced out of it).
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -188,14 +189,11 @@ def hard_budget(scored: Scored, reference: Scored) -> HardBudget | None:
         return None
     if spend >= reference.spent(longest) or spend < reference.spent(1):
         return None
-    low, high = 1, longest
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if reference.spent(middle) <= spend else (low, middle)
-    right = reference.answered(low) & reference.correct
+    cap = bisect_right(range(longest), spend, lo=1, key=reference.spent) - 1
+    right = reference.answered(cap) & reference.correct
     return HardBudget(
-        cap=low,
-        tokens=reference.spent(low),
+        cap=cap,
+        tokens=reference.spent(cap),
         accuracy=float(right.mean()),
         advantage=paired_difference_interval(
             scored.correct, scored.questions, right, reference.questions
