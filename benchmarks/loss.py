@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 from _machine import MIB, peak_growth, resident
 from torch import Tensor
@@ -101,8 +102,7 @@ METHODS = {"ours": ours, "materialised": materialised, "released": released, "tr
 
 
 def available() -> int:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return int(psutil.virtual_memory().available)
 
 
 def measure(method: Callable[[Inputs], Tensor], x: Inputs) -> dict[str, float]:

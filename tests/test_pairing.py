@@ -257,10 +257,13 @@ def test_the_room_is_that_of_the_devices_that_are_named(monkeypatch):
 
 def test_the_room_of_a_container_is_its_limit(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
-    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr("psutil.PROCFS_PATH", str(tmp_path))
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert memory.available_bytes("cpu") == whole
-    (tmp_path / "meminfo").write_text("MemTotal: 90 kB\nMemAvailable: 70 kB\n")
+    sizes = {"MemTotal": 90, "MemFree": 50, "MemAvailable": 70}
+    others = dict.fromkeys(("Buffers", "Cached", "Shmem", "Active", "Inactive", "Slab"), 0)
+    lines = [f"{name}: {size} kB\n" for name, size in (sizes | others).items()]
+    (tmp_path / "meminfo").write_text("".join(lines))
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text("1000\n")
     assert memory.available_bytes("cpu") == 70 * 1024
