@@ -103,7 +103,7 @@ def walk(command, path):
 shown = {}
 root = typer.main.get_command(app)
 walk(root, [])
-heavy = ["torch", "transformers", "trl", "datasets", "matplotlib", "numpy", "scipy", "fastapi"]
+heavy = ["torch", "transformers", "trl", "datasets", "matplotlib", "numpy", "scipy", "openai", "fastapi"]
 print(json.dumps({"shown": shown, "loaded": [name for name in heavy if name in sys.modules]}))
 """
 

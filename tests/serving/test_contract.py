@@ -8,7 +8,7 @@ import openai
 import pytest
 import torch
 
-from flexalign.data.endpoint import Endpoint
+from flexalign.data.client import Endpoint
 from flexalign.data.thinking import ThinkingTags
 from flexalign.loading import load_tokenizer
 from flexalign.policies import Adaptive, Route

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from flexalign.cli._shared import note
-from flexalign.data.endpoint import Endpoint, EndpointResponse
+from flexalign.data.client import Endpoint, EndpointResponse
 from flexalign.data.rendering import Prompt, keeps_thinking, plain_prompt
 from flexalign.data.thinking import ThinkingTags
 from flexalign.data.trace_run import SamplingSettings

@@ -7,7 +7,7 @@ from functools import cached_property
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from flexalign.data.endpoint import Endpoint, EndpointResponse
+from flexalign.data.client import Endpoint, EndpointResponse
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, ServingError
 from flexalign.evaluation.systems.backend import (

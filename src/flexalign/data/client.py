@@ -1,18 +1,18 @@
 """Responses from a server that speaks OpenAI's protocol, several requests at a time."""
 
-import http.client
 import json
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from email.message import Message
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, ServingError
+
+if TYPE_CHECKING:
+    from openai import Omit, OpenAI
 
 __all__ = ["Endpoint", "EndpointResponse"]
 
@@ -156,34 +156,68 @@ class Endpoint:
 
     def _send(self, path: str, body: dict[str, Any] | None) -> Any:
         """Post a body, or get a path, and read the JSON that comes back."""
-        base = self.url.rstrip("/").removesuffix("/v1")
-        headers = {"Content-Type": "application/json"}
-        if self.api_key:
-            headers["Authorization"] = f"Bearer {self.api_key}"
-        content = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{base}/v1/{path}", content, headers)
+        from openai import APIConnectionError, APIStatusError
+
+        client = self._client
         for attempt in range(1, self.attempts + 1):
             pause = self.pause_seconds * 2 ** (attempt - 1)
+
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout_seconds) as response:
-                    return json.load(response)
-            except urllib.error.HTTPError as error:
-                with error:
-                    reason = f"{error.code} {error.read(300).decode(errors='replace')}".strip()
-                if error.code not in _RETRIED_STATUSES:
+                return json.loads(self._exchange(client, path, body))
+            except APIStatusError as error:
+                said = error.response.content[:300].decode(errors="replace")
+                reason = f"{error.status_code} {said}".strip()
+                if error.status_code not in _RETRIED_STATUSES:
                     raise ServingError(f"{self.url} refused a request: {reason}") from error
-                pause = max(pause, _retry_after(error.headers))
-            except (OSError, ValueError, http.client.HTTPException) as error:
-                reason = str(getattr(error, "reason", error)) or type(error).__name__
+                pause = max(pause, _retry_after(error.response.headers))
+            except (APIConnectionError, ValueError) as error:
+                cause = error.__cause__ or error  # "Connection error." alone tells nothing
+                reason = str(cause) or type(cause).__name__
+
             if attempt < self.attempts:
                 time.sleep(pause)
+
         raise ServingError(
             f"{self.url} gave no response in {self.attempts} attempts ({reason}); "
             "check that the server runs, then run the same command to go on."
         )
 
+    @cached_property
+    def _client(self) -> "OpenAI":
+        """OpenAI's client, without its retries; it keeps connections open for the next request."""
+        from openai import OpenAI
 
-def _retry_after(headers: Message) -> float:
+        base = self.url.rstrip("/").removesuffix("/v1")
+        try:
+            return OpenAI(
+                base_url=f"{base}/v1",
+                api_key=self.api_key or "unsent",  # it insists on one, or takes the environment's
+                timeout=self.timeout_seconds,
+                max_retries=0,
+            )
+        except Exception as error:  # bad addresses and bad proxies have no class in common
+            raise ConfigError(f"endpoint {self.url!r} cannot be asked: {error}") from error
+
+    def _exchange(self, client: "OpenAI", path: str, body: dict[str, Any] | None) -> bytes:
+        """Send one request, and return what comes back as it stands."""
+        from openai import omit
+
+        # What the environment holds for OpenAI is not for this server.
+        headers: dict[str, str | Omit] = {
+            "Authorization": f"Bearer {self.api_key}" if self.api_key else omit,
+            "OpenAI-Organization": omit,
+            "OpenAI-Project": omit,
+        }
+        if body is None:
+            return client.get(f"/{path}", cast_to=bytes, options={"headers": headers})
+
+        # The client's own writer fails on half a surrogate pair.
+        content = json.dumps(body).encode()
+        headers["Content-Type"] = "application/json"
+        return client.post(f"/{path}", cast_to=bytes, content=content, options={"headers": headers})
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
     """Return the seconds that a server asks to be left alone, a minute at most; dates count 0."""
     try:
         return min(max(float(headers.get("Retry-After", 0)), 0.0), _LONGEST_PAUSE_SECONDS)

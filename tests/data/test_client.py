@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from chat_server import CLOSE, Answer, Chat, Half, say
-from flexalign.data.endpoint import Endpoint, EndpointResponse
+from flexalign.data.client import Endpoint, EndpointResponse
 from flexalign.errors import ConfigError, ServingError
 
 
@@ -60,6 +60,38 @@ def test_the_key_is_sent_only_where_it_is_given(serve: Callable[[Answer], Chat])
     server.generate([user("?")], [1])
     assert chat.asked[0][2] == "Bearer secret"
     assert "secret" not in repr(server)
+
+
+@pytest.mark.parametrize("name", ["Authorization", "authorization"])
+def test_a_key_for_openai_stays_here(
+    serve: Callable[[Answer], Chat], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "for openai")
+    monkeypatch.setenv("OPENAI_ADMIN_KEY", "for openai")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", f"{name}: Bearer for openai")
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9")
+    chat = serve(lambda path, body: say("7"))
+    endpoint(chat.url).generate([user("?")], [1])
+    endpoint(chat.url, api_key="secret").generate([user("?")], [1])
+    assert [key for _, _, key in chat.asked] == [None, "Bearer secret"]
+
+
+def test_half_a_surrogate_pair_is_sent_as_it_stands(serve: Callable[[Answer], Chat]) -> None:
+    chat = serve(lambda path, body: say("7"))
+    endpoint(chat.url).generate([user("1+\ud83d 北?")], [1])
+    assert chat.asked[0][1]["messages"][0]["content"] == "1+\ud83d 北?"
+
+
+@pytest.mark.parametrize("url", ["http://a:x", "http://a\nb"])
+def test_an_address_that_cannot_be_read_is_named(url: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be asked"):
+        endpoint(url).models()
+
+
+def test_a_proxy_that_cannot_be_used_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "other://127.0.0.1:9")
+    with pytest.raises(ConfigError, match=r"127.0.0.1:8.*cannot be asked.*proxy"):
+        endpoint("http://127.0.0.1:8").models()
 
 
 def test_an_overloaded_server_is_asked_again(serve: Callable[[Answer], Chat]) -> None:
@@ -123,7 +155,7 @@ def test_a_server_says_when_to_come_back(
     serve: Callable[[Answer], Chat], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paused: list[float] = []
-    monkeypatch.setattr("flexalign.data.endpoint.time.sleep", paused.append)
+    monkeypatch.setattr("flexalign.data.client.time.sleep", paused.append)
     waits = iter(["7", "900", "tomorrow", "-3"])
     chat = serve(lambda path, body: (429, b"", {"Retry-After": next(waits)}))
     with pytest.raises(ServingError):
