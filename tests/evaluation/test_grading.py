@@ -7,9 +7,8 @@ import pytest
 
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError
-from flexalign.evaluation._answers import find_boxed
-from flexalign.evaluation._workers import WorkerPool
-from flexalign.evaluation.grading import Answered, Grade, Grader, grade
+from flexalign.evaluation.answers import find_boxed
+from flexalign.evaluation.grading import Answered, Grade, Grader, WorkerPool, grade
 
 
 @pytest.mark.parametrize(
@@ -261,7 +260,7 @@ def test_the_program_that_compares_answers_until_its_input_ends() -> None:
         ("x+", "7"): "unparsed",
     }
     lines = [json.dumps({"found": f, "expected": e, "seconds": 20}) + "\n" for f, e in pairs]
-    command = [sys.executable, "-P", "-m", "flexalign.evaluation._equality"]
+    command = [sys.executable, "-P", "-m", "flexalign.evaluation.equality"]
     done = subprocess.run(
         command, input="".join(lines), capture_output=True, text=True, timeout=120, check=True
     )

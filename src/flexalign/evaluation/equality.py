@@ -13,7 +13,7 @@ import signal
 import sys
 from typing import Any
 
-from flexalign.evaluation._answers import as_number, for_mathematics, normalise
+from flexalign.evaluation.answers import as_number, for_mathematics, normalise
 
 __all__ = ["EQUAL", "READY", "UNEQUAL", "UNPARSED", "compare", "main"]
 
