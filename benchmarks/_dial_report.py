@@ -51,7 +51,7 @@ def publish(results: dict[str, Any]) -> None:
 
 def draw(results: dict[str, Any]) -> None:
     """Draw accuracy against tokens, the coin as a line."""
-    from flexalign.evaluation.pareto import ParetoCurve, ParetoPoint, draw_pareto
+    from flexalign.evaluation.frontier import ParetoCurve, ParetoPoint, draw_pareto
 
     points = [
         ParetoPoint(

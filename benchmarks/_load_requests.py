@@ -5,10 +5,10 @@ import random
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flexalign.decoding.responses import generate_responses
+from flexalign.generation.responses import generate_responses
 from flexalign.inra import InRaModel
+from flexalign.lambdas import Fixed, parse_dial
 from flexalign.miniature import make_questions
-from flexalign.policies import Fixed, parse_dial
 
 __all__ = ["LAMBDA_RANGE", "PATHS", "Asked", "draw_request", "wrong_answers"]
 

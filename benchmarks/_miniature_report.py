@@ -13,7 +13,7 @@ MARGIN = 0.01
 
 def report(rows: dict[str, list[dict[str, Any]]], options: dict[str, Any]) -> str:
     """The section of the results document."""
-    from flexalign.evaluation.statistics import equivalent
+    from flexalign.statistics import equivalent
 
     models = rows["models"]
     students = sorted(rows["students"], key=_place_in_table)
@@ -102,8 +102,8 @@ def _number(values: dict[str, float] | None, key: str, digits: int) -> str:
 
 def draw(rows: dict[str, list[dict[str, Any]]]) -> None:
     """The picture of the results document."""
-    from flexalign.evaluation.pareto import ParetoPoint, draw_pareto
-    from flexalign.evaluation.showcase import closed_form_curve
+    from flexalign.evaluation.demo import closed_form_curve
+    from flexalign.evaluation.frontier import ParetoPoint, draw_pareto
 
     def group(row: dict[str, Any]) -> str:
         if "source" not in row:

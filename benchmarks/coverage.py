@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from flexalign.evaluation.chord_intervals import Measured, distance_intervals
-from flexalign.evaluation.statistics import clustered_interval, paired_difference_interval
-from flexalign.evaluation.token_cut import token_cut_interval
+from flexalign.evaluation.frontier import Measured, distance_intervals
+from flexalign.evaluation.summary import token_cut_interval
+from flexalign.statistics import clustered_interval, paired_difference_interval
 
 REPORT = Path("benchmarks/results/coverage.md")
 SAMPLES = 8

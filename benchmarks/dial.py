@@ -53,7 +53,7 @@ CHOSEN_CUT = 0.62
 
 def choose_threshold(fast: Found, slow: Found) -> float:
     """The threshold of best accuracy among those that cut enough tokens, on questions set apart."""
-    from flexalign.evaluation.ends import adaptive
+    from flexalign.evaluation.demo import adaptive
 
     ends = fast["answers"], slow["answers"]
     found = {tau: adaptive(*ends, fast["confidence"], tau) for tau in THRESHOLDS}
@@ -64,7 +64,7 @@ def choose_threshold(fast: Found, slow: Found) -> float:
 
 def summarise(found: Found, fast: Found, slow: Found) -> dict[str, Any]:
     """What a setting is worth: intervals, differences to the slow mode, height over the coin."""
-    from flexalign.evaluation.ends import weigh
+    from flexalign.evaluation.demo import weigh
 
     worth = weigh(found["answers"], fast["answers"], slow["answers"])
     return {
@@ -86,7 +86,7 @@ def share_miscopied(found: Found, questions: Sequence[Any]) -> float:
 
 def compare_budgets(soft: list[Found], hard: list[Found]) -> list[dict[str, Any]]:
     """Each soft budget against hard cuts at equal mean tokens: a mixture of the two beside it."""
-    from flexalign.evaluation.statistics import paired_difference_interval
+    from flexalign.statistics import paired_difference_interval
 
     ordered = sorted((one["answers"] for one in hard), key=lambda one: one.mean_tokens)
     rows = []
@@ -146,7 +146,7 @@ def kept(file: Path, function: Any, *arguments: Any) -> Found:
     """Do a job, or take what an earlier run kept of it."""
     import numpy as np
 
-    from flexalign.evaluation.ends import Answers
+    from flexalign.evaluation.demo import Answers
 
     if not file.is_file():
         found = function(*arguments)
@@ -199,7 +199,7 @@ def gather(
     measured: dict[str, Found], branches: list[dict[str, Any]], options: dict[str, Any]
 ) -> dict[str, Any]:
     """Add the policies over the two ends, and weigh every setting."""
-    from flexalign.evaluation.ends import adaptive, coin
+    from flexalign.evaluation.demo import adaptive, coin
 
     slow, fast = measured["slow"], measured["greedy"]
     threshold = choose_threshold(measured.pop("apart greedy"), measured.pop("apart slow"))

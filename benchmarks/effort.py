@@ -15,13 +15,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from flexalign.calibration.calibrate import CalibrateOptions, calibrate, plan_sweeps
-from flexalign.calibration.effort import effort_to_dial
-from flexalign.calibration.figures import Answers, figures
-from flexalign.calibration.measure import measure_ways
+from flexalign.calibration.calibrate import CalibrateOptions, calibrate, measure_ways, plan_sweeps
+from flexalign.calibration.effort import Answers, effort_to_dial, figures
 from flexalign.evaluation.systems import SystemOptions, parse_system
 from flexalign.evaluation.tasks import load_task
-from flexalign.policies import Adaptive
+from flexalign.lambdas import Adaptive
 
 REPORT = Path("benchmarks/results/effort.md")
 TOLERANCE = 0.1

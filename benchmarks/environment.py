@@ -8,7 +8,7 @@ from importlib.metadata import version
 from _document import put_section
 from _machine import machine
 
-from flexalign.evaluation.environment import environment
+from flexalign.evaluation.summary import environment
 
 FURTHER = ("trl", "accelerate", "datasets")
 

@@ -42,11 +42,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from flexalign.decoding.two_model import PairCache, TwoModelDecoder
 from flexalign.fusion import fuse
+from flexalign.generation.two_model import PairCache, TwoModelDecoder
 from flexalign.inra import InRaModel
-from flexalign.inra.streams import ADAPTER, BASE, BOTH
-from flexalign.pairing import ModelPair
+from flexalign.inra.cache import ADAPTER, BASE, BOTH
+from flexalign.models.pair import ModelPair
 
 RESULTS = Path(__file__).parent / "results" / "inra.json"
 SHAPE = LlamaConfig(

@@ -51,7 +51,7 @@ def run_models(options: dict[str, Any]) -> list[dict[str, Any]]:
     """The untrained rows: reference, aligned and placebo, as they are."""
     import torch
 
-    from flexalign.evaluation.showcase import load_pair, measure, respond
+    from flexalign.evaluation.demo import load_pair, measure, respond
     from flexalign.miniature import ALIGNED, REFERENCE, make_questions
     from flexalign.miniature.measure import branch_probabilities, mean_habits
 
@@ -78,7 +78,7 @@ def run_job(job: Job, options: dict[str, Any]) -> list[dict[str, Any]]:
     """Train, measure and judge every student of one chain."""
     import torch
 
-    from flexalign.evaluation.showcase import Training, load_pair, measure, realign, respond
+    from flexalign.evaluation.demo import Training, load_pair, measure, realign, respond
     from flexalign.fusion import fuse
     from flexalign.miniature import ALIGNED, REFERENCE, make_questions
     from flexalign.miniature.closed_form import expected_outcome, token_level
@@ -132,7 +132,7 @@ def run_job(job: Job, options: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _departure(student: Any, pair: Any) -> dict[str, float]:
     """Student minus pair at the same branches, with a simultaneous interval over the habits."""
-    from flexalign.evaluation.statistics import simultaneous_interval
+    from flexalign.statistics import simultaneous_interval
 
     low, middle, high = simultaneous_interval(
         student.values - pair.values, pair.questions, len(JUDGED), CONFIDENCE
@@ -145,7 +145,7 @@ def _logits(model: Any) -> Any:
 
 
 def _placebo(options: dict[str, Any]) -> Any:
-    from flexalign.loading import load_model
+    from flexalign.models.loading import load_model
 
     return load_model(options["placebo"])
 

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 
-from flexalign.calibration.preview import PREVIEW_LAMBDAS, preview
+from flexalign.analysis.preview import PREVIEW_LAMBDAS, preview
 from flexalign.fusion import fuse
 from flexalign.miniature import make_questions
 from flexalign.miniature.build import encode
 from flexalign.miniature.closed_form import expected_outcome, token_level
 from flexalign.miniature.measure import branch_probabilities, mean_habits
 from flexalign.miniature.world import ALIGNED, REFERENCE, sample_trace
-from flexalign.pairing import ModelPair
+from flexalign.models.pair import ModelPair
 
 REPORT = Path("benchmarks/results/preview.md")
 STUDENTS = Path("benchmarks/results/miniature.json")

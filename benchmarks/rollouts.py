@@ -25,8 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flexalign.evaluation.showcase import Training, load_pair, measure, realign, respond
-from flexalign.evaluation.statistics import clustered_interval
+from flexalign.evaluation.demo import Training, load_pair, measure, realign, respond
 from flexalign.fusion import fuse
 from flexalign.miniature import ALIGNED, REFERENCE, make_questions
 from flexalign.miniature.closed_form import (
@@ -35,6 +34,7 @@ from flexalign.miniature.closed_form import (
     token_level,
 )
 from flexalign.miniature.measure import BranchValues, branch_probabilities
+from flexalign.statistics import clustered_interval
 
 RAW = Path("benchmarks/results/rollouts.json")
 REPORT = Path("benchmarks/results/rollouts.md")

@@ -33,8 +33,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from transformers.utils import logging
 
 from flexalign.cli.app import app
-from flexalign.trra.estimate import count_parameters, estimate_memory
-from flexalign.trra.trainer import TrRaTrainer  # noqa: F401 - before anything is measured
+from flexalign.training.memory import count_parameters, estimate_memory
+from flexalign.training.trainer import TrRaTrainer  # noqa: F401 - before anything is measured
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS, PROMPT, STEPS = 512, 32, 2

@@ -52,8 +52,8 @@ from torch import nn
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from flexalign.inra import InRaModel
-from flexalign.loading import load_model
 from flexalign.miniature import folder
+from flexalign.models.loading import load_model
 from inra import SHAPE, moved
 
 RESULTS = Path(__file__).parent / "results" / "serving.json"

@@ -46,10 +46,10 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from flexalign.data import data_fingerprint
-from flexalign.loading import fingerprint, load_model, load_tokenizer
-from flexalign.pairing import ModelPair
-from flexalign.trra import TrRaConfig, TrRaTrainer
-from flexalign.trra.cache import Form, fill_cache, identity_of, prepare_documents
+from flexalign.models.loading import fingerprint, load_model, load_tokenizer
+from flexalign.models.pair import ModelPair
+from flexalign.training import TrRaConfig, TrRaTrainer
+from flexalign.training.hidden_cache import Form, fill_cache, identity_of, prepare_documents
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS, PROMPT = 256, 64

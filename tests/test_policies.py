@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from flexalign.errors import ConfigError, LambdaError
-from flexalign.policies import Adaptive, Fixed, Route, parse_dial
-from flexalign.schedules import Schedule
+from flexalign.lambdas import Adaptive, Fixed, Route, Schedule, parse_dial
 
 THINKING = {"kind": "thinking", "think": 0.0, "answer": 1.0}
 

@@ -34,7 +34,7 @@ def _modules() -> list[str]:
     optional = {
         "flexalign.evaluation.harness": "lm_eval",
         "flexalign.serving.vllm.models": "vllm",
-        "flexalign.serving.vllm.state": "vllm",
+        "flexalign.serving.vllm.runner_v2": "vllm",
     }
     names = []
     for path in sorted(SOURCE.rglob("*.py")):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexalign.errors import ConfigError, LambdaError
-from flexalign.schedules import Schedule
+from flexalign.lambdas import Schedule
 
 LINEAR = {"kind": "linear", "start": -1, "end": 3, "steps": 8}
 COSINE = {"kind": "cosine", "start": -1, "end": 3, "steps": 8}
@@ -200,9 +200,7 @@ def test_the_largest_lambda_is_the_largest_float32() -> None:
         Schedule.parse(math.nextafter(torch.finfo(torch.float32).max, math.inf))
 
 
-@pytest.mark.parametrize(
-    "module", ["flexalign.schedules", "flexalign.policies", "flexalign.evaluation.systems"]
-)
+@pytest.mark.parametrize("module", ["flexalign.lambdas", "flexalign.evaluation.systems"])
 def test_what_reads_a_dial_needs_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -17,11 +17,11 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
 BORROWED = {"index.md": "README.md", "tutorial-smollm2.md": "examples/smollm2/README.md"}
-PACKAGES = ("flexalign", "flexalign.trra", "flexalign.inra", "flexalign.evaluation.grading")
+PACKAGES = ("flexalign", "flexalign.training", "flexalign.inra", "flexalign.evaluation.grading")
 RECIPES = {
-    "realign": "flexalign.trra.recipe.Recipe",
-    "adapt": "flexalign.inra.training.recipe.AdaptRecipe",
-    "bake": "flexalign.inra.training.recipe.BakeRecipe",
+    "realign": "flexalign.training.recipes.Recipe",
+    "adapt": "flexalign.training.adapter_recipes.AdaptRecipe",
+    "bake": "flexalign.training.adapter_recipes.BakeRecipe",
 }
 _DEFAULTS = re.compile(r"`(DEFAULT_\w+)`")
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")

@@ -6,7 +6,7 @@ survivor has a reason why no test could tell it from the original. It fails wher
 names the reasons that are no longer needed.
 
     python tools/mutation.py                                       all
-    python tools/mutation.py --only 'flexalign.schedules.*'        some, by the names of mutmut
+    python tools/mutation.py --only 'flexalign.lambdas.*'        some, by the names of mutmut
 """
 
 import argparse

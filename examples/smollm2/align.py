@@ -10,7 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
-from flexalign.loading import load_model, load_tokenizer
+from flexalign.models.loading import load_model, load_tokenizer
 
 
 def train_aligned(

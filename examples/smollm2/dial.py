@@ -19,8 +19,8 @@ from report import samples, table
 from run import HERE, SEED, claim, flexalign, parse_arguments, stage
 
 from flexalign import InRaModel
-from flexalign.decoding.responses import generate_responses
-from flexalign.loading import load_model, load_tokenizer
+from flexalign.generation.responses import generate_responses
+from flexalign.models.loading import load_model, load_tokenizer
 
 METHODS = {"sft": "concise.jsonl", "dpo": "pairs.jsonl"}
 

@@ -12,9 +12,9 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from flexalign.data.length import split_tokens
-from flexalign.evaluation.statistics import clustered_interval, paired_difference_interval
+from flexalign.data.rendering import split_tokens
 from flexalign.heads import Head, last_hidden
+from flexalign.statistics import clustered_interval, paired_difference_interval
 
 OPENING = 20
 """Words, or tokens, of an answer's opening. Longer text repeats itself more and is easier to go on

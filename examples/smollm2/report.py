@@ -8,7 +8,7 @@ from typing import Any
 from concise import read_rows
 from measure import OPENING, difference, draw, measure
 
-from flexalign.loading import load_model, load_tokenizer
+from flexalign.models.loading import load_model, load_tokenizer
 
 SHOWN = 3
 

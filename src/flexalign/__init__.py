@@ -10,27 +10,27 @@ from flexalign._version import __version__
 from flexalign.errors import FlexAlignError
 
 if TYPE_CHECKING:
-    from flexalign.decoding import TwoModelDecoder, interpolate
     from flexalign.fusion import fuse
+    from flexalign.generation import TwoModelDecoder
     from flexalign.inra import InRaConfig, InRaModel
-    from flexalign.pairing import ModelPair
-    from flexalign.policies import Adaptive, Fixed, Route
-    from flexalign.schedules import Schedule
-    from flexalign.trra import TrRaConfig, TrRaTrainer
+    from flexalign.lambdas import Adaptive, Fixed, Route, Schedule
+    from flexalign.models.interpolation import interpolate
+    from flexalign.models.pair import ModelPair
+    from flexalign.training import TrRaConfig, TrRaTrainer
 
 _HOMES = {
-    "Adaptive": "flexalign.policies",
-    "Fixed": "flexalign.policies",
+    "Adaptive": "flexalign.lambdas",
+    "Fixed": "flexalign.lambdas",
     "InRaConfig": "flexalign.inra",
     "InRaModel": "flexalign.inra",
-    "ModelPair": "flexalign.pairing",
-    "Route": "flexalign.policies",
-    "Schedule": "flexalign.schedules",
-    "TrRaConfig": "flexalign.trra",
-    "TrRaTrainer": "flexalign.trra",
-    "TwoModelDecoder": "flexalign.decoding",
+    "ModelPair": "flexalign.models.pair",
+    "Route": "flexalign.lambdas",
+    "Schedule": "flexalign.lambdas",
+    "TrRaConfig": "flexalign.training",
+    "TrRaTrainer": "flexalign.training",
+    "TwoModelDecoder": "flexalign.generation",
     "fuse": "flexalign.fusion",
-    "interpolate": "flexalign.decoding",
+    "interpolate": "flexalign.models.interpolation",
 }
 
 __all__ = [

@@ -4,8 +4,6 @@ import importlib.util
 
 from flexalign.errors import ConfigError
 
-__all__ = ["require_packages"]
-
 
 def require_packages(purpose: str, *modules: str, install: str) -> None:
     """Make sure that modules of other packages are there, without importing them.

@@ -3,8 +3,6 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["misspelt", "nearest"]
-
 _OTHER_NAMES = {"lam": "lambda", "λ": "lambda"}
 
 _MOST_TOLD = 20

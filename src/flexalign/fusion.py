@@ -15,18 +15,6 @@ from torch import Tensor
 
 from flexalign.errors import ConfigError, LambdaError, PairMismatchError
 
-__all__ = [
-    "Lambda",
-    "as_lambda",
-    "concatenate_hidden",
-    "fuse",
-    "gated_lambda",
-    "mix_hidden",
-    "per_position",
-    "plausibility_mask",
-    "total_variation",
-]
-
 Lambda: TypeAlias = float | Tensor
 """One λ for everything, or a tensor that broadcasts over the leading dimensions."""
 

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from flexalign._modes import evaluating
 from flexalign.errors import PairMismatchError, UnsupportedModelError
 
-__all__ = ["Head", "can_mix_hidden", "last_hidden"]
-
 _DIVISORS = ("logits_scaling",)
 _FACTORS = ("logit_scale", "lm_head_multiplier")
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")

@@ -10,20 +10,20 @@ from flexalign.calibration.calibrate import (
     CalibrateOptions,
     _fit_ways,
     calibrate,
+    measure_settings,
+    measure_ways,
     plan_sweeps,
 )
-from flexalign.calibration.effort import effort_to_dial
-from flexalign.calibration.measure import measure_settings, measure_ways
-from flexalign.calibration.store import copy_adapter, store_calibration
-from flexalign.calibration.ways import Ways
+from flexalign.calibration.cascade import Ways
+from flexalign.calibration.effort import copy_adapter, effort_to_dial, store_calibration
 from flexalign.errors import ConfigError, ServingError
 from flexalign.evaluation.samples import ResultsFolder
 from flexalign.evaluation.sweep import Sweep
 from flexalign.evaluation.systems import Setting, SystemOptions, parse_system
 from flexalign.evaluation.tasks import load_task
 from flexalign.inra import InRaConfig
+from flexalign.lambdas import Adaptive, Fixed
 from flexalign.miniature import folder
-from flexalign.policies import Adaptive, Fixed
 
 SAMPLING = SystemOptions(temperature=1.0, top_p=1.0, max_new_tokens=400, batch_size=64)
 

@@ -5,7 +5,7 @@ import pytest
 
 from flexalign.calibration.effort import effort_to_dial, largest_effort, note_on_sampling
 from flexalign.errors import ConfigError
-from flexalign.policies import Adaptive, Fixed
+from flexalign.lambdas import Adaptive, Fixed
 
 
 def calibration(**changes):

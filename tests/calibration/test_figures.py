@@ -1,6 +1,6 @@
 import pytest
 
-from flexalign.calibration.figures import known_cut
+from flexalign.calibration.effort import known_cut
 
 CALIBRATION = {
     "levels": [

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from flexalign.calibration.lambdas import find_holes, fit_lambdas
+from flexalign.calibration.effort import find_holes, fit_lambdas
 from flexalign.errors import ConfigError
 
 QUESTIONS = [str(number) for number in range(400)]

@@ -6,7 +6,7 @@ import pytest
 
 from calibration.worlds import QUESTIONS, make_ask
 from flexalign.calibration import NonInferiority, Outcomes, TokenBudget, TuneOptions, tune
-from flexalign.calibration.choose import steadied_deviation
+from flexalign.calibration.tune import steadied_deviation
 from flexalign.errors import ConfigError, DataError
 
 SETTINGS = ["λ=0.5", "λ=1", "λ=2"]

@@ -2,12 +2,16 @@ import numpy as np
 import pytest
 
 from flexalign.calibration.calibrate import _require_saving
-from flexalign.calibration.figures import Answers, level_figures
-from flexalign.calibration.lambdas import fit_lambdas
-from flexalign.calibration.ways import Ways, fit_thresholds
-from flexalign.calibration.worth import describe_loss, require_saving
+from flexalign.calibration.cascade import Ways, fit_thresholds
+from flexalign.calibration.effort import (
+    Answers,
+    describe_loss,
+    fit_lambdas,
+    level_figures,
+    require_saving,
+)
 from flexalign.errors import ConfigError
-from flexalign.evaluation.statistics import paired_difference_interval
+from flexalign.statistics import paired_difference_interval
 
 COUNT = 400
 QUESTIONS = [str(number) for number in range(COUNT)]

@@ -9,7 +9,7 @@ import yaml
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 
 from flexalign.inra import InRaModel
-from flexalign.trra.callbacks import StopOnSignal
+from flexalign.training.callbacks import StopOnSignal
 
 Run = Callable[..., Any]
 

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from flexalign.trra.cache import HiddenStateCache
+from flexalign.training.hidden_cache import HiddenStateCache
 
 WIDTH, VOCAB = 64, 320
 

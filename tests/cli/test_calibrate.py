@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from flexalign.calibration.store import copy_adapter, store_calibration
+from flexalign.calibration.effort import copy_adapter, store_calibration
 from flexalign.cli.calibrate import _show
 from flexalign.inra import InRaConfig, InRaModel
 from flexalign.miniature import folder, make_traces

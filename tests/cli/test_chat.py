@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import flexalign.cli._chat
-from flexalign.calibration.store import copy_adapter, store_calibration
+from flexalign.calibration.effort import copy_adapter, store_calibration
 from flexalign.cli._dial import _beside, describe_choice
 from flexalign.evaluation.systems import Setting
+from flexalign.lambdas import Adaptive, Fixed, Route
 from flexalign.miniature import folder
-from flexalign.policies import Adaptive, Fixed, Route
 
 DIAL = ("miniature", "--adapter", "miniature:fast", "--temperature", "1", "--top-p", "1")
 

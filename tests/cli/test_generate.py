@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from flexalign.evaluation.systems.local import LocalBackend
-from flexalign.inra.config import CONFIG_FILE
-from flexalign.inra.folder import WEIGHTS_FILE
-from flexalign.loading import load_model, load_tokenizer
+from flexalign.inra.configuration import CONFIG_FILE, WEIGHTS_FILE
 from flexalign.miniature import folder
+from flexalign.models.loading import load_model, load_tokenizer
 
 DIAL = ("miniature", "--adapter", "miniature:fast")
 QUESTION = "9+3+6?"
@@ -267,7 +266,9 @@ def test_adapters_that_cannot_be_used_are_refused_before_weights_load(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     spoil(adapter)
-    monkeypatch.setattr("flexalign.inra.model.load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "flexalign.inra.modeling.load_model", lambda *_, **__: pytest.fail("loaded")
+    )
     result = generate("miniature", QUESTION, "--adapter", adapter)
     assert result.exit_code == 2
     assert said.format(adapter) in result.stderr

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from flexalign.loading import fingerprint
+from flexalign.models.loading import fingerprint
 
 TRACES = [
     {"prompt": [{"role": "user", "content": "1+2"}], "completion": [{"role": "assistant", "content": text}]}

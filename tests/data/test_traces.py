@@ -8,8 +8,7 @@ import pytest
 from datasets import Dataset
 
 from flexalign.data import load_traces
-from flexalign.data.trace_run import SamplingSettings, open_run
-from flexalign.data.traces import derive_seed, make_traces
+from flexalign.data.traces import SamplingSettings, derive_seed, make_traces, open_run
 from flexalign.errors import ConfigError, DataError
 
 SETTINGS = SamplingSettings(samples=3, batch_size=4, max_new_tokens=9)

@@ -15,14 +15,14 @@ import torch
 
 from flexalign.cli import _cache
 from flexalign.cli.app import main
-from flexalign.trra.cache import filling, shards
+from flexalign.training.hidden_cache import fill, format
 
 torch.set_num_threads(1)
-_cache.fill_cache = functools.partial(filling.fill_cache, shard_bytes=16_384)
+_cache.fill_cache = functools.partial(fill.fill_cache, shard_bytes=16_384)
 
 point, _, number = sys.argv.pop(1).partition(":")
 written = []
-original = shards.write_atomically
+original = format.write_atomically
 
 
 def _die() -> None:
@@ -47,5 +47,5 @@ def _patched(module: Any) -> None:
     module.write_atomically = _write
 
 
-_patched(shards)
+_patched(format)
 main()

@@ -18,13 +18,13 @@ import torch
 import flexalign.cli._evaluate
 import flexalign.cli._realign
 import flexalign.evaluation.sweep
-import flexalign.trra.trainer  # noqa: F401
+import flexalign.training.trainer  # noqa: F401
 from flexalign.cli import _cache
 from flexalign.cli.app import main
-from flexalign.trra.cache import filling
+from flexalign.training.hidden_cache import fill
 
 torch.set_num_threads(1)
-_cache.fill_cache = functools.partial(filling.fill_cache, shard_bytes=16_384)
+_cache.fill_cache = functools.partial(fill.fill_cache, shard_bytes=16_384)
 
 
 def _be(arguments: list[str], log: str) -> NoReturn:

@@ -30,11 +30,7 @@ pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("ignore")]
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     ROOT / "README.md",
-    *(
-        page
-        for page in sorted((ROOT / "docs").glob("*.md"))
-        if page.name not in ("cli.md", "MAP.md")
-    ),
+    *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "cli.md"),
 ]
 
 EXCUSED = {

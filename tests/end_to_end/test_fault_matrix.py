@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
-from flexalign.trra.cache import HiddenStateCache
+from flexalign.training.hidden_cache import HiddenStateCache
 
 pytestmark = pytest.mark.full
 

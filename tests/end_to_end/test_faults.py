@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from flexalign.trra.checkpoints import newest_complete
+from flexalign.training.checkpoints import newest_complete
 from launching import DISTRIBUTED
 
 pytestmark = pytest.mark.full

@@ -14,8 +14,8 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from flexalign.trra.checkpoints import fault_of, newest_complete
-from flexalign.trra.trainer import TrRaTrainer
+from flexalign.training.checkpoints import fault_of, newest_complete
+from flexalign.training.trainer import TrRaTrainer
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ import torch
 from transformers import PreTrainedModel, Trainer
 
 from flexalign.cli.app import main
-from flexalign.trra import checkpoints
-from flexalign.trra.trainer import TrRaTrainer
+from flexalign.training import checkpoints
+from flexalign.training.trainer import TrRaTrainer
 
 torch.set_num_threads(1)
 

@@ -3,14 +3,13 @@ import pytest
 import torch
 
 from flexalign import Adaptive
-from flexalign.decoding.responses import generate_responses
 from flexalign.errors import DataError
-from flexalign.evaluation.ends import Answers, adaptive, coin, confidences, judge, weigh
-from flexalign.evaluation.showcase import respond
+from flexalign.evaluation.demo import Answers, adaptive, coin, confidences, judge, respond, weigh
+from flexalign.generation.responses import generate_responses
 from flexalign.inra import InRaModel
-from flexalign.loading import load_tokenizer
 from flexalign.miniature import make_questions
 from flexalign.miniature.world import Question
+from flexalign.models.loading import load_tokenizer
 
 FAST = Answers(np.array([True, False, True, False]), np.array([3, 3, 3, 3]))
 SLOW = Answers(np.array([True, True, False, True]), np.array([60, 80, 100, 120]))

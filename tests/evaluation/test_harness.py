@@ -20,12 +20,12 @@ from lm_eval.tasks import TaskManager
 
 from conftest import TinyPair
 from contract.subjects import inserted, stir
-from flexalign.decoding import TwoModelDecoder
 from flexalign.errors import CheckpointError, ConfigError, LambdaError
 from flexalign.evaluation.harness import HarnessModel
+from flexalign.generation import TwoModelDecoder
 from flexalign.inra import InRaModel
-from flexalign.loading import load_tokenizer
-from flexalign.pairing import ModelPair
+from flexalign.models.loading import load_tokenizer
+from flexalign.models.pair import ModelPair
 from twin import fuse64
 
 pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("default")]

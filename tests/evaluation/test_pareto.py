@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from matplotlib.axes import Axes
 
-from flexalign.evaluation.pareto import ParetoPoint, draw_pareto
+from flexalign.evaluation.frontier import ParetoPoint, draw_pareto
 
 
 def _point(label: str, tokens: float, accuracy: float) -> ParetoPoint:

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 
 from flexalign.errors import ConfigError
-from flexalign.evaluation.statistics import clustered_interval
-from flexalign.evaluation.summary import summarise
-from flexalign.evaluation.token_cut import token_cut_interval
+from flexalign.evaluation.summary import summarise, token_cut_interval
+from flexalign.statistics import clustered_interval
 
 KEYS = {
     *("system", "setting", "effort", "lambda", "task", "n_questions", "n_samples", "accuracy"),

@@ -11,7 +11,7 @@ from flexalign.data.traces import derive_seed
 from flexalign.errors import ConfigError, ServingError
 from flexalign.evaluation import sweep as module
 from flexalign.evaluation.grading import grade
-from flexalign.evaluation.sampling import sample_seed, sweep_cells
+from flexalign.evaluation.samples import sample_seed, sweep_cells
 from flexalign.evaluation.sweep import Sweep, SweepResult, regrade
 from flexalign.evaluation.systems import (
     AS_IT_IS,

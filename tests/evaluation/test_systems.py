@@ -18,7 +18,7 @@ from flexalign.evaluation.systems import (
     unique_settings,
 )
 from flexalign.inra import InRaModel
-from flexalign.loading import fingerprint
+from flexalign.models.loading import fingerprint
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flexalign.errors import DataError
-from flexalign.evaluation.token_cut import (
+from flexalign.evaluation.summary import (
     token_cut,
     token_cut_interval,
     token_cut_mean,

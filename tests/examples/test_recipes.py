@@ -10,7 +10,7 @@ import yaml
 from peft import LoraConfig
 from trl import SFTConfig
 
-from flexalign.inra.training import AdaptRecipe, BakeRecipe
+from flexalign.training import AdaptRecipe, BakeRecipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = sorted(set(EXAMPLES.rglob("*.y*ml")) - set(EXAMPLES.glob("distributed/*")))

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from flexalign.decoding.seeded import SeededSampling
 from flexalign.errors import ConfigError
-from flexalign.policies import Adaptive, Route
+from flexalign.generation.seeded import SeededSampling
+from flexalign.lambdas import Adaptive, Route
 
 STEPS = 12
 

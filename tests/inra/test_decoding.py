@@ -10,8 +10,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from flexalign.errors import ConfigError, LambdaError
 from flexalign.inra import BASE, BOTH, StreamCache
-from flexalign.policies import Fixed
-from flexalign.schedules import Schedule
+from flexalign.lambdas import Fixed, Schedule
 
 MIXED = [0.5, 2.0, -0.7]
 STEPS = 8

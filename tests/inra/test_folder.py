@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from contract.subjects import stir
 from flexalign.errors import CheckpointError, ConfigError, LambdaError, PairMismatchError
 from flexalign.inra import InRaConfig, InRaModel
-from flexalign.inra import model as model_module
-from flexalign.loading import fingerprint
+from flexalign.inra import modeling as model_module
+from flexalign.models.loading import fingerprint
 
 CONFIG, WEIGHTS = "inra_config.json", "inra_adapter.safetensors"
 

@@ -10,8 +10,13 @@ from contract.subjects import make_base, stir
 from families import family_model
 from flexalign.errors import UnsupportedModelError
 from flexalign.inra import InRaModel
-from flexalign.inra.adapter import copy_first_layer, decoder_layers, identity_adapter
-from flexalign.inra.identity import LayerCall, make_identity
+from flexalign.inra.adapter import (
+    LayerCall,
+    copy_first_layer,
+    decoder_layers,
+    identity_adapter,
+    make_identity,
+)
 
 SILENCED = {
     "llama": {"self_attn.o_proj.weight", "mlp.down_proj.weight"},

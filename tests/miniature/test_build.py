@@ -7,13 +7,12 @@ import torch
 
 from flexalign.cli._miniature import make_adapter
 from flexalign.errors import ConfigError
-from flexalign.evaluation.ends import judge
-from flexalign.evaluation.showcase import respond
+from flexalign.evaluation.demo import judge, respond
 from flexalign.inra import InRaConfig, InRaModel
-from flexalign.loading import fingerprint, load_tokenizer
 from flexalign.miniature import REFERENCE, build, folder, make_questions
 from flexalign.miniature.build import FAST_SCHOOLING, Schooling, _Traces, teach
 from flexalign.miniature.tokenizer import build_tokenizer
+from flexalign.models.loading import fingerprint, load_tokenizer
 
 MEGABYTE = 2**20
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from flexalign.decoding.responses import Response, generate_responses
+from flexalign.generation.responses import Response, generate_responses
 from flexalign.inra import InRaModel
 from server_process import KEY, Server, messages
 

@@ -12,14 +12,13 @@ import pytest
 
 from asgi import request
 from flexalign.errors import ConfigError
-from flexalign.inra.config import InRaConfig
-from flexalign.loading import resolve_adapter
-from flexalign.policies import Dial
-from flexalign.serving.app import create_app
+from flexalign.inra.configuration import InRaConfig
+from flexalign.lambdas import Dial
+from flexalign.models.sources import resolve_adapter
+from flexalign.serving.app import Service, create_app
 from flexalign.serving.engine import EngineLimits
-from flexalign.serving.engine.row import Row
-from flexalign.serving.load import ServeOptions, load_service
-from flexalign.serving.service import Service
+from flexalign.serving.engine.sequence import Row
+from flexalign.serving.server import ServeOptions, load_service
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "3+14+15?"}]

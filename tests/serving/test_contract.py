@@ -10,8 +10,8 @@ import torch
 
 from flexalign.data.client import Endpoint
 from flexalign.data.thinking import ThinkingTags
-from flexalign.loading import load_tokenizer
-from flexalign.policies import Adaptive, Route
+from flexalign.lambdas import Adaptive, Route
+from flexalign.models.loading import load_tokenizer
 from server_process import KEY, QUESTIONS, Server, messages, metric, whole
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,7 @@ import pytest
 from asgi import read, request
 from flexalign.serving.app import create_app
 from flexalign.serving.engine import InRaRunner
-from flexalign.serving.load import ServeOptions, load_service
+from flexalign.serving.server import ServeOptions, load_service
 from server_process import Server, metric
 
 WAITING = 4

@@ -8,12 +8,10 @@ import pytest
 
 from flexalign.errors import ConfigError
 from flexalign.inra import InRaConfig
+from flexalign.lambdas import Adaptive, Fixed, Route, Schedule
 from flexalign.miniature import folder
-from flexalign.policies import Adaptive, Fixed, Route
-from flexalign.schedules import Schedule
-from flexalign.serving.dial import EFFORT_LEVELS, DialRules
+from flexalign.serving.dial import EFFORT_LEVELS, DialRules, adapter_rules
 from flexalign.serving.errors import ApiError
-from flexalign.serving.rules import adapter_rules
 
 
 def halves(effort: float) -> Fixed:

@@ -11,7 +11,7 @@ import pytest
 
 from asgi import exchange, read
 from flexalign.serving.app import create_app
-from flexalign.serving.load import ServeOptions, load_service
+from flexalign.serving.server import ServeOptions, load_service
 from server_process import KEY, Server
 
 PATHS = ("/v1/chat/completions", "/v1/completions")

@@ -13,7 +13,7 @@ pytest.importorskip("tenacity", reason="lm-eval's API models need lm-eval[api]")
 from lm_eval.tasks import TaskManager
 
 from flexalign.data.thinking import ThinkingTags
-from flexalign.decoding.responses import generate_responses
+from flexalign.generation.responses import generate_responses
 from flexalign.inra import InRaModel
 from flexalign.miniature import folder
 from server_process import KEY, Server

@@ -11,7 +11,7 @@ import pytest
 
 from asgi import exchange
 from flexalign.serving.app import create_app
-from flexalign.serving.load import ServeOptions, load_service
+from flexalign.serving.server import ServeOptions, load_service
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "load.py"
 QUESTION = {"messages": [{"role": "user", "content": "3+14+15?"}], "max_tokens": 12}

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from asgi import read, request
-from flexalign.serving.loopback import LoopbackGate
+from flexalign.serving.middleware import LoopbackGate
 
 
 def ask(**headers: str) -> tuple[int, dict[str, Any]]:

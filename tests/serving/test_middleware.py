@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from asgi import request
-from flexalign.policies import Fixed
+from flexalign.lambdas import Fixed
 from flexalign.serving.dial import DialRules
 from flexalign.serving.middleware import CHOICE, DialMiddleware, KeyGate
 

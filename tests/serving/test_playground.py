@@ -10,7 +10,7 @@ import pytest
 
 from asgi import read, request
 from browser import CHROMIUM, Browser, Tab
-from flexalign.policies import Fixed
+from flexalign.lambdas import Fixed
 from flexalign.serving import playground
 from flexalign.serving.dial import DialRules
 from flexalign.serving.playground import Playground

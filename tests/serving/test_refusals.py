@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 
 from flexalign.errors import ConfigError
-from flexalign.policies import Fixed
-from flexalign.serving.bodies import parse_body
+from flexalign.lambdas import Fixed
 from flexalign.serving.dial import DialRules
 from flexalign.serving.errors import ApiError
-from flexalign.serving.protocol import read_chat, read_completion
+from flexalign.serving.protocol import parse_body, read_chat, read_completion
 
 RULES = DialRules(Fixed(0.25), (-1.0, 2.0))
 FORMS = 'a finite number such as 0.5, "auto", or an object such as {"policy": "adaptive", "threshold": 0.5}'

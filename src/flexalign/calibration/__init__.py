@@ -2,9 +2,9 @@
 
 from flexalign.calibration.effort import effort_to_dial
 from flexalign.calibration.goals import Goal, NonInferiority, TokenBudget
-from flexalign.calibration.outcomes import Ask, Outcomes
-from flexalign.calibration.plan import Plan, VarianceModel, plan
+from flexalign.calibration.power import Plan, VarianceModel, plan
 from flexalign.calibration.tune import Tuned, TuneOptions, tune
+from flexalign.evaluation.samples import Ask, Outcomes
 
 __all__ = [
     "Ask",

@@ -5,13 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flexalign.calibration.confirm import Evidence, Proof
-from flexalign.calibration.tune import Tuned
-from flexalign.evaluation.statistics import Interval
-from flexalign.policies import LAMBDA_LEGEND
-from flexalign.trra.card import table
-
-__all__ = ["draw_path", "render_card", "write_card"]
+from flexalign.calibration.tune import Evidence, Proof, Tuned
+from flexalign.lambdas import LAMBDA_LEGEND
+from flexalign.statistics import Interval
+from flexalign.training.card import table
 
 CARD, RESULT, PICTURE = "tuned.md", "tuned.json", "tuned.png"
 

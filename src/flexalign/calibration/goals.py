@@ -11,11 +11,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from flexalign.calibration.outcomes import Outcomes
 from flexalign.errors import ConfigError
-from flexalign.evaluation.statistics import Interval, paired_difference_interval, t_quantile
-
-__all__ = ["Goal", "NonInferiority", "TokenBudget", "accuracy_difference"]
+from flexalign.evaluation.samples import Outcomes
+from flexalign.statistics import Interval, paired_difference_interval, t_quantile
 
 
 class Goal(Protocol):

@@ -19,8 +19,6 @@ from scipy.special import ndtr, ndtri
 
 from flexalign.errors import ConfigError
 
-__all__ = ["Looks", "betting_wealth", "look_levels", "predictive_power", "spent_error"]
-
 Looks: TypeAlias = Literal["obrien-fleming", "pocock", "betting"]
 """How the error is shared among looks."""
 

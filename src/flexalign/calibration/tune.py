@@ -14,16 +14,318 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
-from flexalign.calibration.choose import Choice, choose
-from flexalign.calibration.confirm import Evidence, Proof, confirm
-from flexalign.calibration.goals import Goal, NonInferiority
-from flexalign.calibration.outcomes import Ask, Ledger
-from flexalign.calibration.sequential import Looks
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtr, ndtri
+
+from flexalign.calibration.goals import Goal, NonInferiority, accuracy_difference
+from flexalign.calibration.sequential import Looks, betting_wealth, look_levels, predictive_power
 from flexalign.errors import ConfigError
+from flexalign.evaluation.samples import Ask, Ledger, Outcomes
+from flexalign.statistics import Interval, clustered_interval
 
-__all__ = ["TuneOptions", "Tuned", "tune"]
+# Narrowing the candidates down, on questions that prove nothing later.
+#
+# Every setting still in the race answers the next few questions. A candidate leaves when even a
+# kind reading of its answers makes it less worth than an unkind reading of the best one's: its
+# worth is its gain times the probability that the held-out questions will prove it.
+
+_HOPELESS = 0.05
+_SURE = 0.9
+_BATCHES = 5
+_FEWEST = 8
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A candidate when it left the race, or at its end.
+
+    Attributes:
+        setting: Its id.
+        questions: Questions it answered.
+        promise: Probability that the held-out questions will prove it, judged by these.
+        gain: Its gain.
+    """
+
+    setting: str
+    questions: int
+    promise: float
+    gain: float
+
+    @property
+    def worth(self) -> float:
+        """Expected gain."""
+        return self.promise * self.gain
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the race came to.
+
+    Attributes:
+        finalists: To be confirmed, safest first; empty if none has a chance.
+        standings: All candidates, in their own order.
+        questions: The questions used.
+    """
+
+    finalists: tuple[str, ...]
+    standings: tuple[Standing, ...]
+    questions: tuple[str, ...]
+
+
+def steadied_deviation(slack: NDArray[np.float64], unit: float) -> float:
+    """Standard deviation of the slack over questions.
+
+    As if one more question had been half a unit away from the mean, so that a few questions
+    without any difference do not pass for certainty.
+
+    Args:
+        slack: One value a question, shape (n,), at least 2.
+        unit: The size of a large difference.
+    """
+    squares = float(((slack - slack.mean()) ** 2).sum()) + unit**2 / 4
+    return math.sqrt(squares / (slack.size - 1))
+
+
+def choose(
+    candidates: Sequence[str],
+    reference: str,
+    ledger: Ledger,
+    questions: Sequence[str],
+    held_out: int,
+    goal: Goal,
+    level: float,
+    finalists: int,
+) -> Choice:
+    """Race the candidates.
+
+    Args:
+        candidates: Their ids.
+        reference: The id of what they are compared with.
+        ledger: Asks.
+        questions: At most these are used, in order.
+        held_out: How many further questions there are for the proof.
+        goal: What counts.
+        level: One-sided error of the proof.
+        finalists: How many may go on.
+    """
+    racing = list(candidates)
+    left: dict[str, Standing] = {}
+    size = max(_FEWEST, math.ceil(len(questions) / _BATCHES))
+    used = 0
+    while racing and used < len(questions) and (used == 0 or len(racing) > 1):
+        used = min(used + size, len(questions))
+        rest = held_out + len(questions) - used
+        base = ledger.outcomes(reference, questions[:used])
+        read = {
+            setting: _read(
+                setting, ledger.outcomes(setting, questions[:used]), base, goal, rest, level
+            )
+            for setting in racing
+        }
+        left.update({setting: reading[1] for setting, reading in read.items()})
+        bar = max(reading[0] for reading in read.values())
+        racing = [
+            setting
+            for setting in racing
+            if read[setting][1].gain > 0
+            and read[setting][2].promise > _HOPELESS
+            and read[setting][2].worth >= bar
+        ]
+    standings = tuple(left[setting] for setting in candidates)
+    return Choice(_finalists(standings, finalists), standings, tuple(questions[:used]))
+
+
+def _read(
+    setting: str, outcomes: Outcomes, base: Outcomes, goal: Goal, rest: int, level: float
+) -> tuple[float, Standing, Standing]:
+    """The worth by an unkind reading, the standing, the standing by a kind one."""
+    slack = goal.slack(outcomes, base)
+    deviation = steadied_deviation(slack, goal.unit)
+    error = deviation / math.sqrt(slack.size)
+    held_against = max(deviation, goal.least_deviation)
+    gain = goal.gain(outcomes, base)
+
+    def standing(shift: float) -> Standing:
+        needed = float(ndtri(1 - level)) * held_against / math.sqrt(rest)
+        spread = math.hypot(deviation / math.sqrt(rest), error)
+        promise = float(ndtr((float(slack.mean()) + shift - needed) / spread))
+        return Standing(setting, outcomes.questions, promise, gain)
+
+    return max(0.0, standing(-error).worth), standing(0.0), standing(error)
+
+
+def _finalists(standings: Sequence[Standing], most: int) -> tuple[str, ...]:
+    able = [s for s in standings if s.gain > 0 and s.promise > _HOPELESS]
+    if not able:
+        return ()
+    best = max(able, key=lambda s: s.worth)
+    safer = [s for s in able if s.promise > best.promise and s.gain < best.gain]
+    if most == 1 or best.promise >= _SURE or not safer:
+        return (best.setting,)
+    rest = sorted(safer, key=lambda s: s.worth, reverse=True)[: most - 1]
+    return (*(s.setting for s in sorted(rest, key=lambda s: -s.promise)), best.setting)
+
+
+# Proving a finalist on held-out questions, in as few looks as it takes.
+
+Verdict: TypeAlias = Literal["kept", "futile", "open"]
+"""Proved; given up as the rest would hardly prove it; not proved when the questions ended."""
+
+_FUTILE = 0.05
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A setting beside the reference on the same questions; intervals are at 95 %.
+
+    Attributes:
+        candidate: Answers of the setting.
+        reference: Answers of the reference.
+    """
+
+    candidate: Outcomes
+    reference: Outcomes
+
+    @property
+    def questions(self) -> int:
+        """How many."""
+        return self.candidate.questions
+
+    @property
+    def accuracy(self) -> Interval:
+        """Share of the setting's answers that are right."""
+        return _interval(self.candidate, share=True)
+
+    @property
+    def reference_accuracy(self) -> Interval:
+        """Share of the reference's answers that are right."""
+        return _interval(self.reference, share=True)
+
+    @property
+    def difference(self) -> Interval:
+        """Difference of the two, paired by question."""
+        return accuracy_difference(self.candidate, self.reference)
+
+    @property
+    def tokens(self) -> Interval:
+        """Mean tokens of the setting's answers."""
+        return _interval(self.candidate, share=False)
+
+    @property
+    def reference_tokens(self) -> Interval:
+        """Mean tokens of the reference's answers."""
+        return _interval(self.reference, share=False)
+
+    @property
+    def token_cut(self) -> float:
+        """Share of the reference's tokens that is saved."""
+        return 1 - self.candidate.mean_tokens / self.reference.mean_tokens
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; an interval is low, estimate, high."""
+        return {
+            "questions": self.questions,
+            "accuracy": list(self.accuracy),
+            "reference_accuracy": list(self.reference_accuracy),
+            "difference": list(self.difference),
+            "tokens": list(self.tokens),
+            "reference_tokens": list(self.reference_tokens),
+            "token_cut": self.token_cut,
+        }
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look at the evidence.
+
+    Attributes:
+        questions: Held-out questions so far.
+        slack: Estimate of the mean slack.
+        strength: What is held against the threshold: the bound of the slack, or the wealth.
+        threshold: 0 for a bound, 1/α for a wealth.
+    """
+
+    questions: int
+    slack: float
+    strength: float
+    threshold: float
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How a finalist fared.
+
+    Attributes:
+        setting: Its id.
+        verdict: How it ended.
+        looks: Each look.
+    """
+
+    setting: str
+    verdict: Verdict
+    looks: tuple[Look, ...]
+
+
+def confirm(
+    setting: str,
+    reference: str,
+    ledger: Ledger,
+    questions: Sequence[str],
+    goal: Goal,
+    alpha: float,
+    looks: Looks,
+    count: int,
+) -> Proof:
+    """Ask held-out questions until the promise is proved or is not worth pursuing.
+
+    Giving up early takes nothing from the error, so it needs no share of it.
+
+    Args:
+        setting: The finalist.
+        reference: What it is compared with.
+        ledger: Asks.
+        questions: Held out, in order.
+        goal: What has to be proved.
+        alpha: One-sided error of the whole proof.
+        looks: How it is shared.
+        count: How many looks at most.
+    """
+    ends = _ends(len(questions), count)
+    fractions = tuple(end / len(questions) for end in ends)
+    betting = looks == "betting"
+    levels = (alpha,) * len(ends) if betting else look_levels(fractions, alpha, looks)
+    seen: list[Look] = []
+    for end, fraction, level in zip(ends, fractions, levels, strict=True):
+        base = ledger.outcomes(reference, questions[:end])
+        outcomes = ledger.outcomes(setting, questions[:end])
+        slack = goal.slack(outcomes, base)
+        if betting:
+            look = Look(end, float(slack.mean()), betting_wealth(slack, goal.lowest), 1 / alpha)
+        else:
+            look = Look(end, float(slack.mean()), goal.bound(slack, level), 0.0)
+        seen.append(look)
+        if look.strength > look.threshold:
+            return Proof(setting, "kept", tuple(seen))
+        deviation = max(steadied_deviation(slack, goal.unit), goal.least_deviation)
+        score = look.slack * math.sqrt(end) / deviation
+        if fraction < 1 and predictive_power(score, fraction, levels[-1]) < _FUTILE:
+            return Proof(setting, "futile", tuple(seen))
+    return Proof(setting, "open", tuple(seen))
+
+
+def _ends(questions: int, count: int) -> list[int]:
+    """Questions at each look: even steps of at least 10, the last one all of them."""
+    count = max(1, min(count, questions // 10))
+    return [round(questions * (step + 1) / count) for step in range(count)]
+
+
+def _interval(outcomes: Outcomes, *, share: bool) -> Interval:
+    values = outcomes.correct if share else outcomes.tokens
+    return clustered_interval(values.ravel(), outcomes.clusters, share=share)
+
 
 _FEWEST_QUESTIONS = 20
 

@@ -6,7 +6,6 @@ from datasets import Dataset, concatenate_datasets
 from rich.markup import escape
 from rich.table import Table
 
-from flexalign.cli._shared import as_input_errors, print_json, result_console, say
 from flexalign.cli._training import (
     StepProgress,
     plan_steps,
@@ -14,6 +13,7 @@ from flexalign.cli._training import (
     sample_rows,
     show_samples,
 )
+from flexalign.cli.console import as_input_errors, print_json, result_console, say
 from flexalign.data import (
     Lengths,
     ThinkingTags,
@@ -23,20 +23,23 @@ from flexalign.data import (
 )
 from flexalign.errors import ConfigError, UnsupportedModelError
 from flexalign.inra.adapter import decoder_layers
-from flexalign.inra.config import InRaConfig
-from flexalign.inra.folder import WEIGHTS_FILE, check_folder, require_base, require_range
-from flexalign.inra.training import Adaptation, AdaptRecipe, BakeRecipe, Baking, Outcome
-from flexalign.inra.training.run import Run
-from flexalign.loading import resolve_adapter
-from flexalign.loading.skeleton import skeleton
-from flexalign.loading.weights import fingerprint_file
-from flexalign.pairing.examination import ModelFacts, examine, examine_pair
-from flexalign.policies import Fixed
-from flexalign.trra.callbacks import StopOnSignal
-from flexalign.trra.estimate import Sizes, estimate_memory
-from flexalign.trra.stages import Stopped
-
-__all__ = ["Prepared", "finish", "prepare_adaptation", "prepare_baking", "preview"]
+from flexalign.inra.configuration import (
+    WEIGHTS_FILE,
+    InRaConfig,
+    check_folder,
+    require_base,
+    require_range,
+)
+from flexalign.lambdas import Fixed
+from flexalign.models.compatibility import ModelFacts, examine, examine_pair
+from flexalign.models.loading import skeleton
+from flexalign.models.sources import resolve_adapter
+from flexalign.models.weights import fingerprint_file
+from flexalign.training import Adaptation, AdaptRecipe, BakeRecipe, Baking, Outcome
+from flexalign.training.adapter_run import Run
+from flexalign.training.callbacks import StopOnSignal
+from flexalign.training.memory import Sizes, estimate_memory
+from flexalign.training.run import Stopped
 
 
 class Prepared(NamedTuple):

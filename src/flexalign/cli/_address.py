@@ -1,8 +1,6 @@
 """What ``flexalign serve`` says once requests are taken, whatever engine takes them."""
 
-from flexalign.cli._shared import print_json, say
-
-__all__ = ["tell_address", "url_of"]
+from flexalign.cli.console import print_json, say
 
 
 def url_of(host: str, port: int, *, scheme: str = "http") -> str:

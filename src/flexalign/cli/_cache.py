@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from flexalign.cli._realign import Inputs
-from flexalign.cli._shared import note, progress_bar, say
 from flexalign.cli._training import plan_steps
+from flexalign.cli.console import note, progress_bar, say
 from flexalign.data import data_fingerprint
 from flexalign.errors import ConfigError
-from flexalign.pairing import ModelPair
-from flexalign.pairing.memory import GIB
-from flexalign.trra.cache import (
+from flexalign.models.compatibility import GIB
+from flexalign.models.pair import ModelPair
+from flexalign.training.hidden_cache import (
     Form,
     HiddenStateCache,
     fill_cache,
@@ -24,10 +24,8 @@ from flexalign.trra.cache import (
     prepare_documents,
     stored_dtype,
 )
-from flexalign.trra.parts import running_dtype
-from flexalign.trra.recipe import Recipe
-
-__all__ = ["cache_filler", "plan_cache"]
+from flexalign.training.models import running_dtype
+from flexalign.training.recipes import Recipe
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -12,19 +12,17 @@ from flexalign.cli._dial import (
     read_setting,
     require_dial,
 )
-from flexalign.cli._response import ResponsePrinter
-from flexalign.cli._shared import console
+from flexalign.cli.console import ResponsePrinter, console
 from flexalign.data.traces import derive_seed
-from flexalign.decoding.responses import Response, generate_responses
-from flexalign.decoding.streaming import StreamedResponse
 from flexalign.errors import ConfigError
 from flexalign.evaluation.systems import Answer, Setting
+from flexalign.generation.responses import Response, generate_responses
+from flexalign.generation.text import StreamedResponse
 
 if TYPE_CHECKING:
     from flexalign.evaluation.systems import SystemOptions
     from flexalign.evaluation.systems.local import LocalBackend
 
-__all__ = ["Chat"]
 
 _HELP = """\
 /lambda 0.3          λ from the next answer on, or a schedule's JSON; 0 is the reference, 1 the

@@ -14,17 +14,22 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from flexalign.cli._shared import console
-from flexalign.evaluation.ends import Worth, adaptive, coin, confidences, judge, weigh
-from flexalign.evaluation.showcase import (
+from flexalign.cli.console import console
+from flexalign.evaluation.demo import (
     Measurement,
     Training,
+    Worth,
+    adaptive,
     closed_form_curve,
+    coin,
+    confidences,
+    judge,
     load_pair,
     measure,
     picture,
     realign,
     respond,
+    weigh,
 )
 from flexalign.inra import InRaModel
 from flexalign.miniature import ALIGNED, REFERENCE, make_questions

@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from flexalign.cli._shared import as_input_errors, console, parse_lambdas
+from flexalign.cli.console import as_input_errors, console, parse_lambdas
 from flexalign.errors import ConfigError, LambdaError
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ def read_efforts(text: str | None, adapter: str | None) -> "list[Setting]":
         )
     from flexalign.calibration.effort import effort_to_dial
     from flexalign.evaluation.systems import Setting
-    from flexalign.inra.config import InRaConfig
-    from flexalign.loading import resolve_adapter
+    from flexalign.inra.configuration import InRaConfig
+    from flexalign.models.sources import resolve_adapter
 
     with as_input_errors():
         calibration = InRaConfig.load(resolve_adapter(adapter)).calibration
@@ -172,7 +172,7 @@ def require_dial(
 
 def describe_setting(setting: "Setting", calibration: "Mapping[str, Any] | None") -> str:
     """Name a setting, with what calibration found that it saves, if it looked at it."""
-    from flexalign.calibration.figures import known_cut
+    from flexalign.calibration.effort import known_cut
 
     cut = known_cut(calibration, setting.id)
     if cut is None:
@@ -198,7 +198,7 @@ def describe_start(setting: "Setting", backend: "LocalBackend") -> str:
 
 def describe_choice(answer: "Answer", setting: "Setting", model: Any) -> str | None:
     """Say which way a policy took and why; None if it was not its choice."""
-    from flexalign.policies import Adaptive
+    from flexalign.lambdas import Adaptive
 
     if answer.route is None:
         return None

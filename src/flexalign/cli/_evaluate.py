@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from flexalign.cli._shared import note, result_console
-from flexalign.evaluation.labels import row_label
+from flexalign.cli.console import note, result_console
+from flexalign.evaluation.systems.settings import row_label
 
 if TYPE_CHECKING:
-    from flexalign.evaluation.sampling import Lost
+    from flexalign.evaluation.samples import Lost
     from flexalign.evaluation.sweep import Sweep
 
 _SHOWN = 5
@@ -87,7 +87,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     result_console.print(table)
     if "task" in heads:
         _print_means(summary["means"])
-    from flexalign.policies import LAMBDA_LEGEND
+    from flexalign.lambdas import LAMBDA_LEGEND
 
     result_console.print(f"{LAMBDA_LEGEND}; {_LEGEND}", style="dim", markup=False)
 

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from flexalign.cli._shared import note
+from flexalign.cli.console import note
 from flexalign.data.client import Endpoint, EndpointResponse
 from flexalign.data.rendering import Prompt, keeps_thinking, plain_prompt
 from flexalign.data.thinking import ThinkingTags
-from flexalign.data.trace_run import SamplingSettings
+from flexalign.data.traces import SamplingSettings
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flexalign.decoding.responses import Response
+    from flexalign.generation.responses import Response
 
 
 class LocalModel:
@@ -22,7 +22,8 @@ class LocalModel:
     def __init__(self, name: str | None, dtype: str, settings: SamplingSettings) -> None:
         if name is None:
             raise ConfigError("name a MODEL, or a server with --endpoint and --model-name.")
-        from flexalign.loading import fingerprint, load_tokenizer, resolve
+        from flexalign.models.loading import fingerprint, load_tokenizer
+        from flexalign.models.sources import resolve
 
         self._source = resolve(name)
         self._dtype = dtype
@@ -40,7 +41,7 @@ class LocalModel:
 
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> "list[Response]":
         """Answer a batch; its first seed seeds it."""
-        from flexalign.decoding.responses import generate_responses
+        from flexalign.generation.responses import generate_responses
 
         settings = self._settings
         return generate_responses(
@@ -60,7 +61,7 @@ class LocalModel:
 
     @cached_property
     def _model(self) -> Any:
-        from flexalign.loading import load_model
+        from flexalign.models.loading import load_model
 
         return load_model(self._source, dtype=self._dtype)
 

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from flexalign.inra import InRaModel
 
-__all__ = ["make_adapter"]
-
 
 def make_adapter(reference: Path, layers: int = 1) -> "LayerAdapter":
     """Put a fresh adapter, the identity, on the reference in a folder."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from flexalign.cli._shared import (
+from flexalign.cli.console import (
     console,
     parse_lambdas,
     print_json,
@@ -15,7 +15,7 @@ from flexalign.cli._shared import (
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flexalign.calibration.preview import Preview
+    from flexalign.analysis.preview import Preview
 
 _SHOWN = 13
 
@@ -34,8 +34,8 @@ def show_preview(
     if system is None:
         raise ConfigError("SYSTEM is missing; say what is previewed: pair:REF,ALIGNED or a dial:.")
     asked = None if lambdas is None else parse_lambdas(lambdas)
-    from flexalign.calibration.preview import PREVIEW_LAMBDAS, preview
-    from flexalign.cli._quiet import quieten_libraries
+    from flexalign.analysis.preview import PREVIEW_LAMBDAS, preview
+    from flexalign.cli.console import quieten_libraries
     from flexalign.data import load_traces, split_tokens
     from flexalign.evaluation.systems import parse_system
 
@@ -48,7 +48,7 @@ def show_preview(
     quieten_libraries()
     model: Any
     if parsed.kind == "pair":
-        from flexalign.pairing import ModelPair
+        from flexalign.models.pair import ModelPair
 
         model = ModelPair.load(*parsed.parts)
     else:
@@ -78,7 +78,7 @@ def show_preview(
 
 
 def _print(found: "Preview") -> None:
-    from flexalign.policies import LAMBDA_LEGEND
+    from flexalign.lambdas import LAMBDA_LEGEND
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("λ", "divergence", f"outside top {found.top_k}", "probability outside"):

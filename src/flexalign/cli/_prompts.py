@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 
 from flexalign.errors import ConfigError, DataError
 
-__all__ = ["GivenPrompt", "read_given"]
-
 
 class GivenPrompt(NamedTuple):
     """A prompt.

@@ -10,7 +10,6 @@ from datasets import Dataset
 from rich.markup import escape
 from rich.table import Table
 
-from flexalign.cli._shared import print_json, result_console, say
 from flexalign.cli._training import (
     plan_steps,
     read_traces,
@@ -18,17 +17,15 @@ from flexalign.cli._training import (
     sample_rows,
     show_samples,
 )
+from flexalign.cli.console import print_json, result_console, say
 from flexalign.data import Lengths, measure_lengths
 from flexalign.data.rendering import chat_template_of
-from flexalign.loading.weights import tensor_infos
-from flexalign.pairing.examination import ModelFacts, PairFacts, examine_pair
-from flexalign.trra.cache import HiddenStateCache
-from flexalign.trra.estimate import count_parameters, estimate_memory
-from flexalign.trra.recipe import Recipe
-from flexalign.trra.rounds import LARGEST_EFFECTIVE_LAMBDA, effective_lambda
-from flexalign.trra.run import Realignment
-
-__all__ = ["Inputs", "caution_of_distance", "make_run", "preview", "read_inputs"]
+from flexalign.models.compatibility import ModelFacts, PairFacts, examine_pair
+from flexalign.models.weights import tensor_infos
+from flexalign.training.hidden_cache import HiddenStateCache
+from flexalign.training.memory import count_parameters, estimate_memory
+from flexalign.training.recipes import Recipe
+from flexalign.training.run import LARGEST_EFFECTIVE_LAMBDA, Realignment, effective_lambda
 
 
 class Inputs(NamedTuple):

@@ -9,13 +9,10 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from flexalign.trra.cache import HiddenStateCache
-from flexalign.trra.card import table
-from flexalign.trra.checkpoints import newest_complete, writing
-from flexalign.trra.run import Outcome, Realignment
-from flexalign.trra.stages import one_process, trainer_state
-
-__all__ = ["Costs", "StepClock", "describe_costs", "write_report"]
+from flexalign.training.card import table
+from flexalign.training.checkpoints import newest_complete, writing
+from flexalign.training.hidden_cache import HiddenStateCache
+from flexalign.training.run import Outcome, Realignment, one_process, trainer_state
 
 _FIGURES = ("divergence", "kl_reference", "kl_aligned")
 

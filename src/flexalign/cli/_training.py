@@ -10,28 +10,16 @@ from rich.table import Column
 from rich.text import Text
 from transformers import TrainerCallback
 
-from flexalign.cli._shared import console, result_console
+from flexalign.cli.console import console, result_console
 from flexalign.data import Lengths, load_prompts, load_traces, split_tokens
-from flexalign.decoding.responses import generate_responses
 from flexalign.errors import ConfigError
 from flexalign.evaluation.grading import grade
-from flexalign.evaluation.statistics import clustered_interval
+from flexalign.generation.responses import generate_responses
+from flexalign.lambdas import parse_dial, require_forward
 from flexalign.miniature import make_questions, make_traces
-from flexalign.pairing.direction import require_forward
-from flexalign.policies import parse_dial
-from flexalign.trra.callbacks import Answer, Watcher
-from flexalign.trra.recipe import Watch
-
-__all__ = [
-    "StepProgress",
-    "make_watcher",
-    "plan_steps",
-    "read_traces",
-    "read_watched",
-    "require_forward_training",
-    "sample_rows",
-    "show_samples",
-]
+from flexalign.statistics import clustered_interval
+from flexalign.training.callbacks import Answer, Watcher
+from flexalign.training.recipes import Watch
 
 _MINIATURE = "miniature"
 _MINIATURE_TRACES = 4000

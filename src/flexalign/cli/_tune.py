@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from flexalign.cli._dial import read_settings
-from flexalign.cli._shared import note, print_json, result_console
+from flexalign.cli.console import note, print_json, result_console
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
     from flexalign.calibration import Goal, Plan, TuneOptions, VarianceModel
-    from flexalign.calibration.stored import StoredAnswers
+    from flexalign.calibration.results import StoredAnswers
     from flexalign.evaluation.sweep import Sweep
     from flexalign.evaluation.systems import Setting, System
     from flexalign.evaluation.tasks import Task
@@ -54,7 +54,7 @@ def variance_of(
 ) -> "VarianceModel":
     """From stored answers where there are some: of the setting that differs most from λ = 0."""
     from flexalign.calibration import VarianceModel
-    from flexalign.calibration.plan import TASK_ACCURACY
+    from flexalign.calibration.power import TASK_ACCURACY
 
     if answers is None or accuracy is not None:
         expected = TASK_ACCURACY.get(task.partition(":")[0], 0.5) if accuracy is None else accuracy

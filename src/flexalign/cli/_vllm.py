@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from flexalign.cli._address import tell_address, url_of
-from flexalign.cli._shared import as_input_errors, console, print_json
+from flexalign.cli.console import as_input_errors, console, print_json
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
     from flexalign.serving.vllm.launch import Launch
-
-__all__ = ["Parts", "serve_on_vllm"]
 
 
 @dataclass(frozen=True)
@@ -55,9 +53,9 @@ def serve_on_vllm(parts: Parts, settings: dict[str, Any], *, dry_run: bool, as_j
         raise ConfigError("--aligned is served by --engine local alone; on vLLM give --adapter.")
     if parts.gate is not None:
         raise ConfigError("--gate is served by --engine local alone; leave it out on vLLM.")
-    from flexalign.inra.config import InRaConfig
-    from flexalign.loading import resolve_adapter
-    from flexalign.serving.rules import adapter_rules
+    from flexalign.inra.configuration import InRaConfig
+    from flexalign.models.sources import resolve_adapter
+    from flexalign.serving.dial import adapter_rules
     from flexalign.serving.server import open_socket
     from flexalign.serving.vllm.launch import Launch, check_flags, require_vllm, run
 

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from flexalign.cli._options import (
+from flexalign.cli.console import console, parse_lambda_option, print_json
+from flexalign.cli.options import (
     Assignments,
     DryTraining,
     Recipe,
@@ -15,7 +16,6 @@ from flexalign.cli._options import (
     ResultAsJson,
     SkipBadRows,
 )
-from flexalign.cli._shared import console, parse_lambda_option, print_json
 
 
 def adapt(
@@ -67,7 +67,7 @@ def adapt(
 
     Ctrl-C saves a checkpoint at the end of the step; the same command goes on from there.
     """
-    from flexalign.inra.training.recipe import AdaptRecipe
+    from flexalign.training.adapter_recipes import AdaptRecipe
 
     plan = AdaptRecipe.load(
         recipe,
@@ -79,8 +79,8 @@ def adapt(
     )
 
     from flexalign.cli._adapt import finish, prepare_adaptation, preview
-    from flexalign.cli._quiet import quieten_libraries, warnings_as_notes
     from flexalign.cli._training import require_forward_training
+    from flexalign.cli.console import quieten_libraries, warnings_as_notes
 
     if plan.lam is not None:
         require_forward_training([plan.lam], extrapolate=extrapolate)

@@ -8,13 +8,13 @@ import typer
 from rich.markup import escape
 
 from flexalign._version import __version__
-from flexalign.cli._shared import console
 from flexalign.cli.adapt import adapt
 from flexalign.cli.bake import bake
 from flexalign.cli.cache import cache
 from flexalign.cli.calibrate import calibrate
 from flexalign.cli.chat import chat
 from flexalign.cli.compare import compare
+from flexalign.cli.console import console
 from flexalign.cli.demo import demo
 from flexalign.cli.evaluate import evaluate
 from flexalign.cli.generate import generate

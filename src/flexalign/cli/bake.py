@@ -8,7 +8,8 @@ import typer
 from rich.markup import escape
 
 from flexalign.cli._dial import read_range
-from flexalign.cli._options import (
+from flexalign.cli.console import console, parse_lambda_option, print_json
+from flexalign.cli.options import (
     Assignments,
     DryTraining,
     LambdaRange,
@@ -17,7 +18,6 @@ from flexalign.cli._options import (
     ResultAsJson,
     SkipBadRows,
 )
-from flexalign.cli._shared import console, parse_lambda_option, print_json
 
 
 def bake(
@@ -56,7 +56,7 @@ def bake(
     Then: [cyan]flexalign bake recipe.yaml --adapter out/fast --lambda 0.5[/cyan]
     """
     limits = read_range(lambda_range)
-    from flexalign.inra.training.recipe import BakeRecipe
+    from flexalign.training.adapter_recipes import BakeRecipe
 
     plan = BakeRecipe.load(
         recipe,
@@ -67,7 +67,7 @@ def bake(
     )
 
     from flexalign.cli._adapt import finish, prepare_baking, preview
-    from flexalign.cli._quiet import quieten_libraries, warnings_as_notes
+    from flexalign.cli.console import quieten_libraries, warnings_as_notes
 
     quieten_libraries()
     with warnings_as_notes():

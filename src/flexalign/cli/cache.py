@@ -5,7 +5,8 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from flexalign.cli._options import (
+from flexalign.cli.console import console, print_json, result_console
+from flexalign.cli.options import (
     AllowPickle,
     Assignments,
     Recipe,
@@ -13,7 +14,6 @@ from flexalign.cli._options import (
     SkipBadRows,
     known_dtype,
 )
-from flexalign.cli._shared import console, print_json, result_console
 
 
 def cache(
@@ -55,7 +55,7 @@ def cache(
 
     Killed, the same command goes on. A finished cache is checked, and what is damaged is made again.
     """
-    from flexalign.trra.recipe import Recipe
+    from flexalign.training.recipes import Recipe
 
     plan = Recipe.load_each(
         recipe,
@@ -64,8 +64,8 @@ def cache(
         allow_pickle=allow_pickle or None,
     )[0]
     from flexalign.cli._cache import cache_filler, plan_cache
-    from flexalign.cli._quiet import quieten_libraries, warnings_as_notes
     from flexalign.cli._realign import read_inputs
+    from flexalign.cli.console import quieten_libraries, warnings_as_notes
 
     quieten_libraries()
     with warnings_as_notes():

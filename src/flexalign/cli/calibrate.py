@@ -10,7 +10,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from flexalign.cli._dial import read_range
-from flexalign.cli._options import (
+from flexalign.cli.console import (
+    as_input_errors,
+    console,
+    note,
+    print_json,
+    result_console,
+    resumable_bar,
+    say_instruction,
+)
+from flexalign.cli.options import (
     BatchSize,
     Data,
     Dtype,
@@ -19,15 +28,6 @@ from flexalign.cli._options import (
     TaskTemperature,
     TaskTopP,
     Workers,
-)
-from flexalign.cli._shared import (
-    as_input_errors,
-    console,
-    note,
-    print_json,
-    result_console,
-    resumable_bar,
-    say_instruction,
 )
 from flexalign.errors import ConfigError
 
@@ -117,12 +117,16 @@ def calibrate(
     """
     widened = read_range(lambda_range)
     from flexalign.calibration.calibrate import CalibrateOptions, plan_sweeps
-    from flexalign.calibration.store import copy_adapter, is_packaged, store_calibration
-    from flexalign.calibration.worth import describe_loss
+    from flexalign.calibration.effort import (
+        copy_adapter,
+        describe_loss,
+        is_packaged,
+        store_calibration,
+    )
     from flexalign.evaluation.systems import System, SystemOptions
     from flexalign.evaluation.tasks import load_task
-    from flexalign.inra.folder import check_folder
-    from flexalign.loading import resolve_adapter
+    from flexalign.inra.configuration import check_folder
+    from flexalign.models.sources import resolve_adapter
 
     folder = resolve_adapter(adapter)
     if save_to is None and not dry_run and is_packaged(folder):
@@ -199,7 +203,7 @@ def _run(
     sweeps: "dict[str, Sweep]", options: "CalibrateOptions", output: Path | None, workers: int
 ) -> dict[str, Any]:
     from flexalign.calibration.calibrate import calibrate
-    from flexalign.cli._quiet import quieten_libraries
+    from flexalign.cli.console import quieten_libraries
 
     quieten_libraries()
     total = sum(sweep.total for sweep in sweeps.values())
@@ -213,7 +217,7 @@ def _run(
 
 
 def _show(calibration: dict[str, Any]) -> None:
-    from flexalign.policies import LAMBDA_LEGEND
+    from flexalign.lambdas import LAMBDA_LEGEND
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("effort", "setting"):

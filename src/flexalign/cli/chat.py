@@ -16,7 +16,8 @@ from flexalign.cli._dial import (
     read_range,
     read_settings,
 )
-from flexalign.cli._options import (
+from flexalign.cli.console import as_input_errors, console
+from flexalign.cli.options import (
     Adapter,
     Aligned,
     AnyBase,
@@ -28,7 +29,6 @@ from flexalign.cli._options import (
     Temperature,
     TopP,
 )
-from flexalign.cli._shared import as_input_errors, console
 from flexalign.errors import ConfigError, FlexAlignError
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def chat(
     if len(settings) > 1:
         raise ConfigError("a conversation begins with one setting; give one λ, policy or effort.")
 
-    from flexalign.cli._quiet import quieten_libraries, warnings_as_notes
+    from flexalign.cli.console import quieten_libraries, warnings_as_notes
     from flexalign.evaluation.systems import SystemOptions
 
     options = SystemOptions(

@@ -8,9 +8,9 @@ import typer
 from rich.markup import escape
 
 from flexalign.cli._evaluate import print_summary
-from flexalign.cli._shared import console, print_json
+from flexalign.cli.console import console, print_json
 from flexalign.errors import ConfigError
-from flexalign.evaluation.labels import tell_apart
+from flexalign.evaluation.systems.settings import tell_apart
 
 
 def compare(

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flexalign.cli._shared import console, print_json, result_console
+from flexalign.cli.console import console, print_json, result_console
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from flexalign.cli._demo import DialRow
-    from flexalign.evaluation.showcase import Measurement
+    from flexalign.evaluation.demo import Measurement
 
 
 _LEGEND = """

@@ -8,7 +8,15 @@ from rich.markup import escape
 
 from flexalign.cli._dial import read_efforts, read_lambdas, read_range, read_settings
 from flexalign.cli._evaluate import describe_lost, print_summary, warn_of_cuts, warn_of_sampling
-from flexalign.cli._options import (
+from flexalign.cli.console import (
+    console,
+    note,
+    print_json,
+    read_secret,
+    resumable_bar,
+    say_instruction,
+)
+from flexalign.cli.options import (
     BatchSize,
     Data,
     Dtype,
@@ -21,14 +29,6 @@ from flexalign.cli._options import (
     TaskTemperature,
     TaskTopP,
     Workers,
-)
-from flexalign.cli._shared import (
-    console,
-    note,
-    print_json,
-    read_secret,
-    resumable_bar,
-    say_instruction,
 )
 from flexalign.errors import ConfigError, ServingError
 
@@ -265,7 +265,7 @@ def _preview(sweep: "Sweep", unreadable: list[dict[str, str]], as_json: bool) ->
 
 
 def _run(sweep: "Sweep", output: Path, workers: int) -> dict[str, Any]:
-    from flexalign.cli._quiet import quieten_libraries
+    from flexalign.cli.console import quieten_libraries
 
     quieten_libraries()
     total = sweep.total

@@ -18,7 +18,14 @@ from flexalign.cli._dial import (
     read_range,
     read_settings,
 )
-from flexalign.cli._options import (
+from flexalign.cli.console import (
+    as_input_errors,
+    console,
+    print_json,
+    progress_bar,
+    result_console,
+)
+from flexalign.cli.options import (
     Adapter,
     Aligned,
     AnyBase,
@@ -31,13 +38,6 @@ from flexalign.cli._options import (
     Policies,
     Temperature,
     TopP,
-)
-from flexalign.cli._shared import (
-    as_input_errors,
-    console,
-    print_json,
-    progress_bar,
-    result_console,
 )
 from flexalign.errors import ConfigError
 
@@ -113,7 +113,7 @@ def generate(
     --prompts questions.jsonl --json > answers.json[/cyan]
     """
     from flexalign.cli._prompts import read_given
-    from flexalign.cli._quiet import quieten_libraries, warnings_as_notes
+    from flexalign.cli.console import quieten_libraries, warnings_as_notes
 
     if samples > 1 and temperature == 0:
         raise ConfigError("--samples are all equal at temperature 0; raise --temperature.")
@@ -122,7 +122,7 @@ def generate(
     prompts = read_given(prompt, input_file)
 
     from flexalign.evaluation.systems import SystemOptions
-    from flexalign.policies import LAMBDA_LEGEND
+    from flexalign.lambdas import LAMBDA_LEGEND
 
     options = SystemOptions(
         temperature=temperature,
@@ -165,7 +165,7 @@ def _answer(
     seed: int,
 ) -> Iterator[_Made]:
     """Yield the answers, batch by batch, each batch in order."""
-    from flexalign.evaluation.sampling import sample_seed
+    from flexalign.evaluation.samples import sample_seed
     from flexalign.evaluation.systems import Cell
 
     cells = [
@@ -234,7 +234,7 @@ def _show(
     has_samples: bool,
 ) -> None:
     """Print prompts, and under each its answers with what they cost, as they come."""
-    from flexalign.cli._response import print_response
+    from flexalign.cli.console import print_response
 
     last = None
     for _, cell, answer, speed in made:

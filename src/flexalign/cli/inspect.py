@@ -8,13 +8,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flexalign.cli._options import AllowPickle, Dtype
-from flexalign.cli._shared import print_json, progress_bar, result_console
+from flexalign.cli.console import print_json, progress_bar, result_console
+from flexalign.cli.options import AllowPickle, Dtype
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flexalign.decoding.difference import Difference, TokenChange
-    from flexalign.pairing.examination import ModelFacts, PairFacts
+    from flexalign.analysis.difference import Difference, TokenChange
+    from flexalign.models.compatibility import ModelFacts, PairFacts
 
 
 def inspect(
@@ -57,7 +57,7 @@ def inspect(
 
     [cyan]flexalign inspect models/base models/concise --diff traces.jsonl[/cyan]
     """
-    from flexalign.pairing.examination import examine, examine_pair
+    from flexalign.models.compatibility import examine, examine_pair
 
     if diff is not None and aligned is None:
         if model != "miniature":
@@ -91,9 +91,9 @@ def inspect(
 def _measure(
     reference: str, aligned: str, path: Path, limit: int, batch_size: int, loading: dict[str, Any]
 ) -> "Difference":
+    from flexalign.analysis.difference import measure_difference
     from flexalign.data import load_traces, split_tokens
-    from flexalign.decoding.difference import measure_difference
-    from flexalign.pairing import ModelPair
+    from flexalign.models.pair import ModelPair
 
     traces = load_traces(path)
     traces = traces.select(range(min(limit, len(traces))))

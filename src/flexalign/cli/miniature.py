@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flexalign.cli._shared import console
+from flexalign.cli.console import console
 from flexalign.errors import ConfigError
 
 miniature = typer.Typer(

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from flexalign.cli._options import (
+from flexalign.cli.console import console, parse_lambda_option, print_json
+from flexalign.cli.options import (
     AllowPickle,
     Assignments,
     DryTraining,
@@ -16,11 +17,10 @@ from flexalign.cli._options import (
     ResultAsJson,
     SkipBadRows,
 )
-from flexalign.cli._shared import console, parse_lambda_option, print_json
 
 if TYPE_CHECKING:
     from flexalign.cli._several import StepClock
-    from flexalign.trra.run import Outcome, Realignment
+    from flexalign.training.run import Outcome, Realignment
 
 
 def realign(
@@ -81,7 +81,7 @@ def realign(
 
     Ctrl-C saves a checkpoint at the end of the step; the same command goes on from there.
     """
-    from flexalign.trra.recipe import Recipe
+    from flexalign.training.recipes import Recipe
 
     recipes = Recipe.load_each(
         recipe,
@@ -92,9 +92,9 @@ def realign(
         allow_pickle=allow_pickle or None,
     )
     from flexalign.cli._cache import cache_filler
-    from flexalign.cli._quiet import quieten_libraries, warnings_as_notes
     from flexalign.cli._realign import caution_of_distance, make_run, preview, read_inputs
     from flexalign.cli._training import require_forward_training
+    from flexalign.cli.console import quieten_libraries, warnings_as_notes
 
     require_forward_training([each.lam for each in recipes], extrapolate=extrapolate)
     quieten_libraries()
@@ -134,7 +134,7 @@ def realign(
 
 
 def _announce(run: "Realignment") -> None:
-    from flexalign.trra.rounds import effective_lambda
+    from flexalign.training.run import effective_lambda
 
     recipe = run.recipe
     if run.state == "done":
@@ -147,8 +147,8 @@ def _announce(run: "Realignment") -> None:
 def _train(run: "Realignment", watched: Any) -> "tuple[Outcome, StepClock]":
     from flexalign.cli._several import StepClock
     from flexalign.cli._training import StepProgress, make_watcher
-    from flexalign.trra.callbacks import StopOnSignal
-    from flexalign.trra.stages import Stopped
+    from flexalign.training.callbacks import StopOnSignal
+    from flexalign.training.run import Stopped
 
     bars: list[StepProgress] = []
     clock = StepClock()

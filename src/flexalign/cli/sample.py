@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from flexalign.cli._options import Dtype, MaxNewTokens, SkipBadRows, Temperature, TopP
-from flexalign.cli._shared import console, print_json, progress_bar, read_secret, resumable
+from flexalign.cli.console import console, print_json, progress_bar, read_secret, resumable
+from flexalign.cli.options import Dtype, MaxNewTokens, SkipBadRows, Temperature, TopP
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from flexalign.data.rendering import Prompt
-    from flexalign.data.trace_run import SamplingSettings
+    from flexalign.data.traces import SamplingSettings
 
 _PREVIEWED = 2
 
@@ -83,8 +83,7 @@ def sample(
     """
     from flexalign.cli._generators import LocalModel, Server
     from flexalign.data.formats import load_prompts
-    from flexalign.data.trace_run import SamplingSettings, open_run
-    from flexalign.data.traces import make_traces
+    from flexalign.data.traces import SamplingSettings, make_traces, open_run
 
     settings = SamplingSettings(
         samples, max_new_tokens, temperature, top_p, batch_size, seed, plain

@@ -8,9 +8,9 @@ import typer
 from flexalign._packages import require_packages
 from flexalign.cli._address import tell_address, url_of
 from flexalign.cli._dial import read_range
-from flexalign.cli._options import Adapter, Aligned, AnyBase, Dtype, Engine, Gate
-from flexalign.cli._shared import as_input_errors, read_secret
 from flexalign.cli._vllm import Parts, serve_on_vllm
+from flexalign.cli.console import as_input_errors, read_secret
+from flexalign.cli.options import Adapter, Aligned, AnyBase, Dtype, Engine, Gate
 from flexalign.errors import ConfigError
 
 _NEEDED = ("fastapi", "starlette", "uvicorn", "prometheus_client")
@@ -116,7 +116,7 @@ def serve(
     body_bytes = round(body_limit * 2**20)
     if engine is Engine.VLLM:
         from flexalign.serving.server import require_safe_address
-        from flexalign.serving.vllm.front import FrontOptions
+        from flexalign.serving.vllm.middleware import FrontOptions
 
         require_safe_address(host, key, insecure=insecure)
         settings = {
@@ -137,12 +137,17 @@ def serve(
         return
     if flags or prepared is not None or dry_run:
         raise ConfigError("flags after --, --prepared and --dry-run are about --engine vllm.")
-    from flexalign.cli._quiet import quieten_libraries, warnings_as_notes
+    from flexalign.cli.console import quieten_libraries, warnings_as_notes
     from flexalign.serving.app import create_app
     from flexalign.serving.engine import EngineLimits
-    from flexalign.serving.load import ServeOptions, load_service
     from flexalign.serving.playground import Playground
-    from flexalign.serving.server import open_socket, require_safe_address, run_server
+    from flexalign.serving.server import (
+        ServeOptions,
+        load_service,
+        open_socket,
+        require_safe_address,
+        run_server,
+    )
 
     require_safe_address(host, key, insecure=insecure)
     options = ServeOptions(

@@ -7,7 +7,24 @@ import typer
 from rich.markup import escape
 
 from flexalign.cli._dial import read_lambdas, read_range
-from flexalign.cli._options import (
+from flexalign.cli._preview import show_preview
+from flexalign.cli._tune import (
+    next_step,
+    plan_of,
+    settings_of,
+    show_plan,
+    sweep_of,
+    variance_of,
+    warn_of_margin,
+)
+from flexalign.cli.console import (
+    console,
+    print_json,
+    result_console,
+    resumable_bar,
+    say_instruction,
+)
+from flexalign.cli.options import (
     BatchSize,
     Data,
     Instruction,
@@ -19,28 +36,11 @@ from flexalign.cli._options import (
     TaskTopP,
     Workers,
 )
-from flexalign.cli._preview import show_preview
-from flexalign.cli._shared import (
-    console,
-    print_json,
-    result_console,
-    resumable_bar,
-    say_instruction,
-)
-from flexalign.cli._tune import (
-    next_step,
-    plan_of,
-    settings_of,
-    show_plan,
-    sweep_of,
-    variance_of,
-    warn_of_margin,
-)
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
     from flexalign.calibration import Goal, Tuned, TuneOptions
-    from flexalign.calibration.stored import StoredAnswers
+    from flexalign.calibration.results import StoredAnswers
     from flexalign.evaluation.sweep import Sweep
     from flexalign.evaluation.systems import Setting, System
 
@@ -153,7 +153,7 @@ def tune(
         return
     lams, limits = read_lambdas(lambdas), read_range(lambda_range)
     from flexalign.calibration import NonInferiority, TokenBudget, TuneOptions
-    from flexalign.calibration.stored import StoredAnswers
+    from flexalign.calibration.results import StoredAnswers
     from flexalign.evaluation.samples import ResultsFolder
     from flexalign.evaluation.systems import Setting, parse_system
     from flexalign.evaluation.tasks import load_task
@@ -236,8 +236,8 @@ def _draw(
     workers: int,
     as_json: bool,
 ) -> None:
-    from flexalign.calibration.stored import DrawnAnswers
-    from flexalign.cli._quiet import quieten_libraries
+    from flexalign.calibration.results import DrawnAnswers
+    from flexalign.cli.console import quieten_libraries
 
     quieten_libraries()
     (task,) = sweep.tasks
@@ -272,7 +272,7 @@ def _finish(
     system: "System | None" = None,
 ) -> None:
     from flexalign.calibration.card import write_card
-    from flexalign.policies import LAMBDA_LEGEND
+    from flexalign.lambdas import LAMBDA_LEGEND
 
     write_card(tuned, output, {"system": answers.system, "task": answers.task})
     if as_json:

@@ -1,10 +1,9 @@
 """Data formats in, TRL data sets out; thinking tags; the making of traces."""
 
 from flexalign.data.formats import data_fingerprint, load_preferences, load_prompts, load_traces
-from flexalign.data.length import Lengths, measure_lengths, split_tokens
+from flexalign.data.rendering import Lengths, measure_lengths, split_tokens
 from flexalign.data.thinking import ThinkingTags, strip_thinking
-from flexalign.data.trace_run import SamplingSettings, open_run
-from flexalign.data.traces import make_traces
+from flexalign.data.traces import SamplingSettings, make_traces, open_run
 
 __all__ = [
     "Lengths",

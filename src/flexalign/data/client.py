@@ -14,7 +14,6 @@ from flexalign.errors import ConfigError, ServingError
 if TYPE_CHECKING:
     from openai import Omit, OpenAI
 
-__all__ = ["Endpoint", "EndpointResponse"]
 
 _RETRIED_STATUSES = {408, 409, 425, 429, 500, 502, 503, 504}
 _LONGEST_PAUSE_SECONDS = 60.0

@@ -11,8 +11,6 @@ from typing import Any
 
 from flexalign.errors import DataError
 
-__all__ = ["BadRow", "Row", "read_rows"]
-
 _READABLE = ".jsonl, .json, .parquet, or a folder written by datasets' save_to_disk"
 
 

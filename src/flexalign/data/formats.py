@@ -16,10 +16,224 @@ from typing import Any
 from datasets import Dataset
 
 from flexalign.data.files import BadRow, Row, read_rows
-from flexalign.data.rows import Unusable, preference_row, prompt_row, trace_row
 from flexalign.errors import DataError
 
-__all__ = ["data_fingerprint", "load_preferences", "load_prompts", "load_traces"]
+# One row of any known format, read as a prompt and a completion.
+
+Messages = list[dict[str, str]]
+"""A conversation in TRL's form: dictionaries with `role` and `content`."""
+
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "developer": "developer",
+    "tool": "tool",
+    "observation": "tool",
+}
+_TRACE_FORMS = (
+    "prompt and completion, messages, conversations (ShareGPT), "
+    "instruction and output (Alpaca), or text"
+)
+_PROMPT_FORMS = "prompt, problem, question, instruction, messages or conversations"
+
+
+class Unusable(Exception):  # noqa: N818 (a finding about one row, never seen by a user)
+    """Why a row cannot be used; collected by the reader, which knows the line."""
+
+
+def trace_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Read a row as a prompt with its response.
+
+    Returns:
+        `prompt` and `completion`, both messages or both text, and `answer` if the row has one.
+
+    Raises:
+        Unusable: If it is of no known form, or a part is missing or empty.
+    """
+    if "prompt" in row and "completion" in row:
+        prompt, completion = _text_or_messages(row, "prompt"), _text_or_messages(row, "completion")
+        if isinstance(prompt, str) != isinstance(completion, str):
+            raise Unusable("of prompt and completion one is text and the other is messages")
+    elif "chosen" in row and "rejected" in row:
+        raise Unusable("a preference pair has no single response; keep one as completion")
+    elif (messages := _conversation(row)) is not None:
+        if messages[-1]["role"] != "assistant":
+            raise Unusable(
+                f"the conversation ends with a message of role {messages[-1]['role']!r}, "
+                "not with the assistant's response"
+            )
+        prompt, completion = messages[:-1], messages[-1:]
+    elif "instruction" in row:
+        prompt = _alpaca_prompt(row)
+        completion = [_message("assistant", _text(row, "output"))]
+    elif "text" in row:
+        prompt, completion = "", _text(row, "text")
+    else:
+        raise Unusable(f"unknown fields {_names(row)}; expected {_TRACE_FORMS}")
+    if isinstance(completion, list) and any(m["role"] == "user" for m in completion):
+        raise Unusable("the completion has a message of role 'user'")
+    if isinstance(prompt, list) and not prompt:
+        raise Unusable("there is no message before the response")
+    return {"prompt": prompt, "completion": completion} | _answer(row)
+
+
+def preference_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Read a row as a prompt with a chosen and a rejected response.
+
+    Of two conversations without a `prompt`, what comes before the last message is the prompt.
+
+    Returns:
+        `prompt`, `chosen` and `rejected`, all messages or all text.
+
+    Raises:
+        Unusable: If it is of another form, or a part is missing or empty.
+    """
+    if "chosen" not in row or "rejected" not in row:
+        raise Unusable(f"unknown fields {_names(row)}; expected chosen and rejected")
+    chosen, rejected = _text_or_messages(row, "chosen"), _text_or_messages(row, "rejected")
+    if "prompt" in row:
+        prompt = _text_or_messages(row, "prompt")
+    elif isinstance(chosen, list) and isinstance(rejected, list):
+        prompt, chosen, other, rejected = chosen[:-1], chosen[-1:], rejected[:-1], rejected[-1:]
+        if prompt != other:
+            raise Unusable("chosen and rejected differ before their last message")
+    else:
+        raise Unusable("a preference in plain text needs a prompt")
+    if len({isinstance(part, str) for part in (prompt, chosen, rejected)}) > 1:
+        raise Unusable("of prompt, chosen and rejected some are text and others messages")
+    if isinstance(prompt, list) and not prompt:
+        raise Unusable("there is no message before the responses")
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def prompt_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Read a row as a prompt to be answered.
+
+    Returns:
+        `prompt`, messages or text, and `answer` if the row has one.
+
+    Raises:
+        Unusable: If it is of no known form, or its prompt is missing or empty.
+    """
+    prompt: str | Messages
+    if (messages := _conversation(row)) is not None:
+        prompt = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        if not prompt:
+            raise Unusable("there is no message before the response")
+    elif "prompt" in row:
+        prompt = _text_or_messages(row, "prompt")
+    elif "instruction" in row:
+        prompt = _alpaca_prompt(row)
+    elif key := next((key for key in ("problem", "question") if key in row), None):
+        prompt = [_message("user", _text(row, key))]
+    else:
+        raise Unusable(f"unknown fields {_names(row)}; expected {_PROMPT_FORMS}")
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        raise Unusable("the prompt ends with the assistant's message; nothing is left to answer")
+    return {"prompt": prompt} | _answer(row)
+
+
+def _conversation(row: dict[str, Any]) -> Messages | None:
+    for key in ("messages", "conversations"):
+        if key in row:
+            return _with_system(row, _messages(row, key))
+    return None
+
+
+def _text_or_messages(row: dict[str, Any], key: str) -> str | Messages:
+    return _messages(row, key) if isinstance(row[key], list) else _text(row, key)
+
+
+def _text(row: dict[str, Any], key: str) -> str:
+    if key not in row:
+        raise Unusable(f"no field {key!r}")
+    value = row[key]
+    if not isinstance(value, str):
+        raise Unusable(f"{key!r} is a {type(value).__name__}, not text")
+    if not value.strip():
+        raise Unusable(f"{key!r} is empty")
+    return _valid(repr(key), value)
+
+
+def _valid(where: str, text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Unusable(f"{where} has half of a surrogate pair (a broken \\u escape)") from None
+    return text
+
+
+def _messages(row: dict[str, Any], key: str) -> Messages:
+    value = row[key]
+    if not isinstance(value, list) or not value:
+        raise Unusable(f"{key!r} is not a list with at least one message")
+    return [_normal_message(f"{key}[{index}]", message) for index, message in enumerate(value)]
+
+
+def _normal_message(where: str, message: Any) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise Unusable(f"{where} is not a message with a role and a content")
+    role = message.get("role", message.get("from"))
+    if not isinstance(role, str) or role not in _ROLES:
+        raise Unusable(f"{where} has the unknown role {role!r}")
+    if message.get("tool_calls"):
+        raise Unusable(f"{where} calls tools, which is not supported")
+    content = message.get("content", message.get("value"))
+    if isinstance(content, list):
+        content = _joined_parts(where, content)
+    if not isinstance(content, str):
+        raise Unusable(f"{where} has no text")
+    extras = {
+        key: value
+        for key, value in message.items()
+        if key not in {"role", "from", "content", "value"} and isinstance(value, str)
+    }
+    if not content.strip() and not extras.get("reasoning_content"):
+        raise Unusable(f"{where} is empty")
+    return _message(_ROLES[role], _valid(where, content)) | extras
+
+
+def _joined_parts(where: str, parts: list[Any]) -> str:
+    if any(not isinstance(part, dict) or part.get("type") != "text" for part in parts):
+        raise Unusable(f"{where} has parts that are not text")
+    return "".join(str(part.get("text", "")) for part in parts)
+
+
+def _alpaca_prompt(row: dict[str, Any]) -> Messages:
+    if row.get("history"):
+        raise Unusable("Alpaca's history field is not supported; write the turns as messages")
+    instruction, context = _text(row, "instruction"), row.get("input")
+    if isinstance(context, str) and context.strip():
+        instruction = f"{instruction}\n\n{_valid('input', context)}"
+    return _with_system(row, [_message("user", instruction)])
+
+
+def _with_system(row: dict[str, Any], messages: Messages) -> Messages:
+    system = row.get("system")
+    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
+        return [_message("system", _valid("system", system)), *messages]
+    return messages
+
+
+def _message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def _answer(row: dict[str, Any]) -> dict[str, str]:
+    answer = row.get("answer")
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        return {}
+    return {"answer": str(answer)}
+
+
+def _names(row: dict[str, Any]) -> str:
+    return ", ".join(sorted(map(str, row))[:8]) or "(none)"
+
 
 _SHOWN = 5
 

@@ -9,8 +9,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Split", "ThinkingTags", "strip_thinking"]
-
 
 class Split(NamedTuple):
     """A response in two parts.

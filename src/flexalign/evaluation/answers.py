@@ -3,17 +3,6 @@
 import re
 from decimal import Decimal
 
-__all__ = [
-    "as_number",
-    "expected_answer",
-    "find_boxed",
-    "find_stated",
-    "for_mathematics",
-    "is_plain",
-    "normalise",
-    "plain_verdict",
-]
-
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|(?<!\\)\\[{}]|[{}]")
 _HASHES = re.compile(r"####\s*(.+)")
 _ANNOUNCED = re.compile(r"\banswer\s*(?:is|:)\s*:?\s*(.+)", re.IGNORECASE)

@@ -15,8 +15,6 @@ from typing import Any
 
 from flexalign.evaluation.answers import as_number, for_mathematics, normalise
 
-__all__ = ["EQUAL", "READY", "UNEQUAL", "UNPARSED", "compare", "main"]
-
 EQUAL, UNEQUAL, UNPARSED, READY = "equal", "unequal", "unparsed", "ready"
 
 _MEMORY_BYTES = 2 * 1024**3

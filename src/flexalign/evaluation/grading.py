@@ -27,8 +27,6 @@ from flexalign.evaluation.answers import (
 )
 from flexalign.evaluation.equality import EQUAL, READY, UNPARSED
 
-__all__ = ["Answered", "Grade", "Grader", "Status", "WorkerPool", "grade"]
-
 _START_SECONDS = 120.0
 
 Status = Literal["correct", "wrong", "unparsed", "truncated", "no_answer"]

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from flexalign.decoding import TwoModelDecoder
 from flexalign.errors import ConfigError, LambdaError
+from flexalign.generation import TwoModelDecoder
 from flexalign.inra import InRaModel
-from flexalign.inra.folder import check_folder
-from flexalign.loading import fingerprint, load_model, load_tokenizer, resolve_adapter
-from flexalign.pairing import ModelPair
-from flexalign.pairing.direction import require_forward
-from flexalign.policies import Adaptive, Dial, Fixed, Route, extremes, parse_dial
+from flexalign.inra.configuration import check_folder
+from flexalign.lambdas import Adaptive, Dial, Fixed, Route, extremes, parse_dial, require_forward
+from flexalign.models.loading import fingerprint, load_model, load_tokenizer
+from flexalign.models.pair import ModelPair
+from flexalign.models.sources import resolve_adapter
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -44,8 +44,6 @@ except ImportError as error:
         print(f"error: {_NEEDED}", file=sys.stderr)
         sys.exit(2)
     raise ConfigError(_NEEDED) from error
-
-__all__ = ["HarnessModel", "main"]
 
 
 @register_model("flexalign")

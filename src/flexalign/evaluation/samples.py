@@ -4,18 +4,22 @@
 it. ``samples.jsonl`` grows by whole batches. Both are plain files that other tools may read.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
-from flexalign.data.trace_run import drop_half_line
+import numpy as np
+from numpy.typing import NDArray
+
+from flexalign.data.traces import derive_seed, drop_half_line
 from flexalign.errors import ConfigError, DataError
-from flexalign.evaluation.systems import Key
+from flexalign.evaluation.grading import Answered, Grader
+from flexalign.evaluation.systems import Answer, Backend, Cell, Failure, Key, Setting
 from flexalign.evaluation.tasks import Task
-
-__all__ = ["FORMAT_VERSION", "ResultsFolder", "differences", "write_json"]
 
 FORMAT_VERSION = 1
 
@@ -228,3 +232,225 @@ def _short(value: Any) -> str:
         value = [item.get("id", item.get("name", item)) for item in value]
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "…"
+
+
+# The samples of a sweep: which there are, with which seeds, and how they are drawn and kept.
+
+Progress = Callable[[int], None]
+"""Told how many samples were made since it was last told."""
+
+
+class Lost(NamedTuple):
+    """A sample that could not be made."""
+
+    system: str
+    cell: Cell
+    reason: str
+
+
+def sample_seed(seed: int, task: str, question: str, sample: int) -> int:
+    """The seed of one sample: 31 bits from the sweep's seed and the sample's place.
+
+    The setting is left out on purpose: all settings answer with the same luck, so that their
+    differences are measured with less noise.
+    """
+    return derive_seed(seed, task, question, sample)
+
+
+def sweep_cells(
+    tasks: Sequence[Task], settings: Sequence[Setting], samples: int, seed: int = 0
+) -> list[Cell]:
+    """List a system's samples, by task, question, sample and setting."""
+    return [
+        Cell(
+            setting,
+            task.name,
+            question.id,
+            sample,
+            sample_seed(seed, task.name, question.id, sample),
+            task.messages(question),
+        )
+        for task in tasks
+        for question in task.questions
+        for sample in range(samples)
+        for setting in settings
+    ]
+
+
+class Sampler:
+    """Draws samples of one system into a results folder, graded."""
+
+    def __init__(
+        self, system: str, backend: Backend, folder: ResultsFolder, grader: Grader
+    ) -> None:
+        """Join a system, a place for its samples and a grader with its thinking tags."""
+        self._system, self._backend, self._folder = system, backend, folder
+        self._grader, self._golds = grader, folder.golds()
+        self._hashes: dict[tuple[str, str], str] = {}
+
+    def draw(self, cells: Sequence[Cell], progress: Progress | None = None) -> list[Lost]:
+        """Make what is missing of `cells`; what is made is on the disk before the next batch.
+
+        Returns:
+            The samples that could not be made.
+
+        Raises:
+            ServingError: If a server cannot be used at all.
+        """
+        lost: list[Lost] = []
+        for outcomes in self._backend.run(cells, self._folder.done(self._system)):
+            made = [(cell, given) for cell, given in outcomes if isinstance(given, Answer)]
+            self._folder.append(self._rows(made))
+            lost += [
+                Lost(self._system, cell, given.reason)
+                for cell, given in outcomes
+                if isinstance(given, Failure)
+            ]
+            if progress is not None:
+                progress(len(made))
+        return lost
+
+    def _rows(self, made: list[tuple[Cell, Answer]]) -> list[dict[str, Any]]:
+        grades = self._grader.grade_many(
+            Answered(answer.text, self._golds[cell.task, cell.question], answer.truncated)
+            for cell, answer in made
+        )
+        return [
+            {
+                "system": self._system,
+                "setting": cell.setting.id,
+                "lambda": cell.setting.lam,
+                "policy": cell.setting.policy,
+                "task": cell.task,
+                "question": cell.question,
+                "sample": cell.sample,
+                "seed": cell.seed,
+                "prompt_hash": self._prompt_hash(cell),
+                "response": answer.text,
+                "tokens": answer.tokens,
+                "thinking_tokens": answer.thinking_tokens,
+                "rejected_tokens": answer.rejected_tokens,
+                "finish": "length" if answer.truncated else "stop",
+                "route": answer.route,
+                "confidence": answer.confidence,
+                "status": grade.status,
+                "extracted": grade.extracted,
+            }
+            for (cell, answer), grade in zip(made, grades, strict=True)
+        ]
+
+    def _prompt_hash(self, cell: Cell) -> str:
+        place = (cell.task, cell.question)
+        if place not in self._hashes:
+            text = self._backend.render(cell.messages)
+            self._hashes[place] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return self._hashes[place]
+
+
+# What came of asking: right or wrong and how long, by question and sample.
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Answers of one setting to n questions, k samples each.
+
+    Attributes:
+        correct: Whether each is right, shape (n, k), bool.
+        tokens: Length of each, shape (n, k).
+
+    Raises:
+        DataError: If the two differ in shape, or are not (n, k).
+    """
+
+    correct: NDArray[np.bool_]
+    tokens: NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        if self.correct.ndim != 2 or self.correct.shape != self.tokens.shape:
+            raise DataError(
+                "outcomes need `correct` and `tokens` of one shape (questions, samples), got "
+                f"{self.correct.shape} and {self.tokens.shape}."
+            )
+
+    @property
+    def questions(self) -> int:
+        """How many questions were asked."""
+        return len(self.correct)
+
+    @property
+    def samples(self) -> int:
+        """How many answers there are in all."""
+        return int(self.correct.size)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return float(self.correct.mean())
+
+    @property
+    def mean_tokens(self) -> float:
+        """Mean tokens an answer."""
+        return float(self.tokens.mean())
+
+    @property
+    def clusters(self) -> list[int]:
+        """The question of each sample, for intervals over the flattened values."""
+        n, k = self.correct.shape
+        return np.repeat(np.arange(n), k).tolist()
+
+    def rows(self, places: Sequence[int]) -> "Outcomes":
+        """The outcomes at these places, in this order."""
+        return Outcomes(self.correct[places], self.tokens[places])
+
+    def joined(self, other: "Outcomes") -> "Outcomes":
+        """These outcomes and then another's, of as many samples."""
+        return Outcomes(
+            np.concatenate([self.correct, other.correct]),
+            np.concatenate([self.tokens, other.tokens]),
+        )
+
+    def share_right(self) -> NDArray[np.float64]:
+        """Share of right answers a question, shape (n,)."""
+        return np.asarray(self.correct.mean(1), dtype=np.float64)
+
+
+Ask: TypeAlias = Callable[[str, Sequence[str], int], Outcomes]
+"""`ask(setting, questions, samples)`: put each question `samples` times, in this order."""
+
+
+class Ledger:
+    """Asks each question of a setting once, and counts what that took.
+
+    Args:
+        ask: How samples are drawn.
+        samples: Samples a question.
+    """
+
+    def __init__(self, ask: Ask, samples: int) -> None:
+        self._ask = ask
+        self._samples = samples
+        self._places: dict[str, dict[str, int]] = {}
+        self._known: dict[str, Outcomes] = {}
+        self.spent: dict[str, int] = {}
+        """Samples drawn so far, by setting."""
+
+    def outcomes(self, setting: str, questions: Sequence[str]) -> Outcomes:
+        """Return the answers to these questions, asking those that are new.
+
+        Raises:
+            DataError: If what was asked came back in another shape.
+        """
+        places = self._places.setdefault(setting, {})
+        new = [question for question in questions if question not in places]
+        if new:
+            answers = self._ask(setting, new, self._samples)
+            if answers.correct.shape != (len(new), self._samples):
+                raise DataError(
+                    f"{setting}: asked {len(new)} questions {self._samples} times each, got "
+                    f"outcomes of shape {answers.correct.shape}."
+                )
+            places.update(zip(new, range(len(places), len(places) + len(new)), strict=True))
+            known = self._known.get(setting)
+            self._known[setting] = answers if known is None else known.joined(answers)
+            self.spent[setting] = self.spent.get(setting, 0) + answers.samples
+        return self._known[setting].rows([places[question] for question in questions])

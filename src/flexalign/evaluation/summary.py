@@ -1,22 +1,100 @@
 """``summary.json``: what each setting of each system is worth on each task, with intervals."""
 
 import math
-from collections.abc import Iterable, Sequence
+import os
+import platform
+from collections.abc import Hashable, Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
+from numpy.typing import ArrayLike, NDArray
 
-from flexalign.errors import ConfigError
-from flexalign.evaluation.chord_intervals import Distances, Measured, distance_intervals
-from flexalign.evaluation.statistics import Interval, clustered_interval
-from flexalign.evaluation.token_cut import (
-    token_cut_interval,
-    token_cut_mean,
-    token_cut_pooled,
-)
+from flexalign._version import __version__
+from flexalign.errors import ConfigError, DataError
+from flexalign.evaluation.frontier import Distances, Measured, distance_intervals
+from flexalign.statistics import Interval, clustered_interval, paired_ratio_interval
 
-__all__ = ["summarise"]
+# Tokens saved against a reference: on one task, over tasks, and pooled.
+#
+# A cut is 1 − tokens ÷ reference tokens; 0.6 means that 60 % were saved, a negative cut that more
+# were spent.
+
+
+def token_cut(tokens: float, reference: float) -> float:
+    """The cut of one task, from mean tokens.
+
+    Raises:
+        DataError: If the reference's tokens are not positive.
+    """
+    if not reference > 0:
+        raise DataError(
+            f"a token cut needs a reference that writes something, got {reference} tokens."
+        )
+    return 1 - tokens / reference
+
+
+def token_cut_interval(
+    tokens: ArrayLike,
+    questions: Sequence[Hashable],
+    reference_tokens: ArrayLike,
+    reference_questions: Sequence[Hashable],
+    confidence: float = 0.95,
+) -> Interval:
+    """The cut of one task with its interval: a ratio of means, paired and clustered by question.
+
+    Args:
+        tokens: Tokens of each sample, shape (n,).
+        questions: The question of each.
+        reference_tokens: Tokens of each of the reference's samples, shape (m,).
+        reference_questions: The question of each.
+        confidence: Coverage, in (0, 1).
+
+    Raises:
+        DataError: As for `paired_ratio_interval`.
+    """
+    ratio = paired_ratio_interval(
+        tokens, questions, reference_tokens, reference_questions, confidence
+    )
+    return Interval(1 - ratio.high, 1 - ratio.mean, 1 - ratio.low)
+
+
+def token_cut_mean(tokens: Sequence[float], references: Sequence[float]) -> float:
+    """The unweighted mean of the tasks' cuts, as the paper's Table 1 gives it.
+
+    Args:
+        tokens: Mean tokens on each task.
+        references: The reference's mean tokens on each task, in the same order.
+
+    Raises:
+        DataError: If there is no task, or a reference writes nothing.
+    """
+    _check(tokens, references)
+    return float(np.mean([token_cut(*pair) for pair in zip(tokens, references, strict=True)]))
+
+
+def token_cut_pooled(tokens: Sequence[float], references: Sequence[float]) -> float:
+    """The cut of the tasks' mean tokens added up, so that long tasks count for more.
+
+    Args:
+        tokens: Mean tokens on each task.
+        references: The reference's mean tokens on each task, in the same order.
+
+    Raises:
+        DataError: If there is no task, or the reference writes nothing.
+    """
+    _check(tokens, references)
+    return token_cut(sum(tokens), sum(references))
+
+
+def _check(tokens: Sequence[float], references: Sequence[float]) -> None:
+    if not tokens or len(tokens) != len(references):
+        raise DataError(
+            f"token cuts over tasks need one figure each from both, got {len(tokens)} and "
+            f"{len(references)}."
+        )
+
 
 _Row = dict[str, Any]
 
@@ -247,3 +325,29 @@ _KEYS = (
 
 def _ordered(row: _Row) -> _Row:
     return {key: row[key] for key in _KEYS}
+
+
+# Where figures were measured: versions and machine, nothing that names a person or a host.
+
+_PACKAGES = ("torch", "transformers", "peft", "math-verify", "numpy", "vllm")
+
+
+def environment() -> dict[str, Any]:
+    """Describe this process: flexalign, Python, packages, system, processor and accelerator."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "flexalign": __version__,
+        "python": platform.python_version(),
+        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+        "system": f"{platform.system()} {platform.machine()}",
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -9,11 +9,16 @@ from typing import Any
 
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError
-from flexalign.evaluation.environment import environment
 from flexalign.evaluation.grading import Answered, Grader
-from flexalign.evaluation.samples import ResultsFolder, write_json
-from flexalign.evaluation.sampling import Lost, Progress, Sampler, sweep_cells
-from flexalign.evaluation.summary import summarise
+from flexalign.evaluation.samples import (
+    Lost,
+    Progress,
+    ResultsFolder,
+    Sampler,
+    sweep_cells,
+    write_json,
+)
+from flexalign.evaluation.summary import environment, summarise
 from flexalign.evaluation.systems import (
     Backend,
     Cell,
@@ -25,8 +30,6 @@ from flexalign.evaluation.systems import (
     settings_of,
 )
 from flexalign.evaluation.tasks import Task
-
-__all__ = ["Sweep", "SweepResult", "regrade", "write_summary"]
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,6 @@ from flexalign.errors import ConfigError, DataError
 from flexalign.evaluation.grading import Grader
 from flexalign.miniature import make_questions
 
-__all__ = [
-    "DATA_VARIABLE",
-    "MATHEMATICS",
-    "TASKS",
-    "Question",
-    "Sampling",
-    "Task",
-    "load_task",
-    "sample_warning",
-    "unreadable_golds",
-]
-
 DATA_VARIABLE = "FLEXALIGN_DATA"
 """The environment variable that names the folder of the public files."""
 

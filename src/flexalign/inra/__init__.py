@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING
 from flexalign._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from flexalign.inra.config import InRaConfig
-    from flexalign.inra.kv import StreamCache
-    from flexalign.inra.model import InRaModel
-    from flexalign.inra.streams import ADAPTER, BASE, BOTH
+    from flexalign.inra.cache import ADAPTER, BASE, BOTH, StreamCache
+    from flexalign.inra.configuration import InRaConfig
+    from flexalign.inra.modeling import InRaModel
 
 _HOMES = {
-    "ADAPTER": "flexalign.inra.streams",
-    "BASE": "flexalign.inra.streams",
-    "BOTH": "flexalign.inra.streams",
-    "InRaConfig": "flexalign.inra.config",
-    "InRaModel": "flexalign.inra.model",
-    "StreamCache": "flexalign.inra.kv",
+    "ADAPTER": "flexalign.inra.cache",
+    "BASE": "flexalign.inra.cache",
+    "BOTH": "flexalign.inra.cache",
+    "InRaConfig": "flexalign.inra.configuration",
+    "InRaModel": "flexalign.inra.modeling",
+    "StreamCache": "flexalign.inra.cache",
 }
 
 __all__ = ["ADAPTER", "BASE", "BOTH", "InRaConfig", "InRaModel", "StreamCache"]

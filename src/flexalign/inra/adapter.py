@@ -1,17 +1,194 @@
 """The adapter: copies of a model's first decoder layer, made the identity."""
 
 import copy
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from flexalign._modes import evaluating
-from flexalign.errors import UnsupportedModelError
-from flexalign.inra.identity import LayerCall, make_identity
-from flexalign.inra.refusal import refusing
+from flexalign.errors import FlexAlignError, UnsupportedModelError
 
-__all__ = ["copy_first_layer", "decoder_layers", "identity_adapter"]
+# Make a decoder layer the identity, by what it does and not by what its parts are called.
+#
+# A layer adds the outputs of its blocks to its input. Going through its modules from the last that
+# finishes to the first, those are silenced whose silence changes the layer, until the layer returns
+# its input. Silent means that a module's own output is zero, by the fewest of its parameters: an
+# output projection's weight and bias at 0, of experts the last projection, and where a block ends in
+# a normalisation, that one's scale (at 0, or at −1 where the module adds 1 to it). A projection
+# *behind* which a normalisation stands would leave the identity by a jump, so the normalisation,
+# which finishes later, is silenced and the projection left alone.
+
+_STEP = 1e-3
+_LINEAR = (2.0, 8.0)
+"""A step four times as large must move the layer about four times as far: 1 is a jump, 16 no
+first-order movement at all."""
+
+
+class LayerCall(NamedTuple):
+    """One call of a layer, as its model makes it: the hidden states come first or by name."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def hidden(self) -> Tensor:
+        """The layer's input, shape ``(B, T, H)``."""
+        hidden: Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
+        return hidden
+
+    def of(self, layer: nn.Module) -> Tensor:
+        """Return a layer's output for this call, shape ``(B, T, H)``."""
+        output = _first(layer(*self.args, **self.kwargs))
+        if not isinstance(output, Tensor):
+            raise TypeError(f"a layer returned a {type(output).__name__}")
+        return output
+
+
+@torch.no_grad()
+def make_identity(layer: nn.Module, call: LayerCall, name: str) -> None:
+    """Set as few parameters of a layer as make it return its input.
+
+    Args:
+        layer: A decoder layer in evaluation mode, in float32. Changed in place.
+        call: A call of it on ordinary tokens, in float32, without a cache.
+        name: The model's name, for messages.
+
+    Raises:
+        UnsupportedModelError: If no such setting is found (post-LN layers normalise the sum), or
+            if a small step from it would not move the layer by a small amount.
+    """
+    silenced: list[dict[nn.Parameter, Tensor]] = []
+    for module, inputs in reversed(_calls(layer, call)):
+        before = call.of(layer)
+        if torch.equal(before, call.hidden):
+            break
+        originals = _silence(module, inputs)
+        if originals and torch.equal(call.of(layer), before):
+            _restore(originals)
+        elif originals:
+            silenced.append(originals)
+    if not torch.equal(call.of(layer), call.hidden):
+        raise UnsupportedModelError(
+            f"{name}: a copy of its first layer cannot be made the identity, because the layer "
+            "does not end in a sum with its own input (post-LN layers normalise after it); "
+            "InRa cannot serve this model."
+        )
+    _restore_the_needless(layer, call, silenced)
+    _require_smoothness(layer, call, [p for originals in silenced for p in originals], name)
+
+
+def _calls(layer: nn.Module, call: LayerCall) -> list[tuple[nn.Module, LayerCall]]:
+    """Return the modules with parameters of their own, in the order in which they finish."""
+    found: list[tuple[nn.Module, LayerCall]] = []
+
+    def note(module: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
+        found.append((module, LayerCall(args, kwargs)))
+
+    owners = [m for m in layer.modules() if next(m.parameters(recurse=False), None) is not None]
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in owners]
+    try:
+        call.of(layer)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _silence(module: nn.Module, inputs: LayerCall) -> dict[nn.Parameter, Tensor]:
+    """Zero a module's output by the fewest of its own parameters; return those as they were.
+
+    Empty, with nothing changed, if no setting of them does.
+    """
+    own = list(module.parameters(recurse=False))
+    originals = {parameter: parameter.detach().clone() for parameter in own}
+    for values in product(*((0.0, -1.0) if p.ndim == 1 else (0.0,) for p in own)):
+        for parameter, value in zip(own, values, strict=True):
+            parameter.fill_(value)
+        if not _is_silent(module, inputs):
+            continue
+        for parameter, value in zip(own, values, strict=True):
+            parameter.copy_(originals[parameter])
+            if _is_silent(module, inputs):
+                del originals[parameter]
+            else:
+                parameter.fill_(value)
+        return originals
+    _restore(originals)
+    return {}
+
+
+def _is_silent(module: nn.Module, inputs: LayerCall) -> bool:
+    output = _first(module(*inputs.args, **inputs.kwargs))
+    return isinstance(output, Tensor) and not output.any()
+
+
+def _restore_the_needless(
+    layer: nn.Module, call: LayerCall, silenced: list[dict[nn.Parameter, Tensor]]
+) -> None:
+    """Give back what was silenced on the way and turns out not to matter (a gate, say)."""
+    for originals in list(silenced):
+        values = {parameter: parameter.detach().clone() for parameter in originals}
+        _restore(originals)
+        if torch.equal(call.of(layer), call.hidden):
+            silenced.remove(originals)
+        else:
+            _restore(values)
+
+
+def _require_smoothness(
+    layer: nn.Module, call: LayerCall, parameters: Iterable[nn.Parameter], name: str
+) -> None:
+    """Check that the identity is left as slowly as it is stepped away from."""
+    generator = torch.Generator().manual_seed(0)
+    steps = {p: torch.randn(p.shape, generator=generator).to(p) for p in parameters}
+    moved = []
+    for size in (_STEP, 4 * _STEP):
+        originals = {parameter: parameter.detach().clone() for parameter in steps}
+        for parameter, step in steps.items():
+            parameter.add_(size * step)
+        moved.append(float(torch.linalg.vector_norm(call.of(layer) - call.hidden)))
+        _restore(originals)
+    if not moved[0] > 0 or not _LINEAR[0] <= moved[1] / moved[0] <= _LINEAR[1]:
+        raise UnsupportedModelError(
+            f"{name}: its first layer leaves the identity by a jump or not at all (steps of 1 and "
+            f"4 move it by {moved[0]:.1e} and {moved[1]:.1e}), so an adapter made of it cannot be "
+            "trained; InRa cannot serve this model."
+        )
+
+
+def _restore(originals: dict[nn.Parameter, Tensor]) -> None:
+    for parameter, value in originals.items():
+        parameter.copy_(value)
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+# How a model that fails under the probes is refused: by name, and before any work.
+
+
+@contextmanager
+def refusing(name: str, problem: str) -> Iterator[None]:
+    """Turn a failure inside into a refusal of the model; a lack of memory stays one.
+
+    Raises:
+        UnsupportedModelError: If what runs inside fails.
+    """
+    try:
+        yield
+    except (FlexAlignError, torch.OutOfMemoryError):
+        raise
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UnsupportedModelError(
+            f"{name}: {problem} ({reason}); InRa cannot serve this model."
+        ) from error
+
 
 _PROBE_ROWS, _PROBE_TOKENS = 2, 24
 

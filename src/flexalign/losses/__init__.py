@@ -16,10 +16,9 @@ from torch import Tensor
 from flexalign.errors import ConfigError, PairMismatchError
 from flexalign.fusion import Lambda, per_position
 from flexalign.heads import Head, can_mix_hidden
-from flexalign.losses.chunked import Task, sum_in_chunks
-from flexalign.losses.products import for_products
+from flexalign.losses.kernel import Task, sum_in_chunks
 from flexalign.losses.sequence import sampled_score
-from flexalign.losses.teacher import FusedTeacher
+from flexalign.losses.teacher import FusedTeacher, for_products
 
 __all__ = ["DIVERGENCES", "Divergence", "DivergenceMetrics", "fused_divergence"]
 

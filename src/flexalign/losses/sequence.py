@@ -18,10 +18,7 @@ import torch
 from torch import Tensor
 
 from flexalign.heads import Head
-from flexalign.losses.products import write_logits
-from flexalign.losses.teacher import FusedTeacher
-
-__all__ = ["Score", "sampled_score"]
+from flexalign.losses.teacher import FusedTeacher, write_logits
 
 _LOG_ZERO = -1e4
 

@@ -37,17 +37,6 @@ from flexalign.miniature.world import (
     sample_trace,
 )
 
-__all__ = [
-    "CONTEXT_TOKENS",
-    "FAST_SCHOOLING",
-    "Adapter",
-    "Schooling",
-    "build_all",
-    "build_model",
-    "encode",
-    "teach",
-]
-
 CONTEXT_TOKENS = 1024
 _USUAL_TOKENS = 85
 _ALTERNATIVES = 3

@@ -43,14 +43,6 @@ from flexalign.miniature.world import (
     Habits,
 )
 
-__all__ = [
-    "Outcome",
-    "expected_outcome",
-    "sequence_level",
-    "sequence_level_outcome",
-    "token_level",
-]
-
 
 @dataclass(frozen=True)
 class Outcome:

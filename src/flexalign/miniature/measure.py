@@ -19,17 +19,6 @@ from flexalign.miniature.build import encode
 from flexalign.miniature.closed_form import Outcome
 from flexalign.miniature.world import Branch, Habit, Habits, Question, branches
 
-__all__ = [
-    "BranchValues",
-    "Logits",
-    "branch_probabilities",
-    "count_branches",
-    "is_right",
-    "mean_habits",
-    "outcome",
-    "split_trace",
-]
-
 Logits: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(input_ids (B, T), attention_mask (B, T)) → logits (B, T, V)."""
 

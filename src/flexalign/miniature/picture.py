@@ -13,8 +13,6 @@ from flexalign.miniature.closed_form import (
 )
 from flexalign.miniature.world import ALIGNED, REFERENCE
 
-__all__ = ["draw_forms"]
-
 
 def draw_forms(path: Path, lowest: float = -1.5, highest: float = 10.0) -> None:
     """Draw `again`, mean tokens and accuracy against λ under both closed forms."""

@@ -5,8 +5,6 @@ from transformers import PreTrainedTokenizerFast
 
 from flexalign.miniature.world import LARGEST_NUMBER, TERMS
 
-__all__ = ["build_tokenizer"]
-
 _SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 _WORDS = ["<think>", "</think>", "check", "again", "+", "=", "?", ";"]
 _LABELS = [f"#{line}" for line in range(1, max(TERMS))]

@@ -19,19 +19,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-__all__ = [
-    "ALIGNED",
-    "LARGEST_NUMBER",
-    "REFERENCE",
-    "Branch",
-    "Habit",
-    "Habits",
-    "Question",
-    "branches",
-    "sample_question",
-    "sample_trace",
-]
-
 TERMS = (3, 4, 5)
 """How many numbers a question has; each is equally likely."""
 

@@ -4,22 +4,15 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from flexalign._spelling import misspelt
-from flexalign.calibration.effort import note_on_sampling
+from flexalign.calibration.effort import effort_to_dial, largest_effort, note_on_sampling
 from flexalign.errors import ConfigError, LambdaError
-from flexalign.policies import LAMBDA_LEGEND, Adaptive, Dial, Fixed, extremes, parse_dial
-from flexalign.schedules import Schedule
+from flexalign.inra.configuration import InRaConfig
+from flexalign.lambdas import LAMBDA_LEGEND, Adaptive, Dial, Fixed, Schedule, extremes, parse_dial
 from flexalign.serving.errors import ApiError, as_sent
-
-__all__ = [
-    "DIAL_KEYS",
-    "EFFORT_LEVELS",
-    "Choice",
-    "DialRules",
-    "refuse_misspelt",
-]
 
 DIAL_KEYS = ("lambda", "effort", "reasoning_effort", "control")
 """The keys of a body that say a dial; at most one may."""
@@ -242,3 +235,38 @@ def _refuse_agreement(dial: Dial) -> None:
 
 def _bad(param: str, message: str) -> ApiError:
     return ApiError(400, message, param=param, code="invalid_dial")
+
+
+# What an adapter permits, whatever engine serves it.
+
+
+def adapter_rules(
+    settings: InRaConfig, lambda_range: tuple[float, float] | None = None
+) -> DialRules:
+    """Return a server's rules.
+
+    Args:
+        settings: The adapter's.
+        lambda_range: What the operator permits; the adapter's own range if not given.
+
+    Raises:
+        ConfigError: If the adapter's default is not permitted, or its calibration cannot be read.
+    """
+    low, high = permitted = lambda_range or settings.lambda_range
+    if not low <= settings.default_lambda <= high:
+        raise ConfigError(
+            f"the adapter's default λ = {settings.default_lambda:g} is outside --lambda-range "
+            f"[{low:g}, {high:g}]; permit it."
+        )
+    default, calibration = Fixed(settings.default_lambda), settings.calibration
+    if calibration is None:
+        return DialRules(default, permitted)
+    sampling = calibration.get("sampling", {})
+    largest_effort(calibration)  # refuses one that cannot be read, before anybody asks
+    return DialRules(
+        default,
+        permitted,
+        effort=partial(effort_to_dial, calibration),
+        holes=tuple((float(low), float(high)) for low, high in calibration.get("holes", ())),
+        sampling={name: sampling[name] for name in ("temperature", "top_p") if name in sampling},
+    )

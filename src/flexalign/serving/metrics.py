@@ -8,12 +8,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from flexalign.policies import Dial, Fixed
+from flexalign.lambdas import Dial, Fixed
 from flexalign.serving.engine import Ended, Engine
 from flexalign.serving.errors import Scope
 from flexalign.serving.middleware import PATHS, path_of
-
-__all__ = ["DialMetrics", "Metrics"]
 
 _LAMBDAS = (-2, -1, -0.5, 0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5)
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)

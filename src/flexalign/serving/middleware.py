@@ -1,20 +1,118 @@
 """ASGI middleware: the dial in front of any engine, the key, and the limit on a body.
 
 :class:`DialMiddleware` stands before an application of OpenAI's protocol, ours or vLLM's. It takes
-the dial out of a request's body, hands it over, and lets :class:`~flexalign.serving.echo.Echo` write
+the dial out of a request's body, hands it over, and lets :class:`~flexalign.serving.middleware.Echo` write
 what became of it into the answer.
 """
 
 import hmac
+import ipaddress
+import json
 from hashlib import sha256
 from typing import Any
+from urllib.parse import urlsplit
 
-from flexalign.serving.bodies import BODY_LIMIT, parse_body, read_body, with_body
 from flexalign.serving.dial import Choice, DialRules
-from flexalign.serving.echo import Echo
 from flexalign.serving.errors import ApiError, Scope, send_error
+from flexalign.serving.protocol import BODY_LIMIT, parse_body, read_body, with_body, with_length
 
-__all__ = ["CHOICE", "PATHS", "DialMiddleware", "KeyGate", "path_of"]
+# An answer on its way to the client, with the dial written into it.
+
+
+class Echo:
+    """Sends an answer on and says in it what its dial was.
+
+    That stands in the object, or, in a stream, in the first chunk and every chunk that ends
+    something. It is what an application is given as ``send``.
+    """
+
+    def __init__(self, choice: Choice, send: Any) -> None:
+        """Stand before a client.
+
+        Args:
+            choice: What the request said; what an engine adds to its report before the first part
+                of the answer is told too.
+            send: The client's.
+        """
+        self.choice = choice
+        self._send = send
+        self._kind = ""
+        self._start: Scope = {}
+        self._buffer = b""
+        self._is_first = True
+
+    async def __call__(self, message: Scope) -> None:
+        """Send a message of the application."""
+        if message["type"] == "http.response.start":
+            await self._begin(message)
+        elif message["type"] != "http.response.body" or not self._kind:
+            await self._send(message)
+        elif self._kind == "application/json":
+            await self._whole(message)
+        else:
+            await self._stream(message)
+
+    def tell(self, answer: Any) -> Any:
+        """Return a whole answer as the client gets it."""
+        return self._told(answer)
+
+    def tell_chunk(self, chunk: dict[str, Any]) -> dict[str, Any] | None:
+        """Return a chunk of a stream as the client gets it; None for nothing."""
+        choices = chunk.get("choices")
+        ends = not choices or any(choice.get("finish_reason") for choice in choices)
+        if "error" in chunk or not (self._is_first or ends):
+            return chunk
+        self._is_first = False
+        told: dict[str, Any] = self._told(chunk)
+        return told
+
+    async def _begin(self, message: Scope) -> None:
+        headers = list(message.get("headers", ()))
+        if self.choice.ignored:
+            names = ", ".join(self.choice.ignored)
+            headers.append((b"x-flexalign-ignored", names.encode()))
+        kind = next((v for k, v in headers if k.lower() == b"content-type"), b"").split(b";")[0]
+        message = {**message, "headers": headers}
+        if message["status"] == 200 and kind in (b"application/json", b"text/event-stream"):
+            self._kind = kind.decode()
+        if self._kind == "application/json":
+            self._start = message
+        else:
+            await self._send(message)
+
+    async def _whole(self, message: Scope) -> None:
+        self._buffer += message.get("body", b"")
+        if message.get("more_body"):
+            return
+        body = _encoded(self.tell(json.loads(self._buffer)))
+        headers = with_length(self._start["headers"], len(body))
+        await self._send({**self._start, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def _stream(self, message: Scope) -> None:
+        *events, self._buffer = (self._buffer + message.get("body", b"")).split(b"\n\n")
+        if self._buffer and not message.get("more_body"):
+            events, self._buffer = [*events, self._buffer], b""
+        told = [one for one in map(self._event, events) if one is not None]
+        content = b"\n\n".join([*told, b""] if told else [])
+        if content.strip() or not message.get("more_body"):
+            await self._send({**message, "body": content if content.strip() else b""})
+
+    def _event(self, event: bytes) -> bytes | None:
+        if not event.startswith(b"data: {"):
+            return event
+        chunk = self.tell_chunk(json.loads(event[len(b"data: ") :]))
+        return None if chunk is None else b"data: " + _encoded(chunk)
+
+    def _told(self, value: Any) -> Any:
+        if isinstance(value, dict) and self.choice.report:
+            value["dial"] = self.choice.report
+        return value
+
+
+def _encoded(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
+
 
 CHOICE = "flexalign.dial"
 """Under this name a request's scope holds its :class:`~flexalign.serving.dial.Choice`."""
@@ -121,3 +219,54 @@ def path_of(scope: Scope) -> str:
     """Return the path that a request asks for, whatever the server's root path."""
     path: str = scope["path"].removeprefix(scope.get("root_path", ""))
     return path.rstrip("/")
+
+
+# A server without a key serves this machine: its programs, and pages that came from it.
+
+
+class LoopbackGate:
+    """Refuses what a page of another site makes a browser on this machine send.
+
+    Listening on the loopback keeps other machines out, and not the pages that a browser here has
+    open: a site's name may be pointed at 127.0.0.1 (DNS rebinding), which its ``Host`` shows, and
+    any page may send to ``http://localhost``, which its ``Origin`` shows.
+    """
+
+    def __init__(self, app: Any) -> None:
+        """Stand before an application."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        """Serve a request. One without the two headers comes from no browser."""
+        if scope["type"] == "http":
+            headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+            for header, before in ((b"host", "//"), (b"origin", "")):
+                given = headers.get(header)
+                if given is not None and not is_loopback(_name_in(before + given)):
+                    await send_error(_refused(header.decode(), given), send)
+                    return
+        await self._app(scope, receive, send)
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a name or an address is this machine's own: localhost, 127.0.0.0/8 or ::1."""
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost"
+
+
+def _name_in(address: str) -> str:
+    try:
+        return urlsplit(address).hostname or ""
+    except ValueError:
+        return ""
+
+
+def _refused(header: str, given: str) -> ApiError:
+    return ApiError(
+        403,
+        f"the {header} is {given[:80]}, and this server has no key and serves this machine alone, by "
+        "localhost or 127.0.0.1; ask there, or start it with --api-key-env or --insecure.",
+        code="not_local",
+    )

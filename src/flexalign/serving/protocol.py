@@ -1,15 +1,20 @@
 """OpenAI's request bodies, read strictly: what would change an answer and is not served is refused."""
 
+import json
 import numbers
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from flexalign._spelling import nearest
-from flexalign.serving.errors import ApiError, as_sent
-
-__all__ = ["ChatRequest", "CompletionRequest", "Sampling", "read_chat", "read_completion"]
+from flexalign.data.thinking import ThinkingTags
+from flexalign.generation.text import ResponseText, StreamedSplit
+from flexalign.serving.engine import Ended, Piece, WrittenToken
+from flexalign.serving.errors import ApiError, Scope, as_sent
 
 _SAMPLING = ("temperature", "top_p", "max_tokens", "seed", "stop", "n", "stream", "stream_options")
 _CHAT = ("messages", "max_completion_tokens", "logprobs", "top_logprobs")
@@ -267,3 +272,322 @@ def _wrong(param: str, wanted: str, given: object, where: str | None = None) -> 
 
 def _bad(param: str, message: str) -> ApiError:
     return ApiError(400, message, param=param, code="invalid_value")
+
+
+# Answers in OpenAI's form, whole or as the chunks of a stream.
+
+
+@dataclass
+class Draft:
+    """A choice of an answer, as it grows.
+
+    Attributes:
+        index: Its number.
+        prompt_tokens: Tokens of its prompt.
+        opened: Whether its prompt leaves the thinking open.
+        text: Its text so far.
+        tokens: Its tokens so far.
+        ended: How it ended; None while it goes on.
+    """
+
+    index: int
+    prompt_tokens: int
+    opened: bool = False
+    text: str = ""
+    tokens: list[WrittenToken] = field(default_factory=list)
+    ended: Ended | None = None
+
+    def take(self, piece: Piece) -> None:
+        """Take a piece in."""
+        self.text += piece.text
+        self.tokens += piece.tokens
+        self.ended = piece.ended
+
+
+class AnswerForm(ABC):
+    """What chats and completions have in common: an id, a time, a model's name.
+
+    Subclasses say how a choice is told, as a whole and piece by piece.
+    """
+
+    prefix = ""
+    whole = ""
+    part = ""
+
+    def __init__(self, model: str, tokenizer: Any, tags: ThinkingTags) -> None:
+        self.tags = tags
+        self.tokenizer = tokenizer
+        self._head = {
+            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "object": self.part,
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def answer(self, choices: Sequence[Draft], logprobs: int | None) -> dict[str, Any]:
+        """Return a whole answer.
+
+        Args:
+            choices: All ended.
+            logprobs: As the request asked for them.
+        """
+        told = [
+            {**self.tell(choice, logprobs), "index": choice.index, "finish_reason": _reason(choice)}
+            for choice in choices
+        ]
+        usage = count_usage(choices, self.tokenizer, self.tags)
+        return {**self._head, "object": self.whole, "choices": told, "usage": usage}
+
+    def chunk(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """Return a chunk of a stream."""
+        return {**self._head, "choices": list(choices), **more}
+
+    def begin(self, choice: Draft) -> list[dict[str, Any]]:
+        """Return the chunks, of one choice each, that stand before a choice's first piece."""
+        return []
+
+    @abstractmethod
+    def tell(self, choice: Draft, logprobs: int | None) -> dict[str, Any]:
+        """Return a choice of a whole answer, its index and its end left out."""
+
+    @abstractmethod
+    def tell_piece(self, choice: Draft, piece: Piece, logprobs: int | None) -> list[dict[str, Any]]:
+        """Return what a piece, which the choice has taken in, adds to a stream."""
+
+    def _part(self, choice: Draft, piece: Piece, is_last: bool = True) -> dict[str, Any]:
+        reason = _reason(choice) if piece.ended and is_last else None
+        return {"index": choice.index, "finish_reason": reason}
+
+    def _name(self, token: int) -> str:
+        return str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+
+class ChatForm(AnswerForm):
+    """Answers of ``/v1/chat/completions``: the thinking apart, under both names it goes by."""
+
+    prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, model: str, tokenizer: Any, tags: ThinkingTags) -> None:
+        super().__init__(model, tokenizer, tags)
+        self._splits: dict[int, StreamedSplit] = {}
+
+    def begin(self, choice: Draft) -> list[dict[str, Any]]:
+        """Name the role."""
+        self._splits[choice.index] = StreamedSplit(self.tags, opened=choice.opened)
+        delta = {"role": "assistant", "content": ""}
+        return [{"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}]
+
+    def tell(self, choice: Draft, logprobs: int | None) -> dict[str, Any]:
+        """Return the message."""
+        thinking, answer, _ = self.tags.split(choice.text, opened=choice.opened)
+        thought = thinking or None
+        message = {"role": "assistant", "content": answer, "reasoning": thought}
+        message |= {"reasoning_content": thought, "refusal": None}
+        return {"message": message, "logprobs": self._logprobs(choice.tokens, logprobs)}
+
+    def tell_piece(self, choice: Draft, piece: Piece, logprobs: int | None) -> list[dict[str, Any]]:
+        """Return a delta for thinking, one for the answer, or both."""
+        parts = self._splits[choice.index].put(piece.text, is_last=piece.ended is not None)
+        deltas: list[dict[str, Any]] = [
+            {"reasoning": text, "reasoning_content": text} if is_thinking else {"content": text}
+            for text, is_thinking in parts
+        ]
+        if not deltas and (piece.ended or logprobs is not None):
+            deltas = [{}]
+        told = [
+            {**self._part(choice, piece, place == len(deltas) - 1), "delta": delta}
+            for place, delta in enumerate(deltas)
+        ]
+        for place, one in enumerate(told):
+            one["logprobs"] = None if place else self._logprobs(piece.tokens, logprobs)
+        return told
+
+    def _logprobs(self, tokens: Sequence[WrittenToken], wanted: int | None) -> Any:
+        if wanted is None:
+            return None
+        content = [
+            {
+                **self._token(token.token, token.logprob),
+                "top_logprobs": [self._token(*other) for other in token.likeliest],
+            }
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
+        name = self._name(token)
+        return {"token": name, "logprob": logprob, "bytes": list(name.encode())}
+
+
+class CompletionForm(AnswerForm):
+    """Answers of ``/v1/completions``: the text as it is, tags and all."""
+
+    prefix, whole, part = "cmpl", "text_completion", "text_completion"
+
+    def tell(self, choice: Draft, logprobs: int | None) -> dict[str, Any]:
+        """Return the text."""
+        return {"text": choice.text, "logprobs": self._logprobs(choice.tokens, logprobs, 0)}
+
+    def tell_piece(self, choice: Draft, piece: Piece, logprobs: int | None) -> list[dict[str, Any]]:
+        """Return the text that is new."""
+        offset = len(choice.text) - len(piece.text)
+        told = {"text": piece.text, "logprobs": self._logprobs(piece.tokens, logprobs, offset)}
+        return [{**self._part(choice, piece), **told}]
+
+    def _logprobs(self, tokens: Sequence[WrittenToken], wanted: int | None, offset: int) -> Any:
+        if wanted is None:
+            return None
+        names = [self._name(token.token) for token in tokens]
+        offsets = [offset + sum(map(len, names[:place])) for place in range(len(names))]
+        top = [{self._name(i): logprob for i, logprob in token.likeliest} for token in tokens]
+        return {
+            "tokens": names,
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": top if wanted else None,
+            "text_offset": offsets,
+        }
+
+
+def count_usage(choices: Sequence[Draft], tokenizer: Any, tags: ThinkingTags) -> dict[str, Any]:
+    """Count tokens as the library does: without the one that ends an answer, with rejected ones.
+
+    Choices of one prompt count it once; those that go on do not count yet.
+    """
+    reader = ResponseText(tokenizer, tags)
+    prompt = written = thinking = rejected = 0
+    for choice, ended in ((choice, choice.ended) for choice in choices if choice.ended):
+        prompt += choice.prompt_tokens
+        rejected += ended.rejected_tokens
+        written += len(ended.token_ids) + ended.rejected_tokens
+        text = reader.read(ended.token_ids)
+        thinking += tags.count_tokens(text, tokenizer, opened=choice.opened)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": written,
+        "total_tokens": prompt + written,
+        "completion_tokens_details": {
+            "reasoning_tokens": thinking,
+            "rejected_prediction_tokens": rejected,
+        },
+    }
+
+
+def event(value: object) -> bytes:
+    """Return a server-sent event."""
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+
+
+def _reason(choice: Draft) -> str | None:
+    return choice.ended.finish if choice.ended else None
+
+
+# Bodies of requests: read up to a limit, taken for JSON, and put back changed.
+
+BODY_LIMIT = 4 << 20
+"""The longest body in bytes, where an operator names no other."""
+
+_DEEPEST = 64
+
+_SUCH_AS = 'such as {"messages": [{"role": "user", "content": "1+2?"}]}'
+
+_HEARD_OUT = 16
+"""Bodies of up to so many times the limit are read to their end before they are refused."""
+
+
+async def read_body(scope: Scope, receive: Any, limit: int) -> bytes | None:
+    """Return a request's body; None if the client has gone.
+
+    What is over the limit is read on and thrown away, up to a point: a client that is cut off in
+    the middle of its writing sees a broken connection instead of the reason.
+
+    Args:
+        scope: The request's.
+        receive: Likewise.
+        limit: The longest body in bytes.
+
+    Raises:
+        ApiError: If it is longer.
+    """
+    announced = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
+    heard_out = limit * _HEARD_OUT
+    is_refused = announced.isdigit() and int(announced) > heard_out
+    content, length = bytearray(), 0
+    while not is_refused:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        part = message.get("body", b"")
+        length += len(part)
+        if length <= limit:
+            content += part
+        is_refused = length > heard_out
+        if not message.get("more_body"):
+            break
+    if is_refused or length > limit:
+        raise ApiError(
+            413,
+            f"the body is longer than the {limit} bytes that this server takes; shorten it.",
+            code="body_too_large",
+            headers={"connection": "close"},
+        )
+    return bytes(content)
+
+
+def parse_body(content: bytes) -> dict[str, Any]:
+    """Return the JSON object that a body is.
+
+    Raises:
+        ApiError: If it is none, or nests too deep.
+    """
+    try:
+        body = json.loads(content)
+        json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        raise ApiError(
+            400,
+            f"the body is no JSON ({str(error)[:200]}); send an object, {_SUCH_AS}.",
+            code="invalid_json",
+        ) from error
+    if not isinstance(body, dict):
+        raise ApiError(
+            400,
+            f"the body must be a JSON object, {_SUCH_AS}, got {as_sent(body)}.",
+            code="invalid_json",
+        )
+    if _is_deeper(body, _DEEPEST):
+        raise ApiError(
+            400,
+            f"the body nests values more than {_DEEPEST} deep; no request needs that.",
+            code="invalid_json",
+        )
+    return body
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    """Whether a value nests deeper: what reads, compares and prints values does so recursively."""
+    level = [value]
+    for _ in range(most + 1):
+        inner = [one.values() if isinstance(one, dict) else one for one in level]
+        level = [part for parts in inner for part in parts if isinstance(part, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def with_body(scope: Scope, content: bytes | dict[str, Any], receive: Any) -> tuple[Scope, Any]:
+    """Return a scope and a ``receive`` as if the request's body, which was read, were this one."""
+    if isinstance(content, dict):
+        content = json.dumps(content).encode()
+    parts = [{"type": "http.request", "body": content, "more_body": False}]
+
+    async def replayed() -> Any:
+        return parts.pop() if parts else await receive()
+
+    return {**scope, "headers": with_length(scope["headers"], len(content))}, replayed
+
+
+def with_length(headers: Any, length: int) -> list[tuple[bytes, bytes]]:
+    """Return headers that announce a body's length."""
+    dropped = (b"content-length", b"transfer-encoding")
+    kept = [(name, value) for name, value in headers if name.lower() not in dropped]
+    return [*kept, (b"content-length", str(length).encode())]

@@ -10,12 +10,16 @@ import pytest
 
 from flexalign.errors import DataError
 from flexalign.evaluation import report
-from flexalign.evaluation.chord import Point
-from flexalign.evaluation.report import render_page, write_report
-from flexalign.evaluation.report.lines import frontier, mixture_lines
-from flexalign.evaluation.report.payload import STATUSES, report_payload
-from flexalign.evaluation.report.responses import shown_responses
-from flexalign.evaluation.report.runs import Key, Run
+from flexalign.evaluation.frontier import Point, frontier, mixture_lines
+from flexalign.evaluation.report import (
+    STATUSES,
+    Key,
+    Run,
+    render_page,
+    report_payload,
+    shown_responses,
+    write_report,
+)
 
 
 @pytest.fixture(scope="module")

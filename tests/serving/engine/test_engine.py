@@ -11,14 +11,13 @@ import torch
 
 from contract.subjects import make_base
 from flexalign.data.thinking import ThinkingTags
-from flexalign.decoding.responses import generate_responses
 from flexalign.errors import ConfigError, ServingError, UnsupportedModelError
+from flexalign.generation.responses import generate_responses
 from flexalign.inra import InRaModel
-from flexalign.policies import Adaptive, Fixed, Route
-from flexalign.schedules import Schedule
+from flexalign.lambdas import Adaptive, Fixed, Route, Schedule
 from flexalign.serving.engine import Engine, Generation, InRaRunner, Job, Piece
-from flexalign.serving.engine.rate import TokenRate
-from flexalign.serving.engine.runners import PlainRunner
+from flexalign.serving.engine.batch import PlainRunner
+from flexalign.serving.engine.scheduler import TokenRate
 
 PROMPTS = ["one and two", "1+2=", "the answer is six because one and two make three and three", "a"]
 DIALS = [
@@ -297,7 +296,7 @@ def test_a_recurrent_model_is_refused_before_it_is_served() -> None:
 
 def test_the_rate_is_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch):
     now = [100.0]
-    monkeypatch.setattr("flexalign.serving.engine.rate.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("flexalign.serving.engine.scheduler.time.monotonic", lambda: now[0])
     rate = TokenRate()
     rate.add(30)
     now[0] += 6

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from contract.subjects import make_base, stir
-from flexalign.decoding import TwoModelDecoder
-from flexalign.decoding.dials import RowDials
+from flexalign.generation import TwoModelDecoder
+from flexalign.generation.row_lambdas import RowDials
 from flexalign.inra import InRaModel
-from flexalign.pairing import ModelPair
+from flexalign.models.pair import ModelPair
 from flexalign.serving.engine import InRaRunner, PairRunner, PlainRunner, Runner
-from flexalign.serving.engine.frame import Frame
+from flexalign.serving.engine.batch import Frame
 from twin import fuse64
 
 WINDOWED = ("mistral", "gemma2", "gpt_oss")

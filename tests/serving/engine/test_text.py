@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexalign.data.thinking import ThinkingTags
-from flexalign.decoding.text import ResponseText
-from flexalign.serving.engine.text import StoppedText
+from flexalign.generation.text import ResponseText
+from flexalign.serving.engine.sequence import StoppedText
 
 LETTERS = st.text("aab ", max_size=12)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flexalign.heads import Head
 from flexalign.inra import InRaModel
-from flexalign.schedules import Schedule
+from flexalign.lambdas import Schedule
 from flexalign.serving.vllm.folder import prepare_folder
 from twin import fuse64
 

@@ -30,12 +30,12 @@ def main() -> None:
 
 
 def _leave_out(parts: list[str]) -> None:
-    from flexalign.serving.vllm import runner
+    from flexalign.serving.vllm import runner_v1
 
     if "hook" in parts:
-        runner.install = lambda: None
+        runner_v1.install = lambda: None
     if "check" in parts:
-        runner.require_delivery = lambda: None
+        runner_v1.require_delivery = lambda: None
 
 
 def _answer(llm, requests: list[dict]) -> dict:

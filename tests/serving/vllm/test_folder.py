@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 
 from flexalign.errors import CheckpointError, ConfigError, PairMismatchError, UnsupportedModelError
 from flexalign.inra import InRaConfig, InRaModel
-from flexalign.loading import Source, load_model
+from flexalign.models.loading import load_model
+from flexalign.models.sources import Source
 from flexalign.serving.vllm import folder as module
 from flexalign.serving.vllm.folder import is_prepared, prepare_folder
-from flexalign.serving.vllm.settings import DialSettings
+from flexalign.serving.vllm.lambdas import DialSettings
 
 
 @pytest.fixture

@@ -14,11 +14,17 @@ import torch
 
 from asgi import request
 from flexalign.errors import CheckpointError, ConfigError
-from flexalign.inra.config import InRaConfig
-from flexalign.loading import load_tokenizer
-from flexalign.policies import LAMBDA_LEGEND, Route
+from flexalign.inra.configuration import InRaConfig
+from flexalign.lambdas import LAMBDA_LEGEND, Route
+from flexalign.models.loading import load_tokenizer
 from flexalign.serving.vllm.folder import prepare_folder
-from flexalign.serving.vllm.front import KEY_VARIABLE, VARIABLE, Front, FrontOptions, build_front
+from flexalign.serving.vllm.middleware import (
+    KEY_VARIABLE,
+    VARIABLE,
+    Front,
+    FrontOptions,
+    build_front,
+)
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 TEXT = ["<think>", " 3 + 4", "</think>", " 7", "<eos>"]

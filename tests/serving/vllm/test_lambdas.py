@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from flexalign.decoding.dials import RowDials, TagTokens
 from flexalign.errors import ConfigError, LambdaError
-from flexalign.schedules import Schedule
-from flexalign.serving.vllm.lambdas import RequestDial, TokenLambdas, read_lambda
-from flexalign.serving.vllm.settings import DialSettings
+from flexalign.generation.row_lambdas import RowDials, TagTokens
+from flexalign.lambdas import Schedule
+from flexalign.serving.vllm.lambdas import DialSettings, RequestDial, TokenLambdas, read_lambda
 
 SETTINGS = DialSettings(default_lambda=0.25, thinking_tokens=(4, 5))
 DIALS = (

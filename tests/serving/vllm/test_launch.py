@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from flexalign.errors import ConfigError, ServingError
-from flexalign.loading import resolve_adapter
+from flexalign.models.sources import resolve_adapter
 from flexalign.serving.vllm import launch as launching
 from flexalign.serving.vllm.folder import is_prepared, prepare_folder
-from flexalign.serving.vllm.front import MIDDLEWARE, VARIABLE, FrontOptions
 from flexalign.serving.vllm.launch import Launch, cached_folder, check_flags, prepare_once, run
+from flexalign.serving.vllm.middleware import MIDDLEWARE, VARIABLE, FrontOptions
 
 DIAL = ("miniature", "--adapter", "miniature:fast", "--engine", "vllm")
 

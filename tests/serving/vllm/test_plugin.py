@@ -12,9 +12,8 @@ import torch
 from flexalign.errors import ConfigError, ServingError, UnsupportedModelError
 from flexalign.serving.vllm import plugin
 from flexalign.serving.vllm.folder import prepare_folder
-from flexalign.serving.vllm.lambdas import TokenLambdas
-from flexalign.serving.vllm.limits import refuse_unsupported
-from flexalign.serving.vllm.settings import ARCHITECTURES, DialSettings
+from flexalign.serving.vllm.lambdas import ARCHITECTURES, DialSettings, TokenLambdas
+from flexalign.serving.vllm.plugin import refuse_unsupported
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what vLLM warns of is not ours to mend
 SETTINGS = DialSettings(default_lambda=0.25, thinking_tokens=(4, 5))
@@ -107,51 +106,51 @@ def test_requests_to_models_of_others_are_not_looked_at(unhooked, monkeypatch):
 
 
 def test_the_check_tells_a_runner_with_the_hook_from_one_without(unhooked):
-    from flexalign.serving.vllm import runner
+    from flexalign.serving.vllm import runner_v1
 
     with pytest.raises(ServingError, match="λ would not arrive: vLLM's GPUModelRunner"):
-        runner.require_delivery()
-    runner.install()
+        runner_v1.require_delivery()
+    runner_v1.install()
     hooked = unhooked._model_forward
-    runner.install()
+    runner_v1.install()
     assert unhooked._model_forward is hooked
-    runner.require_delivery()
+    runner_v1.require_delivery()
 
 
 def test_the_check_sees_a_runner_that_goes_its_own_way(unhooked):
-    from flexalign.serving.vllm import runner
+    from flexalign.serving.vllm import runner_v1
 
     class Other(unhooked):
         def _model_forward(self, input_ids=None, positions=None, **kwargs):
             return self.model(input_ids=input_ids, positions=positions)
 
-    runner.install()
+    runner_v1.install()
     with pytest.raises(ServingError, match="vLLM's Other does not"):
-        runner.require_delivery()
+        runner_v1.require_delivery()
     del Other
     gc.collect()  # of subclasses there are weak references alone, and cycles to hold them
 
 
 def test_the_check_says_why_a_runner_of_another_shape_fails(unhooked):
-    from flexalign.serving.vllm import runner
+    from flexalign.serving.vllm import runner_v1
 
     class Other(unhooked):
         def _model_forward(self, *args, **kwargs):
             return self.no_such_part
 
-    runner.install()
+    runner_v1.install()
     with pytest.raises(
         ServingError, match=r"Other does not run .*\(AttributeError: .*no_such_part"
     ):
-        runner.require_delivery()
+        runner_v1.require_delivery()
     del Other
     gc.collect()
 
 
 def test_a_model_without_a_dial_runs_as_it_did(unhooked):
-    from flexalign.serving.vllm import runner
+    from flexalign.serving.vllm import runner_v1
 
-    runner.install()
+    runner_v1.install()
     plain = object.__new__(unhooked)
     plain.model = lambda **inputs: inputs["positions"]
     assert plain._model_forward(input_ids=None, positions="as they were") == "as they were"
@@ -212,7 +211,7 @@ class _Runner2:
     def __init__(self, tokens):
         from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-        from flexalign.serving.vllm.state import DialModelState
+        from flexalign.serving.vllm.runner_v2 import DialModelState
 
         self.model = SimpleNamespace(lambdas=TokenLambdas(torch.zeros(tokens), SETTINGS))
         self.state = object.__new__(DialModelState)
@@ -263,13 +262,13 @@ def test_model_runner_2_gets_its_lambda_by_the_official_hook(vllm):
 
 
 def test_a_model_with_a_dial_brings_its_state(vllm):
-    from flexalign.serving.vllm import models, state
+    from flexalign.serving.vllm import models, runner_v2
 
     for name in ARCHITECTURES.values():
-        assert getattr(models, name).get_model_state_cls() is state.DialModelState
-    state.require_delivery(None, object.__new__(models.InRaLlamaForCausalLM))
+        assert getattr(models, name).get_model_state_cls() is runner_v2.DialModelState
+    runner_v2.require_delivery(None, object.__new__(models.InRaLlamaForCausalLM))
     with pytest.raises(ServingError, match="does not ask the model"):
-        state.require_delivery(None, SimpleNamespace(get_model_state_cls=lambda: object))
+        runner_v2.require_delivery(None, SimpleNamespace(get_model_state_cls=lambda: object))
 
 
 def test_a_head_that_is_not_linear_is_refused(vllm):

@@ -13,22 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexalign.errors import DataError
-from flexalign.evaluation.statistics import (
+from flexalign.statistics import (
     Interval,
     clustered_interval,
     paired_difference_interval,
 )
-
-__all__ = [
-    "BudgetCurve",
-    "HardBudget",
-    "Scored",
-    "Split",
-    "budget_caps",
-    "hard_budget",
-    "score_by_budget",
-    "split_gain",
-]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from flexalign.evaluation.systems.backend import (
     SystemOptions,
 )
 from flexalign.evaluation.systems.settings import AS_IT_IS, Setting, unique_settings
-from flexalign.policies import Fixed
+from flexalign.lambdas import Fixed
 
 __all__ = [
     "AS_IT_IS",

@@ -6,8 +6,6 @@ from typing import Any, NamedTuple, Protocol
 
 from flexalign.evaluation.systems.settings import Setting
 
-__all__ = ["Answer", "Backend", "Cell", "Failure", "Key", "Messages", "Outcome", "SystemOptions"]
-
 Messages = list[dict[str, str]] | str
 """A question as a conversation, or as text that the model goes on from as it is."""
 

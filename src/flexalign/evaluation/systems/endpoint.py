@@ -20,8 +20,6 @@ from flexalign.evaluation.systems.backend import (
     SystemOptions,
 )
 
-__all__ = ["EndpointBackend"]
-
 _IN_A_ROW = 8
 
 
@@ -37,7 +35,7 @@ class EndpointBackend:
         self._url, self._options = url, options
         self._tokenizer: Any = None
         if options.tokenizer is not None:
-            from flexalign.loading import load_tokenizer
+            from flexalign.models.loading import load_tokenizer
 
             self._tokenizer = load_tokenizer(options.tokenizer)
         self._tags = ThinkingTags()

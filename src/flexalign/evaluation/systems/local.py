@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexalign.decoding import TwoModelDecoder, interpolate
-from flexalign.decoding.responses import Response, generate_responses
 from flexalign.errors import ConfigError
 from flexalign.evaluation.systems.backend import (
     Answer,
@@ -25,15 +23,16 @@ from flexalign.evaluation.systems.backend import (
 from flexalign.evaluation.systems.settings import AS_IT_IS, Setting
 from flexalign.evaluation.systems.text import ModelText
 from flexalign.fusion import as_lambda
+from flexalign.generation import TwoModelDecoder
+from flexalign.generation.responses import Response, generate_responses
 from flexalign.inra import InRaModel
-from flexalign.inra.folder import check_folder, require_range
-from flexalign.loading import fingerprint, load_model, load_tokenizer, resolve, resolve_adapter
-from flexalign.loading.weights import fingerprint_file
-from flexalign.pairing import ModelPair
-from flexalign.pairing.direction import require_forward
-from flexalign.policies import Adaptive, Fixed, Route
-
-__all__ = ["LocalBackend"]
+from flexalign.inra.configuration import check_folder, require_range
+from flexalign.lambdas import Adaptive, Fixed, Route, require_forward
+from flexalign.models.interpolation import interpolate
+from flexalign.models.loading import fingerprint, load_model, load_tokenizer
+from flexalign.models.pair import ModelPair
+from flexalign.models.sources import resolve, resolve_adapter
+from flexalign.models.weights import fingerprint_file
 
 
 class LocalBackend:

@@ -6,8 +6,6 @@ from flexalign.data.rendering import Prompt, render_chat
 from flexalign.data.thinking import ThinkingTags
 from flexalign.evaluation.systems.backend import Messages
 
-__all__ = ["ModelText"]
-
 
 class ModelText:
     """How one model's prompts are written and its responses read."""

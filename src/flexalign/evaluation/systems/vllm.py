@@ -15,9 +15,8 @@ from flexalign.evaluation.systems.backend import (
     SystemOptions,
 )
 from flexalign.evaluation.systems.text import ModelText
-from flexalign.loading import fingerprint, load_tokenizer, resolve
-
-__all__ = ["VllmBackend"]
+from flexalign.models.loading import fingerprint, load_tokenizer
+from flexalign.models.sources import resolve
 
 
 class VllmBackend:

@@ -5,10 +5,9 @@ or a plain model. A ``frame`` is the batch that rows join and leave between step
 answer on its way; the ``scheduler`` is the thread.
 """
 
+from flexalign.serving.engine.batch import InRaRunner, PairRunner, PlainRunner, Runner
 from flexalign.serving.engine.jobs import Ended, Generation, Job, Piece, WrittenToken
-from flexalign.serving.engine.limits import EngineLimits
-from flexalign.serving.engine.runners import InRaRunner, PairRunner, PlainRunner, Runner
-from flexalign.serving.engine.scheduler import Engine
+from flexalign.serving.engine.scheduler import Engine, EngineLimits
 
 __all__ = [
     "Ended",

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from flexalign.policies import Dial, Way
-
-__all__ = ["Ended", "Finish", "Generation", "Job", "Outbox", "Piece", "WrittenToken"]
+from flexalign.lambdas import Dial, Way
 
 Finish = Literal["stop", "length", "cancelled"]
 
@@ -24,7 +22,7 @@ class Job:
         max_tokens: Tokens at which it is cut off.
         temperature: 0 is greedy.
         top_p: Probability mass sampled from.
-        seed: Of its sampling; see :class:`flexalign.decoding.seeded.SeededSampling`.
+        seed: Of its sampling; see :class:`flexalign.generation.seeded.SeededSampling`.
         stop: Texts that end it and are not in it.
         logprobs: Likeliest tokens to tell at each token; None for no log-probabilities.
     """

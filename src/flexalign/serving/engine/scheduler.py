@@ -3,8 +3,10 @@
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,20 +14,107 @@ from torch import Tensor
 
 from flexalign._modes import evaluating
 from flexalign.data.thinking import ThinkingTags
-from flexalign.decoding.dials import RowDials, TagTokens
-from flexalign.decoding.text import ResponseText
 from flexalign.errors import ConfigError, ServingError
-from flexalign.policies import Adaptive, Dial
-from flexalign.schedules import Schedule
-from flexalign.serving.engine.frame import Frame
+from flexalign.generation.row_lambdas import RowDials, TagTokens
+from flexalign.generation.text import ResponseText
+from flexalign.lambdas import Adaptive, Dial, Fixed, Schedule
+from flexalign.serving.engine.batch import Frame, Runner
 from flexalign.serving.engine.jobs import Generation, Job, Outbox
-from flexalign.serving.engine.limits import EngineLimits
-from flexalign.serving.engine.probe import require_working
-from flexalign.serving.engine.rate import TokenRate
-from flexalign.serving.engine.row import Row, Writing
-from flexalign.serving.engine.runners import Runner
+from flexalign.serving.engine.sequence import Row, Writing
 
-__all__ = ["Engine"]
+# How many tokens an engine writes.
+
+_SECONDS = 10.0
+
+
+class TokenRate:
+    """Counts tokens: one thread adds, any thread reads.
+
+    Attributes:
+        total: Tokens so far.
+    """
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._recent: deque[tuple[float, int]] = deque()
+        self._lock = threading.Lock()
+
+    def add(self, tokens: int) -> None:
+        """Count tokens that have just been written."""
+        with self._lock:
+            self.total += tokens
+            self._recent.append((time.monotonic(), tokens))
+            self._forget()
+
+    @property
+    def per_second(self) -> float:
+        """Tokens of the last 10 s, per second."""
+        with self._lock:
+            self._forget()
+            return sum(tokens for _, tokens in self._recent) / _SECONDS
+
+    def _forget(self) -> None:
+        since = time.monotonic() - _SECONDS
+        while self._recent and self._recent[0][0] < since:
+            self._recent.popleft()
+
+
+# How much an engine takes on.
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """How much an engine takes on.
+
+    Attributes:
+        rows: Answers written at a time.
+        queue: Answers that may wait; more are refused.
+        prefill_tokens: Prompt tokens, padding included, that one step may prefill, so that the
+            answers under way do not wait long; a longer prompt is prefilled alone.
+    """
+
+    rows: int = 32
+    queue: int = 256
+    prefill_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "queue", "prefill_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+# Whether a model still works, told after something failed in it.
+
+
+def require_working(runner: Runner, token: int) -> None:
+    """Run one token, so that no client's input has a part in it.
+
+    A prompt that is too much for the memory fails by itself; after a fault of the device every
+    step fails, and a server that goes on answers nobody.
+
+    Args:
+        runner: What is tried.
+        token: A token id.
+
+    Raises:
+        Exception: What the model fails with.
+    """
+    frame: Frame[_Row] = Frame(runner)
+    row = _Row(token)
+    ids = torch.tensor([[token]], device=runner.model.device)
+    nothing = torch.zeros_like(ids)
+    dials = RowDials.of([Fixed(row.lam())], 1)
+    frame.add([row], runner.prefill(ids, nothing, [(torch.tensor([0]), dials)]), nothing)
+    frame.step()
+
+
+@dataclass
+class _Row:
+    next_token: int
+
+    def lam(self) -> float:
+        return 0.5
+
 
 _log = logging.getLogger("flexalign.serving")
 

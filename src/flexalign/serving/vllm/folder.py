@@ -14,24 +14,19 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from flexalign.data.thinking import ThinkingTags
-from flexalign.decoding.dials import TagTokens
 from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
-from flexalign.inra.config import CONFIG_FILE, InRaConfig
-from flexalign.inra.folder import WEIGHTS_FILE, check_folder, require_base
-from flexalign.loading import (
-    Model,
-    fingerprint,
-    load_config,
-    load_model,
-    load_tokenizer,
-    resolve,
-    resolve_adapter,
+from flexalign.generation.row_lambdas import TagTokens
+from flexalign.inra.configuration import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    InRaConfig,
+    check_folder,
+    require_base,
 )
-from flexalign.loading.sources import read_json
-from flexalign.loading.weights import TensorInfo, tensor_infos, weight_files
-from flexalign.serving.vllm.settings import ARCHITECTURES, CONFIG_KEY, DialSettings
-
-__all__ = ["is_prepared", "prepare_folder"]
+from flexalign.models.loading import fingerprint, load_config, load_model, load_tokenizer
+from flexalign.models.sources import Model, read_json, resolve, resolve_adapter
+from flexalign.models.weights import TensorInfo, tensor_infos, weight_files
+from flexalign.serving.vllm.lambdas import ARCHITECTURES, CONFIG_KEY, DialSettings
 
 _ADAPTER_FILE = "model-inra-adapter.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"

@@ -18,12 +18,10 @@ from pathlib import Path
 
 from flexalign._packages import require_packages
 from flexalign.errors import ConfigError, ServingError
-from flexalign.loading import resolve, resolve_adapter
+from flexalign.models.sources import resolve, resolve_adapter
 from flexalign.serving.vllm.folder import is_prepared, prepare_folder
-from flexalign.serving.vllm.front import KEY_VARIABLE, MIDDLEWARE, VARIABLE, FrontOptions
+from flexalign.serving.vllm.middleware import KEY_VARIABLE, MIDDLEWARE, VARIABLE, FrontOptions
 from flexalign.serving.vllm.plugin import require_supported
-
-__all__ = ["Launch", "cached_folder", "check_flags", "prepare_once", "require_vllm", "run"]
 
 _OURS = {
     "--host": "--host",

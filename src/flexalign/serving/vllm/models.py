@@ -21,18 +21,9 @@ from vllm.model_executor.models import llama, mistral, qwen2, qwen3
 from flexalign.errors import UnsupportedModelError
 from flexalign.fusion import mix_hidden
 from flexalign.heads import Head, can_mix_hidden
-from flexalign.serving.vllm import runner
-from flexalign.serving.vllm.lambdas import TokenLambdas
-from flexalign.serving.vllm.limits import refuse_unsupported
-from flexalign.serving.vllm.plugin import require_supported
-from flexalign.serving.vllm.settings import DialSettings
-
-__all__ = [
-    "InRaLlamaForCausalLM",
-    "InRaMistralForCausalLM",
-    "InRaQwen2ForCausalLM",
-    "InRaQwen3ForCausalLM",
-]
+from flexalign.serving.vllm import runner_v1
+from flexalign.serving.vllm.lambdas import DialSettings, TokenLambdas
+from flexalign.serving.vllm.plugin import refuse_unsupported, require_supported
 
 require_supported()
 
@@ -120,12 +111,12 @@ class _WithDial:
         settings = DialSettings.of(vllm_config.model_config.hf_config)
         self.lambdas = TokenLambdas(torch.zeros(tokens, dtype=torch.float32), settings)
         if vllm_config.use_v2_model_runner:
-            from flexalign.serving.vllm import state
+            from flexalign.serving.vllm import runner_v2
 
-            state.require_delivery(vllm_config, self)
+            runner_v2.require_delivery(vllm_config, self)
         else:
-            runner.install()
-            runner.require_delivery()
+            runner_v1.install()
+            runner_v1.require_delivery()
 
     def forward(
         self,
@@ -142,7 +133,7 @@ class _WithDial:
     @staticmethod
     def get_model_state_cls() -> type:
         """Return what vLLM's model runner V2 keeps of each request for this model."""
-        from flexalign.serving.vllm.state import DialModelState
+        from flexalign.serving.vllm.runner_v2 import DialModelState
 
         return DialModelState
 

@@ -8,11 +8,11 @@ loaded, and nowhere else.
 
 import logging
 import re
+from functools import wraps
+from typing import Any
 
-from flexalign.errors import ConfigError
-from flexalign.serving.vllm.settings import ARCHITECTURES
-
-__all__ = ["SUPPORTED", "register", "require_supported"]
+from flexalign.errors import ConfigError, FlexAlignError, UnsupportedModelError
+from flexalign.serving.vllm.lambdas import ARCHITECTURES, CONFIG_KEY, DialSettings
 
 SUPPORTED = "0.32"
 """The minor version of vLLM whose private parts ``runner`` and ``admission`` were read from."""
@@ -29,8 +29,6 @@ def register() -> None:
         for architecture in ARCHITECTURES.values():
             ModelRegistry.register_model(architecture, f"{_MODELS}:{architecture}")
         if _is_supported(_installed()):
-            from flexalign.serving.vllm.admission import install
-
             install()
     except Exception:
         _log.warning("flexalign's models could not be registered in vLLM.", exc_info=True)
@@ -61,3 +59,124 @@ def _installed() -> str:
 
 def _is_supported(version: str) -> bool:
     return re.match(rf"{re.escape(SUPPORTED)}(?!\d)", version) is not None
+
+
+# A malformed λ is refused when its request comes in: an error for that request alone.
+#
+# vLLM 0.32's official place, ``LogitsProcessor.validate_params``, does not serve: passed by option,
+# a custom processor excludes speculation; found by entry point, it would check everybody's models,
+# and each model runner refuses the other one's class. This relies on ``SamplingParams.verify``
+# being called for every request, in the process that takes it, with the model's configuration.
+
+
+def install() -> None:
+    """Let vLLM check the λ of requests to a model with a dial. Twice is once."""
+    from vllm.sampling_params import SamplingParams
+
+    original = SamplingParams.verify
+    if getattr(original, "checks_lambda", False):
+        return
+
+    @wraps(original)
+    def verify(self: Any, model_config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, model_config, *args, **kwargs)
+        if hasattr(model_config.hf_config, CONFIG_KEY):
+            _check(self.extra_args, DialSettings.of(model_config.hf_config))
+
+    verify.checks_lambda = True  # type: ignore[attr-defined]
+    SamplingParams.verify = verify
+
+
+def _check(extra_args: dict[str, Any] | None, settings: DialSettings) -> None:
+    from vllm.exceptions import VLLMValidationError
+
+    from flexalign.serving.vllm.lambdas import LAMBDA_KEY, read_lambda
+
+    try:
+        read_lambda(extra_args, settings)
+    except FlexAlignError as error:
+        value = (extra_args or {}).get(LAMBDA_KEY)
+        raise VLLMValidationError(str(error), parameter=LAMBDA_KEY, value=value) from error
+
+
+# What a model with a dial is not served with: each refused, in one sentence, while it loads.
+
+_SPECULATION = ("ngram",)
+
+
+def refuse_unsupported(vllm_config: Any) -> None:
+    """Refuse a configuration of vLLM with which answers could be wrong.
+
+    Raises:
+        UnsupportedModelError: Names the setting and what to do.
+    """
+    for refused, what, instead in _refusals(vllm_config):
+        if refused:
+            raise UnsupportedModelError(
+                f"a model with a dial is not served with {what}; {instead}."
+            )
+
+
+def _refusals(config: Any) -> list[tuple[bool, str, str]]:
+    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    speculation = config.speculative_config
+    exact_caches = ("auto", str(model.dtype).removeprefix("torch."))
+    hf_config = model.hf_config
+    return [
+        (
+            parallel.pipeline_parallel_size > 1,
+            "pipeline parallelism, as both streams meet before the head",
+            "use --tensor-parallel-size",
+        ),
+        (
+            parallel.prefill_context_parallel_size > 1 or parallel.decode_context_parallel_size > 1,
+            "context parallelism, where a process does not see all tokens of the batch",
+            "use --tensor-parallel-size",
+        ),
+        (
+            parallel.use_ubatching,
+            "batches that are run in two halves (--enable-dbo)",
+            "leave that out",
+        ),
+        (
+            config.lora_config is not None,
+            "LoRA, whose table of tokens knows one stream alone",
+            "leave out --enable-lora; merge the LoRA into the base before its adapter is trained",
+        ),
+        (
+            model.quantization is not None,
+            f"quantised weights ({model.quantization})",
+            "leave out --quantization",
+        ),
+        (
+            cache.cache_dtype not in exact_caches,
+            f"a quantised KV cache ({cache.cache_dtype}), whose scales are one stream's",
+            "leave out --kv-cache-dtype",
+        ),
+        (
+            speculation is not None and speculation.method not in _SPECULATION,
+            f"speculation by {getattr(speculation, 'method', None)}, which would draft from one λ's "
+            "hidden states or was not tried",
+            "use the method ngram",
+        ),
+        (
+            model.enable_prompt_embeds,
+            "embeddings as prompts (--enable-prompt-embeds)",
+            "leave that out",
+        ),
+        (
+            model.runner_type != "generate",
+            f"the runner {model.runner_type}, as a dial chooses tokens",
+            "use --runner generate",
+        ),
+        (
+            getattr(hf_config, "dual_chunk_attention_config", None) is not None,
+            "dual chunk attention",
+            "take dual_chunk_attention_config out of the base's config.json",
+        ),
+        (
+            not getattr(hf_config, "is_causal", True),
+            "attention that is not causal",
+            "give a causal language model",
+        ),
+    ]

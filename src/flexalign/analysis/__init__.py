@@ -1,0 +1,1 @@
+"""What a pair differs in, and what a λ will do, told before anything is trained."""

@@ -1,0 +1,342 @@
+"""What a pair's dial turns: where two models differ on given responses, and by how much.
+
+At every response token both models give a distribution of what comes next. Their total variation
+(TV) says how much the two differ there; the token that loses and the token that gains the most
+probability say in what. Positions with the same two tokens are one *shift*: "`again` gives way to
+`;`". λ turns each of them; beyond [0, 1] it turns the noise too, in which the two merely differ.
+
+The gate that is proposed (:mod:`flexalign.analysis.difference`) lies between the two.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from flexalign._modes import evaluating
+from flexalign.errors import DataError
+from flexalign.fusion import total_variation
+from flexalign.heads import Head
+from flexalign.models.pair import ModelPair
+
+# The gate that is proposed for a pair: between what the two differ in and mere noise.
+#
+# Total variations (TVs) of many positions are split, on a logarithmic scale and each position
+# weighted by its TV, into the two groups that explain most of their variance (Otsu's threshold). The
+# noise floor n is the weighted 99 % quantile of the lower group, s the weighted 1 % quantile of the
+# upper one, the gate √(s·n): half-way between. s/n is the *separation*; near 1 the two groups pass
+# into each other, and a gate cuts where there is no gap.
+
+NO_DIFFERENCE = 1e-4
+"""A total variation so small that no λ in use makes it matter; smaller ones count as this."""
+
+_TAIL = 0.01
+
+
+def propose_gate(variations: NDArray[np.float64]) -> tuple[float | None, float, float]:
+    """Propose a gate from total variations; the rule is at the top of this module.
+
+    Args:
+        variations: One for each position.
+
+    Returns:
+        The gate (None if the models differ nowhere by more than 0.0001), the noise floor and the
+        separation.
+    """
+    weights = np.sort(variations).clip(NO_DIFFERENCE)
+    if not len(weights) or weights[-1] == NO_DIFFERENCE:
+        return None, 0.0, 1.0
+    logs = np.log(weights)
+    below, total = np.cumsum(weights)[:-1], weights.sum()
+    moments = np.cumsum(weights * logs)[:-1]
+    mean = (weights * logs).sum() / total
+    # Otsu: the split with the largest variance between its two groups.
+    between = (moments - mean * below) ** 2 / (below * (total - below))
+    split = int(between.argmax()) + 1 if len(between) else 0
+    signal = _weighted_quantile(weights[split:], _TAIL)
+    noise = _weighted_quantile(weights[:split], 1 - _TAIL) if split else signal
+    return float(np.sqrt(signal * noise)), noise, signal / noise
+
+
+def _weighted_quantile(ordered: NDArray[np.float64], share: float) -> float:
+    """Return the value below which this share of the sum of all values lies."""
+    sums = np.cumsum(ordered)
+    return float(ordered[int(np.searchsorted(sums, share * sums[-1]))])
+
+
+# Responses that are given, read by two models: both models' logits, one chunk at a time.
+
+Row = tuple[list[int], list[int]]
+"""Token ids of a prompt and of its response."""
+
+
+def read_logits(
+    hidden: Callable[..., Sequence[Tensor]],
+    heads: Sequence[Head],
+    rows: Sequence[Row],
+    *,
+    device: torch.device,
+    batch_size: int,
+    chunk_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield both models' logits, (N, V) each, and (row, position) of the tokens they predict.
+
+    The longest rows come first: what does not fit in memory fails at once.
+
+    Args:
+        hidden: Gives the final hidden states of both for ``input_ids`` and ``attention_mask``.
+        heads: Of both.
+        rows: Prompts and responses; the responses' tokens are those predicted.
+        device: Of the models.
+        batch_size: Rows read together.
+        chunk_size: N, at most.
+        progress: Called after each batch with (rows done, rows in all).
+    """
+    order = sorted(range(len(rows)), key=lambda index: -sum(map(len, rows[index])))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        yield from _read_batch(hidden, heads, rows, batch, device, chunk_size)
+        if progress is not None:
+            progress(start + len(batch), len(order))
+
+
+def _read_batch(
+    hidden: Callable[..., Sequence[Tensor]],
+    heads: Sequence[Head],
+    rows: Sequence[Row],
+    batch: Sequence[int],
+    device: torch.device,
+    chunk_size: int,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Read some of the rows together; of their logits there is one chunk at a time."""
+    tokens = [rows[index][0] + rows[index][1] for index in batch]
+    longest = max(map(len, tokens))
+    padded = [row + [row[-1]] * (longest - len(row)) for row in tokens]
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in tokens]
+    inputs = {
+        "input_ids": torch.tensor(padded, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
+    places = [
+        (line, position - 1)
+        for line, (index, row) in enumerate(zip(batch, tokens, strict=True))
+        for position in range(max(len(rows[index][0]), 1), len(row))
+    ]
+    states = hidden(**inputs)
+    for start in range(0, len(places), chunk_size):
+        here = torch.tensor(places[start : start + chunk_size])
+        logits = [
+            head(own[here[:, 0], here[:, 1]]).cpu() for head, own in zip(heads, states, strict=True)
+        ]
+        where = torch.stack([torch.tensor(batch)[here[:, 0]], here[:, 1] + 1])
+        yield logits[0], logits[1], where
+
+
+_CONTEXT_TOKENS = 12
+_COLUMNS = ("row", "position", "variation", "falls", "rises", "falls_reference", "falls_aligned",
+            "rises_reference", "rises_aligned")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TokenChange:
+    """A token's expected number per 1000 response tokens, under each model.
+
+    Attributes:
+        token: The token, as text.
+        reference: Its number under the reference.
+        aligned: Its number under the aligned model.
+        log_change: ln(aligned / reference).
+    """
+
+    token: str
+    reference: float
+    aligned: float
+    log_change: float
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Positions above the gate at which one token gives way to another.
+
+    Attributes:
+        falls: The token that loses most.
+        rises: The token that gains most.
+        positions: How many there are.
+        variation: Their mean total variation.
+        falls_reference: Mean probability of `falls` under the reference.
+        falls_aligned: The same under the aligned model.
+        rises_reference: Mean probability of `rises` under the reference.
+        rises_aligned: The same under the aligned model.
+        context: The text before the position where the two differ most.
+    """
+
+    falls: str
+    rises: str
+    positions: int
+    variation: float
+    falls_reference: float
+    falls_aligned: float
+    rises_reference: float
+    rises_aligned: float
+    context: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How two models differ on given responses.
+
+    Attributes:
+        rows: Responses looked at.
+        tokens: Their tokens.
+        variation: Mean total variation per token.
+        gate: The gate τ that is proposed; None if the two differ nowhere by more than 0.0001.
+        share: Share of the tokens above the gate, 0…1.
+        noise_floor: Total variation below which the two merely differ.
+        separation: How far the difference stands out of the noise; 1 is not at all.
+        falls: The tokens that become rarer, the largest loss first.
+        rises: The tokens that become more frequent, the largest gain first.
+        shifts: What gives way to what, the largest sum of total variation first.
+    """
+
+    rows: int
+    tokens: int
+    variation: float
+    gate: float | None
+    share: float
+    noise_floor: float
+    separation: float
+    falls: tuple[TokenChange, ...]
+    rises: tuple[TokenChange, ...]
+    shifts: tuple[Shift, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures by name."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def measure_difference(
+    pair: ModelPair,
+    rows: Sequence[Row],
+    *,
+    batch_size: int = 16,
+    chunk_size: int = 256,
+    shown: int = 10,
+    progress: Callable[[int, int], None] | None = None,
+) -> Difference:
+    """Measure where a pair differs on responses that are given.
+
+    Both models read every row once. Logits exist for one chunk of tokens at a time.
+
+    Args:
+        pair: The two models.
+        rows: Prompts and responses, as `flexalign.data.split_tokens` yields them.
+        batch_size: Rows read together.
+        chunk_size: Tokens whose logits exist together.
+        shown: How many tokens and shifts are kept of each kind.
+        progress: Called after each batch with (rows done, rows in all).
+
+    Raises:
+        DataError: If the rows have no response tokens.
+    """
+    if not any(response for _, response in rows):
+        raise DataError("the traces have no response tokens to compare the two models on.")
+    masses = torch.zeros(2, pair.vocab_size, dtype=torch.float64)
+    device = next(pair.reference.parameters()).device
+    with evaluating(pair.reference), evaluating(pair.aligned):
+        chunks = read_logits(
+            lambda **inputs: [pair.hidden(side, **inputs) for side in ("reference", "aligned")],
+            pair.heads,
+            rows,
+            device=device,
+            batch_size=batch_size,
+            chunk_size=chunk_size,
+            progress=progress,
+        )
+        parts = [_look(*chunk, masses) for chunk in chunks]
+    table = dict(zip(_COLUMNS, np.concatenate(parts, axis=1), strict=True))
+    gate, noise, separation = propose_gate(table["variation"])
+    above = table["variation"] > (NO_DIFFERENCE if gate is None else gate)
+    return Difference(
+        rows=len(rows),
+        tokens=len(above),
+        variation=float(table["variation"].mean()),
+        gate=gate,
+        share=float(above.mean()),
+        noise_floor=noise,
+        separation=separation,
+        falls=_changes(masses, len(above), pair.tokenizer, shown, sign=-1),
+        rises=_changes(masses, len(above), pair.tokenizer, shown, sign=1),
+        shifts=_shifts({key: column[above] for key, column in table.items()}, rows, pair, shown),
+    )
+
+
+def _look(reference: Tensor, aligned: Tensor, where: Tensor, masses: Tensor) -> NDArray[np.float64]:
+    """Return the columns for a chunk of positions, and add its probabilities to the sums."""
+    variation = total_variation(reference, aligned)
+    before, after = reference.float().softmax(-1), aligned.float().softmax(-1)
+    masses[0] += before.sum(0, dtype=torch.float64)
+    masses[1] += after.sum(0, dtype=torch.float64)
+    change = after - before
+    falls, rises = change.argmin(-1, keepdim=True), change.argmax(-1, keepdim=True)
+    columns = [
+        *where,
+        variation,
+        falls[:, 0],
+        rises[:, 0],
+        *(model.gather(-1, token)[:, 0] for token in (falls, rises) for model in (before, after)),
+    ]
+    return torch.stack([column.double() for column in columns]).numpy()
+
+
+def _changes(
+    masses: Tensor, tokens: int, tokenizer: PreTrainedTokenizerBase, shown: int, *, sign: int
+) -> tuple[TokenChange, ...]:
+    change = (masses[1] - masses[0]) * sign
+    chosen = [int(token) for token in change.topk(min(shown, len(change))).indices]
+    per_thousand = masses * 1000 / tokens
+    return tuple(
+        TokenChange(
+            token=_text(tokenizer, [token]),
+            reference=float(per_thousand[0, token]),
+            aligned=float(per_thousand[1, token]),
+            log_change=float((masses[1, token] / masses[0, token]).log()),
+        )
+        for token in chosen
+        if change[token] > 0
+    )
+
+
+def _shifts(
+    table: dict[str, NDArray[np.float64]], rows: Sequence[Row], pair: ModelPair, shown: int
+) -> tuple[Shift, ...]:
+    """Group positions by what gives way to what."""
+    code = table["falls"] * pair.vocab_size + table["rises"]
+    _, group = np.unique(code, return_inverse=True)
+    sums = np.bincount(group, weights=table["variation"])
+    found = []
+    for index in np.argsort(-sums)[:shown]:
+        members = {key: column[group == index] for key, column in table.items()}
+        worst = int(members["variation"].argmax())
+        row, position = (int(members[key][worst]) for key in ("row", "position"))
+        before = (rows[row][0] + rows[row][1])[max(0, position - _CONTEXT_TOKENS) : position]
+        found.append(
+            Shift(
+                falls=_text(pair.tokenizer, [int(members["falls"][0])]),
+                rises=_text(pair.tokenizer, [int(members["rises"][0])]),
+                positions=len(members["row"]),
+                context=_text(pair.tokenizer, before),
+                **{key: float(members[key].mean()) for key in ("variation", *_COLUMNS[5:])},
+            )
+        )
+    return tuple(found)
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    return str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))

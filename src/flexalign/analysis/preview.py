@@ -1,0 +1,160 @@
+"""What λ would do to the next token, read from traces that are there: nothing is sampled.
+
+Both models read every trace once. At each response token, for every λ: how far the teacher of
+equation 5 is from the reference, and whether what it would choose is a token that neither model
+had among its likeliest. The first grows with λ from the start; the second is extrapolated noise.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexalign._modes import evaluating
+from flexalign.analysis.difference import Row, read_logits
+from flexalign.errors import ConfigError, DataError
+from flexalign.fusion import as_lambda, fuse
+from flexalign.heads import Head
+from flexalign.inra import InRaModel
+from flexalign.models.pair import ModelPair
+
+PREVIEW_LAMBDAS = tuple(round(0.2 * step, 1) for step in range(1, 51))
+"""0.2 to 10, fifty of them."""
+
+LEAVING_SHARE = 0.001
+"""The share of tokens from which on the teacher's choice counts as having left both models."""
+
+
+@dataclass(frozen=True)
+class PreviewRow:
+    """The teacher at one λ, means over response tokens.
+
+    Attributes:
+        lam: λ.
+        divergence: KL(teacher ‖ reference), nats per token.
+        outside: Share of tokens at which its top choice is among neither model's top k.
+        mass_outside: Its probability of tokens that are among neither model's top k.
+    """
+
+    lam: float
+    divergence: float
+    outside: float
+    mass_outside: float
+
+
+@dataclass(frozen=True)
+class Preview:
+    """The teacher at every λ that was asked.
+
+    Attributes:
+        tokens: Response tokens read.
+        top_k: k.
+        leaves_at: The smallest λ above 1 at which the top choice has left both models' top k at
+            one token in a thousand; None if it does at no λ that was asked.
+        rows: One for each λ, ascending.
+    """
+
+    tokens: int
+    top_k: int
+    leaves_at: float | None
+    rows: tuple[PreviewRow, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures by name."""
+        rows = [asdict(row) for row in self.rows]
+        return asdict(self) | {"rows": [{"lambda": row.pop("lam"), **row} for row in rows]}
+
+
+@torch.no_grad()
+def preview(
+    system: ModelPair | InRaModel,
+    rows: Sequence[Row],
+    *,
+    lams: Sequence[float] = PREVIEW_LAMBDAS,
+    top_k: int = 5,
+    batch_size: int = 8,
+    chunk_size: int = 256,
+    progress: Callable[[int, int], None] | None = None,
+) -> Preview:
+    """Read traces once and tell, for every λ, what the teacher would do at each token.
+
+    Args:
+        system: Two models, or one with the two streams of its adapter.
+        rows: Prompts and responses, as `flexalign.data.split_tokens` yields them.
+        lams: The λ's, in any order.
+        top_k: How many of each model's likeliest tokens count as its own.
+        batch_size: Rows read together.
+        chunk_size: Tokens whose logits exist together.
+        progress: Called after each batch with (rows done, rows in all).
+
+    Raises:
+        ConfigError: If there is no λ, or k is not between 1 and the vocabulary's size.
+        DataError: If the rows have no response tokens.
+        LambdaError: If a λ is not finite.
+    """
+    if not any(response for _, response in rows):
+        raise DataError("the traces have no response tokens to look at.")
+    ordered = sorted({float(as_lambda(lam)) for lam in lams})
+    if not ordered:
+        raise ConfigError("a preview needs at least one λ.")
+    sums, count = torch.zeros(len(ordered), 3, dtype=torch.float64), 0
+    with _reading(system) as (hidden, heads, device):
+        for reference, aligned, _ in read_logits(
+            hidden,
+            heads,
+            rows,
+            device=device,
+            batch_size=batch_size,
+            chunk_size=chunk_size,
+            progress=progress,
+        ):
+            if not 1 <= top_k < reference.shape[-1]:
+                raise ConfigError(
+                    f"top_k must be at least 1 and less than the vocabulary of "
+                    f"{reference.shape[-1]} tokens, got {top_k}."
+                )
+            own = _likeliest(reference, top_k) | _likeliest(aligned, top_k)
+            before = reference.float().log_softmax(-1)
+            for place, lam in enumerate(ordered):
+                sums[place] += _look(fuse(reference, aligned, lam), before, own)
+            count += len(reference)
+    table = (sums / count).tolist()
+    found = tuple(PreviewRow(lam, *means) for lam, means in zip(ordered, table, strict=True))
+    left = [row.lam for row in found if row.lam > 1 and row.outside >= LEAVING_SHARE]
+    return Preview(count, top_k, left[0] if left else None, found)
+
+
+@contextmanager
+def _reading(
+    system: ModelPair | InRaModel,
+) -> Iterator[tuple[Callable[..., Sequence[Tensor]], Sequence[Head], torch.device]]:
+    """Give what reads inputs with both models, their heads and their device."""
+    if isinstance(system, InRaModel):
+        with evaluating(system):
+            yield system.stream_hidden, (system.head, system.head), system.device
+        return
+    pair = system
+
+    def hidden(**inputs: Tensor) -> list[Tensor]:
+        return [pair.hidden("reference", **inputs), pair.hidden("aligned", **inputs)]
+
+    with evaluating(pair.reference), evaluating(pair.aligned):
+        yield hidden, pair.heads, next(pair.reference.parameters()).device
+
+
+def _likeliest(logits: Tensor, k: int) -> Tensor:
+    """Mark the k likeliest tokens of each position, (N, V)."""
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, logits.topk(k).indices, True)
+
+
+def _look(teacher: Tensor, before: Tensor, own: Tensor) -> Tensor:
+    """Sum divergence, top choices outside and mass outside over the positions, (3,)."""
+    after = teacher.float().log_softmax(-1)
+    mass = after.exp()
+    divergence = (mass * (after - before)).where(mass > 0, 0.0).sum(-1)
+    chosen = own.gather(-1, after.argmax(-1, keepdim=True))[:, 0]
+    outside = mass.masked_fill(own, 0.0).sum(-1)
+    return torch.stack([column.double().sum() for column in (divergence, ~chosen, outside)])

@@ -1,0 +1,259 @@
+"""What so many questions and samples can prove, before anything is sampled.
+
+The paired difference of one question, its mean over k samples of each setting, varies by
+
+    Var d = between + within / k
+
+where *between* is the variance over questions of the true difference, and *within* the variance of
+correct(candidate) − correct(reference) for one pair of samples of one question. With n questions,
+a candidate as good as the reference is proved no worse than a margin m below it, at one-sided
+error α and with probability `power`, if
+
+    m ≥ (t_{1−α, n−1} + z_power) · √(Var d / n)
+
+(the usual size of a non-inferiority trial). More samples help only against *within*.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from scipy.optimize import brentq
+from scipy.special import ndtri
+
+from flexalign.calibration.goals import NonInferiority
+from flexalign.errors import ConfigError, DataError
+from flexalign.evaluation.samples import Outcomes
+from flexalign.statistics import t_quantile
+
+TASK_ACCURACY = {
+    "math500": 0.82,
+    "gsm8k": 0.85,
+    "amc": 0.8,
+    "aime": 0.5,
+    "aime25": 0.4,
+    "miniature": 0.75,
+}
+"""Accuracies that are assumed where none is given, about those of a 7B reasoning model."""
+
+_ALIKE = 0.6
+_SHIFT = 0.07
+_MOST = 10**7
+_SMALLER = (0.75, 0.5, 0.25)
+
+
+@dataclass(frozen=True)
+class VarianceModel:
+    """How a question's paired difference varies.
+
+    Attributes:
+        between: Variance over questions of the true difference.
+        within: Variance of the difference of one pair of samples, within a question.
+    """
+
+    between: float
+    within: float
+
+    @classmethod
+    def assumed(
+        cls, accuracy: float = 0.5, *, alike: float = _ALIKE, shift: float = _SHIFT
+    ) -> "VarianceModel":
+        """Assume one from an accuracy.
+
+        Of a single answer's variance p(1 − p), the share `alike` lies between questions (0.6:
+        most questions are nearly always or nearly never answered); the rest, twice, is *within*.
+
+        Args:
+            accuracy: Expected share of right answers; 0.5 is the worst case.
+            alike: Intraclass correlation of the samples of a question, in [0, 1].
+            shift: Standard deviation over questions of the true difference.
+
+        Raises:
+            ConfigError: If an argument is out of its range.
+        """
+        if not 0 <= accuracy <= 1 or not 0 <= alike <= 1 or not shift >= 0:
+            raise ConfigError(
+                "accuracy and alike must be in [0, 1] and shift at least 0, got "
+                f"{accuracy}, {alike}, {shift}."
+            )
+        return cls(shift**2, 2 * (1 - alike) * accuracy * (1 - accuracy))
+
+    @classmethod
+    def measured(cls, candidate: Outcomes, reference: Outcomes) -> "VarianceModel":
+        """Estimate one from a pilot, by moments; common random numbers are counted in.
+
+        Args:
+            candidate: Answers of a setting, at least 2 questions of 2 samples.
+            reference: Answers of λ = 0 to the same questions, as many samples.
+
+        Raises:
+            DataError: If the pilot is too small, or its halves differ in shape.
+        """
+        shape = candidate.correct.shape
+        if shape != reference.correct.shape or min(shape) < 2:
+            raise DataError(
+                "a pilot needs at least 2 questions of 2 samples, the same for both settings; got "
+                f"{shape} and {reference.correct.shape}."
+            )
+        pairs = candidate.correct.astype(float) - reference.correct
+        within = float(pairs.var(1, ddof=1).mean())
+        between = float(pairs.mean(1).var(ddof=1)) - within / shape[1]
+        return cls(max(between, 0.0), within)
+
+    def of_question(self, samples: int) -> float:
+        """Variance of one question's difference, from so many samples of each setting."""
+        return self.between + self.within / samples
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What it takes to prove a margin.
+
+    Attributes:
+        margin: The margin.
+        questions: Questions needed with the samples as they are; None beyond ten million.
+        samples: Samples needed with the questions as they are; None where no number does.
+    """
+
+    margin: float
+    questions: int | None
+    samples: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What can be proved.
+
+    Attributes:
+        questions: Questions there are.
+        samples: Samples of each, for each of the two settings.
+        confidence: Of the proof, one-sided.
+        power: Probability of the proof if the candidate is as good as the reference.
+        margin: Smallest margin for one setting, named beforehand, on all questions.
+        tune_margin: The same on the questions that `tune` holds out if choosing takes its whole
+            share; None if those are too few.
+        costs: What smaller margins would take, on all questions.
+        variance: The model behind it.
+    """
+
+    questions: int
+    samples: int
+    confidence: float
+    power: float
+    margin: float
+    tune_margin: float | None
+    costs: tuple[Cost, ...]
+    variance: VarianceModel
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "questions": self.questions,
+            "samples": self.samples,
+            "confidence": self.confidence,
+            "power": self.power,
+            "margin": self.margin,
+            "tune_margin": self.tune_margin,
+            "costs": [vars(cost) for cost in self.costs],
+            "variance": vars(self.variance),
+        }
+
+
+def plan(
+    questions: int,
+    samples: int,
+    *,
+    confidence: float = 0.95,
+    power: float = 0.8,
+    variance: VarianceModel | None = None,
+    choosing_share: float = 0.3,
+    margins: tuple[float, ...] = (),
+) -> Plan:
+    """Say what can be proved, and what a smaller margin costs.
+
+    Args:
+        questions: How many there are, at least 2.
+        samples: Of each question for each setting, at least 1.
+        confidence: Of the proof, one-sided.
+        power: Probability of the proof where candidate and reference are equally good.
+        variance: If not given, that assumed at accuracy 0.5, the worst.
+        choosing_share: Share of the questions that `tune` chooses on.
+        margins: To be costed; if not given, three fractions of the smallest that can be proved.
+
+    Raises:
+        ConfigError: If an argument is out of its range.
+    """
+    if questions < 2 or samples < 1:
+        raise ConfigError(
+            f"a plan needs at least 2 questions and 1 sample, got {questions} and {samples}."
+        )
+    if not 0.5 < confidence < 1 or not 0 < power < 1:
+        raise ConfigError(
+            f"confidence must be in (0.5, 1) and power in (0, 1), got {confidence} and {power}."
+        )
+    if any(not 0 < margin < 1 for margin in margins):
+        raise ConfigError(f"margins must be between 0 and 1, got {margins}.")
+    model = variance or VarianceModel.assumed()
+
+    def provable(count: int, per_question: int) -> float:
+        return _factor(count, confidence, power) * math.sqrt(
+            model.of_question(per_question) / count
+        )
+
+    margin = provable(questions, samples)
+    held_out = questions - round(choosing_share * questions)
+    return Plan(
+        questions,
+        samples,
+        confidence,
+        power,
+        margin,
+        _tune_margin(held_out, confidence, power, model.of_question(samples)),
+        tuple(
+            _cost(wanted, questions, samples, confidence, power, model)
+            for wanted in margins or tuple(share * margin for share in _SMALLER if margin > 0)
+        ),
+        model,
+    )
+
+
+def _factor(questions: int, confidence: float, power: float) -> float:
+    return t_quantile(2 * confidence - 1, questions - 1) + float(ndtri(power))
+
+
+def _tune_margin(questions: int, confidence: float, power: float, variance: float) -> float | None:
+    """The smallest margin that the proof's own bound reaches (its looks cost little)."""
+    if questions < 2:
+        return None
+    against = t_quantile(2 * confidence - 1, questions - 1) / math.sqrt(questions)
+    chance = float(ndtri(power)) * math.sqrt(variance / questions)
+
+    def lacking(margin: float) -> float:
+        least = NonInferiority(margin).least_deviation if 0 < margin < 1 else 0.0
+        needed = against * max(math.sqrt(variance), least) + chance + 1 / (2 * questions)
+        return needed - margin
+
+    return float(brentq(lacking, 0.0, 1.0, xtol=1e-12)) if lacking(1.0) < 0 else 1.0
+
+
+def _cost(
+    margin: float,
+    questions: int,
+    samples: int,
+    confidence: float,
+    power: float,
+    model: VarianceModel,
+) -> Cost:
+    factor = float(ndtri(confidence) + ndtri(power))
+    variance = model.of_question(samples)
+    needed = max(2, math.ceil(variance * (factor / margin) ** 2))
+    if needed <= _MOST and needed < 1000:  # below that Student's t asks for a little more
+        while _factor(needed, confidence, power) * math.sqrt(variance / needed) > margin:
+            needed += 1
+    room = questions * (margin / _factor(questions, confidence, power)) ** 2 - model.between
+    more = math.ceil(model.within / room - 1e-9) if room > 0 else None
+    return Cost(
+        margin,
+        needed if needed <= _MOST else None,
+        max(1, more) if more is not None and more <= _MOST else None,
+    )

@@ -1,0 +1,225 @@
+"""What every command shares: where output goes, how JSON is printed, how a λ is read."""
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from flexalign.errors import CheckpointError, ConfigError, FlexAlignError, LambdaError
+from flexalign.lambdas import Schedule
+
+if TYPE_CHECKING:
+    from flexalign.data.thinking import ThinkingTags
+    from flexalign.evaluation.tasks import Task
+    from flexalign.generation.text import Piece
+
+console = Console(stderr=True, highlight=False)
+"""Everything for people goes to stderr; stdout carries the result alone."""
+
+result_console = Console(highlight=False)
+"""The result of a command, when it is not JSON."""
+
+
+def say(line: str) -> None:
+    """Tell people something, as it stands."""
+    console.print(escape(line), soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Tell people what they may want to act on."""
+    console.print(f"[yellow]note:[/yellow] {escape(text)}", soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document, alone, on stdout."""
+    print(json.dumps(value, ensure_ascii=False, indent=2))
+
+
+def parse_lambdas(text: str) -> list[float]:
+    """Read ``--lambda 0,0.5,1``.
+
+    Raises:
+        LambdaError: If a part is not a finite number.
+    """
+    values = []
+    for part in text.split(","):
+        try:
+            value = float(part)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise LambdaError(
+                f"--lambda: {part.strip()!r} is not a finite number; "
+                "write one number or several with commas, such as 0,0.5,1."
+            )
+        values.append(value)
+    return values
+
+
+def read_secret(variable: str | None) -> str | None:
+    """Read the environment variable that ``--api-key-env`` names.
+
+    Raises:
+        ConfigError: If it is not set.
+    """
+    if variable is None:
+        return None
+    value = os.environ.get(variable)
+    if not value:
+        raise ConfigError(f"--api-key-env: the environment variable {variable!r} is not set.")
+    return value
+
+
+def say_instruction(instruction: str | None, tasks: "Sequence[Task]") -> None:
+    """Say what follows each question, where nobody chose it: models answer to it."""
+    texts = {task.instruction for task in tasks if task.instruction}
+    if instruction is None:
+        for text in sorted(texts):
+            console.print(
+                f"each question is followed by: {text} (--instruction '' leaves it out)",
+                markup=False,
+                soft_wrap=True,
+            )
+
+
+@contextmanager
+def as_input_errors() -> Iterator[None]:
+    """Call a damaged file that was given as input what it is there: wrong input."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+
+
+@contextmanager
+def progress_bar(label: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Show a bar; what it gives is told how many are complete."""
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(label, total=total, completed=done)
+        yield lambda completed: progress.update(task, completed=completed)
+
+
+@contextmanager
+def resumable(*, is_kept: bool = True) -> Iterator[None]:
+    """Say on Ctrl-C how a run goes on whose output is whole at any time, if it is kept at all."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if is_kept:
+            console.print("What is written is whole; give the same command again to go on.")
+        raise
+
+
+@contextmanager
+def resumable_bar(
+    label: str, total: int, *, is_kept: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """Show the bar of a :func:`resumable` run; what it gives is told how many more are complete."""
+    complete = 0
+
+    def advance(more: int) -> None:
+        nonlocal complete
+        complete += more
+        show(complete)
+
+    with resumable(is_kept=is_kept), progress_bar(label, total) as show:
+        yield advance
+
+
+def parse_lambda_option(text: str | None) -> Any:
+    """Read ``--lambda`` of a training command: a number, several, a JSON schedule, or none.
+
+    Raises:
+        ConfigError: If it is a schedule that is malformed.
+        LambdaError: If it is none of these.
+    """
+    if text is None:
+        return None
+    if text.lstrip().startswith("{"):
+        try:
+            Schedule.parse(text)
+        except FlexAlignError as error:
+            raise type(error)(f"--lambda: {error}") from error
+        return json.loads(text)
+    values = parse_lambdas(text)
+    return values[0] if len(values) == 1 else values
+
+
+# What a command lets through of what libraries say.
+
+
+def quieten_libraries() -> None:
+    """Keep other libraries' notices off the terminal: ours say what matters."""
+    import datasets
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    # Of several processes (torchrun, accelerate launch) the first one speaks.
+    console.quiet = os.environ.get("RANK", "0") != "0"
+
+
+@contextmanager
+def warnings_as_notes() -> Iterator[None]:
+    """Print warnings for users as one line each on stderr, and drop those for developers."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if category is UserWarning:
+            note(str(message))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = show
+        yield
+
+
+# Responses on the terminal: the thinking dimmed between its tags, then the answer.
+
+
+class ResponsePrinter:
+    """Prints one response, as a whole or while it is written."""
+
+    def __init__(self, tags: "ThinkingTags") -> None:
+        self._tags = tags
+        self._is_thinking = self._has_printed = False
+
+    def write(self, pieces: "Iterable[Piece]") -> None:
+        """Print what comes next."""
+        for text, is_thinking in pieces:
+            if is_thinking and not self._is_thinking:
+                self._print(self._tags.open, is_dim=True)
+            if self._is_thinking and not is_thinking:
+                self._print(self._tags.close, is_dim=True)
+            self._is_thinking = is_thinking
+            self._print(text, is_dim=is_thinking)
+
+    def end(self) -> None:
+        """End the line."""
+        if self._has_printed:
+            self._print("\n")
+
+    def _print(self, text: str, *, is_dim: bool = False) -> None:
+        self._has_printed = True
+        style = "dim" if is_dim else None
+        result_console.print(text, end="", style=style, markup=False, soft_wrap=True)
+
+
+def print_response(text: str, tags: "ThinkingTags") -> None:
+    """Print a whole response."""
+    from flexalign.generation.text import Piece
+
+    parts = tags.split(text)
+    pieces = [Piece(parts.thinking, True), Piece(parts.answer, False)]
+    printer = ResponsePrinter(tags)
+    printer.write(piece for piece in pieces if piece.text)
+    printer.end()

@@ -1,0 +1,361 @@
+"""Realign the miniature and hold the students against its closed form.
+
+What ``flexalign demo`` shows in minutes and the results document in full: students at several λ,
+what each buys in accuracy and tokens, and how near its habits are to those of equation 5.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+
+from flexalign.errors import DataError
+from flexalign.evaluation.frontier import (
+    Measured,
+    ParetoCurve,
+    ParetoPoint,
+    distance_intervals,
+    draw_pareto,
+)
+from flexalign.generation.responses import generate_responses
+from flexalign.miniature import ALIGNED, REFERENCE, folder, make_traces
+from flexalign.miniature.build import encode
+from flexalign.miniature.closed_form import Outcome, expected_outcome, token_level
+from flexalign.miniature.measure import count_branches, is_right, mean_habits, split_trace
+from flexalign.miniature.world import Habits, Question
+from flexalign.models.loading import load_model, load_tokenizer
+from flexalign.statistics import Interval, clustered_interval, paired_difference_interval
+from flexalign.training import TrRaConfig, TrRaTrainer
+
+LONGEST_RESPONSE = 1000
+"""Tokens; far beyond what the reference ever writes, so that nothing is cut off."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a student is trained in the miniature.
+
+    Attributes:
+        steps: Optimizer steps of `batch_size` traces.
+        learning_rate: Peak; warm-up over a tenth of the steps, then a cosine to zero.
+        batch_size: Traces a step.
+        divergence: As in :class:`flexalign.TrRaConfig`, like the next two.
+        rollouts: Share of the batches that the student samples.
+        rollout_objective: What those minimise.
+        seed: Of traces and data order.
+    """
+
+    steps: int = 150
+    learning_rate: float = 5e-4
+    batch_size: int = 24
+    divergence: str = "reverse"
+    rollouts: float = 0.0
+    rollout_objective: str = "token"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one model does on the miniature's questions.
+
+    Attributes:
+        name: What it is called in tables.
+        accuracy: Share of right answers, 0…1, and its 95 % interval.
+        tokens: Mean tokens a response, and its 95 % interval.
+        habits: Its habits, counted in what it wrote.
+        expected: What the closed form gives.
+        expected_habits: The habits behind `expected`.
+    """
+
+    name: str
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    tokens: float
+    tokens_interval: tuple[float, float]
+    habits: Habits
+    expected: Outcome
+    expected_habits: Habits
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields by name, nested ones as dictionaries."""
+        return asdict(self)
+
+
+def load_pair() -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the miniature's reference, its aligned model and their tokenizer."""
+    reference, aligned = (load_model(str(folder(part))) for part in ("reference", "aligned"))
+    return reference, aligned, load_tokenizer(str(folder("reference")))
+
+
+def realign(
+    aligned: PreTrainedModel,
+    lam: float,
+    output: Path,
+    training: Training,
+    gate: float | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    start: PreTrainedModel | None = None,
+) -> PreTrainedModel:
+    """Train a student towards equation 5 over the miniature's reference at λ, and return it.
+
+    Args:
+        aligned: The aligned model; for a further round, the student of the round before.
+        lam: λ of equation 5.
+        output: Where the trainer may write.
+        training: Steps, rate and seed.
+        gate: The gate τ of the teacher.
+        callbacks: Told of every step.
+        start: Where the student starts, changed in place; None: at the reference.
+    """
+    reference, _, tokenizer = load_pair()
+    student = load_model(str(folder("reference"))) if start is None else start
+    rows = make_traces(training.steps * training.batch_size, seed=1_000 + training.seed)
+    trainer = TrRaTrainer(
+        student,
+        reference=reference,
+        aligned=aligned,
+        args=TrRaConfig(
+            output_dir=str(output),
+            lam=lam,
+            gate=gate,
+            divergence=training.divergence,
+            rollouts=training.rollouts,
+            rollout_objective=training.rollout_objective,
+            max_steps=training.steps,
+            learning_rate=training.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=training.steps // 10,
+            per_device_train_batch_size=training.batch_size,
+            max_length=512,
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            seed=training.seed,
+            save_strategy="no",
+            logging_steps=10,
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list(
+            [{k: row[k] for k in ("prompt", "completion")} for row in rows]
+        ),
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return student.eval()
+
+
+def respond(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+    temperature: float = 1.0,
+    batch_size: int = 128,
+    max_new_tokens: int = LONGEST_RESPONSE,
+    **generate_options: Any,
+) -> list[list[str]]:
+    """Let a model answer every question once and return its traces; temperature 0 is greedy."""
+    responses = generate_responses(
+        model,
+        tokenizer,
+        [[{"role": "user", "content": question.text}] for question in questions],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        batch_size=batch_size,
+        seed=seed,
+        progress=progress,
+        **generate_options,
+    )
+    return [split_trace(response.text) for response in responses]
+
+
+def measure(
+    name: str,
+    questions: Sequence[Question],
+    traces: Sequence[Sequence[str]],
+    expected_habits: Habits,
+) -> Measurement:
+    """Measure what sampled traces are worth and which habits they show.
+
+    Args:
+        name: What to call the model.
+        questions: As many as traces.
+        traces: One response to each.
+        expected_habits: The habits of the closed form.
+    """
+    right = [is_right(question, trace) for question, trace in zip(questions, traces, strict=True)]
+    clusters = range(len(questions))
+    accuracy = clustered_interval(np.array(right, dtype=float), clusters)
+    tokens = clustered_interval(np.array([len(trace) for trace in traces], dtype=float), clusters)
+    return Measurement(
+        name=name,
+        accuracy=accuracy[1],
+        accuracy_interval=(accuracy[0], accuracy[2]),
+        tokens=tokens[1],
+        tokens_interval=(tokens[0], tokens[2]),
+        habits=mean_habits(count_branches(questions, traces)),
+        expected=expected_outcome(expected_habits),
+        expected_habits=expected_habits,
+    )
+
+
+def closed_form_curve(gate: float | None = None, highest: float = 10.0) -> ParetoCurve:
+    """Tokens and accuracy under equation 5 for λ from 0 to `highest`."""
+    outcomes = [
+        expected_outcome(token_level(REFERENCE, ALIGNED, lam, gate))
+        for lam in np.linspace(0, highest, 200)
+    ]
+    return ParetoCurve(
+        label="equation 5, closed form" + ("" if gate is None else f", gate τ={gate:g}"),
+        tokens=[outcome.tokens for outcome in outcomes],
+        accuracies=[outcome.accuracy for outcome in outcomes],
+    )
+
+
+def picture(
+    path: Path, groups: dict[str, Sequence[Measurement]], curves: Sequence[ParetoCurve]
+) -> None:
+    """Draw measurements, one colour a group, over the closed form's curves."""
+    points = [
+        ParetoPoint(m.name, group, m.tokens, m.tokens_interval, m.accuracy, m.accuracy_interval)
+        for group, members in groups.items()
+        for m in members
+    ]
+    named = {point.label: point for point in points}
+    ends = (
+        [(named["reference"], named["aligned"])] if {"reference", "aligned"} <= set(named) else []
+    )
+    draw_pareto(path, points, curves, "The miniature: what a setting of λ buys", ends)
+
+
+# Policies over a dial's two ends, put together from the answers of both to the same questions.
+#
+# Adaptive and route policies choose between the fast end's answer and the slow end's. With one
+# answer of each end to every question, every threshold and every share can be judged on them at
+# once, and all meet the same luck.
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One answer to each of N questions.
+
+    Attributes:
+        right: Whether it is right, shape (N,).
+        tokens: What it cost, rejected answers included, shape (N,).
+    """
+
+    right: NDArray[np.bool_]
+    tokens: NDArray[np.int64]
+
+    @property
+    def mean_tokens(self) -> float:
+        """Mean tokens an answer."""
+        return float(self.tokens.mean())
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What a setting is worth; all intervals are of 95 %.
+
+    Attributes:
+        accuracy: Share of right answers.
+        tokens: Mean tokens an answer.
+        difference: Accuracy less that of the slow end, paired by question.
+        over_coin: Height over the straight line between the two ends, whose own error counts; the
+            ends themselves are on it.
+    """
+
+    accuracy: Interval
+    tokens: Interval
+    difference: Interval
+    over_coin: Interval
+
+
+def judge(questions: Sequence[Question], traces: Sequence[Sequence[str]]) -> Answers:
+    """Judge one trace for each question."""
+    right = [is_right(question, trace) for question, trace in zip(questions, traces, strict=True)]
+    return Answers(np.array(right), np.array([len(trace) for trace in traces]))
+
+
+@torch.no_grad()
+def confidences(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    traces: Sequence[Sequence[str]],
+    lam: float = 1.0,
+) -> NDArray[np.float64]:
+    """The probability of each answer under a dial at λ, its end included, shape (N,).
+
+    It is the measure ``answer_probability`` of :class:`flexalign.Adaptive`.
+    """
+    rows = [
+        encode(tokenizer, question.text, list(trace))
+        for question, trace in zip(questions, traces, strict=True)
+    ]
+    found = np.zeros(len(rows))
+    shapes = [(len(asked), len(answered)) for asked, answered in rows]
+    for asked_tokens, answered_tokens in sorted(set(shapes)):
+        chosen = [i for i, shape in enumerate(shapes) if shape == (asked_tokens, answered_tokens)]
+        ids = torch.tensor([rows[i][0] + rows[i][1] for i in chosen])
+        logits = model(input_ids=ids, lam=lam).logits[:, asked_tokens - 1 : -1]
+        tokens = logits.double().log_softmax(-1).gather(-1, ids[:, asked_tokens:, None])
+        found[chosen] = tokens[..., 0].sum(-1).exp().numpy()
+    return found
+
+
+def adaptive(
+    fast: Answers, slow: Answers, confidence: NDArray[np.float64], threshold: float
+) -> Answers:
+    """The fast answer where it is sure enough, else the slow one; a rejected one is paid for."""
+    _require_same(fast, slow)
+    accepted = confidence >= threshold
+    return Answers(
+        np.where(accepted, fast.right, slow.right),
+        fast.tokens + np.where(accepted, 0, slow.tokens),
+    )
+
+
+def coin(fast: Answers, slow: Answers, share: float, seed: int = 0) -> Answers:
+    """The slow answer with probability `share`, else the fast one, whatever is asked."""
+    _require_same(fast, slow)
+    draw = random.Random(seed)
+    is_slow = np.array([draw.random() < share for _ in fast.right])
+    return Answers(
+        np.where(is_slow, slow.right, fast.right), np.where(is_slow, slow.tokens, fast.tokens)
+    )
+
+
+def weigh(answers: Answers, fast: Answers, slow: Answers) -> Worth:
+    """Say what a setting is worth beside the dial's two ends, on the same questions."""
+    _require_same(answers, slow)
+    questions = range(len(slow.right))
+    measured = [Measured(one.right, one.tokens, questions) for one in (slow, fast, answers)]
+    place = next((i for i, end in enumerate((slow, fast)) if end is answers), 2)
+    distances = distance_intervals(measured, ends=(0, 1))
+    chords = [one.chord for one in distances if one.chord is not None]
+    return Worth(
+        clustered_interval(answers.right, questions, share=True),
+        clustered_interval(answers.tokens, questions, share=False),
+        paired_difference_interval(answers.right, questions, slow.right, questions),
+        chords[place],
+    )
+
+
+def _require_same(first: Answers, second: Answers) -> None:
+    if len(first.right) != len(second.right):
+        raise DataError(
+            f"{len(first.right)} answers stand beside {len(second.right)}; "
+            "both ends must answer the same questions."
+        )

@@ -1,0 +1,475 @@
+"""A dial held against routing: the line between its ends, and the hull of all mixtures.
+
+Sending each question at random to one of two settings gives every point on the line between them,
+in tokens and accuracy alike. The line between a dial's ends, its *chord*, is therefore what a
+coin reaches without any dial, and a setting is worth having only above it. The *hull* is the best
+that mixtures of the measured settings reach. Distances are vertical: accuracy at equal tokens.
+:mod:`flexalign.evaluation.frontier` gives them with their uncertainty.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtr
+
+from flexalign.errors import ConfigError, DataError
+from flexalign.statistics import Interval, t_quantile
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+class Point(NamedTuple):
+    """A setting in the plane of a Pareto picture.
+
+    Attributes:
+        tokens: Mean tokens a response.
+        accuracy: Share of right answers, 0…1 (or in points; distances are in the same unit).
+    """
+
+    tokens: float
+    accuracy: float
+
+
+def chord_height(tokens: float, slow: Point, fast: Point) -> float:
+    """Accuracy of the coin between two settings at the given mean tokens.
+
+    Beyond the ends no coin goes; there the nearer end's accuracy counts.
+    """
+    if slow.tokens == fast.tokens:
+        return (slow.accuracy + fast.accuracy) / 2
+    left, right = sorted((slow, fast))
+    return float(np.interp(tokens, (left.tokens, right.tokens), (left.accuracy, right.accuracy)))
+
+
+def chord_distance(point: Point, slow: Point, fast: Point) -> float:
+    """Signed distance of a setting to the chord, in the unit of accuracy."""
+    return point.accuracy - chord_height(point.tokens, slow, fast)
+
+
+def upper_hull(points: Sequence[Point]) -> list[Point]:
+    """Corners of the best mixtures: from fewest tokens to highest accuracy, concave.
+
+    Settings that cost more than the last corner are not on the hull, as it beats them for less.
+
+    Raises:
+        DataError: If there are no points.
+    """
+    if not points:
+        raise DataError("a hull needs at least one measured setting.")
+    corners: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.tokens, -p.accuracy)):
+        if corners and point.accuracy <= corners[-1].accuracy:
+            continue
+        while len(corners) > 1 and _slope(corners[-2], corners[-1]) <= _slope(corners[-1], point):
+            corners.pop()
+        corners.append(point)
+    return corners
+
+
+def hull_height(tokens: float, points: Sequence[Point]) -> float:
+    """Highest accuracy that mixtures of the points reach with at most the given mean tokens.
+
+    With fewer tokens than any point has, the accuracy of the cheapest.
+    """
+    corners = upper_hull(points)
+    return float(np.interp(tokens, [p.tokens for p in corners], [p.accuracy for p in corners]))
+
+
+def hull_distance(point: Point, points: Sequence[Point]) -> float:
+    """Signed distance of a setting to the hull of `points`, in the unit of accuracy."""
+    return point.accuracy - hull_height(point.tokens, points)
+
+
+def significantly_above(distance: Interval) -> bool:
+    """Whether the whole interval lies above the line."""
+    return distance.low > 0
+
+
+def significantly_below(distance: Interval) -> bool:
+    """Whether the whole interval lies below the line."""
+    return distance.high < 0
+
+
+def _slope(left: Point, right: Point) -> float:
+    return (right.accuracy - left.accuracy) / (right.tokens - left.tokens)
+
+
+# Distances to a dial's chord and to the hull of all mixtures, with their intervals.
+
+_Array = NDArray[np.float64]
+
+_CHUNK_WEIGHTS = 4_000_000
+_DOUBT = 0.25
+"""Questions' worth of doubt, half of it each way."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was sampled at one setting: one entry per sample in each of the three.
+
+    Attributes:
+        correct: 1 or 0, shape (n,).
+        tokens: Tokens of the response, shape (n,).
+        questions: The question of each sample, n of them.
+    """
+
+    correct: ArrayLike
+    tokens: ArrayLike
+    questions: Sequence[Hashable]
+
+
+class Distances(NamedTuple):
+    """How far a setting lies above (positive) or below (negative) the two lines.
+
+    Attributes:
+        chord: Against the chord; None if no ends were named. The ends themselves are at 0.
+        hull: Against the hull, which the setting itself may be part of; so never above 0.
+    """
+
+    chord: Interval | None
+    hull: Interval
+
+
+def distance_intervals(
+    settings: Sequence[Measured],
+    ends: tuple[int, int] | None = None,
+    *,
+    confidence: float = 0.95,
+    repeats: int = 4000,
+    seed: int = 0,
+) -> list[Distances]:
+    """Distances of all settings of one system on one task, with intervals.
+
+    The chord's ends and the hull's corners are measured as well, so they are bootstrapped with
+    the rest: questions are weighted anew (the Bayesian bootstrap, Rubin 1981), all settings on
+    the same questions, and everything is computed again. The percentiles are moved outward so
+    that few questions cost what they cost Student's interval (Hesterberg 2015, "What teachers
+    should know about the bootstrap", expanded percentile interval). An eighth of a question on
+    which the setting alone is right and an eighth on which it alone is wrong are added for the
+    chord's interval, so that agreement on all questions does not pass for certainty.
+
+    Args:
+        settings: What was sampled at each setting, all on the same questions.
+        ends: Indices of the chord's slow and fast end (λ = 0 and λ = 1) in `settings`.
+        confidence: Coverage, in (0, 1).
+        repeats: Bootstrap repetitions.
+        seed: Of the bootstrap; equal seeds give equal intervals.
+
+    Returns:
+        One entry per setting, in order. With a single question the intervals are [−1, 1], and
+        [−1, 0] for the hull.
+
+    Raises:
+        DataError: If there is no setting, or they were not measured on the same questions.
+        ConfigError: If `confidence` or `ends` make no sense.
+    """
+    if not 0 < confidence < 1:
+        raise ConfigError(f"confidence must be between 0 and 1, got {confidence}.")
+    if ends is not None and not all(0 <= end < len(settings) for end in ends):
+        raise ConfigError(f"the ends {ends} are not among the {len(settings)} settings.")
+    table = _per_question(settings)
+    questions = table.shape[-1]
+    truth = _heights(np.ones((1, questions)), table, ends, doubt=None)
+    if questions == 1:
+        return [
+            Distances(
+                None if ends is None else Interval(-1.0, float(chord), 1.0),
+                Interval(-1.0, float(hull), 0.0),
+            )
+            for chord, hull in truth[:, :, 0].T
+        ]
+    draws = _bootstrap(table, ends, repeats, seed)
+    low, high = np.quantile(draws, _tails(confidence, questions), axis=-1)
+    return [
+        Distances(
+            None if ends is None else _around(low[0, s], truth[0, s, 0], high[0, s], s in ends),
+            _around(low[1, s], truth[1, s, 0], high[1, s], False),
+        )
+        for s in range(len(settings))
+    ]
+
+
+def _chord(tokens: _Array, slow: tuple[_Array, _Array], fast: tuple[_Array, _Array]) -> _Array:
+    """Heights of the chord in every repetition, as `chord_height` gives one.
+
+    Args:
+        tokens: Where, shape (settings, repetitions).
+        slow: Tokens and accuracy of one end, shape (repetitions,) each.
+        fast: Tokens and accuracy of the other.
+    """
+    span = slow[0] - fast[0]
+    ends_apart = span != 0
+    share = np.clip((tokens - fast[0]) / np.where(ends_apart, span, 1.0), 0.0, 1.0)
+    share = np.where(ends_apart, share, 0.5)
+    heights: _Array = fast[1] + share * (slow[1] - fast[1])
+    return heights
+
+
+def _hull(tokens: _Array, accuracies: _Array, row: int) -> _Array:
+    """Height of the hull at one setting's tokens, in every repetition.
+
+    Args:
+        tokens: Mean tokens, shape (settings, repetitions).
+        accuracies: Accuracy, the same shape.
+        row: The setting.
+
+    Returns:
+        Shape (repetitions,).
+    """
+    at = tokens[row]
+    best: _Array = accuracies[row].copy()
+    for cheap, low in zip(tokens, accuracies, strict=True):
+        within = cheap <= at
+        best = np.where(within, np.maximum(best, low), best)
+        span = tokens - cheap
+        dear = within & (tokens > at)
+        share = np.where(dear, (at - cheap) / np.where(dear, span, 1.0), 0.0)
+        mixed = np.where(dear, low + share * (accuracies - low), -np.inf)
+        best = np.maximum(best, mixed.max(axis=0))
+    return best
+
+
+def _heights(
+    weights: _Array, table: _Array, ends: tuple[int, int] | None, doubt: _Array | None
+) -> _Array:
+    """Distances under weights of the questions.
+
+    Args:
+        weights: Shape (repetitions, questions).
+        table: Right answers, tokens and number of samples, shape (3, settings, questions).
+        ends: As in `distance_intervals`.
+        doubt: What the added questions shift the chord's distances by, shape (repetitions,).
+
+    Returns:
+        Distance to chord and hull, shape (2, settings, repetitions).
+    """
+    sums: _Array = np.einsum("rq,ksq->ksr", weights, table, optimize=True)
+    right, tokens, samples = sums
+    accuracy, tokens = right / samples, tokens / samples
+    chord = np.zeros_like(accuracy)
+    if ends is not None:
+        slow, fast = ((tokens[end], accuracy[end]) for end in ends)
+        chord = accuracy - _chord(tokens, slow, fast)
+        if doubt is not None:
+            chord += doubt
+    hull = np.stack([accuracy[row] - _hull(tokens, accuracy, row) for row in range(len(tokens))])
+    return np.stack([chord, hull])
+
+
+def _bootstrap(table: _Array, ends: tuple[int, int] | None, repeats: int, seed: int) -> _Array:
+    rng = np.random.default_rng(seed)
+    questions = table.shape[-1]
+    size = max(1, _CHUNK_WEIGHTS // questions)
+    chunks = []
+    for start in range(0, repeats, size):
+        count = min(size, repeats - start)
+        weights = rng.standard_exponential((count, questions))
+        up, down = rng.standard_gamma(_DOUBT / 2, (2, count))
+        doubt = (up - down) / (weights.sum(axis=1) + up + down)
+        chunks.append(_heights(weights, table, ends, doubt))
+    return np.concatenate(chunks, axis=-1)
+
+
+def _tails(confidence: float, questions: int) -> tuple[float, float]:
+    """The percentiles to take, with Student's quantile for the normal one."""
+    quantile = t_quantile(confidence, questions - 1)
+    low = float(ndtr(-quantile * ((questions + 1) / (questions - 1)) ** 0.5))
+    return low, 1 - low
+
+
+def _around(low: float, estimate: float, high: float, end: bool) -> Interval:
+    if end:
+        return Interval(0.0, 0.0, 0.0)
+    return Interval(float(min(low, estimate)), float(estimate), float(max(high, estimate)))
+
+
+def _per_question(settings: Sequence[Measured]) -> _Array:
+    """Right answers, tokens and samples by setting and question, shape (3, settings, questions)."""
+    if not settings:
+        raise DataError("there are no settings to measure distances of.")
+    names = sorted(set(settings[0].questions), key=repr)
+    place = {question: index for index, question in enumerate(names)}
+    table = np.zeros((3, len(settings), len(names)))
+    for row, setting in enumerate(settings):
+        only = set(setting.questions) ^ place.keys()
+        if only:
+            raise DataError(
+                f"{len(only)} questions were answered at some settings only (such as "
+                f"{next(iter(only))!r}); compare on the questions that all have."
+            )
+        index = np.fromiter((place[q] for q in setting.questions), np.intp)
+        columns = (setting.correct, setting.tokens, np.ones(len(index)))
+        for column, values in enumerate(columns):
+            table[column, row] = np.bincount(index, np.asarray(values, float), len(names))
+    return table
+
+
+# Accuracy against tokens, the picture by which a setting is chosen.
+
+_COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568", "#b7791f", "#319795")
+
+
+@dataclass(frozen=True)
+class ParetoPoint:
+    """One measured setting.
+
+    Attributes:
+        label: Written beside the point, such as ``λ=2``.
+        group: Points of one group share a colour and a line of the legend.
+        tokens: Mean tokens a response.
+        tokens_interval: Its interval, low and high.
+        accuracy: Share of right answers, 0…1.
+        accuracy_interval: Its interval, low and high.
+    """
+
+    label: str
+    group: str
+    tokens: float
+    tokens_interval: tuple[float, float]
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class ParetoCurve:
+    """A line to hold the points against, such as a closed form over λ.
+
+    Attributes:
+        label: Its line in the legend.
+        tokens: Mean tokens along the curve.
+        accuracies: Accuracy along the curve.
+    """
+
+    label: str
+    tokens: Sequence[float]
+    accuracies: Sequence[float]
+
+
+def draw_pareto(
+    path: Path,
+    points: Sequence[ParetoPoint],
+    curves: Sequence[ParetoCurve] = (),
+    title: str = "",
+    ends: Sequence[tuple[ParetoPoint, ParetoPoint]] = (),
+) -> None:
+    """Draw points with intervals both ways over curves, chords and the hull of all mixtures.
+
+    Args:
+        path: Where to write; the ending chooses the format.
+        points: The measured settings.
+        curves: Lines to hold them against.
+        title: Above the picture.
+        ends: The two ends of each dial (λ = 0 and λ = 1), whose chord is drawn.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for style, curve in zip(("-", "--", ":", "-."), curves, strict=False):
+        axes.plot(curve.tokens, curve.accuracies, style, color="#a0aec0", label=curve.label)
+    _draw_mixtures(axes, points, ends)
+    groups = list(dict.fromkeys(point.group for point in points))
+    for index, group in enumerate(groups):
+        members = [point for point in points if point.group == group]
+        axes.errorbar(
+            [point.tokens for point in members],
+            [point.accuracy for point in members],
+            xerr=_sides([(p.tokens, p.tokens_interval) for p in members]),
+            yerr=_sides([(p.accuracy, p.accuracy_interval) for p in members]),
+            fmt="o",
+            markersize=5,
+            elinewidth=1,
+            capsize=2,
+            color=_COLOURS[index % len(_COLOURS)],
+            label=group,
+        )
+        for point in members:
+            axes.annotate(
+                point.label,
+                (point.tokens, point.accuracy),
+                xytext=(5, 6 if index % 2 == 0 else -12),
+                textcoords="offset points",
+                fontsize=8,
+            )
+    axes.set_xlabel("mean tokens a response")
+    axes.set_ylabel("accuracy")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if title:
+        axes.set_title(title, fontsize=11)
+    axes.legend(frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _draw_mixtures(
+    axes: "Axes",
+    points: Sequence[ParetoPoint],
+    ends: Sequence[tuple[ParetoPoint, ParetoPoint]],
+) -> None:
+    """What a coin between measured settings reaches; see :mod:`flexalign.evaluation.frontier`."""
+    for number, pair in enumerate(ends):
+        axes.plot(
+            [point.tokens for point in pair],
+            [point.accuracy for point in pair],
+            linestyle=(0, (6, 3)),
+            linewidth=1,
+            color="#718096",
+            label="chord: a coin between the ends" if number == 0 else None,
+        )
+    if len(points) > 1:
+        corners = upper_hull([Point(point.tokens, point.accuracy) for point in points])
+        corners.append(Point(max(point.tokens for point in points), corners[-1].accuracy))
+        axes.plot(
+            [corner.tokens for corner in corners],
+            [corner.accuracy for corner in corners],
+            linestyle=(0, (1, 2)),
+            linewidth=1.2,
+            color="#4a5568",
+            label="hull of all mixtures",
+        )
+
+
+def _sides(values: list[tuple[float, tuple[float, float]]]) -> list[list[float]]:
+    return [
+        [max(0.0, middle - low) for middle, (low, _) in values],
+        [max(0.0, high - middle) for middle, (_, high) in values],
+    ]
+
+
+# The lines of a Pareto picture: the frontier of what was measured, chords, and the hull.
+
+
+def frontier(points: Sequence[Point]) -> set[int]:
+    """Which settings no other one beats: with fewer tokens at no lower accuracy, or better at no more."""
+    return {
+        index
+        for index, point in enumerate(points)
+        if not any(
+            other != point and other.tokens <= point.tokens and other.accuracy >= point.accuracy
+            for other in points
+        )
+    }
+
+
+def dial_ends(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int] | None:
+    """Where λ = 0 and λ = 1 stand among the rows of one series; None unless both are there."""
+    places = {row["lambda"]: index for index, row in enumerate(rows) if row["lambda"] in (0, 1)}
+    return (places[0], places[1]) if len(places) == 2 else None
+
+
+def mixture_lines(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Point] | None]:
+    """Corners of the chord (None without both ends) and of the hull of one series."""
+    points = [Point(float(row["tokens"]), float(row["accuracy"])) for row in rows]
+    ends = dial_ends(rows)
+    hull = upper_hull(points)
+    hull.append(Point(max(point.tokens for point in points), hull[-1].accuracy))
+    return {"chord": [points[end] for end in ends] if ends else None, "hull": hull}

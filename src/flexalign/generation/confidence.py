@@ -1,0 +1,101 @@
+"""How sure a model is of what it writes, measured while transformers' ``generate`` writes it."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, StoppingCriteria
+from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
+
+from flexalign.lambdas import Adaptive
+
+
+class Listener(LogitsProcessor):  # type: ignore[misc]
+    """Keeps the log-probabilities, ``(B, V)``, that the next token is chosen from.
+
+    It has to stand before every other processor: then they are the model's own, at temperature 1.
+    """
+
+    log_probs: Tensor
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Keep them and pass the scores on as they are."""
+        self.log_probs = scores.log_softmax(-1)
+        return scores
+
+
+class Watch(StoppingCriteria):  # type: ignore[misc]
+    """Follows a greedy generation: each row's confidence, and whether it has come to its end.
+
+    The answer's probability and its smallest token probability can only fall with further tokens,
+    so a row that falls below its threshold by one of these is stopped there.
+
+    Attributes:
+        listener: To be given to ``generate`` along with the watch.
+        length: Tokens that each row has written, its end included. Shapes are ``(B,)``.
+        counted: The same without the token that ends it, as responses are counted.
+        ended: Whether the row has ended by itself, not by a limit.
+    """
+
+    def __init__(
+        self, policies: Sequence[Adaptive], thresholds: Sequence[float], device: torch.device
+    ) -> None:
+        """Start to follow a batch of one row for each policy."""
+        self.listener = Listener()
+        rows = (len(policies),)
+        least = [policy.measure == "min_token_probability" for policy in policies]
+        sampled = [policy.measure == "agreement" for policy in policies]
+        self._by_least = torch.tensor(least, device=device)
+        self._by_samples = torch.tensor(sampled, device=device)
+        self._thresholds = torch.tensor(thresholds, dtype=torch.float64, device=device)
+        self._log_total = torch.zeros(rows, dtype=torch.float64, device=device)
+        self._log_least = torch.zeros(rows, dtype=torch.float64, device=device)
+        self._dropped = torch.zeros(rows, dtype=torch.bool, device=device)
+        self._ends: list[StoppingCriteria] = []
+        self.length = torch.zeros(rows, dtype=torch.long, device=device)
+        self.counted = torch.zeros(rows, dtype=torch.long, device=device)
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
+
+    @property
+    def confidence(self) -> Tensor:
+        """The answer's probability or its smallest token probability, ``(B,)``, in float64."""
+        return torch.where(self._by_least, self._log_least, self._log_total).exp()
+
+    def learn_ends(self, criteria: Iterable[StoppingCriteria]) -> None:
+        """Take, of a generation's stopping criteria, those that are no limits."""
+        limits = (MaxLengthCriteria, MaxTimeCriteria, Watch)
+        self._ends = [one for one in criteria if not isinstance(one, limits)]
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Take in the token that was chosen; return which rows need not go on."""
+        chosen = self.listener.log_probs.gather(-1, input_ids[:, -1:])[:, 0]
+        has_end, is_end_token = torch.zeros_like(self.ended), torch.zeros_like(self.ended)
+        for end in self._ends:
+            found = end(input_ids, scores, **kwargs)
+            has_end |= found
+            if hasattr(end, "eos_token_id"):
+                is_end_token |= found
+        return self.take(chosen, has_end, is_end_token)
+
+    def take(self, log_probs: Tensor, has_end: Tensor, is_end_token: Tensor) -> Tensor:
+        """Take in one more token of each row; shapes are ``(B,)``.
+
+        Args:
+            log_probs: The tokens' own, at temperature 1, in nats.
+            has_end: Whether the answer ends with it, by itself.
+            is_end_token: Whether it is a token that ends answers, and no part of them.
+
+        Returns:
+            Which rows need not go on.
+        """
+        is_open = ~(self.ended | self._dropped)
+        chosen = log_probs.double().where(is_open, 0.0)
+        self._log_total += chosen
+        self._log_least = self._log_least.minimum(chosen)
+        self.length += is_open
+        self.counted += is_open & ~is_end_token
+        self.ended |= is_open & has_end
+        is_low = ~self._by_samples & (self.confidence < self._thresholds)
+        self._dropped |= is_open & is_low
+        return self._dropped

@@ -1,0 +1,220 @@
+"""Transformers' own ``generate``, for models whose forward returns fused logits.
+
+Two models, or one model with an adapter stream, decode by the same loop: the one in transformers,
+with its sampling options, beams, stop strings and streamers. What is added here is λ: fixed for
+every prompt before ``generate`` repeats rows, and handed to ``forward`` at every step. Policies
+that choose a way for a whole response go through ``flexalign.generation.adaptive``, which calls the
+same ``generate`` for each part of it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin, PreTrainedTokenizerBase
+
+from flexalign.data.thinking import ThinkingTags
+from flexalign.errors import ConfigError
+from flexalign.fusion import gated_lambda
+from flexalign.generation.adaptive import generate_routed, needs_routing
+from flexalign.generation.confidence import Listener, Watch
+from flexalign.generation.row_lambdas import RowDials, TagTokens, read_dials
+from flexalign.lambdas import Adaptive
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+_REPEATING = ("num_beams", "num_return_sequences")
+_INNER_OUTPUTS = ("output_hidden_states", "output_attentions")
+
+
+class FusedDecoding(GenerationMixin, ABC):  # type: ignore[misc]
+    """`generate` with a λ, for a module whose ``forward`` takes ``lam`` and ``gate``.
+
+    A subclass says which transformers model leads (its configuration, its way of preparing
+    inputs), what λ is meant where none is given, and what else its forward needs.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    @abstractmethod
+    def _leader(self) -> "PreTrainedModel":
+        """The model whose configuration and way of preparing inputs lead."""
+
+    @abstractmethod
+    def _default_dial(self) -> Any:
+        """Return what λ is where none is given."""
+
+    def _thinking_tags(self) -> ThinkingTags | None:
+        """Return the tags that the model is known to use; None for those of its tokenizer."""
+        return None
+
+    @abstractmethod
+    def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
+        """Return what ``forward`` needs besides λ, such as a cache, for these prompts."""
+
+    @abstractmethod
+    def _prefill_for(
+        self, input_ids: Tensor, attention_mask: Tensor, needs: Sequence[tuple[Tensor, RowDials]]
+    ) -> Any:
+        """Run prompts, ``(B, T)``, once for several generations: some rows, each with a dial."""
+
+    @abstractmethod
+    def _fork(self, cache: Any, rows: Tensor, dials: RowDials) -> Any:
+        """Return a cache of its own for rows of a prefilled one: what their dials need."""
+
+    def threshold(self, policy: Adaptive) -> float:
+        """Return the least confidence that an adaptive policy accepts."""
+        return policy.resolved_threshold()
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        lam: Any = None,
+        policy: Any = None,
+        gate: float | None = None,
+        **options: Any,
+    ) -> Any:
+        """Generate as transformers does, every prompt by its own λ.
+
+        Args:
+            inputs: Prompts, shape ``(B, T)``, left padded; or ``input_ids`` among the options.
+            lam: A number, a schedule over the generated token's index (first 0), a policy, a list
+                with one of these for each prompt, or a tensor ``(B,)``, or ``(B, K)`` with λ by
+                generated token. The model's default λ if not given.
+            policy: The same as ``lam``, under the name that a policy goes by. With
+                ``Adaptive`` or ``Route`` among them, each row goes the way that is chosen for it
+                (:class:`flexalign.generation.adaptive.RoutedOutput` tells which).
+            gate: As in :func:`flexalign.fusion.fuse`.
+            **options: Whatever transformers' ``generate`` takes, assisted decoding and caches
+                other than the dynamic one excepted.
+
+        Returns:
+            What transformers' ``generate`` returns.
+
+        Raises:
+            LambdaError: If a λ is not finite, or their number is not that of the prompts.
+            ConfigError: If an option is not available here, or the gate is outside [0, 1].
+        """
+        if lam is not None and policy is not None:
+            raise ConfigError("give lam or policy, not both: they are two names of one dial.")
+        if inputs is not None:
+            options["input_ids"] = inputs
+        ids = options.get("input_ids")
+        prompts = ids if ids is not None else options.get("inputs_embeds")
+        if prompts is None:
+            raise ConfigError("generate needs input_ids: the prompts, shape (B, T).")
+        if gate is not None:
+            gated_lambda(torch.zeros(1), torch.zeros(1), 2.0, gate)
+        dial = policy if lam is None else lam
+        dial = self._default_dial() if dial is None else dial
+        if not isinstance(dial, Tensor):
+            dial = read_dials(dial, len(prompts))
+            if needs_routing(dial):
+                return generate_routed(self, dial, gate, options)
+        dials = RowDials.of(dial, len(prompts))
+        self._check_options(options)
+        options |= self._decoding_inputs(dials, options)
+        return super().generate(
+            dials=dials,
+            dial_rows=torch.arange(len(prompts)),
+            prompt_tokens=0 if ids is None else ids.shape[1],
+            tags=self._tag_tokens(options) if dials.follow_thinking else None,
+            gate=gate,
+            **options,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        *,
+        dials: RowDials,
+        dial_rows: Tensor,
+        prompt_tokens: int,
+        tags: TagTokens | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Look up each row's λ for the next token; the rest is the leading model's own way."""
+        index = max(0, input_ids.shape[1] - prompt_tokens)
+        lam = dials.at(dial_rows, index, input_ids, tags)
+        prepared: dict[str, Any] = self._leader.prepare_inputs_for_generation(
+            input_ids, lam=lam, inputs_embeds=inputs_embeds, **kwargs
+        )
+        return prepared
+
+    def _setting(self, name: str, options: dict[str, Any]) -> Any:
+        """Return an option of ``generate``, given directly or in a generation config."""
+        configs = (options.get("generation_config"), self.generation_config)
+        given = [options.get(name), *(getattr(config, name, None) for config in configs)]
+        return next((value for value in given if value is not None), None)
+
+    def _check_options(self, options: dict[str, Any]) -> None:
+        for name in _ASSISTED:
+            if self._setting(name, options):
+                raise ConfigError(
+                    f"assisted decoding ({name}) is not available for fused models: the drafts "
+                    "would have to be verified in both; leave it out."
+                )
+        cache = self._setting("cache_implementation", options)
+        if cache not in (None, "hybrid"):
+            raise ConfigError(
+                f"cache_implementation={cache!r} is not available for fused models, which build "
+                "their own dynamic cache; leave it out."
+            )
+        for name in _INNER_OUTPUTS:
+            if self._setting(name, options):
+                raise ConfigError(
+                    f"{name} is not available for fused models, which have two of each; "
+                    "run the models one by one for them."
+                )
+
+    def _repeats(self, options: dict[str, Any]) -> int:
+        """Return how often ``generate`` will repeat every prompt."""
+        return max(self._setting(name, options) or 1 for name in _REPEATING)
+
+    def _pad(self, options: dict[str, Any]) -> int:
+        """Return the token that responses are padded with, as transformers chooses it."""
+        for name in ("pad_token_id", "eos_token_id"):
+            token = self._setting(name, options)
+            if token is not None:
+                return int(torch.as_tensor(token).flatten()[0])
+        return 0
+
+    def _known_tokenizer(self, what: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+        tokenizer = options.get("tokenizer") or self.tokenizer
+        if tokenizer is None:
+            raise ConfigError(f"{what} needs the tokenizer: pass tokenizer=….")
+        return tokenizer
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
+        """Put a listener first, where it hears the model's own distribution."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        processors.sort(key=lambda processor: not isinstance(processor, Listener))
+        return processors
+
+    def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
+        """Tell a watch which of the criteria end a response."""
+        criteria = super()._get_stopping_criteria(*args, **kwargs)
+        for watch in criteria:
+            if isinstance(watch, Watch):
+                watch.learn_ends(criteria)
+        return criteria
+
+    def _tag_tokens(self, options: dict[str, Any]) -> TagTokens:
+        tokenizer = self._known_tokenizer("a thinking schedule", options)
+        if self._setting("prefill_chunk_size", options):
+            raise ConfigError("a thinking schedule needs the prompt whole; no prefill_chunk_size.")
+        tags = self._thinking_tags() or ThinkingTags.of(tokenizer)
+        return TagTokens(tokenizer, tags)
+
+
+def positions_of(attention_mask: Tensor) -> Tensor:
+    """Count each row's positions from its first token on, as ``generate`` does: (B, T)."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

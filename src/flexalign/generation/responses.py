@@ -1,0 +1,270 @@
+"""Responses to many prompts, in batches: the one generator that the library uses.
+
+It serves whatever has transformers' ``generate``: a plain model, a PEFT wrapper, or a
+:class:`flexalign.TwoModelDecoder`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
+
+from flexalign._modes import evaluating
+from flexalign.data.rendering import Prompt, render_chat
+from flexalign.errors import ConfigError, DataError, LambdaError
+from flexalign.generation.adaptive import NEUTRAL, needs_routing
+from flexalign.generation.row_lambdas import read_dials
+from flexalign.generation.seeded import SeededSampling
+from flexalign.generation.text import ResponseText
+from flexalign.lambdas import Way
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response to one prompt.
+
+    Attributes:
+        text: What was written, without special tokens; thinking tags are kept.
+        token_ids: The tokens, without the one that ends the response.
+        tokens: How many were written for it: those, and those of ``rejected_tokens``.
+        truncated: Whether the limit on new tokens cut it off.
+        route: ``"fast"`` or ``"slow"`` under an adaptive or route policy, else None.
+        confidence: The fast answer's, under an adaptive policy.
+        rejected_tokens: Tokens of a rejected fast answer, and of samples it was compared with.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    tokens: int
+    truncated: bool
+    route: Way | None = None
+    confidence: float | None = None
+    rejected_tokens: int = 0
+
+
+@torch.no_grad()
+def generate_responses(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 32,
+    seed: int = 0,
+    seeds: Sequence[int] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **generate_kwargs: Any,
+) -> list[Response]:
+    """Answer every prompt once.
+
+    Sampling is from the model's own distribution: settings that a checkpoint brings along
+    (top_k, a repetition penalty) are left out unless given here. The same seed, prompts and
+    batch size give the same responses; torch's own random state is left as it was. With
+    ``seeds`` a response does not depend on the others, up to the float tolerance of batching.
+
+    Args:
+        model: Anything with transformers' ``generate``.
+        tokenizer: Its tokenizer.
+        prompts: Texts, used as they are, or lists of messages, for the chat template.
+        max_new_tokens: Tokens after which a response is cut off.
+        temperature: 0 is greedy.
+        top_p: Probability mass sampled from, 0 < top_p ≤ 1.
+        batch_size: Responses made together.
+        seed: Of all sampling.
+        seeds: One for each prompt, in the place of ``seed``; see
+            :class:`flexalign.generation.seeded.SeededSampling`.
+        progress: Called after each batch with (responses made, responses in all).
+        **generate_kwargs: More for ``generate``. ``lam`` may be a list or a tensor with one dial
+            per prompt, policies among them; ``policy`` is the same.
+
+    Returns:
+        One response per prompt, in their order.
+
+    Raises:
+        ConfigError: If a setting is out of its range, or there are not as many seeds as prompts.
+        DataError: If a prompt is empty, or is a conversation and there is no chat template.
+        LambdaError: If ``lam`` has another length than the prompts.
+    """
+    _check(max_new_tokens, temperature, top_p, batch_size)
+    if seeds is not None and len(seeds) != len(prompts):
+        raise ConfigError(f"there are {len(seeds)} seeds for {len(prompts)} prompts.")
+    is_seeded = seeds is not None and temperature > 0
+    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    lam, policy = generate_kwargs.pop("lam", None), generate_kwargs.pop("policy", None)
+    if lam is not None and policy is not None:
+        raise ConfigError("give lam or policy, not both: they are two names of one dial.")
+    lam = policy if lam is None else lam
+    _check_lambdas(lam, len(prompts))
+    settings = generation_settings(
+        model,
+        tokenizer,
+        max_new_tokens,
+        0.0 if is_seeded else temperature,  # the seeds' processor samples
+        top_p,
+        generate_kwargs,
+    )
+    # The longest come first: what does not fit in memory fails at once.
+    order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
+    responses: list[Response | None] = [None] * len(encoded)
+    reader = _Reader(tokenizer, settings)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with evaluating(model), torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            inputs = left_padded([encoded[i] for i in batch], settings.pad_token_id, model.device)
+            settings.return_dict_in_generate = False
+            if lam is not None:
+                generate_kwargs["lam"] = own = _rows(lam, batch)
+                settings.return_dict_in_generate = _is_routed(own)
+            if is_seeded and seeds is not None:
+                sampling = SeededSampling([seeds[i] for i in batch], temperature, top_p)
+                generate_kwargs["logits_processor"] = LogitsProcessorList([sampling])
+            written = model.generate(**inputs, generation_config=settings, **generate_kwargs)
+            for index, response in zip(
+                batch, reader.read_all(written, inputs["input_ids"].shape[1]), strict=True
+            ):
+                responses[index] = response
+            if progress is not None:
+                progress(start + len(batch), len(order))
+    return cast("list[Response]", responses)
+
+
+class _Reader:
+    """Turns a row of generated tokens into a response."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig) -> None:
+        self._text = ResponseText(tokenizer)
+        self._ends = set(settings.eos_token_id)
+        self._pad = settings.pad_token_id
+        self._limit = settings.max_new_tokens
+
+    def read_all(self, written: Any, prompt_tokens: int) -> list[Response]:
+        """Read what ``generate`` returned: sequences, or a :class:`RoutedOutput`."""
+        if isinstance(written, Tensor):
+            return [self._read(row) for row in written[:, prompt_tokens:].tolist()]
+        ways = zip(written.route, written.confidence, written.rejected_tokens, strict=True)
+        rows = written.sequences[:, prompt_tokens:].tolist()
+        return [self._read(row, *way) for row, way in zip(rows, ways, strict=True)]
+
+    def _read(
+        self,
+        row: list[int],
+        route: Way | None = None,
+        confidence: float | None = None,
+        rejected_tokens: int = 0,
+    ) -> Response:
+        end = next((place for place, token in enumerate(row) if token in self._ends), None)
+        if end is None:
+            end = len(row)
+            while end and row[end - 1] == self._pad:
+                end -= 1
+        ids = row[:end]
+        return Response(
+            self._text.read(ids),
+            tuple(ids),
+            len(ids) + rejected_tokens,
+            truncated=end == self._limit,
+            route=route,
+            confidence=confidence,
+            rejected_tokens=rejected_tokens,
+        )
+
+
+def _check(max_new_tokens: int, temperature: float, top_p: float, batch_size: int) -> None:
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}.")
+    if not 0 <= temperature < float("inf"):
+        raise ConfigError(f"temperature must be a number ≥ 0 (0 is greedy), got {temperature}.")
+    if not 0 < top_p <= 1:
+        raise ConfigError(f"top_p must be above 0 and at most 1, got {top_p}.")
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    else:
+        text = render_chat(tokenizer, prompt, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise DataError(f"the prompt {prompt!r} is empty: there is no token to go on from.")
+    return cast("list[int]", ids)
+
+
+def _check_lambdas(lam: Any, prompts: int) -> None:
+    if _is_per_prompt(lam) and len(lam) != prompts:
+        raise LambdaError(
+            f"lam has {len(lam)} values for {prompts} prompts; give one, or one for each."
+        )
+
+
+def _rows(lam: Any, batch: list[int]) -> Any:
+    """Return the λ's of a batch."""
+    if not _is_per_prompt(lam):
+        return lam
+    return lam[batch] if isinstance(lam, Tensor) else [lam[index] for index in batch]
+
+
+def _is_per_prompt(lam: Any) -> bool:
+    return lam.ndim > 0 if isinstance(lam, Tensor) else isinstance(lam, list | tuple)
+
+
+def _is_routed(lam: Any) -> bool:
+    """Whether any prompt's way is chosen for it, so that the way is to be told."""
+    if isinstance(lam, Tensor):
+        return False
+    given = lam if isinstance(lam, list | tuple) else [lam]
+    return needs_routing(read_dials(list(given), len(given)))
+
+
+def generation_settings(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    given: dict[str, Any],
+) -> GenerationConfig:
+    """Gather all that governs the sampling, and nothing that a checkpoint brings along.
+
+    Args:
+        model: Has a ``generation_config``, whose end tokens count beside the tokenizer's.
+        tokenizer: Its tokenizer.
+        max_new_tokens: Tokens after which a response is cut off.
+        temperature: 0 is greedy.
+        top_p: Probability mass sampled from.
+        given: Options of ``generate``; those that are settings are taken out of it, and hold.
+    """
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list | tuple) else [ends]
+    ends = [end for end in dict.fromkeys([*ends, tokenizer.eos_token_id]) if end is not None]
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = ends[0] if ends else 0
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        eos_token_id=ends,
+        pad_token_id=pad,
+        bos_token_id=tokenizer.bos_token_id,
+        **(sampling if temperature > 0 else {"do_sample": False, **NEUTRAL}),
+    )
+    for name in [name for name in given if name in settings.to_dict()]:
+        setattr(settings, name, given.pop(name))
+    return settings
+
+
+def left_padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
+    """Put rows of tokens into one batch that ``generate`` goes on from: ids and mask, (B, T)."""
+    longest = max(map(len, rows))
+    input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": input_ids, "attention_mask": mask.to(device)}

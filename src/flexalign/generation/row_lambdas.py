@@ -1,0 +1,165 @@
+"""The λ of every row of a batch, at every token that it generates.
+
+Transformers' ``generate`` repeats rows (beams, several samples per prompt) before it decodes, so
+what a row's λ follows is fixed first, one dial per prompt, and looked up by each repeated row.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flexalign.data.thinking import ThinkingTags
+from flexalign.errors import ConfigError, LambdaError
+from flexalign.fusion import as_lambda
+from flexalign.lambdas import Adaptive, Dial, Fixed, Route, Schedule, extremes, parse_dial
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TagTokens:
+    """Where the thinking is, read from token ids."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", tags: ThinkingTags) -> None:
+        """Look the two tags up.
+
+        Raises:
+            ConfigError: If a tag is not one token: cut into several, it cannot be told apart from
+                text that merges with what stands beside it.
+        """
+        self.open, self.close = (_single_token(tokenizer, tag) for tag in (tags.open, tags.close))
+
+    def place(self, input_ids: Tensor) -> tuple[list[bool], list[int]]:
+        """Return, for the next token of every row, if it lies inside and its thinking index.
+
+        Args:
+            input_ids: Prompts and all generated tokens, shape ``(B, T)``. A prompt that leaves
+                the tag open counts.
+        """
+        opened = _last(input_ids == self.open)
+        inside = opened > _last(input_ids == self.close)
+        thinking_index = input_ids.shape[1] - 1 - opened
+        return inside.tolist(), thinking_index.tolist()
+
+
+class RowDials:
+    """One dial per prompt of a batch.
+
+    Attributes:
+        least: The least λ that any of them gives.
+        largest: The largest.
+        ends: Per prompt 0.0 or 1.0 if its λ is that throughout, else None.
+    """
+
+    def __init__(self, table: Tensor, schedules: Sequence[Schedule | None]) -> None:
+        """Use :meth:`of`; ``table`` is (B, K), λ by generated token where no schedule stands."""
+        self._table = table
+        self._schedules = list(schedules)
+        self._scheduled = any(schedules)
+        values = [
+            (float(row.min()), float(row.max())) if schedule is None else extremes(schedule)
+            for row, schedule in zip(table, schedules, strict=True)
+        ]
+        self.least = min(low for low, _ in values)
+        self.largest = max(high for _, high in values)
+        self.ends = [low if low == high and low in (0.0, 1.0) else None for low, high in values]
+
+    @classmethod
+    def of(cls, lam: Any, rows: int) -> "RowDials":
+        """Read the λ's of a batch.
+
+        Args:
+            lam: One dial for all (a number, a schedule, a policy or its JSON form), a list with
+                one for each prompt, or a tensor: 0-dimensional, ``(B,)``, or ``(B, K)`` with λ by
+                generated token, the last column for all that follow.
+            rows: Number of prompts.
+
+        Raises:
+            LambdaError: If a λ is not finite, or their number is not that of the prompts.
+            ConfigError: If a schedule or a policy is malformed.
+        """
+        if isinstance(lam, Tensor):
+            table = torch.as_tensor(as_lambda(lam)).detach().to("cpu", torch.float64)
+            if table.ndim == 0:
+                table = table.expand(rows)
+            if table.ndim > 2 or len(table) != rows or table.numel() == 0:
+                raise LambdaError(
+                    f"λ of shape {tuple(lam.shape)} does not fit {rows} prompts; give one number, "
+                    f"({rows},), or ({rows}, K) with one λ per generated token."
+                )
+            return cls(table.reshape(rows, -1), [None] * rows)
+        dials = read_dials(lam, rows)
+        for dial in dials:
+            if isinstance(dial, Adaptive | Route):
+                raise ConfigError(
+                    f"{dial} chooses a way for a whole response, and what is wanted here is a λ "
+                    "for every token; give a number or a schedule, or use generate."
+                )
+        constants = [dial.lam if isinstance(dial, Fixed) else 0.0 for dial in dials]
+        return cls(
+            torch.tensor(constants, dtype=torch.float64).reshape(rows, 1),
+            [dial if isinstance(dial, Schedule) else None for dial in dials],
+        )
+
+    @property
+    def follow_thinking(self) -> bool:
+        """Whether any schedule must be told where the thinking is."""
+        return any(
+            schedule is not None and schedule.follows_thinking for schedule in self._schedules
+        )
+
+    def at(
+        self, rows: Tensor, index: int, input_ids: Tensor, tags: TagTokens | None = None
+    ) -> Tensor:
+        """Return λ of the next token of every row, shape ``(len(rows),)``, on the CPU.
+
+        Args:
+            rows: For each row of the decoding batch, its prompt: ``generate`` repeats prompts.
+            index: How many tokens have been generated.
+            input_ids: Prompts and generated tokens of the decoding batch, ``(len(rows), T)``.
+            tags: The thinking tags' tokens, where :attr:`follow_thinking` says so.
+        """
+        rows = rows.to("cpu")
+        lam = self._table[rows, min(index, self._table.shape[1] - 1)]
+        if not self._scheduled:
+            return lam
+        inside, thinking = tags.place(input_ids) if tags else ([False] * len(rows), [0] * len(rows))
+        for row, prompt in enumerate(rows.tolist()):
+            schedule = self._schedules[prompt]
+            if schedule is not None:
+                lam[row] = schedule.at(index, inside=inside[row], thinking_tokens=thinking[row])
+        return lam
+
+
+def read_dials(lam: Any, rows: int) -> list[Dial]:
+    """Read one dial for all prompts, or a list with one for each.
+
+    Raises:
+        LambdaError: If a λ is not finite, or their number is not that of the prompts.
+        ConfigError: If a schedule or a policy is malformed.
+    """
+    if not isinstance(lam, list | tuple):
+        return [parse_dial(lam)] * rows
+    if len(lam) != rows:
+        raise LambdaError(
+            f"{len(lam)} λ for {rows} prompts; give one number, or one for each prompt."
+        )
+    return [parse_dial(one.item() if isinstance(one, Tensor) else one) for one in lam]
+
+
+def _last(found: Tensor) -> Tensor:
+    """Return the last position that is true in each row, −1 if none is: (B, T) → (B,)."""
+    positions = torch.arange(found.shape[1], device=found.device)
+    return torch.where(found, positions, -1).amax(-1)
+
+
+def _single_token(tokenizer: "PreTrainedTokenizerBase", tag: str) -> int:
+    tokens = tokenizer(tag, add_special_tokens=False)["input_ids"]
+    if len(tokens) != 1:
+        raise ConfigError(
+            f"a thinking schedule needs tags that are one token each; {tag!r} is {len(tokens)} "
+            "tokens here. Name the model's own tags, or use a schedule over the token index."
+        )
+    return int(tokens[0])

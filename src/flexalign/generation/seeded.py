@@ -1,0 +1,97 @@
+"""Sampling in which a row's tokens follow from its own seed, whatever batch it stands in.
+
+By the Gumbel-max trick, adding independent Gumbel noise to logits and taking the largest is a draw
+from their softmax. The noise here is a function of (seed, index of the generated token, token id)
+alone, so no batch mate can shift it, a broken-off batch can be made again in any other, and two
+settings of a dial that answer with one seed meet the same luck: their difference is measured with
+less noise (common random numbers).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+_LEAST_TEMPERATURE = 1e-8
+"""Colder ones are taken for it: nothing but the likeliest is drawn, and no quotient overflows."""
+
+_INCREMENT = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
+_FIRST = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_SECOND = -7723592293110705685  # 0x94D049BB133111EB
+
+
+class SeededSampling(LogitsProcessor):  # type: ignore[misc]
+    """Chooses each row's next token with that row's seed; use it with greedy decoding.
+
+    The scores it returns leave one token, so that ``do_sample=False`` takes it. A token is drawn
+    from softmax(logits / temperature), cut to the smallest set of likeliest tokens that holds
+    ``top_p`` of it, as transformers' own warpers do.
+
+    Attributes:
+        seeds: One for each row of the batch. A batch that goes on with some of its rows only needs
+            theirs; see :meth:`keep`.
+    """
+
+    def __init__(self, seeds: Sequence[int], temperature: float = 1.0, top_p: float = 1.0) -> None:
+        """Sample a batch.
+
+        Args:
+            seeds: One for each row.
+            temperature: Above 0.
+            top_p: Probability mass sampled from, 0 < top_p ≤ 1.
+        """
+        self.seeds = torch.tensor(list(seeds), dtype=torch.int64)
+        self._temperature = max(temperature, _LEAST_TEMPERATURE)
+        self._top_p = top_p
+        self._prompt_tokens: int | None = None
+
+    def keep(self, rows: Tensor) -> "SeededSampling":
+        """Return the same sampling for some of the rows, from its first token."""
+        kept = SeededSampling([], self._temperature, self._top_p)
+        kept.seeds = self.seeds[rows.to(self.seeds.device)]
+        return kept
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores that are 0 at each row's token and −inf elsewhere, shape ``(B, V)``."""
+        if self._prompt_tokens is None:
+            self._prompt_tokens = input_ids.shape[1]
+        index = input_ids.shape[1] - self._prompt_tokens
+        logits, ids = _likeliest(scores.float() / self._temperature, self._top_p)
+        noise = _gumbel(self.seeds.to(scores.device), index, ids)
+        chosen = ids.gather(1, (logits.double() + noise).argmax(1, keepdim=True))
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+
+def _likeliest(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Return the logits and ids of what may be drawn, ``(B, K)``; −inf pads shorter rows."""
+    if top_p == 1:
+        return logits, torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
+    ordered, ids = logits.sort(descending=True, dim=-1, stable=True)
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    dropped = before >= top_p
+    dropped[:, 0] = False  # a top_p that float32 takes for 0 leaves the likeliest
+    width = int((~dropped).sum(-1).amax())
+    return ordered.masked_fill(dropped, -torch.inf)[:, :width], ids[:, :width]
+
+
+def _gumbel(seeds: Tensor, index: int, ids: Tensor) -> Tensor:
+    """Return standard Gumbel noise for token `index` of every row, shape of `ids`, float64."""
+    row = _mixed(_mixed(seeds) + index)[:, None]
+    bits = (_mixed(row ^ _mixed(ids)) >> 11) & ((1 << 53) - 1)
+    uniform = (bits.double() + 0.5) / 2**53
+    return -(-uniform.log()).log()
+
+
+def _mixed(state: Tensor) -> Tensor:
+    """Return SplitMix64's output for every state (Steele, Lea and Flood 2014), int64 wrapping."""
+    z = state + _INCREMENT
+    z = (z ^ _shifted(z, 30)) * _FIRST
+    z = (z ^ _shifted(z, 27)) * _SECOND
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(value: Tensor, bits: int) -> Tensor:
+    """Shift right without the sign."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)

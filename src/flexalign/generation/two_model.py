@@ -1,0 +1,292 @@
+"""Equation 5 at decode time, over two whole models with a cache each."""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from flexalign.errors import ConfigError, UnsupportedModelError
+from flexalign.fusion import Lambda, fuse
+from flexalign.generation.fused import FusedDecoding, positions_of
+from flexalign.generation.row_lambdas import RowDials, TagTokens
+from flexalign.models.adapters import inner_model
+from flexalign.models.pair import ModelPair, Side
+
+_SIDES: tuple[Side, Side] = ("reference", "aligned")
+
+_OPTIONAL = ("position_ids", "logits_to_keep")
+"""Inputs that some families do not take."""
+
+
+class TwoModelConfig(PreTrainedConfig):  # type: ignore[misc]
+    """What transformers asks of a model's configuration while it generates."""
+
+    model_type = "flexalign_two_models"
+
+
+@dataclass
+class PairCache:
+    """The two models' caches, as the one that transformers' ``generate`` sees.
+
+    Attributes:
+        reference: The reference's; None if it does not run.
+        aligned: The aligned model's; None if it does not run.
+    """
+
+    reference: Any = None
+    aligned: Any = None
+
+    is_compileable = False
+    is_croppable = False
+
+    def caches(self) -> list[Any]:
+        """The caches that are there."""
+        return [cache for cache in (self.reference, self.aligned) if cache is not None]
+
+    def get_seq_length(self) -> int:
+        """Tokens that both have seen, padding included."""
+        return int(self.caches()[0].get_seq_length())
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take over the rows of the beams that go on."""
+        for cache in self.caches():
+            cache.reorder_cache(beam_idx)
+
+
+class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """A model whose logits are the fusion of a pair's, for transformers' own ``generate``.
+
+    Example::
+
+        decoder = TwoModelDecoder(ModelPair.load("models/base", "models/concise"))
+        decoder.generate(**inputs, lam=2.0, gate=0.01, max_new_tokens=200)
+
+    Sampling, beams, several samples of a prompt, stop strings and streaming are transformers'; λ
+    is 1 where none is given.
+    With λ=0 or λ=1 throughout, only one of the two models runs. A pair with a shared base runs
+    its one module twice, with its adapter off and on.
+    """
+
+    config_class = TwoModelConfig
+
+    def __init__(self, pair: ModelPair) -> None:
+        """Decode with a pair; its modules are used as they are."""
+        super().__init__(TwoModelConfig(vocab_size=pair.vocab_size))
+        self.pair = pair
+        self.tokenizer = pair.tokenizer
+        self.reference: Any = inner_model(pair.reference)
+        self.aligned: Any = inner_model(pair.aligned)
+        self._takes = {side: _parameters(getattr(self, side)) for side in _SIDES}
+        settings: Any = copy.deepcopy(self.reference.generation_config)
+        settings.eos_token_id = _ends(self.reference, self.aligned, pair.tokenizer)
+        if settings.pad_token_id is None:
+            settings.pad_token_id = pair.tokenizer.pad_token_id
+        self.generation_config = settings
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs go: the reference's device."""
+        return cast("torch.device", self.reference.device)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        *,
+        dials: RowDials,
+        dial_rows: Tensor,
+        prompt_tokens: int,
+        tags: TagTokens | None = None,
+        gate: float | None = None,
+        sides: tuple[Side, ...] = _SIDES,
+        past_key_values: PairCache | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Let each model prepare its own inputs, and look up each row's λ for the next token."""
+        inputs = {}
+        for side in sides:
+            given = {
+                name: value
+                for name, value in kwargs.items()
+                if name not in _OPTIONAL or name in self._takes[side]
+            }
+            if past_key_values is not None:
+                given["past_key_values"] = getattr(past_key_values, side)
+            inputs[side] = getattr(self, side).prepare_inputs_for_generation(input_ids, **given)
+        index = max(0, input_ids.shape[1] - prompt_tokens)
+        lam = dials.at(dial_rows, index, input_ids, tags)
+        return {"inputs": inputs, "lam": lam, "gate": gate}
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: PairCache | None = None,
+        lam: Lambda = 1.0,
+        gate: float | None = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+        inputs: dict[Side, dict[str, Any]] | None = None,
+        return_dict: bool = True,
+    ) -> CausalLMOutputWithPast:
+        """Run both models and fuse their logits.
+
+        Args:
+            input_ids: Shape ``(B, T)``.
+            attention_mask: Shape ``(B, T)``, or ``(B, past + T)`` with a cache.
+            position_ids: Shape ``(B, T)``.
+            past_key_values: The two caches, to go on from.
+            lam: As in :func:`flexalign.fuse`: a number, ``(B,)`` or ``(B, T)``.
+            gate: As in :func:`flexalign.fuse`.
+            use_cache: Return the two caches.
+            logits_to_keep: Logits of so many last positions; 0 is all.
+            inputs: Each model's own inputs instead of those above. A model that is left out does
+                not run, and the logits are the other's.
+            return_dict: Part of transformers' interface; a dictionary is always returned.
+
+        Returns:
+            Logits of shape ``(B, T, V)`` in float32, and the caches.
+        """
+        if inputs is None:
+            common = {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "position_ids": position_ids,
+                "use_cache": use_cache,
+                "logits_to_keep": logits_to_keep,
+            }
+            inputs = {side: self._inputs(side, common, past_key_values) for side in _SIDES}
+        logits, cache = {}, PairCache()
+        for side, given in inputs.items():
+            with self.pair.running(side):
+                outputs = getattr(self, side)(**given, return_dict=True)
+            logits[side] = outputs.logits[..., : self.pair.vocab_size]
+            setattr(cache, side, getattr(outputs, "past_key_values", None))
+        if len(logits) == 2:
+            aligned = logits["aligned"].to(logits["reference"].device)
+            fused = fuse(logits["reference"], aligned, lam, gate)
+        else:
+            (fused,) = logits.values()
+        return CausalLMOutputWithPast(
+            logits=fused.float(), past_key_values=cache if cache.caches() else None
+        )
+
+    def _inputs(
+        self, side: Side, common: dict[str, Any], cache: PairCache | None
+    ) -> dict[str, Any]:
+        given = {
+            name: value
+            for name, value in common.items()
+            if value is not None and (name not in _OPTIONAL or name in self._takes[side])
+        }
+        if cache is not None:
+            given["past_key_values"] = getattr(cache, side)
+        return given
+
+    @property
+    def _leader(self) -> PreTrainedModel:
+        return cast("PreTrainedModel", self.reference)
+
+    def _default_dial(self) -> float:
+        return 1.0
+
+    def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
+        """Return which models run; both if their caches may be used again after this."""
+        needed = _sides(dials)
+        cache = options.get("past_key_values")
+        if cache is None:
+            is_kept = self._setting("return_dict_in_generate", options)
+            return {"sides": _SIDES if is_kept else needed}
+        held = tuple(side for side in _SIDES if getattr(cache, side, None) is not None)
+        if not isinstance(cache, PairCache) or not set(needed) <= set(held):
+            raise ConfigError(
+                "past_key_values must be the PairCache that an earlier generation with "
+                "return_dict_in_generate=True returned."
+            )
+        repeats = self._repeats(options)
+        if repeats > 1:
+            for one in cache.caches():
+                one.batch_repeat_interleave(repeats)
+        return {"sides": held}
+
+    @torch.no_grad()
+    def _prefill_for(
+        self, input_ids: Tensor, attention_mask: Tensor, needs: Sequence[tuple[Tensor, RowDials]]
+    ) -> PairCache:
+        common = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": positions_of(attention_mask),
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        needed = {side for _, dials in needs for side in _sides(dials)}
+        outputs = self(inputs={side: self._inputs(side, common, None) for side in sorted(needed)})
+        return cast("PairCache", outputs.past_key_values)
+
+    def _fork(self, cache: PairCache, rows: Tensor, dials: RowDials) -> PairCache:
+        forked = PairCache()
+        for side in _sides(dials):
+            own = copy.deepcopy(getattr(cache, side))
+            own.batch_select_indices(rows.to(self.device))
+            setattr(forked, side, own)
+        return forked
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Make one cache for each model that runs, of the kind that it asks for."""
+        if model_kwargs.get("past_key_values") is not None or not generation_config.use_cache:
+            return
+        cache = PairCache()
+        for side in model_kwargs["sides"]:
+            own: dict[str, Any] = {}
+            model = getattr(self, side)
+            model._prepare_cache_for_generation(
+                generation_config, own, generation_mode, batch_size, max_cache_length
+            )
+            if "past_key_values" not in own:
+                raise UnsupportedModelError(
+                    f"the {side} model (family {model.config.model_type}) keeps its state in "
+                    "another way than by position, which two-model decoding does not serve; "
+                    "generate with use_cache=False."
+                )
+            setattr(cache, side, own["past_key_values"])
+        model_kwargs["past_key_values"] = cache
+
+
+def _sides(dials: RowDials) -> tuple[Side, ...]:
+    """Return the models that are needed: one alone where every λ is its end throughout."""
+    if all(end == 0 for end in dials.ends):
+        return ("reference",)
+    if all(end == 1 for end in dials.ends):
+        return ("aligned",)
+    return _SIDES
+
+
+def _parameters(model: nn.Module) -> set[str]:
+    return set(inspect.signature(model.forward).parameters)
+
+
+def _ends(reference: Any, aligned: Any, tokenizer: Any) -> list[int] | None:
+    """Return all the tokens that end a response for either model."""
+    ends: list[int] = []
+    for given in (
+        reference.generation_config.eos_token_id,
+        aligned.generation_config.eos_token_id,
+        tokenizer.eos_token_id,
+    ):
+        if given is not None:
+            ends += given if isinstance(given, list | tuple) else [given]
+    return list(dict.fromkeys(ends)) or None

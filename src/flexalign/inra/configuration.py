@@ -1,0 +1,224 @@
+"""What an InRa adapter says of itself: ``inra_config.json``."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from flexalign.data.thinking import ThinkingTags
+from flexalign.errors import (
+    CheckpointError,
+    ConfigError,
+    FlexAlignError,
+    LambdaError,
+    PairMismatchError,
+)
+from flexalign.lambdas import Adaptive, Dial, extremes, finite_lambda
+
+CONFIG_FILE = "inra_config.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class InRaConfig:
+    """An adapter's settings. Changed by ``dataclasses.replace``, or by hand in its file.
+
+    Attributes:
+        base: Name or path of the base model that it was made for.
+        base_fingerprint: The base's fingerprint (``flexalign.models.loading.fingerprint``).
+        adapter_layers: Number of layers in the adapter.
+        default_lambda: λ where a request gives none.
+        lambda_range: The least and the largest λ that the command line and the server take. The
+            library takes any finite λ, and warns once outside the range.
+        thinking_tags: The opening and the closing tag around the model's thinking, or None for
+            those that its tokenizer shows.
+        calibration: What calibration found, or None.
+        format_version: Of the folder's format.
+
+    Raises:
+        ConfigError: If a value is malformed.
+        LambdaError: If a λ is not finite, or the range is empty.
+    """
+
+    base: str
+    base_fingerprint: str
+    adapter_layers: int = 1
+    default_lambda: float = 0.0
+    lambda_range: tuple[float, float] = (0.0, 1.0)
+    thinking_tags: tuple[str, str] | None = None
+    calibration: dict[str, Any] | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("base", "base_fingerprint"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"{name} must be a text, got {getattr(self, name)!r}.")
+        layers = self.adapter_layers
+        if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
+            raise ConfigError(f"adapter_layers must be a whole number ≥ 1, got {layers!r}.")
+        default = finite_lambda(self.default_lambda, "default_lambda")
+        object.__setattr__(self, "default_lambda", default)
+        limits = self.lambda_range
+        if not isinstance(limits, list | tuple) or len(limits) != 2:
+            raise ConfigError(f"lambda_range must be [least, largest], got {limits!r}.")
+        low, high = (finite_lambda(limit, "lambda_range") for limit in limits)
+        if low > high:
+            raise LambdaError(f"lambda_range must be [least, largest], got [{low:g}, {high:g}].")
+        object.__setattr__(self, "lambda_range", (low, high))
+        if self.thinking_tags is not None:
+            tags = ThinkingTags(*self.thinking_tags)
+            object.__setattr__(self, "thinking_tags", (tags.open, tags.close))
+
+    def threshold(self, policy: Adaptive) -> float:
+        """Return a policy's threshold; the calibrated one, where there is one, if it has none."""
+        calibrated = (self.calibration or {}).get("threshold")
+        return policy.resolved_threshold(None if calibrated is None else float(calibrated))
+
+    @property
+    def tags(self) -> ThinkingTags | None:
+        """The thinking tags, if the adapter names any."""
+        return ThinkingTags(*self.thinking_tags) if self.thinking_tags else None
+
+    def to_text(self) -> str:
+        """Return the file's text."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def load(cls, folder: Path) -> "InRaConfig":
+        """Read the settings of the adapter in a folder.
+
+        Raises:
+            CheckpointError: If the file is missing, corrupt, or of a later format.
+        """
+        path = folder / CONFIG_FILE
+        if not path.is_file():
+            raise CheckpointError(
+                f"{folder} holds no InRa adapter ({CONFIG_FILE} is missing); give a folder that "
+                "InRaModel.save_pretrained or flexalign adapt wrote."
+            )
+        try:
+            given = json.loads(path.read_text(encoding="utf-8"))
+            version = given.get("format_version")
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{path} is corrupt ({error}); copy or save it again.") from error
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format_version {version!r} and this flexalign reads {FORMAT_VERSION}; "
+                "install the flexalign that wrote it."
+            )
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise CheckpointError(f"{path} has unknown keys: {', '.join(unknown)}.")
+        try:
+            return cls(**given)
+        except (FlexAlignError, TypeError) as error:
+            raise CheckpointError(f"{path} is not usable: {error}") from error
+
+
+# An adapter's folder: ``inra_config.json`` and ``inra_adapter.safetensors``.
+
+WEIGHTS_FILE = "inra_adapter.safetensors"
+
+
+def save_adapter(adapter: nn.Module, settings: InRaConfig, folder: Path) -> None:
+    """Write an adapter's folder; each file is written beside its place and then moved there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in adapter.state_dict().items()}
+    weights, config = folder / WEIGHTS_FILE, folder / CONFIG_FILE
+    partial = {path: path.with_name(f".{path.name}.partial") for path in (weights, config)}
+    save_file(tensors, partial[weights], metadata={"format": "pt"})
+    partial[config].write_text(settings.to_text(), encoding="utf-8")
+    for path, written in partial.items():
+        os.replace(written, path)
+
+
+def check_folder(folder: Path) -> InRaConfig:
+    """Read an adapter's settings and see that its weights are whole, without loading them.
+
+    Raises:
+        CheckpointError: If a file is missing, truncated or corrupt.
+    """
+    settings = InRaConfig.load(folder)
+    _require_whole(folder / WEIGHTS_FILE)
+    return settings
+
+
+def load_weights(adapter: nn.Module, folder: Path) -> None:
+    """Load an adapter's weights from its folder.
+
+    Raises:
+        CheckpointError: If the file is missing, truncated or corrupt, or holds other tensors.
+    """
+    path = folder / WEIGHTS_FILE
+    _require_whole(path)
+    weights = load_file(path)
+    expected = adapter.state_dict()
+    keys = expected.keys() | weights.keys()
+    wrong = sorted(key for key in keys if _shape(expected, key) != _shape(weights, key))
+    if wrong:
+        raise CheckpointError(
+            f"{path} does not fit this base: {len(wrong)} tensors are missing, unknown or of "
+            f"another shape, the first of them {wrong[0]!r} (here {_shape(weights, wrong[0])}, in "
+            f"the base {_shape(expected, wrong[0])})."
+        )
+    adapter.load_state_dict(weights)
+
+
+def require_base(settings: InRaConfig, found: str, name: str, folder: Path) -> None:
+    """Refuse a base that an adapter was not made for.
+
+    Raises:
+        PairMismatchError: If the base's fingerprint is not the one in the adapter's settings.
+    """
+    if found != settings.base_fingerprint:
+        raise PairMismatchError(
+            f"the adapter {folder} was made for {settings.base} (fingerprint "
+            f"{settings.base_fingerprint}), and {name} has {found}: other weights. Give its own "
+            "base, or insist with --any-base (any_base=True)."
+        )
+
+
+def require_range(
+    permitted: tuple[float, float], asked: Sequence[tuple[str, Dial]], whose: str
+) -> None:
+    """Refuse dials that may use a λ outside the range that is permitted.
+
+    Args:
+        permitted: The least and the largest λ.
+        asked: Each with its name.
+        whose: Whose range it is, such as ``the adapter out/fast``.
+
+    Raises:
+        LambdaError: If there is one; says how to permit it.
+    """
+    low, high = permitted
+    reached = [(name, *extremes(dial)) for name, dial in asked]
+    outside = [name for name, least, largest in reached if least < low or largest > high]
+    if outside:
+        raise LambdaError(
+            f"{', '.join(outside)}: outside the range [{low:g}, {high:g}] of {whose}; if "
+            "you mean it, start with --lambda-range LEAST,LARGEST."
+        )
+
+
+def _require_whole(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: the folder holds no complete InRa adapter.")
+    try:
+        with safe_open(path, framework="pt"):
+            return
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): truncated or corrupt; copy or save it again."
+        ) from error
+
+
+def _shape(tensors: dict[str, Tensor], key: str) -> tuple[int, ...] | None:
+    return tuple(tensors[key].shape) if key in tensors else None

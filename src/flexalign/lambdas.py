@@ -1,0 +1,568 @@
+"""λ as a function of the training step or of the generated token.
+
+One JSON form serves Python, YAML, the command line and HTTP::
+
+    2.0                                                          one λ throughout
+    {"kind": "linear", "start": 0, "end": 2, "steps": 200}       straight from start to end
+    {"kind": "cosine", "start": 0, "end": 2, "steps": 200}       the same, slow at both ends
+    {"kind": "piecewise", "points": [[0, 0.5], [100, 2]]}        straight lines between points
+    {"kind": "thinking", "think": 0.0, "answer": 1.0}            one λ inside the thinking, one after
+    {"kind": "thinking", "think": 0.0, "answer": 1.0, "budget": 2000, "end": 1.5}
+
+A step is an optimizer step in training and a generated token, the first of them 0, in generation.
+With a ``budget``, λ goes in a straight line from ``think`` to ``end`` over thinking tokens
+0…``budget`` and stays there until the thinking closes. This module needs no torch.
+"""
+
+import json
+import math
+import numbers
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, Union, cast, get_args
+
+from flexalign._spelling import nearest
+from flexalign.errors import ConfigError, LambdaError
+
+if TYPE_CHECKING:
+    import torch
+
+JsonSchedule: TypeAlias = float | dict[str, Any]
+"""The JSON form: a number, or an object with a ``kind``."""
+
+_Value = TypeVar("_Value")
+
+_LARGEST = float.fromhex("0x1.fffffep+127")
+"""The largest float32: λ is applied to logits in that precision."""
+
+_REQUIRED = {
+    "constant": ("start",),
+    "linear": ("start", "end", "steps"),
+    "cosine": ("start", "end", "steps"),
+    "piecewise": ("points",),
+    "thinking": ("think", "answer"),
+}
+_OPTIONAL = {"constant": ("end",), "thinking": ("budget", "end")}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """λ over steps. Compares, hashes and pickles by its values.
+
+    Attributes:
+        kind: ``"constant"``, ``"linear"``, ``"cosine"``, ``"piecewise"`` or ``"thinking"``.
+        start: λ at step 0.
+        end: λ from the last step on; for ``thinking``, λ from the budget on.
+        steps: Steps from ``start`` to ``end``.
+        points: ``(step, λ)`` in order of their steps. Two points at one step are a jump.
+        think: λ inside the thinking, at its first token.
+        answer: λ outside the thinking.
+        budget: Thinking tokens over which λ goes from ``think`` to ``end``.
+
+    Raises:
+        ConfigError: If a value is missing, malformed, or does not belong to the kind.
+        LambdaError: If a λ is not a finite number.
+    """
+
+    kind: str
+    start: float | None = None
+    end: float | None = None
+    steps: int | None = None
+    points: tuple[tuple[float, float], ...] | None = None
+    think: float | None = None
+    answer: float | None = None
+    budget: int | None = None
+
+    def __post_init__(self) -> None:
+        self._check_keys()
+        for name in ("start", "end", "think", "answer"):
+            if getattr(self, name) is not None:
+                self._set(name, finite_lambda(getattr(self, name), name))
+        for name in ("steps", "budget"):
+            if getattr(self, name) is not None:
+                self._set(name, _count(getattr(self, name), name))
+        if self.points is not None:
+            self._set("points", _points(self.points))
+        if self.kind == "constant":
+            if self.end not in (None, self.start):
+                raise ConfigError(
+                    f"a constant schedule has one λ, got start {self.start} and end {self.end}; "
+                    "write the number alone, or kind linear."
+                )
+            self._set("end", self.start)
+        if self.kind == "thinking" and (self.budget is None) != (self.end is None):
+            raise ConfigError(
+                "a thinking schedule takes 'budget' and 'end' together: λ goes from think to end "
+                "over budget thinking tokens."
+            )
+
+    @classmethod
+    def parse(cls, value: Union["Schedule", float, str, Mapping[str, Any]]) -> "Schedule":
+        """Read a schedule from a number, its JSON form (an object or a text), or a schedule.
+
+        Example:
+            >>> Schedule.parse('{"kind": "linear", "start": 0, "end": 2, "steps": 200}').at(50)
+            0.5
+
+        Raises:
+            ConfigError: If it is malformed; names the key and the nearest known one.
+            LambdaError: If a λ in it is not a finite number.
+        """
+        if isinstance(value, Schedule):
+            return value
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise ConfigError(
+                    f"a schedule must be a number or a JSON object, got {value!r:.80} ({error})."
+                ) from error
+        if not isinstance(value, Mapping):
+            return cls("constant", start=finite_lambda(value, "lambda"))
+        known = [field.name for field in fields(cls)]
+        for key in value:
+            if key not in known:
+                raise ConfigError(f"a schedule has no key {key!r:.80}{nearest(key, known)}")
+        if "kind" not in value:
+            raise ConfigError(f"a schedule needs a 'kind': one of {', '.join(_REQUIRED)}.")
+        given = dict(value)
+        if given["kind"] == "constant":
+            given.setdefault("start", given.get("end"))
+        return cls(**given)
+
+    def at(self, step: float, *, inside: bool = False, thinking_tokens: int = 0) -> float:
+        """Return λ at a step.
+
+        Args:
+            step: Optimizer steps done, or index of the generated token (the first is 0).
+            inside: Whether that token lies inside the thinking. Only ``thinking`` asks.
+            thinking_tokens: Index of that token among the row's thinking tokens, likewise.
+        """
+        if self.kind == "thinking":
+            if not inside:
+                return _known(self.answer)
+            if self.budget is None:
+                return _known(self.think)
+            return _between(_known(self.think), _known(self.end), thinking_tokens / self.budget)
+        if self.kind == "piecewise":
+            return _along(_known(self.points), step)
+        if self.kind == "constant":
+            return _known(self.start)
+        share = min(max(step / _known(self.steps), 0.0), 1.0)
+        if self.kind == "cosine":
+            share = 0.5 * (1 - math.cos(math.pi * share))
+        return _between(_known(self.start), _known(self.end), share)
+
+    @property
+    def end_value(self) -> float:
+        """λ when the schedule has run its course; of a thinking schedule, that of the answer."""
+        if self.kind == "thinking":
+            return _known(self.answer)
+        return _known(self.points)[-1][1] if self.kind == "piecewise" else _known(self.end)
+
+    @property
+    def follows_thinking(self) -> bool:
+        """Whether :meth:`at` must be told where the thinking is; never so in training."""
+        return self.kind == "thinking"
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """The λ's it is made of; every λ it gives lies between the least and the largest."""
+        numbers_ = (self.start, self.end, self.think, self.answer)
+        points = self.points or ()
+        return tuple(v for v in numbers_ if v is not None) + tuple(v for _, v in points)
+
+    def to_json(self) -> JsonSchedule:
+        """Return the JSON form: a number if constant, else an object. ``parse`` takes it back."""
+        if self.kind == "constant":
+            return _known(self.start)
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        result = {name: value for name, value in given.items() if value is not None}
+        if self.points is not None:
+            result["points"] = [list(point) for point in self.points]
+        return result
+
+    def _check_keys(self) -> None:
+        if not isinstance(self.kind, str) or self.kind not in _REQUIRED:
+            raise ConfigError(
+                f"kind {self.kind!r:.80} is no schedule{nearest(self.kind, _REQUIRED)}"
+            )
+        required = _REQUIRED[self.kind]
+        allowed = required + _OPTIONAL.get(self.kind, ())
+        for field in fields(self)[1:]:
+            given = getattr(self, field.name) is not None
+            if given and field.name not in allowed:
+                raise ConfigError(
+                    f"a {self.kind} schedule takes no {field.name!r}; it takes "
+                    f"{', '.join(allowed)}."
+                )
+            if not given and field.name in required:
+                raise ConfigError(
+                    f"a {self.kind} schedule needs {field.name!r}; it takes {', '.join(allowed)}."
+                )
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+
+def finite_lambda(value: object, name: str) -> float:
+    """Check a λ that is one number and return it; tensors go through `flexalign.fusion.as_lambda`.
+
+    Args:
+        value: λ.
+        name: What messages call it.
+
+    Raises:
+        LambdaError: If it is no real number (a boolean is none) or not finite in float32.
+    """
+    number = _real(value)
+    if not abs(number) <= _LARGEST:
+        raise LambdaError(f"{name} must be a finite number (a λ), got {value!r:.80}.")
+    return number
+
+
+def _known(value: _Value | None) -> _Value:
+    """Return a value that ``__post_init__`` has made sure of, as what it is."""
+    return cast("_Value", value)
+
+
+def _between(start: float, end: float, share: float) -> float:
+    """Go from start to end; exact at both, and no further."""
+    share = min(max(share, 0.0), 1.0)
+    return end if share == 1.0 else start + (end - start) * share
+
+
+def _along(points: tuple[tuple[float, float], ...], step: float) -> float:
+    after = bisect_right(points, step, key=lambda point: point[0])
+    if after == 0:
+        return points[0][1]
+    if after == len(points):
+        return points[-1][1]
+    (left, start), (right, end) = points[after - 1], points[after]
+    return _between(start, end, (step - left) / (right - left))
+
+
+def _real(value: object) -> float:
+    """Return a number as a float, NaN for what is none (a boolean included)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _count(value: object, name: str) -> int:
+    number = _real(value)
+    if not (number >= 1 and number.is_integer()):
+        raise ConfigError(f"{name} must be a whole number ≥ 1, got {value!r:.80}.")
+    return int(number)
+
+
+def _points(value: object) -> tuple[tuple[float, float], ...]:
+    hint = "points must be pairs [step, λ] in order of their steps, such as [[0, 0.5], [100, 2]]"
+    if not isinstance(value, list | tuple) or not value:
+        raise ConfigError(f"{hint}; got {value!r:.80}.")
+    points: list[tuple[float, float]] = []
+    for point in value:
+        if not isinstance(point, list | tuple) or len(point) != 2:
+            raise ConfigError(f"{hint}; got {point!r:.80} among them.")
+        step = _real(point[0])
+        if not 0 <= step < math.inf:
+            raise ConfigError(f"{hint}; the step {point[0]!r:.80} is not a number ≥ 0.")
+        if points and step < points[-1][0]:
+            raise ConfigError(f"{hint}; step {step:g} comes after {points[-1][0]:g}.")
+        points.append((step, finite_lambda(point[1], f"points at step {step:g}")))
+    return tuple(points)
+
+
+# How the λ of a request is chosen.
+#
+# A request's dial is a number, a schedule over its generated tokens, or a policy; one JSON form
+# serves Python, YAML, the command line and HTTP::
+#
+#     0.5                                                  one λ throughout
+#     {"kind": "thinking", "think": 0.0, "answer": 1.0}    a schedule (flexalign.lambdas)
+#     {"policy": "fixed", "lambda": 0.5}                   the same as the number
+#     {"policy": "adaptive", "threshold": 0.5}             fast where it is sure, else slow
+#     "auto"                                               adaptive, at the calibrated threshold
+#     {"policy": "route", "share": 0.3}                    a coin: this share goes the slow way
+#     "adaptive 0.5", "route 0.3"                          short forms, as text
+#
+# Reading one needs no torch.
+
+Measure: TypeAlias = Literal["answer_probability", "min_token_probability", "agreement"]
+"""How sure the fast answer is; see :class:`Adaptive`."""
+
+Way: TypeAlias = Literal["fast", "slow"]
+
+_DEFAULT_THRESHOLD = 0.5
+"""The threshold where none is given and the adapter has not been calibrated."""
+
+LAMBDA_LEGEND = "λ: 0 is the reference, 1 the aligned model or the adapter's"
+"""What stands beside every table of λ."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """One λ throughout.
+
+    Attributes:
+        lam: λ, any finite number.
+
+    Raises:
+        LambdaError: If it is not a finite number.
+    """
+
+    lam: float
+
+    def __post_init__(self) -> None:
+        _set(self, "lam", finite_lambda(self.lam, "lambda"))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form, which :func:`parse_dial` takes back."""
+        return {"policy": "fixed", "lambda": self.lam}
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Think only where it pays: the fast answer if it is sure enough, else the slow one.
+
+    Both streams are prefilled once. The fast one answers first, greedily. If its confidence
+    reaches the threshold, that is the answer; else the slow stream goes on from its own prefilled
+    cache, with the sampling that was asked for. A fast answer that the limit on new tokens cuts
+    off is never accepted.
+
+    Measures, all of the fast stream's own distribution at temperature 1:
+
+    * ``"answer_probability"``: the product of its answer's token probabilities, the end included.
+    * ``"min_token_probability"``: the smallest of them.
+    * ``"agreement"``: the share of ``samples`` further answers, sampled, that equal the greedy one
+      in the text after the thinking; white space and case do not count.
+
+    Attributes:
+        threshold: Least confidence that is accepted, in [0, 1]; 0 accepts every whole answer. None
+            for the adapter's calibrated threshold, else 0.5.
+        measure: The measure of confidence.
+        fast_lambda: λ of the fast answer.
+        slow_lambda: λ of the slow one.
+        samples: Answers sampled for ``"agreement"``; no other measure asks.
+
+    Raises:
+        ConfigError: If a setting is unknown or out of its range.
+        LambdaError: If a λ is not a finite number.
+    """
+
+    threshold: float | None = None
+    measure: Measure = "answer_probability"
+    fast_lambda: float = 1.0
+    slow_lambda: float = 0.0
+    samples: int = 5
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None:
+            _set(self, "threshold", _share(self.threshold, "an adaptive policy's threshold"))
+        if self.measure not in get_args(Measure):
+            known = nearest(self.measure, get_args(Measure))
+            raise ConfigError(f"{self.measure!r:.80} is no measure{known}")
+        _set_lambdas(self)
+        samples = self.samples
+        if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
+            raise ConfigError(
+                f"an adaptive policy's samples must be a whole number ≥ 1, got {samples!r:.80}."
+            )
+
+    def resolved_threshold(self, calibrated: float | None = None) -> float:
+        """Return the threshold that holds: its own, else the calibrated one, else 0.5."""
+        if self.threshold is not None:
+            return self.threshold
+        return _DEFAULT_THRESHOLD if calibrated is None else calibrated
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form, which :func:`parse_dial` takes back."""
+        return {"policy": "adaptive", **_changed(self)}
+
+
+@dataclass(frozen=True)
+class Route:
+    """A coin between the ends: each request goes one way, whatever it asks.
+
+    It is what an adaptive dial has to beat: its mean tokens and its mean accuracy lie on the
+    straight line between the two ends.
+
+    Attributes:
+        share: Probability of the slow way, in [0, 1].
+        fast_lambda: λ of the fast way.
+        slow_lambda: λ of the slow way.
+
+    Raises:
+        ConfigError: If the share is not in [0, 1].
+        LambdaError: If a λ is not a finite number.
+    """
+
+    share: float
+    fast_lambda: float = 1.0
+    slow_lambda: float = 0.0
+
+    def __post_init__(self) -> None:
+        _set(self, "share", _share(self.share, "a route policy's share (of the slow way)"))
+        _set_lambdas(self)
+
+    def draw(self, generator: "torch.Generator | None" = None) -> Way:
+        """Draw one request's way, from torch's own random state or a generator."""
+        import torch
+
+        return "slow" if float(torch.rand((), generator=generator)) < self.share else "fast"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form, which :func:`parse_dial` takes back."""
+        return {"policy": "route", **_changed(self)}
+
+
+Dial: TypeAlias = Fixed | Schedule | Adaptive | Route
+"""What a request's λ follows."""
+
+_POLICIES: dict[str, tuple[type[Fixed | Adaptive | Route], dict[str, str]]] = {
+    "fixed": (Fixed, {"lambda": "lam", "lam": "lam"}),
+    "adaptive": (Adaptive, {field.name: field.name for field in fields(Adaptive)}),
+    "route": (Route, {field.name: field.name for field in fields(Route)}),
+}
+
+_SHORT = {"adaptive": "threshold", "route": "share"}
+"""Policies that have a short form, and what its number is."""
+
+
+def parse_dial(value: object) -> Dial:
+    """Read a dial from a number, a JSON object or text, a schedule or a policy.
+
+    Example:
+        >>> parse_dial({"policy": "fixed", "lambda": 0.5})
+        Fixed(lam=0.5)
+        >>> parse_dial({"policy": "route", "share": 0.3})
+        Route(share=0.3, fast_lambda=1.0, slow_lambda=0.0)
+
+    Raises:
+        ConfigError: If it is malformed; names the key and the nearest known one.
+        LambdaError: If a λ in it is not a finite number.
+    """
+    if isinstance(value, Dial):
+        return value
+    if isinstance(value, str):
+        value = _from_text(value)
+    if not isinstance(value, Mapping):
+        return Fixed(value)  # type: ignore[arg-type]
+    if not value.keys() & {"policy", "kind"}:
+        raise ConfigError(
+            'a dial\'s object has a "policy", as in {"policy": "adaptive", "threshold": 0.5}, or a '
+            f'"kind", as in {{"kind": "thinking", "think": 0, "answer": 1}}; got {dict(value)!r:.80}.'
+        )
+    if "policy" not in value:
+        return Schedule.parse(value)
+    given = dict(value)
+    name = given.pop("policy")
+    if not isinstance(name, str) or name not in _POLICIES:
+        raise ConfigError(f"{name!r:.80} is no policy{nearest(name, _POLICIES)}")
+    policy, keys = _POLICIES[name]
+    for key in given:
+        if key not in keys:
+            raise ConfigError(f"the policy {name} takes no {key!r:.80}{nearest(key, keys)}")
+    if name == "fixed" and len(given) != 1:
+        raise ConfigError('the policy fixed takes one λ: {"policy": "fixed", "lambda": 0.5}.')
+    if name == "route" and "share" not in given:
+        raise ConfigError('the policy route needs a share: {"policy": "route", "share": 0.3}.')
+    return policy(**{keys[key]: argument for key, argument in given.items()})
+
+
+def extremes(dial: Dial) -> tuple[float, float]:
+    """Return the least and the largest λ that a dial may use.
+
+    Example:
+        >>> extremes(Adaptive(fast_lambda=1.5))
+        (0.0, 1.5)
+    """
+    if isinstance(dial, Fixed):
+        return dial.lam, dial.lam
+    if isinstance(dial, Schedule):
+        return min(dial.values), max(dial.values)
+    ends = (dial.fast_lambda, dial.slow_lambda)
+    return min(ends), max(ends)
+
+
+def _from_text(text: str) -> object:
+    words = ["adaptive"] if text.strip() == "auto" else text.split()
+    if words and words[0] in _SHORT and len(words) <= 2:
+        return {"policy": words[0], **_only_number(text, words)}
+    try:
+        value: object = json.loads(text)
+    except ValueError as error:
+        form = "write a number, adaptive 0.5, route 0.3, auto, or JSON"
+        if not text.lstrip().startswith(("{", "[")):
+            raise ConfigError(f"{text!r} is no λ and no policy; {form}.") from None
+        raise ConfigError(f"{text!r} is no JSON ({error}); {form}.") from error
+    return value
+
+
+def _only_number(text: str, words: Sequence[str]) -> dict[str, float]:
+    """Return the argument of a short form, ``adaptive 0.5``; nothing if there is none."""
+    if len(words) == 1:
+        return {}
+    name, number = words
+    try:
+        return {_SHORT[name]: float(number)}
+    except ValueError:
+        form = json.dumps({"policy": name, _SHORT[name]: 0.5})
+        raise ConfigError(
+            f"the policy {text!r}: {number!r} is not a number; write {name} 0.5, or JSON such as "
+            f"{form}."
+        ) from None
+
+
+def _changed(policy: Adaptive | Route) -> dict[str, Any]:
+    """Return the fields that do not stand at their defaults."""
+    return {
+        field.name: getattr(policy, field.name)
+        for field in fields(policy)
+        if getattr(policy, field.name) != field.default
+    }
+
+
+def _set(policy: object, name: str, value: float) -> None:
+    object.__setattr__(policy, name, value)
+
+
+def _set_lambdas(policy: Adaptive | Route) -> None:
+    for name in ("fast_lambda", "slow_lambda"):
+        _set(policy, name, finite_lambda(getattr(policy, name), name))
+
+
+def _share(value: object, name: str) -> float:
+    number = math.nan
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        number = float(value)
+    if not 0 <= number <= 1:
+        raise ConfigError(f"{name} must be a number in [0, 1], got {value!r:.80}.")
+    return number
+
+
+# Which way λ leads from a pair: forward without asking, away from the alignment on request alone.
+
+
+def require_forward(asked: Sequence[tuple[str, Dial]], permit: str) -> None:
+    """Refuse dials of a pair that may use a λ below 0.
+
+    The arithmetic takes any finite λ, and so does the library; this is for its tools.
+
+    Args:
+        asked: Each with its name.
+        permit: How it is said that this is meant.
+
+    Raises:
+        LambdaError: If there is one; says why, and how to permit it.
+    """
+    away = [name for name, dial in asked if extremes(dial)[0] < 0]
+    if away:
+        raise LambdaError(
+            f"{', '.join(away)}: λ < 0 leads away from the aligned model, which on a chat pair "
+            f"undoes its safety training (docs/lambda.md); if you mean it, {permit}."
+        )

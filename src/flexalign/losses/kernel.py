@@ -1,0 +1,201 @@
+"""The chunked divergence of :mod:`flexalign.losses`, as one autograd function.
+
+A chunk's logits, divergence and gradients are made in the same few buffers and then overwritten
+by the next chunk's, so nothing of size tokens × vocabulary outlives a chunk.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from flexalign.heads import Head
+from flexalign.losses.sequence import Score
+from flexalign.losses.teacher import FusedTeacher, add_outer, add_product, write_logits
+
+_LOG_ZERO = -1e4
+"""Stands for the logarithm of a probability of 0: its exponential is 0, its differences finite."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be summed over which positions.
+
+    Attributes:
+        positions: Indices of the counted positions among the N, shape ``(P,)``.
+        student: The student's head, cut from the graph.
+        teacher: What it is compared with.
+        beta: 0 is the forward, 1 the reverse divergence; between them the Jensen–Shannon family.
+        chunk_size: Positions per chunk.
+        metrics: Whether to compare with the two models of the teacher as well.
+        gradients: Whether gradients are wanted at all.
+        score: What is added to the gradient, where the student sampled the tokens itself; only
+            with ``beta`` 1.
+    """
+
+    positions: Tensor
+    student: Head
+    teacher: FusedTeacher
+    beta: float
+    chunk_size: int
+    metrics: bool
+    gradients: bool
+    score: Score | None = None
+
+
+def sum_in_chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, task: Task
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum the divergence over the counted positions, in nats.
+
+    Args:
+        hidden: The student's final hidden states, shape ``(N, H)``; takes a gradient.
+        weight: The student's head, shape ``(V, H)``; takes a gradient.
+        bias: Its bias, shape ``(V,)``, or None; takes a gradient.
+        task: Everything else.
+
+    Returns:
+        The sum, with its graph, and without gradients the sums of KL(student‖reference) and
+        KL(student‖aligned) if the task asks for metrics (else zeros).
+    """
+    sums: tuple[Tensor, Tensor, Tensor] = _ChunkedDivergence.apply(hidden, weight, bias, task)  # type: ignore[no-untyped-call]
+    return sums
+
+
+class _ChunkedDivergence(torch.autograd.Function):
+    """Sum of the divergence over the counted positions; its gradients are made on the way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: Task
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        needed = ctx.needs_input_grad[:3] if task.gradients else (False, False, False)
+        grads = [
+            torch.zeros_like(tensor, dtype=dtype) if need and tensor is not None else None
+            for tensor, need in zip((hidden, weight, bias), needed, strict=True)
+        ]
+        with torch.autocast(hidden.device.type, enabled=False):
+            sums = _sweep(hidden, task, grads)
+        ctx.grads, ctx.dtypes = (
+            grads,
+            (hidden.dtype, weight.dtype, None if bias is None else bias.dtype),
+        )
+        total, kl_reference, kl_aligned = sums.unbind()
+        ctx.mark_non_differentiable(kl_reference, kl_aligned)
+        return total, kl_reference, kl_aligned
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return *_hand_over(ctx, grad_total), None
+
+
+def _hand_over(ctx: Any, grad_total: Tensor) -> list[Tensor | None]:
+    """Give away the gradients that were made with the loss: they are scaled where they lie."""
+    if ctx.grads is None:
+        raise RuntimeError(
+            "backward through fused_divergence can run once: its gradients are made with the "
+            "loss and handed over; call fused_divergence again."
+        )
+    grads, ctx.grads = ctx.grads, None
+    return [
+        None if grad is None else grad.mul_(grad_total).to(dtype)
+        for grad, dtype in zip(grads, ctx.dtypes, strict=True)
+    ]
+
+
+def _sweep(hidden: Tensor, task: Task, grads: list[Tensor | None]) -> Tensor:
+    """Go over the counted positions in chunks, adding to the gradients.
+
+    Returns:
+        Sums over positions of the divergence, KL(s‖reference) and KL(s‖aligned): shape (3,).
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    head = task.student
+    rows_at_most = min(task.chunk_size, len(task.positions))
+    buffers = hidden.new_empty((4, rows_at_most, head.vocab_size), dtype=dtype)
+    sums = hidden.new_zeros(3, dtype=dtype)
+    for start in range(0, len(task.positions), task.chunk_size):
+        chunk = slice(start, start + task.chunk_size)
+        rows = task.positions[chunk]
+        logits, log_s, log_t, spare = buffers[:, : len(rows)]
+        h = hidden[rows].to(dtype)
+        write_logits(head, h, logits)
+        _log_softmax(logits, log_s)
+        if head.softcap is not None:
+            # dlogits/d(scale·(h·Wᵀ + b)) of the tanh, from its own value
+            slope = torch.square(logits).mul_(-(head.softcap**-2)).add_(1)
+        if task.metrics:
+            fused, reference, aligned = task.teacher.all_logits(rows, dtype)
+            s = torch.exp(log_s, out=logits)
+            for index, other in ((1, reference), (2, aligned)):
+                _log_softmax(other, log_t)
+                sums[index] += torch.sub(log_s, log_t, out=spare).mul_(s).sum()
+        else:
+            fused = task.teacher.logits(rows, logits)
+        _log_softmax(fused, log_t)
+        value, gradient = _divergence(log_s, log_t, logits, spare, task.beta)
+        sums[0] += value
+        if task.score is not None:
+            task.score.add_to(gradient, logits, chunk)
+        if head.softcap is not None:
+            gradient.mul_(slope)
+        if head.scale != 1.0:
+            gradient.mul_(head.scale)
+        _add_gradients(gradient, h, rows, head.weight, grads)
+    return sums
+
+
+def _add_gradients(
+    gradient: Tensor, h: Tensor, rows: Tensor, weight: Tensor, grads: list[Tensor | None]
+) -> None:
+    grad_hidden, grad_weight, grad_bias = grads
+    if grad_hidden is not None:
+        part = torch.zeros_like(h)
+        add_product(gradient, weight, part)
+        grad_hidden[rows] = part
+    if grad_weight is not None:
+        add_outer(gradient, h, weight, grad_weight)
+    if grad_bias is not None:
+        grad_bias.add_(gradient.sum(0))
+
+
+def _divergence(
+    log_s: Tensor, log_t: Tensor, one: Tensor, two: Tensor, beta: float
+) -> tuple[Tensor, Tensor]:
+    """Return the divergence summed over a chunk, and its gradient by the student's logits.
+
+    All four arguments (C, V) are overwritten; the gradient is one of them. Where β is 1, `one`
+    is left with the student's probabilities.
+    """
+    if beta == 0.0:  # Σ t·(log t − log s); gradient s − t
+        t = torch.exp(log_t, out=one)
+        value = log_t.sub_(log_s).mul_(t).sum()
+        return value, log_s.exp_().sub_(t)
+    if beta == 1.0:  # Σ s·(log s − log t); gradient s·(log s − log t − KL)
+        s = torch.exp(log_s, out=one)
+        terms = log_s.sub_(log_t).mul_(s)
+        kl = terms.sum(-1, keepdim=True)
+        return kl.sum(), terms.addcmul_(s, kl, value=-1)
+    # With x = log t/s: log m/s = softplus(x + logit β) + log(1−β). The constant is left out of the
+    # gradient, (1−β)·s·(log s/m − KL(s‖m)), where it would only cancel.
+    t = torch.exp(log_t, out=two)
+    x = log_t.sub_(log_s)
+    softplus = torch.add(x, math.log(beta) - math.log1p(-beta), out=one)
+    torch.logaddexp(softplus, softplus.new_zeros(()), out=softplus)
+    from_teacher = x.sub_(softplus).mul_(t).sum()
+    s = log_s.exp_()
+    terms = softplus.neg_().mul_(s)
+    kl = terms.sum(-1, keepdim=True)
+    value = beta * from_teacher + (1 - beta) * kl.sum() - len(s) * math.log1p(-beta)
+    return value, terms.addcmul_(s, kl, value=-1).mul_(1 - beta)
+
+
+def _log_softmax(logits: Tensor, out: Tensor) -> None:
+    """Write the log-softmax, with a floor instead of −inf, so that 0·(log 0 − log 0) is 0."""
+    torch.log_softmax(logits, -1, out=out)
+    out.clamp_(min=_LOG_ZERO)

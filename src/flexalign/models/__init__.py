@@ -1,0 +1,1 @@
+"""Models: where they come from, loading, the pair of them, and weights between the two."""

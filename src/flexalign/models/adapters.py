@@ -1,0 +1,114 @@
+"""PEFT adapters on a base that two or three models share."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict
+from safetensors import safe_open
+from torch import nn
+
+from flexalign.errors import ConfigError, UnsupportedModelError
+from flexalign.models.loading import skeleton
+from flexalign.models.sources import Source
+from flexalign.models.weights import TensorInfo, tensor_infos
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """Return the transformers model inside a PEFT wrapper, or the model itself."""
+    if isinstance(model, PeftModel):
+        base: nn.Module = model.get_base_model()
+        return base
+    return model
+
+
+class AdapterSwitch:
+    """Switches the adapters of a PEFT wrapper, and nothing else.
+
+    PEFT's own switches make the adapters that they turn on trainable; a frozen one must not
+    become so. Not safe for threads: a module has one state.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        """Remember the layers that have adapters now."""
+        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        self._layers = [layer for layer in model.modules() if isinstance(layer, kinds)]
+
+    @contextmanager
+    def use(self, names: tuple[str, ...]) -> Iterator[None]:
+        """Run with these adapters, and all others off; put back what was on before."""
+        before = [(layer._active_adapter, layer._disable_adapters) for layer in self._layers]
+        for layer in self._layers:
+            layer._disable_adapters = not names
+            if names:
+                layer._active_adapter = list(names)
+        try:
+            yield
+        finally:
+            for layer, (active, disabled) in zip(self._layers, before, strict=True):
+                layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def read_adapter_config(source: Source) -> Any:
+    """Read a PEFT adapter's configuration.
+
+    Raises:
+        ConfigError: If PEFT cannot read it.
+        UnsupportedModelError: If the adapter adds virtual tokens to the input.
+    """
+    try:
+        config = PeftConfig.from_pretrained(source.path)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{source}: PEFT cannot read its adapter_config.json ({error}); save the adapter again."
+        ) from error
+    if config.is_prompt_learning:
+        raise UnsupportedModelError(
+            f"{source} is an adapter of type {config.peft_type}, which adds virtual tokens to the "
+            "input; use one that changes weights, such as LoRA."
+        )
+    return config
+
+
+def unfit_tensor(
+    base_config: Any, adapter_config: Any, tensors: Mapping[str, TensorInfo]
+) -> str | None:
+    """Say which of an adapter's tensors does not fit a base; None if all do.
+
+    Args:
+        base_config: The base's transformers configuration; it is built without storage.
+        adapter_config: From `read_adapter_config`.
+        tensors: The adapter's, from its file.
+    """
+    model = skeleton(base_config)
+    with torch.device("meta"):
+        try:
+            model = get_peft_model(model, replace(adapter_config, base_model_name_or_path=None))
+        except ValueError as error:
+            return " ".join(str(error).split())[:300]
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    for name, info in sorted(tensors.items()):
+        if name not in wanted:
+            return f"it changes {name}, which that base does not have"
+        if tuple(wanted[name].shape) != info.shape:
+            return f"{name} is {info.shape} where that base needs {tuple(wanted[name].shape)}"
+    missing = sorted(wanted.keys() - tensors.keys())
+    return f"it lacks {missing[0]}" if missing else None
+
+
+def adds_nothing(adapter: Path) -> bool:
+    """Whether a LoRA's second matrices are all zero, as they are before training."""
+    infos = tensor_infos(adapter)
+    seconds = [name for name in infos if ".lora_B" in name or ".lora_embedding_B" in name]
+    if not seconds or any(".lora_" not in name for name in infos):
+        return False
+    for name in seconds:
+        with safe_open(infos[name].file, framework="pt") as tensors:
+            if bool(tensors.get_tensor(name).any()):
+                return False
+    return True

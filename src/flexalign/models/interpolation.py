@@ -1,0 +1,212 @@
+"""Weights between two models: (1−λ)·θ_ref + λ·θ_al, tensor by tensor, without loading either."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flexalign.errors import ConfigError, LambdaError, PairMismatchError
+from flexalign.fusion import as_lambda
+from flexalign.models.loading import load_config, load_model, load_tokenizer
+from flexalign.models.sources import Model, Source, resolve
+from flexalign.models.weights import TensorInfo, tensor_infos
+
+_OF_NO_MATTER = {
+    "_name_or_path",
+    "architectures",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "pad_token_id",
+    "torch_dtype",
+    "transformers_version",
+    "unk_token_id",
+    "use_cache",
+}
+"""Entries of a configuration that two models may differ in and be of one shape and meaning."""
+
+_NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".gguf", ".pt", ".pth")
+
+
+def interpolate(reference: Model, aligned: Model, lam: float, output: str | Path) -> Path:
+    """Write a model whose weights lie between two models' (or beyond one).
+
+    Every tensor is (1−λ)·θ_ref + λ·θ_al, computed in float32 and stored as it was stored
+    (in float32 where the two differ). λ=0 and λ=1 give the two models' tensors bit for bit. One
+    file of the reference is in memory at a time; a GGUF file or a PEFT adapter is first written
+    out as a whole model (the adapter merged into its base). All else in the folder is the
+    reference's: configuration, tokenizer, chat template.
+
+    Args:
+        reference: The model of λ=0.
+        aligned: The model of λ=1, of the same shape, or a PEFT adapter.
+        lam: Any finite λ.
+        output: The folder to write; it must not be there, or be empty. Nothing appears under
+            this name until all of it is written.
+
+    Returns:
+        The folder.
+
+    Raises:
+        LambdaError: If λ is not a finite number.
+        ConfigError: If a model is not there, or the output is taken.
+        PairMismatchError: If the two have other tensors, other shapes, or a configuration in
+            which equal weights mean something else.
+    """
+    lam = _number(lam)
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(f"{output} is there already; move it away or name another output.")
+    with ExitStack() as stack:
+        first, second = (
+            stack.enter_context(_as_folder(resolve(model))) for model in (reference, aligned)
+        )
+        names = f"{reference} and {aligned}"
+        _require_one_meaning(first, second, names)
+        pairs = _paired(tensor_infos(first), tensor_infos(second), _is_tied(first), names)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
+            written = Path(scratch) / "model"
+            _write(first, pairs, lam, written)
+            if output.exists():
+                output.rmdir()
+            os.replace(written, output)
+    return output
+
+
+def _number(lam: object) -> float:
+    value = as_lambda(lam)
+    if isinstance(value, Tensor):
+        raise LambdaError("weights are interpolated at one λ; give a number.")
+    return value
+
+
+@contextmanager
+def _as_folder(source: Source) -> Iterator[Path]:
+    """Give a model's folder of safetensors; what is stored otherwise is written out for a while."""
+    load_config(source)
+    if source.gguf_file is None and not source.is_adapter:
+        yield source.path
+        return
+    with TemporaryDirectory(prefix="flexalign-") as scratch:
+        model: Any = load_model(source)
+        if source.is_adapter:
+            model = model.merge_and_unload()
+        model.save_pretrained(scratch)
+        load_tokenizer(source).save_pretrained(scratch)
+        del model
+        yield Path(scratch)
+
+
+def _require_one_meaning(reference: Path, aligned: Path, names: str) -> None:
+    one, other = (
+        load_config(Source(str(folder), folder)).to_dict() for folder in (reference, aligned)
+    )
+    keys = sorted((one.keys() | other.keys()) - _OF_NO_MATTER)
+    different = [key for key in keys if one.get(key) != other.get(key)]
+    if different:
+        details = "; ".join(f"{key}: {one.get(key)!r} and {other.get(key)!r}" for key in different)
+        raise PairMismatchError(
+            f"{names} are not of one shape ({details}); weights can be interpolated only between "
+            "models of one architecture. Mix their logits instead, with TwoModelDecoder."
+        )
+
+
+def _is_tied(folder: Path) -> bool:
+    return bool(load_config(Source(str(folder), folder)).get_text_config().tie_word_embeddings)
+
+
+def _paired(
+    reference: dict[str, TensorInfo], aligned: dict[str, TensorInfo], tied: bool, names: str
+) -> dict[str, tuple[TensorInfo, TensorInfo]]:
+    """Return the tensors of both by name; a tied head that one of them stores too is left out."""
+    alone = reference.keys() ^ aligned.keys()
+    if tied:
+        alone = {name for name in alone if not name.endswith("lm_head.weight")}
+    if alone:
+        first = min(alone)
+        where = "the reference" if first in reference else "the aligned model"
+        raise PairMismatchError(
+            f"{names} have other tensors: {first} is in {where} alone"
+            + (f", and {len(alone) - 1} more" if len(alone) > 1 else "")
+            + ". Give two models of one architecture."
+        )
+    pairs = {name: (reference[name], aligned[name]) for name in reference if name in aligned}
+    for name, (one, other) in pairs.items():
+        if one.shape != other.shape:
+            raise PairMismatchError(
+                f"{names}: {name} is {one.shape} in the reference and {other.shape} in the "
+                "aligned model. Mix their logits instead, with TwoModelDecoder."
+            )
+    return pairs
+
+
+def _write(
+    reference: Path, pairs: dict[str, tuple[TensorInfo, TensorInfo]], lam: float, output: Path
+) -> None:
+    """Write the new model as the reference's folder with other weights, in as many files."""
+    shutil.copytree(
+        reference,
+        output,
+        ignore=lambda folder, names: [
+            name for name in names if name.endswith(_NOT_COPIED) or (Path(folder) / name).is_dir()
+        ],
+    )
+    by_file: dict[Path, list[str]] = {}
+    for name, (one, _) in pairs.items():
+        by_file.setdefault(one.file, []).append(name)
+    size = 0
+    places: dict[str, str] = {}
+    for file, names in by_file.items():
+        with ExitStack() as stack:
+            reading = _Reader(stack)
+            tensors = {}
+            for name in names:
+                one, other = pairs[name]
+                tensors[name] = _between(
+                    reading.read(name, one), reading.read(name, other), lam, name
+                )
+        save_file(tensors, output / file.name, metadata={"format": "pt"})
+        size += sum(tensor.nbytes for tensor in tensors.values())
+        places |= dict.fromkeys(names, file.name)
+    if len(by_file) > 1 or "model.safetensors" not in places.values():
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+class _Reader:
+    """Reads tensors from files that it opens once."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+        self._files: dict[Path, Any] = {}
+
+    def read(self, name: str, info: TensorInfo) -> Tensor:
+        if info.file not in self._files:
+            self._files[info.file] = self._stack.enter_context(safe_open(info.file, "pt"))
+        tensor: Tensor = self._files[info.file].get_tensor(name)
+        return tensor
+
+
+def _between(reference: Tensor, aligned: Tensor, lam: float, name: str) -> Tensor:
+    if lam in (0.0, 1.0):
+        return (aligned if lam else reference).clone()
+    if not reference.is_floating_point():
+        if torch.equal(reference, aligned):
+            return reference.clone()
+        raise PairMismatchError(
+            f"{name} holds whole numbers and differs between the two; there is nothing between."
+        )
+    dtype = torch.promote_types(reference.dtype, aligned.dtype)
+    working = torch.promote_types(dtype, torch.float32)
+    stored = reference.dtype if reference.dtype == aligned.dtype else working
+    return torch.lerp(reference.to(working), aligned.to(working), lam).to(stored)

@@ -1,0 +1,300 @@
+"""Models, tokenizers and configurations from disk: known names, folders, GGUF files.
+
+Nothing is fetched from a hub. Weights are read from safetensors (or GGUF, de-quantised) unless
+the caller permits pickles, and code that a checkpoint brings along runs only if permitted.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.modeling_utils import set_zero3_state
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
+from flexalign.models.sources import (
+    Model,
+    Source,
+    base_of,
+    read_json,
+    require_gguf,
+    resolve,
+)
+from flexalign.models.weights import (
+    fingerprint_file,
+    fingerprint_folder,
+    fingerprint_module,
+    tensor_infos,
+)
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_NO_TEXT_MODEL = (
+    "ForMaskedLM",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+)
+
+
+def load_config(model: Model, *, trust_remote_code: bool = False) -> Any:
+    """Read a model's configuration and refuse what cannot be realigned. No weights are read.
+
+    Of a PEFT adapter it is its base's configuration.
+
+    Raises:
+        ConfigError: If the model is not there.
+        CheckpointError: If its configuration is damaged.
+        UnsupportedModelError: If it is no decoder-only text model, is quantised, or brings its
+            own code that was not permitted.
+    """
+    source = resolve(model)
+    if source.is_adapter:
+        return load_config(base_of(source), trust_remote_code=trust_remote_code)
+    if source.gguf_file is not None:
+        require_gguf()
+        config = AutoConfig.from_pretrained(source.path, gguf_file=source.gguf_file)
+    else:
+        raw = read_json(source.path / "config.json")
+        if not trust_remote_code and "auto_map" in raw and not _is_known(raw):
+            raise UnsupportedModelError(
+                f"{source} brings its own code ({raw['auto_map']}), which would run here; if you "
+                "trust it, permit it: trust_remote_code=True in Python, training.trust_remote_code "
+                "in a recipe, --trust-remote-code with flexalign inspect."
+            )
+        try:
+            config = AutoConfig.from_pretrained(
+                source.path, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        except (ValueError, KeyError) as error:
+            raise UnsupportedModelError(
+                f"{source}: transformers cannot read its configuration "
+                f"({' '.join(str(error).split())[:300]}); give a causal language model."
+            ) from error
+    _require_text_model(source, config)
+    return config
+
+
+def load_tokenizer(model: Model, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer; of a PEFT adapter without one, its base's.
+
+    Raises:
+        ConfigError: If the folder has none.
+    """
+    source = resolve(model)
+    if source.gguf_file is not None:
+        require_gguf()
+        return AutoTokenizer.from_pretrained(source.path, gguf_file=source.gguf_file)
+    if not any((source.path / name).is_file() for name in _TOKENIZER_FILES):
+        if source.is_adapter:
+            return load_tokenizer(base_of(source), trust_remote_code=trust_remote_code)
+        raise ConfigError(
+            f"{source} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); copy the "
+            "tokenizer's files into the folder."
+        )
+    return AutoTokenizer.from_pretrained(
+        source.path, trust_remote_code=trust_remote_code, local_files_only=True
+    )
+
+
+def load_model(
+    model: Model,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> Any:
+    """Load a causal language model, in evaluation mode.
+
+    A GGUF file is de-quantised. A PEFT adapter comes as a PEFT wrapper on its base.
+
+    Args:
+        model: A known name, a folder, a GGUF file, or a :class:`Source`.
+        dtype: Of the weights; ``"auto"`` is what they are stored in.
+        device_map: As in transformers.
+        trust_remote_code: Permit code that the checkpoint brings along to run.
+        allow_pickle: Permit pickled weights, whose loading can run code.
+
+    Raises:
+        ConfigError: If the model is not there, or has pickled weights alone.
+        CheckpointError: If weights are missing or damaged.
+        UnsupportedModelError: As in `load_config`.
+    """
+    source = resolve(model)
+    if source.is_adapter:
+        base = load_model(
+            base_of(source),
+            dtype=dtype,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+        )
+        return load_adapter(base, source, allow_pickle=allow_pickle).eval()
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    where: dict[str, Any] = {"dtype": dtype, "device_map": device_map}
+    if source.gguf_file is not None:
+        where["gguf_file"] = source.gguf_file
+        if dtype == "auto":
+            where["dtype"] = torch.float32
+    else:
+        _require_weights(source, allow_pickle)
+        where |= {"config": config, "trust_remote_code": trust_remote_code}
+        where |= {"local_files_only": True, "use_safetensors": None if allow_pickle else True}
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            source.path, output_loading_info=True, **where
+        )
+    except RuntimeError as error:
+        if "size mismatch" not in str(error) and "mismatched" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{source}: its weights do not fit its config.json "
+            f"({' '.join(str(error).split())[:300]}); copy the model again."
+        ) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise CheckpointError(
+            f"{source} lacks {len(missing)} of its tensors, such as {missing[0]}; they would be "
+            "random. Copy the model again."
+        )
+    if source.gguf_file is not None:
+        _forget_quantisation(loaded)
+    return loaded.eval()
+
+
+def load_adapter(
+    base: Any,
+    adapter: Model,
+    *,
+    name: str = "default",
+    trainable: bool = False,
+    allow_pickle: bool = False,
+) -> Any:
+    """Put a PEFT adapter on a base.
+
+    Args:
+        base: A transformers model, or a PEFT wrapper of one, which gets one adapter more.
+        adapter: The adapter's folder.
+        name: What the adapter is called in the wrapper.
+        trainable: Whether it is going to be trained.
+        allow_pickle: Permit pickled weights, whose loading can run code.
+
+    Returns:
+        The PEFT wrapper.
+
+    Raises:
+        ConfigError: If the adapter is not there, or has pickled weights alone.
+        CheckpointError: If it is damaged.
+    """
+    from peft import PeftModel
+
+    source = resolve(adapter)
+    _require_weights(source, allow_pickle)
+    if isinstance(base, PeftModel):
+        base.load_adapter(source.path, name, is_trainable=trainable)
+        return base
+    return PeftModel.from_pretrained(base, source.path, adapter_name=name, is_trainable=trainable)
+
+
+def fingerprint(model: Model | nn.Module) -> str:
+    """Fingerprint weights by tensor names, shapes and sampled values rounded to bf16.
+
+    A cast to bfloat16 or another sharding keeps it, and a module has that of the folder which
+    `save_pretrained` writes of it. Of a PEFT adapter's folder it is the adapter that counts, of a
+    PEFT wrapper the base. A GGUF file has one of its own, over its bytes.
+
+    Returns:
+        16 hexadecimal digits.
+
+    Raises:
+        ConfigError: If there are no weights.
+        CheckpointError: If files are missing or damaged.
+    """
+    if isinstance(model, nn.Module):
+        return fingerprint_module(model)
+    source = resolve(model)
+    if source.gguf_file is not None:
+        return fingerprint_file(source.path / source.gguf_file)
+    return fingerprint_folder(source.path)
+
+
+def _is_known(raw: dict[str, Any]) -> bool:
+    return raw.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _require_text_model(source: Source, config: Any) -> None:
+    family = config.model_type
+    architecture = next(iter(config.architectures or []), "")
+    called = f"{source} ({architecture or family})"
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(
+            f"{called} is an encoder–decoder; realignment needs a decoder-only language model."
+        )
+    quantisation = getattr(config, "quantization_config", None)
+    if quantisation and source.gguf_file is None:
+        method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else "?"
+        raise UnsupportedModelError(
+            f"{called} is quantised ({method}); give its original weights. (A GGUF file is "
+            "de-quantised while loading.)"
+        )
+    if architecture.endswith(_NO_TEXT_MODEL):
+        raise UnsupportedModelError(
+            f"{called} is no causal language model: it was trained for something else."
+        )
+    if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or hasattr(config, "auto_map"):
+        return
+    if family in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        text = config.get_text_config()
+        raise UnsupportedModelError(
+            f"{called} is a vision-language model; its text tower (family {text.model_type}) is "
+            "a language model of its own only once it is saved as one. Give a text model."
+        )
+    raise UnsupportedModelError(
+        f"{called}: transformers has no causal language model of the family {family!r}."
+    )
+
+
+def _require_weights(source: Source, allow_pickle: bool) -> None:
+    try:
+        tensor_infos(source.path)
+    except ConfigError:
+        name = "adapter_model.bin" if source.is_adapter else "pytorch_model*.bin"
+        pickled = sorted(file.name for file in source.path.glob(name))
+        if not pickled:
+            raise
+        if not allow_pickle:
+            raise ConfigError(
+                f"{source} has its weights as pickles alone ({pickled[0]}), and loading a "
+                "pickle can run code; if you trust it, load it once in Python with allow_pickle=True "
+                "and save it with save_pretrained, as safetensors. flexalign realign, cache and "
+                "inspect take it as it is with --allow-pickle."
+            ) from None
+
+
+def _forget_quantisation(model: Any) -> None:
+    """Drop the marks of a file format: the weights are de-quantised, and saving refuses them."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for name in ("hf_quantizer", "quantization_method"):
+        if hasattr(model, name):
+            delattr(model, name)
+    model.is_quantized = False
+
+
+# A model without storage: its modules, names and shapes.
+
+
+def skeleton(config: Any) -> Any:
+    """Build a causal language model on the meta device.
+
+    Under ZeRO-3 too, where transformers would cut it up and fill it with numbers.
+
+    Args:
+        config: A transformers configuration.
+    """
+    with torch.device("meta"), set_zero3_state():
+        return AutoModelForCausalLM.from_config(config)

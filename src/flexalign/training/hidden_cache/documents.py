@@ -1,0 +1,106 @@
+"""What is kept of a training row, and under which key.
+
+A document is what a teacher sees at one time: a row, or one of the rows that packing joined. Its
+key is a hash of its tokens and of which of them count, so that it is found again in any order,
+in any packing, and whatever TRL's preparation left out.
+"""
+
+import copy
+import hashlib
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from trl import SFTTrainer
+
+KEY_BYTES = 16
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Document:
+    """A sequence of tokens with the positions whose next token is trained on.
+
+    Attributes:
+        tokens: Token ids, shape ``(T,)``.
+        positions: Those positions, ascending, shape ``(N,)``, each below T − 1.
+    """
+
+    tokens: np.ndarray[Any, Any]
+    positions: np.ndarray[Any, Any]
+
+    @classmethod
+    def of(cls, tokens: Sequence[int], labels: Sequence[int]) -> "Document":
+        """Make one of a row's columns ``input_ids`` and ``labels``."""
+        counted = np.asarray(labels[1:]) != _IGNORED
+        return cls(np.asarray(tokens, dtype=np.int64), np.flatnonzero(counted))
+
+    @property
+    def key(self) -> bytes:
+        """`KEY_BYTES` bytes, equal for equal documents on every machine."""
+        digest = hashlib.blake2b(digest_size=KEY_BYTES)
+        for part in (self.tokens, self.positions):
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part.astype("<i8").tobytes())
+        return digest.digest()
+
+
+def documents_of(row: Mapping[str, Any]) -> Iterator[Document]:
+    """Split a prepared row into its documents: those that packing joined, or the row itself."""
+    tokens, labels = row["input_ids"], row["labels"]
+    start = 0
+    for length in row.get("seq_lengths") or [len(tokens)]:
+        stop = start + length
+        yield Document.of(tokens[start:stop], labels[start:stop])
+        start = stop
+
+
+def prepare_documents(
+    traces: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any
+) -> list[Document]:
+    """Prepare a data set as the trainer will, unpacked; return what the loss counts tokens of.
+
+    The preparation is TRL's own: the model that its trainer wants for it is a stand-in.
+
+    Args:
+        traces: The training data, as the trainer takes it.
+        tokenizer: The pair's.
+        args: The run's ``TrRaConfig``.
+
+    Returns:
+        Each different document once, in the order of the data.
+    """
+    plain = copy.copy(args)
+    if args.packing:
+        plain.truncation_mode = "keep_start"  # what packing does to a document over the length
+    plain.packing = plain.padding_free = plain.shuffle_dataset = False
+    plain.eval_packing = None
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        plain.output_dir = folder
+        trainer = SFTTrainer(
+            model=LlamaForCausalLM(config),
+            args=plain,
+            train_dataset=traces,
+            processing_class=tokenizer,
+        )
+    return list(_different(trainer.train_dataset))
+
+
+def _different(rows: Iterable[Mapping[str, Any]]) -> Iterator[Document]:
+    seen = set()
+    for row in rows:
+        for document in documents_of(row):
+            if len(document.positions) and document.key not in seen:
+                seen.add(document.key)
+                yield document

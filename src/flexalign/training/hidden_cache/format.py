@@ -1,0 +1,352 @@
+"""The cache's folder: its files, how many bytes they take, and which process makes which."""
+
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from flexalign.data.rendering import chat_template_of
+from flexalign.errors import ConfigError
+from flexalign.training.output import differences
+
+OWNER = "cache.json"
+"""What the cache is of; written first."""
+
+MANIFEST = "manifest.json"
+"""All checksums and counts; written last, so a cache that has one was whole."""
+
+HEADS = "heads.safetensors"
+
+CLAIMS = ".claims"
+"""An empty file on whose bytes processes hold locks: one byte for each file that is made."""
+
+SHARD_BYTES = 128 * 2**20
+"""Hidden states in one file, at most; a document is never split."""
+
+_GIB = 2**30
+
+
+def hidden_width(config: Any) -> int:
+    """Width of the hidden state that a model's head takes, from its configuration."""
+    text = config.get_text_config()
+    return int(getattr(text, "word_embed_proj_dim", None) or text.hidden_size)
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a cache's size depends on, known before any weight is loaded.
+
+    Attributes:
+        widths: Of the two models' hidden states.
+        vocab_size: Tokens that both heads score.
+        shared_head: Whether the pair has one head, as a base and an adapter on it have.
+        dtype: What hidden states are stored in.
+        head_dtype: What heads are stored in: as the models are loaded.
+    """
+
+    widths: tuple[int, int]
+    vocab_size: int
+    shared_head: bool
+    dtype: torch.dtype
+    head_dtype: torch.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one response token: both hidden states."""
+        return sum(self.widths) * self.dtype.itemsize
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of the heads."""
+        widths = self.widths[:1] if self.shared_head else self.widths
+        return self.vocab_size * sum(widths) * self.head_dtype.itemsize
+
+
+def shard_name(index: int) -> str:
+    """Name of a shard's file."""
+    return f"shard-{index:05d}.safetensors"
+
+
+def plan_shards(counts: Sequence[int], token_bytes: int, shard_bytes: int) -> list[range]:
+    """Cut documents, in order, into shards of at most `shard_bytes`, or of one document.
+
+    Args:
+        counts: Kept positions of each document.
+        token_bytes: Bytes of one position: both hidden states.
+        shard_bytes: The most that a shard may hold.
+
+    Returns:
+        The documents' indices, one range for each shard.
+    """
+    shards: list[range] = []
+    start, size = 0, 0
+    for index, count in enumerate(counts):
+        if size and size + count * token_bytes > shard_bytes:
+            shards.append(range(start, index))
+            start, size = index, 0
+        size += count * token_bytes
+    if counts:
+        shards.append(range(start, len(counts)))
+    return shards
+
+
+def require_room(folder: Path, size: int, *, anyway: bool) -> str:
+    """Compare what a cache still takes with the disk's free space, and put it into words.
+
+    Args:
+        folder: The cache's; it need not exist.
+        size: Bytes that are still to be written.
+        anyway: Go on even if they do not fit.
+
+    Raises:
+        ConfigError: If they do not fit.
+    """
+    free = free_bytes(folder)
+    need = f"the cache takes {size / _GIB:.3g} GiB more, and {free / _GIB:.3g} GiB are free"
+    if size > free and not anyway:
+        raise ConfigError(
+            f"{need} in {folder}; name another cache_dir, store it in bfloat16 (--dtype), take "
+            "fewer rows or a smaller max_length, or write it anyway with --anyway."
+        )
+    return need
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space of the disk that a folder is on, or will be."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+@contextmanager
+def claim(folder: Path, index: int) -> Iterator[bool]:
+    """Try to be the one process that makes a file; the claim ends with the block or the process.
+
+    Where the file system has no locks, every claim succeeds: files are still made whole or not at
+    all, but two processes may make the same one.
+
+    Args:
+        folder: The cache's.
+        index: Which file: 0 for the heads, k + 1 for shard k.
+
+    Yields:
+        Whether nobody else holds it.
+    """
+    handle = os.open(folder / CLAIMS, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, index)
+        except (BlockingIOError, PermissionError):
+            yield False
+            return
+        except OSError:
+            pass
+        yield True
+    finally:
+        os.close(handle)
+
+
+# One file of hidden states: how it is made whole, checked, and mapped into memory.
+
+_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "U8": torch.uint8,
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name of a dtype, such as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all, whoever else writes it at the same time.
+
+    A failure takes the part that was written away: it would fill the disk that is full.
+    """
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], **facts: Any) -> None:
+    """Write tensors as safetensors, then a note beside them with their checksum.
+
+    Args:
+        path: The file; the note has its name with ``.json`` instead.
+        tensors: By name.
+        **facts: More for the note.
+    """
+    content = save(tensors)
+    write_atomically(path, content)
+    note = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content), **facts}
+    write_atomically(path.with_suffix(".json"), json.dumps(note).encode())
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Read a JSON object; None if it is not there or is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def fault_of_file(path: Path, note: dict[str, Any] | None) -> str | None:
+    """Say what is wrong with a file that `save_tensors` wrote, or None if it is whole."""
+    if note is None or not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != note.get("bytes"):
+        return f"{path.name} is cut off"
+    with path.open("rb") as file:
+        checksum = hashlib.file_digest(file, "sha256").hexdigest()
+    return (
+        None if checksum == note.get("sha256") else f"{path.name} is corrupt (its checksum differs)"
+    )
+
+
+@dataclass(frozen=True)
+class _Place:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        return self.dtype.itemsize * int(torch.Size(self.shape[1:]).numel())
+
+
+class MappedShard:
+    """The tensors of a safetensors file, mapped: nothing is read before it is used."""
+
+    def __init__(self, path: Path) -> None:
+        """Map a file whose checksum was found right."""
+        with path.open("rb") as file:
+            # A private, writable map: torch takes no read-only memory. Nothing is ever written.
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        head = int.from_bytes(self._map[:8], "little")
+        header = json.loads(self._map[8 : 8 + head])
+        header.pop("__metadata__", None)
+        self._places = {
+            name: _Place(_DTYPES[part["dtype"]], tuple(part["shape"]), 8 + head + start)
+            for name, part in header.items()
+            for start in [part["data_offsets"][0]]
+        }
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a whole tensor, on the mapped memory."""
+        return self.rows(name, 0, self._places[name].shape[0])
+
+    def rows(self, name: str, start: int, count: int) -> Tensor:
+        """Return rows ``start … start + count − 1`` of a tensor, on the mapped memory."""
+        place = self._places[name]
+        shape = (count, *place.shape[1:])
+        if not torch.Size(shape).numel():
+            return torch.empty(shape, dtype=place.dtype)
+        flat = torch.frombuffer(
+            self._map,
+            dtype=place.dtype,
+            count=torch.Size(shape).numel(),
+            offset=place.offset + start * place.row_bytes,
+        )
+        return flat.view(shape)
+
+    def will_need(self, name: str, start: int, count: int) -> None:
+        """Ask the system to begin reading rows; does not wait for them."""
+        place = self._places[name]
+        first = place.offset + start * place.row_bytes
+        page = first - first % mmap.PAGESIZE
+        if count and hasattr(mmap, "MADV_WILLNEED"):
+            self._map.madvise(mmap.MADV_WILLNEED, page, first - page + count * place.row_bytes)
+
+
+# What a cache is of, and whether that is what a run needs.
+
+_NAMES = {
+    "pair": "the pair",
+    "data": "the data set",
+    "template": "the chat template",
+    "max_length": "the cut-off max_length",
+    "truncation": "the end that the cut-off keeps",
+    "completion_only": "completion_only_loss",
+    "assistant_only": "assistant_only_loss",
+    "eos_token": "the end token",
+    "vocabulary": "the number of tokens",
+}
+
+
+def identity_of(
+    pair: tuple[str | None, str | None], data: str, tokenizer: Any, args: Any
+) -> dict[str, Any]:
+    """Gather everything that decides which hidden states a run needs.
+
+    Args:
+        pair: Fingerprints of the reference and the aligned model.
+        data: Fingerprint of the data set.
+        tokenizer: The pair's.
+        args: The run's ``TrRaConfig``.
+    """
+    template = chat_template_of(tokenizer, args.chat_template_path)
+    return {
+        "pair": list(pair),
+        "data": data,
+        "template": _short_hash(template),
+        "max_length": args.max_length,
+        "truncation": "keep_start" if args.packing else args.truncation_mode,
+        "completion_only": args.completion_only_loss,
+        "assistant_only": args.assistant_only_loss,
+        "eos_token": args.eos_token or tokenizer.eos_token,
+        "vocabulary": len(tokenizer),
+    }
+
+
+def require_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Make sure that a cache is of what is wanted.
+
+    Raises:
+        ConfigError: If not; names what differs.
+    """
+    unlike = [
+        f"{_NAMES.get(name, name)} ({'; '.join(differences(before.get(name), now[name], name))})"
+        for name in now
+        if before.get(name) != now[name]
+    ]
+    if unlike:
+        raise ConfigError(
+            f"the cache {folder} is of something else: {', '.join(unlike)}; name another "
+            "cache_dir, or delete that folder and make it again with flexalign cache."
+        )
+
+
+def _short_hash(template: Any) -> str | None:
+    if template is None:
+        return None
+    text = json.dumps(template, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

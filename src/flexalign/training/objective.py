@@ -1,0 +1,188 @@
+"""One step's loss, equation 6, inside the student's one wrapped forward.
+
+The teachers' hidden states come from the two models (:class:`Objective`) or from a cache
+(:class:`CachedObjective`).
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexalign.heads import Head, last_hidden
+from flexalign.losses import Divergence, DivergenceMetrics, fused_divergence
+from flexalign.models.adapters import inner_model
+from flexalign.models.pair import Heads
+from flexalign.training.forward import HeadForm, gathered_head, run_inside, run_with_head
+from flexalign.training.hidden_cache.read import CACHED
+from flexalign.training.models import Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Equation6:
+    """What is minimised, whoever the teachers are.
+
+    Attributes:
+        divergence: As in :func:`~flexalign.losses.fused_divergence`, like the next three.
+        beta: β of ``"jsd"``.
+        gate: τ, or None.
+        chunk_size: Tokens whose logits exist at one time.
+    """
+
+    divergence: Divergence
+    beta: float
+    gate: float | None
+    chunk_size: int
+
+    def _loss(
+        self,
+        student: tuple[Tensor, Head],
+        reference: tuple[Tensor, Head],
+        aligned: tuple[Tensor, Head],
+        mask: Tensor,
+        lam: float,
+        num_items: Tensor | int,
+        sampled: Tensor | None = None,
+    ) -> tuple[Tensor, DivergenceMetrics]:
+        """Compare hidden states, each with its head."""
+        with torch.autocast(student[0].device.type, enabled=False):
+            return fused_divergence(
+                *student,
+                *reference,
+                *aligned,
+                mask,
+                lam,
+                divergence=self.divergence,
+                beta=self.beta,
+                gate=self.gate,
+                num_items=num_items,
+                chunk_size=self.chunk_size,
+                metrics=True,
+                sampled=sampled,
+            )
+
+
+@dataclass(frozen=True)
+class Objective(_Equation6):
+    """The divergence between a student and the fused teacher, inside the student's forward.
+
+    Attributes:
+        student: The student, unwrapped: a transformers model, or a PEFT wrapper of one.
+        form: The form of its head.
+        reference: The teacher of λ=0.
+        aligned: The teacher of λ=1.
+    """
+
+    student: nn.Module
+    form: HeadForm
+    reference: Teacher
+    aligned: Teacher
+
+    def __call__(
+        self,
+        wrapper: nn.Module,
+        inputs: Mapping[str, Any],
+        mask: Tensor,
+        lam: float,
+        num_items: Tensor | int,
+        sampled: Tensor | None = None,
+    ) -> tuple[Tensor, DivergenceMetrics]:
+        """Run the three models on one batch.
+
+        Args:
+            wrapper: The student as the trainer wrapped it (DDP, FSDP, …), or itself.
+            inputs: ``input_ids`` (B, T) and what else the decoders take; no labels.
+            mask: Shape (B, T − 1); True where the token that follows position t is trained on.
+            lam: λ of this step.
+            num_items: The denominator: response tokens of the whole step.
+            sampled: As in :func:`~flexalign.losses.fused_divergence`; None: the tokens' own loss.
+
+        Returns:
+            The loss, nats per response token, and the metrics over the same denominator.
+        """
+        inner = inner_model(self.student)
+        teachers = {"reference": self.reference, "aligned": self.aligned}
+        hidden: dict[str, Tensor] = {}
+        heads: dict[str, Head] = {}
+
+        def inside(**given: Any) -> tuple[Tensor, DivergenceMetrics]:
+            for side, teacher in teachers.items():
+                if teacher.shares_student:
+                    hidden[side] = teacher.hidden(given)[:, :-1]
+            student_hidden = last_hidden(inner, **given)[:, :-1]
+            return run_with_head(inner, self.form, student_hidden, loss)
+
+        def loss(student_hidden: Tensor, head: Head) -> tuple[Tensor, DivergenceMetrics]:
+            frozen = _detached(head)
+            reference, aligned = (
+                (hidden[side], heads.get(side, frozen)) for side in ("reference", "aligned")
+            )
+            student = (student_hidden, head)
+            return self._loss(student, reference, aligned, mask, lam, num_items, sampled)
+
+        with ExitStack() as gathering:
+            for side, teacher in teachers.items():
+                if not teacher.shares_student:
+                    hidden[side] = teacher.hidden(inputs)[:, :-1]
+                    heads[side] = gathering.enter_context(
+                        gathered_head(teacher.model, teacher.form)
+                    )
+            return run_inside(wrapper, inner, inside, **inputs)
+
+
+@dataclass(frozen=True)
+class CachedObjective(_Equation6):
+    """The same divergence, with the teachers' hidden states out of a cache.
+
+    Attributes:
+        student: As in :class:`Objective`.
+        form: The form of its head.
+        heads: The teachers' heads.
+    """
+
+    student: nn.Module
+    form: HeadForm
+    heads: Heads
+
+    def __call__(
+        self,
+        wrapper: nn.Module,
+        inputs: Mapping[str, Any],
+        mask: Tensor,
+        lam: float,
+        num_items: Tensor | int,
+    ) -> tuple[Tensor, DivergenceMetrics]:
+        """Run the student on one batch; see :meth:`Objective.__call__`.
+
+        Args:
+            wrapper: The student as the trainer wrapped it.
+            inputs: A batch of :class:`~flexalign.training.hidden_cache.read.CachedCollator`, less labels.
+            mask: As there; its true positions are those that the cache gave, in order.
+            lam: λ of this step.
+            num_items: The denominator.
+        """
+        inner = inner_model(self.student)
+        given = {name: value for name, value in inputs.items() if name != CACHED}
+        reference, aligned = (
+            (torch.cat(inputs[CACHED][side]), getattr(self.heads, side)) for side in Heads._fields
+        )
+        # over (B, T), so that the student's hidden states need no copy
+        positions = nn.functional.pad(mask, (0, 1)).flatten().nonzero().squeeze(-1)
+        counted = torch.ones_like(positions, dtype=torch.bool)
+
+        def inside(**given: Any) -> tuple[Tensor, DivergenceMetrics]:
+            hidden = last_hidden(inner, **given).flatten(0, 1).index_select(0, positions)
+            return run_with_head(inner, self.form, hidden, loss)
+
+        def loss(hidden: Tensor, head: Head) -> tuple[Tensor, DivergenceMetrics]:
+            return self._loss((hidden, head), reference, aligned, counted, lam, num_items)
+
+        return run_inside(wrapper, inner, inside, **given)
+
+
+def _detached(head: Head) -> Head:
+    bias = None if head.bias is None else head.bias.detach()
+    return replace(head, weight=head.weight.detach(), bias=bias)
