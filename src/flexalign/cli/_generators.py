@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from flexalign.cli.console import note
 from flexalign.data.client import Endpoint, EndpointResponse
-from flexalign.data.rendering import Prompt, keeps_thinking, plain_prompt
-from flexalign.data.thinking import ThinkingTags
-from flexalign.data.traces import SamplingSettings
+from flexalign.data.rendering import Prompt, plain_prompt
+from flexalign.data.traces import SamplingSettings, sampling_record
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,14 +28,7 @@ class LocalModel:
         self._settings = settings
         self._tokenizer = load_tokenizer(self._source)
         self.source = {"model": name, "fingerprint": fingerprint(self._source), "dtype": dtype}
-        tags = ThinkingTags.detect(self._tokenizer)
-        conversations = bool(self._tokenizer.chat_template) and not settings.plain
-        if conversations and tags and not keeps_thinking(self._tokenizer, tags):
-            note(
-                "this model's chat template drops the thinking of "
-                "responses, so training on these traces will need --plain here, or another "
-                "template there."
-            )
+        self.rendering: dict[str, Any] | None = sampling_record(self._tokenizer)
 
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> "list[Response]":
         """Answer a batch; its first seed seeds it."""
@@ -89,6 +80,7 @@ class Server:
             api_key=api_key,
         )
         self.source = {"endpoint": url, "model": model}
+        self.rendering: dict[str, Any] | None = None
 
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[EndpointResponse]:
         """Answer a batch, each prompt with its own seed."""

@@ -58,8 +58,7 @@ def sample(
         bool,
         typer.Option(
             "--plain",
-            help="Write rendered text instead of messages, for chat templates that would drop "
-            "the thinking in training.",
+            help="Write rendered text instead of messages; training does not need it.",
         ),
     ] = False,
     dtype: Dtype = "auto",
@@ -103,7 +102,7 @@ def sample(
     if dry_run:
         _preview(dataset, generator.render, settings, as_json)
         return
-    done = open_run(dataset, output, settings, generator.source)
+    done = open_run(dataset, output, settings, generator.source, generator.rendering)
     if done:
         console.print(f"{escape(str(output))} holds {done} of {total} rows; going on.")
     with resumable(), progress_bar("traces", total, done) as progress:
@@ -115,6 +114,7 @@ def sample(
             done=done,
             progress=progress,
             render=generator.render,
+            rendering=generator.rendering,
         )
     if as_json:
         print_json({"output": str(output), **summary.to_json()})

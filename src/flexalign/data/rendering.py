@@ -419,7 +419,7 @@ def _conversation_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Return the tokens that end a response: the chat template's own, and EOS."""
     stops = [tokenizer.eos_token_id]
-    if tokenizer.chat_template:
+    if getattr(tokenizer, "chat_template", None):
         try:
             stop = shape_of(tokenizer).stop
         except Exception:  # a template is a program; one that fails shows no stop token

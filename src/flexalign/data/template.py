@@ -411,12 +411,12 @@ def require_all_shown(messages: Messages, rendered: str) -> None:
     squeezed = "".join(rendered.split())
     for message in messages:
         content = message.get("content")
-        if message["role"] in ("user", "system", "developer") and isinstance(content, str):
-            if "".join(content.split()) not in squeezed:
-                raise DataError(
-                    f"the chat template leaves a message of the role {message['role']} out of the "
-                    "prompt; put its text into the user's message, or use another template."
-                )
+        asks = message["role"] in ("user", "system", "developer")
+        if asks and isinstance(content, str) and "".join(content.split()) not in squeezed:
+            raise DataError(
+                f"the chat template leaves a message of the role {message['role']} out of the "
+                "prompt; put its text into the user's message, or use another template."
+            )
 
 
 def copied_with(

@@ -35,12 +35,10 @@ class ThinkingTags:
     Attributes:
         open: The opening tag.
         close: The closing tag.
-        answer: What stands before an answer that follows no thinking; mostly nothing.
     """
 
     open: str = "<think>"
     close: str = "</think>"
-    answer: str = ""
 
     def __post_init__(self) -> None:
         """Check that the two can be told apart."""
@@ -71,6 +69,16 @@ class ThinkingTags:
         named = [tags for tags in _KNOWN if tags.close in rendered]
         known = named + [tags for tags in _KNOWN if tags.close in vocabulary]
         return known[0] if known else None
+
+    @property
+    def answer(self) -> str:
+        """What stands before an answer that follows no thinking; nothing where tags are a pair.
+
+        A closing tag that ends one message of the assistant and begins another has it at its end.
+        """
+        return (
+            self.close.rpartition(_NEXT_MESSAGE)[2].strip() if _NEXT_MESSAGE in self.close else ""
+        )
 
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "ThinkingTags":
@@ -109,6 +117,8 @@ class ThinkingTags:
         return len(tokenizer(thinking, add_special_tokens=False)["input_ids"])
 
 
+_NEXT_MESSAGE = "<|start|>assistant"
+
 _KNOWN = (
     ThinkingTags(),
     ThinkingTags("<thinking>", "</thinking>"),
@@ -120,7 +130,6 @@ _KNOWN = (
     ThinkingTags(
         "<|channel|>analysis<|message|>",
         "<|end|><|start|>assistant<|channel|>final<|message|>",
-        "<|channel|>final<|message|>",
     ),
 )
 
@@ -140,10 +149,7 @@ def _shown_by_rendering(tokenizer: "PreTrainedTokenizerBase") -> ThinkingTags | 
         ids = tokenizer(shape.opening.partition(close)[0].rstrip(), add_special_tokens=False)
         last = ids["input_ids"][-1:]
         opened = known or str(tokenizer.decode(last)).strip()
-    if not opened or opened == close:
-        return None
-    answer = (shape.answer_start or "").strip()
-    return ThinkingTags(opened, close, "" if close in answer else answer)
+    return ThinkingTags(opened, close) if opened and opened != close else None
 
 
 # Answers alone, as InRa's fast stream learns them.

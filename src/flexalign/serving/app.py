@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from flexalign.data.rendering import render_chat
+from flexalign.data.rendering import Rendering
 from flexalign.data.thinking import ThinkingTags
 from flexalign.data.traces import derive_seed
 from flexalign.errors import ConfigError, DataError, FlexAlignError
@@ -188,7 +188,7 @@ class Service:
             )
         try:
             messages = [dict(message) for message in request.messages]
-            text = render_chat(tokenizer, messages, add_generation_prompt=True)
+            return tuple(Rendering(tokenizer).prompt(messages).ids)
         except DataError as error:
             raise ApiError(400, f"messages: {error}", param="messages") from error
         except Exception as error:  # a template is a program, and these are its arguments
@@ -197,7 +197,6 @@ class Service:
                 f"messages: the chat template fails on them ({error!r:.200}); send others.",
                 param="messages",
             ) from error
-        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _encode(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
         if isinstance(prompt, str):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import uvicorn
 
+from flexalign.data.rendering import stop_ids
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, ServingError
 from flexalign.fusion import gated_lambda
@@ -212,4 +213,4 @@ def _sides(model: Any) -> Sequence[Any]:
 def _ends(given: Any, tokenizer: Any) -> list[int]:
     """Return the tokens that end an answer: the model's and its tokenizer's."""
     own = given if isinstance(given, list | tuple) else [given]
-    return [int(end) for end in dict.fromkeys([*own, tokenizer.eos_token_id]) if end is not None]
+    return [int(end) for end in dict.fromkeys([*own, *stop_ids(tokenizer)]) if end is not None]

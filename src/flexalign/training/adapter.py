@@ -27,6 +27,7 @@ from flexalign.training.callbacks import StopOnSignal
 from flexalign.training.checkpoints import SealedCheckpoints
 from flexalign.training.forward import HeadForm
 from flexalign.training.models import Parts, Teacher, running_dtype
+from flexalign.training.rows import RenderedPreferences, RenderedRows
 from flexalign.training.trainer import TrRaTrainer
 
 # The adapter stream as a model to train: the base itself, with the adapter in front of layer 0.
@@ -113,7 +114,7 @@ class _AdapterTraining(_Trainer):  # type: ignore[misc]
         """Write none: the finished folder gets its own."""
 
 
-class AdapterSFTTrainer(_AdapterTraining, SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
+class AdapterSFTTrainer(_AdapterTraining, RenderedRows, SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
     """Supervised fine-tuning of an adapter: TRL's, on the adapter stream."""
 
 
@@ -121,7 +122,7 @@ class AdapterTrRaTrainer(_AdapterTraining, TrRaTrainer):
     """TrRa of an adapter: its reference is the base stream of the same model."""
 
 
-class AdapterDPOTrainer(_AdapterTraining, SealedCheckpoints, DPOTrainer):  # type: ignore[misc]
+class AdapterDPOTrainer(_AdapterTraining, RenderedPreferences, SealedCheckpoints, DPOTrainer):  # type: ignore[misc]
     """Direct preference optimisation of an adapter against the base stream.
 
     The reference's log-probabilities are computed once, before training, by the same module with

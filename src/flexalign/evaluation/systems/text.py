@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flexalign.data.rendering import Prompt, render_chat
+from flexalign.data.rendering import Opening, Prompt, Rendering
 from flexalign.data.thinking import ThinkingTags
 from flexalign.evaluation.systems.backend import Messages
 
@@ -23,10 +23,7 @@ class ModelText:
 
     def render(self, messages: Messages) -> str:
         """The prompt as text."""
-        prompt = self.prompt(messages)
-        if isinstance(prompt, str):
-            return prompt
-        return render_chat(self.tokenizer, prompt, add_generation_prompt=True)
+        return Rendering(self.tokenizer, self.tags).prompt(self.prompt(messages)).text
 
     def length(self, messages: Messages) -> int:
         """The prompt's length in tokens, special tokens that a tokenizer adds left out."""
@@ -34,8 +31,8 @@ class ModelText:
 
     def whole(self, messages: Messages, response: str) -> str:
         """A response with its opening tag, which may stand in the prompt."""
-        opened = self.tags.opened_by(self.render(messages))
-        return self.tags.open + response if opened else response
+        prompt = Rendering(self.tokenizer, self.tags).prompt(self.prompt(messages))
+        return self.tags.open + response if prompt.opening is Opening.OPENED else response
 
     def thinking_tokens(self, response: str) -> int:
         """Tokens between the thinking tags."""

@@ -162,7 +162,7 @@ def _thinking_tokens(settings: InRaConfig, source: Model) -> tuple[int, int] | N
         tokens = TagTokens(tokenizer, settings.tags or ThinkingTags.of(tokenizer))
     except ConfigError:
         return None
-    return tokens.open, tokens.close
+    return (tokens.open, tokens.close) if tokens.are_single else None
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
