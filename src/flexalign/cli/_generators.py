@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from flexalign.data.client import Endpoint, EndpointResponse
+from flexalign.data.prompting import PromptSettings
 from flexalign.data.rendering import Prompt, plain_prompt
 from flexalign.data.traces import SamplingSettings, sampling_record
 from flexalign.errors import ConfigError
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 class LocalModel:
     """A model on this machine. Its weights are loaded when the first response is asked for."""
 
-    def __init__(self, name: str | None, dtype: str, settings: SamplingSettings) -> None:
+    def __init__(
+        self, name: str | None, dtype: str, settings: SamplingSettings, prompting: PromptSettings
+    ) -> None:
         if name is None:
             raise ConfigError("name a MODEL, or a server with --endpoint and --model-name.")
         from flexalign.models.loading import fingerprint, load_tokenizer
@@ -28,6 +31,7 @@ class LocalModel:
         self._settings = settings
         self._tokenizer = load_tokenizer(self._source)
         self.source = {"model": name, "fingerprint": fingerprint(self._source), "dtype": dtype}
+        prompting.bind(self._tokenizer)
         self.rendering: dict[str, Any] | None = sampling_record(self._tokenizer)
 
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> "list[Response]":

@@ -61,6 +61,17 @@ def sample(
             help="Write rendered text instead of messages; training does not need it.",
         ),
     ] = False,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--template",
+            metavar="KEY=VALUE",
+            help="An argument of the chat template, such as enable_thinking=false; repeatable.",
+        ),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="The system message of prompts that have none.")
+    ] = None,
     dtype: Dtype = "auto",
     skip_bad_rows: SkipBadRows = False,
     dry_run: Annotated[
@@ -82,19 +93,24 @@ def sample(
     """
     from flexalign.cli._generators import LocalModel, Server
     from flexalign.data.formats import load_prompts
+    from flexalign.data.prompting import PromptSettings, parse_template
     from flexalign.data.traces import SamplingSettings, make_traces, open_run
 
     settings = SamplingSettings(
         samples, max_new_tokens, temperature, top_p, batch_size, seed, plain
     )
+    prompting = PromptSettings(parse_template(template or []), system)
     generator: LocalModel | Server
     if endpoint is None:
         _refuse({"--model-name": model_name, "--api-key-env": api_key_env}, "without --endpoint")
-        generator = LocalModel(model, dtype, settings)
+        generator = LocalModel(model, dtype, settings, prompting)
     else:
-        _refuse({"MODEL": model, "--plain": plain or None}, "with --endpoint")
+        _refuse(
+            {"MODEL": model, "--plain": plain or None, "--template": template or None},
+            "with --endpoint",
+        )
         generator = Server(endpoint, model_name, read_secret(api_key_env), concurrency, settings)
-    dataset = load_prompts(prompts, skip_bad_rows=skip_bad_rows)
+    dataset = prompting.apply(load_prompts(prompts, skip_bad_rows=skip_bad_rows))
     if limit is not None:
         dataset = dataset.select(range(min(limit, len(dataset))))
     total = len(dataset) * samples

@@ -302,13 +302,17 @@ class Rendering:
             return whole[len(before) :]
         # The two merge where they meet, and a model that is asked has the prompt's end as it is.
         alone = self._encode(text)
-        if self.tokenizer.decode(before + alone) != self.tokenizer.decode(whole):
+        begins = self.tokenizer.convert_ids_to_tokens(alone[:1])
+        if begins and str(begins[0]).startswith(_WORD_START) and not text[:1].isspace():
             raise DataError(
                 f"row {number}: the tokenizer cannot split the prompt's end from the beginning of "
                 "the response; end the prompt with a special token or a line break."
             )
         return alone
 
+
+_WORD_START = "▁"
+"""How SentencePiece marks a word's beginning, which it puts before any text that stands alone."""
 
 _DIFFERENCES = {
     "arguments": "its response was sampled with the template arguments {was}, and {now} are in "

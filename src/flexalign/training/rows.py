@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from flexalign.data.rendering import tokenize_preferences, tokenize_rows
+from flexalign.data.template import bind_template, bound_thinking, template_arguments
 
 if TYPE_CHECKING:
     from trl import DPOTrainer as _DPOTrainer
@@ -18,6 +19,11 @@ class RenderedRows(_SFTTrainer):  # type: ignore[misc]
     token ids) are left to TRL.
     """
 
+    def __init__(self, *args: Any, processing_class: Any = None, **options: Any) -> None:
+        # TRL puts `chat_template_path` in the template's place, and what is bound to it is lost.
+        self._bound = _bound_to(processing_class)
+        super().__init__(*args, processing_class=processing_class, **options)
+
     def _prepare_dataset(
         self,
         dataset: Any,
@@ -28,12 +34,19 @@ class RenderedRows(_SFTTrainer):  # type: ignore[misc]
         dataset_name: str,
     ) -> Any:
         if formatting_func is None and not args.assistant_only_loss:
-            dataset = tokenize_rows(
-                dataset, getattr(processing_class, "tokenizer", processing_class)
-            )
+            tokenizer = getattr(processing_class, "tokenizer", processing_class)
+            if self._bound != _bound_to(tokenizer):
+                bind_template(tokenizer, *self._bound)
+            dataset = tokenize_rows(dataset, tokenizer)
         return super()._prepare_dataset(
             dataset, processing_class, args, packing, formatting_func, dataset_name
         )
+
+
+def _bound_to(tokenizer: Any) -> tuple[dict[str, Any], tuple[str, str] | None]:
+    if tokenizer is None:
+        return {}, None
+    return template_arguments(tokenizer), bound_thinking(tokenizer)
 
 
 class RenderedPreferences(_DPOTrainer):  # type: ignore[misc]

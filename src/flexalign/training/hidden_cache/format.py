@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from flexalign.data.rendering import chat_template_of
+from flexalign.data.template import template_arguments
 from flexalign.errors import ConfigError
 from flexalign.training.output import differences
 
@@ -293,6 +294,7 @@ _NAMES = {
     "pair": "the pair",
     "data": "the data set",
     "template": "the chat template",
+    "template_arguments": "the template's arguments",
     "max_length": "the cut-off max_length",
     "truncation": "the end that the cut-off keeps",
     "completion_only": "completion_only_loss",
@@ -314,6 +316,7 @@ def identity_of(
         args: The run's ``TrRaConfig``.
     """
     template = chat_template_of(tokenizer, args.chat_template_path)
+    arguments = template_arguments(tokenizer)
     return {
         "pair": list(pair),
         "data": data,
@@ -324,6 +327,7 @@ def identity_of(
         "assistant_only": args.assistant_only_loss,
         "eos_token": args.eos_token or tokenizer.eos_token,
         "vocabulary": len(tokenizer),
+        **({"template_arguments": arguments} if arguments else {}),
     }
 
 
