@@ -20,6 +20,7 @@ from flexalign.cli._training import (
 from flexalign.cli.console import print_json, result_console, say
 from flexalign.data import Lengths, measure_lengths
 from flexalign.data.rendering import chat_template_of
+from flexalign.data.template import replace_template
 from flexalign.models.compatibility import ModelFacts, PairFacts, examine_pair
 from flexalign.models.weights import tensor_infos
 from flexalign.training.hidden_cache import HiddenStateCache
@@ -113,7 +114,7 @@ def make_run(
 def _tokenizer(facts: PairFacts, chat_template: str | None) -> Any:
     """The pair's tokenizer, with the chat template that training is going to use."""
     tokenizer = facts.tokenizer
-    tokenizer.chat_template = chat_template_of(tokenizer, chat_template)
+    replace_template(tokenizer, chat_template_of(tokenizer, chat_template))
     return tokenizer
 
 

@@ -80,6 +80,19 @@ def bind_template(
         tokenizer.chat_template = header + bare
 
 
+def replace_template(tokenizer: "PreTrainedTokenizerBase", template: Any) -> None:
+    """Give a tokenizer another chat template; what is bound stays in force.
+
+    Args:
+        tokenizer: Changed in place.
+        template: The template's text, several by name, or None.
+    """
+    arguments, thinking = template_arguments(tokenizer), bound_thinking(tokenizer)
+    tokenizer.chat_template = template
+    if arguments or thinking:
+        bind_template(tokenizer, arguments, thinking)
+
+
 def bare_template(tokenizer: "PreTrainedTokenizerBase") -> Any:
     """Return the chat template without what is bound to it: text, several by name, or None."""
     template = tokenizer.chat_template

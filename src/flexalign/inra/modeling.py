@@ -439,6 +439,8 @@ class InRaModel(StreamDecoding):
             require_base(settings, fingerprint(model), source, folder)
         layers = copy_first_layer(model, settings.adapter_layers, _name(model))
         load_weights(layers, folder)
+        if tokenizer is not None:
+            settings.bind(tokenizer)
         return cls(model, layers, settings, tokenizer)
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:

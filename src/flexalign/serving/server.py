@@ -203,7 +203,8 @@ def _load(options: ServeOptions) -> tuple[Runner, Any, ThinkingTags | None, Dial
     settings = model.inra_config
     rules = adapter_rules(settings, options.lambda_range)
     model.inra_config = replace(settings, lambda_range=rules.lambda_range)
-    return InRaRunner(model, options.gate), load_tokenizer(options.model), settings.tags, rules
+    tokenizer = model.tokenizer or load_tokenizer(options.model)
+    return InRaRunner(model, options.gate), tokenizer, settings.tags, rules
 
 
 def _sides(model: Any) -> Sequence[Any]:

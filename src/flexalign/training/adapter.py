@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import DPOTrainer, SFTTrainer
 
 from flexalign.data import ThinkingTags, strip_thinking
+from flexalign.data.rendering import chat_template_of, rendering_record
+from flexalign.data.template import replace_template
 from flexalign.errors import ConfigError
 from flexalign.inra.cache import Entry
 from flexalign.inra.configuration import load_weights
@@ -164,9 +166,14 @@ class Adaptation(Run):
     @contextmanager
     def _trainer(self, callbacks: list[TrainerCallback]) -> Iterator[Any]:
         inra = self._load()
+        if (path := getattr(self.arguments, "chat_template_path", None)) is not None:
+            replace_template(self.tokenizer, chat_template_of(self.tokenizer, path))
         tags = ThinkingTags.of(self.tokenizer)
         inra.inra_config = replace(
-            inra.inra_config, thinking_tags=(tags.open, tags.close), calibration=None
+            inra.inra_config,
+            thinking_tags=(tags.open, tags.close),
+            calibration=None,
+            rendering=rendering_record(self.tokenizer),
         )
         options: dict[str, Any] = {
             "args": self.arguments,

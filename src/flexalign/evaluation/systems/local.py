@@ -64,7 +64,7 @@ class LocalBackend:
         self.default = Setting.of(1.0) if kind == "pair" else AS_IT_IS
         self._limits = options.lambda_range
         self.calibration: dict[str, Any] | None = None
-        tags = None
+        tags, config = None, None
         if kind == "dial":
             self._adapter = _adapter_folder(parts[1])
             config = check_folder(self._adapter)
@@ -73,7 +73,10 @@ class LocalBackend:
             self.calibration = config.calibration
             tags = config.tags
         self.require_range(settings)
-        self.text = ModelText(load_tokenizer(self._sources[0]), tags)
+        tokenizer = load_tokenizer(self._sources[0])
+        if config is not None:
+            config.bind(tokenizer)
+        self.text = ModelText(tokenizer, tags)
 
     @property
     def permitted(self) -> tuple[float, float] | None:

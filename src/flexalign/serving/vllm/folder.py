@@ -82,6 +82,10 @@ def prepare_folder(
         loaded.save_pretrained(output)
         load_tokenizer(source).save_pretrained(output)
         base = output
+    if settings.rendering and settings.rendering.get("arguments"):
+        tokenizer = load_tokenizer(source)
+        settings.bind(tokenizer)
+        tokenizer.save_pretrained(output)
     config = read_json(base / "config.json")
     _write_index(tensor_infos(base), _write_adapter(adapter, tensor_infos(base), output), output)
     shutil.copyfile(adapter / CONFIG_FILE, output / CONFIG_FILE)
