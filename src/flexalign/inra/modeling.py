@@ -1,4 +1,4 @@
-"""A model with a dial: two streams through one set of weights, fused by equation 5."""
+"""A model with a dial: a base model, an adapter before its layer 0, and λ between the two streams."""
 
 import inspect
 import warnings
@@ -18,10 +18,17 @@ from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, LambdaError, UnsupportedModelError
 from flexalign.fusion import Lambda, as_lambda, fuse
 from flexalign.generation.fused import FusedDecoding, positions_of
-from flexalign.generation.row_lambdas import RowDials
+from flexalign.generation.interface import Phase
+from flexalign.generation.row_lambdas import RowDials, read_dials
 from flexalign.heads import Head, can_mix_hidden
-from flexalign.inra.adapter import copy_first_layer, decoder_layers, identity_adapter, refusing
-from flexalign.inra.cache import ADAPTER, BASE, BOTH, Entry, Plan, StreamCache
+from flexalign.inra.adapter import (
+    AdapterHook,
+    copy_first_layer,
+    decoder_layers,
+    identity_adapter,
+    refusing,
+)
+from flexalign.inra.cache import ADAPTER, BASE, BOTH, StackPlan, StreamCache
 from flexalign.inra.configuration import (
     InRaConfig,
     check_folder,
@@ -33,35 +40,215 @@ from flexalign.lambdas import Adaptive
 from flexalign.models.loading import fingerprint, load_model, load_tokenizer
 from flexalign.models.sources import resolve, resolve_adapter
 
-# The two streams of a base model and an adapter, run as one batch up to their fused logits.
+Base: TypeAlias = str | Path | PreTrainedModel
+"""A known name, a folder, or a loaded model."""
 
 
-class StackedStreams(nn.Module):
-    """A frozen base, an adapter before its layer 0, and the pass that serves both streams.
+class InRaModel(FusedDecoding, nn.Module):
+    """A base model, a layer adapter before its layer 0, and a λ between the two streams.
+
+    The base stream is the base model; the adapter stream is the base model with the adapter's
+    layers in front. ``forward`` returns ``λ·adapter + (1−λ)·base`` of their logits (equation 5).
+    The base is frozen, stays usable by itself, and whatever is not found here (``config``,
+    ``device``, …) is the base's.
+
+    Example:
+        >>> model = InRaModel.create("miniature")                             # doctest: +SKIP
+        >>> model.generate(**tokenizer(prompts), lam=[0.0, 0.5, 1.0])         # doctest: +SKIP
 
     Attributes:
         base: The base model, a causal language model of transformers.
         adapter: The adapter's layers.
         head: The base's head.
-        entry: Where the adapter stream turns off.
+        adapter_hook: What sends the adapter stream's rows through the adapter.
+        inra_config: The adapter's settings.
+        tokenizer: The base's tokenizer where it is known, else None.
     """
 
-    def __init__(self, base: PreTrainedModel, adapter: nn.ModuleList, name: str) -> None:
-        """Join the two.
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        adapter: nn.ModuleList,
+        inra_config: InRaConfig,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """Join a base and an adapter made for it; see :meth:`create` and :meth:`from_pretrained`.
 
         Raises:
-            UnsupportedModelError: If the base has no plain head, or layers that are recurrent.
+            UnsupportedModelError: If the base has no plain head, has recurrent layers, or its
+                streams cannot run as one batch.
         """
         super().__init__()
+        name = _name(base)
         self.base = base
         self.adapter = adapter
         self.head = Head.of(base)
+        self.inra_config = inra_config
+        self.tokenizer = tokenizer
+        self._has_warned = False
         self._takes_positions = (
             "position_ids" in inspect.signature(self._decoder.forward).parameters
         )
-        self.entry = Entry(decoder_layers(base, name)[0], adapter)
-        weakref.finalize(self, self.entry.handle.remove)
-        self.new_cache()
+
+        self.adapter_hook = AdapterHook(decoder_layers(base, name)[0], adapter)
+        weakref.finalize(self, self.adapter_hook.handle.remove)
+
+        self.new_cache()  # refuses layers that keep anything but keys and values
+        probe_streams(self, name)
+        base.requires_grad_(False)  # last: a base that is refused is left as it was
+
+    @classmethod
+    def create(cls, base: Base, *, adapter_layers: int = 1, **loading: Any) -> "InRaModel":
+        """Put a fresh adapter, the identity, before a base model: every λ is the base.
+
+        Args:
+            base: A known name, a folder, or a loaded model.
+            adapter_layers: Number of layers; the paper found one to be best.
+            **loading: For a base that is to be loaded, as in ``flexalign.models.loading.load_model``.
+
+        Raises:
+            UnsupportedModelError: If the base cannot have one (post-LN, recurrent, quantised).
+        """
+        model, tokenizer, source = _loaded(base, loading)
+        settings = InRaConfig(source, fingerprint(model), adapter_layers)
+        adapter = identity_adapter(model, adapter_layers, _name(model))
+        return cls(model, adapter, settings, tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls, base: Base, adapter: str | Path, *, any_base: bool = False, **loading: Any
+    ) -> "InRaModel":
+        """Load an adapter's folder onto its base.
+
+        Args:
+            base: A known name, a folder, or a loaded model.
+            adapter: The folder that :meth:`save_pretrained` wrote, or a known name.
+            any_base: Take another base than the adapter was made for, if the shapes fit.
+            **loading: For a base that is to be loaded, as in ``flexalign.models.loading.load_model``.
+
+        Raises:
+            CheckpointError: If the adapter's files are missing, truncated or corrupt.
+            PairMismatchError: If the adapter was made for another base.
+        """
+        folder = resolve_adapter(adapter)
+        settings = check_folder(folder)
+
+        # A folder's fingerprint is known before its weights are loaded; that of GGUF is not.
+        from_folder = not isinstance(base, PreTrainedModel) and resolve(base).gguf_file is None
+        if from_folder and not any_base:
+            require_base(settings, fingerprint(base), str(base), folder)
+        model, tokenizer, source = _loaded(base, loading)
+        if not from_folder and not any_base:
+            require_base(settings, fingerprint(model), source, folder)
+
+        layers = copy_first_layer(model, settings.adapter_layers, _name(model))
+        load_weights(layers, folder)
+        return cls(model, layers, settings, tokenizer)
+
+    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
+        """Save the adapter alone: its settings and one file with its layers' weights."""
+        save_adapter(self.adapter, self.inra_config, Path(folder))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":  # not there yet, or not copied yet: there is nothing to ask
+                raise
+            return getattr(self.base, name)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: StreamCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        lam: Any = None,
+        gate: float | None = None,
+        streams: Tensor | None = None,
+        lam_checked: bool = False,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return the fused logits of a batch.
+
+        Args:
+            input_ids: Shape ``(B, T)``.
+            attention_mask: Shape ``(B, T)``, or ``(B, T_cached + T)`` with a cache.
+            position_ids: As the base takes them.
+            past_key_values: Of ``new_cache()``, or of an earlier call.
+            inputs_embeds: Embeddings in the place of ``input_ids``, shape ``(B, T, H)``.
+            use_cache: Keep keys and values; by default only if a cache is given.
+            logits_to_keep: As in transformers: the last so many positions, or which; 0 for all.
+            lam: A number, a list, ``(B,)`` or ``(B, T)``; the adapter's default if not given.
+            gate: As in :func:`flexalign.fusion.fuse`.
+            streams: Per row the streams that it will need for the whole sequence, for a cache's
+                first use: BASE, ADAPTER or BOTH of ``flexalign.inra.cache``; both if not given.
+            lam_checked: λ and the gate have been checked already, as ``generate`` does.
+            **kwargs: Whatever else the base's decoder takes.
+
+        Returns:
+            ``logits`` of shape ``(B, T, V)``, or ``(B, kept, V)``, and ``past_key_values``.
+
+        Raises:
+            LambdaError: If λ is not finite or does not fit the batch.
+            ConfigError: If the cache does not hold a stream that λ needs.
+        """
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is None:
+            raise ConfigError("forward needs input_ids or inputs_embeds.")
+        if not lam_checked:
+            lam = self._checked_lambda(lam)
+
+        # A cache may be continued at another λ, so its first use fills both streams by default.
+        needed = needed_streams(lam, len(given))
+        cache = self.new_cache() if past_key_values is None and use_cache else past_key_values
+        if streams is None:
+            streams = needed if cache is None else torch.full_like(needed, BOTH)
+        plan = self._plan(streams, given, cache)
+        if not plan.has(needed):
+            raise ConfigError(
+                "the cache does not hold a stream that this λ needs; generate catches up where it "
+                "is given the whole sequence along with the cache."
+            )
+
+        kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask}
+        kwargs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds}
+        hidden = self._run(plan, cache, kwargs)
+
+        # The head, the dearest product, is applied to the kept positions alone.
+        kept: Any = logits_to_keep
+        kept = slice(-kept, None) if isinstance(kept, int) else kept
+        if isinstance(lam, Tensor) and lam.ndim == 2 and lam.shape[1] == hidden.shape[1]:
+            lam = lam.to(hidden.device)[:, kept]
+        logits = self._fused_logits(plan, hidden[:, kept], lam, gate)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+
+    def _checked_lambda(self, lam: Any) -> Lambda:
+        if lam is None:
+            lam = self.inra_config.default_lambda
+        checked = as_lambda(torch.tensor(lam) if isinstance(lam, list | tuple) else lam)
+        if not self._has_warned:
+            values = torch.as_tensor(checked).detach()
+            self._note_range(float(values.min()), float(values.max()))
+        return checked
+
+    def _note_range(self, least: float, largest: float) -> None:
+        """Warn, once, of a λ outside the adapter's range."""
+        low, high = self.inra_config.lambda_range
+        if self._has_warned or (low <= least and largest <= high):
+            return
+
+        self._has_warned = True
+        warnings.warn(
+            f"λ from {least:g} to {largest:g} leaves this adapter's range [{low:g}, {high:g}], "
+            "where it was tried; results outside it are unmeasured.",
+            stacklevel=3,
+        )
+
+    # The two streams, run as rows of one batch up to their fused logits.
 
     def new_cache(self) -> StreamCache:
         """Return an empty cache for both streams."""
@@ -113,28 +300,32 @@ class StackedStreams(nn.Module):
     def _decoder(self) -> Any:
         return self.base.get_decoder()
 
-    def _plan(self, streams: Tensor | int, given: Tensor, cache: StreamCache | None) -> Plan:
+    def _plan(self, streams: Tensor | int, given: Tensor, cache: StreamCache | None) -> StackPlan:
         """Return how the rows of ``given`` are stacked; a cache decides once and for all."""
         if cache is not None and cache.plan is not None:
             return cache.plan
+
         if isinstance(streams, int):
             streams = torch.full((len(given),), streams)
-        plan = Plan(streams, given.device)
+        plan = StackPlan(streams, given.device)
         if cache is not None:
             cache.plan = plan
         return plan
 
-    def _run(self, plan: Plan, cache: StreamCache | None, inputs: dict[str, Any]) -> Tensor:
+    def _run(self, plan: StackPlan, cache: StreamCache | None, inputs: dict[str, Any]) -> Tensor:
         """Run the stack up to the head: (N, T, H)."""
         if not self._takes_positions:
             inputs.pop("position_ids", None)
         stacked = {key: plan.stack(value) for key, value in inputs.items() if value is not None}
         stacked |= {"past_key_values": cache, "use_cache": cache is not None, "return_dict": True}
-        with self.entry.open(len(plan.rows), plan.entry):
+
+        with self.adapter_hook.enabled(len(plan.rows), plan.adapter_start):
             hidden: Tensor = self._decoder(**stacked)[0]
         return hidden
 
-    def _fused_logits(self, plan: Plan, hidden: Tensor, lam: Lambda, gate: float | None) -> Tensor:
+    def _fused_logits(
+        self, plan: StackPlan, hidden: Tensor, lam: Lambda, gate: float | None
+    ) -> Tensor:
         """Return the fused logits (B, T, V) of the stack's hidden states (N, T, H).
 
         The head is applied once: to the fused hidden states where it is linear, else to the stack.
@@ -145,32 +336,7 @@ class StackedStreams(nn.Module):
             return self.head(fuse(*plan.split(hidden), lam))
         return fuse(*plan.split(self.head(hidden)), lam, gate)
 
-
-def needed_streams(lam: Lambda, rows: int) -> Tensor:
-    """Return, per row, the streams that a λ needs: one alone only where it is 0 or 1 throughout.
-
-    Raises:
-        LambdaError: If λ is neither one number nor has a value for each row.
-    """
-    if isinstance(lam, Tensor) and lam.ndim > 0:
-        if len(lam) not in (1, rows):
-            raise LambdaError(
-                f"λ of shape {tuple(lam.shape)} does not fit {rows} rows; give one number, one per "
-                "row, or one per row and position."
-            )
-        per_row = lam.detach().cpu().reshape(len(lam), -1).expand(rows, -1)
-    else:
-        per_row = torch.as_tensor(lam, dtype=torch.float64).cpu().expand(rows, 1)
-    base, adapter = (per_row == 0).all(1), (per_row == 1).all(1)
-    both = torch.full((rows,), BOTH)
-    return both.masked_fill(base, BASE).masked_fill(adapter, ADAPTER)
-
-
-# Generation over two streams: which of them a prompt needs, its cache, and sweeps of λ.
-
-
-class StreamDecoding(FusedDecoding, StackedStreams):
-    """`generate` and `sweep` for stacked streams."""
+    # Generation: which streams a prompt needs, its cache, and sweeps of λ.
 
     def sweep(
         self,
@@ -195,34 +361,71 @@ class StreamDecoding(FusedDecoding, StackedStreams):
             LambdaError: If there is no λ, or one is not finite.
             ConfigError: If an option is not available here.
         """
-        settings = lams.tolist() if isinstance(lams, Tensor) else list(lams)
+        given = lams.tolist() if isinstance(lams, Tensor) else list(lams)
+        settings = read_dials(given, len(given))
         if not settings:
             raise LambdaError("a sweep needs at least one λ.")
         if options.get("past_key_values") is not None:
             raise ConfigError("a sweep fills a cache of its own; leave past_key_values out.")
+
         prompts, repeats = len(input_ids), len(settings)
-        dials = RowDials.of(settings * prompts, prompts * repeats)
+        dials = RowDials.following(settings * prompts)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if input_ids.shape[1] > 1 and self._setting("use_cache", options) is not False:
-            self._check_options(options)
+
+        # A prompt is prefilled once in every stream that one of its λ needs, without its last
+        # token, which generate goes on from.
+        if input_ids.shape[1] > 1 and self.generation_option("use_cache", options) is not False:
+            self.check_options(options)
             streams = self._streams(dials, options)
             grid = streams.reshape(prompts, repeats)
             union = (grid & BASE).amax(1) | (grid & ADAPTER).amax(1)
             cache = self.prefill(input_ids[:, :-1], mask[:, :-1], union)
             cache.take(torch.arange(prompts).repeat_interleave(repeats), streams)
             options["past_key_values"] = cache
+
         return self.generate(
             input_ids=input_ids.repeat_interleave(repeats, 0),
             attention_mask=mask.repeat_interleave(repeats, 0),
-            lam=settings * prompts,
+            lam=dials,
             **options,
         )
 
+    def prefill_phases(
+        self, input_ids: Tensor, attention_mask: Tensor, phases: Sequence[Phase]
+    ) -> StreamCache:
+        """Run prompts once, ``(B, T)``, each in the streams that one of the phases needs."""
+        streams = torch.zeros(len(input_ids), dtype=torch.long)
+        for rows, dials in phases:
+            streams[rows] |= _streams_of(dials)
+        return self.prefill(input_ids, attention_mask, streams)
+
+    def fork_cache(self, cache: StreamCache, rows: Tensor, dials: RowDials) -> StreamCache:
+        """Return a copy of some rows, in the streams that their dials need."""
+        return cache.fork(rows, _streams_of(dials))
+
+    @property
+    def thinking_tags(self) -> ThinkingTags | None:
+        """The adapter's thinking tags; None for those of the tokenizer."""
+        return self.inra_config.tags
+
+    def threshold(self, policy: Adaptive) -> float:
+        """Return a policy's threshold; the calibrated one, where there is one, if it has none."""
+        return self.inra_config.threshold(policy)
+
+    @property
+    def _leader(self) -> PreTrainedModel:
+        return self.base
+
+    def _default_dial(self) -> float:
+        return self.inra_config.default_lambda
+
     def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
         """Return the cache, or what to make one of: the streams that each prompt needs."""
+        self._note_range(dials.least, dials.largest)
         streams = self._streams(dials, options)
-        if self._setting("use_cache", options) is False:
+        if self.generation_option("use_cache", options) is False:
             return {"streams": streams}
+
         cache = options.get("past_key_values")
         if cache is None:
             return {"past_key_values": self.new_cache(), "streams": streams}
@@ -232,26 +435,16 @@ class StreamDecoding(FusedDecoding, StackedStreams):
                 "more and both streams: take that of new_cache, prefill or an earlier generate."
             )
         if cache.plan is None:
+            # The caller keeps this cache, and may go on from it at another λ.
             return {"streams": torch.full_like(streams, BOTH)}
         self._continue(cache, cache.plan.streams, streams, options)
         return {}
 
     def _streams(self, dials: RowDials, options: dict[str, Any]) -> Tensor:
         """Return the streams that each prompt needs; both where the cache may outlive the call."""
-        if self._setting("return_dict_in_generate", options):
+        if self.generation_option("return_dict_in_generate", options):
             return torch.full((len(dials.ends),), BOTH)
-        return _codes(dials)
-
-    def _prefill_for(
-        self, input_ids: Tensor, attention_mask: Tensor, needs: Sequence[tuple[Tensor, RowDials]]
-    ) -> StreamCache:
-        streams = torch.zeros(len(input_ids), dtype=torch.long)
-        for rows, dials in needs:
-            streams[rows] |= _codes(dials)
-        return self.prefill(input_ids, attention_mask, streams)
-
-    def _fork(self, cache: StreamCache, rows: Tensor, dials: RowDials) -> StreamCache:
-        return cache.fork(rows, _codes(dials))
+        return _streams_of(dials)
 
     def _continue(
         self, cache: StreamCache, held: Tensor, streams: Tensor, options: dict[str, Any]
@@ -264,25 +457,72 @@ class StreamDecoding(FusedDecoding, StackedStreams):
                 f"the cache holds {len(held)} rows of {past} tokens; give generate input_ids that "
                 "begin with them, and at least one token more."
             )
+
         missing = streams & ~held
         if bool(missing.any()):
             mask = mask if mask is None else mask[:, :past]
             cache.join(self.prefill(ids[:, :past], mask, missing))
+
         repeats = self._repeats(options)
         if repeats > 1:
             cache.batch_repeat_interleave(repeats)
 
 
-def _codes(dials: RowDials) -> Tensor:
+def needed_streams(lam: Lambda, rows: int) -> Tensor:
+    """Return, per row, the streams that a λ needs: one alone only where it is 0 or 1 throughout.
+
+    Raises:
+        LambdaError: If λ is neither one number nor has a value for each row.
+    """
+    if isinstance(lam, Tensor) and lam.ndim > 0:
+        if len(lam) not in (1, rows):
+            raise LambdaError(
+                f"λ of shape {tuple(lam.shape)} does not fit {rows} rows; give one number, one per "
+                "row, or one per row and position."
+            )
+        per_row = lam.detach().cpu().reshape(len(lam), -1).expand(rows, -1)
+    else:
+        per_row = torch.as_tensor(lam, dtype=torch.float64).cpu().expand(rows, 1)
+    base, adapter = (per_row == 0).all(1), (per_row == 1).all(1)
+    both = torch.full((rows,), BOTH)
+    return both.masked_fill(base, BASE).masked_fill(adapter, ADAPTER)
+
+
+def _streams_of(dials: RowDials) -> Tensor:
     """Return the streams that each prompt needs: one alone where its λ is that end throughout."""
     codes = {None: BOTH, 0.0: BASE, 1.0: ADAPTER}
     return torch.tensor([codes[end] for end in dials.ends])
 
 
-# The proof, at load, that a model's two streams are what they should be.
-#
-# Families differ in what they hand to their layers; instead of a list of names, a few tokens are run
-# through both streams and compared. What does not come out right is refused, and not served wrongly.
+def _name(model: Any) -> str:
+    return f"{type(model).__name__} (family {model.config.model_type})"
+
+
+def _loaded(
+    base: Base, loading: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str]:
+    """Return a base model, its tokenizer where there is one, and its name."""
+    model: Any = base
+    tokenizer, source = None, ""
+    if not isinstance(base, nn.Module):
+        source = str(base)
+        model = load_model(base, **loading)
+        try:
+            tokenizer = load_tokenizer(base)
+        except ConfigError:
+            tokenizer = None
+
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError(
+            "the base has a PEFT adapter, which would be in both streams; merge it first "
+            "(merge_and_unload) and give the merged model."
+        )
+    return model, tokenizer, source or model.config._name_or_path or _name(model)
+
+
+# The probe, at load, of a model's two streams. Families differ in what they hand to their layers;
+# instead of a list of names, a few tokens are run through both streams and compared. A model whose
+# streams differ is refused, and not served wrongly.
 
 _ROWS, _TOKENS, _PADDING = 2, 4, 1
 """As many tokens as rows in the stack: what is cut by rows must not be taken for tokens."""
@@ -295,7 +535,7 @@ _CACHED = "its streams come out differently with a cache than without"
 
 
 @torch.no_grad()
-def probe_streams(model: StackedStreams, name: str) -> None:
+def probe_streams(model: InRaModel, name: str) -> None:
     """Compare stacked with separate streams, and cached with uncached.
 
     Raises:
@@ -307,12 +547,13 @@ def probe_streams(model: StackedStreams, name: str) -> None:
     tokens = tokens.to(device)
     mask = torch.ones_like(tokens)
     mask[-1, :_PADDING] = 0
+
     stirred = _stirred(list(model.adapter.parameters()))
     with refusing(name, _FAILING), evaluating(model), stirred:
         _compare(model, tokens, mask, name)
 
 
-def _compare(model: StackedStreams, tokens: Tensor, mask: Tensor, name: str) -> None:
+def _compare(model: InRaModel, tokens: Tensor, mask: Tensor, name: str) -> None:
     positions = positions_of(mask)
     whole: dict[str, Any] = {"attention_mask": mask, "position_ids": positions}
     base, adapter = model.stream_hidden(tokens, **whole)
@@ -320,6 +561,7 @@ def _compare(model: StackedStreams, tokens: Tensor, mask: Tensor, name: str) -> 
     _, adapter_alone = model.stream_hidden(tokens, streams=ADAPTER, **whole)
     _require(base, base_alone, mask, _STACKED, name)
     _require(adapter, adapter_alone, mask, _STACKED, name)
+
     cache = model.prefill(tokens[:, :-1], mask[:, :-1])
     last: dict[str, Any] = {"attention_mask": mask, "position_ids": positions[:, -1:]}
     step = model.stream_hidden(tokens[:, -1:], cache=cache, **last)
@@ -350,229 +592,3 @@ def _require(found: Tensor, expected: Tensor, mask: Tensor, problem: str, name: 
         raise UnsupportedModelError(
             f"{name}: {problem} (off by {off:.1%}); InRa cannot serve this model."
         )
-
-
-Base: TypeAlias = str | Path | PreTrainedModel
-"""A known name, a folder, or a loaded model."""
-
-
-class InRaModel(StreamDecoding):
-    """A base model, a layer adapter before its layer 0, and a λ between the two streams.
-
-    The base stream is the base model; the adapter stream is the base model with the adapter's
-    layers in front. ``forward`` returns ``λ·adapter + (1−λ)·base`` of their logits (equation 5).
-    The base is frozen, stays usable by itself, and whatever is not found here (``config``,
-    ``device``, …) is the base's.
-
-    Example:
-        >>> model = InRaModel.create("miniature")                             # doctest: +SKIP
-        >>> model.generate(**tokenizer(prompts), lam=[0.0, 0.5, 1.0])         # doctest: +SKIP
-
-    Attributes:
-        base: The base model, a causal language model of transformers.
-        adapter: The adapter's layers.
-        head: The base's head.
-        inra_config: The adapter's settings.
-        tokenizer: The base's tokenizer where it is known, else None.
-    """
-
-    def __init__(
-        self,
-        base: PreTrainedModel,
-        adapter: nn.ModuleList,
-        inra_config: InRaConfig,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> None:
-        """Join a base and an adapter made for it; see :meth:`create` and :meth:`from_pretrained`.
-
-        Raises:
-            UnsupportedModelError: If the base's streams cannot run as one batch.
-        """
-        name = _name(base)
-        super().__init__(base, adapter, name)
-        self.inra_config = inra_config
-        self.tokenizer = tokenizer
-        self._has_warned = False
-        probe_streams(self, name)
-        base.requires_grad_(False)  # last: a base that is refused is left as it was
-
-    @classmethod
-    def create(cls, base: Base, *, adapter_layers: int = 1, **loading: Any) -> "InRaModel":
-        """Put a fresh adapter, the identity, before a base model: every λ is the base.
-
-        Args:
-            base: A known name, a folder, or a loaded model.
-            adapter_layers: Number of layers; the paper found one to be best.
-            **loading: For a base that is to be loaded, as in ``flexalign.models.loading.load_model``.
-
-        Raises:
-            UnsupportedModelError: If the base cannot have one (post-LN, recurrent, quantised).
-        """
-        model, tokenizer, source = _loaded(base, loading)
-        settings = InRaConfig(source, fingerprint(model), adapter_layers)
-        adapter = identity_adapter(model, adapter_layers, _name(model))
-        return cls(model, adapter, settings, tokenizer)
-
-    @classmethod
-    def from_pretrained(
-        cls, base: Base, adapter: str | Path, *, any_base: bool = False, **loading: Any
-    ) -> "InRaModel":
-        """Load an adapter's folder onto its base.
-
-        Args:
-            base: A known name, a folder, or a loaded model.
-            adapter: The folder that :meth:`save_pretrained` wrote, or a known name.
-            any_base: Take another base than the adapter was made for, if the shapes fit.
-            **loading: For a base that is to be loaded, as in ``flexalign.models.loading.load_model``.
-
-        Raises:
-            CheckpointError: If the adapter's files are missing, truncated or corrupt.
-            PairMismatchError: If the adapter was made for another base.
-        """
-        folder = resolve_adapter(adapter)
-        settings = check_folder(folder)
-        from_folder = not isinstance(base, PreTrainedModel) and resolve(base).gguf_file is None
-        if from_folder and not any_base:
-            require_base(settings, fingerprint(base), str(base), folder)
-        model, tokenizer, source = _loaded(base, loading)
-        if not from_folder and not any_base:
-            require_base(settings, fingerprint(model), source, folder)
-        layers = copy_first_layer(model, settings.adapter_layers, _name(model))
-        load_weights(layers, folder)
-        return cls(model, layers, settings, tokenizer)
-
-    def save_pretrained(self, folder: str | Path, **_: Any) -> None:
-        """Save the adapter alone: its settings and one file with its layers' weights."""
-        save_adapter(self.adapter, self.inra_config, Path(folder))
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: StreamCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        lam: Any = None,
-        gate: float | None = None,
-        streams: Tensor | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Return the fused logits of a batch.
-
-        Args:
-            input_ids: Shape ``(B, T)``.
-            attention_mask: Shape ``(B, T)``, or ``(B, T_cached + T)`` with a cache.
-            position_ids: As the base takes them.
-            past_key_values: Of ``new_cache()``, or of an earlier call.
-            inputs_embeds: Embeddings in the place of ``input_ids``, shape ``(B, T, H)``.
-            use_cache: Keep keys and values; by default only if a cache is given.
-            logits_to_keep: As in transformers: the last so many positions, or which; 0 for all.
-            lam: A number, a list, ``(B,)`` or ``(B, T)``; the adapter's default if not given.
-            gate: As in :func:`flexalign.fusion.fuse`.
-            streams: Per row the streams that it will need for the whole sequence, for a cache's
-                first use: BASE, ADAPTER or BOTH of ``flexalign.inra.cache``; both if not given.
-            **kwargs: Whatever else the base's decoder takes.
-
-        Returns:
-            ``logits`` of shape ``(B, T, V)``, or ``(B, kept, V)``, and ``past_key_values``.
-
-        Raises:
-            LambdaError: If λ is not finite or does not fit the batch.
-            ConfigError: If the cache does not hold a stream that λ needs.
-        """
-        given = input_ids if input_ids is not None else inputs_embeds
-        if given is None:
-            raise ConfigError("forward needs input_ids or inputs_embeds.")
-        lam = self._lambda(lam)
-        needed = needed_streams(lam, len(given))
-        cache = self.new_cache() if past_key_values is None and use_cache else past_key_values
-        if streams is None:
-            streams = needed if cache is None else torch.full_like(needed, BOTH)
-        plan = self._plan(streams, given, cache)
-        if not plan.has(needed):
-            raise ConfigError(
-                "the cache does not hold a stream that this λ needs; generate catches up where it "
-                "is given the whole sequence along with the cache."
-            )
-        kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask}
-        kwargs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds}
-        hidden = self._run(plan, cache, kwargs)
-        kept: Any = logits_to_keep
-        kept = slice(-kept, None) if isinstance(kept, int) else kept
-        if isinstance(lam, Tensor) and lam.ndim == 2 and lam.shape[1] == hidden.shape[1]:
-            lam = lam.to(hidden.device)[:, kept]
-        logits = self._fused_logits(plan, hidden[:, kept], lam, gate)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base":
-                raise
-            return getattr(self.base, name)
-
-    @property
-    def _leader(self) -> PreTrainedModel:
-        return self.base
-
-    def _default_dial(self) -> float:
-        return self.inra_config.default_lambda
-
-    def _thinking_tags(self) -> ThinkingTags | None:
-        return self.inra_config.tags
-
-    def threshold(self, policy: Adaptive) -> float:
-        """Return a policy's threshold; the calibrated one, where there is one, if it has none."""
-        return self.inra_config.threshold(policy)
-
-    def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
-        self._note_range(dials.least, dials.largest)
-        return super()._decoding_inputs(dials, options)
-
-    def _lambda(self, lam: Any) -> Lambda:
-        if lam is None:
-            lam = self.inra_config.default_lambda
-        checked = as_lambda(torch.tensor(lam) if isinstance(lam, list | tuple) else lam)
-        if not self._has_warned:
-            values = torch.as_tensor(checked).detach()
-            self._note_range(float(values.min()), float(values.max()))
-        return checked
-
-    def _note_range(self, least: float, largest: float) -> None:
-        low, high = self.inra_config.lambda_range
-        if self._has_warned or (low <= least and largest <= high):
-            return
-        self._has_warned = True
-        warnings.warn(
-            f"λ from {least:g} to {largest:g} leaves this adapter's range [{low:g}, {high:g}], "
-            "where it was tried; results outside it are unmeasured.",
-            stacklevel=3,
-        )
-
-
-def _name(model: Any) -> str:
-    return f"{type(model).__name__} (family {model.config.model_type})"
-
-
-def _loaded(
-    base: Base, loading: dict[str, Any]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str]:
-    """Return a base model, its tokenizer where there is one, and its name."""
-    model: Any = base
-    tokenizer, source = None, ""
-    if not isinstance(base, nn.Module):
-        source = str(base)
-        model = load_model(base, **loading)
-        try:
-            tokenizer = load_tokenizer(base)
-        except ConfigError:
-            tokenizer = None
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
-        raise UnsupportedModelError(
-            "the base has a PEFT adapter, which would be in both streams; merge it first "
-            "(merge_and_unload) and give the merged model."
-        )
-    return model, tokenizer, source or model.config._name_or_path or _name(model)
