@@ -17,7 +17,7 @@ from transformers import GenerationMixin, PreTrainedTokenizerBase
 
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError
-from flexalign.fusion import gated_lambda
+from flexalign.fusion import as_gate
 from flexalign.generation.adaptive import generate_routed, needs_routing
 from flexalign.generation.confidence import Listener, Watch
 from flexalign.generation.row_lambdas import RowDials, TagTokens, read_dials
@@ -111,7 +111,7 @@ class FusedDecoding(GenerationMixin, ABC):  # type: ignore[misc]
         if prompts is None:
             raise ConfigError("generate needs input_ids: the prompts, shape (B, T).")
         if gate is not None:
-            gated_lambda(torch.zeros(1), torch.zeros(1), 2.0, gate)
+            as_gate(gate)
         dial = policy if lam is None else lam
         dial = self._default_dial() if dial is None else dial
         if not isinstance(dial, Tensor):

@@ -12,7 +12,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flexalign.errors import ConfigError, UnsupportedModelError
-from flexalign.fusion import Lambda, fuse
+from flexalign.fusion import Lambda, as_lambda, fuse_logits
 from flexalign.generation.fused import FusedDecoding, positions_of
 from flexalign.generation.row_lambdas import RowDials, TagTokens
 from flexalign.models.adapters import inner_model
@@ -153,7 +153,8 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
         Returns:
             Logits of shape ``(B, T, V)`` in float32, and the caches.
         """
-        if inputs is None:
+        if inputs is None:  # called by a user: a λ of generate's was checked before the first token
+            lam = as_lambda(lam)
             common = {
                 "input_ids": input_ids,
                 "attention_mask": attention_mask,
@@ -170,7 +171,7 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
             setattr(cache, side, getattr(outputs, "past_key_values", None))
         if len(logits) == 2:
             aligned = logits["aligned"].to(logits["reference"].device)
-            fused = fuse(logits["reference"], aligned, lam, gate)
+            fused = fuse_logits(logits["reference"], aligned, lam, gate)
         else:
             (fused,) = logits.values()
         return CausalLMOutputWithPast(

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from flexalign._modes import evaluating
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, LambdaError, UnsupportedModelError
-from flexalign.fusion import Lambda, as_lambda, fuse
+from flexalign.fusion import Lambda, as_lambda, fuse_hidden, fuse_logits
 from flexalign.generation.fused import FusedDecoding, positions_of
 from flexalign.generation.row_lambdas import RowDials
 from flexalign.heads import Head, can_mix_hidden
@@ -142,8 +142,8 @@ class StackedStreams(nn.Module):
         if not plan.is_mixed:
             return self.head(plan.split(hidden)[0])
         if can_mix_hidden(self.head, self.head, gate):
-            return self.head(fuse(*plan.split(hidden), lam))
-        return fuse(*plan.split(self.head(hidden)), lam, gate)
+            return self.head(fuse_hidden(*plan.split(hidden), lam))
+        return fuse_logits(*plan.split(self.head(hidden)), lam, gate)
 
 
 def needed_streams(lam: Lambda, rows: int) -> Tensor:
