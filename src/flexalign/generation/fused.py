@@ -16,7 +16,7 @@ from transformers import GenerationMixin, PreTrainedTokenizerBase
 
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError
-from flexalign.fusion import gated_lambda
+from flexalign.fusion import as_gate
 from flexalign.generation.adaptive import chooses_stream, generate_with_policies
 from flexalign.generation.confidence import ConfidenceTracker, LogProbRecorder
 from flexalign.generation.interface import DialModel
@@ -100,8 +100,7 @@ class FusedDecoding(GenerationMixin, DialModel):  # type: ignore[misc]
         if prompts is None:
             raise ConfigError("generate needs input_ids: the prompts, shape (B, T).")
         if gate is not None:
-            # Checks the gate, so that a wrong one is refused before any token.
-            gated_lambda(torch.zeros(1), torch.zeros(1), 2.0, gate)
+            as_gate(gate)
 
         # λ is read and checked here, and nowhere below.
         given = policy if lam is None else lam

@@ -12,7 +12,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flexalign.errors import ConfigError, UnsupportedModelError
-from flexalign.fusion import Lambda, fuse
+from flexalign.fusion import Lambda, as_lambda, fuse_logits
 from flexalign.generation.fused import FusedDecoding, positions_of
 from flexalign.generation.interface import Phase
 from flexalign.generation.row_lambdas import RowDials, TagTokens
@@ -132,7 +132,7 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
             inputs: Each model's own inputs instead of those above. A model that is left out does
                 not run, and the logits are the other's.
             return_dict: Part of transformers' interface; a dictionary is always returned.
-            lam_checked: λ and the gate have been checked already, as ``generate`` does.
+            lam_checked: λ has been checked already, as ``generate`` does before the first token.
 
         Returns:
             Logits of shape ``(B, T, V)`` in float32, and the caches.
@@ -141,6 +141,8 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
             LambdaError: If λ is not finite or does not fit the batch.
             ConfigError: If the gate is outside [0, 1].
         """
+        if not lam_checked:
+            lam = as_lambda(lam)
         if inputs is None:
             common = {
                 "input_ids": input_ids,
@@ -160,7 +162,7 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
 
         if len(logits) == 2:
             aligned = logits["aligned"].to(logits["reference"].device)
-            fused = fuse(logits["reference"], aligned, lam, gate)
+            fused = fuse_logits(logits["reference"], aligned, lam, gate)
         else:
             (fused,) = logits.values()
         return CausalLMOutputWithPast(
@@ -281,7 +283,8 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
             "logits_to_keep": 1,
         }
         needed = {side for _, dials in phases for side in _sides(dials)}
-        outputs = self(inputs={side: self._inputs(side, common, None) for side in sorted(needed)})
+        inputs = {side: self._inputs(side, common, None) for side in sorted(needed)}
+        outputs = self(inputs=inputs, lam_checked=True)  # the logits, at any λ, are not used
         return cast("PairCache", outputs.past_key_values)
 
     def fork_cache(self, cache: PairCache, rows: Tensor, dials: RowDials) -> PairCache:

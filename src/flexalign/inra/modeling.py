@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from flexalign._modes import evaluating
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, LambdaError, UnsupportedModelError
-from flexalign.fusion import Lambda, as_lambda, fuse
+from flexalign.fusion import Lambda, as_lambda, fuse_hidden, fuse_logits
 from flexalign.generation.fused import FusedDecoding, positions_of
 from flexalign.generation.interface import Phase
 from flexalign.generation.row_lambdas import RowDials, read_dials
@@ -186,7 +186,7 @@ class InRaModel(FusedDecoding, nn.Module):
             gate: As in :func:`flexalign.fusion.fuse`.
             streams: Per row the streams that it will need for the whole sequence, for a cache's
                 first use: BASE, ADAPTER or BOTH of ``flexalign.inra.cache``; both if not given.
-            lam_checked: λ and the gate have been checked already, as ``generate`` does.
+            lam_checked: λ has been checked already, as ``generate`` does before the first token.
             **kwargs: Whatever else the base's decoder takes.
 
         Returns:
@@ -333,8 +333,8 @@ class InRaModel(FusedDecoding, nn.Module):
         if not plan.is_mixed:
             return self.head(plan.split(hidden)[0])
         if can_mix_hidden(self.head, self.head, gate):
-            return self.head(fuse(*plan.split(hidden), lam))
-        return fuse(*plan.split(self.head(hidden)), lam, gate)
+            return self.head(fuse_hidden(*plan.split(hidden), lam))
+        return fuse_logits(*plan.split(self.head(hidden)), lam, gate)
 
     # Generation: which streams a prompt needs, its cache, and sweeps of λ.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flexalign.fusion import Lambda, concatenate_hidden, fuse
+from flexalign.fusion import Lambda, concatenate_hidden, fuse_hidden, fuse_logits
 from flexalign.heads import Head
 
 # Head products that accumulate in float32 whatever the head's own precision.
@@ -120,7 +120,7 @@ class FusedTeacher:
         if isinstance(lam, float) and lam in (0.0, 1.0):
             return self._reference(rows, out) if lam == 0.0 else self._aligned(rows, out)
         if self.mixes_hidden:
-            mixed = fuse(self.reference_hidden[rows], self.aligned_hidden[rows], lam)
+            mixed = fuse_hidden(self.reference_hidden[rows], self.aligned_hidden[rows], lam)
             return write_logits(self.reference, mixed, out)
         if self._joins():
             return self._joined(rows, lam, out)
@@ -133,14 +133,14 @@ class FusedTeacher:
         )
         self._reference(rows, reference)
         self._aligned(rows, aligned)
-        return fuse(reference, aligned, self._lam(rows), self.gate), reference, aligned
+        return fuse_logits(reference, aligned, self._lam(rows), self.gate), reference, aligned
 
     def log_weights(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Return log(π_reference^(1−λ)·π_aligned^λ) at some positions, (C, V): not normalised."""
         reference, aligned = (
             torch.log_softmax(logits, -1) for logits in self.all_logits(rows, dtype)[1:]
         )
-        return fuse(reference, aligned, self._lam(rows), self.gate)
+        return fuse_logits(reference, aligned, self._lam(rows), self.gate)
 
     def _lam(self, rows: Tensor) -> Lambda:
         return self.lam[rows] if isinstance(self.lam, Tensor) else self.lam
