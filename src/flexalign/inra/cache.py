@@ -2,7 +2,7 @@
 
 The base stream goes embeddings → layers; the adapter stream goes embeddings → adapter → layers.
 Run as rows of one batch they cost one pass, and every weight is read once. A :class:`StackPlan` says
-which rows of a batch travel by which stream and where they lie in the stack.
+which rows of a batch run in which stream and where they lie in the stack.
 
 The :class:`StreamCache` holds keys and values of the stack's rows: in the model's own layers, and in
 one more layer for each adapter layer. It is built from the model's configuration, so sliding windows
@@ -21,14 +21,14 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 from flexalign.errors import ConfigError, UnsupportedModelError
 
 BASE, ADAPTER, BOTH = 1, 2, 3
-"""The streams that a row travels by: bits, so that BOTH is the union of the other two."""
+"""The streams that a row runs in: bits, so that BOTH is the union of the other two."""
 
 _RESERVED_TOKENS = 128
 """Few beside a long prompt, and a copy costs 1/128 of the attention between two of them."""
 
 
 class StackPlan:
-    """Which rows of a batch travel by which stream, and where they lie in the stack.
+    """Which rows of a batch run in which stream, and where they lie in the stack.
 
     The stack holds the base stream's rows first, then the adapter stream's.
 
@@ -37,7 +37,7 @@ class StackPlan:
             the CPU; what follows is on the batch's device.
         rows: Per row of the stack its row in the batch. Shape ``(N,)``.
         adapter_start: The first row of the stack that goes through the adapter.
-        is_mixed: Whether any row travels by both.
+        is_mixed: Whether any row runs in both.
         base_at: Per row of the batch its place in the base stream's part, or −1. Shape ``(B,)``.
         adapter_at: The same for the adapter stream, counted from the stack's start.
     """
@@ -54,13 +54,13 @@ class StackPlan:
         self.adapter_at = self._places(adapter, self.adapter_start)
         self.is_mixed = bool((streams == BOTH).any())
 
-        # For `split`: a row that travels by one stream only stands for both.
+        # For `split`: a row that runs in one stream only stands for both.
         self._reference = torch.where(self.base_at < 0, self.adapter_at, self.base_at)
         self._aligned = torch.where(self.adapter_at < 0, self.base_at, self.adapter_at)
         self._has_batch_size = len(self.rows) == len(streams) and not self.is_mixed
 
     def has(self, needed: Tensor) -> bool:
-        """Return whether every row travels by the streams that it needs."""
+        """Return whether every row runs in the streams that it needs."""
         return bool((needed & ~self.streams == 0).all())
 
     def stack(self, value: Any) -> Any:
@@ -77,7 +77,7 @@ class StackPlan:
     def split(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return, of a stacked tensor ``(N, …)``, the two streams' rows ``(B, …)``.
 
-        A row that travels by one stream only has that stream's values in both.
+        A row that runs in one stream only has that stream's values in both.
         """
         if self._is_batch(len(value)):
             return value, value
@@ -87,7 +87,7 @@ class StackPlan:
         )
 
     def _is_batch(self, rows: int) -> bool:
-        """Return whether all rows travel by one and the same stream: the stack is the batch."""
+        """Return whether all rows run in one and the same stream: the stack is the batch."""
         return self._has_batch_size and self.adapter_start in (0, rows)
 
     def _places(self, rows: Tensor, start: int) -> Tensor:

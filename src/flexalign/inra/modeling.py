@@ -218,7 +218,7 @@ class InRaModel(FusedDecoding, nn.Module):
         kwargs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds}
         hidden = self._run(plan, cache, kwargs)
 
-        # The head, the dearest product, is applied to the kept positions alone.
+        # The head, the most expensive product, is applied to the kept positions alone.
         kept: Any = logits_to_keep
         kept = slice(-kept, None) if isinstance(kept, int) else kept
         if isinstance(lam, Tensor) and lam.ndim == 2 and lam.shape[1] == hidden.shape[1]:
@@ -265,7 +265,7 @@ class InRaModel(FusedDecoding, nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return both streams' final hidden states, before the head: each ``(B, T, H)``.
 
-        A row that travels by one stream only has that stream's in both.
+        A row that runs in one stream only has that stream's in both.
 
         Args:
             input_ids: Shape ``(B, T)``.
