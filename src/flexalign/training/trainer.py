@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.losses import Divergence, DivergenceMetrics
@@ -32,25 +33,23 @@ from flexalign.training.packing import require_packable
 from flexalign.training.rollouts import Rollouts
 from flexalign.training.student import assemble_student, require_fit, tokenizer_of
 
-# Sums over batches and processes, for the log and for the count of tokens.
-
-_NAMES = ("divergence", "kl_reference", "kl_aligned")
-
 
 class Meter:
-    """Adds up batches without waiting for the device; reading it is the one collective.
+    """Sums over batches and processes, for the log and for the count of tokens.
 
-    Every process must read when the others do, and count as many batches in between.
+    Adding up waits for no device; reading is the one collective. Every process must read when the
+    others do, count as many batches in between, and measure the same ones.
     """
 
     def __init__(self) -> None:
-        self._window: Tensor | None = None  # (4,): nats of the three names, response tokens
+        # (5,): nats of the loss, its response tokens; nats of both KL, their response tokens
+        self._window: Tensor | None = None
         self._input_tokens: Tensor | None = None
 
     def add(
         self,
         loss: Tensor,
-        metrics: DivergenceMetrics,
+        metrics: DivergenceMetrics | None,
         num_items: Tensor,
         response_tokens: Tensor,
         input_tokens: Tensor,
@@ -59,30 +58,41 @@ class Meter:
 
         Args:
             loss: The batch's sum divided by `num_items`, as the `metrics` are.
-            metrics: Of the same batch.
+            metrics: Of the same batch; None where they were not measured.
             num_items: The denominator of both.
             response_tokens: Tokens of this batch that the loss counts.
             input_tokens: Tokens of this batch, without padding.
         """
-        means = torch.stack([loss.detach(), metrics.kl_reference, metrics.kl_aligned]).double()
-        row = torch.cat([means * num_items, response_tokens.double()[None]])
+        tokens = response_tokens.double()
+        row = torch.stack([loss.detach().double() * num_items, tokens, *3 * [tokens.new_zeros(())]])
+        if metrics is not None:
+            row[2] = metrics.kl_reference.double() * num_items
+            row[3] = metrics.kl_aligned.double() * num_items
+            row[4] = tokens
+
         self._window = row if self._window is None else self._window + row
         self._input_tokens = (
             input_tokens if self._input_tokens is None else self._input_tokens + input_tokens
         )
 
     def take_means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Give the three means since the last call, nats per response token, and start anew.
+        """Give the means since the last call, nats per response token, and start anew.
 
-        Empty if no batch, or no response token, was counted.
+        Returns:
+            `divergence`, over all batches, and `kl_reference` and `kl_aligned`, over those that
+            were measured; without either where no response token was counted.
         """
         if self._window is None:
             return {}
-        *nats, tokens = accelerator.reduce(self._window, "sum").tolist()
+        nats, tokens, to_reference, to_aligned, measured = accelerator.reduce(
+            self._window, "sum"
+        ).tolist()
         self._window = None
-        if not tokens:
-            return {}
-        return {name: total / tokens for name, total in zip(_NAMES, nats, strict=True)}
+
+        means = {"divergence": nats / tokens} if tokens else {}
+        if measured:
+            means |= {"kl_reference": to_reference / measured, "kl_aligned": to_aligned / measured}
+        return means
 
     def take_input_tokens(self, accelerator: Accelerator) -> int:
         """Give the tokens, without padding, since the last call, and start anew."""
@@ -180,10 +190,11 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
     With ``teacher="cached"`` no teacher is loaded: their hidden states come from `args.cache_dir`
     (see `flexalign.training.hidden_cache`), and `reference` and `aligned` only say of which pair they must be.
 
-    Every log line has `divergence` (nats per response token), `lambda`, `kl_reference` and
-    `kl_aligned` (KL of the student to either model, nats per token) and `tokens_seen` (input
-    tokens without padding since step 0; it lives in the trainer's state, so a resumed run goes on
-    counting). Checkpoints are sealed by a manifest: see `flexalign.training.checkpoints`.
+    Every log line has `divergence` (nats per response token, the mean of all steps since the line
+    before), `lambda`, `kl_reference` and `kl_aligned` (KL of the student to either model, nats per
+    token) and `tokens_seen` (input tokens without padding since step 0; it lives in the trainer's
+    state, so a resumed run goes on counting). The two KL are those of the logged step alone: they
+    cost both models' logits, so the other steps do not measure them. Checkpoints are sealed by a manifest: see `flexalign.training.checkpoints`.
 
     Args:
         model: Where the student starts. None: at the reference, as in the paper.
@@ -325,19 +336,25 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
         """
         if return_outputs:
             raise ConfigError("the loss builds no logits; evaluate with prediction_loss_only=True.")
+
         given = {key: value for key, value in inputs.items() if key != "labels"}
         sampled = self.take_sampled(given)
         mask = inputs["labels"][:, 1:] != -100
         response_tokens = mask.sum()
         num_items = response_tokens if num_items_in_batch is None else num_items_in_batch
         num_items = torch.as_tensor(num_items, device=mask.device).clamp(min=1)
+
         lam = self.lam
         with self.accelerator.autocast():
-            loss, metrics = self.objective(model, given, mask, lam, num_items, **sampled)
+            loss, metrics = self.objective(
+                model, given, mask, lam, num_items, self._measures, **sampled
+            )
         require_finite_loss(loss, inputs, lam, self.state.global_step, Path(self.args.output_dir))
+
         self._last_lam = lam
         meter = self._meters[self._mode]
         meter.add(loss, metrics, num_items, response_tokens, _count_tokens(given))
+
         if num_items_in_batch is None:
             return loss
         # DDP and FSDP average gradients over processes; the denominator is already the sum's.
@@ -354,6 +371,22 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
             if self._mode == "train":
                 logs["tokens_seen"] = self._update_tokens_seen()
         super().log(logs, start_time)
+
+    @property
+    def _measures(self) -> bool:
+        """Whether batches are compared with both teachers: in evaluations and steps to be logged.
+
+        The steps are those of transformers' `DefaultFlowCallback`, and the run's last, whose
+        figures the closing line may still need. Where each epoch is logged, which step is its last
+        is not known beforehand, so every step is measured.
+        """
+        if self._mode == "eval" or self.args.logging_strategy == IntervalStrategy.EPOCH:
+            return True
+        step: int = self.state.global_step + 1
+        if step == self.state.max_steps or (step == 1 and self.args.logging_first_step):
+            return True
+        by_steps: bool = self.args.logging_strategy == IntervalStrategy.STEPS
+        return by_steps and step % self.state.logging_steps == 0
 
     @property
     def _mode(self) -> str:
