@@ -2,8 +2,9 @@
 
 Run it from the repository, after `make smollm2`:
 
-    python benchmarks/training.py             # about four minutes on two cores
+    python benchmarks/training.py             # about ten minutes on two cores
     python benchmarks/training.py --quick     # a model of two layers, seconds; nothing written
+    python benchmarks/training.py --variants SFT GKD "TrRa online"    # some; nothing written
 
 Variants, all of SmolLM2-135M in float32 with AdamW, on the same rows:
 
@@ -15,9 +16,11 @@ Variants, all of SmolLM2-135M in float32 with AdamW, on the same rows:
 * ``LoRA TrRa, shared base``: the aligned model an adapter, one base for all three.
 
 Every variant runs in a process of its own, once in every round. A step's time is CPU time of one
-thread, which other work on the machine disturbs least: the median over all rounds, the first step
-of each run left out. Memory is the growth of the resident set from before the models are loaded to
-its peak, by the kernel's high-water mark.
+thread, which other work on the machine disturbs least: the mean over a period of the log, one line
+in every five steps as in the recipes, so that what is computed for the log has its share. The first
+step of each run is left out. Ratios are taken within a round, because a busy machine slows all its
+variants down together; what is reported is their median. Memory is the growth of the resident set
+from before the models are loaded to its peak, by the kernel's high-water mark.
 """
 
 import argparse
@@ -54,11 +57,14 @@ from flexalign.training.hidden_cache import Form, fill_cache, identity_of, prepa
 RESULTS = Path(__file__).parent / "results"
 TOKENS, PROMPT = 256, 64
 LAM = 2.0
-STEPS, ROUNDS = 3, 2
+LOGGING_STEPS, ROUNDS = 5, 3
+STEPS = 1 + LOGGING_STEPS
+"""One that is left out, and one period of the log; the last is logged."""
 CHUNK = 256
 TARGETS = {
     "cached ÷ SFT, seconds without the optimizer": 1.15,
     "online ÷ SFT, seconds without the optimizer": 1.75,
+    "online ÷ GKD, seconds": 1.0,
     "shared base ÷ (LoRA SFT + one head product), memory": 1.1,
 }
 
@@ -113,7 +119,7 @@ def settings(folder: Path, kind: Any = SFTConfig, **options: Any) -> Any:
         learning_rate=1e-5,
         max_length=TOKENS,
         save_strategy="no",
-        logging_steps=STEPS,
+        logging_steps=STEPS,  # that is at the end of the period that counts
         report_to="none",
         use_cpu=True,
         bf16=False,
@@ -234,61 +240,93 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
-def measure(folder: Path, threads: int, rounds: int) -> dict[str, dict[str, float]]:
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
+Run = dict[str, Any]
+
+
+def measure(folder: Path, threads: int, rounds: int, names: list[str]) -> dict[str, list[Run]]:
+    """Let the variants take turns; of each, the runs of all rounds."""
+    found: dict[str, list[Run]] = {name: [] for name in names}
     for _ in range(rounds):
-        for name in VARIANTS:
+        for name in names:
             one = in_own_process(run, name, folder, threads)
             print(f"{name}: {one}", file=sys.stderr, flush=True)
             found[name].append(one)
+    return found
+
+
+def mean_step(run: Run) -> float:
+    return statistics.mean(run["seconds"])
+
+
+def without_optimizer(run: Run) -> float:
+    return mean_step(run) - statistics.mean(run["optimizer"])
+
+
+def paired(
+    found: dict[str, list[Run]], name: str, base: str, of: Callable[[Run], float] = mean_step
+) -> list[float]:
+    """How one variant's figure stands to another's, within each round."""
+    return [of(one) / of(other) for one, other in zip(found[name], found[base], strict=True)]
+
+
+def summarise(found: dict[str, list[Run]]) -> dict[str, dict[str, float]]:
     return {
         name: {
-            **{
-                part: statistics.median(second for run in runs for second in run[part])
-                for part in ("seconds", "optimizer")
-            },
+            "seconds": statistics.median(map(mean_step, runs)),
+            "unlogged": statistics.median(second for run in runs for second in run["seconds"][:-1]),
+            "optimizer": statistics.median(second for run in runs for second in run["optimizer"]),
             "mib": max(run["mib"] for run in runs),
         }
         for name, runs in found.items()
     }
 
 
-def ratios(found: dict[str, dict[str, float]], vocab_size: int) -> dict[str, float]:
+def ratios(found: dict[str, list[Run]], vocab_size: int) -> dict[str, float]:
     """The figures that the targets are about."""
     product = min(CHUNK, TOKENS - PROMPT) * vocab_size * 4 / MIB
-    sft, cached_, online = (
-        found[name]["seconds"] - found[name]["optimizer"]
-        for name in ("SFT", "TrRa cached", "TrRa online")
-    )
+    peak = {name: max(run["mib"] for run in runs) for name, runs in found.items()}
     values = (
-        cached_ / sft,
-        online / sft,
-        found["LoRA TrRa, shared base"]["mib"] / (found["LoRA SFT"]["mib"] + product),
+        statistics.median(paired(found, "TrRa cached", "SFT", without_optimizer)),
+        statistics.median(paired(found, "TrRa online", "SFT", without_optimizer)),
+        statistics.median(paired(found, "TrRa online", "GKD")),
+        peak["LoRA TrRa, shared base"] / (peak["LoRA SFT"] + product),
     )
     return dict(zip(TARGETS, values, strict=True))
 
 
-def report(found: dict[str, Any], reached: dict[str, float], facts: dict[str, Any]) -> str:
-    base = found["SFT"]
+def table(found: dict[str, list[Run]]) -> list[str]:
+    base, lines = summarise(found)["SFT"], []
+    for name, one in summarise(found).items():
+        times = paired(found, name, "SFT")
+        lines.append(
+            f"| {name} | {one['seconds']:.2f} | {statistics.median(times):.2f} "
+            f"({min(times):.2f}–{max(times):.2f}) | {one['unlogged']:.2f} | "
+            f"{one['optimizer']:.2f} | {one['mib']:.0f} | {one['mib'] / base['mib']:.2f} |"
+        )
+    return [
+        "| variant | CPU seconds per step | SFT = 1 (range) | a step without a log line | "
+        "of it optimizer | peak MiB | SFT = 1 |",
+        "| --- | --: | --: | --: | --: | --: | --: |",
+        *lines,
+    ]
+
+
+def report(found: dict[str, list[Run]], reached: dict[str, float], facts: dict[str, Any]) -> str:
+    rounds = len(found["SFT"])
     lines = [
         "# A training step",
         "",
         f"`python benchmarks/training.py`: SmolLM2-135M, float32, {facts['threads']} thread of "
         f"{facts['cpu']}, torch {facts['torch']}. One row of {TOKENS} tokens in a step, {PROMPT} of "
         f"them the prompt; AdamW, activation checkpointing as TRL sets it, λ = {LAM:g}, reverse "
-        f"KL. {ROUNDS} rounds of {STEPS} steps, the first of each left out; median. Memory is the "
-        "peak above what the imports hold. The optimizer's seconds are those of any number of rows, so "
-        "the ratios to reach leave them out. SFT's step includes the entropy and the accuracy that TRL "
-        "logs of every batch, TrRa's the two KL that it logs.",
+        f"KL. {rounds} rounds of {STEPS} steps, the first of each left out; the mean over the other "
+        f"{LOGGING_STEPS}, of which the last is logged, and the median over the rounds. Ratios are "
+        "taken within a round. Memory is the peak above what the imports hold. The optimizer's seconds "
+        "are those of any number of rows, so the ratios to SFT that are to be reached leave them out. "
+        "SFT's step includes the entropy and the accuracy that TRL logs of every batch, TrRa's logged "
+        "step the two KL that it logs.",
         "",
-        "| variant | CPU seconds per step | SFT = 1 | of it optimizer | peak MiB | SFT = 1 |",
-        "| --- | --: | --: | --: | --: | --: |",
-        *(
-            f"| {name} | {one['seconds']:.2f} | {one['seconds'] / base['seconds']:.2f} | "
-            f"{one['optimizer']:.2f} | "
-            f"{one['mib']:.0f} | {one['mib'] / base['mib']:.2f} |"
-            for name, one in found.items()
-        ),
+        *table(found),
         "",
         "| ratio | measured | to reach |",
         "| --- | --: | --: |",
@@ -302,13 +340,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model, nothing written")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     disable_progress_bars()
     with TemporaryDirectory() as folder:
         in_own_process(write_models, Path(folder), arguments.quick)
-        found = measure(Path(folder), arguments.threads, arguments.rounds)
+        found = measure(Path(folder), arguments.threads, arguments.rounds, arguments.variants)
         config = json.loads((Path(folder) / "reference" / "config.json").read_text())
+    if set(arguments.variants) != set(VARIANTS):
+        print("\n".join(table(found)))
+        return
     reached = ratios(found, config["vocab_size"])
     facts = machine() | {"threads": arguments.threads}
     text = report(found, reached, facts)
@@ -318,7 +360,11 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "training.md").write_text(text, encoding="utf-8")
     (RESULTS / "training.json").write_text(
-        json.dumps({"machine": facts, "variants": found, "ratios": reached}, indent=2) + "\n"
+        json.dumps(
+            {"machine": facts, "variants": summarise(found), "ratios": reached, "runs": found},
+            indent=2,
+        )
+        + "\n"
     )
 
 

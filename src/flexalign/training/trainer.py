@@ -33,139 +33,8 @@ from flexalign.training.packing import require_packable
 from flexalign.training.rollouts import Rollouts
 from flexalign.training.student import assemble_student, require_fit, tokenizer_of
 
-
-class Meter:
-    """Sums over batches and processes, for the log and for the count of tokens.
-
-    Adding up waits for no device; reading is the one collective. Every process must read when the
-    others do, count as many batches in between, and measure the same ones.
-    """
-
-    def __init__(self) -> None:
-        # (5,): nats of the loss, its response tokens; nats of both KL, their response tokens
-        self._window: Tensor | None = None
-        self._input_tokens: Tensor | None = None
-
-    def add(
-        self,
-        loss: Tensor,
-        metrics: DivergenceMetrics | None,
-        num_items: Tensor,
-        response_tokens: Tensor,
-        input_tokens: Tensor,
-    ) -> None:
-        """Count one batch.
-
-        Args:
-            loss: The batch's sum divided by `num_items`, as the `metrics` are.
-            metrics: Of the same batch; None where they were not measured.
-            num_items: The denominator of both.
-            response_tokens: Tokens of this batch that the loss counts.
-            input_tokens: Tokens of this batch, without padding.
-        """
-        tokens = response_tokens.double()
-        row = torch.stack([loss.detach().double() * num_items, tokens, *3 * [tokens.new_zeros(())]])
-        if metrics is not None:
-            row[2] = metrics.kl_reference.double() * num_items
-            row[3] = metrics.kl_aligned.double() * num_items
-            row[4] = tokens
-
-        self._window = row if self._window is None else self._window + row
-        self._input_tokens = (
-            input_tokens if self._input_tokens is None else self._input_tokens + input_tokens
-        )
-
-    def take_means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Give the means since the last call, nats per response token, and start anew.
-
-        Returns:
-            `divergence`, over all batches, and `kl_reference` and `kl_aligned`, over those that
-            were measured; without either where no response token was counted.
-        """
-        if self._window is None:
-            return {}
-        nats, tokens, to_reference, to_aligned, measured = accelerator.reduce(
-            self._window, "sum"
-        ).tolist()
-        self._window = None
-
-        means = {"divergence": nats / tokens} if tokens else {}
-        if measured:
-            means |= {"kl_reference": to_reference / measured, "kl_aligned": to_aligned / measured}
-        return means
-
-    def take_input_tokens(self, accelerator: Accelerator) -> int:
-        """Give the tokens, without padding, since the last call, and start anew."""
-        if self._input_tokens is None:
-            return 0
-        tokens = int(accelerator.reduce(self._input_tokens, "sum"))
-        self._input_tokens = None
-        return tokens
-
-
-# A loss or a weight that is no number ends a run at once, with what is needed to look into it.
-
 BATCH = "nan-batch.safetensors"
 """The batch whose loss was no number: its token ids, labels and masks."""
-
-
-def require_finite_loss(
-    loss: Tensor, inputs: Mapping[str, Any], lam: float, step: int, output: Path
-) -> None:
-    """Stop on a loss that is no number; its batch is saved beside the checkpoints.
-
-    Args:
-        loss: Of one batch.
-        inputs: That batch.
-        lam: λ of the step.
-        step: Optimizer steps that are done.
-        output: The run's folder.
-
-    Raises:
-        FlexAlignError: If the loss is NaN or infinite; names the batch's file and the checkpoint
-            that stands.
-    """
-    if torch.isfinite(loss):
-        return
-    batch = {
-        name: value.detach().cpu().contiguous()
-        for name, value in inputs.items()
-        if isinstance(value, Tensor)
-    }
-    with writing("the batch", output):
-        output.mkdir(parents=True, exist_ok=True)
-        save_file(batch, output / BATCH, metadata={"step": str(step), "lambda": str(lam)})
-    _stop(
-        f"the loss is {float(loss.detach())} in step {step + 1} (λ={lam:g}); its batch is saved in "
-        f"{output / BATCH}",
-        output,
-    )
-
-
-def require_finite_weights(model: nn.Module, step: int, output: Path) -> None:
-    """Keep weights that are no numbers out of a checkpoint; each process looks at what it holds.
-
-    Args:
-        model: The student; what is frozen is not looked at.
-        step: Optimizer steps that are done.
-        output: The run's folder.
-
-    Raises:
-        FlexAlignError: If a trained weight is NaN or infinite; names it.
-    """
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        weight = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if not torch.isfinite(weight.detach().sum()):
-            _stop(f"after step {step} the weight {name} is no number any more", output)
-
-
-def _stop(problem: str, output: Path) -> NoReturn:
-    raise FlexAlignError(
-        f"{problem}; {what_stands(output)}. Lower the learning rate or λ, or set max_grad_norm, and look at the "
-        "data; another setting is another run, so name another output."
-    )
 
 
 class TrRaTrainer(SealedCheckpoints, Rollouts):
@@ -248,6 +117,7 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
         for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if options.get(name) is not None:
                 raise ConfigError(f"{name}: the loss builds no logits and is fixed; leave it out.")
+
         if args.teacher == "cached":
             if pair is not None or parts is not None:
                 raise ConfigError("teacher='cached' takes no loaded teachers; leave pair out.")
@@ -260,9 +130,12 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
             )
         elif parts is None:
             parts = assemble(model, reference, aligned, pair, args, peft_config, processing_class)
+
         choose_attention(parts, args)
         if args.packing or args.padding_free:  # the two ways in which documents share a row
             require_packable(parts.models())
+
+        # TRL patches the model's forward for a loss of its own; ours needs the forward as it was.
         forward = inner_model(parts.student).__dict__.get("forward")
         super().__init__(
             model=parts.student,
@@ -274,11 +147,13 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
             **options,
         )
         _take_out_fused_head(inner_model(parts.student), forward)
+
         self._refuse_sequence_parallelism()
         self.objective = self._make_objective(parts, cache)
         # The step's denominator is counted over shifted labels, whatever the model's own loss is.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
+
         self._schedule = args.schedule
         self._last_lam = self._schedule.at(0)
         self._meters = {"train": Meter(), "eval": Meter()}
@@ -294,12 +169,14 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
             "gate": args.gate,
             "chunk_size": args.chunk_size,
         }
+
         if cache is not None:
             for what in ("train_dataset", "eval_dataset"):
                 cache.require_all(getattr(self, what), what)
             self.data_collator: Any = CachedCollator(self.data_collator, cache)
             heads = cache.heads(self.accelerator.device)
             return CachedObjective(parts.student, parts.form, heads, **equation)
+
         if parts.reference is None or parts.aligned is None:
             raise ConfigError(
                 "parts hold no teachers, and teacher='online' needs both; give them, or a cache and "
@@ -432,3 +309,134 @@ def _take_out_fused_head(model: nn.Module, forward: Any) -> None:
         model.__dict__.pop("forward", None)
     else:
         model.forward = forward
+
+
+class Meter:
+    """Sums over batches and processes, for the log and for the count of tokens.
+
+    Adding up waits for no device; reading is the one collective. Every process must read when the
+    others do, count as many batches in between, and measure the same ones.
+    """
+
+    def __init__(self) -> None:
+        # (5,): nats of the loss, its response tokens; nats of both KL, their response tokens
+        self._window: Tensor | None = None
+        self._input_tokens: Tensor | None = None
+
+    def add(
+        self,
+        loss: Tensor,
+        metrics: DivergenceMetrics | None,
+        num_items: Tensor,
+        response_tokens: Tensor,
+        input_tokens: Tensor,
+    ) -> None:
+        """Count one batch.
+
+        Args:
+            loss: The batch's sum divided by `num_items`, as the `metrics` are.
+            metrics: Of the same batch; None where they were not measured.
+            num_items: The denominator of both.
+            response_tokens: Tokens of this batch that the loss counts.
+            input_tokens: Tokens of this batch, without padding.
+        """
+        tokens = response_tokens.double()
+        row = torch.stack([loss.detach().double() * num_items, tokens, *3 * [tokens.new_zeros(())]])
+        if metrics is not None:
+            row[2] = metrics.kl_reference.double() * num_items
+            row[3] = metrics.kl_aligned.double() * num_items
+            row[4] = tokens
+
+        self._window = row if self._window is None else self._window + row
+        self._input_tokens = (
+            input_tokens if self._input_tokens is None else self._input_tokens + input_tokens
+        )
+
+    def take_means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Give the means since the last call, nats per response token, and start anew.
+
+        Returns:
+            `divergence`, over all batches, and `kl_reference` and `kl_aligned`, over those that
+            were measured; without either where no response token was counted.
+        """
+        if self._window is None:
+            return {}
+        nats, tokens, to_reference, to_aligned, measured = accelerator.reduce(
+            self._window, "sum"
+        ).tolist()
+        self._window = None
+
+        means = {"divergence": nats / tokens} if tokens else {}
+        if measured:
+            means |= {"kl_reference": to_reference / measured, "kl_aligned": to_aligned / measured}
+        return means
+
+    def take_input_tokens(self, accelerator: Accelerator) -> int:
+        """Give the tokens, without padding, since the last call, and start anew."""
+        if self._input_tokens is None:
+            return 0
+        tokens = int(accelerator.reduce(self._input_tokens, "sum"))
+        self._input_tokens = None
+        return tokens
+
+
+# A loss or a weight that is no number ends a run at once, with what is needed to look into it.
+
+
+def require_finite_loss(
+    loss: Tensor, inputs: Mapping[str, Any], lam: float, step: int, output: Path
+) -> None:
+    """Stop on a loss that is no number; its batch is saved beside the checkpoints.
+
+    Args:
+        loss: Of one batch.
+        inputs: That batch.
+        lam: λ of the step.
+        step: Optimizer steps that are done.
+        output: The run's folder.
+
+    Raises:
+        FlexAlignError: If the loss is NaN or infinite; names the batch's file and the checkpoint
+            that stands.
+    """
+    if torch.isfinite(loss):
+        return
+    batch = {
+        name: value.detach().cpu().contiguous()
+        for name, value in inputs.items()
+        if isinstance(value, Tensor)
+    }
+    with writing("the batch", output):
+        output.mkdir(parents=True, exist_ok=True)
+        save_file(batch, output / BATCH, metadata={"step": str(step), "lambda": str(lam)})
+    _stop(
+        f"the loss is {float(loss.detach())} in step {step + 1} (λ={lam:g}); its batch is saved in "
+        f"{output / BATCH}",
+        output,
+    )
+
+
+def require_finite_weights(model: nn.Module, step: int, output: Path) -> None:
+    """Keep weights that are no numbers out of a checkpoint; each process looks at what it holds.
+
+    Args:
+        model: The student; what is frozen is not looked at.
+        step: Optimizer steps that are done.
+        output: The run's folder.
+
+    Raises:
+        FlexAlignError: If a trained weight is NaN or infinite; names it.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        weight = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if not torch.isfinite(weight.detach().sum()):
+            _stop(f"after step {step} the weight {name} is no number any more", output)
+
+
+def _stop(problem: str, output: Path) -> NoReturn:
+    raise FlexAlignError(
+        f"{problem}; {what_stands(output)}. Lower the learning rate or λ, or set max_grad_norm, and look at the "
+        "data; another setting is another run, so name another output."
+    )
