@@ -15,12 +15,12 @@ Variants, all of SmolLM2-135M in float32 with AdamW, on the same rows:
 * ``LoRA SFT``: SFTTrainer with a LoRA;
 * ``LoRA TrRa, shared base``: the aligned model an adapter, one base for all three.
 
-Every variant runs in a process of its own, once in every round. A step's time is CPU time of one
-thread, which other work on the machine disturbs least: the mean over a period of the log, one line
-in every five steps as in the recipes, so that what is computed for the log has its share. The first
-step of each run is left out. Ratios are taken within a round, because a busy machine slows all its
-variants down together; what is reported is their median. Memory is the growth of the resident set
-from before the models are loaded to its peak, by the kernel's high-water mark.
+Every variant runs in a process of its own, and they take turns step by step: a busy machine slows a
+step of all of them down together, so ratios are taken between the steps of one turn, and what is
+reported is their median. A step's time is CPU time of one thread. One step in five is logged, as in
+the recipes, and what is computed for the log has its share: a step's cost is that of four steps
+without a log line and of one with it. The first step is left out. Memory is the growth of the
+resident set from before the models are loaded to its peak, by the kernel's high-water mark.
 """
 
 import argparse
@@ -28,7 +28,6 @@ import json
 import multiprocessing
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,9 +56,9 @@ from flexalign.training.hidden_cache import Form, fill_cache, identity_of, prepa
 RESULTS = Path(__file__).parent / "results"
 TOKENS, PROMPT = 256, 64
 LAM = 2.0
-LOGGING_STEPS, ROUNDS = 5, 3
-STEPS = 1 + LOGGING_STEPS
-"""One that is left out, and one period of the log; the last is logged."""
+LOGGING_STEPS = 5
+STEPS = 3 * LOGGING_STEPS
+"""How often the variants take turns."""
 CHUNK = 256
 TARGETS = {
     "cached ÷ SFT, seconds without the optimizer": 1.15,
@@ -119,7 +118,7 @@ def settings(folder: Path, kind: Any = SFTConfig, **options: Any) -> Any:
         learning_rate=1e-5,
         max_length=TOKENS,
         save_strategy="no",
-        logging_steps=STEPS,  # that is at the end of the period that counts
+        logging_steps=LOGGING_STEPS,
         report_to="none",
         use_cpu=True,
         bf16=False,
@@ -149,13 +148,15 @@ def write_cache(folder: Path) -> None:
 
 
 class Clock(TrainerCallback):
-    """CPU seconds of every step but the first, and of the optimizer's part in it."""
+    """CPU seconds of every step and of the optimizer's part in it; it waits for its turn."""
 
-    def __init__(self) -> None:
+    def __init__(self, mine: Any, following: Any) -> None:
+        self.mine, self.following = mine, following
         self.seconds: list[float] = []
         self.optimizer: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.mine.acquire()
         self._began = time.process_time()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -165,9 +166,9 @@ class Clock(TrainerCallback):
         self._updated = time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step > 1:
-            self.seconds.append(time.process_time() - self._began)
-            self.optimizer.append(self._updated - self._updating)
+        self.seconds.append(time.process_time() - self._began)
+        self.optimizer.append(self._updated - self._updating)
+        self.following.release()
 
 
 def sft(folder: Path, **options: Any) -> Any:
@@ -222,15 +223,23 @@ VARIANTS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def run(name: str, folder: Path, threads: int) -> dict[str, Any]:
-    """Load one variant, take its steps, and return their seconds and the peak memory."""
+Run = dict[str, Any]
+
+
+def run(name: str, folder: Path, threads: int, mine: Any, following: Any, answers: Any) -> None:
+    """Load one variant, take its steps in turn, and send their seconds and the peak memory."""
     torch.set_num_threads(threads)
-    clock = Clock()
-    with peak_growth() as grown:
-        trainer = VARIANTS[name](folder)
-        trainer.add_callback(clock)
-        trainer.train()
-    return {"seconds": clock.seconds, "optimizer": clock.optimizer, "mib": grown["mib"]}
+    clock = Clock(mine, following)
+    try:
+        with peak_growth() as grown:
+            trainer = VARIANTS[name](folder)
+            trainer.add_callback(clock)
+            trainer.train()
+    except BaseException as error:
+        answers.put((name, error))  # or the others would wait for their turn for ever
+        raise
+    one = {"seconds": clock.seconds, "optimizer": clock.optimizer, "mib": grown["mib"]}
+    answers.put((name, one))
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -240,91 +249,94 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
-Run = dict[str, Any]
+def measure(folder: Path, threads: int, names: list[str]) -> dict[str, Run]:
+    """Let the variants take turns, step by step."""
+    context = multiprocessing.get_context("fork")
+    turns = [context.Semaphore(int(place == 0)) for place in range(len(names))]
+    answers = context.Queue()
+    started = [
+        context.Process(target=run, args=(name, folder, threads, *turn, answers), daemon=True)
+        for name, *turn in zip(names, turns, [*turns[1:], turns[0]], strict=True)
+    ]
+    for process in started:
+        process.start()
+
+    found: dict[str, Run] = {}
+    for _ in started:
+        name, one = answers.get()
+        if isinstance(one, BaseException):
+            raise RuntimeError(f"{name} failed") from one
+        found[name] = one
+    return {name: found[name] for name in names}
 
 
-def measure(folder: Path, threads: int, rounds: int, names: list[str]) -> dict[str, list[Run]]:
-    """Let the variants take turns; of each, the runs of all rounds."""
-    found: dict[str, list[Run]] = {name: [] for name in names}
-    for _ in range(rounds):
-        for name in names:
-            one = in_own_process(run, name, folder, threads)
-            print(f"{name}: {one}", file=sys.stderr, flush=True)
-            found[name].append(one)
-    return found
+def split(values: list[float]) -> tuple[list[float], list[float]]:
+    """The steps without a log line, less the first, and those with one."""
+    numbered = list(enumerate(values, start=1))[1:]
+    return (
+        [value for step, value in numbered if step % LOGGING_STEPS],
+        [value for step, value in numbered if not step % LOGGING_STEPS],
+    )
 
 
-def mean_step(run: Run) -> float:
-    return statistics.mean(run["seconds"])
+def over_a_period(values: list[float]) -> float:
+    """The mean over a period of the log, of medians."""
+    plain, logged = map(statistics.median, split(values))
+    return ((LOGGING_STEPS - 1) * plain + logged) / LOGGING_STEPS
 
 
-def without_optimizer(run: Run) -> float:
-    return mean_step(run) - statistics.mean(run["optimizer"])
+def without_optimizer(run: Run) -> list[float]:
+    return [all_ - part for all_, part in zip(run["seconds"], run["optimizer"], strict=True)]
 
 
-def paired(
-    found: dict[str, list[Run]], name: str, base: str, of: Callable[[Run], float] = mean_step
-) -> list[float]:
-    """How one variant's figure stands to another's, within each round."""
-    return [of(one) / of(other) for one, other in zip(found[name], found[base], strict=True)]
+def turn_by_turn(one: list[float], other: list[float]) -> list[float]:
+    return [a / b for a, b in zip(one, other, strict=True)]
 
 
-def summarise(found: dict[str, list[Run]]) -> dict[str, dict[str, float]]:
-    return {
-        name: {
-            "seconds": statistics.median(map(mean_step, runs)),
-            "unlogged": statistics.median(second for run in runs for second in run["seconds"][:-1]),
-            "optimizer": statistics.median(second for run in runs for second in run["optimizer"]),
-            "mib": max(run["mib"] for run in runs),
-        }
-        for name, runs in found.items()
-    }
-
-
-def ratios(found: dict[str, list[Run]], vocab_size: int) -> dict[str, float]:
+def ratios(found: dict[str, Run], vocab_size: int) -> dict[str, float]:
     """The figures that the targets are about."""
     product = min(CHUNK, TOKENS - PROMPT) * vocab_size * 4 / MIB
-    peak = {name: max(run["mib"] for run in runs) for name, runs in found.items()}
+    work = {name: without_optimizer(run) for name, run in found.items()}
+    steps = {name: run["seconds"] for name, run in found.items()}
     values = (
-        statistics.median(paired(found, "TrRa cached", "SFT", without_optimizer)),
-        statistics.median(paired(found, "TrRa online", "SFT", without_optimizer)),
-        statistics.median(paired(found, "TrRa online", "GKD")),
-        peak["LoRA TrRa, shared base"] / (peak["LoRA SFT"] + product),
+        over_a_period(turn_by_turn(work["TrRa cached"], work["SFT"])),
+        over_a_period(turn_by_turn(work["TrRa online"], work["SFT"])),
+        over_a_period(turn_by_turn(steps["TrRa online"], steps["GKD"])),
+        found["LoRA TrRa, shared base"]["mib"] / (found["LoRA SFT"]["mib"] + product),
     )
     return dict(zip(TARGETS, values, strict=True))
 
 
-def table(found: dict[str, list[Run]]) -> list[str]:
-    base, lines = summarise(found)["SFT"], []
-    for name, one in summarise(found).items():
-        times = paired(found, name, "SFT")
-        lines.append(
-            f"| {name} | {one['seconds']:.2f} | {statistics.median(times):.2f} "
-            f"({min(times):.2f}–{max(times):.2f}) | {one['unlogged']:.2f} | "
-            f"{one['optimizer']:.2f} | {one['mib']:.0f} | {one['mib'] / base['mib']:.2f} |"
-        )
-    return [
-        "| variant | CPU seconds per step | SFT = 1 (range) | a step without a log line | "
+def table(found: dict[str, Run]) -> list[str]:
+    base = found["SFT"]
+    lines = [
+        "| variant | CPU seconds per step | SFT = 1 | of it without a log line | with one | "
         "of it optimizer | peak MiB | SFT = 1 |",
-        "| --- | --: | --: | --: | --: | --: | --: |",
-        *lines,
+        "| --- | --: | --: | --: | --: | --: | --: | --: |",
     ]
+    for name, one in found.items():
+        relative = turn_by_turn(one["seconds"], base["seconds"])
+        plain, logged = map(statistics.median, split(relative))
+        lines.append(
+            f"| {name} | {over_a_period(one['seconds']):.2f} | {over_a_period(relative):.2f} | "
+            f"{plain:.2f} | {logged:.2f} | {statistics.median(one['optimizer']):.2f} | "
+            f"{one['mib']:.0f} | {one['mib'] / base['mib']:.2f} |"
+        )
+    return lines
 
 
-def report(found: dict[str, list[Run]], reached: dict[str, float], facts: dict[str, Any]) -> str:
-    rounds = len(found["SFT"])
+def report(found: dict[str, Run], reached: dict[str, float], facts: dict[str, Any]) -> str:
     lines = [
         "# A training step",
         "",
         f"`python benchmarks/training.py`: SmolLM2-135M, float32, {facts['threads']} thread of "
         f"{facts['cpu']}, torch {facts['torch']}. One row of {TOKENS} tokens in a step, {PROMPT} of "
         f"them the prompt; AdamW, activation checkpointing as TRL sets it, λ = {LAM:g}, reverse "
-        f"KL. {rounds} rounds of {STEPS} steps, the first of each left out; the mean over the other "
-        f"{LOGGING_STEPS}, of which the last is logged, and the median over the rounds. Ratios are "
-        "taken within a round. Memory is the peak above what the imports hold. The optimizer's seconds "
-        "are those of any number of rows, so the ratios to SFT that are to be reached leave them out. "
-        "SFT's step includes the entropy and the accuracy that TRL logs of every batch, TrRa's logged "
-        "step the two KL that it logs.",
+        f"KL. {STEPS} steps of each variant, in turns, the first left out; one step in "
+        f"{LOGGING_STEPS} is logged. Ratios are the medians of those within a turn. Memory is the peak "
+        "above what the imports hold. The optimizer's seconds are those of any number of rows, so the "
+        "ratios to SFT that are to be reached leave them out. SFT's step includes the entropy and the "
+        "accuracy that TRL logs of every batch, TrRa's logged step the two KL that it logs.",
         "",
         *table(found),
         "",
@@ -339,14 +351,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model, nothing written")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     disable_progress_bars()
     with TemporaryDirectory() as folder:
         in_own_process(write_models, Path(folder), arguments.quick)
-        found = measure(Path(folder), arguments.threads, arguments.rounds, arguments.variants)
+        found = measure(Path(folder), arguments.threads, arguments.variants)
         config = json.loads((Path(folder) / "reference" / "config.json").read_text())
     if set(arguments.variants) != set(VARIANTS):
         print("\n".join(table(found)))
@@ -361,7 +372,7 @@ def main() -> None:
     (RESULTS / "training.md").write_text(text, encoding="utf-8")
     (RESULTS / "training.json").write_text(
         json.dumps(
-            {"machine": facts, "variants": summarise(found), "ratios": reached, "runs": found},
+            {"machine": facts, "variants": found, "ratios": reached},
             indent=2,
         )
         + "\n"
