@@ -57,7 +57,7 @@ RESULTS = Path(__file__).parent / "results"
 TOKENS, PROMPT = 256, 64
 LAM = 2.0
 LOGGING_STEPS = 5
-STEPS = 3 * LOGGING_STEPS
+STEPS = 2 * LOGGING_STEPS
 """How often the variants take turns."""
 CHUNK = 256
 TARGETS = {
@@ -98,7 +98,6 @@ def write_models(folder: Path, quick: bool) -> None:
     merged = adapter.merge_and_unload()
     merged.save_pretrained(folder / "aligned")
     tokenizer.save_pretrained(folder / "aligned")
-    write_cache(folder)
 
 
 def make_rows() -> Dataset:
@@ -357,6 +356,8 @@ def main() -> None:
     disable_progress_bars()
     with TemporaryDirectory() as folder:
         in_own_process(write_models, Path(folder), arguments.quick)
+        if "TrRa cached" in arguments.variants:
+            in_own_process(write_cache, Path(folder))
         found = measure(Path(folder), arguments.threads, arguments.variants)
         config = json.loads((Path(folder) / "reference" / "config.json").read_text())
     if set(arguments.variants) != set(VARIANTS):
