@@ -17,12 +17,11 @@ from typing import IO, Literal, NamedTuple, Self, cast
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError
 from flexalign.evaluation.answers import (
-    as_number,
     expected_answer,
     find_boxed,
+    find_boxes,
     find_stated,
     is_plain,
-    normalise,
     plain_verdict,
 )
 from flexalign.evaluation.equality import EQUAL, READY, UNPARSED
@@ -157,13 +156,21 @@ class Grader:
         return [is_plain(text) or verdicts.get(text) == EQUAL for text in expected]
 
     def _read(self, item: Answered) -> tuple[str | None, str]:
-        answer = self._tags.split(item.response, opened=item.opened).answer
+        answer = self._answer(item)
         expected = expected_answer(item.gold)
-        found = find_boxed(answer)
+        boxes = find_boxes(answer)
+        if boxes.open:
+            return None, expected
+        found = boxes.answer
         if found is None and not item.truncated and answer.strip():
-            numeric = as_number(normalise(expected)) is not None
-            found = find_stated(answer.strip(), numeric=numeric)
+            found = find_stated(answer.strip(), expected=expected)
         return found, expected
+
+    def _answer(self, item: Answered) -> str:
+        """What follows the thinking; nothing if a thinking, also a later one, is never closed."""
+        answer = self._tags.split(item.response, opened=item.opened).answer
+        answer = answer.rpartition(self._tags.close)[2]
+        return "" if self._tags.open in answer else answer
 
     def _compare(self, pairs: Iterable[tuple[str | None, str]]) -> None:
         """Have mathematics decide, once each, what plain comparison cannot."""
@@ -181,8 +188,7 @@ class Grader:
         if found is None:
             if item.truncated:
                 return Grade(False, "truncated", None)
-            answer = self._tags.split(item.response, opened=item.opened).answer
-            return Grade(False, "unparsed" if answer.strip() else "no_answer", None)
+            return Grade(False, "unparsed" if self._answer(item).strip() else "no_answer", None)
         plain = plain_verdict(found, expected)
         verdict = self._verdicts[found, expected] if plain is None else None
         if plain or verdict == EQUAL:
