@@ -125,6 +125,9 @@ _EMPTY = re.compile(
 _QUOTIENT = re.compile(r"(?:\\frac\{(\d+)\}\{(\d+)\}|(\d+)/(\d+))")
 _MODULUS = re.compile(r"\s*\(?\\?(?:pmod|bmod|mod)(?![a-zA-Z])\s*\{?\s*(\w+)\s*\}?\)?")
 
+_BRACES_AROUND = re.compile(r"\\\{[^(){}\[\]]*,[^(){}\[\]]*\\\}")
+_BRACKETS_AROUND = re.compile(r"[(\[][^(){}\[\]]*,[^(){}\[\]]*[)\]]")
+
 # Forms that math-verify misreads
 
 _FACTOR = re.compile(r"(?<![_^\d.])(\d+(?:\.\d+)?)\s*((?:\\left)?\()")
@@ -265,8 +268,13 @@ def find_stated(answer: str, *, expected: str) -> str | None:
 
     if as_number(normalise(text)) is not None:
         return text
-    numeric = as_number(normalise(expected)) is not None
-    stated = _stated_expression(text, announced=bool(announced), numeric=numeric)
+    numeric = as_number(normalise(expected).rstrip("\\% ")) is not None
+    stated = _stated_expression(
+        text,
+        announced=bool(announced),
+        numeric=numeric,
+        valued=_VALUED.search(_in_commands(expected)) is not None,
+    )
     if stated is None and not numeric and "\n" not in text:
         return text
     return stated
@@ -276,7 +284,7 @@ def _joins(between: str) -> bool:
     """Whether two boxes with this text between them are members of one list."""
     text = " ".join(_DELIMITERS.sub(" ", between).split())
     match = _LINK.fullmatch(_ASSIGNMENT.sub("", text).strip())
-    if match is None:
+    if match is None or between.count("{") != between.count("}"):
         return False
     words = (match["words"] or "").casefold().split()
     return not words or (bool(match["link"]) and _DENIALS.isdisjoint(words))
@@ -296,31 +304,42 @@ class _Span(NamedTuple):
     closed: bool
 
 
-def _stated_expression(text: str, *, announced: bool, numeric: bool) -> str | None:
-    """The expression that a text states, the first announced one or else the last."""
+def _stated_expression(text: str, *, announced: bool, numeric: bool, valued: bool) -> str | None:
+    """The expression that a text states, the first announced one or else the last.
+
+    Args:
+        text: What is announced, or the whole answer.
+        announced: Whether it is announced.
+        numeric: Whether the known answer is one number; then a formula is worth no more than an
+            expression in plain text, and of an equation the right side counts.
+        valued: Whether the known answer has a number in it, as the expression then must.
+    """
     masked, formulas = _mask_formulas(text)
     if not formulas and not numeric and "\n" not in text and not _has_prose(masked):
         return text
 
     groups = _lists(_spans(masked), by_commas=announced)
-    written = [", ".join(_unmask(part, formulas) for part in group) for group in groups]
-    if numeric or (not announced and "\n" in text):
-        kept = [
-            index
-            for index, expression in enumerate(written)
-            if _VALUED.search(expression) or ("\x00" in groups[index][0] and not numeric)
+    written = [(group, ", ".join(_unmask(part, formulas) for part in group)) for group in groups]
+    in_formulas = [each for each in written if "\x00" in "".join(each[0])]
+    with_values = [each for each in written if _VALUED.search(each[1])]
+    choices = (
+        [with_values]
+        if numeric
+        else [
+            [each for each in in_formulas if not valued or each in with_values],
+            with_values,
+            in_formulas,
+            written if announced or "\n" not in text else [],
         ]
-    else:
-        kept = list(range(len(written)))
-    if not numeric and any("\x00" in "".join(groups[index]) for index in kept):
-        kept = [index for index in kept if "\x00" in "".join(groups[index])]
-    if not kept:
+    )
+    found = next((choice for choice in choices if choice), None)
+    if found is None:
         return None
 
-    chosen = kept[0 if announced else -1]
-    if numeric and len(groups[chosen]) == 1:
-        return _MEASURE.sub("", split_outside(written[chosen], _EQUALS)[-1].strip())
-    return written[chosen]
+    group, expression = found[0 if announced else -1]
+    if numeric and len(group) == 1:
+        return _MEASURE.sub("", split_outside(expression, _EQUALS)[-1].strip())
+    return expression
 
 
 def _mask_formulas(text: str) -> tuple[str, list[str]]:
@@ -406,7 +425,7 @@ def _is_mathematical(token: str, *, joined: bool, following: list[str]) -> bool:
     """Whether a token belongs to an expression; a letter only if an operator stands beside it."""
     if _has_prose(_MEASURE.sub("", token)) or not token:
         return False
-    if re.fullmatch(r"[^\W\d_]", token):
+    if len(token) == 1 and token.isalpha():
         return joined or bool(following and re.match(_OPERATOR, following[0]))
     if re.fullmatch(rf"(?:{_OPERATOR})+", token):
         return joined
@@ -499,6 +518,11 @@ def plain_verdict(found: str, expected: str) -> bool | None:
         return mine.casefold() == target.casefold()
     if (clock := _same_clock(mine, target)) is not None:
         return clock
+    if any(
+        _BRACES_AROUND.fullmatch(one) and _BRACKETS_AROUND.fullmatch(other)
+        for one, other in ((mine, target), (target, mine))
+    ):
+        return False  # a set is no pair and no interval
     moduli = _MODULUS.findall(mine), _MODULUS.findall(target)
     if all(moduli) and moduli[0] != moduli[1]:
         return False
