@@ -35,6 +35,7 @@ _ASSIGNMENT = re.compile(r"(?<!\w)[a-zA-Z]\w*(?:\s*_\s*\w+)?\s*=\s*$")
 _LINK = re.compile(
     r"(?P<words>(?!(?:and|or)\b)\w+(?: (?!(?:and|or)\b)\w+){0,2})? ?[,;]? ?(?P<link>and|or)?"
 )
+_LINK_LENGTH = 200
 _DENIALS = frozenset(
     [
         "is",
@@ -87,6 +88,7 @@ _NAMES = frozenset(
         "infinity",
     ]
 )
+_LINKS = frozenset({"and", "or", "&"})
 _MONEY = re.compile("[$€£¥]")
 _UNIT = r"(?:[cdmk]m|mm|m(?=[\^²³])|[kmµ]g|ml|ft|mph|hrs?|min|sec|am|pm|th|st|nd|rd)"
 _MEASURE = re.compile(rf"(?<=\d){_UNIT}(?:\^?\{{?[23]\}}?|[²³])?$")
@@ -282,9 +284,11 @@ def find_stated(answer: str, *, expected: str) -> str | None:
 
 def _joins(between: str) -> bool:
     """Whether two boxes with this text between them are members of one list."""
+    if len(between) > _LINK_LENGTH or between.count("{") != between.count("}"):
+        return False
     text = " ".join(_DELIMITERS.sub(" ", between).split())
     match = _LINK.fullmatch(_ASSIGNMENT.sub("", text).strip())
-    if match is None or between.count("{") != between.count("}"):
+    if match is None:
         return False
     words = (match["words"] or "").casefold().split()
     return not words or (bool(match["link"]) and _DENIALS.isdisjoint(words))
@@ -374,51 +378,66 @@ def _has_prose(text: str) -> bool:
 
 def _spans(masked: str) -> list[_Span]:
     """The expressions of a text, in order; words stand between them."""
-    spans: list[_Span] = []
-    for line in masked.split("\n"):
-        current, linked, link = "", "", ""
-        tokens = line.split()
+    return [span for line in masked.split("\n") for span in _Reader().read(line.split())]
+
+
+class _Reader:
+    """Reads the expressions out of the tokens of one line."""
+
+    def __init__(self) -> None:
+        self._spans: list[_Span] = []
+        self._tokens: list[str] = []
+        self._depth = 0
+        self._linked = ""  # what stands before the expression that is being read
+        self._link = ""  # what stands before the next one
+
+    def read(self, tokens: list[str]) -> list[_Span]:
         for index, token in enumerate(tokens):
+            if token in _LINKS and self._depth <= 0:
+                self._finish(closed=True, link=token)
+                continue
             core = token.strip("\"'“”*").rstrip(".,;:?\"'”")
             stop = token[len(core) :] if token.startswith(core) else token[-1:]
-            inside = _depth(current) > 0
-            if token in ("and", "or", "&") and not inside:
-                spans += _closed(current, linked, closed=True)
-                current, link = "", token
+            belongs = self._goes_on_with(core)
+            if not _is_mathematical(core, joined=belongs, following=tokens[index + 1 : index + 2]):
+                self._finish(closed=False)
                 continue
-            belongs = current and (
-                inside
-                or _OPENS.search(current)
-                or _CONTINUES.match(core)
-                or (current.isdigit() and _FRACTION.fullmatch(core))
-            )
-            if not _is_mathematical(core, joined=bool(belongs), following=tokens[index + 1 :]):
-                spans += _closed(current, linked, closed=False)
-                current, link = "", ""
-                continue
-            if belongs:
-                current = f"{current} {core}"
-            else:
-                spans += _closed(current, linked, closed=False)
-                current, linked, link = core, link, ""
-            if stop and _depth(current) > 0:
-                current += stop
+
+            if not belongs:
+                self._finish(closed=False, link=self._link)
+                self._linked, self._link = self._link, ""
+            self._tokens.append(core)
+            self._depth += _depth(core)
+            if stop and self._depth > 0:  # a comma within brackets
+                self._tokens[-1] += stop
             elif stop:
-                spans += _closed(current, linked, closed=True)
-                current, link = "", stop if stop in ",;" else ""
-        spans += _closed(current, linked, closed=True)
-    return spans
+                self._finish(closed=True, link=stop if stop in ",;" else "")
+        self._finish(closed=True)
+        return self._spans
 
+    def _goes_on_with(self, token: str) -> bool:
+        """Whether the expression that is being read goes on with this token."""
+        if not self._tokens:
+            return False
+        last = self._tokens[-1]
+        return bool(
+            self._depth > 0
+            or _OPENS.search(last)
+            or _CONTINUES.match(token)
+            or (last.isdigit() and len(self._tokens) == 1 and _FRACTION.fullmatch(token))
+        )
 
-def _closed(text: str, linked: str, *, closed: bool) -> list[_Span]:
-    """A finished expression, without brackets that the sentence opened or closes around it."""
-    text = text.lstrip("=").strip()
-    while _depth(text) > 0 and text[:1] in "([{":
-        text = text[1:]
-    while _depth(text) < 0 and text[-1:] in ")]}":
-        text = text[:-1]
-    text = text.rstrip("=<>+*/^ ")
-    return [_Span(text, linked, closed)] if text else []
+    def _finish(self, *, closed: bool, link: str = "") -> None:
+        """End the expression, without brackets that the sentence opened or closes around it."""
+        text, depth = " ".join(self._tokens).lstrip("="), self._depth
+        while depth > 0 and text[:1] in tuple("([{"):
+            text, depth = text[1:], depth - 1
+        while depth < 0 and text[-1:] in tuple(")]}"):
+            text, depth = text[:-1], depth + 1
+        text = text.rstrip("=<>+*/^ ")
+        if text:
+            self._spans.append(_Span(text, self._linked, closed))
+        self._tokens, self._depth, self._link = [], 0, link
 
 
 def _is_mathematical(token: str, *, joined: bool, following: list[str]) -> bool:
@@ -435,16 +454,12 @@ def _is_mathematical(token: str, *, joined: bool, following: list[str]) -> bool:
 def _lists(spans: list[_Span], *, by_commas: bool) -> list[list[str]]:
     """The expressions, those that one list links together."""
     groups: list[list[str]] = []
-    last = ""
     for span in spans:
-        linked = span.linked in ("and", "or", "&") or (
-            by_commas and span.linked in (",", ";") and span.linked != "" and span.closed
-        )
-        if groups and last and linked:
+        linked = span.linked in _LINKS or (by_commas and span.linked in (",", ";") and span.closed)
+        if groups and linked:
             groups[-1].append(span.text)
         else:
             groups.append([span.text])
-        last = span.text
     return groups
 
 
@@ -695,6 +710,7 @@ def _same_numeral(found: str, digits: str, base: str) -> bool:
 
 
 def _tidy(text: str) -> str:
+    text = " ".join(text.split())
     text = _GROUPED.sub(",", text)
     text = _WRAPPED.sub(r"\1", _MARKUP.sub("", _SPACES.sub(" ", text)))
     text = text.replace("−", "-").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
