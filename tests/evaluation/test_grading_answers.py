@@ -48,11 +48,19 @@ STATED = {
     "16": ["So, she has (5 + 3) * 2 = 16 eggs left", "2 * 8 = <<2*8=16>>16 dollars"],
     "12": ["So the rest is $30 and the total is $12.", "It takes 12cm.", r"Thus $12\text{ cm}$."],
     "7": ["We have 3 + 4 = 7 apples", "n = 7 works.", "7 works", "The answer is $x=7$ cm."],
+    "400": [
+        "x=100 queen bees\nWorkers:4(100)=400 worker bees",
+        "She pays $1500/month, or $400/day",
+    ],
+    "30": ["First 2*75=150 dragons for Arthur, or 150/5=30 dragons.", "It is horse #30"],
     "2.74": ["Cela coûte 2,74 €."],
     "2, 3": ["The answer is 2 or 3.", "Thus x = 2 or x = 3.", "The answer is 2, 3."],
     "(3,4)": ["The answer is (3, 4).", "The point is $(3, 4)$, which lies on it."],
     "x^2+1": ["the answer is x^2 + 1 for all x.", "x^2 + 1", "We find $x^2+1$."],
     r"\frac{1}{2}": [r"The answer is \frac{1}{2} of it.", "We get $\\frac{1}{2}$ in $n$ steps."],
+    r"\begin{pmatrix} 1 \\ -2 \end{pmatrix}": [
+        r"The answer is \begin{pmatrix} 1 \\ -2 \end{pmatrix}",
+    ],
     "10:30": ["It is 10:30.", "The answer is 10{:}30."],
     "28\\%": ["The answer is 28 %.", "a loss of 28 pct"],
 }

@@ -64,7 +64,12 @@ _ANNOUNCED = re.compile(
     r"\banswer\s*(?:is|:)\s*:?\s*(\$\$[^$]+\$\$|\\\[(?s:.{1,1000}?)\\\]|.+)", re.IGNORECASE
 )
 _WORKINGS = re.compile("<<[^<>]*>>")
-_FORMULA = re.compile(r"\$\$([^$]+)\$\$|\$([^$]+)\$|\\\((.{1,1000}?)\\\)|\\\[((?s:.{1,1000}?))\\\]")
+_FORMULA = re.compile(
+    r"\$\$([^$]+)\$\$|\$([^$]+)\$|\\\((.{1,1000}?)\\\)|\\\[((?s:.{1,1000}?))\\\]"
+    r"|(\\begin\{[a-z]*matrix\}(?s:.{1,1000}?)\\end\{[a-z]*matrix\})"
+)
+_LABEL = re.compile(r"(?<=[^\W\d_]{2}):(?=\S)")
+_RATE = re.compile(r"(?<=\d)/(?=[a-zA-Z]{2})(?!(?:sqrt|pi|sin|cos|tan|log|ln|exp)(?![a-zA-Z]))")
 _PROSE = re.compile(r"(?<!\\)(?<![a-zA-Z])[^\W\d_]{2,}")
 _NAMES = frozenset(
     [
@@ -364,7 +369,8 @@ def _mask_formulas(text: str) -> tuple[str, list[str]]:
         formulas.append(content)
         position = match.end()
     masked += text[position:]
-    return _WRAPPED.sub(r" \1 ", _MONEY.sub("", masked)), formulas
+    masked = _RATE.sub(" ", _LABEL.sub(": ", _MONEY.sub("", masked)))
+    return _WRAPPED.sub(r" \1 ", masked), formulas
 
 
 def _unmask(text: str, formulas: list[str]) -> str:
@@ -394,9 +400,10 @@ class _Reader:
     def read(self, tokens: list[str]) -> list[_Span]:
         for index, token in enumerate(tokens):
             if token in _LINKS and self._depth <= 0:
-                self._finish(closed=True, link=token)
+                follows = self._tokens or self._link  # an expression, and not a word
+                self._finish(closed=True, link=token if follows else "")
                 continue
-            core = token.strip("\"'“”*").rstrip(".,;:?\"'”")
+            core = token.strip("\"'“”*#").rstrip(".,;:?\"'”")
             stop = token[len(core) :] if token.startswith(core) else token[-1:]
             belongs = self._goes_on_with(core)
             if not _is_mathematical(core, joined=belongs, following=tokens[index + 1 : index + 2]):
