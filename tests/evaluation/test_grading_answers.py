@@ -122,7 +122,14 @@ def test_forms_that_mean_the_same_are_right(grader: Grader, gold: str) -> None:
 NEAR_MISSES_STATED = {
     "3": ["The answer is 3/4.", "a 3-digit number", "3x", "The answer is 3 or 4.", "$3^2$", "3:4"],
     "2": ["The answer is $2^{10}$.", "The answer is x^2", r"$\frac{1+\sqrt{5}}{2}$", "AZYUK2A"],
-    "10": ["The answer is $10^3$.", "So $x = 2^{10}$", "The answer is 10:30.", "10!"],
+    "10": [
+        "The answer is $10^3$.",
+        "So $x = 2^{10}$",
+        "The answer is 10:30.",
+        "10!",
+        "5 + 5",
+        "2 + 3 + 5",
+    ],
     "5": ["The answer is $5!$.", "The answer is 5, 6.", "The answer is 5 - 3.", "5i", r"5\pi"],
     "7": ["The answer is 7/2 of it", "The answer is 0.7", "x > 7", "7e3", "$-7$", "(7, 8)", "70"],
     "1": ["$-[0,1)$", "The answer is $x_1$.", "The answer is $1 \\pm \\sqrt{2}$.", "1½", "1 000"],

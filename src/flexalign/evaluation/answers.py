@@ -19,6 +19,7 @@ __all__ = [
     "find_boxes",
     "find_stated",
     "for_mathematics",
+    "is_left_undone",
     "is_plain",
     "normalise",
     "plain_verdict",
@@ -95,7 +96,10 @@ _NAMES = frozenset(
 )
 _LINKS = frozenset({"and", "or", "&"})
 _MONEY = re.compile("[$€£¥]")
-_UNIT = r"(?:[cdmk]m|mm|m(?=[\^²³])|[kmµ]g|ml|ft|mph|hrs?|min|sec|am|pm|th|st|nd|rd)"
+_UNIT = (
+    r"(?:[cdmk]m|m(?=[\^²³])|ft|mi|yd|[kmµ]g|lbs?|oz|m[lL]|mph|k[mp]h|hrs?|min|secs?|ms|"
+    r"[KkMGT]?Hz|[kMGT][bB]|kWh|am|pm|th|st|nd|rd)"
+)
 _MEASURE = re.compile(rf"(?<=\d){_UNIT}(?:\^?\{{?[23]\}}?|[²³])?$")
 _OPERATOR = (
     r"[-+*/^_=<>≤≥≠≈×·⋅÷±|]|\\(?:times|cdot|div|pm|leq?|geq?|neq?|approx|cup|cap)(?![a-zA-Z])"
@@ -144,6 +148,7 @@ _BARE_UNIT = re.compile(
     r"(?<=[\d}])\s+(?!pi\b)(?:(?:square|cubic) )?[a-zA-Z]{2,}(?:\^\{?[23]\}?)?$"
 )
 _EDGES = re.compile(r"^(?:\\displaystyle|\\[,;:! ]|\s)+|(?:\\[,;:! ]|\s|(?<!\.)\.)+$")
+_UNDONE = re.compile(r"\d[\d,.]*(?:\s*[-+*×·]\s*\d[\d,.]*)+")
 _VULGAR = re.compile(r"(\d*)\s*([¼½¾⅐-⅞↉])")
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]+")
 _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
@@ -475,6 +480,14 @@ def _depth(text: str) -> int:
     return sum(text.count(opening) for opening in "([{") - sum(
         text.count(closing) for closing in ")]}"
     )
+
+
+def is_left_undone(stated: str, expected: str) -> bool:
+    """Whether what is stated in place of a number is plain arithmetic that nobody carried out.
+
+    ``2 + 3 + 5`` is the question of which 10 is the answer. In a box it counts.
+    """
+    return bool(_UNDONE.fullmatch(stated)) and as_number(normalise(expected)) is not None
 
 
 def expected_answer(gold: str) -> str:
