@@ -88,7 +88,15 @@ BOXED = {
     "[5,7]": ["5 ≤ x ≤ 7", r"5 \leqslant x \leqslant 7", r"x \in [5,7]"],
     r"x\neq 2": [r"(-\infty,2)\cup(2,\infty)", r"\mathbb{R}\setminus\{2\}", "x ≠ 2"],
     r"[3,\infty)": ["x≥3", r"\{x : x \ge 3\}", r"3 \le x"],
-    r"\text{(B)}": [r"\textbf{(B)}\ 5", "B", "(B)", r"\textbf{(B) } \frac{1}{2}", "B) 5"],
+    "y>2": ["2<y", r"\{x : x > 2\}", r"(2,\infty)"],
+    r"\text{(B)}": [
+        r"\textbf{(B)}\ 5",
+        "B, since I see it",
+        "B",
+        "(B)",
+        r"\textbf{(B) } \frac{1}{2}",
+        "B) 5",
+    ],
     "B": [r"\textbf{(B)}\ 5", "(B) 5", r"\text{B}"],
     "5": [r"\textbf{(B)}\ 5", "(B) 5", r"\textbf{(B)}~5", "B. 5"],
     r"\textbf{(B)}\ 5": ["B", "(B)", "5", r"\textbf{(B)} 5", "(B) 5.0"],
@@ -103,7 +111,7 @@ BOXED = {
     r"\frac{1}{2^{98}}": ["2^{-98}", r"\left(\frac12\right)^{98}", "4^{-49}"],
     r"1.5\pi \cdot 10^{20}": [r"4.71238898038469 \times 10^{20}"],
     r"\sin^2 x": [r"1-\cos^2 x", r"\frac{1-\cos 2x}{2}"],
-    "2 \\pmod 5": [r"x \equiv 2 \pmod{5}", "2"],
+    "2 \\pmod 5": [r"x \equiv 2 \pmod{5}", "2", "2 (mod 5)"],
     r"1 - \frac{1}{\mathrm{e}}": ["1-1/e", r"\frac{e-1}{e}"],
 }
 
@@ -162,7 +170,17 @@ NEAR_MISSES_BOXED = {
     "[5,7]": ["5<x<7", "(5,7]", "5,7", r"5 \le x", r"\{x : 5<x\le7\}"],
     r"x\neq 2": ["x=2", r"x\neq -2", r"\mathbb{R}", r"(-\infty,2]\cup[2,\infty)", "x<2"],
     r"[3,\infty)": ["x>3", "x≤3", r"(3,\infty)", r"[3,4]", "3"],
-    r"\text{(B)}": [r"\textbf{(C)}\ 5", "(A)", "Both", "D", "BC", r"\text{A and B}"],
+    r"\text{(B)}": [
+        r"\textbf{(C)}\ 5",
+        "(A)",
+        "Both",
+        "D",
+        "BC",
+        r"\text{A and B}",
+        "B, C",
+        "(B) or (C)",
+        "A, B",
+    ],
     "B": [r"\textbf{(C)}\ 5", "(D)", "2B"],
     "5": [r"\textbf{(B)}\ 6", "(E)", r"\textbf{(A)}\ -5", r"(B)\ 5,6", "B"],
     r"\textbf{(B)}\ 5": ["A", "6", r"\textbf{(C)}\ 5", r"\textbf{(B)}\ 6", "(C)"],
@@ -188,6 +206,9 @@ NEAR_MISSES_BOXED = {
     "16386.17": ["16386.169", "16386.2", "16386", "16,386.16"],
     r"\frac{1}{3}": ["0.33", "0.3333", "0.334", r"0.\overline{34}", "3"],
     "1,22": ["1.22", "122", "22", "1,2"],
+    "x>2": ["y>2", "x<2", "x≥2", "2"],
+    r"0 \le x < 3": [r"0 \le y < 3", r"0 < x < 3", r"[0,3]"],
+    "17": [r"17 \bmod 5", "17!", "1.7e2"],
     "x^2+1": ["x²-1", "x2+1", "x³+1", "2x+1"],
     r"\sin^2 x": [r"1+\cos^2 x", r"\sin x^2", r"\sin 2x", r"\cos^2 x"],
     "2 \\pmod 5": [r"2 \pmod 7", r"3 \pmod 5", "5"],
@@ -254,7 +275,12 @@ def test_several_boxes_are_compared_as_a_list(grader: Grader) -> None:
         ("0.5", r"\boxed{\frac{1}{2}} or \boxed{0.5}"),
         ("5", r"The answer is $\boxed{5}$ and \boxed{ }."),
     ]
-    wrong = [("6", r"\boxed{5} or \boxed{6}"), ("1, 2, 3", r"\boxed{1}. Hence \boxed{2, 3}")]
+    wrong = [
+        ("6", r"\boxed{5} or \boxed{6}"),
+        (r"\text{(A)}", r"\boxed{A} or \boxed{B}"),
+        (r"\text{(A)}", r"\boxed{\text{(A)}}, \boxed{\text{(B)}}"),
+        ("1, 2, 3", r"\boxed{1}. Hence \boxed{2, 3}"),
+    ]
     assert _not_as_wanted(grader, right, correct=True) == []
     assert _not_as_wanted(grader, wrong, correct=False) == []
 

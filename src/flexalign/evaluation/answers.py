@@ -125,6 +125,7 @@ _WRAPPED = re.compile(_TEXT + r"\s*\{([^{}]*)\}")
 _ALL_WRAPPED = re.compile(rf"\s*(?:{_TEXT}\s*\{{[^{{}}]*\}})\s*\.?\s*")
 _WORDS = re.compile(r"[^\W\d_]{4,}|(?=.*[^\W\d_]{3})[^\W\d_]+(?:[ '-][^\W\d_]+)+")
 _CHOICE = re.compile(r"\(?([A-Za-z])\)?(?:[\s:.,)].*)?")
+_TWO_CHOICES = re.compile(r"\(?[A-Z]\)?\s*(?:[,;&/]|and|or)\s*\(?[A-HJ-Z]\)?(?![\w'])")
 _VALUED_CHOICE = re.compile(r"(?:\((?P<inside>[A-Z])\)|(?P<bare>[A-H])[).:])\s*(?P<value>.*\d.*)")
 _IN_BASE = re.compile(r"(?P<open>\()?(?P<digits>-?\w+?)(?(open)\))_\{?(?P<base>\d+)\}?")
 _CLOCK = re.compile(r"(\d+(?::\d+)+)\s*(?:([ap])\.?\s?m\.?)?", re.IGNORECASE)
@@ -134,8 +135,7 @@ _EMPTY = re.compile(
 )
 
 _QUOTIENT = re.compile(r"(?:\\frac\{(\d+)\}\{(\d+)\}|(\d+)/(\d+))")
-_MODULUS = re.compile(r"\s*\(?\\?(?:pmod|bmod|mod)(?![a-zA-Z])\s*\{?\s*(\w+)\s*\}?\)?")
-
+_MODULUS = re.compile(r"\s*(?:\\pmod\s*\{?\s*(\w+)\s*\}?|\(\s*\\?(?:mod|bmod)\s*(\w+)\s*\))")
 _BRACES_AROUND = re.compile(r"\\\{[^(){}\[\]]*,[^(){}\[\]]*\\\}")
 _BRACKETS_AROUND = re.compile(r"[(\[][^(){}\[\]]*,[^(){}\[\]]*[)\]]")
 
@@ -547,7 +547,7 @@ def plain_verdict(found: str, expected: str) -> bool | None:
     if valued := _valued_verdict(mine, target, expected):
         return valued.verdict if valued.rest is None else plain_verdict(*valued.rest)
     if is_choice(expected):
-        choice = _CHOICE.fullmatch(mine)
+        choice = None if _TWO_CHOICES.match(mine) else _CHOICE.fullmatch(mine)
         return choice is not None and choice[1].casefold() == target.strip("()").casefold()
     if is_words(expected):
         return mine.casefold() == target.casefold()
@@ -558,7 +558,7 @@ def plain_verdict(found: str, expected: str) -> bool | None:
         for one, other in ((mine, target), (target, mine))
     ):
         return False  # a set is no pair and no interval
-    moduli = _MODULUS.findall(mine), _MODULUS.findall(target)
+    moduli = [["".join(each) for each in _MODULUS.findall(text)] for text in (mine, target)]
     if all(moduli) and moduli[0] != moduli[1]:
         return False
     based = _numeral(target)

@@ -244,29 +244,36 @@ def _same_sets(found: str, expected: str) -> bool | None:
     """
     if not any(_RELATION.search(text) or _BUILDER.search(text) for text in (found, expected)):
         return None
-    mine, target = _region(found), _region(expected)
-    if mine is None or target is None:
+    (mine, of), (target, known_of) = _region(found), _region(expected)
+    if mine is None or target is None or (of and known_of and of != known_of):
         return None
     return _same_region(mine, target)
 
 
-def _region(text: str) -> Any:
-    """The set of reals that an inequality, a set builder or a union of intervals stands for."""
+def _region(text: str) -> tuple[Any, str | None]:
+    """The set of reals that an inequality, a set builder or a union of intervals stands for.
+
+    Returns:
+        The set, or None; and the name of the unknown, where it is no bound one.
+    """
     from sympy import Complement, EmptySet, Interval, Set, Union
 
-    if builder := _BUILDER.fullmatch(text.strip()):
+    builder = _BUILDER.fullmatch(text.strip())
+    if builder:
         text = builder["condition"]
     if _RELATION.search(text):
         alternatives = [_conjunction(part) for part in split_outside(text, _OR)]
         names = {name for _, names in alternatives for name in names}
         if len(names) != 1 or any(region is None for region, _ in alternatives):
-            return None
-        return Union(*(region for region, _ in alternatives))
+            return None, None
+        name = None if builder else names.pop()
+        return Union(*(region for region, _ in alternatives)), name
     parsed = _parse(_MEMBER.sub("", text))
     region = parsed[0] if parsed else None
     if isinstance(region, Interval | Union | Complement) or region is EmptySet:
-        return region
-    return region if isinstance(region, Set) and region.is_subset(_reals()) else None
+        return region, None
+    inside = isinstance(region, Set) and region.is_subset(_reals())
+    return (region if inside else None), None
 
 
 def _conjunction(text: str) -> tuple[Any, set[str]]:
