@@ -719,7 +719,10 @@ def outside_range(dial: Dial, permitted: tuple[float, float]) -> float | None:
 
 
 def require_range(
-    permitted: tuple[float, float], asked: Sequence[tuple[str, Dial]], whose: str
+    permitted: tuple[float, float],
+    asked: Sequence[tuple[str, Dial]],
+    whose: str,
+    permit: str = "start with --lambda-range LEAST,LARGEST",
 ) -> None:
     """Refuse dials that may use a λ outside the range that is permitted.
 
@@ -727,6 +730,7 @@ def require_range(
         permitted: The least and the largest λ.
         asked: Each with its name.
         whose: Whose range it is, such as ``the adapter out/fast``.
+        permit: How it is said that this is meant.
 
     Raises:
         LambdaError: If there is one; says how to permit it.
@@ -736,7 +740,7 @@ def require_range(
         low, high = permitted
         raise LambdaError(
             f"{', '.join(outside)}: outside the range [{low:g}, {high:g}] of {whose}; if "
-            "you mean it, start with --lambda-range LEAST,LARGEST."
+            f"you mean it, {permit}."
         )
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from flexalign.evaluation.systems.local import LocalBackend
 from flexalign.inra.configuration import CONFIG_FILE, WEIGHTS_FILE
 from flexalign.miniature import folder
 from flexalign.models.loading import load_model, load_tokenizer
+from flexalign.systems import LocalBackend
 
 DIAL = ("miniature", "--adapter", "miniature:fast")
 QUESTION = "9+3+6?"

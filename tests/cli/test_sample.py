@@ -204,7 +204,7 @@ def test_bad_prompts_are_named_by_line(
 def test_an_interrupted_run_says_how_to_go_on(
     sample: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flexalign.generation import responses
+    from flexalign.systems import sampling as responses
 
     output, whole = tmp_path / "traces.jsonl", tmp_path / "whole.jsonl"
     answer = responses.generate_responses

@@ -4,10 +4,10 @@ import torch
 
 from flexalign import Adaptive
 from flexalign.errors import DataError
-from flexalign.evaluation.demo import Answers, adaptive, coin, confidences, judge, respond, weigh
 from flexalign.generation.responses import generate_responses
 from flexalign.inra import InRaModel
 from flexalign.miniature import make_questions
+from flexalign.miniature.demo import Answers, adaptive, coin, confidences, judge, respond, weigh
 from flexalign.miniature.world import Question
 from flexalign.models.loading import load_tokenizer
 

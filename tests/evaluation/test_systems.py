@@ -5,20 +5,11 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from flexalign.errors import ConfigError, LambdaError
-from flexalign.evaluation.systems import (
-    AS_IT_IS,
-    Cell,
-    Setting,
-    System,
-    SystemOptions,
-    open_backend,
-    parse_system,
-    parse_systems,
-    settings_of,
-    unique_settings,
-)
+from flexalign.evaluation.systems import Cell, settings_of
 from flexalign.inra import InRaModel
+from flexalign.lambdas import AS_IT_IS, Setting, unique_settings
 from flexalign.models.loading import fingerprint
+from flexalign.systems import System, SystemOptions, open_backend, parse_system, parse_systems
 
 
 @pytest.mark.parametrize(

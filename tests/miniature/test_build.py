@@ -7,10 +7,10 @@ import torch
 
 from flexalign.cli._miniature import make_adapter
 from flexalign.errors import ConfigError
-from flexalign.evaluation.demo import judge, respond
 from flexalign.inra import InRaConfig, InRaModel
 from flexalign.miniature import REFERENCE, build, folder, make_questions
 from flexalign.miniature.build import FAST_SCHOOLING, Schooling, _Traces, teach
+from flexalign.miniature.demo import judge, respond
 from flexalign.miniature.tokenizer import build_tokenizer
 from flexalign.models.loading import fingerprint, load_tokenizer
 

@@ -15,7 +15,10 @@ from transformers import TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from flexalign.cli.console import console
-from flexalign.evaluation.demo import (
+from flexalign.inra import InRaModel
+from flexalign.miniature import ALIGNED, REFERENCE, make_questions
+from flexalign.miniature.closed_form import token_level
+from flexalign.miniature.demo import (
     Measurement,
     Training,
     Worth,
@@ -31,9 +34,6 @@ from flexalign.evaluation.demo import (
     respond,
     weigh,
 )
-from flexalign.inra import InRaModel
-from flexalign.miniature import ALIGNED, REFERENCE, make_questions
-from flexalign.miniature.closed_form import token_level
 
 _LEARNING_RATE = 1e-3
 """For short trainings; the results document takes half of it and more steps."""

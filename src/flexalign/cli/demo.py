@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from flexalign.cli._demo import DialRow
-    from flexalign.evaluation.demo import Measurement
+    from flexalign.miniature.demo import Measurement
 
 
 _LEGEND = """

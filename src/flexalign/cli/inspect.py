@@ -58,11 +58,13 @@ def inspect(
     [cyan]flexalign inspect models/base models/concise --diff traces.jsonl[/cyan]
     """
     from flexalign.models.compatibility import examine, examine_pair
+    from flexalign.models.sources import aligned_beside
 
     if diff is not None and aligned is None:
-        if model != "miniature":
+        aligned = aligned_beside(model)
+        if aligned is None:
             raise ConfigError("--diff compares two models; name the aligned one too.")
-        aligned = "miniature:aligned"
+
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if aligned is None:
         one = examine(model, **options)

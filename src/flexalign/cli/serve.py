@@ -7,10 +7,18 @@ import typer
 
 from flexalign._packages import require_packages
 from flexalign.cli._address import tell_address, url_of
-from flexalign.cli._dial import read_range
 from flexalign.cli._vllm import Parts, serve_on_vllm
-from flexalign.cli.console import as_input_errors, read_secret
-from flexalign.cli.options import Adapter, Aligned, AnyBase, Dtype, Engine, Gate
+from flexalign.cli.console import as_input_errors
+from flexalign.cli.options import (
+    Adapter,
+    Aligned,
+    AnyBase,
+    Dtype,
+    Engine,
+    Gate,
+    read_range,
+    read_secret,
+)
 from flexalign.errors import ConfigError
 
 _NEEDED = ("fastapi", "starlette", "uvicorn", "prometheus_client")

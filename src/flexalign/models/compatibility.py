@@ -342,7 +342,7 @@ def examine_pair(
     """Compare two models by their configurations, tokenizers and tensor headers.
 
     Args:
-        reference: The model of λ=0; bare ``miniature`` is its reference.
+        reference: The model of λ=0.
         aligned: The model of λ=1, or a PEFT adapter on the reference.
         dtype: What they will be loaded in.
         trust_remote_code: As in `flexalign.models.loading.load_model`.

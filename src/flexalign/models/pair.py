@@ -29,7 +29,7 @@ from flexalign.models.compatibility import (
     vocabulary_size,
 )
 from flexalign.models.loading import load_adapter, load_model
-from flexalign.models.sources import Model
+from flexalign.models.sources import Model, aligned_beside
 from flexalign.models.weights import same_module
 
 Side: TypeAlias = Literal["reference", "aligned"]
@@ -93,9 +93,9 @@ class ModelPair:
         Prints on stderr how much memory it will hold, and what is done about small differences.
 
         Args:
-            reference: A folder or a known name; see `flexalign.models.loading.resolve`.
+            reference: A folder or a known name; see `flexalign.models.sources.resolve`.
             aligned: Likewise, or the folder of a PEFT adapter on the reference. May be left out
-                for ``miniature``, which is a pair by itself.
+                for a known name that is a pair by itself.
             dtype: Of the weights; ``"auto"`` is what each is stored in.
             device_map: As in transformers.
             trust_remote_code: Permit code that a checkpoint brings along to run.
@@ -109,11 +109,10 @@ class ModelPair:
             UnsupportedModelError: If one is no model that can be realigned.
         """
         if aligned is None:
-            if reference != "miniature":
-                raise ConfigError(
-                    f"a pair has two models; name the aligned one beside {reference}."
-                )
-            aligned = "miniature:aligned"
+            aligned = aligned_beside(reference)
+        if aligned is None:
+            raise ConfigError(f"a pair has two models; name the aligned one beside {reference}.")
+
         facts = examine_pair(reference, aligned, dtype=dtype, trust_remote_code=trust_remote_code)
         vocab_size = _judge(facts, device_map, allow_oversize)
         options: dict[str, Any] = {
@@ -122,6 +121,7 @@ class ModelPair:
             "trust_remote_code": trust_remote_code,
             "allow_pickle": allow_pickle,
         }
+
         first = load_model(facts.reference.source, **options)
         if facts.shared_base:
             second = load_adapter(
@@ -129,6 +129,7 @@ class ModelPair:
             ).eval()
         else:
             second = load_model(facts.aligned.source, **options)
+
         for model in (first, second):
             model.requires_grad_(False)
         return cls(first, second, facts.tokenizer, vocab_size)
