@@ -26,10 +26,9 @@ def train_concise(method: str, folder: Path, options: dict[str, Any]) -> None:
     """Train an adapter towards the aligned model, unless its folder is there already."""
     import torch
 
-    from flexalign.cli._miniature import make_adapter
     from flexalign.miniature import ALIGNED
     from flexalign.miniature import folder as part
-    from flexalign.miniature.build import Schooling, teach
+    from flexalign.miniature.build import Schooling, make_adapter, teach
     from flexalign.miniature.demo import load_pair
 
     if (folder / "inra_config.json").is_file():

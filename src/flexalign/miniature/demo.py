@@ -1,13 +1,16 @@
 """Realign the miniature and hold the students against its closed form.
 
-What ``flexalign demo`` shows in minutes and the results document in full: students at several λ,
-what each buys in accuracy and tokens, and how near its habits are to those of equation 5.
+What ``flexalign demo`` shows in minutes (:func:`run_demo`) and the results document in full:
+students at several λ, what each buys in accuracy and tokens, and how near its habits are to those
+of equation 5; then one adapter's dial, and the policies over its two ends.
 """
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -25,7 +28,8 @@ from flexalign.evaluation.frontier import (
     draw_pareto,
 )
 from flexalign.generation.responses import generate_responses
-from flexalign.miniature import ALIGNED, REFERENCE, folder, make_traces
+from flexalign.inra import InRaModel
+from flexalign.miniature import ALIGNED, REFERENCE, folder, make_questions, make_traces
 from flexalign.miniature.build import encode
 from flexalign.miniature.closed_form import Outcome, expected_outcome, token_level
 from flexalign.miniature.measure import count_branches, is_right, mean_habits, split_trace
@@ -239,11 +243,8 @@ def picture(
     draw_pareto(path, points, curves, "The miniature: what a setting of λ buys", ends)
 
 
-# Policies over a dial's two ends, put together from the answers of both to the same questions.
-#
-# Adaptive and route policies choose between the fast end's answer and the slow end's. With one
-# answer of each end to every question, every threshold and every share can be judged on them at
-# once, and all meet the same luck.
+# Policies over a dial's two ends, put together from the answers of both to the same questions:
+# every threshold and every share is judged on one answer of each end, and all meet the same luck.
 
 
 @dataclass(frozen=True)
@@ -359,3 +360,139 @@ def _require_same(first: Answers, second: Answers) -> None:
             f"{len(first.right)} answers stand beside {len(second.right)}; "
             "both ends must answer the same questions."
         )
+
+
+# The demo itself.
+
+_LEARNING_RATE = 1e-3
+"""For short trainings; the results document takes half of it and more steps."""
+
+_QUESTION_SEED = 10_000
+"""Far from the seeds of training data."""
+
+_THRESHOLD = 0.44
+"""Chosen by ``benchmarks/dial.py`` on other questions."""
+
+_LIMIT = 200
+"""Tokens for the mixed dial, which may lose itself between the two ends."""
+
+
+@dataclass(frozen=True)
+class DialRow:
+    """What one setting of the fast adapter's dial is worth.
+
+    Attributes:
+        name: What it is called in the table.
+        worth: Beside the dial's two ends.
+    """
+
+    name: str
+    worth: Worth
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields by name; an interval is low, estimate, high."""
+        return {"name": self.name, **asdict(self.worth)}
+
+
+def run_demo(
+    output: Path,
+    *,
+    questions: int,
+    steps: int,
+    seed: int,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> tuple[list[Measurement], list[DialRow]]:
+    """Train and measure everything that the demo shows, and write its picture and figures.
+
+    Args:
+        output: Folder for ``pareto.png`` and ``demo.json``; it must be there.
+        questions: Questions that each model answers.
+        steps: Training steps of each student.
+        seed: Of questions, training and sampling.
+        progress: Called with what is under way, how much of it is done, and how much there is;
+            first with nothing done.
+
+    Returns:
+        What each model is worth, and what each setting of the dial is.
+    """
+    training = Training(steps=steps, learning_rate=_LEARNING_RATE, seed=seed)
+    asked = make_questions(questions, seed=_QUESTION_SEED + seed)
+    measurements: list[Measurement] = []
+
+    with TemporaryDirectory() as scratch:
+        reference, aligned, tokenizer = load_pair()
+
+        def ask(name: str, model: Any, **options: Any) -> list[list[str]]:
+            what = f"{name}: answers"
+            progress(what, 0, questions)
+            return respond(
+                model,
+                tokenizer,
+                asked,
+                seed=seed + 1,
+                progress=lambda done, total: progress(what, done, total),
+                **options,
+            )
+
+        def answer(name: str, model: Any, lam: float) -> list[list[str]]:
+            traces = ask(name, model)
+            habits = token_level(REFERENCE, ALIGNED, lam)
+            measurements.append(measure(name, asked, traces, expected_habits=habits))
+            return traces
+
+        def train(name: str, towards: Any, lam: float) -> Any:
+            what = f"{name}: trains"
+            progress(what, 0, steps)
+            told = _TellSteps(lambda done: progress(what, done, steps))
+            return realign(towards, lam, Path(scratch), training, callbacks=[told])
+
+        slow = judge(asked, answer("reference", reference, 0))
+        answer("aligned", aligned, 1)
+        answer("λ=1", train("λ=1", aligned, 1), 1)
+        once = train("λ=2", aligned, 2)
+        answer("λ=2", once, 2)
+        answer("λ=2, 2 rounds", train("λ=2, 2 rounds", once, 2), 4)
+
+        dial = InRaModel.from_pretrained("miniature:reference", "miniature:fast")
+        written = ask("fast", dial, lam=1.0, temperature=0.0)
+        fast = judge(asked, written)
+        mixed = judge(asked, ask("dial λ=0.5", dial, lam=0.5, max_new_tokens=_LIMIT))
+        confidence = confidences(dial, tokenizer, asked, written)
+
+    chosen = adaptive(fast, slow, confidence, _THRESHOLD)
+    share = (chosen.mean_tokens - fast.mean_tokens) / (slow.mean_tokens - fast.mean_tokens)
+    settings = {
+        "λ=0, slow": slow,
+        "λ=0.5": mixed,
+        "λ=1, fast": fast,
+        f"adaptive, τ={_THRESHOLD:g}": chosen,
+        f"coin, {share:.0%} slow": coin(fast, slow, min(max(share, 0.0), 1.0), seed),
+    }
+
+    rows = [DialRow(name, weigh(answers, fast, slow)) for name, answers in settings.items()]
+    picture(
+        output / "pareto.png",
+        {"the pair": measurements[:2], "realigned": measurements[2:]},
+        [closed_form_curve(highest=5)],
+    )
+    figures = {
+        "questions": questions,
+        "steps": steps,
+        "seed": seed,
+        "rows": [measurement.to_json() for measurement in measurements],
+        "dial": [row.to_json() for row in rows],
+    }
+    (output / "demo.json").write_text(
+        json.dumps(figures, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
+    )
+    return measurements, rows
+
+
+class _TellSteps(TrainerCallback):  # type: ignore[misc]
+    """Tells how many steps are done."""
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self._tell = tell
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._tell(state.global_step)
