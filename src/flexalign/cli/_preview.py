@@ -32,7 +32,7 @@ def show_preview(
     from flexalign.analysis.preview import PREVIEW_LAMBDAS, preview
     from flexalign.cli.console import quieten_libraries
     from flexalign.data import load_traces, split_tokens
-    from flexalign.systems import parse_system
+    from flexalign.systems import LocalBackend, parse_system
 
     parsed = parse_system(system)
     if parsed.kind not in ("pair", "dial"):
@@ -41,15 +41,8 @@ def show_preview(
     rows = load_traces(traces)
     rows = rows.select(range(min(limit or len(rows), len(rows))))
     quieten_libraries()
-    model: Any
-    if parsed.kind == "pair":
-        from flexalign.models.pair import ModelPair
-
-        model = ModelPair.load(*parsed.parts)
-    else:
-        from flexalign.inra import InRaModel
-
-        model = InRaModel.from_pretrained(*parsed.parts)
+    loaded: Any = LocalBackend(parsed).load(device_map=None)
+    model: Any = loaded.pair if parsed.kind == "pair" else loaded
     tokens = list(split_tokens(rows, model.tokenizer))
     with progress_bar("reading with both models", len(tokens)) as show:
         found = preview(
