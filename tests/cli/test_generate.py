@@ -1,6 +1,7 @@
 import io
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -380,4 +381,4 @@ def test_a_lambda_is_parsed_once_and_its_range_checked_once(
     counts = count_lambda(monkeypatch, 0.375)
     (row,) = rows(*DIAL, QUESTION, option, value, "--max-new-tokens", 6, *SAMPLED)
     assert row["tokens"] > 1
-    assert counts == {"dials": 1, "numbers": 1, "ranges": 1, "parses": parses}
+    assert counts == Counter(dials=1, numbers=1, ranges=1, parses=parses)
