@@ -70,6 +70,7 @@ class ModelPair:
         )
         self.reference: Any = aligned if self.shared_base else reference
         self.aligned: Any = cast("Any", aligned)
+
         self._adapters: dict[Side, tuple[str, ...]] = {"reference": ()}
         self._switch: AdapterSwitch | None = None
         if self.shared_base:
@@ -148,6 +149,7 @@ class ModelPair:
         widths = [_width(model) for model in (reference, aligned)]
         vocab_size, _ = shared_width(widths[0], widths[1], vocabulary_size(tokenizer))
         pair = cls(reference, aligned, tokenizer, vocab_size)
+
         if not pair.shared_base and (reference is aligned or same_module(reference, aligned)):
             warnings.warn(
                 "the aligned model equals the reference: there is nothing to realign.",
@@ -206,12 +208,14 @@ def _judge(facts: PairFacts, device_map: Any, allow_oversize: bool) -> int:
     for warning in facts.warnings:
         warnings.warn(warning, stacklevel=4)
     free = available_bytes(device_map) / GIB
+
     need = f"the pair's weights take {facts.gib:.3g} GiB, and {free:.3g} GiB are free"
     if facts.gib > free and not allow_oversize:
         raise ConfigError(
             f"{need}; load it in bfloat16, on a larger machine, or anyway with "
             "allow_oversize=True (--anyway)."
         )
+
     for note in (f"{need}.", *facts.notes):
         print(f"note: {note}", file=sys.stderr)
     return vocab_size

@@ -1,4 +1,4 @@
-"""Where models lie: known names, folders, GGUF files, and the base that an adapter names."""
+"""Where models and adapters lie: known names, folders, GGUF files, and the base an adapter names."""
 
 import json
 import re
@@ -102,21 +102,6 @@ def aligned_beside(reference: Model) -> str | None:
     return entry.pair[1] if entry.pair is not None and not part else None
 
 
-def _as_it_lies(name: str, path: Path) -> Source:
-    """Return the source of a model's folder, or of its GGUF file."""
-    if path.suffix == ".gguf":
-        return Source(name, path.parent, path.name)
-    return Source(name, path)
-
-
-def _way_to_get(name: str) -> str:
-    """Say what to do about a model that is not there."""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        folder = name.partition("/")[2]
-        return f"fetch one first, such as with: hf download {name} --local-dir models/{folder}"
-    return "name a folder that is there, or fetch one first with: hf download"
-
-
 def require_gguf() -> None:
     """Make sure that GGUF files can be read.
 
@@ -154,3 +139,18 @@ def read_json(file: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged ({error}); copy the model again.") from error
+
+
+def _as_it_lies(name: str, path: Path) -> Source:
+    """Return the source of a model's folder, or of its GGUF file."""
+    if path.suffix == ".gguf":
+        return Source(name, path.parent, path.name)
+    return Source(name, path)
+
+
+def _way_to_get(name: str) -> str:
+    """Say what to do about a model that is not there."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        folder = name.partition("/")[2]
+        return f"fetch one first, such as with: hf download {name} --local-dir models/{folder}"
+    return "name a folder that is there, or fetch one first with: hf download"
