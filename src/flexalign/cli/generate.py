@@ -213,7 +213,7 @@ def _requests(
     from flexalign.systems import PromptRequest
 
     return [
-        # The empty part stands where a sweep has its task: seeds are what they were in 0.1.
+        # The empty part stands where a sweep has its task; without it every answer would change.
         PromptRequest(index, one.put, setting, sample, derive_seed(seed, "", index, sample))
         for index, one in enumerate(prompts)
         for setting in settings

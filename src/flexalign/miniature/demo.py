@@ -5,7 +5,6 @@ students at several λ, what each buys in accuracy and tokens, and how near its 
 of equation 5; then one adapter's dial, and the policies over its two ends.
 """
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
+from flexalign._storage import write_json
 from flexalign.errors import DataError
 from flexalign.evaluation.frontier import (
     Measured,
@@ -482,9 +482,7 @@ def run_demo(
         "rows": [measurement.to_json() for measurement in measurements],
         "dial": [row.to_json() for row in rows],
     }
-    (output / "demo.json").write_text(
-        json.dumps(figures, ensure_ascii=False, indent=2) + "\n", encoding="utf-8"
-    )
+    write_json(output / "demo.json", figures)
     return measurements, rows
 
 

@@ -240,7 +240,9 @@ class _SampledServer:
 
     def __init__(self, backend: EndpointBackend, system: System, options: SystemOptions) -> None:
         self._backend = backend
-        self.source = {"endpoint": system.parts[0], "model": options.model_name}
+        # A server's only model is looked up, so that the manifest tells whose responses they are.
+        name = options.model_name or backend.endpoint.model
+        self.source = {"endpoint": system.parts[0], "model": name}
         self.caution: str | None = None
 
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Sequence[Sampled]:
