@@ -146,7 +146,7 @@ def kept(file: Path, function: Any, *arguments: Any) -> Found:
     """Do a job, or take what an earlier run kept of it."""
     import numpy as np
 
-    from flexalign.miniature.demo import Answers
+    from flexalign.miniature.demo import JudgedAnswers
 
     if not file.is_file():
         found = function(*arguments)
@@ -163,7 +163,7 @@ def kept(file: Path, function: Any, *arguments: Any) -> Found:
         print(f"{file.stem} done", flush=True)
     found = json.loads(file.read_text(encoding="utf-8"))
     right, tokens = found["answers"]
-    found["answers"] = Answers(np.array(right, dtype=bool), np.array(tokens))
+    found["answers"] = JudgedAnswers(np.array(right, dtype=bool), np.array(tokens))
     found["confidence"] = np.array(found["confidence"])
     return found
 

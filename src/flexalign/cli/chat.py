@@ -188,6 +188,7 @@ def _obey(conversation: "Conversation", line: str, adapter: str | None) -> bool:
     """
     name, _, value = line[1:].partition(" ")
     value = value.strip()
+
     match name:
         case "quit":
             return False

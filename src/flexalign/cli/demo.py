@@ -128,6 +128,7 @@ def _table(measurements: "list[Measurement]") -> "Table":
     for column in ("accuracy [95 %]", "eq. 5", "tokens", "eq. 5", "cut", "again", "eq. 5"):
         style = "dim" if column == "eq. 5" else None
         table.add_column(column, justify="right", style=style, no_wrap=True)
+
     reference_tokens = measurements[0].tokens
     for row in measurements:
         low, high = row.accuracy_interval

@@ -73,14 +73,17 @@ def inspect(
         else:
             _show_models(one)
         return
+
     facts = examine_pair(model, aligned, **options)
     if not as_json:
         _show_models(facts.reference, facts.aligned)
         _show_verdict(facts)
+
     difference = None
     if diff is not None and facts.fits:
         loading = {**options, "allow_pickle": allow_pickle, "allow_oversize": anyway}
         difference = _measure(model, aligned, diff, limit, batch_size, loading)
+
     if as_json:
         extra = {} if difference is None else {"difference": difference.to_json()}
         print_json(facts.to_json() | extra)
@@ -153,8 +156,10 @@ def _show_difference(found: "Difference") -> None:
         result_console.print(
             "note: difference and noise pass into each other; a gate cuts somewhere between."
         )
+
     _show_changes("becomes rarer", found.falls)
     _show_changes("becomes more frequent", found.rises)
+
     table = Table("gives way", "to", "positions", "TV", "probabilities", "context", title="shifts")
     for shift in found.shifts:
         table.add_row(

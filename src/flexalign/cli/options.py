@@ -28,7 +28,7 @@ from flexalign.lambdas import (
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-class Engine(StrEnum):
+class EngineName(StrEnum):
     """What runs a model."""
 
     LOCAL = "local"

@@ -180,6 +180,7 @@ def teach(
     """Train a model, or an adapter's stream, in place on traces of a way of thinking."""
     tokenizer = build_tokenizer(CONTEXT_TOKENS)
     rows = _Traces(tokenizer, schooling, seed)
+
     with TemporaryDirectory() as scratch:
         trainer = Trainer(
             model=model,
@@ -207,6 +208,7 @@ def teach(
             callbacks=callbacks,
         )
         trainer.train()
+
     model.eval()
 
 
@@ -233,6 +235,7 @@ class _Traces(torch.utils.data.Dataset[dict[str, list[Any]]]):
                 if trace[-1] != str(question.answer):
                     continue
                 trace = [trace[0], *trace[-2:]]
+
             asked, answered = encode(tokenizer, question.text, trace)
             targets: list[list[tuple[int, float]]] = [[(token, 1.0)] for token in answered]
             if schooling.exact:
@@ -241,6 +244,7 @@ class _Traces(torch.utils.data.Dataset[dict[str, list[Any]]]):
                         (tokenizer.convert_tokens_to_ids(token), probability)
                         for token, probability in branch.distribution(schooling.habits).items()
                     ]
+
             self._rows.append(
                 {
                     "input_ids": (asked + answered)[:CONTEXT_TOKENS],
@@ -263,6 +267,7 @@ def _collator(
         ids = torch.full((len(rows), width), tokenizer.pad_token_id)
         tokens = torch.zeros(len(rows), width, _ALTERNATIVES, dtype=torch.long)
         weights = torch.zeros(len(rows), width, _ALTERNATIVES)
+
         for index, row in enumerate(rows):
             ids[index, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
             padded = [
@@ -272,6 +277,7 @@ def _collator(
             pairs = torch.tensor(padded)
             tokens[index, : len(padded)] = pairs[..., 0].long()
             weights[index, : len(padded)] = pairs[..., 1]
+
         # The loss reads both; Trainer hands it whatever is called labels.
         return {
             "input_ids": ids,

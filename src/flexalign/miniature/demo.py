@@ -31,7 +31,7 @@ from flexalign.generation.responses import generate_responses
 from flexalign.inra import InRaModel
 from flexalign.miniature import ALIGNED, REFERENCE, folder, make_questions, make_traces
 from flexalign.miniature.build import encode
-from flexalign.miniature.closed_form import Outcome, expected_outcome, token_level
+from flexalign.miniature.closed_form import HabitsOutcome, expected_outcome, token_level
 from flexalign.miniature.measure import count_branches, is_right, mean_habits, split_trace
 from flexalign.miniature.world import Habits, Question
 from flexalign.models.loading import load_model, load_tokenizer
@@ -84,7 +84,7 @@ class Measurement:
     tokens: float
     tokens_interval: tuple[float, float]
     habits: Habits
-    expected: Outcome
+    expected: HabitsOutcome
     expected_habits: Habits
 
     def to_json(self) -> dict[str, Any]:
@@ -121,6 +121,7 @@ def realign(
     reference, _, tokenizer = load_pair()
     student = load_model(str(folder("reference"))) if start is None else start
     rows = make_traces(training.steps * training.batch_size, seed=1_000 + training.seed)
+
     trainer = TrRaTrainer(
         student,
         reference=reference,
@@ -153,6 +154,7 @@ def realign(
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
+
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return student.eval()
@@ -248,7 +250,7 @@ def picture(
 
 
 @dataclass(frozen=True)
-class Answers:
+class JudgedAnswers:
     """One answer to each of N questions.
 
     Attributes:
@@ -283,10 +285,10 @@ class Worth:
     over_coin: Interval
 
 
-def judge(questions: Sequence[Question], traces: Sequence[Sequence[str]]) -> Answers:
+def judge(questions: Sequence[Question], traces: Sequence[Sequence[str]]) -> JudgedAnswers:
     """Judge one trace for each question."""
     right = [is_right(question, trace) for question, trace in zip(questions, traces, strict=True)]
-    return Answers(np.array(right), np.array([len(trace) for trace in traces]))
+    return JudgedAnswers(np.array(right), np.array([len(trace) for trace in traces]))
 
 
 @torch.no_grad()
@@ -317,28 +319,28 @@ def confidences(
 
 
 def adaptive(
-    fast: Answers, slow: Answers, confidence: NDArray[np.float64], threshold: float
-) -> Answers:
+    fast: JudgedAnswers, slow: JudgedAnswers, confidence: NDArray[np.float64], threshold: float
+) -> JudgedAnswers:
     """The fast answer where it is sure enough, else the slow one; a rejected one is paid for."""
     _require_same(fast, slow)
     accepted = confidence >= threshold
-    return Answers(
+    return JudgedAnswers(
         np.where(accepted, fast.right, slow.right),
         fast.tokens + np.where(accepted, 0, slow.tokens),
     )
 
 
-def coin(fast: Answers, slow: Answers, share: float, seed: int = 0) -> Answers:
+def coin(fast: JudgedAnswers, slow: JudgedAnswers, share: float, seed: int = 0) -> JudgedAnswers:
     """The slow answer with probability `share`, else the fast one, whatever is asked."""
     _require_same(fast, slow)
     draw = random.Random(seed)
     is_slow = np.array([draw.random() < share for _ in fast.right])
-    return Answers(
+    return JudgedAnswers(
         np.where(is_slow, slow.right, fast.right), np.where(is_slow, slow.tokens, fast.tokens)
     )
 
 
-def weigh(answers: Answers, fast: Answers, slow: Answers) -> Worth:
+def weigh(answers: JudgedAnswers, fast: JudgedAnswers, slow: JudgedAnswers) -> Worth:
     """Say what a setting is worth beside the dial's two ends, on the same questions."""
     _require_same(answers, slow)
     questions = range(len(slow.right))
@@ -354,7 +356,7 @@ def weigh(answers: Answers, fast: Answers, slow: Answers) -> Worth:
     )
 
 
-def _require_same(first: Answers, second: Answers) -> None:
+def _require_same(first: JudgedAnswers, second: JudgedAnswers) -> None:
     if len(first.right) != len(second.right):
         raise DataError(
             f"{len(first.right)} answers stand beside {len(second.right)}; "

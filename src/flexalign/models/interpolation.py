@@ -171,7 +171,7 @@ def _write(
     places: dict[str, str] = {}
     for file, names in by_file.items():
         with ExitStack() as stack:
-            reading = _Reader(stack)
+            reading = _TensorReader(stack)
             tensors = {}
             for name in names:
                 one, other = pairs[name]
@@ -187,7 +187,7 @@ def _write(
         (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-class _Reader:
+class _TensorReader:
     """Reads tensors from files that it opens once."""
 
     def __init__(self, stack: ExitStack) -> None:

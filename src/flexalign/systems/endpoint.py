@@ -113,6 +113,7 @@ class EndpointBackend:
             if tokens is None:
                 ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
                 tokens = len(ids)
+
         if tokens is None:
             raise ServingError(
                 f"{self._url} does not count the tokens of its responses (usage); name its "
@@ -120,6 +121,7 @@ class EndpointBackend:
             )
         if thinking is None and not self._tags.split(text).thinking:
             thinking = 0
+
         dial = response.dial
         return Answer(
             text,

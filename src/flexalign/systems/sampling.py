@@ -176,6 +176,7 @@ def _open_generator(
             f"{system.name}: traces are sampled from one model or from a server; give model:PATH "
             "or url:http://…."
         )
+
     options = replace(
         options or SystemOptions(),
         max_new_tokens=settings.max_new_tokens,
@@ -183,6 +184,7 @@ def _open_generator(
         top_p=settings.top_p,
         batch_size=settings.batch_size,
     )
+
     backend = open_backend(system, options=options)
     if isinstance(backend, EndpointBackend):
         return _SampledServer(backend, system, options)
