@@ -11,7 +11,6 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import NamedTuple
 
-
 # Boxes
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|(?<!\\)\\[{}]|[{}]")
