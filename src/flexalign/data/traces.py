@@ -102,6 +102,7 @@ def open_run(
     }
     if rendering is not None:
         manifest["rendering"] = rendering
+
     path = output.with_name(output.name + ".manifest.json")
     if path.exists():
         _check_manifest(path, manifest)
@@ -249,6 +250,7 @@ def make_traces(
             block = pairs[start : start + settings.batch_size]
             if done >= start + len(block):
                 continue
+
             rows = [prompts[index] for index, _ in block]
             responses = generate(
                 [row["prompt"] for row in rows],
