@@ -20,6 +20,7 @@ from flexalign.cli.options import (
     TaskMaxNewTokens,
     TaskTemperature,
     TaskTopP,
+    Template,
     Workers,
     read_efforts,
     read_lambdas,
@@ -87,6 +88,7 @@ def evaluate(
     batch_size: BatchSize = 32,
     gate: Gate = None,
     lambda_range: LambdaRange = None,
+    template: Template = None,
     dtype: Dtype = "auto",
     engine: Annotated[
         EngineName, typer.Option(help="local runs here; vllm is for plain models.")
@@ -139,6 +141,7 @@ def evaluate(
     if output is None and not dry_run:
         raise ConfigError("name the folder of the results with --output DIR.")
     lams, limits = read_lambdas(lam), read_range(lambda_range)
+    from flexalign.data.prompting import parse_template
     from flexalign.systems import SystemOptions, parse_systems
 
     asked = parse_systems(systems)
@@ -164,6 +167,7 @@ def evaluate(
         attempts=attempts,
         api_key=read_secret(api_key_env),
         engine=engine.value,
+        template=parse_template(template or []),
     )
     count = _default(samples, tasks, "samples")
     sweep = Sweep(asked, tasks, settings, count, seed, baseline, options)

@@ -8,7 +8,15 @@ import typer
 from rich.markup import escape
 
 from flexalign.cli.console import console, print_json, progress_bar, resumable
-from flexalign.cli.options import Dtype, MaxNewTokens, SkipBadRows, Temperature, TopP, read_secret
+from flexalign.cli.options import (
+    Dtype,
+    MaxNewTokens,
+    SkipBadRows,
+    Temperature,
+    Template,
+    TopP,
+    read_secret,
+)
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,14 +66,7 @@ def sample(
             help="Write rendered text instead of messages; training does not need it.",
         ),
     ] = False,
-    template: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--template",
-            metavar="KEY=VALUE",
-            help="An argument of the chat template, such as enable_thinking=false; repeatable.",
-        ),
-    ] = None,
+    template: Template = None,
     system_message: Annotated[
         str | None, typer.Option("--system", help="The system message of prompts that have none.")
     ] = None,

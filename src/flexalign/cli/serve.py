@@ -16,6 +16,7 @@ from flexalign.cli.options import (
     Dtype,
     EngineName,
     Gate,
+    Template,
     read_range,
     read_secret,
 )
@@ -85,6 +86,7 @@ def serve(
     grace: Annotated[
         float, typer.Option(min=1, help="Seconds for running answers after SIGTERM.")
     ] = 30.0,
+    template: Template = None,
     dtype: Dtype = "auto",
     playground: Annotated[
         bool, typer.Option("--playground", help="A page to try the dial from, at /playground.")
@@ -123,6 +125,11 @@ def serve(
     is_local = key is None and not insecure
     body_bytes = round(body_limit * 2**20)
     if engine is EngineName.VLLM:
+        if template:
+            raise ConfigError(
+                "--template is for the local engine; give vLLM its own flag behind --: "
+                "--default-chat-template-kwargs '{\"enable_thinking\": false}'."
+            )
         from flexalign.serving.server import require_safe_address
         from flexalign.serving.vllm.middleware import FrontOptions
 
@@ -146,6 +153,7 @@ def serve(
     if flags or prepared is not None or dry_run:
         raise ConfigError("flags after --, --prepared and --dry-run are about --engine vllm.")
     from flexalign.cli.console import quieten_libraries, warnings_as_notes
+    from flexalign.data.prompting import parse_template
     from flexalign.serving.app import create_app
     from flexalign.serving.engine import EngineLimits
     from flexalign.serving.playground import Playground
@@ -169,6 +177,7 @@ def serve(
         dtype,
         context,
         EngineLimits(batch_size or _ROWS, queue or _QUEUE),
+        parse_template(template or []),
     )
     quieten_libraries()
     with open_socket(host, port) as listening:

@@ -4,13 +4,14 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import uvicorn
 
+from flexalign.data.prompting import PromptSettings
 from flexalign.data.rendering import stop_ids
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, ServingError
@@ -124,6 +125,7 @@ class ServeOptions:
         dtype: Of the weights.
         context: Tokens that a prompt and its answer may have together; the model's own if less.
         limits: How much the engine takes on.
+        template: Arguments of the chat template, for every request.
 
     Raises:
         ConfigError: If options exclude each other, or a number is out of its range.
@@ -139,6 +141,7 @@ class ServeOptions:
     dtype: str = "auto"
     context: int | None = None
     limits: EngineLimits = field(default_factory=EngineLimits)
+    template: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.adapter and self.aligned:
@@ -194,6 +197,7 @@ def _load(options: ServeOptions) -> tuple[Runner, Any, ThinkingTags | None, Dial
             dtype=options.dtype,
             lambda_range=options.lambda_range,
             any_base=options.any_base,
+            template=options.template,
         ),
     )
     tokenizer, settings = backend.text.tokenizer, backend.config
@@ -201,6 +205,7 @@ def _load(options: ServeOptions) -> tuple[Runner, Any, ThinkingTags | None, Dial
         return PlainRunner(backend.load()), tokenizer, None, DialRules(None)
     if settings is None:
         decoder = backend.load()
+        PromptSettings(options.template).bind(decoder.tokenizer)
         rules = DialRules(Fixed(1.0), options.lambda_range or (0.0, 1.0))
         return PairRunner(decoder, options.gate), decoder.tokenizer, None, rules
 

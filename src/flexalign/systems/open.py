@@ -280,6 +280,11 @@ def open_backend(
         LambdaError: If a λ is outside the permitted range.
     """
     options = options or SystemOptions()
+    if options.template and (system.kind == "url" or options.engine == "vllm"):
+        raise ConfigError(
+            f"{system.name}: --template is for what the local engine renders; give the server its "
+            "own, such as vLLM's --default-chat-template-kwargs."
+        )
     if system.kind == "url":
         from flexalign.systems.endpoint import EndpointBackend
 
