@@ -12,9 +12,9 @@ from hashlib import sha256
 from typing import Any
 from urllib.parse import urlsplit
 
-from flexalign.serving.dial import Choice, DialRules
+from flexalign.serving.dial import DialChoice, DialRules
 from flexalign.serving.errors import ApiError, Scope, send_error
-from flexalign.serving.protocol import BODY_LIMIT, parse_body, read_body, with_body, with_length
+from flexalign.serving.protocol import BODY_LIMIT, encode, read_json, with_body, with_length
 
 # An answer on its way to the client, with the dial written into it.
 
@@ -26,7 +26,7 @@ class Echo:
     something. It is what an application is given as ``send``.
     """
 
-    def __init__(self, choice: Choice, send: Any) -> None:
+    def __init__(self, choice: DialChoice, send: Any) -> None:
         """Stand before a client.
 
         Args:
@@ -84,7 +84,7 @@ class Echo:
         self._buffer += message.get("body", b"")
         if message.get("more_body"):
             return
-        body = _encoded(self.tell(json.loads(self._buffer)))
+        body = encode(self.tell(json.loads(self._buffer)))
         headers = with_length(self._start["headers"], len(body))
         await self._send({**self._start, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
@@ -102,7 +102,7 @@ class Echo:
         if not event.startswith(b"data: {"):
             return event
         chunk = self.tell_chunk(json.loads(event[len(b"data: ") :]))
-        return None if chunk is None else b"data: " + _encoded(chunk)
+        return None if chunk is None else b"data: " + encode(chunk)
 
     def _told(self, value: Any) -> Any:
         if isinstance(value, dict) and self.choice.report:
@@ -110,12 +110,8 @@ class Echo:
         return value
 
 
-def _encoded(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode()
-
-
 CHOICE = "flexalign.dial"
-"""Under this name a request's scope holds its :class:`~flexalign.serving.dial.Choice`."""
+"""Under this name a request's scope holds its :class:`~flexalign.serving.dial.DialChoice`."""
 
 PATHS = ("/v1/chat/completions", "/v1/completions")
 """Where a dial may be turned."""
@@ -147,18 +143,16 @@ class DialMiddleware:
             await self.app(scope, receive, send)
             return
         try:
-            content = await read_body(scope, receive, self.body_limit)
-            if content is None:
+            body = await read_json(scope, receive, self.body_limit)
+            if body is None:  # the client has gone
                 return
-            _require_json(scope)
-            body = parse_body(content)
             choice = self.rules.choose(body)
             await self.pass_on(body, choice, scope, receive, send)
         except ApiError as error:
             await send_error(error, send)
 
     async def pass_on(
-        self, body: dict[str, Any], choice: Choice, scope: Scope, receive: Any, send: Any
+        self, body: dict[str, Any], choice: DialChoice, scope: Scope, receive: Any, send: Any
     ) -> None:
         """Let the application answer.
 
@@ -172,22 +166,6 @@ class DialMiddleware:
         """
         scope, receive = with_body({**scope, CHOICE: choice}, body, receive)
         await self.app(scope, receive, Echo(choice, send))
-
-
-def _require_json(scope: Scope) -> None:
-    """Refuse a body that is not said to be JSON: such a one any site's page may send unasked.
-
-    Raises:
-        ApiError: If it is not.
-    """
-    given = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"content-type"), "")
-    if given.partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(
-            415,
-            f"the body is said to be {given[:80] or 'of no type'}; say that it is JSON, with curl by "
-            "-H 'content-type: application/json'.",
-            code="invalid_content_type",
-        )
 
 
 class KeyGate:

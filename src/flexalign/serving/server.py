@@ -19,7 +19,6 @@ from flexalign.inra import InRaModel
 from flexalign.lambdas import Fixed
 from flexalign.models.loading import load_model, load_tokenizer
 from flexalign.models.pair import ModelPair
-from flexalign.serving.app import ServedModel, Service
 from flexalign.serving.dial import DialRules, adapter_rules
 from flexalign.serving.engine import (
     Engine,
@@ -30,6 +29,7 @@ from flexalign.serving.engine import (
     Runner,
 )
 from flexalign.serving.middleware import is_loopback
+from flexalign.serving.service import ServedModel, Service
 
 
 def require_safe_address(host: str, key: str | None, *, insecure: bool) -> None:

@@ -6,10 +6,11 @@ answer on its way; the ``scheduler`` is the thread.
 """
 
 from flexalign.serving.engine.batch import InRaRunner, PairRunner, PlainRunner, Runner
-from flexalign.serving.engine.jobs import Ended, Generation, Job, Piece, WrittenToken
+from flexalign.serving.engine.jobs import AnswerPiece, Ended, Generation, Job, WrittenToken
 from flexalign.serving.engine.scheduler import Engine, EngineLimits
 
 __all__ = [
+    "AnswerPiece",
     "Ended",
     "Engine",
     "EngineLimits",
@@ -17,7 +18,6 @@ __all__ = [
     "InRaRunner",
     "Job",
     "PairRunner",
-    "Piece",
     "PlainRunner",
     "Runner",
     "WrittenToken",

@@ -267,7 +267,7 @@ def _forked(cache: Any, rows: Tensor) -> Any:
     return own
 
 
-class FrameRow(Protocol):
+class BatchMember(Protocol):
     """What a frame asks of a row: the token that goes in next, and its λ."""
 
     next_token: int
@@ -276,10 +276,10 @@ class FrameRow(Protocol):
         """λ of the token that will be chosen."""
 
 
-_Row = TypeVar("_Row", bound=FrameRow)
+_Member = TypeVar("_Member", bound=BatchMember)
 
 
-class Frame(Generic[_Row]):
+class Batch(Generic[_Member]):
     """Rows, their cache and its mask, which says where each row begins.
 
     Attributes:
@@ -287,13 +287,13 @@ class Frame(Generic[_Row]):
     """
 
     def __init__(self, runner: Runner) -> None:
-        self.rows: list[_Row] = []
+        self.rows: list[_Member] = []
         self._runner = runner
         self._device = runner.model.device
         self._cache: Any = None
         self._mask = torch.zeros((0, 0), dtype=torch.long)
 
-    def add(self, rows: Sequence[_Row], cache: Any, mask: Tensor) -> None:
+    def add(self, rows: Sequence[_Member], cache: Any, mask: Tensor) -> None:
         """Let rows join.
 
         Args:

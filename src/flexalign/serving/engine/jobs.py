@@ -74,7 +74,7 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class Piece:
+class AnswerPiece:
     """A part of an answer: its next text and tokens; the last one says how it ended."""
 
     text: str
@@ -117,17 +117,17 @@ class Generation:
         self.is_cancelled = False
         self._loop = loop
         self._outbox = outbox
-        self._pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        self._pieces: asyncio.Queue[AnswerPiece | Exception] = asyncio.Queue()
 
     def cancel(self) -> None:
         """Let it end before the engine's next step; from any thread, as often as one likes."""
         self.is_cancelled = True
 
-    def deliver(self, piece: Piece | Exception) -> None:
+    def deliver(self, piece: AnswerPiece | Exception) -> None:
         """Put a piece, or what went wrong, into the outbox; from the engine's thread."""
         self._outbox.put(self._loop, partial(self._pieces.put_nowait, piece))
 
-    async def pieces(self) -> AsyncIterator[Piece]:
+    async def pieces(self) -> AsyncIterator[AnswerPiece]:
         """Yield the pieces up to the last.
 
         Raises:

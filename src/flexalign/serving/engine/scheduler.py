@@ -18,9 +18,9 @@ from flexalign.errors import ConfigError, ServingError
 from flexalign.generation.row_lambdas import RowDials, TagTokens
 from flexalign.generation.text import ResponseText
 from flexalign.lambdas import Adaptive, Dial, Fixed, Schedule
-from flexalign.serving.engine.batch import Frame, Runner
+from flexalign.serving.engine.batch import Batch, Runner
 from flexalign.serving.engine.jobs import Generation, Job, Outbox
-from flexalign.serving.engine.sequence import Row, Writing
+from flexalign.serving.engine.sequence import AnswerSequence, Writing
 
 # How many tokens an engine writes.
 
@@ -99,8 +99,8 @@ def require_working(runner: Runner, token: int) -> None:
     Raises:
         Exception: What the model fails with.
     """
-    frame: Frame[_Row] = Frame(runner)
-    row = _Row(token)
+    frame: Batch[_ProbeSequence] = Batch(runner)
+    row = _ProbeSequence(token)
     ids = torch.tensor([[token]], device=runner.model.device)
     nothing = torch.zeros_like(ids)
     dials = RowDials.of([Fixed(row.lam())], 1)
@@ -109,7 +109,7 @@ def require_working(runner: Runner, token: int) -> None:
 
 
 @dataclass
-class _Row:
+class _ProbeSequence:
     next_token: int
 
     def lam(self) -> float:
@@ -148,9 +148,9 @@ class Engine:
         threshold = getattr(runner.model, "threshold", Adaptive.resolved_threshold)
         reader = ResponseText(tokenizer, tags)
         self._writing = Writing(reader, frozenset(ends), self._find(tokenizer, tags), threshold)
-        self._frame: Frame[Row] = Frame(runner)
+        self._frame: Batch[AnswerSequence] = Batch(runner)
         self._pad = tokenizer.pad_token_id or 0
-        self._saved: dict[Row, tuple[Any, Tensor]] = {}
+        self._saved: dict[AnswerSequence, tuple[Any, Tensor]] = {}
         self._waiting: deque[Generation] = deque()
         self._joining: list[Generation] = []
         self._failed: list[tuple[Generation, Exception]] = []
@@ -322,7 +322,7 @@ class Engine:
             gone = [one for one in self._waiting if one.is_cancelled]
             self._waiting = deque(one for one in self._waiting if not one.is_cancelled)
         for generation in gone:
-            Row(generation, self._writing).end("cancelled")
+            AnswerSequence(generation, self._writing).end("cancelled")
 
     def _next_in_line(self) -> list[Generation]:
         """Take from the queue what there are places for and one step may prefill."""
@@ -343,7 +343,7 @@ class Engine:
         if not generations:
             return
         try:
-            self._prefill([Row(generation, self._writing) for generation in generations])
+            self._prefill([AnswerSequence(generation, self._writing) for generation in generations])
         except Exception as error:
             if len(generations) == 1:
                 _log.exception("a prompt could not be prefilled")
@@ -352,7 +352,7 @@ class Engine:
             for generation in generations:
                 self._admit([generation])
 
-    def _prefill(self, rows: list[Row]) -> None:
+    def _prefill(self, rows: list[AnswerSequence]) -> None:
         """Run all prompts but for their last tokens, and let the rows join.
 
         A prompt of one token has a column of padding in the place of those before.

@@ -13,7 +13,7 @@ from flexalign.generation.row_lambdas import TagTokens
 from flexalign.generation.seeded import SeededSampling
 from flexalign.generation.text import ResponseText, StreamedText
 from flexalign.lambdas import Adaptive, Fixed, Route, Schedule, Way
-from flexalign.serving.engine.jobs import Ended, Finish, Generation, Piece, WrittenToken
+from flexalign.serving.engine.jobs import AnswerPiece, Ended, Finish, Generation, WrittenToken
 
 # An answer's text up to a stop text: nothing is sent that a later token could cut off.
 
@@ -87,7 +87,7 @@ class _Trial(NamedTuple):
     watch: Watch
 
 
-class Row:
+class AnswerSequence:
     """An answer that is being written.
 
     Under an adaptive policy it has two lives: the fast answer, greedy and shown to nobody until it
@@ -241,7 +241,7 @@ class Row:
     def _deliver(self) -> None:
         """Hand over what is certain; tokens go with the text that they became."""
         if self._text or self.ended is not None:
-            self.generation.deliver(Piece(self._text, tuple(self._tokens), self.ended))
+            self.generation.deliver(AnswerPiece(self._text, tuple(self._tokens), self.ended))
             self._text, self._tokens = "", []
 
     def _ids_of_length(self) -> Tensor:
