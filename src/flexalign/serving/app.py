@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -62,7 +62,7 @@ def create_app(
         body_limit: The longest body in bytes.
     """
     app = FastAPI(title="flexalign", docs_url="/docs", redoc_url=None)
-    app.include_router(_Routes(service, rules, body_limit).router())
+    _Routes(service, rules, body_limit).add_to(app)
     for kind in (ApiError, FlexAlignError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
 
@@ -107,28 +107,27 @@ class _Routes:
         self._body_limit = body_limit
         self._since = int(time.time())
 
-    def router(self) -> APIRouter:
-        """Return the routes, those that write answers with the schema of their bodies."""
-        router = APIRouter(default_response_class=JSONResponse)
+    def add_to(self, app: FastAPI) -> None:
+        """Add the routes; those that write answers stand in the schema, with their bodies."""
         for path, endpoint, protocol in (
             ("/v1/chat/completions", self.chat, _CHAT),
             ("/v1/completions", self.complete, _COMPLETION),
         ):
-            router.add_api_route(
+            app.add_api_route(
                 path,
                 endpoint,
                 methods=["POST"],
                 response_model=None,
                 openapi_extra=protocol.schema(),
             )
+        # FastAPI's own routes do not answer HEAD, by which probes ask; Starlette's do.
         for path, shown in (
             ("/v1/models", self.models),
             ("/v1/models/{name:path}", self.model),
             ("/health", self.health),
             ("/metrics", self.metrics),
         ):
-            router.add_api_route(path, shown, methods=["GET"], response_model=None)
-        return router
+            app.add_route(path, shown, methods=["GET"])
 
     async def chat(self, request: Request) -> Response:
         """Continue a conversation."""
@@ -138,22 +137,23 @@ class _Routes:
         """Continue prompts as they stand."""
         return await self._answer(request, _COMPLETION)
 
-    async def models(self) -> Response:
+    async def models(self, request: Request) -> Response:
         """Tell what is served and what its dial takes."""
         return JSONResponse({"object": "list", "data": [self._model()]})
 
-    async def model(self, name: str) -> Response:
+    async def model(self, request: Request) -> Response:
         """Tell of one model."""
+        name = request.path_params["name"]
         if name != self._service.model.name:
             raise ApiError(404, f"there is no model {name!r:.200} here.", code="model_not_found")
         return JSONResponse(self._model())
 
-    async def health(self) -> Response:
+    async def health(self, request: Request) -> Response:
         """Tell whether the engine runs."""
         is_well = self._service.engine.is_alive
         return JSONResponse({"status": "ok" if is_well else "failed"}, 200 if is_well else 503)
 
-    async def metrics(self) -> Response:
+    async def metrics(self, request: Request) -> Response:
         """Tell what has happened, in Prometheus' text form."""
         return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4")
 
