@@ -22,7 +22,7 @@ _cache.fill_cache = functools.partial(fill.fill_cache, shard_bytes=16_384)
 
 point, _, number = sys.argv.pop(1).partition(":")
 written = []
-original = format.write_atomically
+original = format.write_bytes
 
 
 def _die() -> None:
@@ -44,7 +44,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _patched(module: Any) -> None:
-    module.write_atomically = _write
+    module.write_bytes = _write
 
 
 _patched(format)

@@ -54,7 +54,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(
     def refuse(self: Path, *args: Any, **kwargs: Any) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(CheckpointError, match="Read-only file system"):
         claim_output(tmp_path / "out", IDENTITY)
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flexalign._storage import write_json, write_text
 from flexalign.calibration.tune import Evidence, Proof, Tuned
 from flexalign.lambdas import LAMBDA_LEGEND
 from flexalign.statistics import Interval
@@ -24,9 +25,8 @@ def write_card(tuned: Tuned, output: Path, context: Mapping[str, Any]) -> None:
     """
     output.mkdir(parents=True, exist_ok=True)
     result = {**context, **tuned.to_json()}
-    text = json.dumps(result, ensure_ascii=False, indent=2)
-    (output / RESULT).write_text(text + "\n", encoding="utf-8")
-    (output / CARD).write_text(render_card(tuned, context), encoding="utf-8")
+    write_json(output / RESULT, result)
+    write_text(output / CARD, render_card(tuned, context))
     draw_path(tuned, output / PICTURE)
 
 

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
 import flexalign
+from flexalign._storage import write_json
 from flexalign.calibration.cascade import Ways
 from flexalign.errors import ConfigError
-from flexalign.evaluation.samples import write_json
 from flexalign.evaluation.summary import token_cut_interval
 from flexalign.evaluation.systems import Setting
 from flexalign.inra.configuration import CONFIG_FILE, WEIGHTS_FILE, InRaConfig

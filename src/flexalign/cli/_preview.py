@@ -66,7 +66,7 @@ def show_preview(
             progress=lambda done, _: show(done),
         )
     if output is not None:
-        from flexalign.evaluation.samples import write_json
+        from flexalign._storage import write_json
 
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / "preview.json", found.to_json())

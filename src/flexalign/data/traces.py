@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from flexalign._storage import write_json
 from flexalign.data.formats import data_fingerprint
 from flexalign.data.rendering import Prompt
 from flexalign.errors import ConfigError, DataError
@@ -102,9 +103,7 @@ def open_run(
         )
     else:
         output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".partial")
-        temporary.write_text(json.dumps(manifest, ensure_ascii=False, indent=2) + "\n")
-        temporary.replace(path)
+        write_json(path, manifest)
     return drop_half_line(output)
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from flexalign._storage import write_json, write_text
 from flexalign.data.traces import derive_seed, drop_half_line
 from flexalign.errors import ConfigError, DataError
 from flexalign.evaluation.grading import Answered, Grader
@@ -204,22 +205,8 @@ def differences(found: Any, asked: Any, place: str = "") -> list[str]:
     return [f"{place}: {_short(found)} there, {_short(asked)} asked"]
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file at once: nobody ever reads half of it."""
-    _write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
-
-
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    _write_text(path, "".join(map(_line, rows)))
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_text(path, "".join(map(_line, rows)))
 
 
 def _line(row: dict[str, Any]) -> str:

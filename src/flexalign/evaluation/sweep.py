@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from flexalign._storage import write_json
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError
 from flexalign.evaluation.grading import Answered, Grader
@@ -16,7 +17,6 @@ from flexalign.evaluation.samples import (
     ResultsFolder,
     Sampler,
     sweep_cells,
-    write_json,
 )
 from flexalign.evaluation.summary import environment, summarise
 from flexalign.evaluation.systems import (

@@ -1,7 +1,6 @@
 """What an InRa adapter says of itself: ``inra_config.json``."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from flexalign._storage import replacing
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import (
     CheckpointError,
@@ -131,12 +131,11 @@ def save_adapter(adapter: nn.Module, settings: InRaConfig, folder: Path) -> None
     """Write an adapter's folder; each file is written beside its place and then moved there."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in adapter.state_dict().items()}
-    weights, config = folder / WEIGHTS_FILE, folder / CONFIG_FILE
-    partial = {path: path.with_name(f".{path.name}.partial") for path in (weights, config)}
-    save_file(tensors, partial[weights], metadata={"format": "pt"})
-    partial[config].write_text(settings.to_text(), encoding="utf-8")
-    for path, written in partial.items():
-        os.replace(written, path)
+
+    # Both are complete before the first is in its place.
+    with replacing(folder / CONFIG_FILE) as config, replacing(folder / WEIGHTS_FILE) as weights:
+        save_file(tensors, weights, metadata={"format": "pt"})
+        config.write_text(settings.to_text(), encoding="utf-8")
 
 
 def check_folder(folder: Path) -> InRaConfig:

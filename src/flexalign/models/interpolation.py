@@ -1,7 +1,6 @@
 """Weights between two models: (1−λ)·θ_ref + λ·θ_al, tensor by tensor, without loading either."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from flexalign._storage import replacing
 from flexalign.errors import ConfigError, LambdaError, PairMismatchError
 from flexalign.fusion import as_lambda
 from flexalign.models.loading import load_config, load_model, load_tokenizer
@@ -74,12 +74,8 @@ def interpolate(reference: Model, aligned: Model, lam: float, output: str | Path
         _require_one_meaning(first, second, names)
         pairs = _paired(tensor_infos(first), tensor_infos(second), _is_tied(first), names)
         output.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
-            written = Path(scratch) / "model"
+        with replacing(output) as written:
             _write(first, pairs, lam, written)
-            if output.exists():
-                output.rmdir()
-            os.replace(written, output)
     return output
 
 

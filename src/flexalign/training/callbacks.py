@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from transformers import TrainerCallback
 
+from flexalign._storage import write_text
 from flexalign.training.checkpoints import writing
 
 CURVE = "curve.jsonl"
@@ -84,7 +85,7 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
         curve = Path(args.output_dir) / CURVE
         rows = [row for row in read_curve(curve.parent) if row["step"] <= state.global_step]
         with writing(CURVE, curve.parent):
-            curve.write_text("".join(map(_as_line, rows)), encoding="utf-8")
+            write_text(curve, "".join(map(_as_line, rows)))
         if self._is_due(state) and all(row["step"] != state.global_step for row in rows):
             self._measure(curve, state.global_step, kwargs["model"])
 

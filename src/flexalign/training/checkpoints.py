@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from flexalign._storage import write_json
 from flexalign.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -55,12 +56,7 @@ def seal(folder: Path, **facts: Any) -> None:
         **facts: More to record beside the checksums.
     """
     files = {name: _flush_and_hash(folder / name) for name in _files_of(folder)}
-    partial = folder / f".{MANIFEST}.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump({**facts, "files": files}, file, ensure_ascii=False, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, folder / MANIFEST)
+    write_json(folder / MANIFEST, {**facts, "files": files})
     _flush_folder(folder)
 
 

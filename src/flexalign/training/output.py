@@ -1,11 +1,11 @@
 """One folder, one run: which run an output folder belongs to, and whether it is done."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from flexalign._storage import write_json
 from flexalign.errors import CheckpointError, ConfigError
 from flexalign.training.checkpoints import MANIFEST, fault_of
 
@@ -65,10 +65,7 @@ def claim_output(output: Path, identity: Mapping[str, Any]) -> None:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        partial = output / f".{RUN}.partial"
-        text = json.dumps(identity, ensure_ascii=False, indent=2)
-        partial.write_text(text + "\n", encoding="utf-8")
-        os.replace(partial, output / RUN)
+        write_json(output / RUN, dict(identity))
     except OSError as error:
         raise CheckpointError(
             f"output {output} cannot be written to ({error.strerror}); "

@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from flexalign._storage import write_text
 from flexalign.data import data_fingerprint
 from flexalign.errors import CheckpointError, ConfigError, FlexAlignError
 from flexalign.lambdas import Schedule
@@ -129,7 +130,7 @@ def publish(checkpoint: Path, output: Path, card: str, **facts: Any) -> None:
     with writing("the model", output):
         leave_out = shutil.ignore_patterns(*_TRAINER_FILES)
         shutil.copytree(checkpoint, output, ignore=leave_out, dirs_exist_ok=True)
-        (output / "README.md").write_text(card, encoding="utf-8")
+        write_text(output / "README.md", card)
         seal(output, **facts)
 
 

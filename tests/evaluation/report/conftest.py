@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexalign.evaluation.samples import write_json
+from flexalign._storage import write_json
 from flexalign.evaluation.summary import summarise
 
 HOSTILE = "</script><script>document.title='taken'</script><b id='taken'>bold</b> <!--data-->"

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flexalign._storage import write_text
 from flexalign.data.files import Row, read_rows
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import DataError
@@ -512,7 +513,7 @@ def write_report(
     output.mkdir(parents=True, exist_ok=True)
     page = output / "report.html"
     # A lone surrogate, which UTF-8 cannot hold, becomes the JSON escape that stands for it.
-    page.write_text(render_page(payload), encoding="utf-8", errors="backslashreplace")
+    write_text(page, render_page(payload), errors="backslashreplace")
     for number, (task, settings) in enumerate(settings_by_task(opened).items()):
         suffix = "-" + re.sub(r"[^\w.-]+", "_", task) if number else ""
         _draw(output / f"pareto{suffix}.png", task, settings)

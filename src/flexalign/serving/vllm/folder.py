@@ -5,7 +5,6 @@ It holds the base's configuration under another architecture, its tokenizer, lin
 settings lie beside them as they are, for the server in front of the engine.
 """
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from flexalign._storage import write_json
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
 from flexalign.generation.row_lambdas import TagTokens
@@ -89,7 +89,7 @@ def prepare_folder(
         settings.adapter_layers, settings.default_lambda, _thinking_tokens(settings, source)
     )
     config |= {"architectures": [architecture], CONFIG_KEY: dial.to_json()}
-    _write_json(output / "config.json", config)
+    write_json(output / "config.json", config)
     return output
 
 
@@ -152,7 +152,7 @@ def _write_adapter(adapter: Path, base: dict[str, TensorInfo], output: Path) -> 
 def _write_index(base: dict[str, TensorInfo], adapter: list[str], output: Path) -> None:
     files = {name: info.file.name for name, info in base.items()}
     files |= dict.fromkeys(adapter, _ADAPTER_FILE)
-    _write_json(output / _INDEX_FILE, {"metadata": {}, "weight_map": files})
+    write_json(output / _INDEX_FILE, {"metadata": {}, "weight_map": files})
 
 
 def _thinking_tokens(settings: InRaConfig, source: Model) -> tuple[int, int] | None:
@@ -163,7 +163,3 @@ def _thinking_tokens(settings: InRaConfig, source: Model) -> tuple[int, int] | N
     except ConfigError:
         return None
     return tokens.open, tokens.close
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

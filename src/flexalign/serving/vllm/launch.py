@@ -3,7 +3,6 @@
 import ctypes
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from flexalign._packages import require_packages
+from flexalign._storage import replacing
 from flexalign.errors import ConfigError, ServingError
 from flexalign.models.sources import resolve, resolve_adapter
 from flexalign.serving.vllm.folder import is_prepared, prepare_folder
@@ -169,14 +169,12 @@ def prepare_once(model: str, adapter: str, folder: Path, *, any_base: bool = Fal
     """
     if is_prepared(folder):
         return
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    prepare_folder(model, adapter, partial, any_base=any_base)
     try:
-        os.replace(partial, folder)
+        with replacing(folder) as partial:
+            prepare_folder(model, adapter, partial, any_base=any_base)
     except OSError:  # another process was faster
         if not is_prepared(folder):
             raise
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def run(launch: Launch, on_ready: Callable[[], None]) -> None:

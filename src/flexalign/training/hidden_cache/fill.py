@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexalign._storage import write_bytes
 from flexalign.errors import ConfigError
 from flexalign.models.pair import ModelPair, Side
 from flexalign.training.checkpoints import writing
@@ -37,7 +38,6 @@ from flexalign.training.hidden_cache.format import (
     require_same,
     save_tensors,
     shard_name,
-    write_atomically,
 )
 from flexalign.training.hidden_cache.read import HiddenStateCache
 from flexalign.training.output import is_unused
@@ -98,7 +98,7 @@ def fill_cache(
     with writing("the cache", folder, remains="the files that are there stand"):
         folder.mkdir(parents=True, exist_ok=True)
         if before is None:
-            write_atomically(folder / OWNER, json.dumps(owner, indent=2).encode())
+            write_bytes(folder / OWNER, json.dumps(owner, indent=2).encode())
             require_same(folder, read_json(folder / OWNER) or {}, owner)
         work.run(progress)
         work.finish(owner)
@@ -192,7 +192,7 @@ class _Work:
                 for name, note in notes.items()
             },
         }
-        write_atomically(self._folder / MANIFEST, json.dumps(facts, indent=2).encode())
+        write_bytes(self._folder / MANIFEST, json.dumps(facts, indent=2).encode())
         for path in self._paths():  # nobody writes these any more: what is left, a kill has left
             for partial in self._folder.glob(f".{path.stem}.*.partial"):
                 partial.unlink(missing_ok=True)

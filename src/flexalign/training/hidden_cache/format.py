@@ -6,9 +6,8 @@ import json
 import mmap
 import os
 import shutil
-import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from flexalign._storage import write_bytes
 from flexalign.data.rendering import chat_template_of
 from flexalign.errors import ConfigError
 from flexalign.training.output import differences
@@ -175,24 +175,6 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all, whoever else writes it at the same time.
-
-    A failure takes the part that was written away: it would fill the disk that is full.
-    """
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink()
-        raise
-
-
 def save_tensors(path: Path, tensors: dict[str, Tensor], **facts: Any) -> None:
     """Write tensors as safetensors, then a note beside them with their checksum.
 
@@ -202,9 +184,9 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **facts: Any) -> None:
         **facts: More for the note.
     """
     content = save(tensors)
-    write_atomically(path, content)
+    write_bytes(path, content)
     note = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content), **facts}
-    write_atomically(path.with_suffix(".json"), json.dumps(note).encode())
+    write_bytes(path.with_suffix(".json"), json.dumps(note).encode())
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
