@@ -63,7 +63,7 @@ def drive(runner: Runner) -> list[tuple[Line, int]]:
     everybody = []
     for step in range(12):
         if step in LEAVING:
-            batch.keep([p for p in range(len(batch.rows)) if p != LEAVING[step]])
+            batch.keep([p for p in range(len(batch.sequences)) if p != LEAVING[step]])
         lines = [
             Line(torch.randint(3, 97, (length,), generator=generator).tolist(), lam)
             for length, lam in JOINING.get(step, ())
@@ -72,10 +72,10 @@ def drive(runner: Runner) -> list[tuple[Line, int]]:
             join(batch, runner, lines)
             everybody += [(line, len(line.tokens)) for line in lines]
         logits = batch.step()
-        for line, row in zip(batch.rows, logits, strict=True):
+        for line, row in zip(batch.sequences, logits, strict=True):
             line.seen.append(row)
             line.tokens.append(int(row.argmax()))
-    assert len(batch.rows) == 3
+    assert len(batch.sequences) == 3
     return everybody
 
 
