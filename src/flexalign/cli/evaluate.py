@@ -20,7 +20,7 @@ from flexalign.cli.options import (
     BatchSize,
     Data,
     Dtype,
-    Engine,
+    EngineName,
     Gate,
     Instruction,
     LambdaRange,
@@ -92,8 +92,8 @@ def evaluate(
     lambda_range: LambdaRange = None,
     dtype: Dtype = "auto",
     engine: Annotated[
-        Engine, typer.Option(help="local runs here; vllm is for plain models.")
-    ] = Engine.LOCAL,
+        EngineName, typer.Option(help="local runs here; vllm is for plain models.")
+    ] = EngineName.LOCAL,
     model_name: Annotated[str | None, typer.Option(help="The model's name at a url:.")] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Of a url:'s model; counts where the server does not.")

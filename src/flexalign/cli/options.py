@@ -11,7 +11,7 @@ from flexalign.errors import ConfigError
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-class Engine(StrEnum):
+class EngineName(StrEnum):
     """What runs a model."""
 
     LOCAL = "local"

@@ -40,7 +40,7 @@ from flexalign.serving.requests import (
     Usage,
 )
 
-# Bytes of a request: read up to a limit, parsed once, and put back changed.
+# Bytes of a request: read up to a limit and parsed once.
 
 BODY_LIMIT = 4 << 20
 """The longest body in bytes, where an operator names no other."""
@@ -170,25 +170,6 @@ def _is_deeper(value: Any, most: int) -> bool:
                 inner += one
         level, depth = inner, depth + 1
     return False
-
-
-def with_body(scope: Scope, content: bytes | dict[str, Any], receive: Any) -> tuple[Scope, Any]:
-    """Return a scope and a ``receive`` as if the request's body, which was read, were this one."""
-    if isinstance(content, dict):
-        content = json.dumps(content).encode()
-    parts = [{"type": "http.request", "body": content, "more_body": False}]
-
-    async def replayed() -> Any:
-        return parts.pop() if parts else await receive()
-
-    return {**scope, "headers": with_length(scope["headers"], len(content))}, replayed
-
-
-def with_length(headers: Any, length: int) -> list[tuple[bytes, bytes]]:
-    """Return headers that announce a body's length."""
-    dropped = (b"content-length", b"transfer-encoding")
-    kept = [(name, value) for name, value in headers if name.lower() not in dropped]
-    return [*kept, (b"content-length", str(length).encode())]
 
 
 # Bodies of OpenAI's routes: their forms, which the schema at /docs shows, and how they are read.

@@ -24,9 +24,18 @@ from flexalign.lambdas import Adaptive, Dial, Fixed, Route, Schedule
 from flexalign.models.loading import load_tokenizer
 from flexalign.serving.dial import DIAL_KEYS, DialChoice, DialRules, adapter_rules, refuse_misspelt
 from flexalign.serving.errors import ApiError, Scope, send_error
-from flexalign.serving.middleware import PATHS, DialMiddleware, Echo, KeyGate, LoopbackGate, path_of
+from flexalign.serving.middleware import (
+    PATHS,
+    DialMiddleware,
+    Echo,
+    KeyGate,
+    LoopbackGate,
+    path_of,
+    with_body,
+    with_length,
+)
 from flexalign.serving.playground import Playground
-from flexalign.serving.protocol import BODY_LIMIT, parse_body, read_body, with_body, with_length
+from flexalign.serving.protocol import BODY_LIMIT, parse_body, read_body
 from flexalign.serving.vllm.adaptive import Attempt, fast_body, fold
 from flexalign.serving.vllm.lambdas import LAMBDA_KEY
 from flexalign.serving.vllm.responses import Reading, Retold, are_ids
