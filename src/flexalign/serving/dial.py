@@ -312,9 +312,6 @@ def _bad(param: str, message: str) -> ApiError:
     return ApiError(400, message, param=param, code="invalid_dial")
 
 
-# What an adapter permits, whatever engine serves it.
-
-
 def adapter_rules(
     settings: InRaConfig, lambda_range: tuple[float, float] | None = None
 ) -> DialRules:
