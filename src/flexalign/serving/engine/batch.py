@@ -8,7 +8,7 @@ one each: they differ in their caches alone, and their forward is the library's 
 import copy
 import inspect
 from collections.abc import Iterable, Sequence
-from typing import Any, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, cat, nn
@@ -17,13 +17,11 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from flexalign.errors import UnsupportedModelError
 from flexalign.generation.fused import positions_of
+from flexalign.generation.interface import Phase
 from flexalign.generation.row_lambdas import RowDials
 from flexalign.generation.two_model import PairCache, TwoModelDecoder
 from flexalign.inra import InRaModel
 from flexalign.inra.cache import StreamCache
-
-Phase: TypeAlias = tuple[Tensor, RowDials]
-"""Rows of a prefill, and the dials that they will follow."""
 
 
 class Runner(Protocol):
@@ -169,11 +167,11 @@ class InRaRunner:
 
     def prefill(self, ids: Tensor, mask: Tensor, phases: Sequence[Phase]) -> StreamCache:
         """Run prompts through the streams that any of the phases needs."""
-        return self.model._prefill_for(ids, mask, phases)
+        return self.model.prefill_phases(ids, mask, phases)
 
     def fork(self, cache: StreamCache, rows: Tensor, dials: RowDials) -> StreamCache:
         """Copy rows with the streams that these dials need."""
-        return self.model._fork(cache, rows, dials)
+        return self.model.fork_cache(cache, rows, dials)
 
     def take(self, cache: StreamCache, rows: Tensor) -> None:
         """Keep some rows, in the streams that they have."""
@@ -192,7 +190,13 @@ class InRaRunner:
     ) -> Tensor:
         """Run one token per row through its streams and fuse them."""
         output = self.model(
-            tokens, mask, position_ids=positions, past_key_values=cache, lam=lam, gate=self._gate
+            tokens,
+            mask,
+            position_ids=positions,
+            past_key_values=cache,
+            lam=lam,
+            gate=self._gate,
+            lam_checked=True,
         )
         logits: Tensor = output.logits[:, -1]
         return logits
@@ -249,7 +253,15 @@ class PairRunner:
         self, ids: Tensor, mask: Tensor, positions: Tensor, lam: Tensor, cache: PairCache
     ) -> Tensor:
         output = self.model(
-            ids, mask, positions, cache, lam, self._gate, use_cache=True, logits_to_keep=1
+            ids,
+            mask,
+            positions,
+            cache,
+            lam,
+            self._gate,
+            use_cache=True,
+            logits_to_keep=1,
+            lam_checked=True,
         )
         logits: Tensor = output.logits[:, -1]
         return logits

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
-from flexalign.generation.confidence import Watch
+from flexalign.generation.confidence import ConfidenceTracker
 from flexalign.generation.row_lambdas import TagTokens
 from flexalign.generation.seeded import SeededSampling
 from flexalign.generation.text import ResponseText, StreamedText
@@ -49,7 +49,7 @@ class _FastAnswer(NamedTuple):
         slow: What λ follows if it is rejected.
     """
 
-    tracker: Watch
+    tracker: ConfidenceTracker
     threshold: float
     slow: Fixed
 
@@ -95,8 +95,8 @@ class AnswerSequence:
             dial = Fixed(dial.slow_lambda if self._route == "slow" else dial.fast_lambda)
         elif isinstance(dial, Adaptive):
             threshold = settings.threshold(dial)
-            tracker = Watch([dial], [threshold], torch.device("cpu"))
-            tracker.learn_ends([EosTokenCriteria(sorted(settings.ends)), self._stop_found])
+            tracker = ConfidenceTracker([dial], [threshold], torch.device("cpu"))
+            tracker.use_ends([EosTokenCriteria(sorted(settings.ends)), self._stop_found])
             self._fast = _FastAnswer(tracker, threshold, Fixed(dial.slow_lambda))
             dial = Fixed(dial.fast_lambda)
         self._begin(dial or Fixed(0.0))  # a model without a dial asks for no λ
@@ -132,7 +132,7 @@ class AnswerSequence:
             scores = self._sampling(self._ids_of_length(), logits)
             token = int(scores.argmax(-1))
         if self._fast is not None:
-            self._fast.tracker.listener(self._ids_of_length(), logits)
+            self._fast.tracker.recorder(self._ids_of_length(), logits)
 
         self._index += 1
         self.next_token = token
