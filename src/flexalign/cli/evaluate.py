@@ -6,16 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from flexalign.cli._dial import read_efforts, read_lambdas, read_range, read_settings
 from flexalign.cli._evaluate import describe_lost, print_summary, warn_of_cuts, warn_of_sampling
-from flexalign.cli.console import (
-    console,
-    note,
-    print_json,
-    read_secret,
-    resumable_bar,
-    say_instruction,
-)
+from flexalign.cli.console import console, note, print_json, resumable_bar, say_instruction
 from flexalign.cli.options import (
     BatchSize,
     Data,
@@ -29,13 +21,18 @@ from flexalign.cli.options import (
     TaskTemperature,
     TaskTopP,
     Workers,
+    read_efforts,
+    read_lambdas,
+    read_range,
+    read_secret,
+    read_settings,
 )
 from flexalign.errors import ConfigError, ServingError
 
 if TYPE_CHECKING:
     from flexalign.evaluation.sweep import Sweep
-    from flexalign.evaluation.systems import System
     from flexalign.evaluation.tasks import Task
+    from flexalign.systems import System
 
 
 def evaluate(
@@ -142,7 +139,7 @@ def evaluate(
     if output is None and not dry_run:
         raise ConfigError("name the folder of the results with --output DIR.")
     lams, limits = read_lambdas(lam), read_range(lambda_range)
-    from flexalign.evaluation.systems import SystemOptions, parse_systems
+    from flexalign.systems import SystemOptions, parse_systems
 
     asked = parse_systems(systems)
     settings = read_settings(lams, policy or [], read_efforts(effort, _only_adapter(effort, asked)))

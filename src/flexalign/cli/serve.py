@@ -9,17 +9,24 @@ import typer
 from rich.markup import escape
 
 from flexalign._packages import require_packages
-from flexalign.cli._dial import read_range
 from flexalign.cli.console import (
     as_input_errors,
     console,
     print_json,
     quieten_libraries,
-    read_secret,
     say,
     warnings_as_notes,
 )
-from flexalign.cli.options import Adapter, Aligned, AnyBase, Dtype, EngineName, Gate
+from flexalign.cli.options import (
+    Adapter,
+    Aligned,
+    AnyBase,
+    Dtype,
+    EngineName,
+    Gate,
+    read_range,
+    read_secret,
+)
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
