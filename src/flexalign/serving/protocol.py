@@ -14,7 +14,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar, get_args
 
-from annotated_types import Ge, Le
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -477,8 +476,12 @@ def _refusal(form: type[BaseModel], error: ValidationError) -> ApiError:
 def _number_in_words(form: type[BaseModel], key: str) -> str:
     """Say what a field of numbers takes, from its own limits."""
     field = form.model_fields[key]
-    least = next(limit.ge for limit in field.metadata if isinstance(limit, Ge))
-    largest = next((limit.le for limit in field.metadata if isinstance(limit, Le)), None)
+    limits: dict[str, Any] = {}
+    for constraint in field.metadata:
+        limits |= {
+            end: getattr(constraint, end) for end in ("ge", "le") if hasattr(constraint, end)
+        }
+    least, largest = limits["ge"], limits.get("le")
     kinds = get_args(field.annotation) or (field.annotation,)
     number = "a whole number" if int in kinds else "a number"
     return f"{number} ≥ {least}" if largest is None else f"{number} from {least} to {largest}"
