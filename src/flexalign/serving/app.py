@@ -75,7 +75,7 @@ def create_app(
 
 
 @dataclass(frozen=True)
-class _Endpoint:
+class _RouteFormat:
     """How one route reads its bodies and tells its answers.
 
     Attributes:
@@ -94,8 +94,8 @@ class _Endpoint:
         return {"requestBody": {"required": True, "content": content}}
 
 
-_CHAT = _Endpoint(ChatBody, read_chat, ChatFormat)
-_COMPLETION = _Endpoint(CompletionBody, read_completion, CompletionFormat)
+_CHAT = _RouteFormat(ChatBody, read_chat, ChatFormat)
+_COMPLETION = _RouteFormat(CompletionBody, read_completion, CompletionFormat)
 
 
 class _Routes:
@@ -109,7 +109,7 @@ class _Routes:
 
     def add_to(self, app: FastAPI) -> None:
         """Add the routes; those that write answers stand in the schema, with their bodies."""
-        for path, route, endpoint in (
+        for path, route, form in (
             ("/v1/chat/completions", self.chat, _CHAT),
             ("/v1/completions", self.complete, _COMPLETION),
         ):
@@ -118,7 +118,7 @@ class _Routes:
                 route,
                 methods=["POST"],
                 response_model=None,
-                openapi_extra=endpoint.schema(),
+                openapi_extra=form.schema(),
             )
         # FastAPI's own routes do not answer HEAD, by which probes ask; Starlette's do.
         for path, shown in (
@@ -157,16 +157,16 @@ class _Routes:
         """Tell what has happened, in Prometheus' text form."""
         return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    async def _answer(self, request: Request, endpoint: _Endpoint) -> Response:
+    async def _answer(self, request: Request, form: _RouteFormat) -> Response:
         body = await read_json(request.scope, request.receive, self._body_limit)
         if body is None:
             return _NoResponse()
 
         choice = self._rules.choose(body)
         request.state.headers = headers = _headers(choice)
-        running = await self._service.begin(endpoint.read(body, choice))
+        running = await self._service.begin(form.read(body, choice))
         model = self._service.model
-        answers = endpoint.answers(model.name, model.tokenizer, model.tags, choice)
+        answers = form.answers(model.name, model.tokenizer, model.tags, choice)
         if running.sampling.stream:
             return _EventStream(self._events(running, answers), running, headers)
 

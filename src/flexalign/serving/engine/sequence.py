@@ -40,7 +40,7 @@ class DecodingSettings:
     threshold: Callable[[Adaptive], float]
 
 
-class _FastAnswer(NamedTuple):
+class _FastTrial(NamedTuple):
     """What a fast answer is judged by.
 
     Attributes:
@@ -87,7 +87,7 @@ class AnswerSequence:
         self._route: Way | None = None
         self._confidence: float | None = None
         self._rejected_tokens = 0
-        self._fast: _FastAnswer | None = None
+        self._fast: _FastTrial | None = None
 
         dial = job.dial
         if isinstance(dial, Route):
@@ -97,7 +97,7 @@ class AnswerSequence:
             threshold = settings.threshold(dial)
             tracker = ConfidenceTracker([dial], [threshold], torch.device("cpu"))
             tracker.use_ends([EosTokenCriteria(sorted(settings.ends)), self._stop_found])
-            self._fast = _FastAnswer(tracker, threshold, Fixed(dial.slow_lambda))
+            self._fast = _FastTrial(tracker, threshold, Fixed(dial.slow_lambda))
             dial = Fixed(dial.fast_lambda)
         self._begin(dial or Fixed(0.0))  # a model without a dial asks for no λ
 
@@ -199,7 +199,7 @@ class AnswerSequence:
             None if is_greedy else SeededSampling([job.seed], job.temperature, job.top_p)
         )
 
-    def _judge(self, fast: _FastAnswer) -> None:
+    def _judge(self, fast: _FastTrial) -> None:
         tracker = fast.tracker
         self._confidence = float(tracker.confidence[0])
         is_sure = self._confidence >= fast.threshold
