@@ -78,7 +78,8 @@ class Schedule:
         self._check_keys()
         for name in ("start", "end", "think", "answer"):
             if getattr(self, name) is not None:
-                self._set(name, finite_lambda(getattr(self, name), name))
+                told = "lambda" if self.kind == "constant" and name == "start" else name
+                self._set(name, finite_lambda(getattr(self, name), told))
         for name in ("steps", "budget"):
             if getattr(self, name) is not None:
                 self._set(name, _count(getattr(self, name), name))
@@ -119,7 +120,7 @@ class Schedule:
                     f"a schedule must be a number or a JSON object, got {value!r:.80} ({error})."
                 ) from error
         if not isinstance(value, Mapping):
-            return cls("constant", start=finite_lambda(value, "lambda"))
+            return cls("constant", start=cast("float", value))
         known = [field.name for field in fields(cls)]
         for key in value:
             if key not in known:

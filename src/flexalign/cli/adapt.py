@@ -1,13 +1,12 @@
 """``flexalign adapt``: train a layer adapter, the dial's other end."""
 
 import shlex
-import sys
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
-from flexalign.cli.console import console, parse_lambda_option, print_json
+from flexalign.cli.console import console, print_json
 from flexalign.cli.options import (
     Assignments,
     DryTraining,
@@ -15,6 +14,14 @@ from flexalign.cli.options import (
     RecipeOutput,
     ResultAsJson,
     SkipBadRows,
+)
+from flexalign.cli.training import (
+    ConsoleEvents,
+    command_line,
+    parse_lambda_option,
+    plan_rows,
+    show_plan,
+    training_session,
 )
 
 
@@ -45,21 +52,7 @@ def adapt(
     λ = 0 is then the base, λ = 1 the base with the adapter. A recipe is a YAML file:
 
     \b
-      base: miniature                 # path or known name; no weight of it changes
-      data: traces.jsonl              # prompts with responses
-      output: out/fast                # one run; started again, it goes on
-      method: sft                     # sft; dpo: rows of prompt, chosen, rejected;
-                                      # trra: towards `aligned` at `lambda`
-      strip_thinking: true            # sft, trra: learn what follows </think> alone
-      adapter: null                   # an adapter to go on from
-      adapter_layers: 1               # of a new one
-      aligned: miniature:aligned      # trra: λ = 1
-      lambda: 1.0                     # trra: a number, or a schedule
-      divergence: reverse             # trra: or forward, jsd (with beta)
-      gate: null                      # trra: as in realign
-      training:                       # any field of trl.SFTConfig (dpo: DPOConfig)
-        max_steps: 200
-        learning_rate: 2.0e-5
+    RECIPE KEYS
 
     Look first: [cyan]flexalign adapt recipe.yaml --dry-run[/cyan]
 
@@ -67,8 +60,9 @@ def adapt(
 
     Ctrl-C saves a checkpoint at the end of the step; the same command goes on from there.
     """
-    from flexalign.training.adapter_recipes import AdaptRecipe
+    from flexalign.training.recipes import AdaptRecipe
 
+    # What the file itself has wrong is said before the trainers' libraries load.
     plan = AdaptRecipe.load(
         recipe,
         overrides=assignments or (),
@@ -77,24 +71,24 @@ def adapt(
         output=output,
         strip_thinking=strip_thinking or None,
     )
+    from flexalign.training.adapter import adapt as run
+    from flexalign.training.plan import Plan
 
-    from flexalign.cli._adapt import finish, prepare_adaptation, preview
-    from flexalign.cli._training import require_forward_training
-    from flexalign.cli.console import quieten_libraries, warnings_as_notes
-
-    if plan.lam is not None:
-        require_forward_training([plan.lam], extrapolate=extrapolate)
-    quieten_libraries()
-    with warnings_as_notes():
-        prepared = prepare_adaptation(
-            plan, command=shlex.join(["flexalign", *sys.argv[1:]]), skip_bad_rows=skip_bad_rows
+    with training_session():
+        result = run(
+            plan,
+            dry_run=dry_run,
+            extrapolate=extrapolate,
+            skip_bad_rows=skip_bad_rows,
+            events=ConsoleEvents(),
+            command=command_line(),
         )
-        if dry_run:
-            preview(prepared, as_json=as_json)
-            return
-        outcome = finish(prepared.run)
+    if isinstance(result, Plan):
+        show_plan(result, plan_rows(result), as_json=as_json)
+        return
+    outcome = result
     if as_json and not console.quiet:
-        print_json(outcome.to_json() | {"trained_parameters": prepared.sizes.trainable})
+        print_json(outcome.to_json() | {"trained_parameters": outcome.trained_parameters})
     console.print(f"the adapter: [bold]{escape(str(outcome.output))}[/bold]")
     base, folder = shlex.quote(plan.base), shlex.quote(str(outcome.output))
     console.print(

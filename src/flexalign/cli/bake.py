@@ -1,14 +1,13 @@
 """``flexalign bake``: turn one setting of a dial into a plain model."""
 
 import shlex
-import sys
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
 from flexalign.cli._dial import read_range
-from flexalign.cli.console import console, parse_lambda_option, print_json
+from flexalign.cli.console import console, print_json
 from flexalign.cli.options import (
     Assignments,
     DryTraining,
@@ -17,6 +16,14 @@ from flexalign.cli.options import (
     RecipeOutput,
     ResultAsJson,
     SkipBadRows,
+)
+from flexalign.cli.training import (
+    ConsoleEvents,
+    command_line,
+    parse_lambda_option,
+    plan_rows,
+    show_plan,
+    training_session,
 )
 
 
@@ -41,23 +48,16 @@ def bake(
     streams (TrRa). How far it is from the dial is measured on rows held out. A recipe:
 
     \b
-      base: miniature                 # path or known name
-      adapter: out/fast               # what `flexalign adapt` made
-      lambda: 0.5                     # the setting
-      data: traces.jsonl              # prompts with responses
-      output: out/baked               # one run; started again, it goes on
-      held_out: 0.05                  # share of the rows for the measurement
-      training:                       # any field of trl.SFTConfig
-        max_steps: 200
-        learning_rate: 2.0e-5
+    RECIPE KEYS
 
     Look first: [cyan]flexalign bake recipe.yaml --dry-run[/cyan]
 
     Then: [cyan]flexalign bake recipe.yaml --adapter out/fast --lambda 0.5[/cyan]
     """
     limits = read_range(lambda_range)
-    from flexalign.training.adapter_recipes import BakeRecipe
+    from flexalign.training.recipes import BakeRecipe
 
+    # What the file itself has wrong is said before the trainers' libraries load.
     plan = BakeRecipe.load(
         recipe,
         overrides=assignments or (),
@@ -65,22 +65,21 @@ def bake(
         lam=parse_lambda_option(lam),
         output=output,
     )
+    from flexalign.training.adapter import bake as run
+    from flexalign.training.plan import Plan
 
-    from flexalign.cli._adapt import finish, prepare_baking, preview
-    from flexalign.cli.console import quieten_libraries, warnings_as_notes
-
-    quieten_libraries()
-    with warnings_as_notes():
-        prepared = prepare_baking(
+    with training_session():
+        outcome = run(
             plan,
-            command=shlex.join(["flexalign", *sys.argv[1:]]),
-            skip_bad_rows=skip_bad_rows,
+            dry_run=dry_run,
             lambda_range=limits,
+            skip_bad_rows=skip_bad_rows,
+            events=ConsoleEvents(),
+            command=command_line(),
         )
-        if dry_run:
-            preview(prepared, as_json=as_json)
-            return
-        outcome = finish(prepared.run)
+    if isinstance(outcome, Plan):
+        show_plan(outcome, plan_rows(outcome), as_json=as_json)
+        return
     if as_json and not console.quiet:
         print_json(outcome.to_json())
     measured = outcome.measures

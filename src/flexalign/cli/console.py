@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flexalign.errors import CheckpointError, ConfigError, FlexAlignError, LambdaError
-from flexalign.lambdas import Schedule
+from flexalign.errors import ConfigError, LambdaError
+from flexalign.errors import as_input_errors as as_input_errors
 
 if TYPE_CHECKING:
     from flexalign.data.thinking import ThinkingTags
@@ -90,15 +90,6 @@ def say_instruction(instruction: str | None, tasks: "Sequence[Task]") -> None:
 
 
 @contextmanager
-def as_input_errors() -> Iterator[None]:
-    """Call a damaged file that was given as input what it is there: wrong input."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from error
-
-
-@contextmanager
 def progress_bar(label: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
     """Show a bar; what it gives is told how many are complete."""
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -132,25 +123,6 @@ def resumable_bar(
 
     with resumable(is_kept=is_kept), progress_bar(label, total) as show:
         yield advance
-
-
-def parse_lambda_option(text: str | None) -> Any:
-    """Read ``--lambda`` of a training command: a number, several, a JSON schedule, or none.
-
-    Raises:
-        ConfigError: If it is a schedule that is malformed.
-        LambdaError: If it is none of these.
-    """
-    if text is None:
-        return None
-    if text.lstrip().startswith("{"):
-        try:
-            Schedule.parse(text)
-        except FlexAlignError as error:
-            raise type(error)(f"--lambda: {error}") from error
-        return json.loads(text)
-    values = parse_lambdas(text)
-    return values[0] if len(values) == 1 else values
 
 
 # What a command lets through of what libraries say.

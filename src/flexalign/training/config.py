@@ -215,8 +215,10 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
     @property
     def schedule(self) -> Schedule:
         """λ as a function of the training step."""
-        lam: Any = self.lam
-        return Schedule.parse(lam)
+        kept: Schedule = self.__dict__["_schedule"]
+        if kept.to_json() != self.lam:  # somebody set the field after the check
+            kept = self.__dict__["_schedule"] = _as_schedule(self.lam)
+        return kept
 
     def _check_realignment(self) -> None:
         if isinstance(self.lam, list | tuple):
@@ -224,12 +226,14 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
                 f"lam: a trainer trains one λ, got {len(self.lam)}; make one for each (flexalign "
                 "realign --lambda 0.5,1 does, and from one cache if teacher='cached')."
             )
-        schedule = self.schedule
+        schedule = _as_schedule(self.lam)
         if schedule.follows_thinking:
             raise ConfigError(
                 "lam: a thinking schedule goes by generated tokens; in training λ is a number or "
                 "a schedule over the step (linear, cosine, piecewise)."
             )
+        # What is saved with a run is JSON; what trains is the schedule, which is not read again.
+        self.__dict__["_schedule"] = schedule
         self.lam = schedule.to_json()
         _require_choice("divergence", self.divergence, DIVERGENCES)
         _require_choice("teacher", self.teacher, _TEACHERS)
@@ -314,6 +318,10 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
                 "the loss has one denominator, the response tokens of the whole step, so leave "
                 "it out."
             )
+
+
+def _as_schedule(lam: Any) -> Schedule:
+    return lam if isinstance(lam, Schedule) else Schedule.parse(lam)
 
 
 def _settle_defaults(config: Any) -> None:

@@ -48,7 +48,7 @@ _BATCH_TOKENS = 4096
 _PATIENCE_SECONDS = 0.2
 
 
-def fill_cache(
+def write_cache(
     folder: Path,
     identity: dict[str, Any],
     documents: Callable[[], list[Document]],

@@ -1,0 +1,106 @@
+"""What a recipe names, read and checked before any weight is loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from flexalign.data import Lengths, load_prompts, load_traces, measure_lengths
+from flexalign.data.rendering import chat_template_of
+from flexalign.miniature import make_questions, make_traces
+from flexalign.models.compatibility import PairFacts, examine_pair
+from flexalign.training.recipes import RealignRecipe, Watch
+
+_MINIATURE = "miniature"
+_MINIATURE_TRACES = 4000
+_QUESTION_SEED = 10_000
+"""Far from the seed of the traces."""
+
+
+def read_traces(data: str, *, skip_bad_rows: bool) -> Dataset:
+    """Read training data: a path, or ``miniature`` for traces of its reference."""
+    if data == _MINIATURE:
+        return Dataset.from_list(make_traces(_MINIATURE_TRACES, seed=0))
+    return load_traces(data, skip_bad_rows=skip_bad_rows)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Prompts that the student answers while it learns.
+
+    Attributes:
+        prompts: Texts or lists of messages.
+        answers: One for each, None where it is not known.
+    """
+
+    prompts: Sequence[Any]
+    answers: Sequence[str | None]
+
+
+def read_watched(watch: Watch) -> Watched:
+    """Read the prompts to watch, the first ones of the file, with their answers where known."""
+    if watch.prompts == _MINIATURE:
+        questions = make_questions(watch.limit, _QUESTION_SEED)
+        prompts = [[{"role": "user", "content": question.text}] for question in questions]
+        return Watched(prompts, [str(question.answer) for question in questions])
+
+    rows = load_prompts(watch.prompts)
+    rows = rows.select(range(min(watch.limit, len(rows))))
+    answers = rows["answer"] if "answer" in rows.column_names else [None] * len(rows)
+    return Watched(list(rows["prompt"]), list(answers))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a realignment's recipe names.
+
+    Attributes:
+        pair: What is known of the two models.
+        tokenizer: Theirs, with the chat template that training is going to use.
+        traces: The data.
+        lengths: Of the data.
+        watched: Prompts and known answers to watch; None if there are none.
+    """
+
+    pair: PairFacts
+    tokenizer: PreTrainedTokenizerBase
+    traces: Dataset
+    lengths: Lengths
+    watched: Watched | None
+
+    @property
+    def fingerprints(self) -> tuple[str | None, str | None]:
+        """Of the reference and the aligned model."""
+        return self.pair.reference.fingerprint, self.pair.aligned.fingerprint
+
+
+def read_inputs(
+    recipe: RealignRecipe, *, skip_bad_rows: bool = False, data: Dataset | None = None
+) -> Inputs:
+    """Read and check everything of a realignment that needs no weights.
+
+    Args:
+        recipe: Names pair, data and prompts.
+        skip_bad_rows: Leave out rows that cannot be used.
+        data: Rows in memory, instead of those that the recipe names.
+
+    Raises:
+        ConfigError: If something is not there, or cannot be used.
+        DataError: If a row cannot be used, or no response token lies within the cut-off.
+        PairMismatchError: If the two models do not fit.
+    """
+    arguments = recipe.arguments
+    facts = examine_pair(
+        recipe.reference, recipe.aligned, trust_remote_code=arguments.trust_remote_code
+    )
+    facts.require_fit()
+
+    tokenizer = facts.tokenizer
+    tokenizer.chat_template = chat_template_of(tokenizer, arguments.chat_template_path)
+
+    traces = read_traces(recipe.data, skip_bad_rows=skip_bad_rows) if data is None else data
+    lengths = measure_lengths(traces, tokenizer, arguments.max_length)
+    watched = read_watched(recipe.watch) if recipe.watch else None
+    return Inputs(facts, tokenizer, traces, lengths, watched)
