@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import typer
-import yaml
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
@@ -76,8 +75,10 @@ class BakeCommand(RecipeCommand):
 
 def _list_keys(keys: "Iterator[Key] | Sequence[Key]", indent: str = "  ") -> Iterator[str]:
     """Write keys as lines of YAML, with what they mean as comments."""
+    from flexalign.training.recipes import as_yaml
+
     for key in keys:
-        value = "" if key.section or key.example == {} else f" {_as_yaml(key.example)}"
+        value = "" if key.section or key.example == {} else f" {as_yaml(key.example)}"
         meaning = key.description.replace("`", "").partition(" By default DEFAULT")[0]
         lines = textwrap.wrap(meaning, _WIDTH - _COMMENT - 2)
         head = f"{indent}{key.name}:{value}"
@@ -91,11 +92,6 @@ def _list_keys(keys: "Iterator[Key] | Sequence[Key]", indent: str = "  ") -> Ite
         if key.name == "training":
             yield f"{indent}  max_steps: 200"
             yield f"{indent}  learning_rate: 2.0e-5"
-
-
-def _as_yaml(value: Any) -> str:
-    text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True)
-    return text.removesuffix("...\n").strip()
 
 
 # Reading the options, and running.

@@ -45,7 +45,10 @@ def state_of_output(output: Path, identity: Mapping[str, Any]) -> State:
         raise ConfigError(f"{output / RUN} cannot be read; name another output folder.") from None
     if not isinstance(before, dict):
         raise ConfigError(f"{output / RUN} cannot be read; name another output folder.")
-    unlike = list(differences(_in_todays_form(before), json.loads(json.dumps(identity))))
+    now = json.loads(json.dumps(identity))
+    if before.get("lambda") != now.get("lambda"):
+        before = _in_todays_form(before)
+    unlike = list(differences(before, now))
     if unlike:
         raise ConfigError(
             f"output {output} holds another run ({'; '.join(unlike[:3])}); "

@@ -996,7 +996,7 @@ class Key:
     Attributes:
         name: As it stands in the file.
         description: What it means.
-        default: Its value where the file has none; None where it is required.
+        default: Its value where the file has none, as YAML; None where it is required.
         example: A value to show.
         section: The keys inside it, where it is a section of ours.
     """
@@ -1008,6 +1008,12 @@ class Key:
     section: tuple["Key", ...] = ()
 
 
+def as_yaml(value: Any) -> str:
+    """Write a value on one line, as it stands behind a key."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
+
+
 def describe_keys(section: type[Section]) -> Iterator[Key]:
     """Go through the keys of a recipe, or of a section, in the order in which they are declared."""
     for name, field in section.model_fields.items():
@@ -1016,7 +1022,7 @@ def describe_keys(section: type[Section]) -> Iterator[Key]:
         yield Key(
             name=field.alias or name,
             description=field.description or "",
-            default=None if field.is_required() else f"{default}",
+            default=None if field.is_required() else as_yaml(default),
             example=field.examples[0] if field.examples else default,
             section=inner,
         )
