@@ -111,7 +111,7 @@ def _recipes() -> str:
     return "\n".join(parts)
 
 
-def _rows(keys: Iterable[recipes.Key], prefix: str = "") -> Iterator[str]:
+def _rows(keys: Iterable[recipes.RecipeKey], prefix: str = "") -> Iterator[str]:
     for key in keys:
         default = "required" if key.default is None else f"`{key.default}`"
         meaning = _DEFAULTS.sub(_spelt_out, key.description).replace("|", "\\|")

@@ -20,10 +20,10 @@ from flexalign.training import (
     AdaptRecipe,
     BakeRecipe,
     Events,
-    Plan,
     RealignRecipe,
     StepObserver,
     Stopped,
+    TrainingPlan,
     fill_cache,
 )
 
@@ -140,7 +140,7 @@ def test_a_dry_run_is_a_plan_and_loads_nothing(
 
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
     plan = flexalign.realign(tree, dry_run=True)
-    assert isinstance(plan, Plan)
+    assert isinstance(plan, TrainingPlan)
     assert (plan.facts["steps"], plan.facts["output_state"]) == (2, "new")
     assert plan.samples[0]["masked"] == "0+0="
     assert flexalign.adapt(base, dry_run=True).facts["steps"] == 2

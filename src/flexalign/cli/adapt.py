@@ -15,14 +15,7 @@ from flexalign.cli.options import (
     ResultAsJson,
     SkipBadRows,
 )
-from flexalign.cli.training import (
-    ConsoleEvents,
-    command_line,
-    parse_lambda_option,
-    plan_rows,
-    show_plan,
-    training_session,
-)
+from flexalign.cli.training import parse_lambda_option, train
 
 
 def adapt(
@@ -71,22 +64,18 @@ def adapt(
         output=output,
         strip_thinking=strip_thinking or None,
     )
-    from flexalign.training.adapter import adapt as run
-    from flexalign.training.plan import Plan
+    from flexalign.training import adapter as library
 
-    with training_session():
-        result = run(
-            plan,
-            dry_run=dry_run,
-            extrapolate=extrapolate,
-            skip_bad_rows=skip_bad_rows,
-            events=ConsoleEvents(),
-            command=command_line(),
-        )
-    if isinstance(result, Plan):
-        show_plan(result, plan_rows(result), as_json=as_json)
+    outcome = train(
+        library.adapt,
+        plan,
+        dry_run=dry_run,
+        as_json=as_json,
+        extrapolate=extrapolate,
+        skip_bad_rows=skip_bad_rows,
+    )
+    if outcome is None:
         return
-    outcome = result
     if as_json and not console.quiet:
         print_json(outcome.to_json() | {"trained_parameters": outcome.trained_parameters})
     console.print(f"the adapter: [bold]{escape(str(outcome.output))}[/bold]")

@@ -17,14 +17,7 @@ from flexalign.cli.options import (
     ResultAsJson,
     SkipBadRows,
 )
-from flexalign.cli.training import (
-    ConsoleEvents,
-    command_line,
-    parse_lambda_option,
-    plan_rows,
-    show_plan,
-    training_session,
-)
+from flexalign.cli.training import parse_lambda_option, train
 
 
 def bake(
@@ -65,20 +58,17 @@ def bake(
         lam=parse_lambda_option(lam),
         output=output,
     )
-    from flexalign.training.adapter import bake as run
-    from flexalign.training.plan import Plan
+    from flexalign.training import adapter as library
 
-    with training_session():
-        outcome = run(
-            plan,
-            dry_run=dry_run,
-            lambda_range=limits,
-            skip_bad_rows=skip_bad_rows,
-            events=ConsoleEvents(),
-            command=command_line(),
-        )
-    if isinstance(outcome, Plan):
-        show_plan(outcome, plan_rows(outcome), as_json=as_json)
+    outcome = train(
+        library.bake,
+        plan,
+        dry_run=dry_run,
+        as_json=as_json,
+        lambda_range=limits,
+        skip_bad_rows=skip_bad_rows,
+    )
+    if outcome is None:
         return
     if as_json and not console.quiet:
         print_json(outcome.to_json())

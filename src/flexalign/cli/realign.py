@@ -1,8 +1,7 @@
 """``flexalign realign``: train a student to be the pair at a λ of your choice."""
 
 import shlex
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -17,15 +16,10 @@ from flexalign.cli.options import (
     ResultAsJson,
     SkipBadRows,
 )
-from flexalign.cli.training import (
-    ConsoleEvents,
-    command_line,
-    parse_lambda_option,
-    show_plan,
-    training_session,
-)
+from flexalign.cli.training import parse_lambda_option, train
 
 if TYPE_CHECKING:
+    from flexalign.training.plan import TrainingPlan
     from flexalign.training.run import Outcome
 
 
@@ -78,20 +72,18 @@ def realign(
         merge=merge or None,
         allow_pickle=allow_pickle or None,
     )
-    from flexalign.training.plan import Plan
-    from flexalign.training.realignment import realign as run
+    from flexalign.training import realignment
 
-    with training_session():
-        result = run(
-            recipes,
-            dry_run=dry_run,
-            extrapolate=extrapolate,
-            skip_bad_rows=skip_bad_rows,
-            events=ConsoleEvents(),
-            command=command_line(),
-        )
-    if isinstance(result, Plan):
-        show_plan(result, _rows(result.facts), as_json=as_json)
+    result = train(
+        realignment.realign,
+        recipes,
+        dry_run=dry_run,
+        as_json=as_json,
+        table=_rows,
+        extrapolate=extrapolate,
+        skip_bad_rows=skip_bad_rows,
+    )
+    if result is None:
         return
     if result.students:
         _say_report(result)
@@ -115,6 +107,7 @@ def _summarise(outcome: "Outcome", reference: str) -> None:
     console.print(f"the realigned model: [bold]{escape(str(outcome.output))}[/bold]")
     if outcome.merged:
         console.print(f"as a plain model:    {escape(str(outcome.merged))}")
+
     if len(outcome.curve) > 1:
         first, last = outcome.curve[0], outcome.curve[-1]
         cut = 1 - last["tokens"] / first["tokens"] if first["tokens"] else 0.0
@@ -127,6 +120,7 @@ def _summarise(outcome: "Outcome", reference: str) -> None:
             f"tokens per answer:   {first['tokens']:.1f} → {last['tokens']:.1f} "
             f"(a cut of {cut:.1%}){accuracy}"
         )
+
     console.print(f"its model card:      {escape(str(outcome.output / 'README.md'))}")
     before, after = (
         shlex.quote(f"{name}=model:{model}")
@@ -141,8 +135,9 @@ def _summarise(outcome: "Outcome", reference: str) -> None:
     )
 
 
-def _rows(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Return a plan's facts as the rows of a table."""
+def _rows(plan: "TrainingPlan") -> dict[str, str]:
+    """Return a plan as the rows of a table."""
+    facts = plan.facts
     data, memory = facts["data"], facts["memory_gib"]
     rows = {
         "reference, aligned": f"{facts['reference']}, {facts['aligned']}",

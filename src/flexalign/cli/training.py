@@ -30,8 +30,9 @@ from flexalign.lambdas import Schedule
 from flexalign.training.events import Events, StepObserver
 
 if TYPE_CHECKING:
-    from flexalign.training.plan import Plan
-    from flexalign.training.recipes import Key
+    from flexalign.training.plan import TrainingPlan
+    from flexalign.training.recipes import RecipeKey
+    from flexalign.training.run import Outcome
 
 # Help: the keys of a recipe as its schema declares them.
 
@@ -73,9 +74,11 @@ class BakeCommand(RecipeCommand):
     recipe = "BakeRecipe"
 
 
-def _list_keys(keys: "Iterator[Key] | Sequence[Key]", indent: str = "  ") -> Iterator[str]:
+def _list_keys(
+    keys: "Iterator[RecipeKey] | Sequence[RecipeKey]", indent: str = "  "
+) -> Iterator[str]:
     """Write keys as lines of YAML, with what they mean as comments."""
-    from flexalign.training.recipes import as_yaml
+    from flexalign.training.settings import as_yaml
 
     for key in keys:
         value = "" if key.section or key.example == {} else f" {as_yaml(key.example)}"
@@ -138,6 +141,41 @@ def training_session() -> Iterator[None]:
                 f"stopped after {stop.checkpoint}; give the same command again to go on from there."
             )
             raise typer.Exit(130) from None
+
+
+def train(
+    function: Callable[..., Any],
+    recipe: Any,
+    *,
+    dry_run: bool,
+    as_json: bool,
+    table: "Callable[[TrainingPlan], dict[str, str]] | None" = None,
+    **options: Any,
+) -> "Outcome | None":
+    """Run a recipe and show it on the terminal.
+
+    Args:
+        function: `realign`, `adapt` or `bake` of the library.
+        recipe: What it takes.
+        dry_run: Show the plan instead.
+        as_json: Whether that is to be JSON.
+        table: Makes the rows of a plan's table; by default its facts as they stand.
+        **options: More for the function.
+
+    Returns:
+        What came of it; None after a dry run.
+    """
+    from flexalign.training.plan import TrainingPlan
+
+    with training_session():
+        result = function(
+            recipe, dry_run=dry_run, events=ConsoleEvents(), command=command_line(), **options
+        )
+    if isinstance(result, TrainingPlan):
+        show_plan(result, (table or plan_rows)(result), as_json=as_json)
+        return None
+    outcome: Outcome = result
+    return outcome
 
 
 class ConsoleEvents(Events):
@@ -233,7 +271,7 @@ class StepProgress(StepObserver):
 # A dry run.
 
 
-def show_plan(plan: "Plan", rows: Mapping[str, str], *, as_json: bool) -> None:
+def show_plan(plan: "TrainingPlan", rows: Mapping[str, str], *, as_json: bool) -> None:
     """Print a plan: JSON alone, or its samples and a table.
 
     Args:
@@ -256,7 +294,7 @@ def show_plan(plan: "Plan", rows: Mapping[str, str], *, as_json: bool) -> None:
     result_console.print(table)
 
 
-def plan_rows(plan: "Plan") -> dict[str, str]:
+def plan_rows(plan: "TrainingPlan") -> dict[str, str]:
     """Return the table of a plan with all its facts as they stand."""
     rows = {}
     for name, value in plan.facts.items():

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from flexalign.training.config import TrRaConfig
     from flexalign.training.events import Events, StepObserver
     from flexalign.training.hidden_cache import HiddenStateCache
-    from flexalign.training.plan import Plan
+    from flexalign.training.plan import TrainingPlan
     from flexalign.training.realignment import Realignment, realign
-    from flexalign.training.recipes import AdaptRecipe, BakeRecipe, RealignRecipe, Watch
+    from flexalign.training.recipes import AdaptRecipe, BakeRecipe, RealignRecipe, WatchSettings
     from flexalign.training.run import Outcome, Stopped
     from flexalign.training.trainer import TrRaTrainer
 
@@ -28,14 +28,14 @@ _HOMES = {
     "Events": "flexalign.training.events",
     "HiddenStateCache": "flexalign.training.hidden_cache",
     "Outcome": "flexalign.training.run",
-    "Plan": "flexalign.training.plan",
+    "TrainingPlan": "flexalign.training.plan",
     "RealignRecipe": "flexalign.training.recipes",
     "Realignment": "flexalign.training.realignment",
     "StepObserver": "flexalign.training.events",
     "Stopped": "flexalign.training.run",
     "TrRaConfig": "flexalign.training.config",
     "TrRaTrainer": "flexalign.training.trainer",
-    "Watch": "flexalign.training.recipes",
+    "WatchSettings": "flexalign.training.recipes",
     "adapt": "flexalign.training.adapter",
     "bake": "flexalign.training.adapter",
     "fill_cache": "flexalign.training.cache",
@@ -50,14 +50,14 @@ __all__ = [
     "Events",
     "HiddenStateCache",
     "Outcome",
-    "Plan",
     "RealignRecipe",
     "Realignment",
     "StepObserver",
     "Stopped",
     "TrRaConfig",
     "TrRaTrainer",
-    "Watch",
+    "TrainingPlan",
+    "WatchSettings",
     "adapt",
     "bake",
     "fill_cache",

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -49,9 +49,9 @@ from flexalign.training.forward import HeadForm
 from flexalign.training.inputs import read_traces
 from flexalign.training.memory import Sizes
 from flexalign.training.models import Parts, Teacher, running_dtype
-from flexalign.training.plan import Plan, plan_memory, plan_steps, sample_rows
+from flexalign.training.plan import TrainingPlan, plan_memory, plan_steps, sample_rows
 from flexalign.training.recipes import AdaptRecipe, BakeRecipe, Recipe
-from flexalign.training.run import Outcome, Round, Run
+from flexalign.training.run import Outcome, Round, RunOptions, TrainingRun
 from flexalign.training.trainer import TrRaTrainer
 
 # The adapter stream as a model to train: the base itself, with the adapter in front of layer 0.
@@ -78,11 +78,13 @@ def as_student(model: InRaModel) -> Iterator[Any]:
     forward = base.__dict__.get("forward")
     config = base.config.get_text_config(decoder=True)
     use_cache = getattr(config, "use_cache", True)
+
     model.adapter.float()
     base.add_module(_NAME, model.adapter)
     base.save_pretrained = model.save_pretrained
     config.use_cache = False  # a cache of the base has no room for the adapter
     model.entry.stands_open = True
+
     try:
         yield base
     finally:
@@ -178,8 +180,8 @@ class AdapterDPOTrainer(_AdapterTraining, SealedCheckpoints, DPOTrainer):  # typ
 # The two runs.
 
 
-class _AdapterRun(Run):
-    """A run around a layer adapter; see `Run`."""
+class _AdapterRun(TrainingRun):
+    """A run around a layer adapter; see `TrainingRun`."""
 
     task: str
 
@@ -188,7 +190,7 @@ class _AdapterRun(Run):
 
 
 class Adaptation(_AdapterRun):
-    """The training of one adapter; see `Run`.
+    """The training of one adapter; see `TrainingRun`.
 
     Attributes:
         base: A loaded base in the place of the recipe's, which then only names it.
@@ -254,7 +256,7 @@ _SPLIT_SEED = 0
 
 
 class Baking(_AdapterRun):
-    """The baking of one setting: a plain model that behaves as the dial at one λ, by TrRa; see `Run`.
+    """The baking of one setting: a plain model that behaves as the dial at one λ, by TrRa; see `TrainingRun`.
 
     The student starts at the base. Its teachers are the two streams of one InRa model, so base
     and student are in memory and nothing else.
@@ -273,6 +275,7 @@ class Baking(_AdapterRun):
         student = load_model(recipe.base, dtype=torch.float32).requires_grad_(True)
         form = HeadForm.of(inra.base, inra.head.vocab_size)
         off = partial(adapter_off, inra.entry)
+
         split = self.data.train_test_split(test_size=recipe.held_out, seed=_SPLIT_SEED)
         with as_student(inra) as dial:
             parts = Parts(
@@ -432,7 +435,7 @@ def _fingerprint_adapter(adapter: str) -> str:
     return fingerprint_file(resolve_adapter(adapter) / WEIGHTS_FILE)
 
 
-def _plan(run: Run, base: Base, rows: Dataset, lengths: Lengths) -> Plan:
+def _plan(run: TrainingRun, base: Base, rows: Dataset, lengths: Lengths) -> TrainingPlan:
     """Work out what a run would take."""
     recipe: Recipe = run.recipe
     arguments = recipe.arguments
@@ -446,21 +449,17 @@ def _plan(run: Run, base: Base, rows: Dataset, lengths: Lengths) -> Plan:
         ),
         "output_state": run.state,
     }
-    return Plan(facts, sample_rows(rows, run.tokenizer, arguments.max_length))
+    return TrainingPlan(facts, sample_rows(rows, run.tokenizer, arguments.max_length))
 
 
 # From a recipe to its outcome.
 
 
-class AdaptOptions(TypedDict, total=False):
+class AdaptOptions(RunOptions, total=False):
     """What `adapt` takes beside a recipe; see there."""
 
     tokenizer: PreTrainedTokenizerBase | None
     extrapolate: bool
-    skip_bad_rows: bool
-    events: Events | None
-    callbacks: Sequence[TrainerCallback]
-    command: str
 
 
 @overload
@@ -470,7 +469,7 @@ def adapt(
     *,
     dry_run: Literal[True],
     **options: Unpack[AdaptOptions],
-) -> Plan: ...
+) -> TrainingPlan: ...
 
 
 @overload
@@ -495,7 +494,7 @@ def adapt(
     callbacks: Sequence[TrainerCallback] = (),
     command: str = "flexalign.adapt",
     **settings: Any,
-) -> Outcome | Plan:
+) -> Outcome | TrainingPlan:
     """Train a layer adapter in front of a base that stays as it is, and save it.
 
     A run that was stopped goes on, and one that is finished is not run again. Ctrl-C and SIGTERM
@@ -575,15 +574,11 @@ def _recipe_of(
     )
 
 
-class BakeOptions(TypedDict, total=False):
+class BakeOptions(RunOptions, total=False):
     """What `bake` takes beside a recipe; see there."""
 
     data: Dataset | None
     lambda_range: tuple[float, float] | None
-    skip_bad_rows: bool
-    events: Events | None
-    callbacks: Sequence[TrainerCallback]
-    command: str
 
 
 @overload
@@ -601,7 +596,7 @@ def bake(
     *,
     dry_run: Literal[True],
     **options: Unpack[BakeOptions],
-) -> Plan: ...
+) -> TrainingPlan: ...
 
 
 @overload
@@ -610,7 +605,7 @@ def bake(
     *,
     dry_run: bool,
     **options: Unpack[BakeOptions],
-) -> Outcome | Plan: ...
+) -> Outcome | TrainingPlan: ...
 
 
 def bake(
@@ -623,7 +618,7 @@ def bake(
     events: Events | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     command: str = "flexalign.bake",
-) -> Outcome | Plan:
+) -> Outcome | TrainingPlan:
     """Make a plain model that behaves as a dial at one λ: one stream, at the plain model's cost.
 
     The student starts at the base and learns the mixture of the dial's two streams (TrRa). How far

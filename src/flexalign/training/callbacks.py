@@ -20,7 +20,7 @@ from flexalign.generation.responses import generate_responses
 from flexalign.statistics import clustered_interval
 from flexalign.training.checkpoints import writing
 from flexalign.training.events import StepObserver
-from flexalign.training.recipes import Watch
+from flexalign.training.recipes import WatchSettings
 
 # The student's own answers to a few prompts: the curve of a run.
 
@@ -28,7 +28,7 @@ CURVE = "curve.jsonl"
 """What the watcher measured: one row per measurement, in the run's folder."""
 
 
-class Answer(Protocol):
+class StudentAnswer(Protocol):
     """One answer of the student."""
 
     @property
@@ -44,8 +44,8 @@ class Answer(Protocol):
         """Whether the limit on tokens cut it off."""
 
 
-Respond = Callable[[Any, Sequence[Any]], Sequence[Answer]]
-Judge = Callable[[Answer, str], bool]
+Respond = Callable[[Any, Sequence[Any]], Sequence[StudentAnswer]]
+Judge = Callable[[StudentAnswer, str], bool]
 Bracket = Callable[[Sequence[float], bool], tuple[float, float, float]]
 
 
@@ -112,7 +112,7 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
             file.write(_as_line(row))
         self._report(row)
 
-    def _figures(self, answers: Sequence[Answer]) -> dict[str, Any]:
+    def _figures(self, answers: Sequence[StudentAnswer]) -> dict[str, Any]:
         low, tokens, high = self._bracket([float(answer.tokens) for answer in answers], False)
         figures: dict[str, Any] = {
             "prompts": len(answers),
@@ -132,7 +132,7 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
 
 
 def make_watcher(
-    watch: Watch,
+    watch: WatchSettings,
     prompts: Sequence[Any],
     answers: Sequence[str | None],
     tokenizer: PreTrainedTokenizerBase,
@@ -148,7 +148,7 @@ def make_watcher(
         report: Is given each row.
     """
 
-    def respond(model: Any, prompts: Sequence[Any]) -> Sequence[Answer]:
+    def respond(model: Any, prompts: Sequence[Any]) -> Sequence[StudentAnswer]:
         return generate_responses(
             model,
             tokenizer,
@@ -159,7 +159,7 @@ def make_watcher(
             use_cache=True,
         )
 
-    def judge(answer: Answer, known: str) -> bool:
+    def judge(answer: StudentAnswer, known: str) -> bool:
         return grade(answer.text, known, truncated=answer.truncated).correct
 
     def bracket(values: Sequence[float], share: bool) -> tuple[float, float, float]:

@@ -132,6 +132,7 @@ def _realigned(
     rounds = []
     if recipe.rounds > 1:
         rounds = [("round", f"{round_number} of {recipe.rounds}; effective λ {effective:g}")]
+
     settings = [
         ("reference (λ=0)", code(recipe.reference)),
         ("aligned (λ=1)", code(recipe.aligned)),
@@ -145,6 +146,7 @@ def _realigned(
         ("data", f"{code(recipe.data)}, fingerprint {code(facts['data'])}"),
         ("fingerprints of the pair", ", ".join(map(code, facts["pair"]))),
     ]
+
     usage = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("this-folder")'
@@ -163,6 +165,7 @@ def _adapter(recipe: AdaptRecipe, facts: Mapping[str, Any]) -> _Content:
             ("λ of the teacher", code(recipe.lam)),
             ("divergence", recipe.divergence),
         ]
+
     if recipe.adapter is not None:
         settings += [("started at", code(recipe.adapter))]
     else:
@@ -171,6 +174,7 @@ def _adapter(recipe: AdaptRecipe, facts: Mapping[str, Any]) -> _Content:
             ("adapter layers", str(recipe.adapter_layers)),
             ("trained on", answers if recipe.strip_thinking else "whole responses"),
         ]
+
     usage = (
         "from flexalign import InRaModel\n\n"
         f'model = InRaModel.from_pretrained("{recipe.base}", "this-folder")\n'

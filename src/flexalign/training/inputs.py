@@ -11,7 +11,7 @@ from flexalign.data import Lengths, load_prompts, load_traces, measure_lengths
 from flexalign.data.rendering import chat_template_of
 from flexalign.miniature import make_questions, make_traces
 from flexalign.models.compatibility import PairFacts, examine_pair
-from flexalign.training.recipes import RealignRecipe, Watch
+from flexalign.training.recipes import RealignRecipe, WatchSettings
 
 _MINIATURE = "miniature"
 _MINIATURE_TRACES = 4000
@@ -39,7 +39,7 @@ class Watched:
     answers: Sequence[str | None]
 
 
-def read_watched(watch: Watch) -> Watched:
+def read_watched(watch: WatchSettings) -> Watched:
     """Read the prompts to watch, the first ones of the file, with their answers where known."""
     if watch.prompts == _MINIATURE:
         questions = make_questions(watch.limit, _QUESTION_SEED)

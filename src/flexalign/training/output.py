@@ -35,6 +35,7 @@ def state_of_output(output: Path, identity: Mapping[str, Any]) -> State:
         raise ConfigError(f"output {output} is a file; name a folder.")
     if is_unused(output):
         return "new"
+
     try:
         before = json.loads((output / RUN).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -45,6 +46,7 @@ def state_of_output(output: Path, identity: Mapping[str, Any]) -> State:
         raise ConfigError(f"{output / RUN} cannot be read; name another output folder.") from None
     if not isinstance(before, dict):
         raise ConfigError(f"{output / RUN} cannot be read; name another output folder.")
+
     now = json.loads(json.dumps(identity))
     if before.get("lambda") != now.get("lambda"):
         before = _in_todays_form(before)
@@ -54,6 +56,7 @@ def state_of_output(output: Path, identity: Mapping[str, Any]) -> State:
             f"output {output} holds another run ({'; '.join(unlike[:3])}); "
             "name another output, or delete that folder."
         )
+
     return "done" if (output / MANIFEST).exists() and fault_of(output) is None else "unfinished"
 
 

@@ -16,7 +16,7 @@ _SAMPLES = 2
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """What a dry run found.
 
     Attributes:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 from datasets import Dataset
 from transformers import TrainerCallback
@@ -29,13 +29,14 @@ from flexalign.training.events import Events
 from flexalign.training.hidden_cache import HiddenStateCache
 from flexalign.training.inputs import Inputs, Watched, read_inputs
 from flexalign.training.memory import count_parameters
-from flexalign.training.plan import Plan, plan_memory, plan_steps, sample_rows
+from flexalign.training.plan import TrainingPlan, plan_memory, plan_steps, sample_rows
 from flexalign.training.recipes import RealignRecipe
 from flexalign.training.run import (
     LARGEST_EFFECTIVE_LAMBDA,
     Outcome,
     Round,
-    Run,
+    RunOptions,
+    TrainingRun,
     effective_lambda,
     one_process,
     plan_rounds,
@@ -47,29 +48,29 @@ Given = str | Path | Mapping[str, Any] | RealignRecipe | Sequence[RealignRecipe]
 """A recipe's file, what a file would hold, a recipe, or one for each λ."""
 
 
-class RunOptions(TypedDict, total=False):
+class RealignOptions(RunOptions, total=False):
     """What `realign` takes beside a recipe; see there."""
 
     data: Dataset | None
     extrapolate: bool
-    skip_bad_rows: bool
-    events: Events | None
-    callbacks: Sequence[TrainerCallback]
-    command: str
 
 
 @overload
 def realign(
-    recipe: Given, *, dry_run: Literal[False] = False, **options: Unpack[RunOptions]
+    recipe: Given, *, dry_run: Literal[False] = False, **options: Unpack[RealignOptions]
 ) -> Outcome: ...
 
 
 @overload
-def realign(recipe: Given, *, dry_run: Literal[True], **options: Unpack[RunOptions]) -> Plan: ...
+def realign(
+    recipe: Given, *, dry_run: Literal[True], **options: Unpack[RealignOptions]
+) -> TrainingPlan: ...
 
 
 @overload
-def realign(recipe: Given, *, dry_run: bool, **options: Unpack[RunOptions]) -> Outcome | Plan: ...
+def realign(
+    recipe: Given, *, dry_run: bool, **options: Unpack[RealignOptions]
+) -> Outcome | TrainingPlan: ...
 
 
 def realign(
@@ -82,7 +83,7 @@ def realign(
     events: Events | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     command: str = "flexalign.realign",
-) -> Outcome | Plan:
+) -> Outcome | TrainingPlan:
     """Train a student towards the fusion of a reference and an aligned model (TrRa).
 
     A run that was stopped goes on from its newest complete checkpoint, and one that is finished is
@@ -177,8 +178,8 @@ def _caution_of_distance(recipes: Sequence[RealignRecipe]) -> str | None:
     )
 
 
-class Realignment(Run):
-    """The realignment at one λ, in one round or several; see `Run`.
+class Realignment(TrainingRun):
+    """The realignment at one λ, in one round or several; see `TrainingRun`.
 
     Args:
         recipe: What to do.
@@ -304,7 +305,7 @@ class Realignment(Run):
 # A dry run.
 
 
-def _plan(runs: Sequence[Realignment], inputs: Inputs) -> Plan:
+def _plan(runs: Sequence[Realignment], inputs: Inputs) -> TrainingPlan:
     """Work out what runs that differ in λ and output alone would take."""
     for warning in inputs.pair.warnings:
         warnings.warn(warning, stacklevel=3)
@@ -329,7 +330,7 @@ def _plan(runs: Sequence[Realignment], inputs: Inputs) -> Plan:
         facts["lambda"] = [each.recipe.lam for each in runs]
         facts["output"] = [each.recipe.output for each in runs]
         facts["output_state"] = [each.state for each in runs]
-    return Plan(facts, sample_rows(run.data, run.tokenizer, arguments.max_length))
+    return TrainingPlan(facts, sample_rows(run.data, run.tokenizer, arguments.max_length))
 
 
 def _plan_memory(recipe: RealignRecipe, pair: PairFacts, longest: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch.distributed as dist
 from accelerate import PartialState
@@ -96,6 +96,15 @@ class Outcome:
         }
 
 
+class RunOptions(TypedDict, total=False):
+    """What `realign`, `adapt` and `bake` take beside a recipe; see there."""
+
+    skip_bad_rows: bool
+    events: Events | None
+    callbacks: Sequence[TrainerCallback]
+    command: str
+
+
 # Rounds. TrRa-iter realigns the reference again and again, each time from the last one's result.
 
 LARGEST_EFFECTIVE_LAMBDA = 4.0
@@ -158,7 +167,7 @@ def effective_lambda(lam: Any, rounds: int, *, extrapolate: bool = False) -> flo
     return effective
 
 
-class Run(ABC):
+class TrainingRun(ABC):
     """A recipe with its data, ready to run or to go on where it stopped.
 
     Args:
