@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from flexalign import lambdas
+from flexalign.cli import options
 from flexalign.training import realignment
 from flexalign.training.config import TrRaConfig
 
@@ -28,7 +29,9 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         return call
 
+    # `--lambda 2` is read as a number, a schedule as one; both count as a parse.
     parse = lambdas.Schedule.parse.__func__  # type: ignore[attr-defined]
+    monkeypatch.setattr(options, "parse_lambdas", counting("parse", options.parse_lambdas))
     settle = TrRaConfig.__post_init__
     monkeypatch.setattr(lambdas.Schedule, "parse", classmethod(counting("parse", parse)))
     monkeypatch.setattr(TrRaConfig, "__post_init__", counting("TrRaConfig", settle))

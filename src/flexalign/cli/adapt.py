@@ -14,8 +14,9 @@ from flexalign.cli.options import (
     RecipeOutput,
     ResultAsJson,
     SkipBadRows,
+    parse_lambda_option,
 )
-from flexalign.cli.training import parse_lambda_option, train
+from flexalign.cli.training import train
 
 
 def adapt(

@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from flexalign.cli._dial import read_range
 from flexalign.cli.console import console, print_json
 from flexalign.cli.options import (
     Assignments,
@@ -16,8 +15,10 @@ from flexalign.cli.options import (
     RecipeOutput,
     ResultAsJson,
     SkipBadRows,
+    parse_lambda_option,
+    read_range,
 )
-from flexalign.cli.training import parse_lambda_option, train
+from flexalign.cli.training import train
 
 
 def bake(

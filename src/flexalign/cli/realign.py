@@ -15,8 +15,9 @@ from flexalign.cli.options import (
     RecipeOutput,
     ResultAsJson,
     SkipBadRows,
+    parse_lambda_option,
 )
-from flexalign.cli.training import parse_lambda_option, train
+from flexalign.cli.training import train
 
 if TYPE_CHECKING:
     from flexalign.training.plan import TrainingPlan

@@ -1,4 +1,4 @@
-"""What the training commands share: their help, how λ is read, and what is shown of a run."""
+"""What the training commands share: their help, and what is shown of a run."""
 
 import shlex
 import sys
@@ -17,7 +17,6 @@ from typer.core import TyperCommand
 from flexalign.cli.console import (
     console,
     note,
-    parse_lambdas,
     print_json,
     progress_bar,
     quieten_libraries,
@@ -25,8 +24,6 @@ from flexalign.cli.console import (
     say,
     warnings_as_notes,
 )
-from flexalign.errors import FlexAlignError
-from flexalign.lambdas import Schedule
 from flexalign.training.events import Events, StepObserver
 
 if TYPE_CHECKING:
@@ -97,25 +94,7 @@ def _list_keys(
             yield f"{indent}  learning_rate: 2.0e-5"
 
 
-# Reading the options, and running.
-
-
-def parse_lambda_option(text: str | None) -> Any:
-    """Read ``--lambda`` of a training command: a number, several, a JSON schedule, or none.
-
-    Raises:
-        ConfigError: If it is a schedule that is malformed.
-        LambdaError: If it is none of these.
-    """
-    if text is None:
-        return None
-    if text.lstrip().startswith("{"):
-        try:
-            return Schedule.parse(text)
-        except FlexAlignError as error:
-            raise type(error)(f"--lambda: {error}") from error
-    values = parse_lambdas(text)
-    return values[0] if len(values) == 1 else values
+# Running.
 
 
 def command_line() -> str:

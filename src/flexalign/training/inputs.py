@@ -9,20 +9,16 @@ from transformers import PreTrainedTokenizerBase
 
 from flexalign.data import Lengths, load_prompts, load_traces, measure_lengths
 from flexalign.data.rendering import chat_template_of
-from flexalign.miniature import make_questions, make_traces
 from flexalign.models.compatibility import PairFacts, examine_pair
+from flexalign.models.names import known_name
 from flexalign.training.recipes import RealignRecipe, WatchSettings
-
-_MINIATURE = "miniature"
-_MINIATURE_TRACES = 4000
-_QUESTION_SEED = 10_000
-"""Far from the seed of the traces."""
 
 
 def read_traces(data: str, *, skip_bad_rows: bool) -> Dataset:
-    """Read training data: a path, or ``miniature`` for traces of its reference."""
-    if data == _MINIATURE:
-        return Dataset.from_list(make_traces(_MINIATURE_TRACES, seed=0))
+    """Read training data: a path, or a known name that brings traces."""
+    entry, part = known_name(data) or (None, "")
+    if entry is not None and entry.traces is not None and not part:
+        return Dataset.from_list(entry.traces())
     return load_traces(data, skip_bad_rows=skip_bad_rows)
 
 
@@ -41,10 +37,10 @@ class Watched:
 
 def read_watched(watch: WatchSettings) -> Watched:
     """Read the prompts to watch, the first ones of the file, with their answers where known."""
-    if watch.prompts == _MINIATURE:
-        questions = make_questions(watch.limit, _QUESTION_SEED)
-        prompts = [[{"role": "user", "content": question.text}] for question in questions]
-        return Watched(prompts, [str(question.answer) for question in questions])
+    entry, part = known_name(watch.prompts) or (None, "")
+    if entry is not None and entry.prompts is not None and not part:
+        known = entry.prompts(watch.limit)
+        return Watched([row["prompt"] for row in known], [row["answer"] for row in known])
 
     rows = load_prompts(watch.prompts)
     rows = rows.select(range(min(watch.limit, len(rows))))

@@ -81,7 +81,7 @@ def _read_lambda(value: object) -> Schedule:
     if isinstance(value, Schedule):
         return value
     if isinstance(value, Fixed):
-        return Schedule("constant", start=value.lam)
+        return Schedule.constant(value)
     value = as_number(value)
     if isinstance(value, bool) or not isinstance(value, int | float | Mapping):
         raise ConfigError(f"lambda must be a number or a mapping, got {value!r}.")
@@ -183,11 +183,12 @@ def one_for_each_lambda(tree: Mapping[str, Any]) -> list[dict[str, Any]]:
     lams = tree.get("lambda")
     if not isinstance(lams, list):
         return [dict(tree)]
-    if any(isinstance(lam, bool) or not isinstance(lam, int | float) for lam in lams):
-        raise ConfigError(f"lambda: a list of λ holds numbers, got {lams!r}.")
-    names = [f"lambda={lam:g}" for lam in lams]
+    values = [lam.lam if isinstance(lam, Fixed) else lam for lam in lams]
+    if any(isinstance(lam, bool) or not isinstance(lam, int | float) for lam in values):
+        raise ConfigError(f"lambda: a list of λ holds numbers, got {values!r}.")
+    names = [f"lambda={lam:g}" for lam in values]
     if not lams or len(set(names)) < len(names):
-        raise ConfigError(f"lambda: name each λ of a list once, and one at least, got {lams!r}.")
+        raise ConfigError(f"lambda: name each λ of a list once, and one at least, got {values!r}.")
 
     output = str(tree.get("output", "")).rstrip("/")
     shared = {"cache_dir": tree.get("cache_dir") or f"{output}-cache"}
