@@ -22,6 +22,11 @@ def test_lists_are_told_whole_unless_they_hold_mappings() -> None:
     assert list(differences({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}, form=form)) == [
         "a[1].b: 2 there, 3 asked"
     ]
+    assert list(differences({"a": 1}, {"b": 1}, form=form)) == [
+        "a: 1 there, null asked",
+        "b: null there, 1 asked",
+    ]
+    assert list(differences({"a": [1]}, {"a": [1]}, form=form)) == []
 
 
 def test_long_values_are_cut_and_named_things_go_by_their_names() -> None:
