@@ -17,9 +17,9 @@ from typing import Any
 
 from flexalign.calibration.calibrate import CalibrateOptions, calibrate, measure_ways, plan_sweeps
 from flexalign.calibration.effort import Answers, effort_to_dial, figures
-from flexalign.evaluation.systems import SystemOptions, parse_system
 from flexalign.evaluation.tasks import load_task
 from flexalign.lambdas import Adaptive
+from flexalign.systems import SystemOptions, parse_system
 
 REPORT = Path("benchmarks/results/effort.md")
 TOLERANCE = 0.1

@@ -27,9 +27,9 @@ from flexalign.calibration.effort import (
 from flexalign.errors import ConfigError, ServingError
 from flexalign.evaluation.samples import ResultsFolder
 from flexalign.evaluation.sweep import Sweep
-from flexalign.evaluation.systems import Setting, System, SystemOptions
 from flexalign.evaluation.tasks import Task
-from flexalign.lambdas import Adaptive, Measure
+from flexalign.lambdas import Adaptive, Measure, Setting
+from flexalign.systems import System, SystemOptions
 
 # Drawing what a calibration rests on.
 

@@ -23,9 +23,8 @@ from flexalign._storage import write_json
 from flexalign.calibration.cascade import Ways
 from flexalign.errors import ConfigError
 from flexalign.evaluation.summary import token_cut_interval
-from flexalign.evaluation.systems import Setting
 from flexalign.inra.configuration import CONFIG_FILE, WEIGHTS_FILE, InRaConfig
-from flexalign.lambdas import Adaptive, Fixed
+from flexalign.lambdas import Adaptive, Fixed, Setting
 from flexalign.statistics import (
     clustered_interval,
     paired_difference_interval,

@@ -24,6 +24,7 @@ from scipy.special import ndtri
 from flexalign.calibration.goals import NonInferiority
 from flexalign.errors import ConfigError, DataError
 from flexalign.evaluation.samples import Outcomes
+from flexalign.models.names import known_name
 from flexalign.statistics import t_quantile
 
 TASK_ACCURACY = {
@@ -32,7 +33,6 @@ TASK_ACCURACY = {
     "amc": 0.8,
     "aime": 0.5,
     "aime25": 0.4,
-    "miniature": 0.75,
 }
 """Accuracies that are assumed where none is given, about those of a 7B reasoning model."""
 
@@ -40,6 +40,14 @@ _ALIKE = 0.6
 _SHIFT = 0.07
 _MOST = 10**7
 _SMALLER = (0.75, 0.5, 0.25)
+
+
+def expected_accuracy(task: str) -> float:
+    """Return the accuracy that is assumed of a task: the known one, else 0.5, the worst case."""
+    known = known_name(task)
+    if known is not None and known[0].accuracy is not None:
+        return known[0].accuracy
+    return TASK_ACCURACY.get(task, 0.5)
 
 
 @dataclass(frozen=True)

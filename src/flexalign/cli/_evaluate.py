@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flexalign.cli.console import note, result_console
-from flexalign.evaluation.systems.settings import row_label
+from flexalign.evaluation.systems import row_label
 
 if TYPE_CHECKING:
     from flexalign.evaluation.samples import Lost
@@ -36,7 +36,7 @@ def warn_of_sampling(sweep: "Sweep") -> None:
     from dataclasses import asdict
 
     from flexalign.calibration.effort import note_on_sampling
-    from flexalign.evaluation.systems.local import LocalBackend
+    from flexalign.systems.local import LocalBackend
 
     if all(setting.effort is None for setting in sweep.settings):
         return

@@ -5,14 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from flexalign.cli.console import (
-    console,
-    parse_lambdas,
-    print_json,
-    progress_bar,
-    result_console,
-)
+from flexalign.cli.console import console, print_json, progress_bar, result_console
 from flexalign.errors import ConfigError
+from flexalign.lambdas import parse_lambdas
 
 if TYPE_CHECKING:
     from flexalign.analysis.preview import Preview
@@ -33,11 +28,11 @@ def show_preview(
     """Read traces with both models of a system, and print, draw and write what λ would do."""
     if system is None:
         raise ConfigError("SYSTEM is missing; say what is previewed: pair:REF,ALIGNED or a dial:.")
-    asked = None if lambdas is None else parse_lambdas(lambdas)
+    asked = None if lambdas is None else [one.lam for one in parse_lambdas(lambdas)]
     from flexalign.analysis.preview import PREVIEW_LAMBDAS, preview
     from flexalign.cli.console import quieten_libraries
     from flexalign.data import load_traces, split_tokens
-    from flexalign.evaluation.systems import parse_system
+    from flexalign.systems import LocalBackend, parse_system
 
     parsed = parse_system(system)
     if parsed.kind not in ("pair", "dial"):
@@ -46,15 +41,8 @@ def show_preview(
     rows = load_traces(traces)
     rows = rows.select(range(min(limit or len(rows), len(rows))))
     quieten_libraries()
-    model: Any
-    if parsed.kind == "pair":
-        from flexalign.models.pair import ModelPair
-
-        model = ModelPair.load(*parsed.parts)
-    else:
-        from flexalign.inra import InRaModel
-
-        model = InRaModel.from_pretrained(*parsed.parts)
+    loaded: Any = LocalBackend(parsed).load(device_map=None)
+    model: Any = loaded.pair if parsed.kind == "pair" else loaded
     tokens = list(split_tokens(rows, model.tokenizer))
     with progress_bar("reading with both models", len(tokens)) as show:
         found = preview(

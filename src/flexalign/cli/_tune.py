@@ -5,21 +5,22 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from flexalign.cli._dial import read_settings
 from flexalign.cli.console import note, print_json, result_console
+from flexalign.cli.options import read_settings
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
     from flexalign.calibration import Goal, Plan, TuneOptions, VarianceModel
     from flexalign.calibration.results import StoredAnswers
     from flexalign.evaluation.sweep import Sweep
-    from flexalign.evaluation.systems import Setting, System
     from flexalign.evaluation.tasks import Task
+    from flexalign.lambdas import Dial, Setting
+    from flexalign.systems import System
 
 
-def settings_of(lambdas: Sequence[object], policies: list[str]) -> "list[Setting]":
+def settings_of(lambdas: "Sequence[Dial]", policies: list[str]) -> "list[Setting]":
     """Read the candidates; λ = 0, which they are compared with, goes first."""
-    from flexalign.evaluation.systems import Setting
+    from flexalign.lambdas import Setting
 
     reference = Setting.of(0.0)
     candidates = [given for given in read_settings(lambdas, policies) if given != reference]
@@ -34,7 +35,7 @@ def sweep_of(
     given: dict[str, object],
 ) -> "Sweep":
     from flexalign.evaluation.sweep import Sweep
-    from flexalign.evaluation.systems import SystemOptions
+    from flexalign.systems import SystemOptions
 
     if system.kind == "model":
         raise ConfigError(f"{system.name} has no dial to tune; give dial:, pair: or interpolate:.")
@@ -54,11 +55,10 @@ def variance_of(
 ) -> "VarianceModel":
     """From stored answers where there are some: of the setting that differs most from λ = 0."""
     from flexalign.calibration import VarianceModel
-    from flexalign.calibration.power import TASK_ACCURACY
+    from flexalign.calibration.power import expected_accuracy
 
     if answers is None or accuracy is not None:
-        expected = TASK_ACCURACY.get(task.partition(":")[0], 0.5) if accuracy is None else accuracy
-        return VarianceModel.assumed(expected)
+        return VarianceModel.assumed(expected_accuracy(task) if accuracy is None else accuracy)
     others = [setting for setting in answers.settings if setting != "λ=0"]
     if not others or "λ=0" not in answers.settings:
         raise ConfigError("the stored samples need λ=0 and a candidate; sweep both.")

@@ -9,7 +9,6 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flexalign.cli._dial import read_range
 from flexalign.cli.console import (
     as_input_errors,
     console,
@@ -28,6 +27,7 @@ from flexalign.cli.options import (
     TaskTemperature,
     TaskTopP,
     Workers,
+    read_range,
 )
 from flexalign.errors import ConfigError
 
@@ -123,10 +123,10 @@ def calibrate(
         is_packaged,
         store_calibration,
     )
-    from flexalign.evaluation.systems import System, SystemOptions
     from flexalign.evaluation.tasks import load_task
     from flexalign.inra.configuration import check_folder
     from flexalign.models.sources import resolve_adapter
+    from flexalign.systems import System, SystemOptions
 
     folder = resolve_adapter(adapter)
     if save_to is None and not dry_run and is_packaged(folder):

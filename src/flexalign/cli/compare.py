@@ -10,7 +10,7 @@ from rich.markup import escape
 from flexalign.cli._evaluate import print_summary
 from flexalign.cli.console import console, print_json
 from flexalign.errors import ConfigError
-from flexalign.evaluation.systems.settings import tell_apart
+from flexalign.evaluation.systems import tell_apart
 
 
 def compare(

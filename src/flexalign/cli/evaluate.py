@@ -6,21 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from flexalign.cli._dial import read_efforts, read_lambdas, read_range, read_settings
 from flexalign.cli._evaluate import describe_lost, print_summary, warn_of_cuts, warn_of_sampling
-from flexalign.cli.console import (
-    console,
-    note,
-    print_json,
-    read_secret,
-    resumable_bar,
-    say_instruction,
-)
+from flexalign.cli.console import console, note, print_json, resumable_bar, say_instruction
 from flexalign.cli.options import (
     BatchSize,
     Data,
     Dtype,
-    Engine,
+    EngineName,
     Gate,
     Instruction,
     LambdaRange,
@@ -29,13 +21,18 @@ from flexalign.cli.options import (
     TaskTemperature,
     TaskTopP,
     Workers,
+    read_efforts,
+    read_lambdas,
+    read_range,
+    read_secret,
+    read_settings,
 )
 from flexalign.errors import ConfigError, ServingError
 
 if TYPE_CHECKING:
     from flexalign.evaluation.sweep import Sweep
-    from flexalign.evaluation.systems import System
     from flexalign.evaluation.tasks import Task
+    from flexalign.systems import System
 
 
 def evaluate(
@@ -92,8 +89,8 @@ def evaluate(
     lambda_range: LambdaRange = None,
     dtype: Dtype = "auto",
     engine: Annotated[
-        Engine, typer.Option(help="local runs here; vllm is for plain models.")
-    ] = Engine.LOCAL,
+        EngineName, typer.Option(help="local runs here; vllm is for plain models.")
+    ] = EngineName.LOCAL,
     model_name: Annotated[str | None, typer.Option(help="The model's name at a url:.")] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Of a url:'s model; counts where the server does not.")
@@ -142,7 +139,7 @@ def evaluate(
     if output is None and not dry_run:
         raise ConfigError("name the folder of the results with --output DIR.")
     lams, limits = read_lambdas(lam), read_range(lambda_range)
-    from flexalign.evaluation.systems import SystemOptions, parse_systems
+    from flexalign.systems import SystemOptions, parse_systems
 
     asked = parse_systems(systems)
     settings = read_settings(lams, policy or [], read_efforts(effort, _only_adapter(effort, asked)))

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from flexalign.cli._dial import read_lambdas, read_range
 from flexalign.cli._preview import show_preview
 from flexalign.cli._tune import (
     next_step,
@@ -35,6 +34,8 @@ from flexalign.cli.options import (
     TaskTemperature,
     TaskTopP,
     Workers,
+    read_lambdas,
+    read_range,
 )
 from flexalign.errors import ConfigError
 
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
     from flexalign.calibration import Goal, Tuned, TuneOptions
     from flexalign.calibration.results import StoredAnswers
     from flexalign.evaluation.sweep import Sweep
-    from flexalign.evaluation.systems import Setting, System
+    from flexalign.lambdas import Setting
+    from flexalign.systems import System
 
 _LAMBDAS = "0.25,0.5,0.75,1"
 
@@ -155,8 +157,9 @@ def tune(
     from flexalign.calibration import NonInferiority, TokenBudget, TuneOptions
     from flexalign.calibration.results import StoredAnswers
     from flexalign.evaluation.samples import ResultsFolder
-    from flexalign.evaluation.systems import Setting, parse_system
     from flexalign.evaluation.tasks import load_task
+    from flexalign.lambdas import Setting
+    from flexalign.systems import parse_system
 
     goal: Goal = NonInferiority(margin) if max_tokens_mean is None else TokenBudget(max_tokens_mean)
     if output is None and not (plan_only or dry_run):

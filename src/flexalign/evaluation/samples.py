@@ -19,8 +19,10 @@ from flexalign._storage import write_json, write_text
 from flexalign.data.traces import derive_seed, drop_half_line
 from flexalign.errors import ConfigError, DataError
 from flexalign.evaluation.grading import Answered, Grader
-from flexalign.evaluation.systems import Answer, Backend, Cell, Failure, Key, Setting
+from flexalign.evaluation.systems import Cell, Key
 from flexalign.evaluation.tasks import Task
+from flexalign.lambdas import Setting
+from flexalign.systems import Answer, Backend, Failure
 
 FORMAT_VERSION = 1
 

@@ -19,17 +19,10 @@ from flexalign.evaluation.samples import (
     sweep_cells,
 )
 from flexalign.evaluation.summary import environment, summarise
-from flexalign.evaluation.systems import (
-    Backend,
-    Cell,
-    Messages,
-    Setting,
-    System,
-    SystemOptions,
-    open_backend,
-    settings_of,
-)
+from flexalign.evaluation.systems import Cell, settings_of
 from flexalign.evaluation.tasks import Task
+from flexalign.lambdas import Setting
+from flexalign.systems import Backend, Messages, System, SystemOptions, open_backend
 
 
 @dataclass(frozen=True)

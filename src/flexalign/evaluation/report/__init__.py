@@ -32,7 +32,7 @@ from flexalign.evaluation.report.budget import (
     score_by_budget,
     split_gain,
 )
-from flexalign.evaluation.systems.settings import row_label, tell_apart
+from flexalign.evaluation.systems import row_label, tell_apart
 
 __all__ = [
     "STATUSES",
