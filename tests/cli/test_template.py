@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
+
+from flexalign import InRaModel
+from flexalign.data.rendering import Rendering
+from flexalign.data.template import template_arguments
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
@@ -118,3 +123,52 @@ def test_generation_asks_with_the_arguments(
     refused = run_cli(*generate, "--template", "messages=1")
     assert refused.exit_code == 2
     assert "template.messages cannot be an argument" in refused.stderr
+
+
+def test_a_recipe_names_what_its_traces_were_sampled_with(
+    run_cli: Callable[..., Any], pair: Any, prompts: Path, tmp_path: Path
+) -> None:
+    traces, output = tmp_path / "traces.jsonl", tmp_path / "out"
+    asked = ("sample", pair[0], "--prompts", prompts, "-o", traces, "--max-new-tokens", 4)
+    prompting = ("--template", "enable_thinking=false", "--system", "be brief")
+    assert run_cli(*asked, *prompting).exit_code == 0
+    recipe = {"reference": str(pair[0]), "aligned": str(pair[1]), "data": str(traces)}
+    recipe |= {"output": str(output), "lambda": 2, "system": "be brief"}
+    recipe |= {"template": {"enable_thinking": False}}
+    recipe |= {"thinking": {"open": "<think>", "close": "</think>"}}
+    recipe["training"] = {"max_steps": 1, "use_cpu": True, "max_length": 64, "bf16": False}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    trained = run_cli("realign", path)
+    assert trained.exit_code == 0, trained.stderr
+    student = AutoTokenizer.from_pretrained(output)
+    assert template_arguments(student) == {"enable_thinking": False}
+    asked_of_it = Rendering(student).prompt([{"role": "user", "content": "1+2"}]).text
+    assert asked_of_it.endswith("<think></think>")
+
+    recipe["thinking"] = {"open": "<nope>", "close": "</think>"}
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    refused = run_cli("realign", path, "--dry-run")
+    assert refused.exit_code == 2
+    assert "the thinking marker '<nope>' is not in the vocabulary" in refused.stderr
+
+
+def test_an_adapter_keeps_its_template_arguments(
+    run_cli: Callable[..., Any], pair: Any, tmp_path: Path
+) -> None:
+    data, adapter = tmp_path / "data.jsonl", tmp_path / "adapter"
+    row = {"instruction": "one plus two", "output": "three"}
+    data.write_text((json.dumps(row) + "\n") * 2, encoding="utf-8")
+    recipe = {"base": str(pair[0]), "data": str(data), "output": str(adapter)}
+    recipe |= {"template": {"enable_thinking": False}}
+    recipe["training"] = {"max_steps": 1, "use_cpu": True, "max_length": 64, "bf16": False}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    trained = run_cli("adapt", path)
+    assert trained.exit_code == 0, trained.stderr
+
+    model = InRaModel.from_pretrained(pair[0], adapter)
+    assert template_arguments(model.tokenizer) == {"enable_thinking": False}
+    (pair[0] / "chat_template.jinja").write_text(TEMPLATE + "!", encoding="utf-8")
+    with pytest.warns(UserWarning, match="trained with another chat template"):
+        InRaModel.from_pretrained(pair[0], adapter)

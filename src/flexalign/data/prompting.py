@@ -104,11 +104,14 @@ class PromptSettings:
             return dataset
         rows = dataset.to_list()
         for number, row in enumerate(rows, start=1):
-            row["prompt"] = self._with_system(row, number)
+            row["prompt"] = self.with_system(row, number)
         return type(dataset).from_list(rows)
 
-    def _with_system(self, row: dict[str, Any], number: int) -> list[dict[str, Any]]:
+    def with_system(self, row: dict[str, Any], number: int) -> Any:
+        """Return a row's prompt with the system message; raises as :meth:`apply` does."""
         prompt: Any = row["prompt"]
+        if self.system is None:
+            return prompt
         if isinstance(prompt, str):
             raise DataError(
                 f"row {number}: the prompt is plain text, which has no place for a system message; "
