@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from flexalign.data.rendering import (
     Opening,
     Rendering,
+    bind_as_sampled,
     chat_template_of,
     plain_prompt,
     render_chat,
@@ -310,3 +311,14 @@ def test_preferences_become_token_ids(opening: Any) -> None:
     assert opening.decode(found["prompt_ids"]).endswith("assistant\n<think>\n")
     assert opening.decode(found["chosen_ids"]) == "\n</think>\n\n3<|im_end|>"
     assert opening.decode(found["rejected_ids"]) == "a</think>4<|im_end|>"
+
+
+def test_what_only_reads_traces_takes_their_arguments(opening: Any) -> None:
+    plain = opening.chat_template
+    rows = [{"prompt": [USER], "completion": row("3")["completion"], "rendering": None}]
+    bind_as_sampled(opening, Dataset.from_list(rows))
+    assert opening.chat_template == plain
+    told = {**sampling_record(opening), "arguments": {"enable_thinking": False}}
+    rows.append({**rows[0], "rendering": json.dumps(told)})
+    bind_as_sampled(opening, Dataset.from_list(rows))
+    assert template_arguments(opening) == {"enable_thinking": False}

@@ -32,6 +32,8 @@ def show_preview(
     from flexalign.analysis.preview import PREVIEW_LAMBDAS, preview
     from flexalign.cli.console import quieten_libraries
     from flexalign.data import load_traces, split_tokens
+    from flexalign.data.rendering import bind_as_sampled
+    from flexalign.models.compatibility import examine_pair
     from flexalign.systems import LocalBackend, parse_system
 
     parsed = parse_system(system)
@@ -41,9 +43,14 @@ def show_preview(
     rows = load_traces(traces)
     rows = rows.select(range(min(limit or len(rows), len(rows))))
     quieten_libraries()
-    loaded: Any = LocalBackend(parsed).load(device_map=None)
-    model: Any = loaded.pair if parsed.kind == "pair" else loaded
-    tokens = list(split_tokens(rows, model.tokenizer))
+    backend = LocalBackend(parsed)
+    is_pair = parsed.kind == "pair"
+    tokenizer = examine_pair(*parsed.parts).tokenizer if is_pair else backend.text.tokenizer
+    bind_as_sampled(tokenizer, rows)
+    tokens = list(split_tokens(rows, tokenizer))
+
+    loaded: Any = backend.load(device_map=None)
+    model: Any = loaded.pair if is_pair else loaded
     with progress_bar("reading with both models", len(tokens)) as show:
         found = preview(
             model,

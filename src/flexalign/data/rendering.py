@@ -7,6 +7,8 @@ the token with which the template ends a response, and nothing else. One functio
 :meth:`Rendering.row`, does this for training, the hidden-state cache, previews and counts.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from flexalign.data.template import (
+    bind_template,
+    bound_thinking,
     call_template,
     reasoning_of,
     require_all_shown,
@@ -194,8 +198,6 @@ class Rendering:
         told = row.get("rendering")
         if not told:
             return
-        import json
-
         there = json.loads(told) if isinstance(told, str) else told
         here = self._record if not isinstance(row["prompt"], str) else {}
         for name, why in _DIFFERENCES.items():
@@ -322,6 +324,20 @@ _DIFFERENCES = {
 }
 
 
+def bind_as_sampled(tokenizer: "PreTrainedTokenizerBase", dataset: "Dataset") -> None:
+    """Bind the template arguments that traces were sampled with, for what only reads them.
+
+    Args:
+        tokenizer: Changed in place; stays as it is if the rows tell no arguments.
+        dataset: As `load_traces` returns it; rows with other arguments than the first are refused
+            when they are rendered.
+    """
+    told = dataset["rendering"] if "rendering" in dataset.column_names else []
+    first: dict[str, Any] = next((json.loads(each) for each in told if each), {})
+    if first.get("arguments"):
+        bind_template(tokenizer, first["arguments"], bound_thinking(tokenizer))
+
+
 def rendering_record(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """What decides how a prompt is rendered: kept beside what was sampled, trained or cached.
 
@@ -334,8 +350,6 @@ def rendering_record(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
 
 def vocabulary_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
     """Hash which token has which id: 16 hexadecimal digits."""
-    import hashlib
-
     digest = hashlib.sha256()
     for token, index in sorted(tokenizer.get_vocab().items()):
         digest.update(f"{token}\0{index}\n".encode(errors="surrogatepass"))
