@@ -235,7 +235,7 @@ def shape_of(tokenizer: "PreTrainedTokenizerBase", **arguments: Any) -> Template
     Raises:
         DataError: If the template cannot render a generation prompt, or loses the user's message.
     """
-    key = json.dumps([tokenizer.chat_template, arguments, tokenizer.eos_token], default=str)
+    key = repr((tokenizer.chat_template, sorted(arguments.items()), tokenizer.eos_token))
     known = _shapes.setdefault(tokenizer, {})
     if key not in known:
         known[key] = _find_shape(tokenizer, arguments)

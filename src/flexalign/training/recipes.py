@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_t
 import yaml
 from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
-from flexalign.data.prompting import PromptSettings
 from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.lambdas import Fixed, Schedule
 from flexalign.training.settings import (
@@ -30,6 +29,9 @@ from flexalign.training.settings import (
     check_settings,
     read_tree,
 )
+
+if TYPE_CHECKING:
+    from flexalign.data.prompting import PromptSettings
 
 
 class WatchSettings(Section):
@@ -288,8 +290,10 @@ class Recipe(Section):
         return arguments
 
     @cached_property
-    def prompting(self) -> PromptSettings:
+    def prompting(self) -> "PromptSettings":
         """How prompts are rendered: the keys `template`, `system` and `thinking`."""
+        from flexalign.data.prompting import PromptSettings
+
         return PromptSettings.parse(self.template, self.system, self.thinking)
 
     def training_arguments(self, output: str | Path | None = None) -> Any:
