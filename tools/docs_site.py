@@ -17,7 +17,13 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
 BORROWED = {"index.md": "README.md", "tutorial-smollm2.md": "examples/smollm2/README.md"}
-PACKAGES = ("flexalign", "flexalign.training", "flexalign.inra", "flexalign.evaluation.grading")
+PACKAGES = (
+    "flexalign",
+    "flexalign.training",
+    "flexalign.inra",
+    "flexalign.evaluation",
+    "flexalign.calibration",
+)
 RECIPES = {
     "realign": "flexalign.training.recipes.Recipe",
     "adapt": "flexalign.training.adapter_recipes.AdaptRecipe",

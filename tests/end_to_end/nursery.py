@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 
 import torch
 
-import flexalign.cli._evaluate
 import flexalign.cli._realign
+import flexalign.cli.evaluate
 import flexalign.evaluation.sweep
 import flexalign.training.trainer  # noqa: F401
 from flexalign.cli import _cache

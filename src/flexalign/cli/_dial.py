@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flexalign.cli.console import as_input_errors, console, parse_lambdas
@@ -80,25 +79,25 @@ def read_efforts(text: str | None, adapter: str | None) -> "list[Setting]":
             "--effort needs an InRa adapter that flexalign calibrate has measured; name it, or "
             "give --lambda."
         )
-    from flexalign.calibration.effort import effort_to_dial
-    from flexalign.evaluation.systems import Setting
+    from flexalign.calibration.effort import Calibration, effort_settings
     from flexalign.inra.configuration import InRaConfig
     from flexalign.models.sources import resolve_adapter
 
     with as_input_errors():
-        calibration = InRaConfig.load(resolve_adapter(adapter)).calibration
-    settings = []
+        stored = InRaConfig.load(resolve_adapter(adapter)).calibration
+    efforts = []
     for part in text.split(","):
         try:
-            effort = float(part)
+            efforts.append(float(part))
         except ValueError:
             raise ConfigError(
                 f"--effort: {part.strip()!r} is not a number; write one, such as 50, or several "
                 "with commas."
             ) from None
-        setting = Setting.of(effort_to_dial(calibration, effort))
-        console.print(f"effort {effort:g}: {describe_setting(setting, calibration)}", markup=False)
-        settings.append(replace(setting, effort=effort))
+    settings = effort_settings(Calibration.from_json(stored), efforts)
+    for setting in settings:
+        told = describe_setting(setting, stored)
+        console.print(f"effort {setting.effort:g}: {told}", markup=False)
     return settings
 
 
@@ -172,9 +171,13 @@ def require_dial(
 
 def describe_setting(setting: "Setting", calibration: "Mapping[str, Any] | None") -> str:
     """Name a setting, with what calibration found that it saves, if it looked at it."""
-    from flexalign.calibration.effort import known_cut
+    from flexalign.calibration.effort import Calibration, known_cut
 
-    cut = known_cut(calibration, setting.id)
+    cut = None
+    if calibration is not None:
+        # One that cannot be read is refused where an effort is asked for, and only untold here.
+        with suppress(ConfigError):
+            cut = known_cut(Calibration.from_json(calibration), setting.id)
     if cut is None:
         return setting.id
     sign = "−" if cut[0] >= 0 else "+"

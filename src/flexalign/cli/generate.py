@@ -165,7 +165,7 @@ def _answer(
     seed: int,
 ) -> Iterator[_Made]:
     """Yield the answers, batch by batch, each batch in order."""
-    from flexalign.evaluation.samples import sample_seed
+    from flexalign.evaluation.sweep import sample_seed
     from flexalign.evaluation.systems import Cell
 
     cells = [

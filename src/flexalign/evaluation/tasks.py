@@ -47,7 +47,7 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Sampling:
+class TaskSampling:
     """How responses are drawn, unless the user says otherwise: the paper's settings.
 
     Attributes:
@@ -92,7 +92,7 @@ class Task:
     name: str
     questions: tuple[Question, ...]
     instruction: str = MATHEMATICS
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: TaskSampling = field(default_factory=TaskSampling)
 
     def messages(self, question: Question) -> list[dict[str, str]]:
         """The conversation that puts a question, for a chat template."""
@@ -143,6 +143,7 @@ def load_task(
     if name == "miniature" or name.startswith("miniature:"):
         task = _miniature(name, limit)
         return task if instruction is None else replace(task, instruction=instruction)
+
     own = ""
     if name in _FILES:
         questions, own = _read(_public_file(name, data)), MATHEMATICS
@@ -154,6 +155,7 @@ def load_task(
                 f"{', '.join(TASKS)}, and a file needs `problem` and `answer`."
             )
         name, questions = path.stem, _read(path)
+
     if limit is not None and limit < len(questions):
         chosen = sorted(random.Random(seed).sample(range(len(questions)), limit))
         questions = [questions[index] for index in chosen]
@@ -193,7 +195,7 @@ def _miniature(name: str, limit: int | None) -> Task:
         Question(str(number), question.text, str(question.answer))
         for number, question in enumerate(made, start=1)
     )
-    sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=1000)
+    sampling = TaskSampling(temperature=1.0, top_p=1.0, max_new_tokens=1000)
     return Task(name, tuple(questions), instruction="", sampling=sampling)
 
 

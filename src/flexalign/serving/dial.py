@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from flexalign._spelling import misspelt
-from flexalign.calibration.effort import effort_to_dial, largest_effort, note_on_sampling
+from flexalign.calibration.effort import Calibration, effort_to_dial, note_on_sampling
 from flexalign.errors import ConfigError, LambdaError
 from flexalign.inra.configuration import InRaConfig
 from flexalign.lambdas import LAMBDA_LEGEND, Adaptive, Dial, Fixed, Schedule, extremes, parse_dial
@@ -258,15 +258,15 @@ def adapter_rules(
             f"the adapter's default λ = {settings.default_lambda:g} is outside --lambda-range "
             f"[{low:g}, {high:g}]; permit it."
         )
-    default, calibration = Fixed(settings.default_lambda), settings.calibration
-    if calibration is None:
+    default = Fixed(settings.default_lambda)
+    if settings.calibration is None:
         return DialRules(default, permitted)
-    sampling = calibration.get("sampling", {})
-    largest_effort(calibration)  # refuses one that cannot be read, before anybody asks
+    calibration = Calibration.from_json(settings.calibration)
+    sampling = calibration.sampling
     return DialRules(
         default,
         permitted,
         effort=partial(effort_to_dial, calibration),
-        holes=tuple((float(low), float(high)) for low, high in calibration.get("holes", ())),
+        holes=calibration.holes,
         sampling={name: sampling[name] for name in ("temperature", "top_p") if name in sampling},
     )

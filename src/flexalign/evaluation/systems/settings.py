@@ -1,7 +1,7 @@
 """Settings of a dial that are measured against each other, each with a text id."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,6 @@ def setting_label(setting: str, effort: float | None) -> str:
         effort: None if it was asked for by itself.
     """
     return setting if effort is None else f"effort {effort:g} ({setting})"
-
-
-def row_label(row: Mapping[str, Any]) -> str:
-    """Name the setting of one of a summary's rows or means."""
-    return setting_label(row["setting"], row.get("effort"))
 
 
 def tell_apart(folders: Sequence[Path]) -> list[str]:
