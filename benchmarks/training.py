@@ -2,8 +2,9 @@
 
 Run it from the repository, after `make smollm2`:
 
-    python benchmarks/training.py             # about four minutes on two cores
+    python benchmarks/training.py             # about ten minutes on two cores
     python benchmarks/training.py --quick     # a model of two layers, seconds; nothing written
+    python benchmarks/training.py --variants SFT GKD "TrRa online"    # some; nothing written
 
 Variants, all of SmolLM2-135M in float32 with AdamW, on the same rows:
 
@@ -14,10 +15,12 @@ Variants, all of SmolLM2-135M in float32 with AdamW, on the same rows:
 * ``LoRA SFT``: SFTTrainer with a LoRA;
 * ``LoRA TrRa, shared base``: the aligned model an adapter, one base for all three.
 
-Every variant runs in a process of its own, once in every round. A step's time is CPU time of one
-thread, which other work on the machine disturbs least: the median over all rounds, the first step
-of each run left out. Memory is the growth of the resident set from before the models are loaded to
-its peak, by the kernel's high-water mark.
+Every variant runs in a process of its own, and they take turns step by step: a busy machine slows a
+step of all of them down together, so ratios are taken between the steps of one turn, and what is
+reported is their median. A step's time is CPU time of one thread. One step in five is logged, as in
+the recipes, and what is computed for the log has its share: a step's cost is that of four steps
+without a log line and of one with it. The first step is left out. Memory is the growth of the
+resident set from before the models are loaded to its peak, by the kernel's high-water mark.
 """
 
 import argparse
@@ -25,7 +28,6 @@ import json
 import multiprocessing
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,11 +56,14 @@ from flexalign.training.hidden_cache import Form, fill_cache, identity_of, prepa
 RESULTS = Path(__file__).parent / "results"
 TOKENS, PROMPT = 256, 64
 LAM = 2.0
-STEPS, ROUNDS = 3, 2
+LOGGING_STEPS = 5
+STEPS = 2 * LOGGING_STEPS
+"""How often the variants take turns."""
 CHUNK = 256
 TARGETS = {
     "cached ÷ SFT, seconds without the optimizer": 1.15,
     "online ÷ SFT, seconds without the optimizer": 1.75,
+    "online ÷ GKD, seconds": 1.0,
     "shared base ÷ (LoRA SFT + one head product), memory": 1.1,
 }
 
@@ -93,7 +98,6 @@ def write_models(folder: Path, quick: bool) -> None:
     merged = adapter.merge_and_unload()
     merged.save_pretrained(folder / "aligned")
     tokenizer.save_pretrained(folder / "aligned")
-    write_cache(folder)
 
 
 def make_rows() -> Dataset:
@@ -113,7 +117,7 @@ def settings(folder: Path, kind: Any = SFTConfig, **options: Any) -> Any:
         learning_rate=1e-5,
         max_length=TOKENS,
         save_strategy="no",
-        logging_steps=STEPS,
+        logging_steps=LOGGING_STEPS,
         report_to="none",
         use_cpu=True,
         bf16=False,
@@ -143,13 +147,15 @@ def write_cache(folder: Path) -> None:
 
 
 class Clock(TrainerCallback):
-    """CPU seconds of every step but the first, and of the optimizer's part in it."""
+    """CPU seconds of every step and of the optimizer's part in it; it waits for its turn."""
 
-    def __init__(self) -> None:
+    def __init__(self, mine: Any, following: Any) -> None:
+        self.mine, self.following = mine, following
         self.seconds: list[float] = []
         self.optimizer: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.mine.acquire()
         self._began = time.process_time()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -159,9 +165,9 @@ class Clock(TrainerCallback):
         self._updated = time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step > 1:
-            self.seconds.append(time.process_time() - self._began)
-            self.optimizer.append(self._updated - self._updating)
+        self.seconds.append(time.process_time() - self._began)
+        self.optimizer.append(self._updated - self._updating)
+        self.following.release()
 
 
 def sft(folder: Path, **options: Any) -> Any:
@@ -216,15 +222,23 @@ VARIANTS: dict[str, Callable[[Path], Any]] = {
 }
 
 
-def run(name: str, folder: Path, threads: int) -> dict[str, Any]:
-    """Load one variant, take its steps, and return their seconds and the peak memory."""
+Run = dict[str, Any]
+
+
+def run(name: str, folder: Path, threads: int, mine: Any, following: Any, answers: Any) -> None:
+    """Load one variant, take its steps in turn, and send their seconds and the peak memory."""
     torch.set_num_threads(threads)
-    clock = Clock()
-    with peak_growth() as grown:
-        trainer = VARIANTS[name](folder)
-        trainer.add_callback(clock)
-        trainer.train()
-    return {"seconds": clock.seconds, "optimizer": clock.optimizer, "mib": grown["mib"]}
+    clock = Clock(mine, following)
+    try:
+        with peak_growth() as grown:
+            trainer = VARIANTS[name](folder)
+            trainer.add_callback(clock)
+            trainer.train()
+    except BaseException as error:
+        answers.put((name, error))  # or the others would wait for their turn for ever
+        raise
+    one = {"seconds": clock.seconds, "optimizer": clock.optimizer, "mib": grown["mib"]}
+    answers.put((name, one))
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -234,61 +248,96 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
-def measure(folder: Path, threads: int, rounds: int) -> dict[str, dict[str, float]]:
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in VARIANTS}
-    for _ in range(rounds):
-        for name in VARIANTS:
-            one = in_own_process(run, name, folder, threads)
-            print(f"{name}: {one}", file=sys.stderr, flush=True)
-            found[name].append(one)
-    return {
-        name: {
-            **{
-                part: statistics.median(second for run in runs for second in run[part])
-                for part in ("seconds", "optimizer")
-            },
-            "mib": max(run["mib"] for run in runs),
-        }
-        for name, runs in found.items()
-    }
+def measure(folder: Path, threads: int, names: list[str]) -> dict[str, Run]:
+    """Let the variants take turns, step by step."""
+    context = multiprocessing.get_context("fork")
+    turns = [context.Semaphore(int(place == 0)) for place in range(len(names))]
+    answers = context.Queue()
+    started = [
+        context.Process(target=run, args=(name, folder, threads, *turn, answers), daemon=True)
+        for name, *turn in zip(names, turns, [*turns[1:], turns[0]], strict=True)
+    ]
+    for process in started:
+        process.start()
+
+    found: dict[str, Run] = {}
+    for _ in started:
+        name, one = answers.get()
+        if isinstance(one, BaseException):
+            raise RuntimeError(f"{name} failed") from one
+        found[name] = one
+    return {name: found[name] for name in names}
 
 
-def ratios(found: dict[str, dict[str, float]], vocab_size: int) -> dict[str, float]:
+def split(values: list[float]) -> tuple[list[float], list[float]]:
+    """The steps without a log line, less the first, and those with one."""
+    numbered = list(enumerate(values, start=1))[1:]
+    return (
+        [value for step, value in numbered if step % LOGGING_STEPS],
+        [value for step, value in numbered if not step % LOGGING_STEPS],
+    )
+
+
+def over_a_period(values: list[float]) -> float:
+    """The mean over a period of the log, of medians."""
+    plain, logged = map(statistics.median, split(values))
+    return ((LOGGING_STEPS - 1) * plain + logged) / LOGGING_STEPS
+
+
+def without_optimizer(run: Run) -> list[float]:
+    return [all_ - part for all_, part in zip(run["seconds"], run["optimizer"], strict=True)]
+
+
+def turn_by_turn(one: list[float], other: list[float]) -> list[float]:
+    return [a / b for a, b in zip(one, other, strict=True)]
+
+
+def ratios(found: dict[str, Run], vocab_size: int) -> dict[str, float]:
     """The figures that the targets are about."""
     product = min(CHUNK, TOKENS - PROMPT) * vocab_size * 4 / MIB
-    sft, cached_, online = (
-        found[name]["seconds"] - found[name]["optimizer"]
-        for name in ("SFT", "TrRa cached", "TrRa online")
-    )
+    work = {name: without_optimizer(run) for name, run in found.items()}
+    steps = {name: run["seconds"] for name, run in found.items()}
     values = (
-        cached_ / sft,
-        online / sft,
+        over_a_period(turn_by_turn(work["TrRa cached"], work["SFT"])),
+        over_a_period(turn_by_turn(work["TrRa online"], work["SFT"])),
+        over_a_period(turn_by_turn(steps["TrRa online"], steps["GKD"])),
         found["LoRA TrRa, shared base"]["mib"] / (found["LoRA SFT"]["mib"] + product),
     )
     return dict(zip(TARGETS, values, strict=True))
 
 
-def report(found: dict[str, Any], reached: dict[str, float], facts: dict[str, Any]) -> str:
+def table(found: dict[str, Run]) -> list[str]:
     base = found["SFT"]
+    lines = [
+        "| variant | CPU seconds per step | SFT = 1 | of it without a log line | with one | "
+        "of it optimizer | peak MiB | SFT = 1 |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for name, one in found.items():
+        relative = turn_by_turn(one["seconds"], base["seconds"])
+        plain, logged = map(statistics.median, split(relative))
+        lines.append(
+            f"| {name} | {over_a_period(one['seconds']):.2f} | {over_a_period(relative):.2f} | "
+            f"{plain:.2f} | {logged:.2f} | {statistics.median(one['optimizer']):.2f} | "
+            f"{one['mib']:.0f} | {one['mib'] / base['mib']:.2f} |"
+        )
+    return lines
+
+
+def report(found: dict[str, Run], reached: dict[str, float], facts: dict[str, Any]) -> str:
     lines = [
         "# A training step",
         "",
         f"`python benchmarks/training.py`: SmolLM2-135M, float32, {facts['threads']} thread of "
         f"{facts['cpu']}, torch {facts['torch']}. One row of {TOKENS} tokens in a step, {PROMPT} of "
         f"them the prompt; AdamW, activation checkpointing as TRL sets it, λ = {LAM:g}, reverse "
-        f"KL. {ROUNDS} rounds of {STEPS} steps, the first of each left out; median. Memory is the "
-        "peak above what the imports hold. The optimizer's seconds are those of any number of rows, so "
-        "the ratios to reach leave them out. SFT's step includes the entropy and the accuracy that TRL "
-        "logs of every batch, TrRa's the two KL that it logs.",
+        f"KL. {STEPS} steps of each variant, in turns, the first left out; one step in "
+        f"{LOGGING_STEPS} is logged. Ratios are the medians of those within a turn. Memory is the peak "
+        "above what the imports hold. The optimizer's seconds are those of any number of rows, so the "
+        "ratios to SFT that are to be reached leave them out. SFT's step includes the entropy and the "
+        "accuracy that TRL logs of every batch, TrRa's logged step the two KL that it logs.",
         "",
-        "| variant | CPU seconds per step | SFT = 1 | of it optimizer | peak MiB | SFT = 1 |",
-        "| --- | --: | --: | --: | --: | --: |",
-        *(
-            f"| {name} | {one['seconds']:.2f} | {one['seconds'] / base['seconds']:.2f} | "
-            f"{one['optimizer']:.2f} | "
-            f"{one['mib']:.0f} | {one['mib'] / base['mib']:.2f} |"
-            for name, one in found.items()
-        ),
+        *table(found),
         "",
         "| ratio | measured | to reach |",
         "| --- | --: | --: |",
@@ -301,14 +350,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model, nothing written")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     disable_progress_bars()
     with TemporaryDirectory() as folder:
         in_own_process(write_models, Path(folder), arguments.quick)
-        found = measure(Path(folder), arguments.threads, arguments.rounds)
+        if "TrRa cached" in arguments.variants:
+            in_own_process(write_cache, Path(folder))
+        found = measure(Path(folder), arguments.threads, arguments.variants)
         config = json.loads((Path(folder) / "reference" / "config.json").read_text())
+    if set(arguments.variants) != set(VARIANTS):
+        print("\n".join(table(found)))
+        return
     reached = ratios(found, config["vocab_size"])
     facts = machine() | {"threads": arguments.threads}
     text = report(found, reached, facts)
@@ -318,7 +372,11 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "training.md").write_text(text, encoding="utf-8")
     (RESULTS / "training.json").write_text(
-        json.dumps({"machine": facts, "variants": found, "ratios": reached}, indent=2) + "\n"
+        json.dumps(
+            {"machine": facts, "variants": found, "ratios": reached},
+            indent=2,
+        )
+        + "\n"
     )
 
 

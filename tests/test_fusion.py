@@ -14,10 +14,10 @@ from flexalign.fusion import (
     as_lambda,
     concatenate_hidden,
     fuse,
+    fuse_hidden,
+    fuse_logits,
     gated_lambda,
-    mix_hidden,
     per_position,
-    plausibility_mask,
     total_variation,
 )
 from twin import fuse64
@@ -278,12 +278,10 @@ def test_a_gate_of_one_is_never_passed_and_one_of_zero_by_any_difference() -> No
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, True, "0.1", torch.tensor(0.1)])
-def test_a_gate_or_alpha_that_is_no_share_is_refused(value: object) -> None:
+def test_a_gate_that_is_no_share_is_refused(value: object) -> None:
     reference, aligned = random_pair(2, 5)
     with pytest.raises(ConfigError, match=r"gate must be a number in \[0, 1\]"):
         fuse(reference, aligned, 2.0, value)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"alpha must be a share in \[0, 1\]"):
-        plausibility_mask(reference, aligned, value)  # type: ignore[arg-type]
 
 
 def test_total_variation_of_known_distributions() -> None:
@@ -293,22 +291,6 @@ def test_total_variation_of_known_distributions() -> None:
     assert float(total_variation(one, one)) == 0.0
     apart = torch.tensor([0.0, -INF]), torch.tensor([-INF, 0.0])
     assert float(total_variation(*apart)) == 1.0
-
-
-def test_a_token_is_plausible_if_either_model_finds_it_so() -> None:
-    reference = torch.tensor([0.50, 0.30, 0.15, 0.05]).log()
-    aligned = torch.tensor([0.05, 0.05, 0.30, 0.60]).log()
-    assert plausibility_mask(reference, aligned, 0.55).tolist() == [True, True, False, True]
-    assert plausibility_mask(reference, aligned, 0.45).tolist() == [True, True, True, True]
-    assert plausibility_mask(reference, aligned, 1.0).tolist() == [True, False, False, True]
-    everything = plausibility_mask(reference - INF, aligned, 0.0)
-    assert everything.dtype == torch.bool
-    assert everything.all()
-
-
-def test_a_token_is_plausible_beside_the_largest_of_its_own_position() -> None:
-    one = torch.tensor([[0.6, 0.4, 0.0], [0.1, 0.0, 0.9]]).log() + torch.tensor([[0.0], [9.0]])
-    assert plausibility_mask(one, one, 0.5).tolist() == [[True, True, False], [False, False, True]]
 
 
 @pytest.mark.parametrize(
@@ -351,25 +333,58 @@ def test_an_empty_batch_stays_empty() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mixed_hidden_states_give_the_fused_logits_of_one_linear_head(dtype: torch.dtype) -> None:
+def test_fused_hidden_states_give_the_fused_logits_of_one_linear_head(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     reference, aligned = torch.randn(2, 6, 16, generator=generator).to(dtype)
     lam = torch.tensor([0.0, 1.0, 0.5, 2.0, -0.5, 30.0])
-    mixed = mix_hidden(reference, aligned, lam)
-    assert mixed.dtype == dtype
-    assert torch.equal(mixed[0], reference[0])
-    assert torch.equal(mixed[1], aligned[1])
-    assert torch.equal(mixed, fuse(reference, aligned, lam).to(dtype))
+    mixed = fuse_hidden(reference, aligned, lam)
+    assert mixed.dtype == torch.float32
+    assert torch.equal(mixed[0], reference[0].float())
+    assert torch.equal(mixed[1], aligned[1].float())
+    assert torch.equal(mixed, fuse(reference, aligned, lam))
     head = torch.randn(9, 16, generator=generator, dtype=torch.float64)
     expected = fuse64(reference.double() @ head.T, aligned.double() @ head.T, lam)
-    unit = torch.finfo(dtype).eps * expected.abs().max()
+    unit = torch.finfo(torch.float32).eps * expected.abs().max()
     torch.testing.assert_close(mixed.double() @ head.T, expected, atol=float(4 * unit), rtol=0)
 
 
-def test_hidden_states_are_mixed_with_one_lambda_for_each_position() -> None:
+def test_hidden_states_are_fused_with_one_lambda_for_each_position() -> None:
     reference, aligned = random_pair(2, 3, 4)
     lam = torch.tensor([[0.0, 1.0, 0.5], [2.0, -0.5, 30.0]], dtype=torch.float64)
     expected = fuse64(reference, aligned, lam)
-    mixed = mix_hidden(reference, aligned, lam)
+    mixed = fuse_hidden(reference, aligned, lam)
     assert mixed.dtype == torch.float32
     torch.testing.assert_close(mixed.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("lam", [0.0, 1.0, 0.3, 2.0, -0.5])
+def test_one_lambda_for_all_hidden_states_is_the_same_for_each(
+    lam: float, dtype: torch.dtype
+) -> None:
+    reference, aligned = (side.to(dtype) for side in random_pair(2, 3, 4))
+    mixed = fuse_hidden(reference, aligned, lam)
+    assert torch.equal(mixed, fuse(reference, aligned, lam))
+    rows = torch.full((2,), lam, dtype=torch.float64)
+    assert torch.equal(mixed, fuse_hidden(reference, aligned, rows))
+
+
+def test_at_an_end_of_lambda_the_other_hidden_states_are_not_read() -> None:
+    reference, aligned = random_pair(2, 3)
+    assert torch.equal(fuse_hidden(reference, aligned * math.nan, 0.0), reference)
+    assert torch.equal(fuse_hidden(reference * math.nan, aligned, 1.0), aligned)
+
+
+def test_what_fuses_inside_does_not_check_lambda_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(lam: object) -> float:
+        raise AssertionError(f"λ = {lam} was checked again")
+
+    reference, aligned = random_pair(2, 3)
+    expected = fuse(reference, aligned, 2.0)
+    monkeypatch.setattr("flexalign.fusion.as_lambda", refuse)
+    assert torch.equal(fuse_logits(reference, aligned, 2.0), expected)
+    assert torch.equal(fuse_logits(reference, aligned, 2.0, gate=0.0), expected)
+    assert torch.equal(fuse_hidden(reference, aligned, 2.0), expected)
+    concatenate_hidden(reference, aligned, 2.0)
+    with pytest.raises(AssertionError, match="checked again"):
+        fuse(reference, aligned, 2.0)

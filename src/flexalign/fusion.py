@@ -1,9 +1,13 @@
-"""Equation 5 of the paper, in its one home.
+"""Equation 5 of the paper, in its one home: of logits and of hidden states.
 
 The realigned distribution of a token is ``softmax(λ·aligned + (1−λ)·reference)`` over the logits
 of two models (arXiv 2506.12704, equation 5; token-level DeRa). Training, decoding, serving and
-evaluation are different ways of feeding :func:`fuse`. This module imports torch and the errors
-alone and knows nothing of models, tokenizers or devices.
+evaluation are different ways of feeding it. This module imports torch and the errors alone and
+knows nothing of models, tokenizers or devices.
+
+λ is checked where it enters. :func:`fuse` is the entry for one call; who fuses token after token
+checks λ once by :func:`as_lambda` and then calls :func:`fuse_logits` or :func:`fuse_hidden`, which
+trust it.
 """
 
 import math
@@ -52,6 +56,17 @@ def as_lambda(lam: object) -> Lambda:
     return value
 
 
+def as_gate(gate: float) -> float:
+    """Check a gate, a total variation in [0, 1], and return it.
+
+    Raises:
+        ConfigError: If it is anything else; booleans are refused as in :func:`as_lambda`.
+    """
+    if isinstance(gate, bool) or not isinstance(gate, numbers.Real) or not 0 <= gate <= 1:
+        raise ConfigError(f"the gate must be a number in [0, 1] (a total variation), got {gate!r}.")
+    return gate
+
+
 def fuse(reference: Tensor, aligned: Tensor, lam: Lambda, gate: float | None = None) -> Tensor:
     """Fuse two models' logits: ``λ·aligned + (1−λ)·reference`` (equation 5).
 
@@ -82,10 +97,25 @@ def fuse(reference: Tensor, aligned: Tensor, lam: Lambda, gate: float | None = N
             f"reference logits {tuple(reference.shape)} and aligned logits {tuple(aligned.shape)} "
             "must have one shape; cut padded vocabularies to the shared width first."
         )
-    lam = as_lambda(lam)
+    return fuse_logits(reference, aligned, as_lambda(lam), gate)
+
+
+def fuse_logits(
+    reference: Tensor, aligned: Tensor, lam: Lambda, gate: float | None = None
+) -> Tensor:
+    """Fuse two models' logits as :func:`fuse` does, without its checks.
+
+    For callers inside that fuse at every token: the shapes are one, and λ has been through
+    :func:`as_lambda`. Arguments and result are those of :func:`fuse`.
+
+    Raises:
+        LambdaError: If λ does not broadcast over the leading dimensions.
+        ConfigError: If the gate is outside [0, 1].
+    """
     dtype = _working_dtype(reference, aligned)
     floors = _floor(reference), _floor(aligned)
     reference, aligned = reference.to(dtype), aligned.to(dtype)
+
     if gate is not None:
         lam = gated_lambda(reference, aligned, lam, gate)
     if isinstance(lam, float):
@@ -100,6 +130,8 @@ def fuse(reference: Tensor, aligned: Tensor, lam: Lambda, gate: float | None = N
     # lerp and not r + λ(a − r): its two branches are exact at both ends.
     if _is_ordinary(reference, floors[0]) and _is_ordinary(aligned, floors[1]):
         return _bounded(torch.lerp(reference, aligned, weight))
+
+    # Something is masked. Where λ is 0 or 1 the other model's mask does not count.
     fused = _bounded(torch.lerp(_ordinary(reference), _ordinary(aligned), weight))
     fused = fused.masked_fill((reference <= floors[0]) | (aligned <= floors[1]), -math.inf)
     fused = torch.where(weight == 0, reference, fused)
@@ -111,28 +143,83 @@ def gated_lambda(reference: Tensor, aligned: Tensor, lam: Lambda, gate: float) -
 
     Extrapolation multiplies every difference between the two models, noise included. The gate
     keeps a λ outside [0, 1] only where they really differ: where their total variation exceeds
-    the gate. Elsewhere the nearer end of [0, 1] is taken.
+    the gate. Elsewhere the nearer end of [0, 1] is taken. λ has been checked.
 
     Args:
         reference: Logits, shape ``(..., V)``.
         aligned: Logits, same shape.
-        lam: As in :func:`fuse`.
+        lam: As in :func:`fuse`, finite.
         gate: τ in [0, 1], in units of probability.
 
     Returns:
         A tensor over the leading dimensions, or `lam` itself when nothing lies outside [0, 1].
+
+    Raises:
+        ConfigError: If the gate is outside [0, 1].
     """
-    if isinstance(gate, bool) or not isinstance(gate, numbers.Real) or not 0 <= gate <= 1:
-        raise ConfigError(f"the gate must be a number in [0, 1] (a total variation), got {gate!r}.")
-    lam = as_lambda(lam)
+    gate = as_gate(gate)
     outside = not 0 <= lam <= 1 if isinstance(lam, float) else bool(((lam < 0) | (lam > 1)).any())
     if not outside:
         return lam
+
     if isinstance(lam, float):
         wanted = reference.new_full((), lam, dtype=_working_dtype(reference, aligned))
     else:
         wanted = _over_leading_dimensions(lam, reference)
     return torch.where(total_variation(reference, aligned) > gate, wanted, wanted.clamp(0, 1))
+
+
+def total_variation(reference: Tensor, aligned: Tensor) -> Tensor:
+    """Half the L1 distance between the two distributions: shape ``(...)`` from ``(..., V)``."""
+    dtype = _working_dtype(reference, aligned)
+    difference = torch.softmax(reference.to(dtype), -1) - torch.softmax(aligned.to(dtype), -1)
+    return 0.5 * difference.abs().sum(-1)
+
+
+def fuse_hidden(reference: Tensor, aligned: Tensor, lam: Lambda) -> Tensor:
+    """Fuse two hidden states before the one linear head that both have: equation 5, exactly.
+
+    That holds where :func:`flexalign.heads.can_mix_hidden` says so. λ has been checked, and nothing
+    is read back from the device, so that the call can be captured in a graph.
+
+    Args:
+        reference: The reference's final hidden states, shape ``(..., H)``.
+        aligned: The aligned model's, same shape.
+        lam: As in :func:`fuse`, finite.
+
+    Returns:
+        Shape ``(..., H)``, in float32, or in the inputs' own precision where that is higher; at
+        λ=0 and λ=1 the values of one side exactly. It may share storage with an input there.
+    """
+    dtype = _working_dtype(reference, aligned)
+    if isinstance(lam, float):
+        if lam in (0.0, 1.0):
+            return (reference if lam == 0.0 else aligned).to(dtype)
+        return torch.lerp(reference.to(dtype), aligned.to(dtype), lam)
+    weight = _over_leading_dimensions(lam, reference).to(dtype).unsqueeze(-1)
+    return torch.lerp(reference.to(dtype), aligned.to(dtype), weight)
+
+
+def concatenate_hidden(reference_hidden: Tensor, aligned_hidden: Tensor, lam: Lambda) -> Tensor:
+    """Scale and join two hidden states so that ONE head product gives the fused logits.
+
+    With linear heads, ``[(1−λ)·h_ref, λ·h_al] @ [W_ref, W_al]ᵀ`` is equation 5: the two products
+    and the mix become one matrix product over the joined width. The training loss does so where
+    the two models have heads of their own. λ has been checked.
+
+    Args:
+        reference_hidden: Shape ``(..., H_ref)``.
+        aligned_hidden: Shape ``(..., H_al)``, same leading dimensions.
+        lam: As in :func:`fuse`, finite.
+
+    Returns:
+        Shape ``(..., H_ref + H_al)``, in the dtype of the hidden states.
+    """
+    if isinstance(lam, Tensor):
+        lam = _over_leading_dimensions(lam, reference_hidden).unsqueeze(-1)
+    scaled = ((1 - lam) * reference_hidden, lam * aligned_hidden)
+    dtype = torch.promote_types(reference_hidden.dtype, aligned_hidden.dtype)
+    return torch.cat([part.to(dtype) for part in scaled], dim=-1)
 
 
 def per_position(lam: Lambda, hidden: Tensor) -> Lambda:
@@ -145,80 +232,6 @@ def per_position(lam: Lambda, hidden: Tensor) -> Lambda:
     if isinstance(lam, float):
         return lam
     return _over_leading_dimensions(lam, hidden).expand(hidden.shape[:-1]).reshape(-1)
-
-
-def total_variation(reference: Tensor, aligned: Tensor) -> Tensor:
-    """Half the L1 distance between the two distributions: shape ``(...)`` from ``(..., V)``."""
-    dtype = _working_dtype(reference, aligned)
-    difference = torch.softmax(reference.to(dtype), -1) - torch.softmax(aligned.to(dtype), -1)
-    return 0.5 * difference.abs().sum(-1)
-
-
-def plausibility_mask(reference: Tensor, aligned: Tensor, alpha: float) -> Tensor:
-    """Mark the tokens that at least one of the two models finds plausible.
-
-    A token is kept if its probability under either model is at least ``alpha`` times that model's
-    largest (the constraint of contrastive decoding, for a pair). Nothing here applies it by
-    default; ``fused.masked_fill(~mask, -inf)`` does.
-
-    Args:
-        reference: Logits, shape ``(..., V)``.
-        aligned: Logits, same shape.
-        alpha: A share in [0, 1]; 0 keeps everything.
-
-    Returns:
-        A boolean tensor, shape ``(..., V)``.
-    """
-    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real) or not 0 <= alpha <= 1:
-        raise ConfigError(f"alpha must be a share in [0, 1], got {alpha!r}.")
-    if alpha == 0:
-        return torch.ones_like(reference, dtype=torch.bool)
-    return _near_the_top(reference, alpha) | _near_the_top(aligned, alpha)
-
-
-def concatenate_hidden(reference_hidden: Tensor, aligned_hidden: Tensor, lam: Lambda) -> Tensor:
-    """Scale and join two hidden states so that ONE head product gives the fused logits.
-
-    With linear heads, ``[(1−λ)·h_ref, λ·h_al] @ [W_ref, W_al]ᵀ`` is equation 5: the two products
-    and the mix become one matrix product over the joined width.
-
-    Args:
-        reference_hidden: Shape ``(..., H_ref)``.
-        aligned_hidden: Shape ``(..., H_al)``, same leading dimensions.
-        lam: As in :func:`fuse`.
-
-    Returns:
-        Shape ``(..., H_ref + H_al)``, in the dtype of the hidden states.
-    """
-    lam = as_lambda(lam)
-    if isinstance(lam, Tensor):
-        lam = _over_leading_dimensions(lam, reference_hidden).unsqueeze(-1)
-    scaled = ((1 - lam) * reference_hidden, lam * aligned_hidden)
-    dtype = torch.promote_types(reference_hidden.dtype, aligned_hidden.dtype)
-    return torch.cat([part.to(dtype) for part in scaled], dim=-1)
-
-
-def mix_hidden(reference: Tensor, aligned: Tensor, lam: Tensor) -> Tensor:
-    """Mix two hidden states before the one linear head that both have: equation 5, as by `fuse`.
-
-    Unlike :func:`fuse` it reads nothing back from the device, so that it can be captured in a
-    graph; λ must have been checked.
-
-    Args:
-        reference: Shape ``(..., H)``.
-        aligned: Same shape.
-        lam: A finite λ for each of the leading dimensions, shape ``(...)``.
-
-    Returns:
-        Shape ``(..., H)``, in the dtype of the hidden states; mixed in at least float32.
-    """
-    dtype = _working_dtype(reference, aligned)
-    weight = lam.to(dtype).unsqueeze(-1)
-    return torch.lerp(reference.to(dtype), aligned.to(dtype), weight).to(reference.dtype)
-
-
-def _near_the_top(logits: Tensor, alpha: float) -> Tensor:
-    return logits >= logits.amax(-1, keepdim=True) + math.log(alpha)
 
 
 def _working_dtype(reference: Tensor, aligned: Tensor) -> torch.dtype:

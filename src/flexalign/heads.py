@@ -120,6 +120,7 @@ def last_hidden(model: nn.Module, **inputs: Any) -> Tensor:
             f"the PEFT adapter is of type {active.peft_type}, which adds virtual tokens to the "
             "input; use an adapter that changes weights, such as LoRA."
         )
+
     plain = _unwrap(model)
     decoder: Any = getattr(plain, "get_decoder", lambda: plain)()
     if decoder is plain or decoder is plain.get_output_embeddings():  # type: ignore[operator]
@@ -127,6 +128,7 @@ def last_hidden(model: nn.Module, **inputs: Any) -> Tensor:
             f"{_name(plain)}: no decoder apart from the head was found; "
             "give a transformers causal language model."
         )
+
     given = {name: value for name, value in inputs.items() if value is not None}
     hidden: Tensor = decoder(**given, use_cache=False, return_dict=True)[0]
     return hidden
@@ -182,6 +184,7 @@ def _read(output: Any, model: nn.Module) -> Head:
             "leave lm_head out of the adapter's target modules and of modules_to_save, "
             "or merge the adapter first (merge_and_unload)."
         )
+
     weight = getattr(output, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         raise UnsupportedModelError(
@@ -192,6 +195,8 @@ def _read(output: Any, model: nn.Module) -> Head:
         raise UnsupportedModelError(
             f"{_name(model)}: its head is quantised ({weight.dtype}); load the model de-quantised."
         )
+
+    # Families name the same three numbers differently; where a name is absent the number is neutral.
     config: Any = model.config
     text_config = config.get_text_config()
     scale = 1.0
@@ -221,6 +226,7 @@ def _check(head: Head, model: nn.Module, name: str) -> None:
     with evaluating(model):
         expected = model(**inputs, use_cache=False).logits.float()
         found = head(last_hidden(model, **inputs)).float()
+
     if found.shape == expected.shape:
         size = expected.abs().max()
         off = float((found - expected).abs().max() / size.clamp(min=torch.finfo(size.dtype).tiny))

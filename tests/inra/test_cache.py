@@ -1,4 +1,4 @@
-"""The roomy cache layer: what a concatenating one holds, without copying it for every token."""
+"""The preallocated cache layer: what a concatenating one holds, without copying it for every token."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from flexalign.inra.cache import RoomyLayer, StreamCache
+from flexalign.inra.cache import PreallocatedLayer, StreamCache
 
 
 def states(tokens: int, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
@@ -16,20 +16,20 @@ def states(tokens: int, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     return keys.transpose(1, 2), values
 
 
-def require_equal(roomy: DynamicLayer, plain: DynamicLayer) -> None:
-    assert torch.equal(roomy.keys, plain.keys)
-    assert torch.equal(roomy.values, plain.values)
-    assert roomy.get_seq_length() == plain.get_seq_length()
+def require_equal(preallocated: DynamicLayer, plain: DynamicLayer) -> None:
+    assert torch.equal(preallocated.keys, plain.keys)
+    assert torch.equal(preallocated.values, plain.values)
+    assert preallocated.get_seq_length() == plain.get_seq_length()
 
 
 @pytest.fixture
-def layers() -> tuple[RoomyLayer, DynamicLayer]:
+def layers() -> tuple[PreallocatedLayer, DynamicLayer]:
     torch.manual_seed(0)
-    return RoomyLayer(), DynamicLayer()
+    return PreallocatedLayer(), DynamicLayer()
 
 
 @torch.no_grad()
-def test_it_holds_what_concatenation_holds(layers: tuple[RoomyLayer, DynamicLayer]) -> None:
+def test_it_holds_what_concatenation_holds(layers: tuple[PreallocatedLayer, DynamicLayer]) -> None:
     for tokens in [7, *[1] * 150, 40, 200, 1]:
         new = states(tokens)
         returned = [layer.update(*new) for layer in layers]
@@ -40,7 +40,7 @@ def test_it_holds_what_concatenation_holds(layers: tuple[RoomyLayer, DynamicLaye
 
 @torch.no_grad()
 def test_a_token_copies_nothing_while_there_is_room(
-    layers: tuple[RoomyLayer, DynamicLayer],
+    layers: tuple[PreallocatedLayer, DynamicLayer],
 ) -> None:
     layer = layers[0]
     layer.update(*states(9))
@@ -53,7 +53,7 @@ def test_a_token_copies_nothing_while_there_is_room(
 
 @torch.no_grad()
 def test_rows_chosen_cropped_and_copied_go_on_by_themselves(
-    layers: tuple[RoomyLayer, DynamicLayer],
+    layers: tuple[PreallocatedLayer, DynamicLayer],
 ) -> None:
     new = states(6)
     for layer in layers:
@@ -83,7 +83,7 @@ def test_rows_chosen_cropped_and_copied_go_on_by_themselves(
 
 
 def test_what_inference_mode_filled_can_be_continued_outside(
-    layers: tuple[RoomyLayer, DynamicLayer],
+    layers: tuple[PreallocatedLayer, DynamicLayer],
 ) -> None:
     with torch.inference_mode():
         new = states(5)
@@ -96,7 +96,7 @@ def test_what_inference_mode_filled_can_be_continued_outside(
     require_equal(*layers)
 
 
-def test_gradients_reach_every_token(layers: tuple[RoomyLayer, DynamicLayer]) -> None:
+def test_gradients_reach_every_token(layers: tuple[PreallocatedLayer, DynamicLayer]) -> None:
     gradients = []
     first, second = states(3), states(1)
     for layer in layers:
@@ -116,4 +116,4 @@ def test_full_layers_have_room_and_sliding_ones_keep_their_window() -> None:
     config.layer_types = ["full_attention", "sliding_attention"]
     config.sliding_window = 8
     kinds = [type(layer) for layer in StreamCache(config, 1).layers]
-    assert kinds == [RoomyLayer, DynamicSlidingWindowLayer, RoomyLayer]
+    assert kinds == [PreallocatedLayer, DynamicSlidingWindowLayer, PreallocatedLayer]

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 import flexalign.losses.kernel
@@ -20,6 +18,7 @@ from flexalign.errors import ConfigError, LambdaError, PairMismatchError
 from flexalign.fusion import concatenate_hidden, total_variation
 from flexalign.heads import Head, last_hidden
 from flexalign.losses import DIVERGENCES, DivergenceMetrics, fused_divergence
+from fresh import Fresh
 from twin import divergence64, fuse64, logits64
 
 V = 211
@@ -158,29 +157,6 @@ def test_at_an_end_of_lambda_the_other_model_is_not_read(
     expected = fused_divergence(**case.arguments(), lam=lam)
     getattr(case, f"{unread}_hidden").fill_(math.nan)
     assert torch.equal(fused_divergence(**case.arguments(), lam=lam), expected)
-
-
-class Fresh(TorchDispatchMode):
-    """Collects the shapes of the tensors that are made under it: neither views nor in place."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[tuple[int, ...]] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        def storages(tree: Any) -> dict[int, Tensor]:
-            tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-            return {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
-
-        result = func(*args, **(kwargs or {}))
-        given = storages((args, kwargs))
-        self.shapes += [tuple(t.shape) for at, t in storages(result).items() if at not in given]
-        return result
-
-    def of_width(self, width: int) -> list[tuple[int, ...]]:
-        return [s for s in self.shapes if s[-1:] == (width,) and math.prod(s) > width]
 
 
 @pytest.mark.parametrize("kind", ["plain", "bias", "scale", "one head"])

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +13,17 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from flexalign.losses import fused_divergence
 from flexalign.training import TrRaConfig
+from fresh import Fresh
 
 gc.freeze()  # every `train` collects garbage; what was imported is none
+
+VOCAB = 320
+"""Of the tiny model and the tiny tokenizer."""
+
+BUFFERS, BOTH_MODELS, FUSED = 4, 2, 1
+"""Matrices of tokens × vocabulary: what every batch makes, and what a measured one makes beside."""
 
 
 class Modules(NamedTuple):
@@ -137,3 +146,18 @@ def make_trainer(
         )
 
     return make
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Of every batch: how many matrices of tokens × vocabulary each tensor holds that is made."""
+    made: list[list[int]] = []
+
+    def watch(*args: Any, **options: Any) -> Any:
+        with Fresh() as fresh:
+            result = fused_divergence(*args, **options)
+        made.append([math.prod(shape[:-2]) for shape in fresh.of_width(VOCAB)])
+        return result
+
+    monkeypatch.setattr("flexalign.training.objective.fused_divergence", watch)
+    return made

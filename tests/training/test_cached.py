@@ -28,7 +28,7 @@ from flexalign.training.hidden_cache import (
 )
 from flexalign.training.memory import Sizes, estimate_memory
 
-from .conftest import Modules, lora, make_rows
+from .conftest import BOTH_MODELS, BUFFERS, FUSED, Modules, lora, make_rows
 from .test_trainer import VOCAB, assert_same, dense_loss, step, twin_gradients
 
 WIDTH = 64
@@ -379,3 +379,14 @@ def test_a_row_that_ends_before_its_response_needs_no_states(
         trainer.train()
         losses.append(trainer.state.log_history[0]["divergence"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_step_that_is_not_logged_makes_no_logits_of_either_teacher(
+    make_cache: Callable[..., HiddenStateCache],
+    cached_trainer: Callable[..., TrRaTrainer],
+    watched: list[list[int]],
+) -> None:
+    rows = make_rows(8)
+    make_cache(rows)
+    cached_trainer(rows, max_steps=3, logging_steps=2).train()
+    assert watched == [[BUFFERS], *2 * [[BUFFERS, BOTH_MODELS, FUSED]]]

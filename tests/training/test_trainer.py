@@ -8,14 +8,14 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from families import family_model
 from flexalign.errors import ConfigError, UnsupportedModelError
 from flexalign.training import TrRaTrainer
 from twin import divergence64, fuse64
 
-from .conftest import Modules, lora, make_rows
+from .conftest import BOTH_MODELS, BUFFERS, FUSED, Modules, lora, make_rows
 
 VOCAB = 320
 
@@ -340,3 +340,99 @@ def test_a_split_sequence_is_refused(
     monkeypatch.setattr(trainer.accelerator.state, "parallelism_config", split, raising=False)
     with pytest.raises(ConfigError, match=r"split a sequence over devices.*use data parallelism"):
         trainer._refuse_sequence_parallelism()
+
+
+def test_a_step_that_is_not_logged_makes_no_logits_of_either_teacher(
+    make_trainer: Callable[..., Any], watched: list[list[int]]
+) -> None:
+    trainer = make_trainer(
+        max_steps=8,
+        logging_steps=3,
+        logging_first_step=True,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+    )
+    trainer.train()
+    logged = [BUFFERS, BOTH_MODELS, FUSED]
+    a_step = [logged if step in (1, 3, 6, 8) else [BUFFERS] for step in range(1, 9)]
+    assert watched == [batch for batch in a_step for _ in range(2)]
+    assert [entry["step"] for entry in trainer.state.log_history] == [1, 3, 6, 8]
+    assert all({"kl_reference", "kl_aligned"} <= set(line) for line in trainer.state.log_history)
+
+
+@pytest.mark.parametrize(
+    ("options", "measured"),
+    [
+        ({"logging_strategy": "no"}, [False, False, True]),
+        ({"logging_strategy": "epoch"}, [True, True, True]),
+        ({"logging_steps": 0.5}, [False, True, True]),
+        ({"logging_steps": 2, "lam": 0.0}, [False, True, True]),
+    ],
+    ids=str,
+)
+def test_the_steps_that_are_measured_follow_the_settings_of_the_log(
+    make_trainer: Callable[..., Any], options: dict[str, Any], measured: list[bool]
+) -> None:
+    trainer = make_trainer(**{"max_steps": 3, "learning_rate": 1e-3, **options})
+    asked = []
+    original = trainer.objective.__call__
+
+    class Watched:
+        def __call__(self, *args: Any) -> Any:
+            loss, metrics = original(*args)
+            asked.append(metrics is not None)
+            return loss, metrics
+
+    trainer.objective = Watched()
+    trainer.train()
+    assert asked == measured
+    lines = [entry for entry in trainer.state.log_history if "divergence" in entry]
+    assert lines[-1]["step"] == 3
+    assert all(entry["kl_aligned"] > 0 for entry in lines)
+
+
+def test_a_line_has_the_mean_divergence_of_its_steps_and_the_distances_of_the_last(
+    make_trainer: Callable[..., Any], modules: Modules
+) -> None:
+    settings = {"max_steps": 4, "learning_rate": 0.3, "per_device_train_batch_size": 4}
+    rows = make_rows(16)
+    fine = make_trainer(rows, models=copied(modules), **settings)
+    fine.train()
+    coarse = make_trainer(rows, models=copied(modules), logging_steps=2, **settings)
+    coarse.train()
+
+    each, line = fine.state.log_history[:4], coarse.state.log_history[1]
+    for name in ("kl_reference", "kl_aligned"):
+        assert line[name] == pytest.approx(each[3][name], rel=1e-3)
+        assert line[name] != pytest.approx(each[2][name], rel=5e-3)
+    divergences = [entry["divergence"] for entry in each[2:]]
+    assert min(divergences) < line["divergence"] < max(divergences)
+    assert line["tokens_seen"] == each[3]["tokens_seen"]
+
+
+def copied(modules: Modules) -> dict[str, Any]:
+    student, *teachers = (copy.deepcopy(m) for m in (modules.reference, *modules))
+    return {"model": student, "reference": teachers[0], "aligned": teachers[1]}
+
+
+@pytest.mark.parametrize(("lam", "side"), [(0.0, "aligned"), (1.0, "reference")])
+def test_a_teacher_that_lambda_leaves_out_runs_at_logged_steps_only(
+    make_trainer: Callable[..., Any], modules: Modules, lam: float, side: str
+) -> None:
+    rows = make_rows(8)
+    trainer = make_trainer(rows, lam=lam, max_steps=2, logging_steps=2)
+    expected = twin_gradients(modules, rows, lam)
+    passes: list[int] = []
+    getattr(trainer.objective, side).model.register_forward_pre_hook(
+        lambda *_: passes.append(trainer.state.global_step)
+    )
+    found: list[dict[str, Tensor]] = []
+
+    class Gradients(TrainerCallback):
+        def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            found.append({name: p.grad.clone() for name, p in kwargs["model"].named_parameters()})
+
+    trainer.add_callback(Gradients())
+    trainer.train()
+    assert passes == [1]
+    assert_same(found[0], expected)

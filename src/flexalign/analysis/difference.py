@@ -1,16 +1,15 @@
-"""What a pair's dial turns: where two models differ on given responses, and by how much.
+"""Where two models differ on given responses, and by how much: what the dial of a pair turns.
 
-At every response token both models give a distribution of what comes next. Their total variation
+At every response token both models give a distribution of the next token. Their total variation
 (TV) says how much the two differ there; the token that loses and the token that gains the most
 probability say in what. Positions with the same two tokens are one *shift*: "`again` gives way to
-`;`". λ turns each of them; beyond [0, 1] it turns the noise too, in which the two merely differ.
-
-The gate that is proposed (:mod:`flexalign.analysis.difference`) lies between the two.
+`;`". λ turns each of them. Beyond [0, 1] it turns the noise too, in which the two merely differ;
+the gate that :func:`propose_gate` finds lies between the two.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -24,119 +23,14 @@ from flexalign.fusion import total_variation
 from flexalign.heads import Head
 from flexalign.models.pair import ModelPair
 
-# The gate that is proposed for a pair: between what the two differ in and mere noise.
-#
-# Total variations (TVs) of many positions are split, on a logarithmic scale and each position
-# weighted by its TV, into the two groups that explain most of their variance (Otsu's threshold). The
-# noise floor n is the weighted 99 % quantile of the lower group, s the weighted 1 % quantile of the
-# upper one, the gate √(s·n): half-way between. s/n is the *separation*; near 1 the two groups pass
-# into each other, and a gate cuts where there is no gap.
+TokenizedRow: TypeAlias = tuple[list[int], list[int]]
+"""Token ids of a prompt and of its response."""
 
 NO_DIFFERENCE = 1e-4
 """A total variation so small that no λ in use makes it matter; smaller ones count as this."""
 
 _TAIL = 0.01
-
-
-def propose_gate(variations: NDArray[np.float64]) -> tuple[float | None, float, float]:
-    """Propose a gate from total variations; the rule is at the top of this module.
-
-    Args:
-        variations: One for each position.
-
-    Returns:
-        The gate (None if the models differ nowhere by more than 0.0001), the noise floor and the
-        separation.
-    """
-    weights = np.sort(variations).clip(NO_DIFFERENCE)
-    if not len(weights) or weights[-1] == NO_DIFFERENCE:
-        return None, 0.0, 1.0
-    logs = np.log(weights)
-    below, total = np.cumsum(weights)[:-1], weights.sum()
-    moments = np.cumsum(weights * logs)[:-1]
-    mean = (weights * logs).sum() / total
-    # Otsu: the split with the largest variance between its two groups.
-    between = (moments - mean * below) ** 2 / (below * (total - below))
-    split = int(between.argmax()) + 1 if len(between) else 0
-    signal = _weighted_quantile(weights[split:], _TAIL)
-    noise = _weighted_quantile(weights[:split], 1 - _TAIL) if split else signal
-    return float(np.sqrt(signal * noise)), noise, signal / noise
-
-
-def _weighted_quantile(ordered: NDArray[np.float64], share: float) -> float:
-    """Return the value below which this share of the sum of all values lies."""
-    sums = np.cumsum(ordered)
-    return float(ordered[int(np.searchsorted(sums, share * sums[-1]))])
-
-
-# Responses that are given, read by two models: both models' logits, one chunk at a time.
-
-Row = tuple[list[int], list[int]]
-"""Token ids of a prompt and of its response."""
-
-
-def read_logits(
-    hidden: Callable[..., Sequence[Tensor]],
-    heads: Sequence[Head],
-    rows: Sequence[Row],
-    *,
-    device: torch.device,
-    batch_size: int,
-    chunk_size: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield both models' logits, (N, V) each, and (row, position) of the tokens they predict.
-
-    The longest rows come first: what does not fit in memory fails at once.
-
-    Args:
-        hidden: Gives the final hidden states of both for ``input_ids`` and ``attention_mask``.
-        heads: Of both.
-        rows: Prompts and responses; the responses' tokens are those predicted.
-        device: Of the models.
-        batch_size: Rows read together.
-        chunk_size: N, at most.
-        progress: Called after each batch with (rows done, rows in all).
-    """
-    order = sorted(range(len(rows)), key=lambda index: -sum(map(len, rows[index])))
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        yield from _read_batch(hidden, heads, rows, batch, device, chunk_size)
-        if progress is not None:
-            progress(start + len(batch), len(order))
-
-
-def _read_batch(
-    hidden: Callable[..., Sequence[Tensor]],
-    heads: Sequence[Head],
-    rows: Sequence[Row],
-    batch: Sequence[int],
-    device: torch.device,
-    chunk_size: int,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Read some of the rows together; of their logits there is one chunk at a time."""
-    tokens = [rows[index][0] + rows[index][1] for index in batch]
-    longest = max(map(len, tokens))
-    padded = [row + [row[-1]] * (longest - len(row)) for row in tokens]
-    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in tokens]
-    inputs = {
-        "input_ids": torch.tensor(padded, device=device),
-        "attention_mask": torch.tensor(mask, device=device),
-    }
-    places = [
-        (line, position - 1)
-        for line, (index, row) in enumerate(zip(batch, tokens, strict=True))
-        for position in range(max(len(rows[index][0]), 1), len(row))
-    ]
-    states = hidden(**inputs)
-    for start in range(0, len(places), chunk_size):
-        here = torch.tensor(places[start : start + chunk_size])
-        logits = [
-            head(own[here[:, 0], here[:, 1]]).cpu() for head, own in zip(heads, states, strict=True)
-        ]
-        where = torch.stack([torch.tensor(batch)[here[:, 0]], here[:, 1] + 1])
-        yield logits[0], logits[1], where
-
+"""The share of each group's total variation that is left out where its edge is taken."""
 
 _CONTEXT_TOKENS = 12
 _COLUMNS = ("row", "position", "variation", "falls", "rises", "falls_reference", "falls_aligned",
@@ -216,14 +110,14 @@ class Difference:
     shifts: tuple[Shift, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """All figures by name."""
+        """Return all figures by name."""
         return asdict(self)
 
 
 @torch.no_grad()
 def measure_difference(
     pair: ModelPair,
-    rows: Sequence[Row],
+    rows: Sequence[TokenizedRow],
     *,
     batch_size: int = 16,
     chunk_size: int = 256,
@@ -232,7 +126,7 @@ def measure_difference(
 ) -> Difference:
     """Measure where a pair differs on responses that are given.
 
-    Both models read every row once. Logits exist for one chunk of tokens at a time.
+    Both models score every row once. Logits exist for one chunk of tokens at a time.
 
     Args:
         pair: The two models.
@@ -247,10 +141,12 @@ def measure_difference(
     """
     if not any(response for _, response in rows):
         raise DataError("the traces have no response tokens to compare the two models on.")
+
+    # Per model, the sum of the probabilities of each token over all positions.
     masses = torch.zeros(2, pair.vocab_size, dtype=torch.float64)
     device = next(pair.reference.parameters()).device
     with evaluating(pair.reference), evaluating(pair.aligned):
-        chunks = read_logits(
+        chunks = score_responses(
             lambda **inputs: [pair.hidden(side, **inputs) for side in ("reference", "aligned")],
             pair.heads,
             rows,
@@ -259,7 +155,8 @@ def measure_difference(
             chunk_size=chunk_size,
             progress=progress,
         )
-        parts = [_look(*chunk, masses) for chunk in chunks]
+        parts = [_compare(*chunk, masses) for chunk in chunks]
+
     table = dict(zip(_COLUMNS, np.concatenate(parts, axis=1), strict=True))
     gate, noise, separation = propose_gate(table["variation"])
     above = table["variation"] > (NO_DIFFERENCE if gate is None else gate)
@@ -277,12 +174,25 @@ def measure_difference(
     )
 
 
-def _look(reference: Tensor, aligned: Tensor, where: Tensor, masses: Tensor) -> NDArray[np.float64]:
-    """Return the columns for a chunk of positions, and add its probabilities to the sums."""
+def _compare(
+    reference: Tensor, aligned: Tensor, where: Tensor, masses: Tensor
+) -> NDArray[np.float64]:
+    """Compare both models' logits, (N, V), at a chunk of positions.
+
+    Args:
+        reference: The reference's logits.
+        aligned: The aligned model's.
+        where: Row and position of the tokens they predict, (2, N).
+        masses: The sums of the probabilities of each token, (2, V); the chunk's are added.
+
+    Returns:
+        The columns of `_COLUMNS`, (9, N).
+    """
     variation = total_variation(reference, aligned)
     before, after = reference.float().softmax(-1), aligned.float().softmax(-1)
     masses[0] += before.sum(0, dtype=torch.float64)
     masses[1] += after.sum(0, dtype=torch.float64)
+
     change = after - before
     falls, rises = change.argmin(-1, keepdim=True), change.argmax(-1, keepdim=True)
     columns = [
@@ -298,8 +208,10 @@ def _look(reference: Tensor, aligned: Tensor, where: Tensor, masses: Tensor) -> 
 def _changes(
     masses: Tensor, tokens: int, tokenizer: PreTrainedTokenizerBase, shown: int, *, sign: int
 ) -> tuple[TokenChange, ...]:
+    """Return the tokens whose probability changes most, in the direction of ``sign``."""
     change = (masses[1] - masses[0]) * sign
     chosen = [int(token) for token in change.topk(min(shown, len(change))).indices]
+
     per_thousand = masses * 1000 / tokens
     return tuple(
         TokenChange(
@@ -314,18 +226,23 @@ def _changes(
 
 
 def _shifts(
-    table: dict[str, NDArray[np.float64]], rows: Sequence[Row], pair: ModelPair, shown: int
+    table: dict[str, NDArray[np.float64]], rows: Sequence[TokenizedRow], pair: ModelPair, shown: int
 ) -> tuple[Shift, ...]:
-    """Group positions by what gives way to what."""
+    """Group positions by what gives way to what; return the groups with the most variation."""
+    # One number for each pair of tokens.
     code = table["falls"] * pair.vocab_size + table["rises"]
     _, group = np.unique(code, return_inverse=True)
     sums = np.bincount(group, weights=table["variation"])
+
     found = []
     for index in np.argsort(-sums)[:shown]:
         members = {key: column[group == index] for key, column in table.items()}
+
+        # The text before the position where the two differ most.
         worst = int(members["variation"].argmax())
         row, position = (int(members[key][worst]) for key in ("row", "position"))
         before = (rows[row][0] + rows[row][1])[max(0, position - _CONTEXT_TOKENS) : position]
+
         found.append(
             Shift(
                 falls=_text(pair.tokenizer, [int(members["falls"][0])]),
@@ -340,3 +257,108 @@ def _shifts(
 
 def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
     return str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+
+def propose_gate(variations: NDArray[np.float64]) -> tuple[float | None, float, float]:
+    """Propose a gate from total variations (TVs): between difference and mere noise.
+
+    The TVs are split, on a logarithmic scale and each position weighted by its TV, into the two
+    groups that explain most of their variance (Otsu's threshold). The noise floor n is the weighted
+    99 % quantile of the lower group, s the weighted 1 % quantile of the upper one, and the gate
+    √(s·n) is half-way between. s/n is the *separation*; near 1 the two groups pass into each other,
+    and a gate cuts where there is no gap.
+
+    Args:
+        variations: One for each position.
+
+    Returns:
+        The gate (None if the models differ nowhere by more than 0.0001), the noise floor and the
+        separation.
+    """
+    weights = np.sort(variations).clip(NO_DIFFERENCE)
+    if not len(weights) or weights[-1] == NO_DIFFERENCE:
+        return None, 0.0, 1.0
+
+    # Otsu: the split with the largest variance between its two groups.
+    logs = np.log(weights)
+    below, total = np.cumsum(weights)[:-1], weights.sum()
+    moments = np.cumsum(weights * logs)[:-1]
+    mean = (weights * logs).sum() / total
+    between = (moments - mean * below) ** 2 / (below * (total - below))
+    split = int(between.argmax()) + 1 if len(between) else 0
+
+    signal = _weighted_quantile(weights[split:], _TAIL)
+    noise = _weighted_quantile(weights[:split], 1 - _TAIL) if split else signal
+    return float(np.sqrt(signal * noise)), noise, signal / noise
+
+
+def _weighted_quantile(ordered: NDArray[np.float64], share: float) -> float:
+    """Return the value below which this share of the sum of all values lies."""
+    sums = np.cumsum(ordered)
+    return float(ordered[int(np.searchsorted(sums, share * sums[-1]))])
+
+
+def score_responses(
+    hidden: Callable[..., Sequence[Tensor]],
+    heads: Sequence[Head],
+    rows: Sequence[TokenizedRow],
+    *,
+    device: torch.device,
+    batch_size: int,
+    chunk_size: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield both models' logits, (N, V) each, and (row, position) of the tokens they predict.
+
+    The longest rows come first: what does not fit in memory fails at once.
+
+    Args:
+        hidden: Gives the final hidden states of both for ``input_ids`` and ``attention_mask``.
+        heads: Of both.
+        rows: Prompts and responses; the responses' tokens are those predicted.
+        device: Of the models.
+        batch_size: Rows scored together.
+        chunk_size: N, at most.
+        progress: Called after each batch with (rows done, rows in all).
+    """
+    order = sorted(range(len(rows)), key=lambda index: -sum(map(len, rows[index])))
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        yield from _score_batch(hidden, heads, rows, batch, device, chunk_size)
+        if progress is not None:
+            progress(start + len(batch), len(order))
+
+
+def _score_batch(
+    hidden: Callable[..., Sequence[Tensor]],
+    heads: Sequence[Head],
+    rows: Sequence[TokenizedRow],
+    batch: Sequence[int],
+    device: torch.device,
+    chunk_size: int,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Score some of the rows together; of their logits one chunk exists at a time."""
+    tokens = [rows[index][0] + rows[index][1] for index in batch]
+    longest = max(map(len, tokens))
+    padded = [row + [row[-1]] * (longest - len(row)) for row in tokens]
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in tokens]
+    inputs = {
+        "input_ids": torch.tensor(padded, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
+
+    # The hidden state before a token predicts it; a first token has none before it.
+    places = [
+        (line, position - 1)
+        for line, (index, row) in enumerate(zip(batch, tokens, strict=True))
+        for position in range(max(len(rows[index][0]), 1), len(row))
+    ]
+
+    states = hidden(**inputs)
+    for start in range(0, len(places), chunk_size):
+        here = torch.tensor(places[start : start + chunk_size])
+        logits = [
+            head(own[here[:, 0], here[:, 1]]).cpu() for head, own in zip(heads, states, strict=True)
+        ]
+        where = torch.stack([torch.tensor(batch)[here[:, 0]], here[:, 1] + 1])
+        yield logits[0], logits[1], where

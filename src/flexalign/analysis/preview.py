@@ -1,6 +1,6 @@
-"""What λ would do to the next token, read from traces that are there: nothing is sampled.
+"""What λ would do to the next token, on given traces: nothing is sampled.
 
-Both models read every trace once. At each response token, for every λ: how far the teacher of
+Both models score every trace once. At each response token, for every λ: how far the teacher of
 equation 5 is from the reference, and whether what it would choose is a token that neither model
 had among its likeliest. The first grows with λ from the start; the second is extrapolated noise.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flexalign._modes import evaluating
 from flexalign._storage import write_json
-from flexalign.analysis.difference import Row, read_logits
+from flexalign.analysis.difference import TokenizedRow, score_responses
 from flexalign.errors import ConfigError, DataError
 from flexalign.fusion import as_lambda, fuse
 from flexalign.heads import Head
@@ -24,7 +24,7 @@ from flexalign.inra import InRaModel
 from flexalign.models.pair import ModelPair
 
 PREVIEW_LAMBDAS = tuple(round(0.2 * step, 1) for step in range(1, 51))
-"""0.2 to 10, fifty of them."""
+"""0.2 to 10 in steps of 0.2."""
 
 LEAVING_SHARE = 0.001
 """The share of tokens from which on the teacher's choice counts as having left both models."""
@@ -52,7 +52,7 @@ class Preview:
     """The teacher at every λ that was asked.
 
     Attributes:
-        tokens: Response tokens read.
+        tokens: Response tokens scored.
         top_k: k.
         leaves_at: The smallest λ above 1 at which the top choice has left both models' top k at
             one token in a thousand; None if it does at no λ that was asked.
@@ -65,7 +65,7 @@ class Preview:
     rows: tuple[PreviewRow, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """All figures by name."""
+        """Return all figures by name."""
         rows = [asdict(row) for row in self.rows]
         return asdict(self) | {"rows": [{"lambda": row.pop("lam"), **row} for row in rows]}
 
@@ -73,7 +73,7 @@ class Preview:
 @torch.no_grad()
 def preview(
     system: ModelPair | InRaModel,
-    rows: Sequence[Row],
+    rows: Sequence[TokenizedRow],
     *,
     lams: Sequence[float] = PREVIEW_LAMBDAS,
     top_k: int = 5,
@@ -81,14 +81,14 @@ def preview(
     chunk_size: int = 256,
     progress: Callable[[int, int], None] | None = None,
 ) -> Preview:
-    """Read traces once and tell, for every λ, what the teacher would do at each token.
+    """Score traces once and return, for every λ, what the teacher would do at each token.
 
     Args:
         system: Two models, or one with the two streams of its adapter.
         rows: Prompts and responses, as `flexalign.data.split_tokens` yields them.
         lams: The λ's, in any order.
         top_k: How many of each model's likeliest tokens count as its own.
-        batch_size: Rows read together.
+        batch_size: Rows scored together.
         chunk_size: Tokens whose logits exist together.
         progress: Called after each batch with (rows done, rows in all).
 
@@ -99,12 +99,14 @@ def preview(
     """
     if not any(response for _, response in rows):
         raise DataError("the traces have no response tokens to look at.")
+
     ordered = sorted({float(as_lambda(lam)) for lam in lams})
     if not ordered:
         raise ConfigError("a preview needs at least one λ.")
+
     sums, count = torch.zeros(len(ordered), 3, dtype=torch.float64), 0
-    with _reading(system) as (hidden, heads, device):
-        for reference, aligned, _ in read_logits(
+    with _scoring(system) as (hidden, heads, device):
+        for reference, aligned, _ in score_responses(
             hidden,
             heads,
             rows,
@@ -118,11 +120,13 @@ def preview(
                     f"top_k must be at least 1 and less than the vocabulary of "
                     f"{reference.shape[-1]} tokens, got {top_k}."
                 )
+
             own = _likeliest(reference, top_k) | _likeliest(aligned, top_k)
             before = reference.float().log_softmax(-1)
             for place, lam in enumerate(ordered):
-                sums[place] += _look(fuse(reference, aligned, lam), before, own)
+                sums[place] += _sums(fuse(reference, aligned, lam), before, own)
             count += len(reference)
+
     table = (sums / count).tolist()
     found = tuple(PreviewRow(lam, *means) for lam, means in zip(ordered, table, strict=True))
     left = [row.lam for row in found if row.lam > 1 and row.outside >= LEAVING_SHARE]
@@ -152,14 +156,15 @@ def _draw(found: Preview, path: Path) -> None:
 
 
 @contextmanager
-def _reading(
+def _scoring(
     system: ModelPair | InRaModel,
 ) -> Iterator[tuple[Callable[..., Sequence[Tensor]], Sequence[Head], torch.device]]:
-    """Give what reads inputs with both models, their heads and their device."""
+    """Give the function that returns both models' hidden states, their heads and their device."""
     if isinstance(system, InRaModel):
         with evaluating(system):
             yield system.stream_hidden, (system.head, system.head), system.device
         return
+
     pair = system
 
     def hidden(**inputs: Tensor) -> list[Tensor]:
@@ -174,10 +179,17 @@ def _likeliest(logits: Tensor, k: int) -> Tensor:
     return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, logits.topk(k).indices, True)
 
 
-def _look(teacher: Tensor, before: Tensor, own: Tensor) -> Tensor:
-    """Sum divergence, top choices outside and mass outside over the positions, (3,)."""
+def _sums(teacher: Tensor, before: Tensor, own: Tensor) -> Tensor:
+    """Sum divergence, top choices outside and mass outside over the positions, (3,).
+
+    Args:
+        teacher: The teacher's logits, (N, V).
+        before: The reference's log-probabilities, (N, V).
+        own: The tokens that are among either model's top k, (N, V).
+    """
     after = teacher.float().log_softmax(-1)
     mass = after.exp()
+    # Where the mass is 0 the difference of the two may be −inf, and their product NaN.
     divergence = (mass * (after - before)).where(mass > 0, 0.0).sum(-1)
     chosen = own.gather(-1, after.argmax(-1, keepdim=True))[:, 0]
     outside = mass.masked_fill(own, 0.0).sum(-1)

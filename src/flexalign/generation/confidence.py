@@ -11,28 +11,31 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTime
 from flexalign.lambdas import Adaptive
 
 
-class Listener(LogitsProcessor):  # type: ignore[misc]
-    """Keeps the log-probabilities, ``(B, V)``, that the next token is chosen from.
+class LogProbRecorder(LogitsProcessor):  # type: ignore[misc]
+    """Keeps the log-probabilities that the next token is chosen from.
 
-    It has to stand before every other processor: then they are the model's own, at temperature 1.
+    It must stand before every other processor: then they are the model's own, at temperature 1.
+
+    Attributes:
+        log_probs: Of the latest step, shape ``(B, V)``, in nats.
     """
 
     log_probs: Tensor
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Keep them and pass the scores on as they are."""
+        """Keep the log-probabilities and return the scores unchanged."""
         self.log_probs = scores.log_softmax(-1)
         return scores
 
 
-class Watch(StoppingCriteria):  # type: ignore[misc]
+class ConfidenceTracker(StoppingCriteria):  # type: ignore[misc]
     """Follows a greedy generation: each row's confidence, and whether it has come to its end.
 
-    The answer's probability and its smallest token probability can only fall with further tokens,
-    so a row that falls below its threshold by one of these is stopped there.
+    The answer's probability and its smallest token probability can only fall with further tokens.
+    A row that falls below its threshold by one of these is therefore stopped there.
 
     Attributes:
-        listener: To be given to ``generate`` along with the watch.
+        recorder: To be given to ``generate``, as a logits processor, along with the tracker.
         length: Tokens that each row has written, its end included. Shapes are ``(B,)``.
         counted: The same without the token that ends it, as responses are counted.
         ended: Whether the row has ended by itself, not by a limit.
@@ -41,16 +44,26 @@ class Watch(StoppingCriteria):  # type: ignore[misc]
     def __init__(
         self, policies: Sequence[Adaptive], thresholds: Sequence[float], device: torch.device
     ) -> None:
-        """Start to follow a batch of one row for each policy."""
-        self.listener = Listener()
+        """Start to follow a batch of one row for each policy.
+
+        Args:
+            policies: Per row; says which measure its confidence is.
+            thresholds: Per row the smallest confidence that is accepted.
+            device: Of the batch.
+        """
+        self.recorder = LogProbRecorder()
         rows = (len(policies),)
-        least = [policy.measure == "min_token_probability" for policy in policies]
-        sampled = [policy.measure == "agreement" for policy in policies]
-        self._by_least = torch.tensor(least, device=device)
-        self._by_samples = torch.tensor(sampled, device=device)
+        by_least = [policy.measure == "min_token_probability" for policy in policies]
+        by_samples = [policy.measure == "agreement" for policy in policies]
+
+        self._by_least = torch.tensor(by_least, device=device)
+        self._by_samples = torch.tensor(by_samples, device=device)
         self._thresholds = torch.tensor(thresholds, dtype=torch.float64, device=device)
+
+        # Both in nats; a row that has written nothing is certain.
         self._log_total = torch.zeros(rows, dtype=torch.float64, device=device)
         self._log_least = torch.zeros(rows, dtype=torch.float64, device=device)
+
         self._dropped = torch.zeros(rows, dtype=torch.bool, device=device)
         self._ends: list[StoppingCriteria] = []
         self.length = torch.zeros(rows, dtype=torch.long, device=device)
@@ -62,29 +75,32 @@ class Watch(StoppingCriteria):  # type: ignore[misc]
         """The answer's probability or its smallest token probability, ``(B,)``, in float64."""
         return torch.where(self._by_least, self._log_least, self._log_total).exp()
 
-    def learn_ends(self, criteria: Iterable[StoppingCriteria]) -> None:
-        """Take, of a generation's stopping criteria, those that are no limits."""
-        limits = (MaxLengthCriteria, MaxTimeCriteria, Watch)
+    def use_ends(self, criteria: Iterable[StoppingCriteria]) -> None:
+        """Take from a generation's stopping criteria those that end a response and are no limits."""
+        limits = (MaxLengthCriteria, MaxTimeCriteria, ConfidenceTracker)
         self._ends = [one for one in criteria if not isinstance(one, limits)]
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Take in the token that was chosen; return which rows need not go on."""
-        chosen = self.listener.log_probs.gather(-1, input_ids[:, -1:])[:, 0]
+        """Count the token that was chosen; return which rows need not go on, shape ``(B,)``."""
+        chosen = self.recorder.log_probs.gather(-1, input_ids[:, -1:])[:, 0]
+
         has_end, is_end_token = torch.zeros_like(self.ended), torch.zeros_like(self.ended)
         for end in self._ends:
             found = end(input_ids, scores, **kwargs)
             has_end |= found
+            # Of all criteria only the one for end tokens has this; a stop string is part of the text.
             if hasattr(end, "eos_token_id"):
                 is_end_token |= found
+
         return self.take(chosen, has_end, is_end_token)
 
     def take(self, log_probs: Tensor, has_end: Tensor, is_end_token: Tensor) -> Tensor:
-        """Take in one more token of each row; shapes are ``(B,)``.
+        """Count one more token of each row; shapes are ``(B,)``.
 
         Args:
             log_probs: The tokens' own, at temperature 1, in nats.
             has_end: Whether the answer ends with it, by itself.
-            is_end_token: Whether it is a token that ends answers, and no part of them.
+            is_end_token: Whether it is a token that ends answers and is not part of them.
 
         Returns:
             Which rows need not go on.
@@ -93,9 +109,11 @@ class Watch(StoppingCriteria):  # type: ignore[misc]
         chosen = log_probs.double().where(is_open, 0.0)
         self._log_total += chosen
         self._log_least = self._log_least.minimum(chosen)
+
         self.length += is_open
         self.counted += is_open & ~is_end_token
         self.ended |= is_open & has_end
+
         is_low = ~self._by_samples & (self.confidence < self._thresholds)
         self._dropped |= is_open & is_low
         return self._dropped

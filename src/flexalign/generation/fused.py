@@ -1,14 +1,13 @@
 """Transformers' own ``generate``, for models whose forward returns fused logits.
 
 Two models, or one model with an adapter stream, decode by the same loop: the one in transformers,
-with its sampling options, beams, stop strings and streamers. What is added here is λ: fixed for
-every prompt before ``generate`` repeats rows, and handed to ``forward`` at every step. Policies
-that choose a way for a whole response go through ``flexalign.generation.adaptive``, which calls the
-same ``generate`` for each part of it.
+with its sampling options, beams, stop strings and streamers. What is added here is λ: read and
+checked once, fixed for every prompt before ``generate`` repeats rows, and handed to ``forward`` at
+every step. Policies that choose a stream for a whole response go through
+:mod:`flexalign.generation.adaptive`, which calls the same ``generate`` for each part of it.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +16,10 @@ from transformers import GenerationMixin, PreTrainedTokenizerBase
 
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError
-from flexalign.fusion import gated_lambda
-from flexalign.generation.adaptive import generate_routed, needs_routing
-from flexalign.generation.confidence import Listener, Watch
+from flexalign.fusion import as_gate
+from flexalign.generation.adaptive import chooses_stream, generate_with_policies
+from flexalign.generation.confidence import ConfidenceTracker, LogProbRecorder
+from flexalign.generation.interface import DialModel
 from flexalign.generation.row_lambdas import RowDials, TagTokens, read_dials
 from flexalign.lambdas import Adaptive
 
@@ -32,11 +32,16 @@ _REPEATING = ("num_beams", "num_return_sequences")
 _INNER_OUTPUTS = ("output_hidden_states", "output_attentions")
 
 
-class FusedDecoding(GenerationMixin, ABC):  # type: ignore[misc]
-    """`generate` with a λ, for a module whose ``forward`` takes ``lam`` and ``gate``.
+class FusedDecoding(GenerationMixin, DialModel):  # type: ignore[misc]
+    """`generate` with a λ, for a module whose ``forward`` returns fused logits.
 
-    A subclass says which transformers model leads (its configuration, its way of preparing
-    inputs), what λ is meant where none is given, and what else its forward needs.
+    ``forward`` must take ``lam``, ``gate`` and ``lam_checked``, which says that λ has been checked
+    already. A subclass says which transformers model leads (its configuration, its way of
+    preparing inputs), what λ is where none is given, and what else its forward needs; the rest of
+    :class:`~flexalign.generation.interface.DialModel` that is left to it are its caches.
+
+    Attributes:
+        tokenizer: The models' tokenizer where it is known, else None.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -50,27 +55,9 @@ class FusedDecoding(GenerationMixin, ABC):  # type: ignore[misc]
     def _default_dial(self) -> Any:
         """Return what λ is where none is given."""
 
-    def _thinking_tags(self) -> ThinkingTags | None:
-        """Return the tags that the model is known to use; None for those of its tokenizer."""
-        return None
-
     @abstractmethod
     def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
         """Return what ``forward`` needs besides λ, such as a cache, for these prompts."""
-
-    @abstractmethod
-    def _prefill_for(
-        self, input_ids: Tensor, attention_mask: Tensor, needs: Sequence[tuple[Tensor, RowDials]]
-    ) -> Any:
-        """Run prompts, ``(B, T)``, once for several generations: some rows, each with a dial."""
-
-    @abstractmethod
-    def _fork(self, cache: Any, rows: Tensor, dials: RowDials) -> Any:
-        """Return a cache of its own for rows of a prefilled one: what their dials need."""
-
-    def threshold(self, policy: Adaptive) -> float:
-        """Return the least confidence that an adaptive policy accepts."""
-        return policy.resolved_threshold()
 
     def generate(
         self,
@@ -87,10 +74,12 @@ class FusedDecoding(GenerationMixin, ABC):  # type: ignore[misc]
             inputs: Prompts, shape ``(B, T)``, left padded; or ``input_ids`` among the options.
             lam: A number, a schedule over the generated token's index (first 0), a policy, a list
                 with one of these for each prompt, or a tensor ``(B,)``, or ``(B, K)`` with λ by
-                generated token. The model's default λ if not given.
+                generated token. The model's default λ if not given. Also the
+                :class:`~flexalign.generation.row_lambdas.RowDials` of the prompts, which are
+                trusted.
             policy: The same as ``lam``, under the name that a policy goes by. With
-                ``Adaptive`` or ``Route`` among them, each row goes the way that is chosen for it
-                (:class:`flexalign.generation.adaptive.RoutedOutput` tells which).
+                ``Adaptive`` or ``Route`` among them, each row takes the stream that is chosen for
+                it (:class:`flexalign.generation.adaptive.RoutedOutput` tells which).
             gate: As in :func:`flexalign.fusion.fuse`.
             **options: Whatever transformers' ``generate`` takes, assisted decoding and caches
                 other than the dynamic one excepted.
@@ -111,19 +100,27 @@ class FusedDecoding(GenerationMixin, ABC):  # type: ignore[misc]
         if prompts is None:
             raise ConfigError("generate needs input_ids: the prompts, shape (B, T).")
         if gate is not None:
-            gated_lambda(torch.zeros(1), torch.zeros(1), 2.0, gate)
-        dial = policy if lam is None else lam
-        dial = self._default_dial() if dial is None else dial
-        if not isinstance(dial, Tensor):
-            dial = read_dials(dial, len(prompts))
-            if needs_routing(dial):
-                return generate_routed(self, dial, gate, options)
-        dials = RowDials.of(dial, len(prompts))
-        self._check_options(options)
+            as_gate(gate)
+
+        # λ is read and checked here, and nowhere below.
+        given = policy if lam is None else lam
+        given = self._default_dial() if given is None else given
+        if isinstance(given, RowDials):
+            dials = given
+        elif isinstance(given, Tensor):
+            dials = RowDials.of(given, len(prompts))
+        else:
+            per_prompt = read_dials(given, len(prompts))
+            if chooses_stream(per_prompt):
+                return generate_with_policies(self, per_prompt, gate, options)
+            dials = RowDials.following(per_prompt)
+
+        self.check_options(options)
         options |= self._decoding_inputs(dials, options)
-        return super().generate(
+        return GenerationMixin.generate(
+            self,
             dials=dials,
-            dial_rows=torch.arange(len(prompts)),
+            dial_rows=torch.arange(len(prompts)),  # repeated by generate along with the rows
             prompt_tokens=0 if ids is None else ids.shape[1],
             tags=self._tag_tokens(options) if dials.follow_thinking else None,
             gate=gate,
@@ -145,74 +142,94 @@ class FusedDecoding(GenerationMixin, ABC):  # type: ignore[misc]
         index = max(0, input_ids.shape[1] - prompt_tokens)
         lam = dials.at(dial_rows, index, input_ids, tags)
         prepared: dict[str, Any] = self._leader.prepare_inputs_for_generation(
-            input_ids, lam=lam, inputs_embeds=inputs_embeds, **kwargs
+            input_ids, lam=lam, lam_checked=True, inputs_embeds=inputs_embeds, **kwargs
         )
         return prepared
 
-    def _setting(self, name: str, options: dict[str, Any]) -> Any:
+    @property
+    def thinking_tags(self) -> ThinkingTags | None:
+        """The tags that the model is known to use; None for those of its tokenizer."""
+        return None
+
+    def threshold(self, policy: Adaptive) -> float:
+        """Return the smallest confidence that an adaptive policy accepts."""
+        return policy.resolved_threshold()
+
+    def generation_option(self, name: str, options: dict[str, Any]) -> Any:
         """Return an option of ``generate``, given directly or in a generation config."""
         configs = (options.get("generation_config"), self.generation_config)
         given = [options.get(name), *(getattr(config, name, None) for config in configs)]
         return next((value for value in given if value is not None), None)
 
-    def _check_options(self, options: dict[str, Any]) -> None:
+    def check_options(self, options: dict[str, Any]) -> None:
+        """Refuse options of ``generate`` that fused models cannot serve.
+
+        Raises:
+            ConfigError: If there is one.
+        """
         for name in _ASSISTED:
-            if self._setting(name, options):
+            if self.generation_option(name, options):
                 raise ConfigError(
                     f"assisted decoding ({name}) is not available for fused models: the drafts "
                     "would have to be verified in both; leave it out."
                 )
-        cache = self._setting("cache_implementation", options)
+
+        cache = self.generation_option("cache_implementation", options)
         if cache not in (None, "hybrid"):
             raise ConfigError(
                 f"cache_implementation={cache!r} is not available for fused models, which build "
                 "their own dynamic cache; leave it out."
             )
+
         for name in _INNER_OUTPUTS:
-            if self._setting(name, options):
+            if self.generation_option(name, options):
                 raise ConfigError(
                     f"{name} is not available for fused models, which have two of each; "
                     "run the models one by one for them."
                 )
 
-    def _repeats(self, options: dict[str, Any]) -> int:
-        """Return how often ``generate`` will repeat every prompt."""
-        return max(self._setting(name, options) or 1 for name in _REPEATING)
-
-    def _pad(self, options: dict[str, Any]) -> int:
+    def pad_token(self, options: dict[str, Any]) -> int:
         """Return the token that responses are padded with, as transformers chooses it."""
         for name in ("pad_token_id", "eos_token_id"):
-            token = self._setting(name, options)
+            token = self.generation_option(name, options)
             if token is not None:
                 return int(torch.as_tensor(token).flatten()[0])
         return 0
 
-    def _known_tokenizer(self, what: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    def require_tokenizer(self, purpose: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+        """Return the tokenizer, of the options or the model's own.
+
+        Raises:
+            ConfigError: If none is known; says that ``purpose`` needs it.
+        """
         tokenizer = options.get("tokenizer") or self.tokenizer
         if tokenizer is None:
-            raise ConfigError(f"{what} needs the tokenizer: pass tokenizer=….")
+            raise ConfigError(f"{purpose} needs the tokenizer: pass tokenizer=….")
         return tokenizer
 
+    def _repeats(self, options: dict[str, Any]) -> int:
+        """Return how often ``generate`` will repeat every prompt."""
+        return max(self.generation_option(name, options) or 1 for name in _REPEATING)
+
+    def _tag_tokens(self, options: dict[str, Any]) -> TagTokens:
+        tokenizer = self.require_tokenizer("a thinking schedule", options)
+        if self.generation_option("prefill_chunk_size", options):
+            raise ConfigError("a thinking schedule needs the prompt whole; no prefill_chunk_size.")
+        return TagTokens(tokenizer, self.thinking_tags or ThinkingTags.of(tokenizer))
+
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
-        """Put a listener first, where it hears the model's own distribution."""
+        """Put a recorder first, where it sees the model's own distribution."""
         processors = super()._get_logits_processor(*args, **kwargs)
-        processors.sort(key=lambda processor: not isinstance(processor, Listener))
+        processors.sort(key=lambda processor: not isinstance(processor, LogProbRecorder))
         return processors
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
-        """Tell a watch which of the criteria end a response."""
+        """Tell a tracker which of the criteria end a response."""
         criteria = super()._get_stopping_criteria(*args, **kwargs)
-        for watch in criteria:
-            if isinstance(watch, Watch):
-                watch.learn_ends(criteria)
+        for tracker in criteria:
+            if isinstance(tracker, ConfidenceTracker):
+                tracker.use_ends(criteria)
         return criteria
-
-    def _tag_tokens(self, options: dict[str, Any]) -> TagTokens:
-        tokenizer = self._known_tokenizer("a thinking schedule", options)
-        if self._setting("prefill_chunk_size", options):
-            raise ConfigError("a thinking schedule needs the prompt whole; no prefill_chunk_size.")
-        tags = self._thinking_tags() or ThinkingTags.of(tokenizer)
-        return TagTokens(tokenizer, tags)
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 from flexalign._modes import evaluating
 from flexalign.data.rendering import Prompt, render_chat
 from flexalign.errors import ConfigError, DataError, LambdaError
-from flexalign.generation.adaptive import NEUTRAL, needs_routing
+from flexalign.generation.adaptive import NEUTRAL, chooses_stream
 from flexalign.generation.row_lambdas import read_dials
 from flexalign.generation.seeded import SeededSampling
 from flexalign.generation.text import ResponseText
-from flexalign.lambdas import Way
+from flexalign.lambdas import Dial, Way
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,9 @@ def generate_responses(
     if seeds is not None and len(seeds) != len(prompts):
         raise ConfigError(f"there are {len(seeds)} seeds for {len(prompts)} prompts.")
     is_seeded = seeds is not None and temperature > 0
+
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
-    lam, policy = generate_kwargs.pop("lam", None), generate_kwargs.pop("policy", None)
-    if lam is not None and policy is not None:
-        raise ConfigError("give lam or policy, not both: they are two names of one dial.")
-    lam = policy if lam is None else lam
-    _check_lambdas(lam, len(prompts))
+    dials = _read_dials(generate_kwargs, len(prompts))
     settings = generation_settings(
         model,
         tokenizer,
@@ -108,72 +105,36 @@ def generate_responses(
         top_p,
         generate_kwargs,
     )
+
     # The longest come first: what does not fit in memory fails at once.
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
     responses: list[Response | None] = [None] * len(encoded)
-    reader = _Reader(tokenizer, settings)
+    reader = _ResponseReader(tokenizer, settings)
     devices = [model.device] if model.device.type == "cuda" else []
     with evaluating(model), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             inputs = left_padded([encoded[i] for i in batch], settings.pad_token_id, model.device)
+
+            # The streams that policies choose are told only in the dictionary.
             settings.return_dict_in_generate = False
-            if lam is not None:
-                generate_kwargs["lam"] = own = _rows(lam, batch)
-                settings.return_dict_in_generate = _is_routed(own)
+            if dials is not None:
+                generate_kwargs["lam"] = own = _rows(dials, batch)
+                settings.return_dict_in_generate = not isinstance(own, Tensor) and chooses_stream(
+                    own
+                )
             if is_seeded and seeds is not None:
                 sampling = SeededSampling([seeds[i] for i in batch], temperature, top_p)
                 generate_kwargs["logits_processor"] = LogitsProcessorList([sampling])
+
             written = model.generate(**inputs, generation_config=settings, **generate_kwargs)
-            for index, response in zip(
-                batch, reader.read_all(written, inputs["input_ids"].shape[1]), strict=True
-            ):
+            found = reader.read_all(written, inputs["input_ids"].shape[1])
+            for index, response in zip(batch, found, strict=True):
                 responses[index] = response
             if progress is not None:
                 progress(start + len(batch), len(order))
     return cast("list[Response]", responses)
-
-
-class _Reader:
-    """Turns a row of generated tokens into a response."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig) -> None:
-        self._text = ResponseText(tokenizer)
-        self._ends = set(settings.eos_token_id)
-        self._pad = settings.pad_token_id
-        self._limit = settings.max_new_tokens
-
-    def read_all(self, written: Any, prompt_tokens: int) -> list[Response]:
-        """Read what ``generate`` returned: sequences, or a :class:`RoutedOutput`."""
-        if isinstance(written, Tensor):
-            return [self._read(row) for row in written[:, prompt_tokens:].tolist()]
-        ways = zip(written.route, written.confidence, written.rejected_tokens, strict=True)
-        rows = written.sequences[:, prompt_tokens:].tolist()
-        return [self._read(row, *way) for row, way in zip(rows, ways, strict=True)]
-
-    def _read(
-        self,
-        row: list[int],
-        route: Way | None = None,
-        confidence: float | None = None,
-        rejected_tokens: int = 0,
-    ) -> Response:
-        end = next((place for place, token in enumerate(row) if token in self._ends), None)
-        if end is None:
-            end = len(row)
-            while end and row[end - 1] == self._pad:
-                end -= 1
-        ids = row[:end]
-        return Response(
-            self._text.read(ids),
-            tuple(ids),
-            len(ids) + rejected_tokens,
-            truncated=end == self._limit,
-            route=route,
-            confidence=confidence,
-            rejected_tokens=rejected_tokens,
-        )
 
 
 def _check(max_new_tokens: int, temperature: float, top_p: float, batch_size: int) -> None:
@@ -197,30 +158,74 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     return cast("list[int]", ids)
 
 
-def _check_lambdas(lam: Any, prompts: int) -> None:
-    if _is_per_prompt(lam) and len(lam) != prompts:
+def _read_dials(given: dict[str, Any], prompts: int) -> list[Dial] | Tensor | None:
+    """Take ``lam`` or ``policy`` out of the options of ``generate`` and read it, once.
+
+    Returns:
+        One dial for each prompt; a tensor as it is; None if neither was given.
+    """
+    lam, policy = given.pop("lam", None), given.pop("policy", None)
+    if lam is not None and policy is not None:
+        raise ConfigError("give lam or policy, not both: they are two names of one dial.")
+
+    lam = policy if lam is None else lam
+    is_per_prompt = lam.ndim > 0 if isinstance(lam, Tensor) else isinstance(lam, list | tuple)
+    if is_per_prompt and len(lam) != prompts:
         raise LambdaError(
             f"lam has {len(lam)} values for {prompts} prompts; give one, or one for each."
         )
+    return lam if lam is None or isinstance(lam, Tensor) else read_dials(lam, prompts)
 
 
-def _rows(lam: Any, batch: list[int]) -> Any:
-    """Return the λ's of a batch."""
-    if not _is_per_prompt(lam):
-        return lam
-    return lam[batch] if isinstance(lam, Tensor) else [lam[index] for index in batch]
+def _rows(dials: list[Dial] | Tensor, batch: list[int]) -> list[Dial] | Tensor:
+    """Return the dials of a batch."""
+    if isinstance(dials, Tensor):
+        return dials[batch] if dials.ndim > 0 else dials
+    return [dials[index] for index in batch]
 
 
-def _is_per_prompt(lam: Any) -> bool:
-    return lam.ndim > 0 if isinstance(lam, Tensor) else isinstance(lam, list | tuple)
+class _ResponseReader:
+    """Reads responses from rows of generated tokens."""
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: GenerationConfig) -> None:
+        self._text = ResponseText(tokenizer)
+        self._ends = set(settings.eos_token_id)
+        self._pad = settings.pad_token_id
+        self._limit = settings.max_new_tokens
 
-def _is_routed(lam: Any) -> bool:
-    """Whether any prompt's way is chosen for it, so that the way is to be told."""
-    if isinstance(lam, Tensor):
-        return False
-    given = lam if isinstance(lam, list | tuple) else [lam]
-    return needs_routing(read_dials(list(given), len(given)))
+    def read_all(self, written: Any, prompt_tokens: int) -> list[Response]:
+        """Read what ``generate`` returned: sequences, or a :class:`RoutedOutput`."""
+        if isinstance(written, Tensor):
+            return [self._read(row) for row in written[:, prompt_tokens:].tolist()]
+
+        choices = zip(written.route, written.confidence, written.rejected_tokens, strict=True)
+        rows = written.sequences[:, prompt_tokens:].tolist()
+        return [self._read(row, *choice) for row, choice in zip(rows, choices, strict=True)]
+
+    def _read(
+        self,
+        row: list[int],
+        route: Way | None = None,
+        confidence: float | None = None,
+        rejected_tokens: int = 0,
+    ) -> Response:
+        end = next((place for place, token in enumerate(row) if token in self._ends), None)
+        if end is None:
+            end = len(row)
+            # Cut off by the limit, or by a stop string; then padding may follow.
+            while end and row[end - 1] == self._pad:
+                end -= 1
+
+        ids = row[:end]
+        return Response(
+            self._text.read(ids),
+            tuple(ids),
+            len(ids) + rejected_tokens,
+            truncated=end == self._limit,
+            route=route,
+            confidence=confidence,
+            rejected_tokens=rejected_tokens,
+        )
 
 
 def generation_settings(
@@ -244,9 +249,11 @@ def generation_settings(
     ends = getattr(model.generation_config, "eos_token_id", None)
     ends = ends if isinstance(ends, list | tuple) else [ends]
     ends = [end for end in dict.fromkeys([*ends, tokenizer.eos_token_id]) if end is not None]
+
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = ends[0] if ends else 0
+
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -257,6 +264,8 @@ def generation_settings(
         bos_token_id=tokenizer.bos_token_id,
         **(sampling if temperature > 0 else {"do_sample": False, **NEUTRAL}),
     )
+
+    # What the caller gave holds; as settings it must not be given to ``generate`` a second time.
     for name in [name for name in given if name in settings.to_dict()]:
         setattr(settings, name, given.pop(name))
     return settings

@@ -1,7 +1,9 @@
 """The λ of every row of a batch, at every token that it generates.
 
-Transformers' ``generate`` repeats rows (beams, several samples per prompt) before it decodes, so
-what a row's λ follows is fixed first, one dial per prompt, and looked up by each repeated row.
+Transformers' ``generate`` repeats rows (beams, several samples per prompt) before it decodes.
+Therefore the dials are read once, one per prompt, before it starts (:func:`read_dials`), and each
+repeated row looks its λ up by its prompt (:class:`RowDials`). Nothing is read or checked again
+while tokens are generated.
 """
 
 from collections.abc import Sequence
@@ -19,15 +21,152 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def read_dials(lam: Any, rows: int) -> list[Dial]:
+    """Read one dial for all prompts, or a list with one for each.
+
+    Dials that have been read already are taken as they are.
+
+    Raises:
+        LambdaError: If a λ is not finite, or their number is not that of the prompts.
+        ConfigError: If a schedule or a policy is malformed.
+    """
+    if not isinstance(lam, list | tuple):
+        return [_read_dial(lam)] * rows
+
+    if len(lam) != rows:
+        raise LambdaError(
+            f"{len(lam)} λ for {rows} prompts; give one number, or one for each prompt."
+        )
+    return [_read_dial(one) for one in lam]
+
+
+def _read_dial(given: Any) -> Dial:
+    if isinstance(given, Dial):
+        return given
+    return parse_dial(given.item() if isinstance(given, Tensor) else given)
+
+
+class RowDials:
+    """One dial per prompt of a batch, checked; :meth:`at` looks their λ up.
+
+    Attributes:
+        least: The smallest λ that any of them gives.
+        largest: The largest.
+        ends: Per prompt 0.0 or 1.0 if its λ is that throughout, else None.
+    """
+
+    def __init__(self, table: Tensor, schedules: Sequence[Schedule | None]) -> None:
+        """Join the two; :meth:`of` and :meth:`following` build them.
+
+        Args:
+            table: λ by generated token for prompts without a schedule, shape ``(B, K)``; the last
+                column is for all tokens that follow.
+            schedules: Per prompt its schedule, or None.
+        """
+        self._table = table
+        self._schedules = list(schedules)
+        self._is_scheduled = any(schedules)
+
+        limits = [
+            (float(row.min()), float(row.max())) if schedule is None else extremes(schedule)
+            for row, schedule in zip(table, schedules, strict=True)
+        ]
+        self.least = min(low for low, _ in limits)
+        self.largest = max(high for _, high in limits)
+        self.ends = [low if low == high and low in (0.0, 1.0) else None for low, high in limits]
+
+    @classmethod
+    def of(cls, lam: Any, rows: int) -> "RowDials":
+        """Read and check the λ's of a batch.
+
+        Args:
+            lam: One dial for all (a number, a schedule, a policy or its JSON form), a list with
+                one for each prompt, or a tensor: 0-dimensional, ``(B,)``, or ``(B, K)`` with λ by
+                generated token, the last column for all that follow.
+            rows: Number of prompts.
+
+        Raises:
+            LambdaError: If a λ is not finite, or their number is not that of the prompts.
+            ConfigError: If a schedule or a policy is malformed, or a policy has no λ per token.
+        """
+        if not isinstance(lam, Tensor):
+            return cls.following(read_dials(lam, rows))
+
+        table = torch.as_tensor(as_lambda(lam)).detach().to("cpu", torch.float64)
+        if table.ndim == 0:
+            table = table.expand(rows)
+        if table.ndim > 2 or len(table) != rows or table.numel() == 0:
+            raise LambdaError(
+                f"λ of shape {tuple(lam.shape)} does not fit {rows} prompts; give one number, "
+                f"({rows},), or ({rows}, K) with one λ per generated token."
+            )
+        return cls(table.reshape(rows, -1), [None] * rows)
+
+    @classmethod
+    def following(cls, dials: Sequence[Dial]) -> "RowDials":
+        """Follow dials that have been read: one for each prompt.
+
+        Raises:
+            ConfigError: If one is a policy that has no λ per token.
+        """
+        for dial in dials:
+            if isinstance(dial, Adaptive | Route):
+                raise ConfigError(
+                    f"{dial} chooses a way for a whole response, and what is wanted here is a λ "
+                    "for every token; give a number or a schedule, or use generate."
+                )
+
+        constants = [dial.lam if isinstance(dial, Fixed) else 0.0 for dial in dials]
+        return cls(
+            torch.tensor(constants, dtype=torch.float64).reshape(len(dials), 1),
+            [dial if isinstance(dial, Schedule) else None for dial in dials],
+        )
+
+    @property
+    def follow_thinking(self) -> bool:
+        """Whether any schedule must be told where the thinking is."""
+        return any(
+            schedule is not None and schedule.follows_thinking for schedule in self._schedules
+        )
+
+    def at(
+        self, rows: Tensor, index: int, input_ids: Tensor, tags: "TagTokens | None" = None
+    ) -> Tensor:
+        """Return λ of the next token of every row, shape ``(len(rows),)``, on the CPU.
+
+        Args:
+            rows: For each row of the decoding batch, its prompt: ``generate`` repeats prompts.
+            index: How many tokens have been generated.
+            input_ids: Prompts and generated tokens of the decoding batch, ``(len(rows), T)``.
+            tags: The thinking tags' tokens, where :attr:`follow_thinking` says so.
+        """
+        rows = rows.to("cpu")
+        lam = self._table[rows, min(index, self._table.shape[1] - 1)]
+        if not self._is_scheduled:
+            return lam
+
+        inside, thinking = tags.place(input_ids) if tags else ([False] * len(rows), [0] * len(rows))
+        for row, prompt in enumerate(rows.tolist()):
+            schedule = self._schedules[prompt]
+            if schedule is not None:
+                lam[row] = schedule.at(index, inside=inside[row], thinking_tokens=thinking[row])
+        return lam
+
+
 class TagTokens:
-    """Where the thinking is, read from token ids."""
+    """Where the thinking is, read from token ids.
+
+    Attributes:
+        open: The opening tag's token id.
+        close: The closing tag's.
+    """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", tags: ThinkingTags) -> None:
         """Look the two tags up.
 
         Raises:
             ConfigError: If a tag is not one token: cut into several, it cannot be told apart from
-                text that merges with what stands beside it.
+                text that merges with its neighbours.
         """
         self.open, self.close = (_single_token(tokenizer, tag) for tag in (tags.open, tags.close))
 
@@ -42,111 +181,6 @@ class TagTokens:
         inside = opened > _last(input_ids == self.close)
         thinking_index = input_ids.shape[1] - 1 - opened
         return inside.tolist(), thinking_index.tolist()
-
-
-class RowDials:
-    """One dial per prompt of a batch.
-
-    Attributes:
-        least: The least λ that any of them gives.
-        largest: The largest.
-        ends: Per prompt 0.0 or 1.0 if its λ is that throughout, else None.
-    """
-
-    def __init__(self, table: Tensor, schedules: Sequence[Schedule | None]) -> None:
-        """Use :meth:`of`; ``table`` is (B, K), λ by generated token where no schedule stands."""
-        self._table = table
-        self._schedules = list(schedules)
-        self._scheduled = any(schedules)
-        values = [
-            (float(row.min()), float(row.max())) if schedule is None else extremes(schedule)
-            for row, schedule in zip(table, schedules, strict=True)
-        ]
-        self.least = min(low for low, _ in values)
-        self.largest = max(high for _, high in values)
-        self.ends = [low if low == high and low in (0.0, 1.0) else None for low, high in values]
-
-    @classmethod
-    def of(cls, lam: Any, rows: int) -> "RowDials":
-        """Read the λ's of a batch.
-
-        Args:
-            lam: One dial for all (a number, a schedule, a policy or its JSON form), a list with
-                one for each prompt, or a tensor: 0-dimensional, ``(B,)``, or ``(B, K)`` with λ by
-                generated token, the last column for all that follow.
-            rows: Number of prompts.
-
-        Raises:
-            LambdaError: If a λ is not finite, or their number is not that of the prompts.
-            ConfigError: If a schedule or a policy is malformed.
-        """
-        if isinstance(lam, Tensor):
-            table = torch.as_tensor(as_lambda(lam)).detach().to("cpu", torch.float64)
-            if table.ndim == 0:
-                table = table.expand(rows)
-            if table.ndim > 2 or len(table) != rows or table.numel() == 0:
-                raise LambdaError(
-                    f"λ of shape {tuple(lam.shape)} does not fit {rows} prompts; give one number, "
-                    f"({rows},), or ({rows}, K) with one λ per generated token."
-                )
-            return cls(table.reshape(rows, -1), [None] * rows)
-        dials = read_dials(lam, rows)
-        for dial in dials:
-            if isinstance(dial, Adaptive | Route):
-                raise ConfigError(
-                    f"{dial} chooses a way for a whole response, and what is wanted here is a λ "
-                    "for every token; give a number or a schedule, or use generate."
-                )
-        constants = [dial.lam if isinstance(dial, Fixed) else 0.0 for dial in dials]
-        return cls(
-            torch.tensor(constants, dtype=torch.float64).reshape(rows, 1),
-            [dial if isinstance(dial, Schedule) else None for dial in dials],
-        )
-
-    @property
-    def follow_thinking(self) -> bool:
-        """Whether any schedule must be told where the thinking is."""
-        return any(
-            schedule is not None and schedule.follows_thinking for schedule in self._schedules
-        )
-
-    def at(
-        self, rows: Tensor, index: int, input_ids: Tensor, tags: TagTokens | None = None
-    ) -> Tensor:
-        """Return λ of the next token of every row, shape ``(len(rows),)``, on the CPU.
-
-        Args:
-            rows: For each row of the decoding batch, its prompt: ``generate`` repeats prompts.
-            index: How many tokens have been generated.
-            input_ids: Prompts and generated tokens of the decoding batch, ``(len(rows), T)``.
-            tags: The thinking tags' tokens, where :attr:`follow_thinking` says so.
-        """
-        rows = rows.to("cpu")
-        lam = self._table[rows, min(index, self._table.shape[1] - 1)]
-        if not self._scheduled:
-            return lam
-        inside, thinking = tags.place(input_ids) if tags else ([False] * len(rows), [0] * len(rows))
-        for row, prompt in enumerate(rows.tolist()):
-            schedule = self._schedules[prompt]
-            if schedule is not None:
-                lam[row] = schedule.at(index, inside=inside[row], thinking_tokens=thinking[row])
-        return lam
-
-
-def read_dials(lam: Any, rows: int) -> list[Dial]:
-    """Read one dial for all prompts, or a list with one for each.
-
-    Raises:
-        LambdaError: If a λ is not finite, or their number is not that of the prompts.
-        ConfigError: If a schedule or a policy is malformed.
-    """
-    if not isinstance(lam, list | tuple):
-        return [parse_dial(lam)] * rows
-    if len(lam) != rows:
-        raise LambdaError(
-            f"{len(lam)} λ for {rows} prompts; give one number, or one for each prompt."
-        )
-    return [parse_dial(one.item() if isinstance(one, Tensor) else one) for one in lam]
 
 
 def _last(found: Tensor) -> Tensor:

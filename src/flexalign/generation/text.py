@@ -1,4 +1,8 @@
-"""Generated tokens as text: special tokens go, thinking tags stay."""
+"""Generated tokens as text: special tokens are left out, thinking tags stay.
+
+:class:`ResponseText` reads a whole response. :class:`StreamedResponse` reads one token by token and
+separates the thinking from the answer as it goes.
+"""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
@@ -8,16 +12,30 @@ from flexalign.data.thinking import ThinkingTags
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_INCOMPLETE = "\ufffd"
+"""What tokens decode to that end inside a character."""
+
 
 class ResponseText:
-    """Reads responses as a user sees them."""
+    """Reads responses as a user sees them.
+
+    Attributes:
+        tags: The thinking tags; None if none are known.
+    """
 
     def __init__(
         self, tokenizer: "PreTrainedTokenizerBase", tags: ThinkingTags | None = None
     ) -> None:
-        """Prepare for a tokenizer; the tags are those that it shows where none are given."""
+        """Read with a tokenizer; where no tags are given, those that it shows.
+
+        Args:
+            tokenizer: The model's.
+            tags: The tags around its thinking.
+        """
         self.tags = tags or ThinkingTags.detect(tokenizer)
         self._tokenizer = tokenizer
+
+        # Thinking tags may be special tokens, and are shown all the same.
         names = [self.tags.open, self.tags.close] if self.tags else []
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(tokenizer.all_special_ids)
@@ -33,7 +51,7 @@ class ResponseText:
         return str(self._tokenizer.decode(shown, clean_up_tokenization_spaces=False))
 
     def answer(self, tokens: Iterable[int], *, opened: bool = False) -> str:
-        """Return the part after the thinking, white space and case evened out.
+        """Return the part after the thinking, in lower case, with single spaces.
 
         Args:
             tokens: A response.
@@ -48,12 +66,6 @@ class ResponseText:
         return self.tags is not None and self.tags.opened_by(self.read(prompt))
 
 
-# A response as it is written: tokens into text, and the thinking told from the answer.
-
-_INCOMPLETE = "\ufffd"
-"""What tokens decode to that end inside a character."""
-
-
 class Piece(NamedTuple):
     """A piece of a response.
 
@@ -64,81 +76,6 @@ class Piece(NamedTuple):
 
     text: str
     is_thinking: bool
-
-
-class StreamedSplit:
-    """Tells the thinking from the answer in a text that comes bit by bit.
-
-    Put together, the pieces are the two parts that :meth:`ThinkingTags.split` finds, but for a
-    response that closes a thinking it has not opened: what was handed out as its answer stays so.
-    """
-
-    def __init__(self, tags: ThinkingTags, *, opened: bool = False) -> None:
-        """Start; `opened` says whether the prompt has opened the thinking."""
-        self._tags = tags
-        self._is_begun, self._is_thinking = opened, opened
-        self._held = ""
-
-    def put(self, text: str, *, is_last: bool = False) -> list[Piece]:
-        """Take more text; return what can be told by now, or all of it if no more follows."""
-        self._held += text
-        if not self._is_begun and not self._begin(is_last):
-            return []
-        pieces = []
-        if self._is_thinking:
-            thinking, closed, rest = self._held.partition(self._tags.close)
-            if not closed and not is_last:
-                certain = len(thinking) - _overlap(thinking, self._tags.close)
-                thinking, rest = thinking[:certain], thinking[certain:]
-            pieces.append(Piece(thinking, True))
-            self._held = rest
-            self._is_thinking = not closed
-        if not self._is_thinking:
-            pieces.append(Piece(self._held, False))
-            self._held = ""
-        return [piece for piece in pieces if piece.text]
-
-    def _begin(self, is_last: bool) -> bool:
-        """Find out whether the response opens with thinking; return whether that is known."""
-        start, tag = self._held.lstrip(), self._tags.open
-        if len(start) < len(tag) and tag.startswith(start) and not is_last:
-            return False
-        self._is_begun, self._is_thinking = True, start.startswith(tag)
-        if self._is_thinking:
-            self._held = start.removeprefix(tag)
-        return True
-
-
-class StreamedText:
-    """Reads text off tokens that come one by one; the pieces joined are the text of them all."""
-
-    def __init__(self, reader: ResponseText) -> None:
-        """Start to read."""
-        self._reader = reader
-        self._tokens: list[int] = []
-        self._from = self._told = 0  # decoded anew for the next piece; handed on as text
-
-    def put(self, token: int) -> str:
-        """Take the next token; return the text that is certain by now."""
-        if self._reader.hides(token):
-            return ""
-        self._tokens.append(token)
-        text = self._unread()
-        if text.endswith(_INCOMPLETE):
-            return ""
-        self._from, self._told = self._told, len(self._tokens)
-        return text
-
-    def end(self) -> str:
-        """Return what was held back, as no token follows."""
-        text = self._unread()
-        self._from = self._told = len(self._tokens)
-        return text
-
-    def _unread(self) -> str:
-        """Decode the new tokens beside those before them, as words need their neighbours."""
-        before = self._reader.read(self._tokens[self._from : self._told])
-        return self._reader.read(self._tokens[self._from :])[len(before) :]
 
 
 class StreamedResponse:
@@ -158,12 +95,106 @@ class StreamedResponse:
         self._split = StreamedSplit(tags, opened=opened)
 
     def put(self, token: int) -> list[Piece]:
-        """Take the next token; return what can be told by now."""
+        """Take the next token; return the pieces that are certain by now."""
         return self._split.put(self._text.put(token))
 
     def end(self) -> list[Piece]:
         """Return what was held back, as no token follows."""
         return self._split.put(self._text.end(), is_last=True)
+
+
+class StreamedText:
+    """Decodes tokens that arrive one by one; the texts joined are the text of them all."""
+
+    def __init__(self, reader: ResponseText) -> None:
+        """Start to read."""
+        self._reader = reader
+        self._tokens: list[int] = []
+        self._from = 0  # the first token that is decoded again for the next text
+        self._returned = 0  # tokens whose text has been returned
+
+    def put(self, token: int) -> str:
+        """Take the next token; return the text that is certain by now."""
+        if self._reader.hides(token):
+            return ""
+
+        self._tokens.append(token)
+        text = self._unread()
+        if text.endswith(_INCOMPLETE):
+            return ""
+        self._from, self._returned = self._returned, len(self._tokens)
+        return text
+
+    def end(self) -> str:
+        """Return what was held back, as no token follows."""
+        text = self._unread()
+        self._from = self._returned = len(self._tokens)
+        return text
+
+    def _unread(self) -> str:
+        """Return the text of the new tokens.
+
+        They are decoded together with those before them: a tokenizer may write a token in another
+        way at the start of a text, without its space, for example.
+        """
+        before = self._reader.read(self._tokens[self._from : self._returned])
+        return self._reader.read(self._tokens[self._from :])[len(before) :]
+
+
+class StreamedSplit:
+    """Separates the thinking from the answer in a text that arrives in parts.
+
+    Joined, the pieces are the two parts that :meth:`ThinkingTags.split` finds. A response that
+    closes a thinking it has not opened is the exception: what was returned as its answer stays so.
+    """
+
+    def __init__(self, tags: ThinkingTags, *, opened: bool = False) -> None:
+        """Start to read.
+
+        Args:
+            tags: The tags around the thinking.
+            opened: Whether the prompt has opened the thinking.
+        """
+        self._tags = tags
+        self._is_begun, self._is_thinking = opened, opened
+        self._held = ""
+
+    def put(self, text: str, *, is_last: bool = False) -> list[Piece]:
+        """Take more text and return the pieces that are certain by now.
+
+        Args:
+            text: The next part of the response.
+            is_last: No more follows, so what was held back is returned too.
+        """
+        self._held += text
+        if not self._is_begun and not self._begin(is_last):
+            return []
+
+        pieces = []
+        if self._is_thinking:
+            thinking, closed, rest = self._held.partition(self._tags.close)
+            if not closed and not is_last:
+                # The end may be the beginning of the closing tag.
+                certain = len(thinking) - _overlap(thinking, self._tags.close)
+                thinking, rest = thinking[:certain], thinking[certain:]
+            pieces.append(Piece(thinking, True))
+            self._held = rest
+            self._is_thinking = not closed
+
+        if not self._is_thinking:
+            pieces.append(Piece(self._held, False))
+            self._held = ""
+        return [piece for piece in pieces if piece.text]
+
+    def _begin(self, is_last: bool) -> bool:
+        """Decide whether the response opens with thinking; return whether that is known by now."""
+        start, tag = self._held.lstrip(), self._tags.open
+        if len(start) < len(tag) and tag.startswith(start) and not is_last:
+            return False
+        self._is_begun, self._is_thinking = True, start.startswith(tag)
+        if self._is_thinking:
+            self._held = start.removeprefix(tag)
+        return True
 
 
 def _overlap(text: str, tag: str) -> int:

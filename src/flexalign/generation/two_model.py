@@ -12,8 +12,9 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flexalign.errors import ConfigError, UnsupportedModelError
-from flexalign.fusion import Lambda, fuse
+from flexalign.fusion import Lambda, as_lambda, fuse_logits
 from flexalign.generation.fused import FusedDecoding, positions_of
+from flexalign.generation.interface import Phase
 from flexalign.generation.row_lambdas import RowDials, TagTokens
 from flexalign.models.adapters import inner_model
 from flexalign.models.pair import ModelPair, Side
@@ -42,19 +43,20 @@ class PairCache:
     reference: Any = None
     aligned: Any = None
 
+    # What transformers' ``generate`` reads of a cache.
     is_compileable = False
     is_croppable = False
 
     def caches(self) -> list[Any]:
-        """The caches that are there."""
+        """Return the caches of the models that run."""
         return [cache for cache in (self.reference, self.aligned) if cache is not None]
 
     def get_seq_length(self) -> int:
-        """Tokens that both have seen, padding included."""
+        """Return how many tokens both have seen, padding included."""
         return int(self.caches()[0].get_seq_length())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take over the rows of the beams that go on."""
+        """Let row i go on from row ``beam_idx[i]``, in both."""
         for cache in self.caches():
             cache.reorder_cache(beam_idx)
 
@@ -71,6 +73,12 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
     is 1 where none is given.
     With λ=0 or λ=1 throughout, only one of the two models runs. A pair with a shared base runs
     its one module twice, with its adapter off and on.
+
+    Attributes:
+        pair: The two models.
+        reference: The reference, as the module that transformers runs.
+        aligned: The aligned model, likewise.
+        tokenizer: The pair's.
     """
 
     config_class = TwoModelConfig
@@ -83,6 +91,8 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
         self.reference: Any = inner_model(pair.reference)
         self.aligned: Any = inner_model(pair.aligned)
         self._takes = {side: _parameters(getattr(self, side)) for side in _SIDES}
+
+        # The reference's settings, and the end tokens of both.
         settings: Any = copy.deepcopy(self.reference.generation_config)
         settings.eos_token_id = _ends(self.reference, self.aligned, pair.tokenizer)
         if settings.pad_token_id is None:
@@ -93,6 +103,86 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
     def device(self) -> torch.device:
         """Where the inputs go: the reference's device."""
         return cast("torch.device", self.reference.device)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: PairCache | None = None,
+        lam: Lambda = 1.0,
+        gate: float | None = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+        inputs: dict[Side, dict[str, Any]] | None = None,
+        return_dict: bool = True,
+        lam_checked: bool = False,
+    ) -> CausalLMOutputWithPast:
+        """Run both models and fuse their logits.
+
+        Args:
+            input_ids: Shape ``(B, T)``.
+            attention_mask: Shape ``(B, T)``, or ``(B, past + T)`` with a cache.
+            position_ids: Shape ``(B, T)``.
+            past_key_values: The two caches, to go on from.
+            lam: As in :func:`flexalign.fuse`: a number, ``(B,)`` or ``(B, T)``.
+            gate: As in :func:`flexalign.fuse`.
+            use_cache: Return the two caches.
+            logits_to_keep: Logits of so many last positions; 0 is all.
+            inputs: Each model's own inputs instead of those above. A model that is left out does
+                not run, and the logits are the other's.
+            return_dict: Part of transformers' interface; a dictionary is always returned.
+            lam_checked: λ has been checked already, as ``generate`` does before the first token.
+
+        Returns:
+            Logits of shape ``(B, T, V)`` in float32, and the caches.
+
+        Raises:
+            LambdaError: If λ is not finite or does not fit the batch.
+            ConfigError: If the gate is outside [0, 1].
+        """
+        if not lam_checked:
+            lam = as_lambda(lam)
+        if inputs is None:
+            common = {
+                "input_ids": input_ids,
+                "attention_mask": attention_mask,
+                "position_ids": position_ids,
+                "use_cache": use_cache,
+                "logits_to_keep": logits_to_keep,
+            }
+            inputs = {side: self._inputs(side, common, past_key_values) for side in _SIDES}
+
+        logits, cache = {}, PairCache()
+        for side, given in inputs.items():
+            with self.pair.running(side):
+                outputs = getattr(self, side)(**given, return_dict=True)
+            logits[side] = outputs.logits[..., : self.pair.vocab_size]
+            setattr(cache, side, getattr(outputs, "past_key_values", None))
+
+        if len(logits) == 2:
+            aligned = logits["aligned"].to(logits["reference"].device)
+            fused = fuse_logits(logits["reference"], aligned, lam, gate)
+        else:
+            (fused,) = logits.values()
+        return CausalLMOutputWithPast(
+            logits=fused.float(), past_key_values=cache if cache.caches() else None
+        )
+
+    def _inputs(
+        self, side: Side, common: dict[str, Any], cache: PairCache | None
+    ) -> dict[str, Any]:
+        """Return what one model is called with."""
+        given = {
+            name: value
+            for name, value in common.items()
+            if value is not None and (name not in _OPTIONAL or name in self._takes[side])
+        }
+        if cache is not None:
+            given["past_key_values"] = getattr(cache, side)
+        return given
+
+    # What `generate` asks of the two models while it decodes.
 
     def prepare_inputs_for_generation(
         self,
@@ -118,125 +208,10 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
             if past_key_values is not None:
                 given["past_key_values"] = getattr(past_key_values, side)
             inputs[side] = getattr(self, side).prepare_inputs_for_generation(input_ids, **given)
+
         index = max(0, input_ids.shape[1] - prompt_tokens)
         lam = dials.at(dial_rows, index, input_ids, tags)
-        return {"inputs": inputs, "lam": lam, "gate": gate}
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: PairCache | None = None,
-        lam: Lambda = 1.0,
-        gate: float | None = None,
-        use_cache: bool = False,
-        logits_to_keep: int = 0,
-        inputs: dict[Side, dict[str, Any]] | None = None,
-        return_dict: bool = True,
-    ) -> CausalLMOutputWithPast:
-        """Run both models and fuse their logits.
-
-        Args:
-            input_ids: Shape ``(B, T)``.
-            attention_mask: Shape ``(B, T)``, or ``(B, past + T)`` with a cache.
-            position_ids: Shape ``(B, T)``.
-            past_key_values: The two caches, to go on from.
-            lam: As in :func:`flexalign.fuse`: a number, ``(B,)`` or ``(B, T)``.
-            gate: As in :func:`flexalign.fuse`.
-            use_cache: Return the two caches.
-            logits_to_keep: Logits of so many last positions; 0 is all.
-            inputs: Each model's own inputs instead of those above. A model that is left out does
-                not run, and the logits are the other's.
-            return_dict: Part of transformers' interface; a dictionary is always returned.
-
-        Returns:
-            Logits of shape ``(B, T, V)`` in float32, and the caches.
-        """
-        if inputs is None:
-            common = {
-                "input_ids": input_ids,
-                "attention_mask": attention_mask,
-                "position_ids": position_ids,
-                "use_cache": use_cache,
-                "logits_to_keep": logits_to_keep,
-            }
-            inputs = {side: self._inputs(side, common, past_key_values) for side in _SIDES}
-        logits, cache = {}, PairCache()
-        for side, given in inputs.items():
-            with self.pair.running(side):
-                outputs = getattr(self, side)(**given, return_dict=True)
-            logits[side] = outputs.logits[..., : self.pair.vocab_size]
-            setattr(cache, side, getattr(outputs, "past_key_values", None))
-        if len(logits) == 2:
-            aligned = logits["aligned"].to(logits["reference"].device)
-            fused = fuse(logits["reference"], aligned, lam, gate)
-        else:
-            (fused,) = logits.values()
-        return CausalLMOutputWithPast(
-            logits=fused.float(), past_key_values=cache if cache.caches() else None
-        )
-
-    def _inputs(
-        self, side: Side, common: dict[str, Any], cache: PairCache | None
-    ) -> dict[str, Any]:
-        given = {
-            name: value
-            for name, value in common.items()
-            if value is not None and (name not in _OPTIONAL or name in self._takes[side])
-        }
-        if cache is not None:
-            given["past_key_values"] = getattr(cache, side)
-        return given
-
-    @property
-    def _leader(self) -> PreTrainedModel:
-        return cast("PreTrainedModel", self.reference)
-
-    def _default_dial(self) -> float:
-        return 1.0
-
-    def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
-        """Return which models run; both if their caches may be used again after this."""
-        needed = _sides(dials)
-        cache = options.get("past_key_values")
-        if cache is None:
-            is_kept = self._setting("return_dict_in_generate", options)
-            return {"sides": _SIDES if is_kept else needed}
-        held = tuple(side for side in _SIDES if getattr(cache, side, None) is not None)
-        if not isinstance(cache, PairCache) or not set(needed) <= set(held):
-            raise ConfigError(
-                "past_key_values must be the PairCache that an earlier generation with "
-                "return_dict_in_generate=True returned."
-            )
-        repeats = self._repeats(options)
-        if repeats > 1:
-            for one in cache.caches():
-                one.batch_repeat_interleave(repeats)
-        return {"sides": held}
-
-    @torch.no_grad()
-    def _prefill_for(
-        self, input_ids: Tensor, attention_mask: Tensor, needs: Sequence[tuple[Tensor, RowDials]]
-    ) -> PairCache:
-        common = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": positions_of(attention_mask),
-            "use_cache": True,
-            "logits_to_keep": 1,
-        }
-        needed = {side for _, dials in needs for side in _sides(dials)}
-        outputs = self(inputs={side: self._inputs(side, common, None) for side in sorted(needed)})
-        return cast("PairCache", outputs.past_key_values)
-
-    def _fork(self, cache: PairCache, rows: Tensor, dials: RowDials) -> PairCache:
-        forked = PairCache()
-        for side in _sides(dials):
-            own = copy.deepcopy(getattr(cache, side))
-            own.batch_select_indices(rows.to(self.device))
-            setattr(forked, side, own)
-        return forked
+        return {"inputs": inputs, "lam": lam, "lam_checked": True, "gate": gate}
 
     def _prepare_cache_for_generation(
         self,
@@ -249,6 +224,7 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
         """Make one cache for each model that runs, of the kind that it asks for."""
         if model_kwargs.get("past_key_values") is not None or not generation_config.use_cache:
             return
+
         cache = PairCache()
         for side in model_kwargs["sides"]:
             own: dict[str, Any] = {}
@@ -264,6 +240,61 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
                 )
             setattr(cache, side, own["past_key_values"])
         model_kwargs["past_key_values"] = cache
+
+    # What `FusedDecoding` leaves to its subclasses.
+
+    @property
+    def _leader(self) -> PreTrainedModel:
+        return cast("PreTrainedModel", self.reference)
+
+    def _default_dial(self) -> float:
+        return 1.0
+
+    def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
+        """Return which models run; both if their caches may be used again after this."""
+        needed = _sides(dials)
+        cache = options.get("past_key_values")
+        if cache is None:
+            is_kept = self.generation_option("return_dict_in_generate", options)
+            return {"sides": _SIDES if is_kept else needed}
+
+        held = tuple(side for side in _SIDES if getattr(cache, side, None) is not None)
+        if not isinstance(cache, PairCache) or not set(needed) <= set(held):
+            raise ConfigError(
+                "past_key_values must be the PairCache that an earlier generation with "
+                "return_dict_in_generate=True returned."
+            )
+        repeats = self._repeats(options)
+        if repeats > 1:
+            for one in cache.caches():
+                one.batch_repeat_interleave(repeats)
+        return {"sides": held}
+
+    @torch.no_grad()
+    def prefill_phases(
+        self, input_ids: Tensor, attention_mask: Tensor, phases: Sequence[Phase]
+    ) -> PairCache:
+        """Run prompts once, ``(B, T)``, in each model that one of the phases needs."""
+        common = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": positions_of(attention_mask),
+            "use_cache": True,
+            "logits_to_keep": 1,
+        }
+        needed = {side for _, dials in phases for side in _sides(dials)}
+        inputs = {side: self._inputs(side, common, None) for side in sorted(needed)}
+        outputs = self(inputs=inputs, lam_checked=True)  # the logits, at any λ, are not used
+        return cast("PairCache", outputs.past_key_values)
+
+    def fork_cache(self, cache: PairCache, rows: Tensor, dials: RowDials) -> PairCache:
+        """Return a copy of some rows, of the models that their dials need."""
+        forked = PairCache()
+        for side in _sides(dials):
+            own = copy.deepcopy(getattr(cache, side))
+            own.batch_select_indices(rows.to(self.device))
+            setattr(forked, side, own)
+        return forked
 
 
 def _sides(dials: RowDials) -> tuple[Side, ...]:

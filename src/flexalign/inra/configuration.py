@@ -1,4 +1,9 @@
-"""What an InRa adapter says of itself: ``inra_config.json``."""
+"""An InRa adapter's folder: ``inra_config.json`` and ``inra_adapter.safetensors``.
+
+:class:`InRaConfig` is the first of the two files. The functions below it write and read the folder,
+and say whether a base and a λ are permitted. An adapter's folder does not have PEFT's names:
+``AutoModel.from_pretrained`` would take it for LoRA.
+"""
 
 import json
 from collections.abc import Sequence
@@ -22,6 +27,7 @@ from flexalign.errors import (
 from flexalign.lambdas import Adaptive, Dial, extremes, finite_lambda
 
 CONFIG_FILE = "inra_config.json"
+WEIGHTS_FILE = "inra_adapter.safetensors"
 FORMAT_VERSION = 1
 
 
@@ -59,11 +65,14 @@ class InRaConfig:
         for name in ("base", "base_fingerprint"):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{name} must be a text, got {getattr(self, name)!r}.")
+
         layers = self.adapter_layers
         if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
             raise ConfigError(f"adapter_layers must be a whole number ≥ 1, got {layers!r}.")
+
         default = finite_lambda(self.default_lambda, "default_lambda")
         object.__setattr__(self, "default_lambda", default)
+
         limits = self.lambda_range
         if not isinstance(limits, list | tuple) or len(limits) != 2:
             raise ConfigError(f"lambda_range must be [least, largest], got {limits!r}.")
@@ -71,6 +80,7 @@ class InRaConfig:
         if low > high:
             raise LambdaError(f"lambda_range must be [least, largest], got [{low:g}, {high:g}].")
         object.__setattr__(self, "lambda_range", (low, high))
+
         if self.thinking_tags is not None:
             tags = ThinkingTags(*self.thinking_tags)
             object.__setattr__(self, "thinking_tags", (tags.open, tags.close))
@@ -102,33 +112,39 @@ class InRaConfig:
                 f"{folder} holds no InRa adapter ({CONFIG_FILE} is missing); give a folder that "
                 "InRaModel.save_pretrained or flexalign adapt wrote."
             )
+
         try:
             given = json.loads(path.read_text(encoding="utf-8"))
             version = given.get("format_version")
         except (ValueError, AttributeError) as error:
             raise CheckpointError(f"{path} is corrupt ({error}); copy or save it again.") from error
+
+        # The version comes first: a later format may have other keys.
         if version != FORMAT_VERSION:
             raise CheckpointError(
                 f"{path} has format_version {version!r} and this flexalign reads {FORMAT_VERSION}; "
                 "install the flexalign that wrote it."
             )
+
         known = [field.name for field in fields(cls)]
         unknown = sorted(set(given) - set(known))
         if unknown:
             raise CheckpointError(f"{path} has unknown keys: {', '.join(unknown)}.")
+
         try:
             return cls(**given)
         except (FlexAlignError, TypeError) as error:
             raise CheckpointError(f"{path} is not usable: {error}") from error
 
 
-# An adapter's folder: ``inra_config.json`` and ``inra_adapter.safetensors``.
-
-WEIGHTS_FILE = "inra_adapter.safetensors"
-
-
 def save_adapter(adapter: nn.Module, settings: InRaConfig, folder: Path) -> None:
-    """Write an adapter's folder; each file is written beside its place and then moved there."""
+    """Write an adapter's folder; each file is written beside its place and then moved there.
+
+    Args:
+        adapter: The adapter's layers.
+        settings: Of the adapter.
+        folder: Made if it does not exist.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in adapter.state_dict().items()}
 
@@ -139,7 +155,7 @@ def save_adapter(adapter: nn.Module, settings: InRaConfig, folder: Path) -> None
 
 
 def check_folder(folder: Path) -> InRaConfig:
-    """Read an adapter's settings and see that its weights are whole, without loading them.
+    """Read an adapter's settings and check that its weights are whole, without loading them.
 
     Raises:
         CheckpointError: If a file is missing, truncated or corrupt.
@@ -157,6 +173,7 @@ def load_weights(adapter: nn.Module, folder: Path) -> None:
     """
     path = folder / WEIGHTS_FILE
     _require_whole(path)
+
     weights = load_file(path)
     expected = adapter.state_dict()
     keys = expected.keys() | weights.keys()
@@ -167,6 +184,7 @@ def load_weights(adapter: nn.Module, folder: Path) -> None:
             f"another shape, the first of them {wrong[0]!r} (here {_shape(weights, wrong[0])}, in "
             f"the base {_shape(expected, wrong[0])})."
         )
+
     adapter.load_state_dict(weights)
 
 

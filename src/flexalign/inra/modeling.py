@@ -1,4 +1,4 @@
-"""A model with a dial: two streams through one set of weights, fused by equation 5."""
+"""A model with a dial: a base model, an adapter before its layer 0, and λ between the two streams."""
 
 import inspect
 import warnings
@@ -16,12 +16,19 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from flexalign._modes import evaluating
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, LambdaError, UnsupportedModelError
-from flexalign.fusion import Lambda, as_lambda, fuse
+from flexalign.fusion import Lambda, as_lambda, fuse_hidden, fuse_logits
 from flexalign.generation.fused import FusedDecoding, positions_of
-from flexalign.generation.row_lambdas import RowDials
+from flexalign.generation.interface import Phase
+from flexalign.generation.row_lambdas import RowDials, read_dials
 from flexalign.heads import Head, can_mix_hidden
-from flexalign.inra.adapter import copy_first_layer, decoder_layers, identity_adapter, refusing
-from flexalign.inra.cache import ADAPTER, BASE, BOTH, Entry, Plan, StreamCache
+from flexalign.inra.adapter import (
+    AdapterHook,
+    copy_first_layer,
+    decoder_layers,
+    identity_adapter,
+    refusing,
+)
+from flexalign.inra.cache import ADAPTER, BASE, BOTH, StackPlan, StreamCache
 from flexalign.inra.configuration import (
     InRaConfig,
     check_folder,
@@ -33,330 +40,11 @@ from flexalign.lambdas import Adaptive
 from flexalign.models.loading import fingerprint, load_model, load_tokenizer
 from flexalign.models.sources import resolve, resolve_adapter
 
-# The two streams of a base model and an adapter, run as one batch up to their fused logits.
-
-
-class StackedStreams(nn.Module):
-    """A frozen base, an adapter before its layer 0, and the pass that serves both streams.
-
-    Attributes:
-        base: The base model, a causal language model of transformers.
-        adapter: The adapter's layers.
-        head: The base's head.
-        entry: Where the adapter stream turns off.
-    """
-
-    def __init__(self, base: PreTrainedModel, adapter: nn.ModuleList, name: str) -> None:
-        """Join the two.
-
-        Raises:
-            UnsupportedModelError: If the base has no plain head, or layers that are recurrent.
-        """
-        super().__init__()
-        self.base = base
-        self.adapter = adapter
-        self.head = Head.of(base)
-        self._takes_positions = (
-            "position_ids" in inspect.signature(self._decoder.forward).parameters
-        )
-        self.entry = Entry(decoder_layers(base, name)[0], adapter)
-        weakref.finalize(self, self.entry.handle.remove)
-        self.new_cache()
-
-    def new_cache(self) -> StreamCache:
-        """Return an empty cache for both streams."""
-        return StreamCache(self.base.config, len(self.adapter))
-
-    def stream_hidden(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        streams: Tensor | int = BOTH,
-        cache: StreamCache | None = None,
-        **inputs: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """Return both streams' final hidden states, before the head: each ``(B, T, H)``.
-
-        A row that travels by one stream only has that stream's in both.
-
-        Args:
-            input_ids: Shape ``(B, T)``.
-            attention_mask: Shape ``(B, T)``, or ``(B, T_cached + T)`` with a cache.
-            streams: BASE, ADAPTER or BOTH, for all rows or for each; a cache in use has its own.
-            cache: Of :meth:`new_cache`, or of an earlier call.
-            **inputs: Whatever else the base's decoder takes.
-        """
-        plan = self._plan(streams, input_ids, cache)
-        inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
-        return plan.split(self._run(plan, cache, inputs))
-
-    @torch.no_grad()
-    def prefill(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, streams: Tensor | int = BOTH
-    ) -> StreamCache:
-        """Run prompts and return their cache, for ``generate`` or ``forward``.
-
-        Args:
-            input_ids: Shape ``(B, T)``, left padded.
-            attention_mask: Shape ``(B, T)``. Positions are counted as ``generate`` counts them.
-            streams: BASE, ADAPTER or BOTH, for all rows or for each.
-        """
-        cache = self.new_cache()
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if attention_mask is not None:
-            inputs["position_ids"] = positions_of(attention_mask)
-        self._run(self._plan(streams, input_ids, cache), cache, inputs)
-        return cache
-
-    @property
-    def _decoder(self) -> Any:
-        return self.base.get_decoder()
-
-    def _plan(self, streams: Tensor | int, given: Tensor, cache: StreamCache | None) -> Plan:
-        """Return how the rows of ``given`` are stacked; a cache decides once and for all."""
-        if cache is not None and cache.plan is not None:
-            return cache.plan
-        if isinstance(streams, int):
-            streams = torch.full((len(given),), streams)
-        plan = Plan(streams, given.device)
-        if cache is not None:
-            cache.plan = plan
-        return plan
-
-    def _run(self, plan: Plan, cache: StreamCache | None, inputs: dict[str, Any]) -> Tensor:
-        """Run the stack up to the head: (N, T, H)."""
-        if not self._takes_positions:
-            inputs.pop("position_ids", None)
-        stacked = {key: plan.stack(value) for key, value in inputs.items() if value is not None}
-        stacked |= {"past_key_values": cache, "use_cache": cache is not None, "return_dict": True}
-        with self.entry.open(len(plan.rows), plan.entry):
-            hidden: Tensor = self._decoder(**stacked)[0]
-        return hidden
-
-    def _fused_logits(self, plan: Plan, hidden: Tensor, lam: Lambda, gate: float | None) -> Tensor:
-        """Return the fused logits (B, T, V) of the stack's hidden states (N, T, H).
-
-        The head is applied once: to the fused hidden states where it is linear, else to the stack.
-        """
-        if not plan.is_mixed:
-            return self.head(plan.split(hidden)[0])
-        if can_mix_hidden(self.head, self.head, gate):
-            return self.head(fuse(*plan.split(hidden), lam))
-        return fuse(*plan.split(self.head(hidden)), lam, gate)
-
-
-def needed_streams(lam: Lambda, rows: int) -> Tensor:
-    """Return, per row, the streams that a λ needs: one alone only where it is 0 or 1 throughout.
-
-    Raises:
-        LambdaError: If λ is neither one number nor has a value for each row.
-    """
-    if isinstance(lam, Tensor) and lam.ndim > 0:
-        if len(lam) not in (1, rows):
-            raise LambdaError(
-                f"λ of shape {tuple(lam.shape)} does not fit {rows} rows; give one number, one per "
-                "row, or one per row and position."
-            )
-        per_row = lam.detach().cpu().reshape(len(lam), -1).expand(rows, -1)
-    else:
-        per_row = torch.as_tensor(lam, dtype=torch.float64).cpu().expand(rows, 1)
-    base, adapter = (per_row == 0).all(1), (per_row == 1).all(1)
-    both = torch.full((rows,), BOTH)
-    return both.masked_fill(base, BASE).masked_fill(adapter, ADAPTER)
-
-
-# Generation over two streams: which of them a prompt needs, its cache, and sweeps of λ.
-
-
-class StreamDecoding(FusedDecoding, StackedStreams):
-    """`generate` and `sweep` for stacked streams."""
-
-    def sweep(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        lams: Sequence[Any] | Tensor,
-        **options: Any,
-    ) -> Any:
-        """Generate from every prompt at several λ: one prefill, then all λ as one batch.
-
-        Args:
-            input_ids: Prompts, shape ``(B, T)``, left padded.
-            attention_mask: Shape ``(B, T)``.
-            lams: What :meth:`generate` takes as ``lam``, one for each of the n settings.
-            **options: As in :meth:`generate`.
-
-        Returns:
-            What :meth:`generate` returns, with ``B·n`` rows: prompt 0 at every λ, then prompt 1.
-
-        Raises:
-            LambdaError: If there is no λ, or one is not finite.
-            ConfigError: If an option is not available here.
-        """
-        settings = lams.tolist() if isinstance(lams, Tensor) else list(lams)
-        if not settings:
-            raise LambdaError("a sweep needs at least one λ.")
-        if options.get("past_key_values") is not None:
-            raise ConfigError("a sweep fills a cache of its own; leave past_key_values out.")
-        prompts, repeats = len(input_ids), len(settings)
-        dials = RowDials.of(settings * prompts, prompts * repeats)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if input_ids.shape[1] > 1 and self._setting("use_cache", options) is not False:
-            self._check_options(options)
-            streams = self._streams(dials, options)
-            grid = streams.reshape(prompts, repeats)
-            union = (grid & BASE).amax(1) | (grid & ADAPTER).amax(1)
-            cache = self.prefill(input_ids[:, :-1], mask[:, :-1], union)
-            cache.take(torch.arange(prompts).repeat_interleave(repeats), streams)
-            options["past_key_values"] = cache
-        return self.generate(
-            input_ids=input_ids.repeat_interleave(repeats, 0),
-            attention_mask=mask.repeat_interleave(repeats, 0),
-            lam=settings * prompts,
-            **options,
-        )
-
-    def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
-        """Return the cache, or what to make one of: the streams that each prompt needs."""
-        streams = self._streams(dials, options)
-        if self._setting("use_cache", options) is False:
-            return {"streams": streams}
-        cache = options.get("past_key_values")
-        if cache is None:
-            return {"past_key_values": self.new_cache(), "streams": streams}
-        if not isinstance(cache, StreamCache):
-            raise ConfigError(
-                f"past_key_values is a {type(cache).__name__}; an InRa model's cache has one layer "
-                "more and both streams: take that of new_cache, prefill or an earlier generate."
-            )
-        if cache.plan is None:
-            return {"streams": torch.full_like(streams, BOTH)}
-        self._continue(cache, cache.plan.streams, streams, options)
-        return {}
-
-    def _streams(self, dials: RowDials, options: dict[str, Any]) -> Tensor:
-        """Return the streams that each prompt needs; both where the cache may outlive the call."""
-        if self._setting("return_dict_in_generate", options):
-            return torch.full((len(dials.ends),), BOTH)
-        return _codes(dials)
-
-    def _prefill_for(
-        self, input_ids: Tensor, attention_mask: Tensor, needs: Sequence[tuple[Tensor, RowDials]]
-    ) -> StreamCache:
-        streams = torch.zeros(len(input_ids), dtype=torch.long)
-        for rows, dials in needs:
-            streams[rows] |= _codes(dials)
-        return self.prefill(input_ids, attention_mask, streams)
-
-    def _fork(self, cache: StreamCache, rows: Tensor, dials: RowDials) -> StreamCache:
-        return cache.fork(rows, _codes(dials))
-
-    def _continue(
-        self, cache: StreamCache, held: Tensor, streams: Tensor, options: dict[str, Any]
-    ) -> None:
-        """Make an earlier call's cache fit this one: missing streams, repeated rows."""
-        ids, mask = options.get("input_ids"), options.get("attention_mask")
-        past = cache.get_seq_length()
-        if ids is None or len(held) != len(streams) or ids.shape[1] <= past:
-            raise ConfigError(
-                f"the cache holds {len(held)} rows of {past} tokens; give generate input_ids that "
-                "begin with them, and at least one token more."
-            )
-        missing = streams & ~held
-        if bool(missing.any()):
-            mask = mask if mask is None else mask[:, :past]
-            cache.join(self.prefill(ids[:, :past], mask, missing))
-        repeats = self._repeats(options)
-        if repeats > 1:
-            cache.batch_repeat_interleave(repeats)
-
-
-def _codes(dials: RowDials) -> Tensor:
-    """Return the streams that each prompt needs: one alone where its λ is that end throughout."""
-    codes = {None: BOTH, 0.0: BASE, 1.0: ADAPTER}
-    return torch.tensor([codes[end] for end in dials.ends])
-
-
-# The proof, at load, that a model's two streams are what they should be.
-#
-# Families differ in what they hand to their layers; instead of a list of names, a few tokens are run
-# through both streams and compared. What does not come out right is refused, and not served wrongly.
-
-_ROWS, _TOKENS, _PADDING = 2, 4, 1
-"""As many tokens as rows in the stack: what is cut by rows must not be taken for tokens."""
-
-_TOLERANCE = 1e-4
-
-_FAILING = "its two streams cannot run as rows of one batch"
-_STACKED = "its two streams disturb each other when they run as rows of one batch"
-_CACHED = "its streams come out differently with a cache than without"
-
-
-@torch.no_grad()
-def probe_streams(model: StackedStreams, name: str) -> None:
-    """Compare stacked with separate streams, and cached with uncached.
-
-    Raises:
-        UnsupportedModelError: If they differ by more than rounding.
-    """
-    device = model.head.weight.device
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(1, model.head.vocab_size, (_ROWS, _TOKENS), generator=generator)
-    tokens = tokens.to(device)
-    mask = torch.ones_like(tokens)
-    mask[-1, :_PADDING] = 0
-    stirred = _stirred(list(model.adapter.parameters()))
-    with refusing(name, _FAILING), evaluating(model), stirred:
-        _compare(model, tokens, mask, name)
-
-
-def _compare(model: StackedStreams, tokens: Tensor, mask: Tensor, name: str) -> None:
-    positions = positions_of(mask)
-    whole: dict[str, Any] = {"attention_mask": mask, "position_ids": positions}
-    base, adapter = model.stream_hidden(tokens, **whole)
-    base_alone, _ = model.stream_hidden(tokens, streams=BASE, **whole)
-    _, adapter_alone = model.stream_hidden(tokens, streams=ADAPTER, **whole)
-    _require(base, base_alone, mask, _STACKED, name)
-    _require(adapter, adapter_alone, mask, _STACKED, name)
-    cache = model.prefill(tokens[:, :-1], mask[:, :-1])
-    last: dict[str, Any] = {"attention_mask": mask, "position_ids": positions[:, -1:]}
-    step = model.stream_hidden(tokens[:, -1:], cache=cache, **last)
-    for cached, uncached in zip(step, (base, adapter), strict=True):
-        _require(cached, uncached[:, -1:], mask[:, -1:], _CACHED, name)
-
-
-@contextmanager
-def _stirred(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Move an adapter away from the identity for a while, so that it can be told apart."""
-    generator = torch.Generator().manual_seed(2)
-    originals = [parameter.detach().clone() for parameter in parameters]
-    for parameter in parameters:
-        parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator).to(parameter))
-    try:
-        yield
-    finally:
-        for parameter, original in zip(parameters, originals, strict=True):
-            parameter.copy_(original)
-
-
-def _require(found: Tensor, expected: Tensor, mask: Tensor, problem: str, name: str) -> None:
-    kept = mask.bool()
-    allowed = max(_TOLERANCE, 8 * torch.finfo(expected.dtype).eps)
-    found, expected = found[kept].float(), expected[kept].float()
-    off = float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))
-    if not off <= allowed:
-        raise UnsupportedModelError(
-            f"{name}: {problem} (off by {off:.1%}); InRa cannot serve this model."
-        )
-
-
 Base: TypeAlias = str | Path | PreTrainedModel
 """A known name, a folder, or a loaded model."""
 
 
-class InRaModel(StreamDecoding):
+class InRaModel(FusedDecoding, nn.Module):
     """A base model, a layer adapter before its layer 0, and a λ between the two streams.
 
     The base stream is the base model; the adapter stream is the base model with the adapter's
@@ -372,6 +60,7 @@ class InRaModel(StreamDecoding):
         base: The base model, a causal language model of transformers.
         adapter: The adapter's layers.
         head: The base's head.
+        adapter_hook: What sends the adapter stream's rows through the adapter.
         inra_config: The adapter's settings.
         tokenizer: The base's tokenizer where it is known, else None.
     """
@@ -386,13 +75,25 @@ class InRaModel(StreamDecoding):
         """Join a base and an adapter made for it; see :meth:`create` and :meth:`from_pretrained`.
 
         Raises:
-            UnsupportedModelError: If the base's streams cannot run as one batch.
+            UnsupportedModelError: If the base has no plain head, has recurrent layers, or its
+                streams cannot run as one batch.
         """
+        super().__init__()
         name = _name(base)
-        super().__init__(base, adapter, name)
+        self.base = base
+        self.adapter = adapter
+        self.head = Head.of(base)
         self.inra_config = inra_config
         self.tokenizer = tokenizer
         self._has_warned = False
+        self._takes_positions = (
+            "position_ids" in inspect.signature(self._decoder.forward).parameters
+        )
+
+        self.adapter_hook = AdapterHook(decoder_layers(base, name)[0], adapter)
+        weakref.finalize(self, self.adapter_hook.handle.remove)
+
+        self.new_cache()  # refuses layers that keep anything but keys and values
         probe_streams(self, name)
         base.requires_grad_(False)  # last: a base that is refused is left as it was
 
@@ -431,12 +132,15 @@ class InRaModel(StreamDecoding):
         """
         folder = resolve_adapter(adapter)
         settings = check_folder(folder)
+
+        # A folder's fingerprint is known before its weights are loaded; that of GGUF is not.
         from_folder = not isinstance(base, PreTrainedModel) and resolve(base).gguf_file is None
         if from_folder and not any_base:
             require_base(settings, fingerprint(base), str(base), folder)
         model, tokenizer, source = _loaded(base, loading)
         if not from_folder and not any_base:
             require_base(settings, fingerprint(model), source, folder)
+
         layers = copy_first_layer(model, settings.adapter_layers, _name(model))
         load_weights(layers, folder)
         return cls(model, layers, settings, tokenizer)
@@ -444,6 +148,14 @@ class InRaModel(StreamDecoding):
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
         """Save the adapter alone: its settings and one file with its layers' weights."""
         save_adapter(self.adapter, self.inra_config, Path(folder))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":  # not there yet, or not copied yet: there is nothing to ask
+                raise
+            return getattr(self.base, name)
 
     def forward(
         self,
@@ -457,6 +169,7 @@ class InRaModel(StreamDecoding):
         lam: Any = None,
         gate: float | None = None,
         streams: Tensor | None = None,
+        lam_checked: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return the fused logits of a batch.
@@ -473,6 +186,7 @@ class InRaModel(StreamDecoding):
             gate: As in :func:`flexalign.fusion.fuse`.
             streams: Per row the streams that it will need for the whole sequence, for a cache's
                 first use: BASE, ADAPTER or BOTH of ``flexalign.inra.cache``; both if not given.
+            lam_checked: λ has been checked already, as ``generate`` does before the first token.
             **kwargs: Whatever else the base's decoder takes.
 
         Returns:
@@ -485,7 +199,10 @@ class InRaModel(StreamDecoding):
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:
             raise ConfigError("forward needs input_ids or inputs_embeds.")
-        lam = self._lambda(lam)
+        if not lam_checked:
+            lam = self._checked_lambda(lam)
+
+        # A cache may be continued at another λ, so its first use fills both streams by default.
         needed = needed_streams(lam, len(given))
         cache = self.new_cache() if past_key_values is None and use_cache else past_key_values
         if streams is None:
@@ -496,9 +213,12 @@ class InRaModel(StreamDecoding):
                 "the cache does not hold a stream that this λ needs; generate catches up where it "
                 "is given the whole sequence along with the cache."
             )
+
         kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask}
         kwargs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds}
         hidden = self._run(plan, cache, kwargs)
+
+        # The head, the most expensive product, is applied to the kept positions alone.
         kept: Any = logits_to_keep
         kept = slice(-kept, None) if isinstance(kept, int) else kept
         if isinstance(lam, Tensor) and lam.ndim == 2 and lam.shape[1] == hidden.shape[1]:
@@ -506,33 +226,7 @@ class InRaModel(StreamDecoding):
         logits = self._fused_logits(plan, hidden[:, kept], lam, gate)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base":
-                raise
-            return getattr(self.base, name)
-
-    @property
-    def _leader(self) -> PreTrainedModel:
-        return self.base
-
-    def _default_dial(self) -> float:
-        return self.inra_config.default_lambda
-
-    def _thinking_tags(self) -> ThinkingTags | None:
-        return self.inra_config.tags
-
-    def threshold(self, policy: Adaptive) -> float:
-        """Return a policy's threshold; the calibrated one, where there is one, if it has none."""
-        return self.inra_config.threshold(policy)
-
-    def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
-        self._note_range(dials.least, dials.largest)
-        return super()._decoding_inputs(dials, options)
-
-    def _lambda(self, lam: Any) -> Lambda:
+    def _checked_lambda(self, lam: Any) -> Lambda:
         if lam is None:
             lam = self.inra_config.default_lambda
         checked = as_lambda(torch.tensor(lam) if isinstance(lam, list | tuple) else lam)
@@ -542,15 +236,262 @@ class InRaModel(StreamDecoding):
         return checked
 
     def _note_range(self, least: float, largest: float) -> None:
+        """Warn, once, of a λ outside the adapter's range."""
         low, high = self.inra_config.lambda_range
         if self._has_warned or (low <= least and largest <= high):
             return
+
         self._has_warned = True
         warnings.warn(
             f"λ from {least:g} to {largest:g} leaves this adapter's range [{low:g}, {high:g}], "
             "where it was tried; results outside it are unmeasured.",
             stacklevel=3,
         )
+
+    # The two streams, run as rows of one batch up to their fused logits.
+
+    def new_cache(self) -> StreamCache:
+        """Return an empty cache for both streams."""
+        return StreamCache(self.base.config, len(self.adapter))
+
+    def stream_hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        streams: Tensor | int = BOTH,
+        cache: StreamCache | None = None,
+        **inputs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Return both streams' final hidden states, before the head: each ``(B, T, H)``.
+
+        A row that runs in one stream only has that stream's in both.
+
+        Args:
+            input_ids: Shape ``(B, T)``.
+            attention_mask: Shape ``(B, T)``, or ``(B, T_cached + T)`` with a cache.
+            streams: BASE, ADAPTER or BOTH, for all rows or for each; a cache in use has its own.
+            cache: Of :meth:`new_cache`, or of an earlier call.
+            **inputs: Whatever else the base's decoder takes.
+        """
+        plan = self._plan(streams, input_ids, cache)
+        inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
+        return plan.split(self._run(plan, cache, inputs))
+
+    @torch.no_grad()
+    def prefill(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, streams: Tensor | int = BOTH
+    ) -> StreamCache:
+        """Run prompts and return their cache, for ``generate`` or ``forward``.
+
+        Args:
+            input_ids: Shape ``(B, T)``, left padded.
+            attention_mask: Shape ``(B, T)``. Positions are counted as ``generate`` counts them.
+            streams: BASE, ADAPTER or BOTH, for all rows or for each.
+        """
+        cache = self.new_cache()
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if attention_mask is not None:
+            inputs["position_ids"] = positions_of(attention_mask)
+        self._run(self._plan(streams, input_ids, cache), cache, inputs)
+        return cache
+
+    @property
+    def _decoder(self) -> Any:
+        return self.base.get_decoder()
+
+    def _plan(self, streams: Tensor | int, given: Tensor, cache: StreamCache | None) -> StackPlan:
+        """Return how the rows of ``given`` are stacked; a cache decides once and for all."""
+        if cache is not None and cache.plan is not None:
+            return cache.plan
+
+        if isinstance(streams, int):
+            streams = torch.full((len(given),), streams)
+        plan = StackPlan(streams, given.device)
+        if cache is not None:
+            cache.plan = plan
+        return plan
+
+    def _run(self, plan: StackPlan, cache: StreamCache | None, inputs: dict[str, Any]) -> Tensor:
+        """Run the stack up to the head: (N, T, H)."""
+        if not self._takes_positions:
+            inputs.pop("position_ids", None)
+        stacked = {key: plan.stack(value) for key, value in inputs.items() if value is not None}
+        stacked |= {"past_key_values": cache, "use_cache": cache is not None, "return_dict": True}
+
+        with self.adapter_hook.enabled(len(plan.rows), plan.adapter_start):
+            hidden: Tensor = self._decoder(**stacked)[0]
+        return hidden
+
+    def _fused_logits(
+        self, plan: StackPlan, hidden: Tensor, lam: Lambda, gate: float | None
+    ) -> Tensor:
+        """Return the fused logits (B, T, V) of the stack's hidden states (N, T, H).
+
+        The head is applied once: to the fused hidden states where it is linear, else to the stack.
+        """
+        if not plan.is_mixed:
+            return self.head(plan.split(hidden)[0])
+        if can_mix_hidden(self.head, self.head, gate):
+            return self.head(fuse_hidden(*plan.split(hidden), lam))
+        return fuse_logits(*plan.split(self.head(hidden)), lam, gate)
+
+    # Generation: which streams a prompt needs, its cache, and sweeps of λ.
+
+    def sweep(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        lams: Sequence[Any] | Tensor,
+        **options: Any,
+    ) -> Any:
+        """Generate from every prompt at several λ: one prefill, then all λ as one batch.
+
+        Args:
+            input_ids: Prompts, shape ``(B, T)``, left padded.
+            attention_mask: Shape ``(B, T)``.
+            lams: What :meth:`generate` takes as ``lam``, one for each of the n settings.
+            **options: As in :meth:`generate`.
+
+        Returns:
+            What :meth:`generate` returns, with ``B·n`` rows: prompt 0 at every λ, then prompt 1.
+
+        Raises:
+            LambdaError: If there is no λ, or one is not finite.
+            ConfigError: If an option is not available here.
+        """
+        given = lams.tolist() if isinstance(lams, Tensor) else list(lams)
+        settings = read_dials(given, len(given))
+        if not settings:
+            raise LambdaError("a sweep needs at least one λ.")
+        if options.get("past_key_values") is not None:
+            raise ConfigError("a sweep fills a cache of its own; leave past_key_values out.")
+
+        prompts, repeats = len(input_ids), len(settings)
+        dials = RowDials.following(settings * prompts)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+
+        # A prompt is prefilled once in every stream that one of its λ needs, without its last
+        # token, which generate goes on from.
+        if input_ids.shape[1] > 1 and self.generation_option("use_cache", options) is not False:
+            self.check_options(options)
+            streams = self._streams(dials, options)
+            grid = streams.reshape(prompts, repeats)
+            union = (grid & BASE).amax(1) | (grid & ADAPTER).amax(1)
+            cache = self.prefill(input_ids[:, :-1], mask[:, :-1], union)
+            cache.take(torch.arange(prompts).repeat_interleave(repeats), streams)
+            options["past_key_values"] = cache
+
+        return self.generate(
+            input_ids=input_ids.repeat_interleave(repeats, 0),
+            attention_mask=mask.repeat_interleave(repeats, 0),
+            lam=dials,
+            **options,
+        )
+
+    def prefill_phases(
+        self, input_ids: Tensor, attention_mask: Tensor, phases: Sequence[Phase]
+    ) -> StreamCache:
+        """Run prompts once, ``(B, T)``, each in the streams that one of the phases needs."""
+        streams = torch.zeros(len(input_ids), dtype=torch.long)
+        for rows, dials in phases:
+            streams[rows] |= _streams_of(dials)
+        return self.prefill(input_ids, attention_mask, streams)
+
+    def fork_cache(self, cache: StreamCache, rows: Tensor, dials: RowDials) -> StreamCache:
+        """Return a copy of some rows, in the streams that their dials need."""
+        return cache.fork(rows, _streams_of(dials))
+
+    @property
+    def thinking_tags(self) -> ThinkingTags | None:
+        """The adapter's thinking tags; None for those of the tokenizer."""
+        return self.inra_config.tags
+
+    def threshold(self, policy: Adaptive) -> float:
+        """Return a policy's threshold; the calibrated one, where there is one, if it has none."""
+        return self.inra_config.threshold(policy)
+
+    @property
+    def _leader(self) -> PreTrainedModel:
+        return self.base
+
+    def _default_dial(self) -> float:
+        return self.inra_config.default_lambda
+
+    def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the cache, or what to make one of: the streams that each prompt needs."""
+        self._note_range(dials.least, dials.largest)
+        streams = self._streams(dials, options)
+        if self.generation_option("use_cache", options) is False:
+            return {"streams": streams}
+
+        cache = options.get("past_key_values")
+        if cache is None:
+            return {"past_key_values": self.new_cache(), "streams": streams}
+        if not isinstance(cache, StreamCache):
+            raise ConfigError(
+                f"past_key_values is a {type(cache).__name__}; an InRa model's cache has one layer "
+                "more and both streams: take that of new_cache, prefill or an earlier generate."
+            )
+        if cache.plan is None:
+            # The caller keeps this cache, and may go on from it at another λ.
+            return {"streams": torch.full_like(streams, BOTH)}
+        self._continue(cache, cache.plan.streams, streams, options)
+        return {}
+
+    def _streams(self, dials: RowDials, options: dict[str, Any]) -> Tensor:
+        """Return the streams that each prompt needs; both where the cache may outlive the call."""
+        if self.generation_option("return_dict_in_generate", options):
+            return torch.full((len(dials.ends),), BOTH)
+        return _streams_of(dials)
+
+    def _continue(
+        self, cache: StreamCache, held: Tensor, streams: Tensor, options: dict[str, Any]
+    ) -> None:
+        """Make an earlier call's cache fit this one: missing streams, repeated rows."""
+        ids, mask = options.get("input_ids"), options.get("attention_mask")
+        past = cache.get_seq_length()
+        if ids is None or len(held) != len(streams) or ids.shape[1] <= past:
+            raise ConfigError(
+                f"the cache holds {len(held)} rows of {past} tokens; give generate input_ids that "
+                "begin with them, and at least one token more."
+            )
+
+        missing = streams & ~held
+        if bool(missing.any()):
+            mask = mask if mask is None else mask[:, :past]
+            cache.join(self.prefill(ids[:, :past], mask, missing))
+
+        repeats = self._repeats(options)
+        if repeats > 1:
+            cache.batch_repeat_interleave(repeats)
+
+
+def needed_streams(lam: Lambda, rows: int) -> Tensor:
+    """Return, per row, the streams that a λ needs: one alone only where it is 0 or 1 throughout.
+
+    Raises:
+        LambdaError: If λ is neither one number nor has a value for each row.
+    """
+    if isinstance(lam, Tensor) and lam.ndim > 0:
+        if len(lam) not in (1, rows):
+            raise LambdaError(
+                f"λ of shape {tuple(lam.shape)} does not fit {rows} rows; give one number, one per "
+                "row, or one per row and position."
+            )
+        per_row = lam.detach().cpu().reshape(len(lam), -1).expand(rows, -1)
+    else:
+        per_row = torch.as_tensor(lam, dtype=torch.float64).cpu().expand(rows, 1)
+    base, adapter = (per_row == 0).all(1), (per_row == 1).all(1)
+    both = torch.full((rows,), BOTH)
+    return both.masked_fill(base, BASE).masked_fill(adapter, ADAPTER)
+
+
+def _streams_of(dials: RowDials) -> Tensor:
+    """Return the streams that each prompt needs: one alone where its λ is that end throughout."""
+    codes = {None: BOTH, 0.0: BASE, 1.0: ADAPTER}
+    return torch.tensor([codes[end] for end in dials.ends])
 
 
 def _name(model: Any) -> str:
@@ -570,9 +511,84 @@ def _loaded(
             tokenizer = load_tokenizer(base)
         except ConfigError:
             tokenizer = None
+
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModelError(
             "the base has a PEFT adapter, which would be in both streams; merge it first "
             "(merge_and_unload) and give the merged model."
         )
     return model, tokenizer, source or model.config._name_or_path or _name(model)
+
+
+# The probe, at load, of a model's two streams. Families differ in what they hand to their layers;
+# instead of a list of names, a few tokens are run through both streams and compared. A model whose
+# streams differ is refused, and not served wrongly.
+
+_ROWS, _TOKENS, _PADDING = 2, 4, 1
+"""As many tokens as rows in the stack: what is cut by rows must not be taken for tokens."""
+
+_TOLERANCE = 1e-4
+
+_FAILING = "its two streams cannot run as rows of one batch"
+_STACKED = "its two streams disturb each other when they run as rows of one batch"
+_CACHED = "its streams come out differently with a cache than without"
+
+
+@torch.no_grad()
+def probe_streams(model: InRaModel, name: str) -> None:
+    """Compare stacked with separate streams, and cached with uncached.
+
+    Raises:
+        UnsupportedModelError: If they differ by more than rounding.
+    """
+    device = model.head.weight.device
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(1, model.head.vocab_size, (_ROWS, _TOKENS), generator=generator)
+    tokens = tokens.to(device)
+    mask = torch.ones_like(tokens)
+    mask[-1, :_PADDING] = 0
+
+    stirred = _stirred(list(model.adapter.parameters()))
+    with refusing(name, _FAILING), evaluating(model), stirred:
+        _compare(model, tokens, mask, name)
+
+
+def _compare(model: InRaModel, tokens: Tensor, mask: Tensor, name: str) -> None:
+    positions = positions_of(mask)
+    whole: dict[str, Any] = {"attention_mask": mask, "position_ids": positions}
+    base, adapter = model.stream_hidden(tokens, **whole)
+    base_alone, _ = model.stream_hidden(tokens, streams=BASE, **whole)
+    _, adapter_alone = model.stream_hidden(tokens, streams=ADAPTER, **whole)
+    _require(base, base_alone, mask, _STACKED, name)
+    _require(adapter, adapter_alone, mask, _STACKED, name)
+
+    cache = model.prefill(tokens[:, :-1], mask[:, :-1])
+    last: dict[str, Any] = {"attention_mask": mask, "position_ids": positions[:, -1:]}
+    step = model.stream_hidden(tokens[:, -1:], cache=cache, **last)
+    for cached, uncached in zip(step, (base, adapter), strict=True):
+        _require(cached, uncached[:, -1:], mask[:, -1:], _CACHED, name)
+
+
+@contextmanager
+def _stirred(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Move an adapter away from the identity for a while, so that it can be told apart."""
+    generator = torch.Generator().manual_seed(2)
+    originals = [parameter.detach().clone() for parameter in parameters]
+    for parameter in parameters:
+        parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator).to(parameter))
+    try:
+        yield
+    finally:
+        for parameter, original in zip(parameters, originals, strict=True):
+            parameter.copy_(original)
+
+
+def _require(found: Tensor, expected: Tensor, mask: Tensor, problem: str, name: str) -> None:
+    kept = mask.bool()
+    allowed = max(_TOLERANCE, 8 * torch.finfo(expected.dtype).eps)
+    found, expected = found[kept].float(), expected[kept].float()
+    off = float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))
+    if not off <= allowed:
+        raise UnsupportedModelError(
+            f"{name}: {problem} (off by {off:.1%}); InRa cannot serve this model."
+        )

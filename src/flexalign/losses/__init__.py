@@ -144,11 +144,13 @@ def fused_divergence(
             "sampled is for the reverse divergence of a batch of rows: give divergence='reverse', "
             f"and it and the mask as (B, T), got {tuple(sampled.shape)} and {tuple(mask.shape)}."
         )
+
     student = _as_head(student_head)
     reference, aligned = _as_head(reference_head), _as_head(aligned_head)
     _check_shapes("student", student_hidden, student, student, mask)
     _check_shapes("reference", reference_hidden, reference, student, mask)
     _check_shapes("aligned", aligned_hidden, aligned, student, mask)
+
     teacher = FusedTeacher(
         reference_hidden=reference_hidden.detach().flatten(0, -2),
         reference=for_products(reference),
@@ -158,11 +160,13 @@ def fused_divergence(
         gate=gate,
         mixes_hidden=can_mix_hidden(reference, aligned, gate),
     )
+
     own = for_products(student)
     score = None
     if sampled is not None and torch.is_grad_enabled():
         hidden = student_hidden.detach().flatten(0, -2)
         score = sampled_score(hidden, own, teacher, mask, sampled, chunk_size)
+
     task = Task(
         positions=mask.reshape(-1).nonzero().squeeze(-1),
         student=own,
@@ -176,6 +180,7 @@ def fused_divergence(
     total, kl_reference, kl_aligned = sum_in_chunks(
         student_hidden.flatten(0, -2), student.weight, student.bias, task
     )
+
     denominator = max(1, len(task.positions)) if num_items is None else num_items
     loss: Tensor = total / denominator
     if not metrics:

@@ -14,10 +14,13 @@ from torch.autograd.function import once_differentiable
 
 from flexalign.heads import Head
 from flexalign.losses.sequence import Score
-from flexalign.losses.teacher import FusedTeacher, add_outer, add_product, write_logits
-
-_LOG_ZERO = -1e4
-"""Stands for the logarithm of a probability of 0: its exponential is 0, its differences finite."""
+from flexalign.losses.teacher import (
+    LOG_ZERO,
+    FusedTeacher,
+    add_outer,
+    add_product,
+    write_logits,
+)
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,11 @@ class _ChunkedDivergence(torch.autograd.Function):
             torch.zeros_like(tensor, dtype=dtype) if need and tensor is not None else None
             for tensor, need in zip((hidden, weight, bias), needed, strict=True)
         ]
+
         with torch.autocast(hidden.device.type, enabled=False):
             sums = _sweep(hidden, task, grads)
+
+        # Not by save_for_backward: they are no part of the graph, and backward overwrites them.
         ctx.grads, ctx.dtypes = (
             grads,
             (hidden.dtype, weight.dtype, None if bias is None else bias.dtype),
@@ -119,16 +125,21 @@ def _sweep(hidden: Tensor, task: Task, grads: list[Tensor | None]) -> Tensor:
     rows_at_most = min(task.chunk_size, len(task.positions))
     buffers = hidden.new_empty((4, rows_at_most, head.vocab_size), dtype=dtype)
     sums = hidden.new_zeros(3, dtype=dtype)
+
     for start in range(0, len(task.positions), task.chunk_size):
         chunk = slice(start, start + task.chunk_size)
         rows = task.positions[chunk]
         logits, log_s, log_t, spare = buffers[:, : len(rows)]
+
+        # The student. Its logits' buffer is free again after this.
         h = hidden[rows].to(dtype)
         write_logits(head, h, logits)
         _log_softmax(logits, log_s)
         if head.softcap is not None:
             # dlogits/d(scale·(h·Wᵀ + b)) of the tanh, from its own value
             slope = torch.square(logits).mul_(-(head.softcap**-2)).add_(1)
+
+        # The teacher: both models' logits where they are to be measured, else the shortest way.
         if task.metrics:
             fused, reference, aligned = task.teacher.all_logits(rows, dtype)
             s = torch.exp(log_s, out=logits)
@@ -138,10 +149,13 @@ def _sweep(hidden: Tensor, task: Task, grads: list[Tensor | None]) -> Tensor:
         else:
             fused = task.teacher.logits(rows, logits)
         _log_softmax(fused, log_t)
+
         value, gradient = _divergence(log_s, log_t, logits, spare, task.beta)
         sums[0] += value
         if task.score is not None:
             task.score.add_to(gradient, logits, chunk)
+
+        # From the logits back to the product h·Wᵀ.
         if head.softcap is not None:
             gradient.mul_(slope)
         if head.scale != 1.0:
@@ -198,4 +212,4 @@ def _divergence(
 def _log_softmax(logits: Tensor, out: Tensor) -> None:
     """Write the log-softmax, with a floor instead of −inf, so that 0·(log 0 − log 0) is 0."""
     torch.log_softmax(logits, -1, out=out)
-    out.clamp_(min=_LOG_ZERO)
+    out.clamp_(min=LOG_ZERO)

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from flexalign.heads import Head
-from flexalign.losses.teacher import FusedTeacher, write_logits
-
-_LOG_ZERO = -1e4
+from flexalign.losses.teacher import LOG_ZERO, FusedTeacher, write_logits
 
 
 @dataclass(frozen=True)
@@ -69,9 +67,12 @@ def sampled_score(
     places = mask.cumsum(1)[rows, columns] - 1
     with torch.no_grad():
         costs = _costs(hidden, student, teacher, rows * mask.shape[1] + columns, chunk_size)
+
+    # What comes after each token, one row per response and one column per place in it.
     by_place = costs.new_zeros(len(mask), int(places.max()) + 1 if len(places) else 0)
     by_place[rows, places] = costs
     ahead = by_place.flip(1).cumsum(1).flip(1) - by_place
+
     there = torch.zeros_like(by_place)
     there[rows, places] = 1
     others = there.sum(0) - there
@@ -89,9 +90,11 @@ def _costs(
     for start in range(0, len(positions), chunk_size):
         chunk = slice(start, start + chunk_size)
         rows = positions[chunk]
+
         logits = hidden.new_empty((len(rows), student.vocab_size), dtype=dtype)
         write_logits(student, hidden[rows].to(dtype), logits)
-        log_s = torch.log_softmax(logits, -1).clamp_(min=_LOG_ZERO)
-        log_m = teacher.log_weights(rows, dtype).clamp_(min=_LOG_ZERO)
+        log_s = torch.log_softmax(logits, -1).clamp_(min=LOG_ZERO)
+
+        log_m = teacher.log_weights(rows, dtype).clamp_(min=LOG_ZERO)
         costs[chunk] = (log_s.exp() * (log_s - log_m)).sum(-1)
     return costs

@@ -15,7 +15,7 @@ from trl import DPOTrainer, SFTTrainer
 
 from flexalign.data import ThinkingTags, strip_thinking
 from flexalign.errors import ConfigError
-from flexalign.inra.cache import Entry
+from flexalign.inra.adapter import AdapterHook
 from flexalign.inra.configuration import load_weights
 from flexalign.inra.modeling import InRaModel
 from flexalign.models.adapters import inner_model
@@ -57,11 +57,11 @@ def as_student(model: InRaModel) -> Iterator[Any]:
     base.add_module(_NAME, model.adapter)
     base.save_pretrained = model.save_pretrained
     config.use_cache = False  # a cache of the base has no room for the adapter
-    model.entry.stands_open = True
+    model.adapter_hook.always_on = True
     try:
         yield base
     finally:
-        model.entry.stands_open = False
+        model.adapter_hook.always_on = False
         config.use_cache = use_cache
         delattr(base, _NAME)
         del base.save_pretrained
@@ -74,9 +74,9 @@ def as_student(model: InRaModel) -> Iterator[Any]:
 
 
 @contextmanager
-def adapter_off(entry: Entry) -> Iterator[None]:
+def adapter_off(hook: AdapterHook) -> Iterator[None]:
     """Let every row pass the adapter by: inside, a student's module is its base."""
-    with entry.open(0, 0):
+    with hook.enabled(0, 0):
         yield
 
 
@@ -145,7 +145,7 @@ class AdapterDPOTrainer(_AdapterTraining, SealedCheckpoints, DPOTrainer):  # typ
         self, model: nn.Module, inputs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities of both responses under the base stream, each ``(B,)``."""
-        with adapter_off(self.inra.entry):
+        with adapter_off(self.inra.adapter_hook):
             chosen, rejected = super().compute_ref_log_probs(model, inputs)
         return chosen, rejected
 
@@ -205,7 +205,11 @@ class Adaptation(Run):
             student=inra.base,
             form=form,
             reference=Teacher(
-                inra.base, None, form, shares_student=True, switch=partial(adapter_off, inra.entry)
+                inra.base,
+                None,
+                form,
+                shares_student=True,
+                switch=partial(adapter_off, inra.adapter_hook),
             ),
             aligned=Teacher(aligned, None, other, shares_student=False),
             tokenizer=self.tokenizer,
@@ -282,7 +286,7 @@ class Baking(Run):
         inra.requires_grad_(False)
         student = load_model(recipe.base, dtype=torch.float32).requires_grad_(True)
         form = HeadForm.of(inra.base, inra.head.vocab_size)
-        off = partial(adapter_off, inra.entry)
+        off = partial(adapter_off, inra.adapter_hook)
         split = self.data.train_test_split(test_size=recipe.held_out, seed=_SPLIT_SEED)
         with as_student(inra) as dial:
             parts = Parts(

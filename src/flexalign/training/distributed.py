@@ -93,6 +93,8 @@ def _gather_while_it_runs(module: nn.Module, stack: ExitStack) -> None:
     own = list(module.parameters(recurse=False))
     if not any(map(_is_missing, own)):
         return
+
+    # One for each call that is under way: what gathers is a context, and hooks come in pairs.
     opened: list[ExitStack] = []
 
     def before(*_: Any) -> None:
@@ -102,6 +104,7 @@ def _gather_while_it_runs(module: nn.Module, stack: ExitStack) -> None:
     def after(*_: Any) -> None:
         opened.pop().close()
 
+    # First before all other hooks, and closed even if the module raises.
     stack.callback(module.register_forward_pre_hook(before, prepend=True).remove)
     stack.callback(module.register_forward_hook(after, always_call=True).remove)
 

@@ -77,6 +77,7 @@ def run_inside(
         else:
             module.forward = own
 
+    # Whatever happens, the replacement serves one call: `function` itself may call the module.
     def forward(*args: Any, **given: Any) -> R:
         restore()
         return function(*args, **{key: value for key, value in given.items() if value is not None})
@@ -129,12 +130,14 @@ def require_plain_head(model: nn.Module) -> None:
     """
     if not isinstance(model, PeftModel):
         return
+
     for name, config in model.peft_config.items():
         if config.is_prompt_learning:
             raise UnsupportedModelError(
                 f"adapter {name!r} is of type {config.peft_type}, which adds virtual tokens to "
                 "the input; use an adapter that changes weights, such as LoRA."
             )
+
     if type(_output_layer(inner_model(model))).__module__.startswith("peft."):
         raise UnsupportedModelError(
             "a PEFT adapter changes lm_head, which the loss reads as one plain matrix; leave "

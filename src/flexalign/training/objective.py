@@ -1,24 +1,30 @@
 """One step's loss, equation 6, inside the student's one wrapped forward.
 
 The teachers' hidden states come from the two models (:class:`Objective`) or from a cache
-(:class:`CachedObjective`).
+(:class:`CachedObjective`). The distances to either teacher, which a log shows, need both models'
+logits beside the fused ones; a step that is not logged does without them and takes the shortest
+way to the fused logits that :class:`~flexalign.losses.teacher.FusedTeacher` knows.
 """
 
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from flexalign.fusion import Lambda
 from flexalign.heads import Head, last_hidden
 from flexalign.losses import Divergence, DivergenceMetrics, fused_divergence
 from flexalign.models.adapters import inner_model
-from flexalign.models.pair import Heads
+from flexalign.models.pair import Heads, Side
 from flexalign.training.forward import HeadForm, gathered_head, run_inside, run_with_head
 from flexalign.training.hidden_cache.read import CACHED
 from flexalign.training.models import Teacher
+
+Loss: TypeAlias = tuple[Tensor, DivergenceMetrics | None]
+"""The loss, nats per response token, and the metrics over the same denominator if asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,26 +49,29 @@ class _Equation6:
         reference: tuple[Tensor, Head],
         aligned: tuple[Tensor, Head],
         mask: Tensor,
-        lam: float,
+        lam: Lambda,
         num_items: Tensor | int,
+        *,
+        metrics: bool,
         sampled: Tensor | None = None,
-    ) -> tuple[Tensor, DivergenceMetrics]:
+    ) -> Loss:
         """Compare hidden states, each with its head."""
+        given: dict[str, Any] = {
+            "divergence": self.divergence,
+            "beta": self.beta,
+            "gate": self.gate,
+            "num_items": num_items,
+            "chunk_size": self.chunk_size,
+            "sampled": sampled,
+        }
+
+        # The loss chooses the precision of its products itself.
         with torch.autocast(student[0].device.type, enabled=False):
-            return fused_divergence(
-                *student,
-                *reference,
-                *aligned,
-                mask,
-                lam,
-                divergence=self.divergence,
-                beta=self.beta,
-                gate=self.gate,
-                num_items=num_items,
-                chunk_size=self.chunk_size,
-                metrics=True,
-                sampled=sampled,
-            )
+            if metrics:
+                return fused_divergence(
+                    *student, *reference, *aligned, mask, lam, metrics=True, **given
+                )
+            return fused_divergence(*student, *reference, *aligned, mask, lam, **given), None
 
 
 @dataclass(frozen=True)
@@ -86,43 +95,53 @@ class Objective(_Equation6):
         wrapper: nn.Module,
         inputs: Mapping[str, Any],
         mask: Tensor,
-        lam: float,
+        lam: Lambda,
         num_items: Tensor | int,
+        metrics: bool = False,
         sampled: Tensor | None = None,
-    ) -> tuple[Tensor, DivergenceMetrics]:
-        """Run the three models on one batch.
+    ) -> Loss:
+        """Run the models on one batch.
 
         Args:
             wrapper: The student as the trainer wrapped it (DDP, FSDP, …), or itself.
             inputs: ``input_ids`` (B, T) and what else the decoders take; no labels.
             mask: Shape (B, T − 1); True where the token that follows position t is trained on.
-            lam: λ of this step.
+            lam: λ of this step: a number, or one per row, shape (B,).
             num_items: The denominator: response tokens of the whole step.
+            metrics: Measure the distances to both teachers as well.
             sampled: As in :func:`~flexalign.losses.fused_divergence`; None: the tokens' own loss.
-
-        Returns:
-            The loss, nats per response token, and the metrics over the same denominator.
         """
         inner = inner_model(self.student)
-        teachers = {"reference": self.reference, "aligned": self.aligned}
-        hidden: dict[str, Tensor] = {}
-        heads: dict[str, Head] = {}
+        teachers = self._needed(lam, metrics or sampled is not None)
+        hidden: dict[Side, Tensor] = {}
+        heads: dict[Side, Head] = {}
 
-        def inside(**given: Any) -> tuple[Tensor, DivergenceMetrics]:
+        def inside(**given: Any) -> Loss:
             for side, teacher in teachers.items():
                 if teacher.shares_student:
                     hidden[side] = teacher.hidden(given)[:, :-1]
             student_hidden = last_hidden(inner, **given)[:, :-1]
             return run_with_head(inner, self.form, student_hidden, loss)
 
-        def loss(student_hidden: Tensor, head: Head) -> tuple[Tensor, DivergenceMetrics]:
+        def loss(student_hidden: Tensor, head: Head) -> Loss:
             frozen = _detached(head)
-            reference, aligned = (
-                (hidden[side], heads.get(side, frozen)) for side in ("reference", "aligned")
-            )
-            student = (student_hidden, head)
-            return self._loss(student, reference, aligned, mask, lam, num_items, sampled)
+            sides = {side: (hidden[side], heads.get(side, frozen)) for side in teachers}
 
+            # A model that λ leaves out did not run; it is not read, and the other fills its place.
+            (one, *_) = sides.values()
+            reference, aligned = sides.get("reference", one), sides.get("aligned", one)
+            return self._loss(
+                (student_hidden, head),
+                reference,
+                aligned,
+                mask,
+                lam,
+                num_items,
+                metrics=metrics,
+                sampled=sampled,
+            )
+
+        # Teachers with a module of their own run before the student's forward, the others in it.
         with ExitStack() as gathering:
             for side, teacher in teachers.items():
                 if not teacher.shares_student:
@@ -131,6 +150,12 @@ class Objective(_Equation6):
                         gathered_head(teacher.model, teacher.form)
                     )
             return run_inside(wrapper, inner, inside, **inputs)
+
+    def _needed(self, lam: Lambda, both: bool) -> dict[Side, Teacher]:
+        """Return the teachers that must run: one where λ is 0 or 1 and nothing else reads both."""
+        if not both and isinstance(lam, float) and lam in (0.0, 1.0):
+            return {"reference": self.reference} if lam == 0.0 else {"aligned": self.aligned}
+        return {"reference": self.reference, "aligned": self.aligned}
 
 
 @dataclass(frozen=True)
@@ -154,31 +179,36 @@ class CachedObjective(_Equation6):
         mask: Tensor,
         lam: float,
         num_items: Tensor | int,
-    ) -> tuple[Tensor, DivergenceMetrics]:
+        metrics: bool = False,
+    ) -> Loss:
         """Run the student on one batch; see :meth:`Objective.__call__`.
 
         Args:
             wrapper: The student as the trainer wrapped it.
-            inputs: A batch of :class:`~flexalign.training.hidden_cache.read.CachedCollator`, less labels.
+            inputs: A batch of :class:`~flexalign.training.hidden_cache.read.CachedCollator`, less
+                labels.
             mask: As there; its true positions are those that the cache gave, in order.
             lam: λ of this step.
             num_items: The denominator.
+            metrics: As there.
         """
         inner = inner_model(self.student)
         given = {name: value for name, value in inputs.items() if name != CACHED}
         reference, aligned = (
             (torch.cat(inputs[CACHED][side]), getattr(self.heads, side)) for side in Heads._fields
         )
-        # over (B, T), so that the student's hidden states need no copy
+
+        # Over (B, T), so that the student's hidden states need no copy.
         positions = nn.functional.pad(mask, (0, 1)).flatten().nonzero().squeeze(-1)
         counted = torch.ones_like(positions, dtype=torch.bool)
 
-        def inside(**given: Any) -> tuple[Tensor, DivergenceMetrics]:
+        def inside(**given: Any) -> Loss:
             hidden = last_hidden(inner, **given).flatten(0, 1).index_select(0, positions)
             return run_with_head(inner, self.form, hidden, loss)
 
-        def loss(hidden: Tensor, head: Head) -> tuple[Tensor, DivergenceMetrics]:
-            return self._loss((hidden, head), reference, aligned, counted, lam, num_items)
+        def loss(hidden: Tensor, head: Head) -> Loss:
+            student = (hidden, head)
+            return self._loss(student, reference, aligned, counted, lam, num_items, metrics=metrics)
 
         return run_inside(wrapper, inner, inside, **given)
 

@@ -43,10 +43,12 @@ def packing_leak(model: nn.Module) -> float:
         ]
         for index in range(3)
     )
+
     with torch.no_grad(), as_teacher(model, None):
         packed = _hidden(model, first, second)
         neighbour = _hidden(model, other, second)
         alone = torch.cat([_hidden(model, first), _hidden(model, second)])
+
     rounding = _ROUNDING.get(next(model.parameters()).dtype, 0.0)
     beside = _relative(neighbour[_DOCUMENT_TOKENS:], packed[_DOCUMENT_TOKENS:])
     apart = max(
@@ -68,6 +70,7 @@ def require_packable(models: Mapping[str, nn.Module]) -> None:
     for role, model in models.items():
         family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         remedy = "set packing: false (and padding_free: false)"
+
         try:
             leak = packing_leak(model)
         except (ValueError, NotImplementedError) as error:
@@ -75,6 +78,8 @@ def require_packable(models: Mapping[str, nn.Module]) -> None:
                 f"packing: the {role} model (family {family}) cannot run packed documents "
                 f"({error}); {remedy}."
             ) from error
+
+        # Written so that a leak which is NaN is refused too.
         if not leak <= _TOLERANCE:
             raise UnsupportedModelError(
                 f"packing: in the {role} model (family {family}) documents that share a row see "
@@ -86,6 +91,7 @@ def _hidden(model: nn.Module, *documents: list[int]) -> Tensor:
     device = next(model.parameters()).device
     collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     batch = collate([{"input_ids": document} for document in documents])
+
     inputs = {
         name: value.to(device) if isinstance(value, Tensor) else value
         for name, value in batch.items()

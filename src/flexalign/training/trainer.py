@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.losses import Divergence, DivergenceMetrics
@@ -32,25 +33,300 @@ from flexalign.training.packing import require_packable
 from flexalign.training.rollouts import Rollouts
 from flexalign.training.student import assemble_student, require_fit, tokenizer_of
 
-# Sums over batches and processes, for the log and for the count of tokens.
+BATCH = "nan-batch.safetensors"
+"""The batch whose loss was no number: its token ids, labels and masks."""
 
-_NAMES = ("divergence", "kl_reference", "kl_aligned")
+
+class TrRaTrainer(SealedCheckpoints, Rollouts):
+    """Train a student towards the fusion of a reference and an aligned model.
+
+    Example::
+
+        trainer = TrRaTrainer(
+            reference="models/base",
+            aligned="models/concise",
+            args=TrRaConfig(output_dir="out", lam=2.0, max_steps=200),
+            train_dataset=traces,
+        )
+        trainer.train()
+
+    Each of the three models is a path, a known name, or a module; the aligned model and the
+    student may be PEFT adapters on the reference. Where they are, or where `peft_config` is given,
+    the base's parameters are held once: the reference is then the student with its adapters off.
+    A module, or a pair, that lends its base is changed in place: use it through the trainer from
+    then on.
+
+    With ``teacher="cached"`` no teacher is loaded: their hidden states come from `args.cache_dir`
+    (see `flexalign.training.hidden_cache`), and `reference` and `aligned` only say of which pair they must be.
+
+    Every log line has `divergence` (nats per response token, the mean of all steps since the line
+    before), `lambda`, `kl_reference` and `kl_aligned` (KL of the student to either model, nats per
+    token) and `tokens_seen` (input tokens without padding since step 0; it lives in the trainer's
+    state, so a resumed run goes on counting). The two KL are those of the logged step alone: they
+    cost both models' logits, so the other steps do not measure them. Checkpoints are sealed by a manifest: see `flexalign.training.checkpoints`.
+
+    Args:
+        model: Where the student starts. None: at the reference, as in the paper.
+        reference: The model of λ=0. None: `model` as it is at the start.
+        aligned: The model of λ=1.
+        pair: Both at once, already loaded and checked; instead of the two.
+        parts: Student and teachers, already assembled; instead of all four.
+        cache: The teachers' hidden states, already open; instead of `args.cache_dir`.
+        args: The settings.
+        train_dataset: As `SFTTrainer` takes it; use `prompt` and `completion` (or `messages` with
+            `assistant_only_loss`) so that only responses are trained on.
+        eval_dataset: Likewise; its loss is the same divergence.
+        processing_class: The tokenizer; None: the pair's.
+        peft_config: Makes the student an adapter (LoRA) on its start.
+        callbacks: As `Trainer` takes them.
+        **options: `optimizers`, `data_collator`, … of `SFTTrainer`.
+
+    Raises:
+        ConfigError: If models are missing or contradict each other, or for a setting that the
+            loss cannot serve.
+        PairMismatchError: If the models do not fit together.
+        UnsupportedModelError: If one has no plain head, or lets packed documents see each other.
+    """
+
+    _tag_names = ["flexalign", "trra"]  # noqa: RUF012
+    _name = "TrRa"
+    _paper = {  # noqa: RUF012
+        "title": "Flexible Realignment of Language Models",
+        "id": "2506.12704",
+    }
+    loss_is_scaled_for_ga = True
+    """Trainer must not divide by the accumulation steps: the denominator is the whole step's."""
+
+    def __init__(
+        self,
+        model: str | nn.Module | None = None,
+        reference: str | nn.Module | None = None,
+        aligned: str | nn.Module | None = None,
+        *,
+        args: TrRaConfig,
+        train_dataset: Dataset | IterableDataset,
+        pair: ModelPair | None = None,
+        parts: Parts | None = None,
+        cache: HiddenStateCache | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Any] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: Sequence[TrainerCallback] | None = None,
+        **options: Any,
+    ) -> None:
+        for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+            if options.get(name) is not None:
+                raise ConfigError(f"{name}: the loss builds no logits and is fixed; leave it out.")
+
+        if args.teacher == "cached":
+            if pair is not None or parts is not None:
+                raise ConfigError("teacher='cached' takes no loaded teachers; leave pair out.")
+            start = reference if model is None else model
+            processing_class = processing_class or tokenizer_of(start, args)
+            cache = cache or HiddenStateCache.open(args.cache_dir or "")
+            require_fit(cache, (reference, aligned), train_dataset, processing_class, args)
+            parts = assemble_student(
+                model, reference, args, cache.vocab_size, peft_config, processing_class
+            )
+        elif parts is None:
+            parts = assemble(model, reference, aligned, pair, args, peft_config, processing_class)
+
+        choose_attention(parts, args)
+        if args.packing or args.padding_free:  # the two ways in which documents share a row
+            require_packable(parts.models())
+
+        # TRL patches the model's forward for a loss of its own; ours needs the forward as it was.
+        forward = inner_model(parts.student).__dict__.get("forward")
+        super().__init__(
+            model=parts.student,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class or parts.tokenizer,
+            callbacks=list(callbacks) if callbacks is not None else None,
+            **options,
+        )
+        _take_out_fused_head(inner_model(parts.student), forward)
+
+        self._refuse_sequence_parallelism()
+        self.objective = self._make_objective(parts, cache)
+        # The step's denominator is counted over shifted labels, whatever the model's own loss is.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+
+        self._schedule = args.schedule
+        self._last_lam = self._schedule.at(0)
+        self._meters = {"train": Meter(), "eval": Meter()}
+
+    def _make_objective(
+        self, parts: Parts, cache: HiddenStateCache | None
+    ) -> Objective | CachedObjective:
+        """Join the student with its teachers: placed as it is, or out of the cache."""
+        args = self.args
+        equation = {
+            "divergence": cast(Divergence, args.divergence),
+            "beta": args.beta,
+            "gate": args.gate,
+            "chunk_size": args.chunk_size,
+        }
+
+        if cache is not None:
+            for what in ("train_dataset", "eval_dataset"):
+                cache.require_all(getattr(self, what), what)
+            self.data_collator: Any = CachedCollator(self.data_collator, cache)
+            heads = cache.heads(self.accelerator.device)
+            return CachedObjective(parts.student, parts.form, heads, **equation)
+
+        if parts.reference is None or parts.aligned is None:
+            raise ConfigError(
+                "parts hold no teachers, and teacher='online' needs both; give them, or a cache and "
+                "teacher='cached'."
+            )
+        for teacher in (parts.reference, parts.aligned):
+            teacher.prepare(
+                self.accelerator, deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled
+            )
+        return Objective(parts.student, parts.form, parts.reference, parts.aligned, **equation)
+
+    @property
+    def lam(self) -> float:
+        """λ at the current step."""
+        return self._schedule.at(self.state.global_step)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Equation 6 on one batch, as its share of the whole step's mean.
+
+        A loss that is no number stops the run, before its gradients touch a weight.
+
+        Args:
+            model: The student as it is wrapped.
+            inputs: A batch of the collator, `labels` included.
+            return_outputs: Not possible: no logits are built.
+            num_items_in_batch: Response tokens of the step, over all batches and processes. None
+                (in an evaluation): those of this batch.
+        """
+        if return_outputs:
+            raise ConfigError("the loss builds no logits; evaluate with prediction_loss_only=True.")
+
+        given = {key: value for key, value in inputs.items() if key != "labels"}
+        sampled = self.take_sampled(given)
+        mask = inputs["labels"][:, 1:] != -100
+        response_tokens = mask.sum()
+        num_items = response_tokens if num_items_in_batch is None else num_items_in_batch
+        num_items = torch.as_tensor(num_items, device=mask.device).clamp(min=1)
+
+        lam = self.lam
+        with self.accelerator.autocast():
+            loss, metrics = self.objective(
+                model, given, mask, lam, num_items, self._measures, **sampled
+            )
+        require_finite_loss(loss, inputs, lam, self.state.global_step, Path(self.args.output_dir))
+
+        self._last_lam = lam
+        meter = self._meters[self._mode]
+        meter.add(loss, metrics, num_items, response_tokens, _count_tokens(given))
+
+        if num_items_in_batch is None:
+            return loss
+        # DDP and FSDP average gradients over processes; the denominator is already the sum's.
+        replicas: int = self.accelerator.num_processes // self.get_tp_size()
+        return loss * replicas
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the divergence, λ, both KL and the tokens seen so far."""
+        means = self._meters[self._mode].take_means(self.accelerator)
+        if means:
+            prefix = "" if self._mode == "train" else "eval_"
+            values = {**means, "lambda": self._last_lam}
+            logs.update({prefix + name: value for name, value in values.items()})
+            if self._mode == "train":
+                logs["tokens_seen"] = self._update_tokens_seen()
+        super().log(logs, start_time)
+
+    @property
+    def _measures(self) -> bool:
+        """Whether batches are compared with both teachers: in evaluations and steps to be logged.
+
+        The steps are those of transformers' `DefaultFlowCallback`, and the run's last, whose
+        figures the closing line may still need. Where each epoch is logged, which step is its last
+        is not known beforehand, so every step is measured.
+        """
+        if self._mode == "eval" or self.args.logging_strategy == IntervalStrategy.EPOCH:
+            return True
+        step: int = self.state.global_step + 1
+        if step == self.state.max_steps or (step == 1 and self.args.logging_first_step):
+            return True
+        by_steps: bool = self.args.logging_strategy == IntervalStrategy.STEPS
+        return by_steps and step % self.state.logging_steps == 0
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _update_tokens_seen(self) -> int:
+        self.state.num_input_tokens_seen += self._meters["train"].take_input_tokens(
+            self.accelerator
+        )
+        return int(self.state.num_input_tokens_seen)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Leave the state's count to :meth:`_update_tokens_seen`, which knows packed rows."""
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._update_tokens_seen()
+        require_finite_weights(self.model, self.state.global_step, Path(self.args.output_dir))
+        super()._save_checkpoint(model, trial)
+
+    def _refuse_sequence_parallelism(self) -> None:
+        config = self.accelerator.parallelism_config
+        if config is not None and (config.cp_enabled or config.sp_enabled):
+            raise ConfigError(
+                "context and sequence parallelism split a sequence over devices, which the loss "
+                "does not follow; use data parallelism (DDP, FSDP2, ZeRO-3)."
+            )
+
+
+def _count_tokens(inputs: dict[str, Any]) -> Tensor:
+    attention_mask: Tensor | None = inputs.get("attention_mask")
+    if attention_mask is not None:
+        return attention_mask.sum()
+    ids: Tensor = inputs["input_ids"]
+    return torch.tensor(ids.numel(), device=ids.device)
+
+
+def _take_out_fused_head(model: nn.Module, forward: Any) -> None:
+    """Undo TRL's patch of the model's forward, which serves its own loss.
+
+    A copy of a model with the patch would run the original's weights.
+    """
+    if forward is None:
+        model.__dict__.pop("forward", None)
+    else:
+        model.forward = forward
 
 
 class Meter:
-    """Adds up batches without waiting for the device; reading it is the one collective.
+    """Sums over batches and processes, for the log and for the count of tokens.
 
-    Every process must read when the others do, and count as many batches in between.
+    Adding up waits for no device; reading is the one collective. Every process must read when the
+    others do, count as many batches in between, and measure the same ones.
     """
 
     def __init__(self) -> None:
-        self._window: Tensor | None = None  # (4,): nats of the three names, response tokens
+        # (5,): nats of the loss, its response tokens; nats of both KL, their response tokens
+        self._window: Tensor | None = None
         self._input_tokens: Tensor | None = None
 
     def add(
         self,
         loss: Tensor,
-        metrics: DivergenceMetrics,
+        metrics: DivergenceMetrics | None,
         num_items: Tensor,
         response_tokens: Tensor,
         input_tokens: Tensor,
@@ -59,30 +335,41 @@ class Meter:
 
         Args:
             loss: The batch's sum divided by `num_items`, as the `metrics` are.
-            metrics: Of the same batch.
+            metrics: Of the same batch; None where they were not measured.
             num_items: The denominator of both.
             response_tokens: Tokens of this batch that the loss counts.
             input_tokens: Tokens of this batch, without padding.
         """
-        means = torch.stack([loss.detach(), metrics.kl_reference, metrics.kl_aligned]).double()
-        row = torch.cat([means * num_items, response_tokens.double()[None]])
+        tokens = response_tokens.double()
+        row = torch.stack([loss.detach().double() * num_items, tokens, *3 * [tokens.new_zeros(())]])
+        if metrics is not None:
+            row[2] = metrics.kl_reference.double() * num_items
+            row[3] = metrics.kl_aligned.double() * num_items
+            row[4] = tokens
+
         self._window = row if self._window is None else self._window + row
         self._input_tokens = (
             input_tokens if self._input_tokens is None else self._input_tokens + input_tokens
         )
 
     def take_means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Give the three means since the last call, nats per response token, and start anew.
+        """Give the means since the last call, nats per response token, and start anew.
 
-        Empty if no batch, or no response token, was counted.
+        Returns:
+            `divergence`, over all batches, and `kl_reference` and `kl_aligned`, over those that
+            were measured; without either where no response token was counted.
         """
         if self._window is None:
             return {}
-        *nats, tokens = accelerator.reduce(self._window, "sum").tolist()
+        nats, tokens, to_reference, to_aligned, measured = accelerator.reduce(
+            self._window, "sum"
+        ).tolist()
         self._window = None
-        if not tokens:
-            return {}
-        return {name: total / tokens for name, total in zip(_NAMES, nats, strict=True)}
+
+        means = {"divergence": nats / tokens} if tokens else {}
+        if measured:
+            means |= {"kl_reference": to_reference / measured, "kl_aligned": to_aligned / measured}
+        return means
 
     def take_input_tokens(self, accelerator: Accelerator) -> int:
         """Give the tokens, without padding, since the last call, and start anew."""
@@ -94,9 +381,6 @@ class Meter:
 
 
 # A loss or a weight that is no number ends a run at once, with what is needed to look into it.
-
-BATCH = "nan-batch.safetensors"
-"""The batch whose loss was no number: its token ids, labels and masks."""
 
 
 def require_finite_loss(
@@ -156,246 +440,3 @@ def _stop(problem: str, output: Path) -> NoReturn:
         f"{problem}; {what_stands(output)}. Lower the learning rate or λ, or set max_grad_norm, and look at the "
         "data; another setting is another run, so name another output."
     )
-
-
-class TrRaTrainer(SealedCheckpoints, Rollouts):
-    """Train a student towards the fusion of a reference and an aligned model.
-
-    Example::
-
-        trainer = TrRaTrainer(
-            reference="models/base",
-            aligned="models/concise",
-            args=TrRaConfig(output_dir="out", lam=2.0, max_steps=200),
-            train_dataset=traces,
-        )
-        trainer.train()
-
-    Each of the three models is a path, a known name, or a module; the aligned model and the
-    student may be PEFT adapters on the reference. Where they are, or where `peft_config` is given,
-    the base's parameters are held once: the reference is then the student with its adapters off.
-    A module, or a pair, that lends its base is changed in place: use it through the trainer from
-    then on.
-
-    With ``teacher="cached"`` no teacher is loaded: their hidden states come from `args.cache_dir`
-    (see `flexalign.training.hidden_cache`), and `reference` and `aligned` only say of which pair they must be.
-
-    Every log line has `divergence` (nats per response token), `lambda`, `kl_reference` and
-    `kl_aligned` (KL of the student to either model, nats per token) and `tokens_seen` (input
-    tokens without padding since step 0; it lives in the trainer's state, so a resumed run goes on
-    counting). Checkpoints are sealed by a manifest: see `flexalign.training.checkpoints`.
-
-    Args:
-        model: Where the student starts. None: at the reference, as in the paper.
-        reference: The model of λ=0. None: `model` as it is at the start.
-        aligned: The model of λ=1.
-        pair: Both at once, already loaded and checked; instead of the two.
-        parts: Student and teachers, already assembled; instead of all four.
-        cache: The teachers' hidden states, already open; instead of `args.cache_dir`.
-        args: The settings.
-        train_dataset: As `SFTTrainer` takes it; use `prompt` and `completion` (or `messages` with
-            `assistant_only_loss`) so that only responses are trained on.
-        eval_dataset: Likewise; its loss is the same divergence.
-        processing_class: The tokenizer; None: the pair's.
-        peft_config: Makes the student an adapter (LoRA) on its start.
-        callbacks: As `Trainer` takes them.
-        **options: `optimizers`, `data_collator`, … of `SFTTrainer`.
-
-    Raises:
-        ConfigError: If models are missing or contradict each other, or for a setting that the
-            loss cannot serve.
-        PairMismatchError: If the models do not fit together.
-        UnsupportedModelError: If one has no plain head, or lets packed documents see each other.
-    """
-
-    _tag_names = ["flexalign", "trra"]  # noqa: RUF012
-    _name = "TrRa"
-    _paper = {  # noqa: RUF012
-        "title": "Flexible Realignment of Language Models",
-        "id": "2506.12704",
-    }
-    loss_is_scaled_for_ga = True
-    """Trainer must not divide by the accumulation steps: the denominator is the whole step's."""
-
-    def __init__(
-        self,
-        model: str | nn.Module | None = None,
-        reference: str | nn.Module | None = None,
-        aligned: str | nn.Module | None = None,
-        *,
-        args: TrRaConfig,
-        train_dataset: Dataset | IterableDataset,
-        pair: ModelPair | None = None,
-        parts: Parts | None = None,
-        cache: HiddenStateCache | None = None,
-        eval_dataset: Dataset | IterableDataset | dict[str, Any] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        peft_config: PeftConfig | None = None,
-        callbacks: Sequence[TrainerCallback] | None = None,
-        **options: Any,
-    ) -> None:
-        for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
-            if options.get(name) is not None:
-                raise ConfigError(f"{name}: the loss builds no logits and is fixed; leave it out.")
-        if args.teacher == "cached":
-            if pair is not None or parts is not None:
-                raise ConfigError("teacher='cached' takes no loaded teachers; leave pair out.")
-            start = reference if model is None else model
-            processing_class = processing_class or tokenizer_of(start, args)
-            cache = cache or HiddenStateCache.open(args.cache_dir or "")
-            require_fit(cache, (reference, aligned), train_dataset, processing_class, args)
-            parts = assemble_student(
-                model, reference, args, cache.vocab_size, peft_config, processing_class
-            )
-        elif parts is None:
-            parts = assemble(model, reference, aligned, pair, args, peft_config, processing_class)
-        choose_attention(parts, args)
-        if args.packing or args.padding_free:  # the two ways in which documents share a row
-            require_packable(parts.models())
-        forward = inner_model(parts.student).__dict__.get("forward")
-        super().__init__(
-            model=parts.student,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class or parts.tokenizer,
-            callbacks=list(callbacks) if callbacks is not None else None,
-            **options,
-        )
-        _take_out_fused_head(inner_model(parts.student), forward)
-        self._refuse_sequence_parallelism()
-        self.objective = self._make_objective(parts, cache)
-        # The step's denominator is counted over shifted labels, whatever the model's own loss is.
-        self.model_accepts_loss_kwargs = True
-        self._loss_shifts_labels = True
-        self._schedule = args.schedule
-        self._last_lam = self._schedule.at(0)
-        self._meters = {"train": Meter(), "eval": Meter()}
-
-    def _make_objective(
-        self, parts: Parts, cache: HiddenStateCache | None
-    ) -> Objective | CachedObjective:
-        """Join the student with its teachers: placed as it is, or out of the cache."""
-        args = self.args
-        equation = {
-            "divergence": cast(Divergence, args.divergence),
-            "beta": args.beta,
-            "gate": args.gate,
-            "chunk_size": args.chunk_size,
-        }
-        if cache is not None:
-            for what in ("train_dataset", "eval_dataset"):
-                cache.require_all(getattr(self, what), what)
-            self.data_collator: Any = CachedCollator(self.data_collator, cache)
-            heads = cache.heads(self.accelerator.device)
-            return CachedObjective(parts.student, parts.form, heads, **equation)
-        if parts.reference is None or parts.aligned is None:
-            raise ConfigError(
-                "parts hold no teachers, and teacher='online' needs both; give them, or a cache and "
-                "teacher='cached'."
-            )
-        for teacher in (parts.reference, parts.aligned):
-            teacher.prepare(
-                self.accelerator, deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled
-            )
-        return Objective(parts.student, parts.form, parts.reference, parts.aligned, **equation)
-
-    @property
-    def lam(self) -> float:
-        """λ at the current step."""
-        return self._schedule.at(self.state.global_step)
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """Equation 6 on one batch, as its share of the whole step's mean.
-
-        A loss that is no number stops the run, before its gradients touch a weight.
-
-        Args:
-            model: The student as it is wrapped.
-            inputs: A batch of the collator, `labels` included.
-            return_outputs: Not possible: no logits are built.
-            num_items_in_batch: Response tokens of the step, over all batches and processes. None
-                (in an evaluation): those of this batch.
-        """
-        if return_outputs:
-            raise ConfigError("the loss builds no logits; evaluate with prediction_loss_only=True.")
-        given = {key: value for key, value in inputs.items() if key != "labels"}
-        sampled = self.take_sampled(given)
-        mask = inputs["labels"][:, 1:] != -100
-        response_tokens = mask.sum()
-        num_items = response_tokens if num_items_in_batch is None else num_items_in_batch
-        num_items = torch.as_tensor(num_items, device=mask.device).clamp(min=1)
-        lam = self.lam
-        with self.accelerator.autocast():
-            loss, metrics = self.objective(model, given, mask, lam, num_items, **sampled)
-        require_finite_loss(loss, inputs, lam, self.state.global_step, Path(self.args.output_dir))
-        self._last_lam = lam
-        meter = self._meters[self._mode]
-        meter.add(loss, metrics, num_items, response_tokens, _count_tokens(given))
-        if num_items_in_batch is None:
-            return loss
-        # DDP and FSDP average gradients over processes; the denominator is already the sum's.
-        replicas: int = self.accelerator.num_processes // self.get_tp_size()
-        return loss * replicas
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the divergence, λ, both KL and the tokens seen so far."""
-        means = self._meters[self._mode].take_means(self.accelerator)
-        if means:
-            prefix = "" if self._mode == "train" else "eval_"
-            values = {**means, "lambda": self._last_lam}
-            logs.update({prefix + name: value for name, value in values.items()})
-            if self._mode == "train":
-                logs["tokens_seen"] = self._update_tokens_seen()
-        super().log(logs, start_time)
-
-    @property
-    def _mode(self) -> str:
-        return "train" if self.model.training else "eval"
-
-    def _update_tokens_seen(self) -> int:
-        self.state.num_input_tokens_seen += self._meters["train"].take_input_tokens(
-            self.accelerator
-        )
-        return int(self.state.num_input_tokens_seen)
-
-    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Leave the state's count to :meth:`_update_tokens_seen`, which knows packed rows."""
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._update_tokens_seen()
-        require_finite_weights(self.model, self.state.global_step, Path(self.args.output_dir))
-        super()._save_checkpoint(model, trial)
-
-    def _refuse_sequence_parallelism(self) -> None:
-        config = self.accelerator.parallelism_config
-        if config is not None and (config.cp_enabled or config.sp_enabled):
-            raise ConfigError(
-                "context and sequence parallelism split a sequence over devices, which the loss "
-                "does not follow; use data parallelism (DDP, FSDP2, ZeRO-3)."
-            )
-
-
-def _count_tokens(inputs: dict[str, Any]) -> Tensor:
-    attention_mask: Tensor | None = inputs.get("attention_mask")
-    if attention_mask is not None:
-        return attention_mask.sum()
-    ids: Tensor = inputs["input_ids"]
-    return torch.tensor(ids.numel(), device=ids.device)
-
-
-def _take_out_fused_head(model: nn.Module, forward: Any) -> None:
-    """Undo TRL's patch of the model's forward, which serves its own loss.
-
-    A copy of a model with the patch would run the original's weights.
-    """
-    if forward is None:
-        model.__dict__.pop("forward", None)
-    else:
-        model.forward = forward

@@ -247,7 +247,7 @@ def test_the_adapter_is_passed_by_where_it_is_off(tiny_model: Model) -> None:
     expected = model(ids, lam=1.0).logits
     with as_student(model) as student:
         assert torch.equal(student(ids).logits, expected)
-        with adapter_off(model.entry):
+        with adapter_off(model.adapter_hook):
             assert torch.equal(student(ids).logits, plain)
     assert torch.equal(model.base(ids).logits, plain)
 

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from flexalign.errors import UnsupportedModelError
 from flexalign.generation.fused import positions_of
+from flexalign.generation.interface import Phase
 from flexalign.generation.row_lambdas import RowDials
 from flexalign.generation.two_model import PairCache, TwoModelDecoder
 from flexalign.inra import InRaModel
@@ -60,9 +61,6 @@ def _fitted_caches(held: Any, width: int) -> Any:
 # An InRa model, a pair and a plain model differ in their caches alone; their forward is the library's
 # and transformers' own.
 
-Phase = tuple[Tensor, RowDials]
-"""Rows of a prefill, and the dials that they will follow."""
-
 
 class Runner(Protocol):
     """A model that decodes a batch of rows.
@@ -109,11 +107,11 @@ class InRaRunner:
 
     def prefill(self, ids: Tensor, mask: Tensor, phases: Sequence[Phase]) -> StreamCache:
         """See :class:`Runner`."""
-        return self.model._prefill_for(ids, mask, phases)
+        return self.model.prefill_phases(ids, mask, phases)
 
     def fork(self, cache: StreamCache, rows: Tensor, dials: RowDials) -> StreamCache:
         """See :class:`Runner`."""
-        return self.model._fork(cache, rows, dials)
+        return self.model.fork_cache(cache, rows, dials)
 
     def take(self, cache: StreamCache, rows: Tensor) -> None:
         """See :class:`Runner`."""
@@ -132,7 +130,13 @@ class InRaRunner:
     ) -> Tensor:
         """See :class:`Runner`."""
         output = self.model(
-            tokens, mask, position_ids=positions, past_key_values=cache, lam=lam, gate=self._gate
+            tokens,
+            mask,
+            position_ids=positions,
+            past_key_values=cache,
+            lam=lam,
+            gate=self._gate,
+            lam_checked=True,
         )
         logits: Tensor = output.logits[:, -1]
         return logits
@@ -188,7 +192,15 @@ class PairRunner:
         self, ids: Tensor, mask: Tensor, positions: Tensor, lam: Tensor, cache: PairCache
     ) -> Tensor:
         output = self.model(
-            ids, mask, positions, cache, lam, self._gate, use_cache=True, logits_to_keep=1
+            ids,
+            mask,
+            positions,
+            cache,
+            lam,
+            self._gate,
+            use_cache=True,
+            logits_to_keep=1,
+            lam_checked=True,
         )
         logits: Tensor = output.logits[:, -1]
         return logits

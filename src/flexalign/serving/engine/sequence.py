@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
-from flexalign.generation.confidence import Watch
+from flexalign.generation.confidence import ConfidenceTracker
 from flexalign.generation.row_lambdas import TagTokens
 from flexalign.generation.seeded import SeededSampling
 from flexalign.generation.text import ResponseText, StreamedText
@@ -84,7 +84,7 @@ class _Trial(NamedTuple):
     """What decides on a fast answer: the policy, and the watch that hears its confidence."""
 
     policy: Adaptive
-    watch: Watch
+    watch: ConfidenceTracker
 
 
 class Row:
@@ -124,8 +124,8 @@ class Row:
             self._route = dial.draw(torch.Generator().manual_seed(job.seed))
             dial = Fixed(dial.slow_lambda if self._route == "slow" else dial.fast_lambda)
         elif isinstance(dial, Adaptive):
-            watch = Watch([dial], [writing.threshold(dial)], torch.device("cpu"))
-            watch.learn_ends([EosTokenCriteria(sorted(writing.ends)), self._stop_found])
+            watch = ConfidenceTracker([dial], [writing.threshold(dial)], torch.device("cpu"))
+            watch.use_ends([EosTokenCriteria(sorted(writing.ends)), self._stop_found])
             self._trial = _Trial(dial, watch)
             dial = Fixed(dial.fast_lambda)
         self._begin(dial or Fixed(0.0))
@@ -166,7 +166,7 @@ class Row:
             scores = self._sampling(self._ids_of_length(), logits)
             token = int(scores.argmax(-1))
         if self._trial is not None:
-            self._trial.watch.listener(self._ids_of_length(), logits)
+            self._trial.watch.recorder(self._ids_of_length(), logits)
         self._index += 1
         self.next_token = token
         is_end = token in self._writing.ends

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from flexalign.generation.confidence import Watch
+from flexalign.generation.confidence import ConfidenceTracker
 from flexalign.lambdas import Adaptive
 from flexalign.serving.errors import ApiError, Scope
 from flexalign.serving.protocol import with_body
@@ -15,7 +15,7 @@ from flexalign.serving.protocol import with_body
 class Attempt:
     """A fast answer on its way: what vLLM is given as ``send`` and as ``receive``.
 
-    It is judged by the measures of :class:`~flexalign.generation.confidence.Watch`, token by token,
+    It is judged by the measures of :class:`~flexalign.generation.confidence.ConfidenceTracker`, token by token,
     and let go of as soon as it cannot be accepted any more.
 
     Attributes:
@@ -37,7 +37,7 @@ class Attempt:
         self.is_failed = False
         self._threshold = threshold
         self._is_chat = is_chat
-        self._watch = Watch([policy], [threshold], torch.device("cpu"))
+        self._watch = ConfidenceTracker([policy], [threshold], torch.device("cpu"))
         self._buffer = b""
         self._stops = asyncio.Event()
         self._error: dict[str, Any] | None = None

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models import llama, mistral, qwen2, qwen3
 
 from flexalign.errors import UnsupportedModelError
-from flexalign.fusion import mix_hidden
+from flexalign.fusion import fuse_hidden
 from flexalign.heads import Head, can_mix_hidden
 from flexalign.serving.vllm import runner_v1
 from flexalign.serving.vllm.lambdas import DialSettings, TokenLambdas
@@ -128,7 +128,8 @@ class _WithDial:
         """Return the fused hidden states, ``(N, H)``."""
         hidden = self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
         base, adapter = hidden.chunk(2)
-        return mix_hidden(base, adapter, self.lambdas.values[: len(base)])
+        mixed = fuse_hidden(base, adapter, self.lambdas.values[: len(base)])
+        return mixed.to(base.dtype)
 
     @staticmethod
     def get_model_state_cls() -> type:
