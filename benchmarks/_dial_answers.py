@@ -26,11 +26,10 @@ def train_concise(method: str, folder: Path, options: dict[str, Any]) -> None:
     """Train an adapter towards the aligned model, unless its folder is there already."""
     import torch
 
-    from flexalign.cli._miniature import make_adapter
-    from flexalign.evaluation.demo import load_pair
     from flexalign.miniature import ALIGNED
     from flexalign.miniature import folder as part
-    from flexalign.miniature.build import Schooling, teach
+    from flexalign.miniature.build import Schooling, make_adapter, teach
+    from flexalign.miniature.demo import load_pair
 
     if (folder / "inra_config.json").is_file():
         return
@@ -88,7 +87,7 @@ def branch_table(method: str, folder: Path, options: dict[str, Any]) -> list[dic
 
 def answer_fast(lam: float | None, options: dict[str, Any], seed: int) -> Found:
     """Let the fast adapter's dial answer at λ, or greedily at λ = 1 with its confidence (None)."""
-    from flexalign.evaluation.demo import confidences
+    from flexalign.miniature.demo import confidences
 
     model, tokenizer, questions = _dial("miniature:fast", options, seed)
     if lam is not None:
@@ -131,7 +130,7 @@ def answer_soft(where: str, budget: int, work: Path, options: dict[str, Any]) ->
 
 def answer_hard(budget: int, slow: Found, options: dict[str, Any]) -> Found:
     """A hard cut: the slow mode's thinking, stopped after so many tokens by ``</think>``."""
-    from flexalign.evaluation.demo import judge, load_pair
+    from flexalign.miniature.demo import judge, load_pair
 
     reference, _, tokenizer = load_pair()
     questions = questions_of(options, QUESTION_SEED)
@@ -150,7 +149,7 @@ def answer_pair(kind: str, lam: float, options: dict[str, Any]) -> Found:
     import torch
 
     from flexalign import ModelPair, TwoModelDecoder, interpolate
-    from flexalign.evaluation.demo import Training, load_pair, realign
+    from flexalign.miniature.demo import Training, load_pair, realign
     from flexalign.models.loading import load_model
 
     torch.set_num_threads(1)
@@ -194,7 +193,7 @@ def _dial(adapter: Any, options: dict[str, Any], seed: int) -> tuple[Any, Any, l
 def _answered(
     system: str, setting: str, model: Any, tokenizer: Any, questions: list[Any], **options: Any
 ) -> Found:
-    from flexalign.evaluation.demo import judge, respond
+    from flexalign.miniature.demo import judge, respond
 
     traces = respond(
         model,

@@ -102,8 +102,8 @@ def _number(values: dict[str, float] | None, key: str, digits: int) -> str:
 
 def draw(rows: dict[str, list[dict[str, Any]]]) -> None:
     """The picture of the results document."""
-    from flexalign.evaluation.demo import closed_form_curve
     from flexalign.evaluation.frontier import ParetoPoint, draw_pareto
+    from flexalign.miniature.demo import closed_form_curve
 
     def group(row: dict[str, Any]) -> str:
         if "source" not in row:

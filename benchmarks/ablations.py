@@ -24,10 +24,9 @@ import torch
 from _adapters import Logits, plain_logits, towards, walked
 from torch import Tensor, nn
 
-from flexalign.cli._miniature import make_adapter
-from flexalign.evaluation.demo import load_pair
 from flexalign.miniature import folder, make_questions
-from flexalign.miniature.build import FAST_SCHOOLING, encode, teach
+from flexalign.miniature.build import FAST_SCHOOLING, encode, make_adapter, teach
+from flexalign.miniature.demo import load_pair
 from flexalign.miniature.measure import branch_probabilities, mean_habits
 from flexalign.miniature.tokenizer import build_tokenizer
 from flexalign.statistics import clustered_interval

@@ -53,7 +53,7 @@ CHOSEN_CUT = 0.62
 
 def choose_threshold(fast: Found, slow: Found) -> float:
     """The threshold of best accuracy among those that cut enough tokens, on questions set apart."""
-    from flexalign.evaluation.demo import adaptive
+    from flexalign.miniature.demo import adaptive
 
     ends = fast["answers"], slow["answers"]
     found = {tau: adaptive(*ends, fast["confidence"], tau) for tau in THRESHOLDS}
@@ -64,7 +64,7 @@ def choose_threshold(fast: Found, slow: Found) -> float:
 
 def summarise(found: Found, fast: Found, slow: Found) -> dict[str, Any]:
     """What a setting is worth: intervals, differences to the slow mode, height over the coin."""
-    from flexalign.evaluation.demo import weigh
+    from flexalign.miniature.demo import weigh
 
     worth = weigh(found["answers"], fast["answers"], slow["answers"])
     return {
@@ -146,7 +146,7 @@ def kept(file: Path, function: Any, *arguments: Any) -> Found:
     """Do a job, or take what an earlier run kept of it."""
     import numpy as np
 
-    from flexalign.evaluation.demo import Answers
+    from flexalign.miniature.demo import JudgedAnswers
 
     if not file.is_file():
         found = function(*arguments)
@@ -163,7 +163,7 @@ def kept(file: Path, function: Any, *arguments: Any) -> Found:
         print(f"{file.stem} done", flush=True)
     found = json.loads(file.read_text(encoding="utf-8"))
     right, tokens = found["answers"]
-    found["answers"] = Answers(np.array(right, dtype=bool), np.array(tokens))
+    found["answers"] = JudgedAnswers(np.array(right, dtype=bool), np.array(tokens))
     found["confidence"] = np.array(found["confidence"])
     return found
 
@@ -199,7 +199,7 @@ def gather(
     measured: dict[str, Found], branches: list[dict[str, Any]], options: dict[str, Any]
 ) -> dict[str, Any]:
     """Add the policies over the two ends, and weigh every setting."""
-    from flexalign.evaluation.demo import adaptive, coin
+    from flexalign.miniature.demo import adaptive, coin
 
     slow, fast = measured["slow"], measured["greedy"]
     threshold = choose_threshold(measured.pop("apart greedy"), measured.pop("apart slow"))

@@ -21,9 +21,9 @@ from flexalign.calibration.calibrate import (
     plan_sweeps,
 )
 from flexalign.calibration.effort import EffortLevel, SettingMetrics, effort_to_dial
-from flexalign.evaluation.systems import SystemOptions, parse_system
 from flexalign.evaluation.tasks import load_task
 from flexalign.lambdas import Adaptive
+from flexalign.systems import SystemOptions, parse_system
 
 REPORT = Path("benchmarks/results/effort.md")
 TOLERANCE = 0.1

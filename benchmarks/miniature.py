@@ -51,8 +51,8 @@ def run_models(options: dict[str, Any]) -> list[dict[str, Any]]:
     """The untrained rows: reference, aligned and placebo, as they are."""
     import torch
 
-    from flexalign.evaluation.demo import load_pair, measure, respond
     from flexalign.miniature import ALIGNED, REFERENCE, make_questions
+    from flexalign.miniature.demo import load_pair, measure, respond
     from flexalign.miniature.measure import branch_probabilities, mean_habits
 
     torch.set_num_threads(1)
@@ -78,10 +78,10 @@ def run_job(job: Job, options: dict[str, Any]) -> list[dict[str, Any]]:
     """Train, measure and judge every student of one chain."""
     import torch
 
-    from flexalign.evaluation.demo import Training, load_pair, measure, realign, respond
     from flexalign.fusion import fuse
     from flexalign.miniature import ALIGNED, REFERENCE, make_questions
     from flexalign.miniature.closed_form import expected_outcome, token_level
+    from flexalign.miniature.demo import Training, load_pair, measure, realign, respond
     from flexalign.miniature.measure import branch_probabilities, mean_habits
 
     torch.set_num_threads(1)

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from flexalign.evaluation.demo import Training, load_pair, measure, realign, respond
 from flexalign.fusion import fuse
 from flexalign.miniature import ALIGNED, REFERENCE, make_questions
 from flexalign.miniature.closed_form import (
@@ -33,6 +32,7 @@ from flexalign.miniature.closed_form import (
     sequence_level_outcome,
     token_level,
 )
+from flexalign.miniature.demo import Training, load_pair, measure, realign, respond
 from flexalign.miniature.measure import BranchValues, branch_probabilities
 from flexalign.statistics import clustered_interval
 

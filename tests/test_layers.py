@@ -14,14 +14,16 @@ LAYERS = (
     {"fusion", "lambdas", "statistics"},
     {"heads"},
     {"losses"},
-    {"data", "models", "miniature"},
+    {"data", "models"},
     {"generation"},
     {"inra"},
+    {"systems"},
     {"analysis"},
     {"training"},
     {"evaluation"},
     {"calibration"},
     {"serving"},
+    {"miniature"},
     {"cli", "__main__"},
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -200,7 +200,9 @@ def test_the_largest_lambda_is_the_largest_float32() -> None:
         Schedule.parse(math.nextafter(torch.finfo(torch.float32).max, math.inf))
 
 
-@pytest.mark.parametrize("module", ["flexalign.lambdas", "flexalign.evaluation.systems"])
+@pytest.mark.parametrize(
+    "module", ["flexalign.lambdas", "flexalign.evaluation.systems", "flexalign.systems"]
+)
 def test_what_reads_a_dial_needs_no_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

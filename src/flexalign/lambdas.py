@@ -1,6 +1,8 @@
-"""λ as a function of the training step or of the generated token.
+"""λ: numbers, schedules, policies, their one text and JSON form, and the ranges that permit them.
 
-One JSON form serves Python, YAML, the command line and HTTP::
+A dial is what the λ of a run or of a request follows: one number (:class:`Fixed`), a
+:class:`Schedule` over steps, or a policy that chooses for each request (:class:`Adaptive`,
+:class:`Route`). One JSON form serves Python, YAML, the command line and HTTP::
 
     2.0                                                          one λ throughout
     {"kind": "linear", "start": 0, "end": 2, "steps": 200}       straight from start to end
@@ -8,10 +10,18 @@ One JSON form serves Python, YAML, the command line and HTTP::
     {"kind": "piecewise", "points": [[0, 0.5], [100, 2]]}        straight lines between points
     {"kind": "thinking", "think": 0.0, "answer": 1.0}            one λ inside the thinking, one after
     {"kind": "thinking", "think": 0.0, "answer": 1.0, "budget": 2000, "end": 1.5}
+    {"policy": "fixed", "lambda": 0.5}                           the same as the number
+    {"policy": "adaptive", "threshold": 0.5}                     fast where it is sure, else slow
+    {"policy": "route", "share": 0.3}                            this share, by chance, goes the slow way
+    "auto", "adaptive 0.5", "route 0.3"                          short forms of policies, as text
 
 A step is an optimizer step in training and a generated token, the first of them 0, in generation.
 With a ``budget``, λ goes in a straight line from ``think`` to ``end`` over thinking tokens
-0…``budget`` and stays there until the thinking closes. This module needs no torch.
+0…``budget`` and stays there until the thinking closes.
+
+A dial is parsed where it enters (:func:`parse_dial`, :func:`parse_lambdas`), and its range is
+checked there (:func:`require_range`, :func:`require_forward`); what is inside trusts the types.
+This module needs no torch.
 """
 
 import json
@@ -19,6 +29,7 @@ import math
 import numbers
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, Union, cast, get_args
 
@@ -28,13 +39,76 @@ from flexalign.errors import ConfigError, LambdaError
 if TYPE_CHECKING:
     import torch
 
+LAMBDA_LEGEND = "λ: 0 is the reference, 1 the aligned model or the adapter's"
+"""What stands beside every table of λ."""
+
+# Numbers.
+
+_LARGEST = float.fromhex("0x1.fffffep+127")
+"""The largest float32: λ is applied to logits in that precision."""
+
+
+def finite_lambda(value: object, name: str) -> float:
+    """Check a λ that is one number and return it.
+
+    Tensors are checked by `flexalign.fusion.as_lambda`, which has a branch of its own for numbers:
+    `fusion` imports torch and the errors alone, and this module has to load without torch.
+
+    Args:
+        value: λ.
+        name: What messages call it.
+
+    Raises:
+        LambdaError: If it is no real number (a boolean is none) or not finite in float32.
+    """
+    number = _real(value)
+    if not abs(number) <= _LARGEST:
+        raise LambdaError(f"{name} must be a finite number (a λ), got {value!r:.80}.")
+    return number
+
+
+def _real(value: object) -> float:
+    """Return a number as a float, NaN for what is none (a boolean included)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _set(owner: object, name: str, value: object) -> None:
+    """Set a field of a frozen dataclass while it is made."""
+    object.__setattr__(owner, name, value)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """One λ throughout.
+
+    Attributes:
+        lam: λ, any finite number.
+
+    Raises:
+        LambdaError: If it is not a finite number.
+    """
+
+    lam: float
+
+    def __post_init__(self) -> None:
+        _set(self, "lam", finite_lambda(self.lam, "lambda") + 0.0)  # −0 is 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form, which :func:`parse_dial` takes back."""
+        return {"policy": "fixed", "lambda": self.lam}
+
+
+# Schedules: λ over optimizer steps, or over generated tokens.
+
 JsonSchedule: TypeAlias = float | dict[str, Any]
 """The JSON form: a number, or an object with a ``kind``."""
 
 _Value = TypeVar("_Value")
-
-_LARGEST = float.fromhex("0x1.fffffep+127")
-"""The largest float32: λ is applied to logits in that precision."""
 
 _REQUIRED = {
     "constant": ("start",),
@@ -78,19 +152,22 @@ class Schedule:
         self._check_keys()
         for name in ("start", "end", "think", "answer"):
             if getattr(self, name) is not None:
-                self._set(name, finite_lambda(getattr(self, name), name))
+                _set(self, name, finite_lambda(getattr(self, name), name))
+
         for name in ("steps", "budget"):
             if getattr(self, name) is not None:
-                self._set(name, _count(getattr(self, name), name))
+                _set(self, name, _count(getattr(self, name), name))
         if self.points is not None:
-            self._set("points", _points(self.points))
+            _set(self, "points", _points(self.points))
+
         if self.kind == "constant":
             if self.end not in (None, self.start):
                 raise ConfigError(
                     f"a constant schedule has one λ, got start {self.start} and end {self.end}; "
                     "write the number alone, or kind linear."
                 )
-            self._set("end", self.start)
+            _set(self, "end", self.start)
+
         if self.kind == "thinking" and (self.budget is None) != (self.end is None):
             raise ConfigError(
                 "a thinking schedule takes 'budget' and 'end' together: λ goes from think to end "
@@ -118,14 +195,17 @@ class Schedule:
                 raise ConfigError(
                     f"a schedule must be a number or a JSON object, got {value!r:.80} ({error})."
                 ) from error
+
         if not isinstance(value, Mapping):
             return cls("constant", start=finite_lambda(value, "lambda"))
+
         known = [field.name for field in fields(cls)]
         for key in value:
             if key not in known:
                 raise ConfigError(f"a schedule has no key {key!r:.80}{nearest(key, known)}")
         if "kind" not in value:
             raise ConfigError(f"a schedule needs a 'kind': one of {', '.join(_REQUIRED)}.")
+
         given = dict(value)
         if given["kind"] == "constant":
             given.setdefault("start", given.get("end"))
@@ -145,10 +225,12 @@ class Schedule:
             if self.budget is None:
                 return _known(self.think)
             return _between(_known(self.think), _known(self.end), thinking_tokens / self.budget)
+
         if self.kind == "piecewise":
             return _along(_known(self.points), step)
         if self.kind == "constant":
             return _known(self.start)
+
         share = min(max(step / _known(self.steps), 0.0), 1.0)
         if self.kind == "cosine":
             share = 0.5 * (1 - math.cos(math.pi * share))
@@ -188,8 +270,10 @@ class Schedule:
             raise ConfigError(
                 f"kind {self.kind!r:.80} is no schedule{nearest(self.kind, _REQUIRED)}"
             )
+
         required = _REQUIRED[self.kind]
         allowed = required + _OPTIONAL.get(self.kind, ())
+
         for field in fields(self)[1:]:
             given = getattr(self, field.name) is not None
             if given and field.name not in allowed:
@@ -201,25 +285,6 @@ class Schedule:
                 raise ConfigError(
                     f"a {self.kind} schedule needs {field.name!r}; it takes {', '.join(allowed)}."
                 )
-
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
-
-
-def finite_lambda(value: object, name: str) -> float:
-    """Check a λ that is one number and return it; tensors go through `flexalign.fusion.as_lambda`.
-
-    Args:
-        value: λ.
-        name: What messages call it.
-
-    Raises:
-        LambdaError: If it is no real number (a boolean is none) or not finite in float32.
-    """
-    number = _real(value)
-    if not abs(number) <= _LARGEST:
-        raise LambdaError(f"{name} must be a finite number (a λ), got {value!r:.80}.")
-    return number
 
 
 def _known(value: _Value | None) -> _Value:
@@ -243,16 +308,6 @@ def _along(points: tuple[tuple[float, float], ...], step: float) -> float:
     return _between(start, end, (step - left) / (right - left))
 
 
-def _real(value: object) -> float:
-    """Return a number as a float, NaN for what is none (a boolean included)."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
 def _count(value: object, name: str) -> int:
     number = _real(value)
     if not (number >= 1 and number.is_integer()):
@@ -264,65 +319,32 @@ def _points(value: object) -> tuple[tuple[float, float], ...]:
     hint = "points must be pairs [step, λ] in order of their steps, such as [[0, 0.5], [100, 2]]"
     if not isinstance(value, list | tuple) or not value:
         raise ConfigError(f"{hint}; got {value!r:.80}.")
+
     points: list[tuple[float, float]] = []
     for point in value:
         if not isinstance(point, list | tuple) or len(point) != 2:
             raise ConfigError(f"{hint}; got {point!r:.80} among them.")
+
         step = _real(point[0])
         if not 0 <= step < math.inf:
             raise ConfigError(f"{hint}; the step {point[0]!r:.80} is not a number ≥ 0.")
         if points and step < points[-1][0]:
             raise ConfigError(f"{hint}; step {step:g} comes after {points[-1][0]:g}.")
+
         points.append((step, finite_lambda(point[1], f"points at step {step:g}")))
     return tuple(points)
 
 
-# How the λ of a request is chosen.
-#
-# A request's dial is a number, a schedule over its generated tokens, or a policy; one JSON form
-# serves Python, YAML, the command line and HTTP::
-#
-#     0.5                                                  one λ throughout
-#     {"kind": "thinking", "think": 0.0, "answer": 1.0}    a schedule (flexalign.lambdas)
-#     {"policy": "fixed", "lambda": 0.5}                   the same as the number
-#     {"policy": "adaptive", "threshold": 0.5}             fast where it is sure, else slow
-#     "auto"                                               adaptive, at the calibrated threshold
-#     {"policy": "route", "share": 0.3}                    a coin: this share goes the slow way
-#     "adaptive 0.5", "route 0.3"                          short forms, as text
-#
-# Reading one needs no torch.
+# Policies: which way a whole request goes.
 
 Measure: TypeAlias = Literal["answer_probability", "min_token_probability", "agreement"]
 """How sure the fast answer is; see :class:`Adaptive`."""
 
 Way: TypeAlias = Literal["fast", "slow"]
+"""The two ways that a policy chooses between."""
 
 _DEFAULT_THRESHOLD = 0.5
 """The threshold where none is given and the adapter has not been calibrated."""
-
-LAMBDA_LEGEND = "λ: 0 is the reference, 1 the aligned model or the adapter's"
-"""What stands beside every table of λ."""
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """One λ throughout.
-
-    Attributes:
-        lam: λ, any finite number.
-
-    Raises:
-        LambdaError: If it is not a finite number.
-    """
-
-    lam: float
-
-    def __post_init__(self) -> None:
-        _set(self, "lam", finite_lambda(self.lam, "lambda"))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON form, which :func:`parse_dial` takes back."""
-        return {"policy": "fixed", "lambda": self.lam}
 
 
 @dataclass(frozen=True)
@@ -363,10 +385,12 @@ class Adaptive:
     def __post_init__(self) -> None:
         if self.threshold is not None:
             _set(self, "threshold", _share(self.threshold, "an adaptive policy's threshold"))
+
         if self.measure not in get_args(Measure):
             known = nearest(self.measure, get_args(Measure))
             raise ConfigError(f"{self.measure!r:.80} is no measure{known}")
         _set_lambdas(self)
+
         samples = self.samples
         if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
             raise ConfigError(
@@ -420,6 +444,31 @@ class Route:
         return {"policy": "route", **_changed(self)}
 
 
+def _set_lambdas(policy: Adaptive | Route) -> None:
+    for name in ("fast_lambda", "slow_lambda"):
+        _set(policy, name, finite_lambda(getattr(policy, name), name))
+
+
+def _share(value: object, name: str) -> float:
+    number = math.nan
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        number = float(value)
+    if not 0 <= number <= 1:
+        raise ConfigError(f"{name} must be a number in [0, 1], got {value!r:.80}.")
+    return number
+
+
+def _changed(policy: Adaptive | Route) -> dict[str, Any]:
+    """Return the fields that do not stand at their defaults."""
+    return {
+        field.name: getattr(policy, field.name)
+        for field in fields(policy)
+        if getattr(policy, field.name) != field.default
+    }
+
+
+# Parsing: from what the user wrote to a dial.
+
 Dial: TypeAlias = Fixed | Schedule | Adaptive | Route
 """What a request's λ follows."""
 
@@ -452,6 +501,7 @@ def parse_dial(value: object) -> Dial:
         value = _from_text(value)
     if not isinstance(value, Mapping):
         return Fixed(value)  # type: ignore[arg-type]
+
     if not value.keys() & {"policy", "kind"}:
         raise ConfigError(
             'a dial\'s object has a "policy", as in {"policy": "adaptive", "threshold": 0.5}, or a '
@@ -459,10 +509,12 @@ def parse_dial(value: object) -> Dial:
         )
     if "policy" not in value:
         return Schedule.parse(value)
+
     given = dict(value)
     name = given.pop("policy")
     if not isinstance(name, str) or name not in _POLICIES:
         raise ConfigError(f"{name!r:.80} is no policy{nearest(name, _POLICIES)}")
+
     policy, keys = _POLICIES[name]
     for key in given:
         if key not in keys:
@@ -471,28 +523,15 @@ def parse_dial(value: object) -> Dial:
         raise ConfigError('the policy fixed takes one λ: {"policy": "fixed", "lambda": 0.5}.')
     if name == "route" and "share" not in given:
         raise ConfigError('the policy route needs a share: {"policy": "route", "share": 0.3}.')
+
     return policy(**{keys[key]: argument for key, argument in given.items()})
-
-
-def extremes(dial: Dial) -> tuple[float, float]:
-    """Return the least and the largest λ that a dial may use.
-
-    Example:
-        >>> extremes(Adaptive(fast_lambda=1.5))
-        (0.0, 1.5)
-    """
-    if isinstance(dial, Fixed):
-        return dial.lam, dial.lam
-    if isinstance(dial, Schedule):
-        return min(dial.values), max(dial.values)
-    ends = (dial.fast_lambda, dial.slow_lambda)
-    return min(ends), max(ends)
 
 
 def _from_text(text: str) -> object:
     words = ["adaptive"] if text.strip() == "auto" else text.split()
     if words and words[0] in _SHORT and len(words) <= 2:
         return {"policy": words[0], **_only_number(text, words)}
+
     try:
         value: object = json.loads(text)
     except ValueError as error:
@@ -518,34 +557,191 @@ def _only_number(text: str, words: Sequence[str]) -> dict[str, float]:
         ) from None
 
 
-def _changed(policy: Adaptive | Route) -> dict[str, Any]:
-    """Return the fields that do not stand at their defaults."""
-    return {
-        field.name: getattr(policy, field.name)
-        for field in fields(policy)
-        if getattr(policy, field.name) != field.default
-    }
+def parse_lambdas(text: str) -> list[Fixed]:
+    """Read ``--lambda 0,0.5,1``: one λ, or several with commas.
+
+    Raises:
+        LambdaError: If a part is not a finite number.
+    """
+    dials = []
+    for part in text.split(","):
+        try:
+            dials.append(Fixed(float(part)))
+        except ValueError:  # LambdaError is one too
+            raise LambdaError(
+                f"--lambda: {part.strip()!r} is not a finite number; "
+                "write one number or several with commas, such as 0,0.5,1."
+            ) from None
+    return dials
 
 
-def _set(policy: object, name: str, value: float) -> None:
-    object.__setattr__(policy, name, value)
+# Settings: dials under the names that results use.
 
 
-def _set_lambdas(policy: Adaptive | Route) -> None:
-    for name in ("fast_lambda", "slow_lambda"):
-        _set(policy, name, finite_lambda(getattr(policy, name), name))
+@dataclass(frozen=True)
+class Setting:
+    """A dial with a name, as measurements and answers are filed under it.
+
+    Attributes:
+        id: How results call it: ``λ=0.5``, ``adaptive 0.5``, ``route 0.3``, a schedule's JSON, or
+            ``as it is`` for a system without a dial. The same dial always has the same id.
+        dial: What the system is given; None for one without a dial.
+        effort: The effort that the dial was asked for as; None if it was asked for by itself.
+    """
+
+    id: str
+    dial: Dial | None = None
+    effort: float | None = None
+
+    @classmethod
+    def of(cls, value: object, effort: float | None = None) -> "Setting":
+        """Name a dial, given in any of its forms.
+
+        Raises:
+            ConfigError: If it is malformed.
+            LambdaError: If a λ in it is not a finite number.
+        """
+        dial = parse_dial(value)
+        return cls(dial_name(dial), dial, effort)
+
+    @property
+    def label(self) -> str:
+        """How tables call it: its id, behind the effort if there is one."""
+        return setting_label(self.id, self.effort)
+
+    @property
+    def lam(self) -> float | None:
+        """λ, if it is one number."""
+        return self.dial.lam if isinstance(self.dial, Fixed) else None
+
+    @property
+    def policy(self) -> dict[str, Any] | None:
+        """The JSON form of a schedule or of a policy that is more than one λ."""
+        if self.dial is None or isinstance(self.dial, Fixed):
+            return None
+        form: Any = self.dial.to_json()
+        return dict(form)
 
 
-def _share(value: object, name: str) -> float:
-    number = math.nan
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        number = float(value)
-    if not 0 <= number <= 1:
-        raise ConfigError(f"{name} must be a number in [0, 1], got {value!r:.80}.")
-    return number
+AS_IT_IS = Setting("as it is")
+"""The one setting of a system without a dial."""
 
 
-# Which way λ leads from a pair: forward without asking, away from the alignment on request alone.
+def dial_name(dial: Dial) -> str:
+    """Return the one name of a dial.
+
+    Example:
+        >>> dial_name(Adaptive(0.5, "agreement"))
+        'adaptive 0.5 measure=agreement'
+    """
+    if isinstance(dial, Fixed):
+        return f"λ={dial.lam:g}"
+    form: Any = dial.to_json()
+
+    if isinstance(dial, Adaptive | Route):
+        given = {key: value for key, value in form.items() if key != "policy"}
+        first = _SHORT[form["policy"]]
+        words = [form["policy"]]
+        if first in given:
+            words.append(f"{given.pop(first):g}")
+        return " ".join([*words, *(f"{key}={value}" for key, value in given.items())])
+
+    return json.dumps(form, ensure_ascii=False, separators=(", ", ": "))
+
+
+def setting_label(setting: str, effort: float | None) -> str:
+    """Name a setting by the effort that it was asked for as, with what that means behind it.
+
+    Example:
+        >>> setting_label("λ=0.42", 50)
+        'effort 50 (λ=0.42)'
+
+    Args:
+        setting: Its id.
+        effort: None if it was asked for by itself.
+    """
+    return setting if effort is None else f"effort {effort:g} ({setting})"
+
+
+def unique_settings(values: Sequence[object]) -> list[Setting]:
+    """Name several dials; those that have a name keep it.
+
+    Raises:
+        ConfigError: If two have one id: they are the same, or differ beyond six digits.
+    """
+    settings = [value if isinstance(value, Setting) else Setting.of(value) for value in values]
+    seen: dict[str, Setting] = {}
+    for setting in settings:
+        first = seen.setdefault(setting.id, setting)
+        if first is setting:
+            continue
+
+        if first.label == setting.label:
+            raise ConfigError(f"the setting {setting.label} is given twice; leave one out.")
+        raise ConfigError(
+            f"{first.label} and {setting.label} are one and the same setting; leave one out."
+        )
+    return settings
+
+
+# Permitted ranges.
+
+FORWARD = (0.0, math.inf)
+"""The range of a pair that has been given none: any λ that does not lead away from the alignment."""
+
+
+def extremes(dial: Dial) -> tuple[float, float]:
+    """Return the least and the largest λ that a dial may use.
+
+    Example:
+        >>> extremes(Adaptive(fast_lambda=1.5))
+        (0.0, 1.5)
+    """
+    if isinstance(dial, Fixed):
+        return dial.lam, dial.lam
+    if isinstance(dial, Schedule):
+        return min(dial.values), max(dial.values)
+    ends = (dial.fast_lambda, dial.slow_lambda)
+    return min(ends), max(ends)
+
+
+def outside_range(dial: Dial, permitted: tuple[float, float]) -> float | None:
+    """Return a λ that a dial may use outside the permitted range; None if there is none.
+
+    Every check of a range is this one; what is said of it depends on who asks.
+
+    Args:
+        dial: The dial.
+        permitted: The least and the largest λ.
+    """
+    low, high = permitted
+    return next((lam for lam in extremes(dial) if not low <= lam <= high), None)
+
+
+def require_range(
+    permitted: tuple[float, float],
+    asked: Sequence[tuple[str, Dial]],
+    whose: str,
+    permit: str = "start with --lambda-range LEAST,LARGEST",
+) -> None:
+    """Refuse dials that may use a λ outside the range that is permitted.
+
+    Args:
+        permitted: The least and the largest λ.
+        asked: Each with its name.
+        whose: Whose range it is, such as ``the adapter out/fast``.
+        permit: How it is said that this is meant.
+
+    Raises:
+        LambdaError: If there is one; says how to permit it.
+    """
+    outside = [name for name, dial in asked if outside_range(dial, permitted) is not None]
+    if outside:
+        low, high = permitted
+        raise LambdaError(
+            f"{', '.join(outside)}: outside the range [{low:g}, {high:g}] of {whose}; if "
+            f"you mean it, {permit}."
+        )
 
 
 def require_forward(asked: Sequence[tuple[str, Dial]], permit: str) -> None:
@@ -560,9 +756,22 @@ def require_forward(asked: Sequence[tuple[str, Dial]], permit: str) -> None:
     Raises:
         LambdaError: If there is one; says why, and how to permit it.
     """
-    away = [name for name, dial in asked if extremes(dial)[0] < 0]
+    away = [name for name, dial in asked if outside_range(dial, FORWARD) is not None]
     if away:
         raise LambdaError(
             f"{', '.join(away)}: λ < 0 leads away from the aligned model, which on a chat pair "
             f"undoes its safety training (docs/lambda.md); if you mean it, {permit}."
         )
+
+
+def parse_range(text: str) -> tuple[float, float]:
+    """Read ``--lambda-range -1,2``.
+
+    Raises:
+        LambdaError: If it is not two numbers in order.
+    """
+    with suppress(LambdaError):
+        least, *rest = parse_lambdas(text)
+        if len(rest) == 1 and least.lam <= rest[0].lam:
+            return least.lam, rest[0].lam
+    raise LambdaError(f"--lambda-range takes LEAST,LARGEST, such as -1,2; got {text!r}.")

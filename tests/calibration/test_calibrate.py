@@ -24,11 +24,11 @@ from flexalign.calibration.effort import (
 from flexalign.errors import ConfigError, ServingError
 from flexalign.evaluation.samples import ResultsFolder, Samples
 from flexalign.evaluation.sweep import Sweep
-from flexalign.evaluation.systems import Setting, SystemOptions, parse_system
 from flexalign.evaluation.tasks import load_task
 from flexalign.inra import InRaConfig
-from flexalign.lambdas import Adaptive, Fixed
+from flexalign.lambdas import Adaptive, Fixed, Setting
 from flexalign.miniature import folder
+from flexalign.systems import SystemOptions, parse_system
 
 SAMPLING = SystemOptions(temperature=1.0, top_p=1.0, max_new_tokens=400, batch_size=64)
 

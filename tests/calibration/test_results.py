@@ -8,16 +8,10 @@ from flexalign.calibration.results import DrawnSamples, StoredSamples
 from flexalign.errors import ConfigError, DataError, ServingError
 from flexalign.evaluation.samples import ResultsFolder
 from flexalign.evaluation.sweep import Sweep
-from flexalign.evaluation.systems import (
-    Answer,
-    Cell,
-    Failure,
-    Key,
-    Outcome,
-    System,
-    unique_settings,
-)
+from flexalign.evaluation.systems import Cell, Key, Outcome
 from flexalign.evaluation.tasks import Question, Task
+from flexalign.lambdas import unique_settings
+from flexalign.systems import Answer, Failure, System
 
 
 def _row(**changes: Any) -> dict[str, Any]:

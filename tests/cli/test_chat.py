@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-import flexalign.cli._chat
+import flexalign.systems.conversation
 from flexalign.calibration.effort import Calibration, copy_adapter, store_calibration
-from flexalign.cli._dial import _beside, describe_choice
-from flexalign.evaluation.systems import Setting
-from flexalign.lambdas import Adaptive, Fixed, Route
+from flexalign.cli.console import describe_choice, round_beside
+from flexalign.lambdas import Adaptive, Fixed, Route, Setting
 from flexalign.miniature import folder
 
 DIAL = ("miniature", "--adapter", "miniature:fast", "--temperature", "1", "--top-p", "1")
@@ -35,13 +34,13 @@ def chat(run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callab
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What the model is asked, call by call."""
     calls: list[dict[str, Any]] = []
-    real = flexalign.cli._chat.generate_responses
+    real = flexalign.systems.conversation.generate_responses
 
     def spy(model: Any, tokenizer: Any, prompts: Any, **options: Any) -> Any:
         calls.append({"messages": [dict(one) for one in prompts[0]], **options})
         return real(model, tokenizer, prompts, **options)
 
-    monkeypatch.setattr(flexalign.cli._chat, "generate_responses", spy)
+    monkeypatch.setattr(flexalign.systems.conversation, "generate_responses", spy)
     return calls
 
 
@@ -121,7 +120,7 @@ def test_the_history_has_no_thinking(chat: Callable[..., Any], asked: list[dict[
 def test_ctrl_c_stops_an_answer_and_keeps_what_stands(
     chat: Callable[..., Any], asked: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spy = flexalign.cli._chat.generate_responses
+    spy = flexalign.systems.conversation.generate_responses
     written = iter(["<think> 1 </think> 7", "<think> 1", None])
 
     def broken_off(model: Any, tokenizer: Any, prompts: Any, **options: Any) -> Any:
@@ -133,7 +132,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_stands(
             options["streamer"].put(torch.tensor([token]))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(flexalign.cli._chat, "generate_responses", broken_off)
+    monkeypatch.setattr(flexalign.systems.conversation, "generate_responses", broken_off)
     result = chat("1+2+4?", "2+2+2?", "1+2+3?")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.splitlines()[:2] == ["<think> 1 </think> 7", "<think> 1"]
@@ -236,7 +235,7 @@ def test_a_signal_stops_the_answer_and_no_more() -> None:
 def test_a_rounded_confidence_stays_on_its_side(
     confidence: float, threshold: float, shown: str
 ) -> None:
-    assert _beside(confidence, threshold) == shown
+    assert round_beside(confidence, threshold) == shown
 
 
 @pytest.mark.parametrize(

@@ -40,13 +40,16 @@ def dialled(name: str, accuracy: float, tokens: float, over: float) -> SimpleNam
 def demo(
     run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Callable[..., Any]:
-    def run_demo(output: Path, *, questions: int, steps: int, seed: int) -> Any:
+    def run_demo(
+        output: Path, *, questions: int, steps: int, seed: int, progress: Callable[..., None]
+    ) -> Any:
+        progress("reference: answers", 0, questions)
         assert output.is_dir()
         assert (questions, steps, seed) == (20, 3, 5)
         models = [measured("reference", 0.8, 40.0, 0.3), measured("student λ=2", 0.85, 30.0, 0.1)]
         return models, [dialled("λ=0", 0.8, 40.0, 0.0), dialled("adaptive", 0.78, 10.0, 0.2)]
 
-    monkeypatch.setattr("flexalign.cli._demo.run_demo", run_demo)
+    monkeypatch.setattr("flexalign.miniature.demo.run_demo", run_demo)
 
     def run(*options: object) -> Any:
         asked = ("--questions", 20, "--steps", 3, "--seed", 5, *options)

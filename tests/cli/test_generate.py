@@ -1,6 +1,7 @@
 import io
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from counting import count_lambda
 from flexalign.calibration.effort import Calibration, MeasuredSetting, SettingMetrics
-from flexalign.evaluation.systems.local import LocalBackend
 from flexalign.inra.configuration import CONFIG_FILE, WEIGHTS_FILE
 from flexalign.miniature import folder
 from flexalign.models.loading import load_model, load_tokenizer
 from flexalign.statistics import Interval
+from flexalign.systems import LocalBackend
 
 DIAL = ("miniature", "--adapter", "miniature:fast")
 QUESTION = "9+3+6?"
@@ -366,3 +368,24 @@ def test_text_that_is_not_utf_8_is_refused(generate: Callable[..., Any], tmp_pat
     assert "not UTF-8" in generate(*DIAL, "--prompts", file).stderr
     file.write_text("\n \n")
     assert "holds no prompt" in generate(*DIAL, "--prompts", file).stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "parses"),
+    [
+        ("--lambda", "0.375", 0),  # a number becomes a dial without a form to be parsed
+        ("--lambda", '{"kind": "linear", "start": 0.375, "end": 1, "steps": 4}', 1),
+        ("--policy", '{"policy": "fixed", "lambda": 0.375}', 1),
+    ],
+)
+def test_a_lambda_is_parsed_once_and_its_range_checked_once(
+    rows: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    value: str,
+    parses: int,
+) -> None:
+    counts = count_lambda(monkeypatch, 0.375)
+    (row,) = rows(*DIAL, QUESTION, option, value, "--max-new-tokens", 6, *SAMPLED)
+    assert row["tokens"] > 1
+    assert counts == Counter(dials=1, numbers=1, ranges=1, parses=parses)

@@ -50,7 +50,7 @@ def test_forms_draws_a_picture(run_cli, tmp_path):
 
 
 def test_building_names_each_part_as_it_is_written(run_cli, tmp_path, monkeypatch):
-    def build_all(output, make_adapter, *, seed, placebo):
+    def build_all(output, *, seed, placebo):
         assert (seed, placebo) == (3, True)
         yield from ("reference", "placebo")
 

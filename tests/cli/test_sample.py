@@ -204,10 +204,10 @@ def test_bad_prompts_are_named_by_line(
 def test_an_interrupted_run_says_how_to_go_on(
     sample: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flexalign.generation import responses
+    from flexalign.systems import sampling
 
     output, whole = tmp_path / "traces.jsonl", tmp_path / "whole.jsonl"
-    answer = responses.generate_responses
+    answer = sampling.generate_responses
 
     def stop_at_the_second(*args: Any, **options: Any) -> Any:
         if output.read_bytes():
@@ -215,7 +215,7 @@ def test_an_interrupted_run_says_how_to_go_on(
         return answer(*args, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(responses, "generate_responses", stop_at_the_second)
+        patch.setattr(sampling, "generate_responses", stop_at_the_second)
         result = sample("-o", output, "-n", 3)
     assert result.exit_code == 130
     assert "same command again to go on" in result.stderr

@@ -8,7 +8,8 @@ import pytest
 
 from flexalign.cli.tune import next_step
 from flexalign.evaluation.samples import ResultsFolder
-from flexalign.evaluation.systems import Setting, parse_system
+from flexalign.lambdas import Setting
+from flexalign.systems import parse_system
 
 GOOD, BAD = "λ=1", "λ=2"
 

@@ -12,15 +12,10 @@ from flexalign.errors import ConfigError, ServingError
 from flexalign.evaluation import sweep as module
 from flexalign.evaluation.grading import grade
 from flexalign.evaluation.sweep import Sweep, SweepResult, regrade, sample_seed, sweep_cells
-from flexalign.evaluation.systems import (
-    AS_IT_IS,
-    SystemOptions,
-    open_backend,
-    parse_systems,
-    unique_settings,
-)
 from flexalign.evaluation.tasks import Question, Task
 from flexalign.inra import InRaModel
+from flexalign.lambdas import AS_IT_IS, unique_settings
+from flexalign.systems import SystemOptions, open_backend, parse_systems
 
 TASK = Task(
     "sums",
@@ -367,7 +362,7 @@ def test_what_breaks_in_a_request_is_no_lost_sample(make, serve, tmp_path, monke
     def broken(self, response):
         raise MemoryError("no room")
 
-    monkeypatch.setattr("flexalign.evaluation.systems.endpoint.EndpointBackend._read", broken)
+    monkeypatch.setattr("flexalign.systems.endpoint.EndpointBackend._read", broken)
     chat = serve(lambda path, body: _reply())
     with pytest.raises(MemoryError, match="no room"):
         _served(make, chat.url).run(tmp_path)

@@ -5,12 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from flexalign.cli._miniature import make_adapter
 from flexalign.errors import ConfigError
-from flexalign.evaluation.demo import judge, respond
 from flexalign.inra import InRaConfig, InRaModel
 from flexalign.miniature import REFERENCE, build, folder, make_questions
-from flexalign.miniature.build import FAST_SCHOOLING, Schooling, _Traces, teach
+from flexalign.miniature.build import FAST_SCHOOLING, Schooling, _Traces, make_adapter, teach
+from flexalign.miniature.demo import judge, respond
 from flexalign.miniature.tokenizer import build_tokenizer
 from flexalign.models.loading import fingerprint, load_tokenizer
 
@@ -65,9 +64,9 @@ def test_every_part_is_made_and_loads(tmp_path, monkeypatch):
         dataclasses.replace(one, steps=1, batch_size=2) for one in build.REFERENCE_SCHOOLING
     ]
     monkeypatch.setattr(build, "REFERENCE_SCHOOLING", reference)
-    parts = list(build.build_all(tmp_path / "one", make_adapter, seed=3, placebo=True))
+    parts = list(build.build_all(tmp_path / "one", seed=3, placebo=True))
     assert parts == ["reference", "aligned", "placebo", "fast"]
-    again = list(build.build_all(tmp_path / "other", make_adapter, seed=3))
+    again = list(build.build_all(tmp_path / "other", seed=3))
     assert again == ["reference", "aligned", "fast"]
     prints = {part: fingerprint(tmp_path / "one" / part) for part in parts[:3]}
     assert len(set(prints.values())) == 3

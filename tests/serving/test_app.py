@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from asgi import request
+from counting import count_lambda
 from flexalign.errors import ConfigError
 from flexalign.inra.configuration import InRaConfig
 from flexalign.lambdas import Dial
@@ -80,6 +81,15 @@ def test_a_dial_that_the_engine_does_not_serve_is_a_bad_dial(served: Served):
     asked = {"messages": MESSAGES, "lambda": {"policy": "adaptive", "measure": "agreement"}}
     error = served.refused(400, CHAT, 'the measure "agreement" samples several answers', **asked)
     assert (error["param"], error["code"]) == ("lambda", "invalid_dial")
+
+
+def test_a_bodys_lambda_is_not_looked_at_again_behind_the_door(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+):
+    counts = count_lambda(monkeypatch, 0.375)
+    status, answer = served.ask(COMPLETION, prompt="1+2?", max_tokens=3, **{"lambda": 0.375})
+    assert (status, answer["dial"]["lambda"]) == (200, 0.375)
+    assert (counts["parses"], counts["ranges"]) == (0, 1)
 
 
 def test_metrics_count_what_was_written(served: Served):

@@ -1,11 +1,13 @@
 """Which dials a server takes, and what it says of them."""
 
 import logging
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from counting import count_lambda
 from flexalign.errors import ConfigError
 from flexalign.inra import InRaConfig
 from flexalign.lambdas import Adaptive, Fixed, Route, Schedule
@@ -47,6 +49,19 @@ def test_a_dial_is_read_and_taken_out(body: dict[str, Any], dial: object):
     assert choice.dial == dial
     assert body == {"messages": "kept"}
     assert choice.ignored == ()
+
+
+@pytest.mark.parametrize(
+    ("value", "parses"), [(0.375, 0), ({"policy": "fixed", "lambda": 0.375}, 1)], ids=str
+)
+def test_a_body_is_parsed_once_and_its_range_checked_once(
+    monkeypatch: pytest.MonkeyPatch, value: object, parses: int
+):
+    counts = count_lambda(monkeypatch, 0.375)
+    assert UNCALIBRATED.choose({"lambda": value}).dial == Fixed(0.375)
+    counts["dials"] -= 1  # the one that it is compared with
+    counts["numbers"] -= 1
+    assert counts == Counter(dials=1, numbers=1, ranges=1, parses=parses)
 
 
 @pytest.mark.parametrize(

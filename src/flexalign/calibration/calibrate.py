@@ -28,11 +28,11 @@ from flexalign.calibration.fitting import effort_levels, find_holes, fit_lambdas
 from flexalign.errors import ConfigError, ServingError
 from flexalign.evaluation.samples import ResultsFolder, Samples
 from flexalign.evaluation.sweep import Progress, Sweep, sampling_options
-from flexalign.evaluation.systems import Setting, System, SystemOptions
 from flexalign.evaluation.tasks import Task, load_task
 from flexalign.inra.configuration import check_folder
-from flexalign.lambdas import Adaptive, Measure
+from flexalign.lambdas import Adaptive, Measure, Setting
 from flexalign.models.sources import resolve_adapter
+from flexalign.systems import System, SystemOptions
 
 Kind = Literal["auto", "adaptive", "lambda"]
 
@@ -83,7 +83,7 @@ def calibrate(
         seed: Of all sampling, and of the draw of questions.
         workers: Processes that grade.
         progress: Told how many samples were made since it was last told.
-        **sampling: Fields of :class:`~flexalign.evaluation.systems.SystemOptions`; temperature,
+        **sampling: Fields of :class:`~flexalign.systems.SystemOptions`; temperature,
             top_p and max_new_tokens are the task's own if not given.
 
     Raises:

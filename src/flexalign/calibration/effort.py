@@ -21,9 +21,8 @@ import flexalign
 from flexalign._storage import write_json
 from flexalign.errors import ConfigError
 from flexalign.evaluation.samples import Samples
-from flexalign.evaluation.systems import Setting
 from flexalign.inra.configuration import CONFIG_FILE, WEIGHTS_FILE, InRaConfig
-from flexalign.lambdas import Adaptive, Fixed, Measure
+from flexalign.lambdas import Adaptive, Fixed, Measure, Setting
 from flexalign.statistics import Interval
 
 VERSION = 1
@@ -347,10 +346,7 @@ def effort_settings(calibration: Calibration, efforts: Sequence[float]) -> list[
     Raises:
         ConfigError: If an effort lies outside what the calibration covers.
     """
-    return [
-        replace(Setting.of(effort_to_dial(calibration, effort)), effort=float(effort))
-        for effort in efforts
-    ]
+    return [Setting.of(effort_to_dial(calibration, effort), float(effort)) for effort in efforts]
 
 
 def _along(points: Points, effort: float) -> float:

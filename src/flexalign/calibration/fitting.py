@@ -21,8 +21,7 @@ from flexalign.calibration.effort import (
 )
 from flexalign.errors import ConfigError
 from flexalign.evaluation.samples import Samples
-from flexalign.evaluation.systems import Setting
-from flexalign.lambdas import Adaptive, Fixed
+from flexalign.lambdas import Adaptive, Fixed, Setting
 from flexalign.statistics import Interval, paired_difference_interval, simultaneous_confidence
 
 LEVELS = (0.0, 25.0, 50.0, 75.0, 100.0)

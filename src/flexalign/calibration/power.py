@@ -25,6 +25,7 @@ from flexalign.calibration.constraints import NonInferiority
 from flexalign.calibration.results import REFERENCE, StoredSamples
 from flexalign.errors import ConfigError, DataError
 from flexalign.evaluation.samples import Samples
+from flexalign.models.names import known_name
 from flexalign.statistics import t_quantile
 
 TASK_ACCURACY = {
@@ -33,7 +34,6 @@ TASK_ACCURACY = {
     "amc": 0.8,
     "aime": 0.5,
     "aime25": 0.4,
-    "miniature": 0.75,
 }
 """Accuracies that are assumed where none is given, about those of a 7B reasoning model."""
 
@@ -41,6 +41,14 @@ _ALIKE = 0.6
 _SHIFT = 0.07
 _MOST = 10**7
 _SMALLER = (0.75, 0.5, 0.25)
+
+
+def expected_accuracy(task: str) -> float:
+    """Return the accuracy that is assumed of a task: the known one, else 0.5, the worst case."""
+    known = known_name(task)
+    if known is not None and known[0].accuracy is not None:
+        return known[0].accuracy
+    return TASK_ACCURACY.get(task, 0.5)
 
 
 @dataclass(frozen=True)
@@ -114,8 +122,7 @@ def assumed_variance(task: str, accuracy: float | None = None) -> VarianceModel:
         accuracy: The expected one; that of a 7B reasoning model on the task if not given, and
             0.5, the worst, where that is not known.
     """
-    known = TASK_ACCURACY.get(task.partition(":")[0], 0.5)
-    return VarianceModel.assumed(known if accuracy is None else accuracy)
+    return VarianceModel.assumed(expected_accuracy(task) if accuracy is None else accuracy)
 
 
 def measured_variance(stored: StoredSamples) -> VarianceModel:

@@ -37,8 +37,9 @@ from flexalign.calibration.verify import Evidence, Proof, verify
 from flexalign.errors import ConfigError
 from flexalign.evaluation.samples import ResultsFolder
 from flexalign.evaluation.sweep import Progress, Sweep, sampling_options
-from flexalign.evaluation.systems import Setting, System, parse_system, unique_settings
 from flexalign.evaluation.tasks import Task, load_task
+from flexalign.lambdas import Setting, unique_settings
+from flexalign.systems import System, parse_system
 
 CANDIDATES = (0.25, 0.5, 0.75, 1.0)
 """The candidates of a system where none is named."""
@@ -72,7 +73,7 @@ def tune(
         options: How it is done; if not given, with the task's own number of samples.
         workers: Processes that grade.
         progress: Told how many samples were made since it was last told.
-        **sampling: Fields of :class:`~flexalign.evaluation.systems.SystemOptions`; temperature,
+        **sampling: Fields of :class:`~flexalign.systems.SystemOptions`; temperature,
             top_p and max_new_tokens are the task's own if not given.
 
     Raises:

@@ -28,9 +28,8 @@ from flexalign.inra.configuration import (
     InRaConfig,
     check_folder,
     require_base,
-    require_range,
 )
-from flexalign.lambdas import Fixed
+from flexalign.lambdas import Fixed, require_range
 from flexalign.models.compatibility import ModelFacts, examine, examine_pair
 from flexalign.models.loading import skeleton
 from flexalign.models.sources import resolve_adapter

@@ -16,15 +16,10 @@ from flexalign.errors import ConfigError
 from flexalign.evaluation.grading import grade
 from flexalign.generation.responses import generate_responses
 from flexalign.lambdas import parse_dial, require_forward
-from flexalign.miniature import make_questions, make_traces
+from flexalign.models.names import known_name
 from flexalign.statistics import clustered_interval
 from flexalign.training.callbacks import Answer, Watcher
 from flexalign.training.recipes import Watch
-
-_MINIATURE = "miniature"
-_MINIATURE_TRACES = 4000
-_QUESTION_SEED = 10_000
-"""Far from the seed of the traces."""
 
 _SAMPLES = 2
 _SHOWN = ("loss", "divergence", "lambda", "kl_reference", "kl_aligned")
@@ -134,18 +129,20 @@ def show_samples(samples: Sequence[dict[str, str]]) -> None:
 
 
 def read_traces(data: str, *, skip_bad_rows: bool) -> Dataset:
-    """Read training data: a path, or ``miniature`` for traces of its reference."""
-    if data == _MINIATURE:
-        return Dataset.from_list(make_traces(_MINIATURE_TRACES, seed=0))
+    """Read training data: a path, or a known name that brings traces."""
+    entry, part = known_name(data) or (None, "")
+    if entry is not None and entry.traces is not None and not part:
+        return Dataset.from_list(entry.traces())
     return load_traces(data, skip_bad_rows=skip_bad_rows)
 
 
 def read_watched(watch: Watch) -> tuple[list[Any], list[str | None]]:
     """Read the prompts to watch, the first ones of the file, with their answers where known."""
-    if watch.prompts == _MINIATURE:
-        questions = make_questions(watch.limit, _QUESTION_SEED)
-        prompts = [[{"role": "user", "content": question.text}] for question in questions]
-        return prompts, [str(question.answer) for question in questions]
+    entry, part = known_name(watch.prompts) or (None, "")
+    if entry is not None and entry.prompts is not None and not part:
+        known = entry.prompts(watch.limit)
+        return [row["prompt"] for row in known], [row["answer"] for row in known]
+
     rows = load_prompts(watch.prompts)
     rows = rows.select(range(min(watch.limit, len(rows))))
     answers = rows["answer"] if "answer" in rows.column_names else [None] * len(rows)

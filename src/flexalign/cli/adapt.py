@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from flexalign.cli.console import console, parse_lambda_option, print_json
+from flexalign.cli.console import console, print_json
 from flexalign.cli.options import (
     Assignments,
     DryTraining,
@@ -15,6 +15,7 @@ from flexalign.cli.options import (
     RecipeOutput,
     ResultAsJson,
     SkipBadRows,
+    parse_lambda_option,
 )
 
 

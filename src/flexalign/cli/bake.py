@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from flexalign.cli._dial import read_range
-from flexalign.cli.console import console, parse_lambda_option, print_json
+from flexalign.cli.console import console, print_json
 from flexalign.cli.options import (
     Assignments,
     DryTraining,
@@ -17,6 +16,8 @@ from flexalign.cli.options import (
     RecipeOutput,
     ResultAsJson,
     SkipBadRows,
+    parse_lambda_option,
+    read_range,
 )
 
 

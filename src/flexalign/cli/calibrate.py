@@ -8,7 +8,6 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flexalign.cli._dial import read_range
 from flexalign.cli.console import (
     as_input_errors,
     console,
@@ -27,6 +26,7 @@ from flexalign.cli.options import (
     TaskTemperature,
     TaskTopP,
     Workers,
+    read_range,
 )
 
 if TYPE_CHECKING:

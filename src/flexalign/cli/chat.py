@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from flexalign.cli._dial import (
-    describe_start,
-    open_dial,
-    read_efforts,
-    read_lambdas,
-    read_range,
-    read_settings,
+from flexalign.cli.console import (
+    ResponsePrinter,
+    as_input_errors,
+    console,
+    describe_choice,
+    describe_setting,
+    describe_tokens,
 )
-from flexalign.cli.console import as_input_errors, console
 from flexalign.cli.options import (
     Adapter,
     Aligned,
@@ -28,11 +27,26 @@ from flexalign.cli.options import (
     Model,
     Temperature,
     TopP,
+    read_efforts,
+    read_lambdas,
+    read_range,
+    read_setting,
+    read_settings,
 )
 from flexalign.errors import ConfigError, FlexAlignError
 
 if TYPE_CHECKING:
-    from flexalign.cli._chat import Chat
+    from flexalign.lambdas import Setting
+    from flexalign.systems import Conversation, LocalBackend
+
+_HELP = """\
+/lambda 0.3          λ from the next answer on, or a schedule's JSON; 0 is the reference, 1 the
+                     aligned model or the adapter's
+/policy adaptive 0.5 think only where the fast answer is unsure; or route 0.3, auto, JSON
+/effort 50           0 is fastest, 100 the reference's tokens; the adapter must be calibrated
+/system TEXT         what the model is told beforehand; alone: nothing
+/reset               forget the conversation
+/quit                leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
 def chat(
@@ -88,8 +102,9 @@ def chat(
         raise ConfigError("a conversation begins with one setting; give one λ, policy or effort.")
 
     from flexalign.cli.console import quieten_libraries, warnings_as_notes
-    from flexalign.evaluation.systems import SystemOptions
+    from flexalign.systems import Conversation, LocalBackend, System, SystemOptions
 
+    named = System.of(model, adapter, aligned)
     options = SystemOptions(
         temperature=temperature,
         top_p=top_p,
@@ -100,29 +115,108 @@ def chat(
         any_base=any_base,
     )
     quieten_libraries()
-    backend = open_dial(model, adapter, aligned, settings, options)
-    from flexalign.cli._chat import Chat
+    with as_input_errors():
+        backend = LocalBackend(named, settings, options)
+    backend.require_dial(settings)
 
     with warnings_as_notes():
         with as_input_errors(), console.status("loading"):
             _ = backend.model
         setting = settings[0] if settings else backend.default
         console.print(
-            f"{escape(describe_start(setting, backend))}. /help lists the commands; Ctrl-D leaves."
+            f"{escape(_describe_start(setting, backend))}. /help lists the commands; Ctrl-D leaves."
         )
-        _converse(Chat(backend, options, setting, seed, system, adapter))
+        _converse(Conversation(backend, options, setting, seed, system), adapter)
 
 
-def _converse(chat: "Chat") -> None:
+def _describe_start(setting: "Setting", backend: "LocalBackend") -> str:
+    """Say what a conversation begins at, what that is, and where λ may go."""
+    if backend.kind == "model":
+        return "The plain model, which has no dial"
+    ends = {
+        "dial": "0 is the base model, 1 the adapter whole",
+        "pair": "0 is the reference, 1 the aligned model",
+    }
+    start = f"{describe_setting(setting, backend.calibration)}; λ: {ends[backend.kind]}"
+    if backend.permitted is None:
+        return start
+    low, high = backend.permitted
+    return f"{start}; it may go from {low:g} to {high:g}"
+
+
+def _converse(conversation: "Conversation", adapter: str | None) -> None:
+    """Ask each line, or obey it, until one of them or the end of the input ends it."""
     for line in _lines():
         try:
-            if line.startswith("/"):
-                if not chat.obey(line):
-                    return
-            else:
-                chat.say(line)
+            if not line.startswith("/"):
+                _ask(conversation, line)
+            elif not _obey(conversation, line, adapter):
+                return
         except FlexAlignError as error:
             console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+
+
+def _ask(conversation: "Conversation", text: str) -> None:
+    """Print the answer as it is written, and below it what it cost."""
+    printer = ResponsePrinter(conversation.backend.text.tags)
+    try:
+        reply = conversation.ask(text, printer.write)
+    finally:
+        printer.end()
+
+    if reply.answer is None:
+        console.print("stopped", style="dim")
+    else:
+        setting, backend = conversation.setting, conversation.backend
+        parts = [
+            describe_setting(setting, backend.calibration),
+            describe_choice(reply.answer, setting, backend.model),
+            describe_tokens(reply.answer, reply.answer.tokens / reply.seconds),
+        ]
+        line = " · ".join(part for part in parts if part)
+        console.print(line, style="dim", markup=False, soft_wrap=True)
+    if not reply.is_kept:
+        console.print("no answer came after the thinking; the question is not kept.")
+
+
+def _obey(conversation: "Conversation", line: str, adapter: str | None) -> bool:
+    """Follow a command; return whether the conversation goes on.
+
+    Raises:
+        ConfigError: If there is no such command, or its value is malformed.
+        LambdaError: If it is a λ that is not finite, or outside the range.
+    """
+    name, _, value = line[1:].partition(" ")
+    value = value.strip()
+
+    match name:
+        case "quit":
+            return False
+        case "help":
+            console.print(_HELP, markup=False)
+        case "reset":
+            conversation.turns.clear()
+            console.print("The conversation is forgotten.")
+        case "system":
+            conversation.system = value
+            console.print("The system prompt is set." if value else "No system prompt.")
+        case "lambda" | "policy" | "effort":
+            if value:
+                conversation.turn_to(_read_setting(name, value, adapter))
+            setting, calibration = conversation.setting, conversation.backend.calibration
+            console.print(describe_setting(setting, calibration), markup=False)
+        case _:
+            raise ConfigError(f"there is no command /{name}; /help lists them.")
+    return True
+
+
+def _read_setting(name: str, value: str, adapter: str | None) -> "Setting":
+    if name != "effort":
+        return read_setting(name, value)
+    settings = read_efforts(value, adapter)
+    if len(settings) != 1:
+        raise ConfigError(f"a conversation has one effort at a time; got {value!r}.")
+    return settings[0]
 
 
 def _lines() -> Iterator[str]:

@@ -1,24 +1,24 @@
-"""What every command shares: where output goes, how JSON is printed, how a λ is read."""
+"""What every command shares: where output goes, how JSON is printed, how an answer is shown."""
 
 import json
-import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flexalign.errors import CheckpointError, ConfigError, FlexAlignError, LambdaError
-from flexalign.lambdas import Schedule
+from flexalign.errors import CheckpointError, ConfigError
+from flexalign.lambdas import Adaptive, Setting
 
 if TYPE_CHECKING:
     from flexalign.data.thinking import ThinkingTags
     from flexalign.evaluation.tasks import Task
     from flexalign.generation.text import Piece
+    from flexalign.systems import Answer
 
 console = Console(stderr=True, highlight=False)
 """Everything for people goes to stderr; stdout carries the result alone."""
@@ -40,41 +40,6 @@ def note(text: str) -> None:
 def print_json(value: Any) -> None:
     """Print one JSON document, alone, on stdout."""
     print(json.dumps(value, ensure_ascii=False, indent=2))
-
-
-def parse_lambdas(text: str) -> list[float]:
-    """Read ``--lambda 0,0.5,1``.
-
-    Raises:
-        LambdaError: If a part is not a finite number.
-    """
-    values = []
-    for part in text.split(","):
-        try:
-            value = float(part)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
-            raise LambdaError(
-                f"--lambda: {part.strip()!r} is not a finite number; "
-                "write one number or several with commas, such as 0,0.5,1."
-            )
-        values.append(value)
-    return values
-
-
-def read_secret(variable: str | None) -> str | None:
-    """Read the environment variable that ``--api-key-env`` names.
-
-    Raises:
-        ConfigError: If it is not set.
-    """
-    if variable is None:
-        return None
-    value = os.environ.get(variable)
-    if not value:
-        raise ConfigError(f"--api-key-env: the environment variable {variable!r} is not set.")
-    return value
 
 
 def say_instruction(instruction: str | None, tasks: "Sequence[Task]") -> None:
@@ -132,25 +97,6 @@ def resumable_bar(
 
     with resumable(is_kept=is_kept), progress_bar(label, total) as show:
         yield advance
-
-
-def parse_lambda_option(text: str | None) -> Any:
-    """Read ``--lambda`` of a training command: a number, several, a JSON schedule, or none.
-
-    Raises:
-        ConfigError: If it is a schedule that is malformed.
-        LambdaError: If it is none of these.
-    """
-    if text is None:
-        return None
-    if text.lstrip().startswith("{"):
-        try:
-            Schedule.parse(text)
-        except FlexAlignError as error:
-            raise type(error)(f"--lambda: {error}") from error
-        return json.loads(text)
-    values = parse_lambdas(text)
-    return values[0] if len(values) == 1 else values
 
 
 # What a command lets through of what libraries say.
@@ -223,3 +169,60 @@ def print_response(text: str, tags: "ThinkingTags") -> None:
     printer = ResponsePrinter(tags)
     printer.write(piece for piece in pieces if piece.text)
     printer.end()
+
+
+# Settings and answers in words: what a setting saves, which way a policy took, what it cost.
+
+
+def describe_setting(setting: Setting, calibration: Mapping[str, Any] | None) -> str:
+    """Name a setting, with what calibration found that it saves, if it looked at it."""
+    from flexalign.calibration.effort import Calibration, known_cut
+
+    cut = None
+    if calibration is not None:
+        # One that cannot be read is refused where an effort is asked for, and only untold here.
+        with suppress(ConfigError):
+            cut = known_cut(Calibration.from_json(calibration), setting.id)
+    if cut is None:
+        return setting.id
+    sign = "−" if cut[0] >= 0 else "+"
+    return f"{setting.id}: {sign}{abs(100 * cut[0]):.0f} % tokens, {cut[1]}"
+
+
+def describe_choice(answer: "Answer", setting: Setting, model: Any) -> str | None:
+    """Say which way a policy took and why; None if it was not its choice."""
+    if answer.route is None:
+        return None
+    if not isinstance(setting.dial, Adaptive):
+        return f"{answer.route}: by the coin"
+
+    threshold = model.threshold(setting.dial)
+    confidence = 0.0 if answer.confidence is None else answer.confidence
+    shown = round_beside(confidence, threshold)
+    if answer.route == "fast":
+        return f"fast: confidence {shown} ≥ {threshold:g}"
+    if confidence >= threshold:
+        return "slow: the fast answer did not come to its end"
+    return f"slow: fast answer's confidence {shown} < {threshold:g}"
+
+
+def describe_tokens(answer: "Answer", tokens_per_second: float) -> str:
+    """Say how many tokens were written for an answer, and how fast.
+
+    The thinking tags themselves count with the answer.
+    """
+    parts = [f"{answer.tokens} tokens"]
+    thinking, rejected = answer.thinking_tokens or 0, answer.rejected_tokens
+    if thinking or rejected:
+        shares = [f"{thinking} thinking", f"{answer.tokens - thinking - rejected} answer"]
+        parts[0] += f" ({' + '.join(shares + [f'{rejected} rejected'] * bool(rejected))})"
+    parts.append(f"{tokens_per_second:.0f} tokens/s")
+    return " · ".join(parts + ["cut off"] * answer.truncated)
+
+
+def round_beside(confidence: float, threshold: float) -> str:
+    """Round to two digits, or to as many as leave it on its side of the threshold."""
+    digits, is_enough = 2, confidence >= threshold
+    while (float(f"{confidence:.{digits}f}") >= threshold) != is_enough:
+        digits += 1
+    return f"{confidence:.{digits}f}"

@@ -1,9 +1,13 @@
 """``flexalign demo``: see a model realigned at several λ, beside the closed form."""
 
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from flexalign.cli.console import console, print_json, result_console
 from flexalign.errors import ConfigError
@@ -11,8 +15,7 @@ from flexalign.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from flexalign.cli._demo import DialRow
-    from flexalign.evaluation.demo import Measurement
+    from flexalign.miniature.demo import DialRow, Measurement
 
 
 _LEGEND = """
@@ -56,9 +59,12 @@ def demo(
         raise ConfigError(f"--output {output} is a file; name a folder.")
     output.mkdir(parents=True, exist_ok=True)
 
-    from flexalign.cli._demo import run_demo
+    from flexalign.miniature.demo import run_demo
 
-    measurements, dial = run_demo(output, questions=questions, steps=steps, seed=seed)
+    with _quiet(), _bars() as progress:
+        measurements, dial = run_demo(
+            output, questions=questions, steps=steps, seed=seed, progress=progress
+        )
     if as_json:
         print_json(
             {
@@ -75,11 +81,54 @@ def demo(
     console.print(f"picture: {output / 'pareto.png'}   figures: {output / 'demo.json'}")
 
 
+@contextmanager
+def _bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar for each thing that is under way; what it gives is told how far one is."""
+    columns = (
+        TextColumn("{task.description:<26}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeElapsedColumn(),
+    )
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=console) as bars:
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                if not console.is_terminal:  # where bars are not drawn until the end
+                    console.print(what)
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done)
+
+        yield show
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The demo's own bars say what happens; the libraries' bars and notes would tear them apart."""
+    import datasets
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+        datasets.enable_progress_bars()
+
+
 def _table(measurements: "list[Measurement]") -> "Table":
     table = _empty_table("The miniature, realigned", "model")
     for column in ("accuracy [95 %]", "eq. 5", "tokens", "eq. 5", "cut", "again", "eq. 5"):
         style = "dim" if column == "eq. 5" else None
         table.add_column(column, justify="right", style=style, no_wrap=True)
+
     reference_tokens = measurements[0].tokens
     for row in measurements:
         low, high = row.accuracy_interval

@@ -9,12 +9,10 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flexalign.cli._dial import read_efforts, read_lambdas, read_range, read_settings
 from flexalign.cli.console import (
     console,
     note,
     print_json,
-    read_secret,
     result_console,
     resumable_bar,
     say_instruction,
@@ -23,7 +21,7 @@ from flexalign.cli.options import (
     BatchSize,
     Data,
     Dtype,
-    Engine,
+    EngineName,
     Gate,
     Instruction,
     LambdaRange,
@@ -32,14 +30,19 @@ from flexalign.cli.options import (
     TaskTemperature,
     TaskTopP,
     Workers,
+    read_efforts,
+    read_lambdas,
+    read_range,
+    read_secret,
+    read_settings,
 )
 from flexalign.errors import ConfigError, ServingError
 
 if TYPE_CHECKING:
     from flexalign.evaluation.summary import Summary, SummaryMean
     from flexalign.evaluation.sweep import Lost, Sweep
-    from flexalign.evaluation.systems import System
     from flexalign.statistics import Interval
+    from flexalign.systems import System
 
 _SHOWN = 5
 """Lost samples that are named."""
@@ -108,8 +111,8 @@ def evaluate(
     lambda_range: LambdaRange = None,
     dtype: Dtype = "auto",
     engine: Annotated[
-        Engine, typer.Option(help="local runs here; vllm is for plain models.")
-    ] = Engine.LOCAL,
+        EngineName, typer.Option(help="local runs here; vllm is for plain models.")
+    ] = EngineName.LOCAL,
     model_name: Annotated[str | None, typer.Option(help="The model's name at a url:.")] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Of a url:'s model; counts where the server does not.")
@@ -158,7 +161,7 @@ def evaluate(
     if output is None and not dry_run:
         raise ConfigError("name the folder of the results with --output DIR.")
     lams, limits = read_lambdas(lam), read_range(lambda_range)
-    from flexalign.evaluation.systems import parse_systems
+    from flexalign.systems import parse_systems
 
     asked = parse_systems(systems)
     settings = read_settings(lams, policy or [], read_efforts(effort, _only_adapter(effort, asked)))
@@ -287,7 +290,7 @@ def _warn_of_sampling(sweep: "Sweep") -> None:
     from dataclasses import asdict
 
     from flexalign.calibration.effort import Calibration, note_on_sampling
-    from flexalign.evaluation.systems.local import LocalBackend
+    from flexalign.systems import LocalBackend
 
     if all(setting.effort is None for setting in sweep.settings):
         return

@@ -1,5 +1,6 @@
 """``flexalign generate``: answers to a prompt, or a file of them, at one or several λ."""
 
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -8,19 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from flexalign.cli._dial import (
-    describe_choice,
-    describe_setting,
-    describe_tokens,
-    open_dial,
-    read_efforts,
-    read_lambdas,
-    read_range,
-    read_settings,
-)
 from flexalign.cli.console import (
     as_input_errors,
     console,
+    describe_choice,
+    describe_setting,
+    describe_tokens,
     print_json,
     progress_bar,
     result_console,
@@ -38,13 +32,16 @@ from flexalign.cli.options import (
     Policies,
     Temperature,
     TopP,
+    read_efforts,
+    read_lambdas,
+    read_range,
+    read_settings,
 )
-from flexalign.errors import ConfigError
+from flexalign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from flexalign.cli._prompts import GivenPrompt
-    from flexalign.evaluation.systems import Answer, Cell, Outcome, Setting
-    from flexalign.evaluation.systems.local import LocalBackend
+    from flexalign.lambdas import Setting
+    from flexalign.systems import Answer, Failure, LocalBackend, PromptRequest
 
 
 def generate(
@@ -112,18 +109,18 @@ def generate(
     [cyan]flexalign generate models/base --aligned models/concise --lambda 2 --gate 0.01
     --prompts questions.jsonl --json > answers.json[/cyan]
     """
-    from flexalign.cli._prompts import read_given
     from flexalign.cli.console import quieten_libraries, warnings_as_notes
 
     if samples > 1 and temperature == 0:
         raise ConfigError("--samples are all equal at temperature 0; raise --temperature.")
     limits = read_range(lambda_range)
     settings = read_settings(read_lambdas(lam), policy or [], read_efforts(effort, adapter))
-    prompts = read_given(prompt, input_file)
+    prompts = _read_prompts(prompt, input_file)
 
-    from flexalign.evaluation.systems import SystemOptions
     from flexalign.lambdas import LAMBDA_LEGEND
+    from flexalign.systems import LocalBackend, System, SystemOptions
 
+    system = System.of(model, adapter, aligned)
     options = SystemOptions(
         temperature=temperature,
         top_p=top_p,
@@ -135,63 +132,130 @@ def generate(
         any_base=any_base,
     )
     quieten_libraries()
-    backend = open_dial(model, adapter, aligned, settings, options)
-    settings = settings or [backend.default]
+    with as_input_errors():
+        backend = LocalBackend(system, settings, options)
+    backend.require_dial(settings)
+
+    requests = _requests(prompts, settings or [backend.default], samples, seed)
     with warnings_as_notes():
-        made = _answer(backend, prompts, settings, samples, seed)
+        made = _answer(backend, prompts, requests)
         if as_json:
             made_all = sorted(made, key=lambda one: one.place)
             print_json([_row(prompts, one) for one in made_all])
-        else:
-            _show(prompts, made, backend, samples > 1)
-            if backend.kind != "model":
-                console.print(LAMBDA_LEGEND, style="dim")
+            return
+        _show(prompts, made, backend, samples > 1)
+        if backend.kind != "model":
+            console.print(LAMBDA_LEGEND, style="dim")
+
+
+# Prompts: an argument, standard input, or a file.
+
+
+class _Prompt(NamedTuple):
+    """A prompt as results show it, and as the model is asked."""
+
+    given: str | list[dict[str, Any]]
+    put: str | list[dict[str, Any]]
+
+
+def _read_prompts(prompt: str | None, file: Path | None) -> list[_Prompt]:
+    """Read the prompt on the command line, else those of a file, else standard input.
+
+    Raises:
+        ConfigError: If there is none, or there are two sources.
+        DataError: If a prompt is empty, or the file cannot be read.
+    """
+    if file is not None:
+        if prompt is not None:
+            raise ConfigError("give PROMPT or --prompts, not both.")
+        return _read_file(file)
+
+    if prompt is None or prompt == "-":
+        if sys.stdin.isatty():
+            raise ConfigError(
+                "there is no prompt; write one behind the model, name a file of them with "
+                "--prompts, or pipe one in. (flexalign chat is for conversations.)"
+            )
+        prompt = sys.stdin.read()
+    return [_question(prompt)]
+
+
+def _read_file(file: Path) -> list[_Prompt]:
+    if file.suffix.lower() != ".txt":
+        from flexalign.data.formats import load_prompts
+
+        return [_Prompt(one, one) for one in load_prompts(file)["prompt"]]
+
+    if not file.is_file():
+        raise DataError(f"{file}: no such file.")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 ({error.reason}); save it as UTF-8.") from error
+    prompts = [_question(line) for line in lines if line.strip()]
+    if not prompts:
+        raise DataError(f"{file} holds no prompt; write one a line.")
+    return prompts
+
+
+def _question(text: str) -> _Prompt:
+    text = text.strip()
+    if not text:
+        raise DataError("the prompt is empty.")
+    return _Prompt(text, [{"role": "user", "content": text}])
+
+
+def _requests(
+    prompts: Sequence[_Prompt], settings: "Sequence[Setting]", samples: int, seed: int
+) -> "list[PromptRequest]":
+    """List what is asked, by prompt, setting and sample; all settings share a sample's seed."""
+    from flexalign.data.traces import derive_seed
+    from flexalign.systems import PromptRequest
+
+    return [
+        # The empty part stands where a sweep has its task; without it every answer would change.
+        PromptRequest(index, one.put, setting, sample, derive_seed(seed, "", index, sample))
+        for index, one in enumerate(prompts)
+        for setting in settings
+        for sample in range(samples)
+    ]
+
+
+# Answers: made in batches, and shown as each batch is done.
 
 
 class _Made(NamedTuple):
     """An answer: its place by prompt, setting and sample, what was asked, its batch's speed."""
 
     place: int
-    cell: "Cell"
+    request: "PromptRequest"
     answer: "Answer"
     tokens_per_second: float
 
 
 def _answer(
-    backend: "LocalBackend",
-    prompts: "Sequence[GivenPrompt]",
-    settings: "Sequence[Setting]",
-    samples: int,
-    seed: int,
+    backend: "LocalBackend", prompts: Sequence[_Prompt], requests: "Sequence[PromptRequest]"
 ) -> Iterator[_Made]:
     """Yield the answers, batch by batch, each batch in order."""
-    from flexalign.evaluation.sweep import sample_seed
-    from flexalign.evaluation.systems import Cell
-
-    cells = [
-        Cell(setting, "", str(index), sample, sample_seed(seed, "", str(index), sample), given.put)
-        for index, given in enumerate(prompts)
-        for setting in settings
-        for sample in range(samples)
-    ]
-    for given in prompts:
-        backend.render(given.put)  # a template that refuses one does so before weights load
+    for prompt in prompts:
+        backend.render(prompt.put)  # a template that refuses one does so before weights load
     with as_input_errors(), console.status("loading"):
         _ = backend.model
-    places = {cell.key: place for place, cell in enumerate(cells)}
-    for batch, seconds in _batches(backend.run(cells, ()), len(cells)):
+
+    places = {request.key: place for place, request in enumerate(requests)}
+    for batch, seconds in _timed(backend.run(requests), len(requests)):
         speed = sum(answer.tokens for _, answer in batch) / seconds
-        yield from sorted(_Made(places[cell.key], cell, one, speed) for cell, one in batch)
+        yield from sorted(_Made(places[asked.key], asked, one, speed) for asked, one in batch)
 
 
-def _batches(
-    outcomes: "Iterator[list[Outcome]]", total: int
-) -> "Iterator[tuple[list[tuple[Cell, Answer]], float]]":
+def _timed(
+    batches: "Iterator[list[tuple[PromptRequest, Answer | Failure]]]", total: int
+) -> "Iterator[tuple[list[tuple[PromptRequest, Answer]], float]]":
     """Yield batches and the seconds that each took, and say on stderr how far they are.
 
     A terminal that shows the answers has no bar, which they would break, but a note between them.
     """
-    from flexalign.evaluation.systems import Answer
+    from flexalign.systems import Answer
 
     made, is_shown = 0, result_console.is_terminal
     bar: AbstractContextManager[Any] = progress_bar("answers", total)
@@ -199,23 +263,24 @@ def _batches(
         while True:
             started = time.perf_counter()
             with console.status(f"{made} of {total} answers") if is_shown else nullcontext():
-                found = next(outcomes, None)
+                found = next(batches, None)
             if found is None:
                 return
-            batch = [(cell, one) for cell, one in found if isinstance(one, Answer)]
+
+            batch = [(asked, one) for asked, one in found if isinstance(one, Answer)]
             made += len(batch)
             show(made)
             yield batch, time.perf_counter() - started
 
 
-def _row(prompts: "Sequence[GivenPrompt]", made: _Made) -> dict[str, Any]:
-    _, cell, answer, speed = made
+def _row(prompts: Sequence[_Prompt], made: _Made) -> dict[str, Any]:
+    _, request, answer, speed = made
     return {
-        "prompt": prompts[int(cell.question)].given,
-        "setting": cell.setting.id,
-        "lambda": cell.setting.lam,
-        "policy": cell.setting.policy,
-        "sample": cell.sample,
+        "prompt": prompts[request.prompt].given,
+        "setting": request.setting.id,
+        "lambda": request.setting.lam,
+        "policy": request.setting.policy,
+        "sample": request.sample,
         "response": answer.text,
         "tokens": answer.tokens,
         "thinking_tokens": answer.thinking_tokens,
@@ -228,7 +293,7 @@ def _row(prompts: "Sequence[GivenPrompt]", made: _Made) -> dict[str, Any]:
 
 
 def _show(
-    prompts: "Sequence[GivenPrompt]",
+    prompts: Sequence[_Prompt],
     made: Iterable[_Made],
     backend: "LocalBackend",
     has_samples: bool,
@@ -237,19 +302,19 @@ def _show(
     from flexalign.cli.console import print_response
 
     last = None
-    for _, cell, answer, speed in made:
-        if cell.question != last:
-            last = cell.question
-            given = prompts[int(last)].given
+    for _, request, answer, speed in made:
+        if request.prompt != last:
+            last = request.prompt
+            given = prompts[last].given
             text = given if isinstance(given, str) else "\n".join(m["content"] for m in given)
             result_console.print(text, style="bold", markup=False, soft_wrap=True)
-        name = describe_setting(cell.setting, backend.calibration) + (
-            f" · sample {cell.sample + 1}" if has_samples else ""
+        name = describe_setting(request.setting, backend.calibration) + (
+            f" · sample {request.sample + 1}" if has_samples else ""
         )
         result_console.rule(name.replace("[", "\\["), align="left", style="dim")
         print_response(answer.text, backend.text.tags)
         told = [
-            describe_choice(answer, cell.setting, backend.model),
+            describe_choice(answer, request.setting, backend.model),
             describe_tokens(answer, speed),
         ]
         for line in filter(None, told):

@@ -58,11 +58,13 @@ def inspect(
     [cyan]flexalign inspect models/base models/concise --diff traces.jsonl[/cyan]
     """
     from flexalign.models.compatibility import examine, examine_pair
+    from flexalign.models.sources import aligned_beside
 
     if diff is not None and aligned is None:
-        if model != "miniature":
+        aligned = aligned_beside(model)
+        if aligned is None:
             raise ConfigError("--diff compares two models; name the aligned one too.")
-        aligned = "miniature:aligned"
+
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if aligned is None:
         one = examine(model, **options)
@@ -71,14 +73,17 @@ def inspect(
         else:
             _show_models(one)
         return
+
     facts = examine_pair(model, aligned, **options)
     if not as_json:
         _show_models(facts.reference, facts.aligned)
         _show_verdict(facts)
+
     difference = None
     if diff is not None and facts.fits:
         loading = {**options, "allow_pickle": allow_pickle, "allow_oversize": anyway}
         difference = _measure(model, aligned, diff, limit, batch_size, loading)
+
     if as_json:
         extra = {} if difference is None else {"difference": difference.to_json()}
         print_json(facts.to_json() | extra)
@@ -151,8 +156,10 @@ def _show_difference(found: "Difference") -> None:
         result_console.print(
             "note: difference and noise pass into each other; a gate cuts somewhere between."
         )
+
     _show_changes("becomes rarer", found.falls)
     _show_changes("becomes more frequent", found.rises)
+
     table = Table("gives way", "to", "positions", "TV", "probabilities", "context", title="shifts")
     for shift in found.shifts:
         table.add_row(

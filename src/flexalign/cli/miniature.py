@@ -69,10 +69,9 @@ def build(
 
     Example: [cyan]flexalign miniature build --seed 0 --output weights[/cyan]
     """
-    from flexalign.cli._miniature import make_adapter
     from flexalign.miniature.build import build_all
 
-    for part in build_all(output, make_adapter, seed=seed, placebo=placebo):
+    for part in build_all(output, seed=seed, placebo=placebo):
         console.print(f"wrote {output / part}")
 
 

@@ -1,17 +1,34 @@
-"""Options that several commands take, each said once: what they are called and what they mean."""
+"""Options that several commands take, each said once: names, meanings, and how λ is read.
 
+A λ on the command line is parsed here and nowhere else; what these functions return is a dial.
+"""
+
+import json
+import os
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from flexalign.errors import ConfigError
+from flexalign.cli.console import as_input_errors, describe_setting, say
+from flexalign.errors import ConfigError, FlexAlignError
+from flexalign.lambdas import (
+    Dial,
+    Fixed,
+    Schedule,
+    Setting,
+    parse_dial,
+    parse_lambdas,
+    parse_range,
+    unique_settings,
+)
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-class Engine(StrEnum):
+class EngineName(StrEnum):
     """What runs a model."""
 
     LOCAL = "local"
@@ -120,3 +137,137 @@ TaskMaxNewTokens: TypeAlias = Annotated[
     ),
 ]
 Workers: TypeAlias = Annotated[int, typer.Option(min=1, help="Processes that grade.")]
+
+
+# How the dial's options are read.
+
+
+def read_lambdas(text: str | None) -> list[Dial]:
+    """Read ``--lambda 0,0.5,1``, or a schedule's JSON in its place.
+
+    Raises:
+        ConfigError: If the schedule is malformed.
+        LambdaError: If a λ is not a finite number.
+    """
+    if text is None:
+        return []
+    return [parse_dial(text)] if text.lstrip().startswith("{") else [*parse_lambdas(text)]
+
+
+def read_settings(
+    lambdas: Sequence[Dial], policies: Sequence[str], efforts: Sequence[Setting] = ()
+) -> list[Setting]:
+    """Make settings of ``--lambda``, every ``--policy`` and ``--effort``.
+
+    Args:
+        lambdas: What :func:`read_lambdas` gave.
+        policies: Each value of the option.
+        efforts: What :func:`read_efforts` gave.
+
+    Raises:
+        ConfigError: If a policy is malformed, or a setting is given twice.
+        LambdaError: If a λ in one is not a finite number.
+    """
+    return unique_settings([*lambdas, *policies, *efforts])
+
+
+def read_setting(name: str, text: str) -> Setting:
+    """Read one setting in mid-conversation, as ``--lambda`` or ``--policy`` would.
+
+    Args:
+        name: ``lambda`` or ``policy``.
+        text: The option's value.
+
+    Raises:
+        ConfigError: If it is malformed, or several.
+        LambdaError: If a λ is not a finite number.
+    """
+    if name == "policy" or text.startswith("{"):
+        return Setting.of(text)
+    try:
+        return Setting.of(Fixed(float(text)))
+    except ValueError:  # LambdaError is one too
+        raise ConfigError(f"/lambda takes one finite number, such as 0.3; got {text!r}.") from None
+
+
+def read_efforts(text: str | None, adapter: str | None) -> list[Setting]:
+    """Read ``--effort 0,50,100`` by an adapter's calibration, and say what each stands for.
+
+    Args:
+        text: The option's value.
+        adapter: The adapter; None if there is none.
+
+    Raises:
+        ConfigError: If it is not numbers, there is no adapter, it has not been calibrated, or an
+            effort lies outside what calibration covers.
+    """
+    if text is None:
+        return []
+    if adapter is None:
+        raise ConfigError(
+            "--effort needs an InRa adapter that flexalign calibrate has measured; name it, or "
+            "give --lambda."
+        )
+    from flexalign.calibration.effort import Calibration, effort_settings
+    from flexalign.inra.configuration import InRaConfig
+    from flexalign.models.sources import resolve_adapter
+
+    with as_input_errors():
+        stored = InRaConfig.load(resolve_adapter(adapter)).calibration
+
+    efforts = []
+    for part in text.split(","):
+        try:
+            efforts.append(float(part))
+        except ValueError:
+            raise ConfigError(
+                f"--effort: {part.strip()!r} is not a number; write one, such as 50, or several "
+                "with commas."
+            ) from None
+
+    settings = effort_settings(Calibration.from_json(stored), efforts)
+    for setting in settings:
+        say(f"effort {setting.effort:g}: {describe_setting(setting, stored)}")
+    return settings
+
+
+def read_range(text: str | None) -> tuple[float, float] | None:
+    """Read ``--lambda-range -1,2``.
+
+    Raises:
+        LambdaError: If it is not two numbers in order.
+    """
+    return None if text is None else parse_range(text)
+
+
+def parse_lambda_option(text: str | None) -> Any:
+    """Read ``--lambda`` of a training command: a number, several, a JSON schedule, or none.
+
+    Raises:
+        ConfigError: If it is a schedule that is malformed.
+        LambdaError: If it is none of these.
+    """
+    if text is None:
+        return None
+    if text.lstrip().startswith("{"):
+        try:
+            Schedule.parse(text)
+        except FlexAlignError as error:
+            raise type(error)(f"--lambda: {error}") from error
+        return json.loads(text)
+    values = [one.lam for one in parse_lambdas(text)]
+    return values[0] if len(values) == 1 else values
+
+
+def read_secret(variable: str | None) -> str | None:
+    """Read the environment variable that ``--api-key-env`` names.
+
+    Raises:
+        ConfigError: If it is not set.
+    """
+    if variable is None:
+        return None
+    value = os.environ.get(variable)
+    if not value:
+        raise ConfigError(f"--api-key-env: the environment variable {variable!r} is not set.")
+    return value

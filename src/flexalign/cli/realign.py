@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from flexalign.cli.console import console, parse_lambda_option, print_json
+from flexalign.cli.console import console, print_json
 from flexalign.cli.options import (
     AllowPickle,
     Assignments,
@@ -16,6 +16,7 @@ from flexalign.cli.options import (
     RecipeOutput,
     ResultAsJson,
     SkipBadRows,
+    parse_lambda_option,
 )
 
 if TYPE_CHECKING:

@@ -1,21 +1,18 @@
 """``flexalign sample``: make traces from prompts, with a model or a server."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
-from flexalign.cli.console import console, print_json, progress_bar, read_secret, resumable
-from flexalign.cli.options import Dtype, MaxNewTokens, SkipBadRows, Temperature, TopP
+from flexalign.cli.console import console, note, print_json, progress_bar, resumable
+from flexalign.cli.options import Dtype, MaxNewTokens, SkipBadRows, Temperature, TopP, read_secret
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-
-    from flexalign.data.rendering import Prompt
-    from flexalign.data.traces import SamplingSettings
+    from flexalign.systems.sampling import SampleRun
 
 _PREVIEWED = 2
 
@@ -81,41 +78,52 @@ def sample(
     Example: [cyan]flexalign sample --endpoint http://localhost:8000/v1 --model-name R1
     --prompts math.json -n 4 -o traces.jsonl[/cyan]
     """
-    from flexalign.cli._generators import LocalModel, Server
-    from flexalign.data.formats import load_prompts
-    from flexalign.data.traces import SamplingSettings, make_traces, open_run
+    from flexalign.data.traces import SamplingSettings
+    from flexalign.systems import System, SystemOptions
+    from flexalign.systems.sampling import SampleRun
 
     settings = SamplingSettings(
         samples, max_new_tokens, temperature, top_p, batch_size, seed, plain
     )
-    generator: LocalModel | Server
     if endpoint is None:
         _refuse({"--model-name": model_name, "--api-key-env": api_key_env}, "without --endpoint")
-        generator = LocalModel(model, dtype, settings)
+        if model is None:
+            raise ConfigError("name a MODEL, or a server with --endpoint and --model-name.")
+        system = System.of(model)
     else:
         _refuse({"MODEL": model, "--plain": plain or None}, "with --endpoint")
-        generator = Server(endpoint, model_name, read_secret(api_key_env), concurrency, settings)
-    dataset = load_prompts(prompts, skip_bad_rows=skip_bad_rows)
-    if limit is not None:
-        dataset = dataset.select(range(min(limit, len(dataset))))
-    total = len(dataset) * samples
+        if model_name is None:
+            raise ConfigError("--endpoint needs --model-name, the model's name on that server.")
+        system = System("endpoint", "url", (endpoint,))
+    options = SystemOptions(
+        dtype=dtype,
+        model_name=model_name,
+        api_key=read_secret(api_key_env),
+        concurrency=concurrency,
+        timeout_seconds=600.0,
+    )
 
+    run = SampleRun(
+        system,
+        prompts,
+        output,
+        settings,
+        options=options,
+        limit=limit,
+        skip_bad_rows=skip_bad_rows,
+    )
+    if run.caution is not None:
+        note(run.caution)
     if dry_run:
-        _preview(dataset, generator.render, settings, as_json)
+        _preview(run, as_json)
         return
-    done = open_run(dataset, output, settings, generator.source)
+
+    done = run.begin()
     if done:
-        console.print(f"{escape(str(output))} holds {done} of {total} rows; going on.")
-    with resumable(), progress_bar("traces", total, done) as progress:
-        summary = make_traces(
-            dataset,
-            output,
-            generator.generate,
-            settings,
-            done=done,
-            progress=progress,
-            render=generator.render,
-        )
+        console.print(f"{escape(str(output))} holds {done} of {run.total} rows; going on.")
+    with resumable(), progress_bar("traces", run.total, done) as progress:
+        summary = run.finish(progress)
+
     if as_json:
         print_json({"output": str(output), **summary.to_json()})
         return
@@ -139,22 +147,18 @@ def _refuse(options: Mapping[str, object | None], where: str) -> None:
             raise ConfigError(f"{name} has no meaning {where}; leave one of the two out.")
 
 
-def _preview(
-    dataset: "Dataset",
-    render: "Callable[[Prompt], str]",
-    settings: "SamplingSettings",
-    as_json: bool,
-) -> None:
-    shown = [render(prompt) for prompt in dataset[:_PREVIEWED]["prompt"]]
-    rows = len(dataset) * settings.samples
+def _preview(run: "SampleRun", as_json: bool) -> None:
+    """Show what would be asked."""
+    shown = run.preview(_PREVIEWED)
     if as_json:
-        print_json({"prompts": len(dataset), "rows": rows, "preview": shown})
+        print_json({"prompts": len(run.prompts), "rows": run.total, "preview": shown})
         return
+
     for number, text in enumerate(shown, start=1):
         console.rule(f"prompt {number}")
         console.print(text, markup=False, soft_wrap=True)
     console.rule()
     console.print(
-        f"would make {rows} traces of {len(dataset)} prompts, "
-        f"at most {rows * settings.max_new_tokens} tokens."
+        f"would make {run.total} traces of {len(run.prompts)} prompts, "
+        f"at most {run.total * run.settings.max_new_tokens} tokens."
     )

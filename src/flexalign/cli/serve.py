@@ -7,10 +7,18 @@ import typer
 
 from flexalign._packages import require_packages
 from flexalign.cli._address import tell_address, url_of
-from flexalign.cli._dial import read_range
 from flexalign.cli._vllm import Parts, serve_on_vllm
-from flexalign.cli.console import as_input_errors, read_secret
-from flexalign.cli.options import Adapter, Aligned, AnyBase, Dtype, Engine, Gate
+from flexalign.cli.console import as_input_errors
+from flexalign.cli.options import (
+    Adapter,
+    Aligned,
+    AnyBase,
+    Dtype,
+    EngineName,
+    Gate,
+    read_range,
+    read_secret,
+)
 from flexalign.errors import ConfigError
 
 _NEEDED = ("fastapi", "starlette", "uvicorn", "prometheus_client")
@@ -28,8 +36,8 @@ def serve(
     adapter: Adapter = None,
     aligned: Aligned = None,
     engine: Annotated[
-        Engine, typer.Option(help="local runs here; vllm starts vLLM (docs/vllm.md).")
-    ] = Engine.LOCAL,
+        EngineName, typer.Option(help="local runs here; vllm starts vLLM (docs/vllm.md).")
+    ] = EngineName.LOCAL,
     host: Annotated[
         str, typer.Option(help="Address; other machines come in by 0.0.0.0, which wants a key.")
     ] = "127.0.0.1",
@@ -108,13 +116,13 @@ def serve(
     Example: [cyan]KEY=… flexalign serve models/R1 --adapter out/fast --host 0.0.0.0
     --api-key-env KEY[/cyan]
     """
-    extras = "vllm,serving" if engine is Engine.VLLM else "serving"
+    extras = "vllm,serving" if engine is EngineName.VLLM else "serving"
     require_packages("serving", *_NEEDED, install=f"'flexalign[{extras}]'")
     limits = read_range(lambda_range)
     key = read_secret(api_key_env)
     is_local = key is None and not insecure
     body_bytes = round(body_limit * 2**20)
-    if engine is Engine.VLLM:
+    if engine is EngineName.VLLM:
         from flexalign.serving.server import require_safe_address
         from flexalign.serving.vllm.middleware import FrontOptions
 

@@ -9,11 +9,9 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flexalign.cli._dial import read_lambdas, read_range
 from flexalign.cli.console import (
     console,
     note,
-    parse_lambdas,
     print_json,
     progress_bar,
     result_console,
@@ -31,14 +29,18 @@ from flexalign.cli.options import (
     TaskTemperature,
     TaskTopP,
     Workers,
+    read_lambdas,
+    read_range,
 )
 from flexalign.errors import ConfigError
+from flexalign.lambdas import parse_lambdas
 
 if TYPE_CHECKING:
     from flexalign.analysis.preview import Preview
     from flexalign.calibration import Constraint, ProofPlan, Tuned
     from flexalign.calibration.tune import Tuning
-    from flexalign.evaluation.systems import Setting, System
+    from flexalign.lambdas import Setting
+    from flexalign.systems import System
 
 _LAMBDAS = "0.25,0.5,0.75,1"
 """What the library takes where no candidate is named, as the help says it."""
@@ -158,8 +160,8 @@ def tune(
     from flexalign.calibration.results import StoredSamples
     from flexalign.calibration.tune import Tuning, plan_tuning
     from flexalign.evaluation.samples import ResultsFolder
-    from flexalign.evaluation.systems import parse_system
     from flexalign.evaluation.tasks import load_task
+    from flexalign.systems import parse_system
 
     kept: Constraint = (
         NonInferiority(margin) if max_tokens_mean is None else TokenBudget(max_tokens_mean)
@@ -363,11 +365,11 @@ def _preview(
     """Read traces with both models of a system, and print, draw and write what λ would do."""
     if system is None:
         raise ConfigError("SYSTEM is missing; say what is previewed: pair:REF,ALIGNED or a dial:.")
-    asked = None if lambdas is None else parse_lambdas(lambdas)
+    asked = None if lambdas is None else [one.lam for one in parse_lambdas(lambdas)]
     from flexalign.analysis.preview import PREVIEW_LAMBDAS, preview, write_preview
     from flexalign.cli.console import quieten_libraries
     from flexalign.data import load_traces, split_tokens
-    from flexalign.evaluation.systems import parse_system
+    from flexalign.systems import LocalBackend, parse_system
 
     parsed = parse_system(system)
     if parsed.kind not in ("pair", "dial"):
@@ -377,15 +379,8 @@ def _preview(
     rows = rows.select(range(min(limit or len(rows), len(rows))))
 
     quieten_libraries()
-    model: Any
-    if parsed.kind == "pair":
-        from flexalign.models.pair import ModelPair
-
-        model = ModelPair.load(*parsed.parts)
-    else:
-        from flexalign.inra import InRaModel
-
-        model = InRaModel.from_pretrained(*parsed.parts)
+    loaded: Any = LocalBackend(parsed).load(device_map=None)
+    model: Any = loaded.pair if parsed.kind == "pair" else loaded
     tokens = list(split_tokens(rows, model.tokenizer))
 
     with progress_bar("reading with both models", len(tokens)) as show:

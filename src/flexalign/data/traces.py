@@ -93,6 +93,7 @@ def open_run(
         "prompts": {"rows": len(prompts), "fingerprint": data_fingerprint(prompts)},
         "settings": asdict(settings),
     }
+
     path = output.with_name(output.name + ".manifest.json")
     if path.exists():
         _check_manifest(path, manifest)
@@ -235,6 +236,7 @@ def make_traces(
             block = pairs[start : start + settings.batch_size]
             if done >= start + len(block):
                 continue
+
             rows = [prompts[index] for index, _ in block]
             responses = generate(
                 [row["prompt"] for row in rows],

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from flexalign.errors import ConfigError, LambdaError
+from flexalign.errors import ConfigError
 from flexalign.generation import TwoModelDecoder
 from flexalign.inra import InRaModel
 from flexalign.inra.configuration import check_folder
-from flexalign.lambdas import Adaptive, Dial, Fixed, Route, extremes, parse_dial, require_forward
-from flexalign.models.loading import fingerprint, load_model, load_tokenizer
-from flexalign.models.pair import ModelPair
+from flexalign.lambdas import Adaptive, Fixed, Route, Setting
+from flexalign.models.loading import fingerprint
 from flexalign.models.sources import resolve_adapter
+from flexalign.systems import LocalBackend, System, SystemOptions
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -94,36 +94,33 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             LambdaError: If λ is not finite, or not permitted.
         """
         asked = {"lambda": options.pop("lambda", None), "lam": lam, "policy": policy}
-        dial = _read_dial(asked, adapter, aligned, gate)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        loading: dict[str, Any] = {
-            "dtype": dtype,
-            "device_map": "auto" if parallelize else None if device == "cpu" else device,
-            "trust_remote_code": trust_remote_code,
-        }
-        self._facts: dict[str, Any] = {"pretrained": pretrained}
+        setting = _read_setting(asked, adapter, aligned, gate)
         if adapter is not None:
-            settings = check_folder(resolve_adapter(adapter))
-            dial = dial or Fixed(settings.default_lambda)
-            _require_range(dial, settings.lambda_range, adapter, extrapolate)
-            model: Any = InRaModel.from_pretrained(pretrained, adapter, **loading)
-            leader, tokenizer = model.base, model.tokenizer
-            self._facts["adapter"] = adapter
-        elif aligned is not None:
-            dial = dial or Fixed(1.0)
-            if not extrapolate:
-                require_forward([(f"λ = {extremes(dial)[0]:g}", dial)], "say extrapolate=True")
-            model = TwoModelDecoder(ModelPair.load(pretrained, aligned, **loading))
-            leader, tokenizer = model.reference, model.tokenizer
-            self._facts["aligned"] = aligned
-        else:
-            model = leader = load_model(pretrained, **loading)
-            tokenizer = load_tokenizer(pretrained, trust_remote_code=trust_remote_code)
+            check_folder(resolve_adapter(adapter))  # a missing one is a damaged one to lm_eval
+        backend = LocalBackend(
+            System.of(pretrained, adapter, aligned),
+            options=SystemOptions(dtype=dtype, gate=gate),
+            trust_remote_code=trust_remote_code,
+        )
+        setting = setting or backend.default
+        if not extrapolate:
+            backend.require_range([setting], permit="say extrapolate=True")
+
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        where = "auto" if parallelize else None if device == "cpu" else device
+        model = backend.load(device_map=where)
+        leader, tokenizer = _leader(model), getattr(model, "tokenizer", backend.text.tokenizer)
+
+        self._facts: dict[str, Any] = {"pretrained": pretrained}
+        self._facts |= {"adapter": adapter} if adapter is not None else {}
+        self._facts |= {"aligned": aligned} if aligned is not None else {}
+        dial = setting.dial
         self._dial = dial
         self._asked = {} if dial is None else {"lam": dial, "gate": gate}
         if dial is not None:
             self._facts |= {"dial": dial.to_json(), "gate": gate}
         self._facts["fingerprint"] = fingerprint(pretrained)
+
         super().__init__(
             pretrained=model,
             backend="causal",
@@ -196,9 +193,10 @@ class _StopTexts(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor(found, device=input_ids.device)
 
 
-def _read_dial(
+def _read_setting(
     asked: dict[str, Any], adapter: str | None, aligned: str | None, gate: float | None
-) -> Dial | None:
+) -> Setting | None:
+    """Read the one dial that is given under any of its names; None if none is."""
     given = {name: value for name, value in asked.items() if value is not None}
     if adapter is not None and aligned is not None:
         raise ConfigError("give adapter= or aligned=, not both: each makes a dial of its own.")
@@ -207,18 +205,14 @@ def _read_dial(
     if (given or gate is not None) and adapter is None and aligned is None:
         name = next(iter(given), "gate")
         raise ConfigError(f"{name}= needs a dial: adapter=… or aligned=… beside pretrained=….")
-    return parse_dial(next(iter(given.values()))) if given else None
+    return Setting.of(next(iter(given.values()))) if given else None
 
 
-def _require_range(
-    dial: Dial, limits: tuple[float, float], adapter: str, extrapolate: bool
-) -> None:
-    (least, largest), (low, high) = extremes(dial), limits
-    if (least < low or high < largest) and not extrapolate:
-        raise LambdaError(
-            f"λ from {least:g} to {largest:g} leaves the range [{low:g}, {high:g}] of the adapter "
-            f"{adapter}; permit it, if you mean it, with extrapolate=True."
-        )
+def _leader(model: Any) -> Any:
+    """Return the transformers model whose configuration a loaded system goes by."""
+    if isinstance(model, TwoModelDecoder):
+        return model.reference
+    return model.base if isinstance(model, InRaModel) else model
 
 
 def main() -> None:

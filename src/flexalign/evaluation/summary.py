@@ -22,7 +22,8 @@ from flexalign._version import __version__
 from flexalign.errors import ConfigError, DataError
 from flexalign.evaluation.frontier import Distances, Point, distance_intervals
 from flexalign.evaluation.samples import Samples
-from flexalign.evaluation.systems.settings import setting_label, tell_apart
+from flexalign.evaluation.systems import tell_apart
+from flexalign.lambdas import setting_label
 from flexalign.statistics import Interval
 
 _STATUSES = ("wrong", "truncated", "unparsed", "no_answer")

@@ -21,21 +21,19 @@ from flexalign.evaluation.grading import Answered, Grader
 from flexalign.evaluation.report import write_report
 from flexalign.evaluation.samples import ResultsFolder
 from flexalign.evaluation.summary import Summary, environment, summarise
-from flexalign.evaluation.systems import (
+from flexalign.evaluation.systems import Cell, settings_of
+from flexalign.evaluation.tasks import Task, TaskSampling, load_task
+from flexalign.lambdas import Setting, unique_settings
+from flexalign.systems import (
     Answer,
     Backend,
-    Cell,
     Failure,
     Messages,
-    Setting,
     System,
     SystemOptions,
     open_backend,
     parse_systems,
-    settings_of,
-    unique_settings,
 )
-from flexalign.evaluation.tasks import Task, TaskSampling, load_task
 
 Progress = Callable[[int], None]
 """Told how many samples were made since it was last told."""
@@ -61,13 +59,13 @@ def evaluate(
         tasks: Names, paths of files, or tasks of :func:`~flexalign.evaluation.tasks.load_task`.
         output: The results folder; gets the samples, the summary and the report.
         settings: Numbers (λ), policies, schedules or
-            :class:`~flexalign.evaluation.systems.Setting`; see ``settings_of`` for the defaults.
+            :class:`~flexalign.lambdas.Setting`; see ``settings_of`` for the defaults.
         samples: Responses to each question; the tasks' own number if not given.
         seed: Of all sampling.
         baseline: The system against which token cuts of systems without λ = 0 are taken.
         workers: Processes that grade.
         progress: Told of samples as they are made, and first of those that the folder holds.
-        **options: Fields of :class:`~flexalign.evaluation.systems.SystemOptions`; temperature,
+        **options: Fields of :class:`~flexalign.systems.SystemOptions`; temperature,
             top_p and max_new_tokens are the tasks' own if not given.
 
     Returns:
@@ -121,7 +119,7 @@ def sampling_options(tasks: Sequence[Task], **options: Any) -> SystemOptions:
 
     Args:
         tasks: Whose temperature, top_p and max_new_tokens hold where they are not given.
-        **options: Fields of :class:`~flexalign.evaluation.systems.SystemOptions`; None is as good
+        **options: Fields of :class:`~flexalign.systems.SystemOptions`; None is as good
             as not given.
 
     Raises:

@@ -2,7 +2,7 @@ r"""Questions with known answers, and how they are put to a model.
 
 The public files are read as they are published: MATH-500, AIME and AMC (`problem`, `answer`),
 GSM8K (`question`, and a worked `answer` that ends in ``#### N``). Any other file with `problem`
-(or `question`) and `answer` is a task as well, and the miniature brings its own questions.
+(or `question`) and `answer` is a task as well, and a known name may bring questions of its own.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from typing import Any
 from flexalign.data.files import BadRow, Row, read_rows
 from flexalign.errors import ConfigError, DataError
 from flexalign.evaluation.grading import Grader
-from flexalign.miniature import make_questions
+from flexalign.models.names import known_name, known_names
 
 DATA_VARIABLE = "FLEXALIGN_DATA"
 """The environment variable that names the folder of the public files."""
@@ -37,11 +37,6 @@ _FILES = {
 _ENDINGS = (".jsonl", ".json", ".parquet")
 _ALIASES = {"math": "math500", "aime24": "aime", "aime2024": "aime", "aime2025": "aime25"}
 
-TASKS = (*_FILES, "miniature")
-"""The known names; a path to a file is a task too."""
-
-_MINIATURE_QUESTIONS = 500
-_MINIATURE_SEED = 20_000  # far from the seeds that its training data are drawn from
 _AIME_SAMPLES = 32
 _SHOWN = 5
 
@@ -109,6 +104,11 @@ class Task:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def task_names() -> list[str]:
+    """The names of all tasks; a path to a file is a task too."""
+    return [*_FILES, *(entry.name for entry in known_names() if entry.task is not None)]
+
+
 def load_task(
     name_or_path: str,
     *,
@@ -120,14 +120,14 @@ def load_task(
     """Load a task.
 
     Args:
-        name_or_path: One of `TASKS` (upper case and hyphens do not matter, so that ``MATH-500``
-            is known), ``miniature:N`` for the miniature's questions of seed N, or the path of a
-            JSONL, JSON or Parquet file with `problem` (or `question`) and `answer`, and `id` or
-            `unique_id` where there is one.
+        name_or_path: One of `task_names` (upper case and hyphens do not matter, so that
+            ``MATH-500`` is known), a part of one (``NAME:PART``), or the path of a JSONL, JSON or
+            Parquet file with `problem` (or `question`) and `answer`, and `id` or `unique_id`
+            where there is one.
         data: The folder that holds the public files, or the file itself. If not given, the
             environment variable FLEXALIGN_DATA.
-        limit: Take this many questions, drawn with `seed` and kept in order; for the miniature,
-            how many are made (500 if not given).
+        limit: Take this many questions, drawn with `seed` and kept in order; where a known name
+            makes its questions, how many are made.
         seed: Of that draw.
         instruction: What follows every problem, if not the task's own (nothing for a file).
 
@@ -140,8 +140,10 @@ def load_task(
         raise ConfigError(f"limit must be at least 1 question, got {limit}.")
     name = name_or_path.lower().replace("-", "")
     name = _ALIASES.get(name, name)
-    if name == "miniature" or name.startswith("miniature:"):
-        task = _miniature(name, limit)
+
+    entry, part = known_name(name) or (None, "")
+    if entry is not None and entry.task is not None:
+        task: Task = entry.task(part, limit)
         return task if instruction is None else replace(task, instruction=instruction)
 
     own = ""
@@ -152,7 +154,7 @@ def load_task(
         if not path.exists():
             raise ConfigError(
                 f"there is no task and no file {name_or_path!r}; the tasks are "
-                f"{', '.join(TASKS)}, and a file needs `problem` and `answer`."
+                f"{', '.join(task_names())}, and a file needs `problem` and `answer`."
             )
         name, questions = path.stem, _read(path)
 
@@ -180,23 +182,6 @@ def unreadable_golds(task: Task, grader: Grader) -> list[Question]:
     """
     readable = grader.readable([question.gold for question in task.questions])
     return [q for q, fine in zip(task.questions, readable, strict=True) if not fine]
-
-
-def _miniature(name: str, limit: int | None) -> Task:
-    _, colon, number = name.partition(":")
-    if colon and not number.isdecimal():
-        raise ConfigError(
-            f"miniature:{number} is no task; give miniature, or miniature:N with the seed of its "
-            "questions (its models are systems, such as model:miniature:aligned)."
-        )
-    seed = int(number) if number else _MINIATURE_SEED
-    made = make_questions(limit or _MINIATURE_QUESTIONS, seed)
-    questions = (
-        Question(str(number), question.text, str(question.answer))
-        for number, question in enumerate(made, start=1)
-    )
-    sampling = TaskSampling(temperature=1.0, top_p=1.0, max_new_tokens=1000)
-    return Task(name, tuple(questions), instruction="", sampling=sampling)
 
 
 def _public_file(name: str, data: str | Path | None) -> Path:

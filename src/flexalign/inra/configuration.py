@@ -6,7 +6,6 @@ and say whether a base and a λ are permitted. An adapter's folder does not have
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from flexalign.errors import (
     LambdaError,
     PairMismatchError,
 )
-from flexalign.lambdas import Adaptive, Dial, extremes, finite_lambda
+from flexalign.lambdas import Adaptive, finite_lambda
 
 CONFIG_FILE = "inra_config.json"
 WEIGHTS_FILE = "inra_adapter.safetensors"
@@ -199,29 +198,6 @@ def require_base(settings: InRaConfig, found: str, name: str, folder: Path) -> N
             f"the adapter {folder} was made for {settings.base} (fingerprint "
             f"{settings.base_fingerprint}), and {name} has {found}: other weights. Give its own "
             "base, or insist with --any-base (any_base=True)."
-        )
-
-
-def require_range(
-    permitted: tuple[float, float], asked: Sequence[tuple[str, Dial]], whose: str
-) -> None:
-    """Refuse dials that may use a λ outside the range that is permitted.
-
-    Args:
-        permitted: The least and the largest λ.
-        asked: Each with its name.
-        whose: Whose range it is, such as ``the adapter out/fast``.
-
-    Raises:
-        LambdaError: If there is one; says how to permit it.
-    """
-    low, high = permitted
-    reached = [(name, *extremes(dial)) for name, dial in asked]
-    outside = [name for name, least, largest in reached if least < low or largest > high]
-    if outside:
-        raise LambdaError(
-            f"{', '.join(outside)}: outside the range [{low:g}, {high:g}] of {whose}; if "
-            "you mean it, start with --lambda-range LEAST,LARGEST."
         )
 
 

@@ -10,10 +10,10 @@ reference is noise.
 import copy
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.trainer_callback import TrainerCallback
 
+from flexalign.inra import InRaModel
 from flexalign.miniature.tokenizer import build_tokenizer
 from flexalign.miniature.world import (
     ALIGNED,
@@ -70,16 +71,6 @@ class Schooling:
     without_thinking: bool = False
 
 
-class Adapter(Protocol):
-    """An adapter on a model, to be trained: its stream, and a way to save it alone."""
-
-    stream: nn.Module
-    """Takes ``input_ids`` and ``attention_mask``, returns an output with ``logits``."""
-
-    def save(self, folder: Path) -> None:
-        """Write the adapter into a folder."""
-
-
 REFERENCE_SCHOOLING = (
     Schooling(REFERENCE, steps=4500, learning_rate=3e-3, by_length=True),
     Schooling(REFERENCE, steps=1600, learning_rate=2e-3, by_length=True, exact=True),
@@ -93,17 +84,11 @@ FAST_SCHOOLING = Schooling(
 that sees many beats the reference, which errs by nature, and thinking would not pay at all."""
 
 
-def build_all(
-    output: Path,
-    make_adapter: Callable[[Path], Adapter],
-    seed: int = 0,
-    placebo: bool = False,
-) -> Iterator[str]:
+def build_all(output: Path, *, seed: int = 0, placebo: bool = False) -> Iterator[str]:
     """Make every part from a seed, and yield the name of each when its folder is written.
 
     Args:
         output: Folder for the parts, one folder each.
-        make_adapter: Puts a fresh adapter on the model in a folder.
         seed: Of initial weights and data.
         placebo: Whether to make the control too.
     """
@@ -111,6 +96,7 @@ def build_all(
     for index, schooling in enumerate(REFERENCE_SCHOOLING):
         teach(reference, schooling, seed + 10 * index)
     yield _save(reference, output, "reference")
+
     schoolings = {"aligned": ALIGNED_SCHOOLING} | (
         {"placebo": PLACEBO_SCHOOLING} if placebo else {}
     )
@@ -118,10 +104,50 @@ def build_all(
         model = copy.deepcopy(reference)
         teach(model, schooling, seed + index)
         yield _save(model, output, part)
+
     adapter = make_adapter(output / "reference")
     teach(adapter.stream, FAST_SCHOOLING, seed)
     adapter.save(output / "fast")
     yield "fast"
+
+
+def make_adapter(reference: Path, layers: int = 1) -> "LayerAdapter":
+    """Put a fresh adapter, the identity, on the reference in a folder."""
+    return LayerAdapter(InRaModel.create(reference, adapter_layers=layers))
+
+
+class LayerAdapter:
+    """A layer adapter in training.
+
+    Attributes:
+        model: The reference with its adapter.
+        stream: What is taught: takes ``input_ids`` and ``attention_mask``, and returns an output
+            with the adapter stream's ``logits``.
+    """
+
+    def __init__(self, model: InRaModel) -> None:
+        self.model = model
+        self.stream: nn.Module = _AdapterStream(model)
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter, its base by its known name and not by where it lies."""
+        self.model.inra_config = replace(
+            self.model.inra_config,
+            base="miniature:reference",
+            thinking_tags=("<think>", "</think>"),
+        )
+        self.model.save_pretrained(folder)
+
+
+class _AdapterStream(nn.Module):
+    """The adapter stream alone, λ = 1."""
+
+    def __init__(self, model: InRaModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, lam=1.0)
 
 
 def build_model(seed: int) -> LlamaForCausalLM:
@@ -154,6 +180,7 @@ def teach(
     """Train a model, or an adapter's stream, in place on traces of a way of thinking."""
     tokenizer = build_tokenizer(CONTEXT_TOKENS)
     rows = _Traces(tokenizer, schooling, seed)
+
     with TemporaryDirectory() as scratch:
         trainer = Trainer(
             model=model,
@@ -181,6 +208,7 @@ def teach(
             callbacks=callbacks,
         )
         trainer.train()
+
     model.eval()
 
 
@@ -207,6 +235,7 @@ class _Traces(torch.utils.data.Dataset[dict[str, list[Any]]]):
                 if trace[-1] != str(question.answer):
                     continue
                 trace = [trace[0], *trace[-2:]]
+
             asked, answered = encode(tokenizer, question.text, trace)
             targets: list[list[tuple[int, float]]] = [[(token, 1.0)] for token in answered]
             if schooling.exact:
@@ -215,6 +244,7 @@ class _Traces(torch.utils.data.Dataset[dict[str, list[Any]]]):
                         (tokenizer.convert_tokens_to_ids(token), probability)
                         for token, probability in branch.distribution(schooling.habits).items()
                     ]
+
             self._rows.append(
                 {
                     "input_ids": (asked + answered)[:CONTEXT_TOKENS],
@@ -237,6 +267,7 @@ def _collator(
         ids = torch.full((len(rows), width), tokenizer.pad_token_id)
         tokens = torch.zeros(len(rows), width, _ALTERNATIVES, dtype=torch.long)
         weights = torch.zeros(len(rows), width, _ALTERNATIVES)
+
         for index, row in enumerate(rows):
             ids[index, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
             padded = [
@@ -246,6 +277,7 @@ def _collator(
             pairs = torch.tensor(padded)
             tokens[index, : len(padded)] = pairs[..., 0].long()
             weights[index, : len(padded)] = pairs[..., 1]
+
         # The loss reads both; Trainer hands it whatever is called labels.
         return {
             "input_ids": ids,

@@ -45,7 +45,7 @@ from flexalign.miniature.world import (
 
 
 @dataclass(frozen=True)
-class Outcome:
+class HabitsOutcome:
     """What a way of thinking gives over all questions.
 
     Attributes:
@@ -126,7 +126,7 @@ def sequence_level(
     return habits, quit_by_lines
 
 
-def expected_outcome(habits: Habits, quit_by_lines: Sequence[float] | None = None) -> Outcome:
+def expected_outcome(habits: Habits, quit_by_lines: Sequence[float] | None = None) -> HabitsOutcome:
     """Accuracy and mean tokens over all questions, exactly.
 
     Args:
@@ -148,12 +148,12 @@ def expected_outcome(habits: Habits, quit_by_lines: Sequence[float] | None = Non
             right = float(_deviation(done, wrong) @ _missing(left, done))
             accuracy += reached * leaves * right / len(TERMS)
             reached *= 1 - leaves
-    return Outcome(accuracy, FRAME_TOKENS + tokens)
+    return HabitsOutcome(accuracy, FRAME_TOKENS + tokens)
 
 
 def sequence_level_outcome(
     reference: Habits, aligned: Habits, lam: float, gate: float | None = None
-) -> Outcome:
+) -> HabitsOutcome:
     """Accuracy and mean tokens of the sequence-level optimum; raises as `sequence_level` does."""
     habits, quit_by_lines = sequence_level(reference, aligned, lam, gate)
     return expected_outcome(habits, quit_by_lines)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from flexalign.miniature.build import encode
-from flexalign.miniature.closed_form import Outcome
+from flexalign.miniature.closed_form import HabitsOutcome
 from flexalign.miniature.world import Branch, Habit, Habits, Question, branches
 
 Logits: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -51,10 +51,10 @@ def is_right(question: Question, trace: Sequence[str]) -> bool:
     return list(trace[-2:]) == ["</think>", str(question.answer)]
 
 
-def outcome(questions: Sequence[Question], traces: Sequence[Sequence[str]]) -> Outcome:
+def outcome(questions: Sequence[Question], traces: Sequence[Sequence[str]]) -> HabitsOutcome:
     """Accuracy and mean tokens of sampled traces."""
     right = [is_right(question, trace) for question, trace in zip(questions, traces, strict=True)]
-    return Outcome(float(np.mean(right)), float(np.mean([len(trace) for trace in traces])))
+    return HabitsOutcome(float(np.mean(right)), float(np.mean([len(trace) for trace in traces])))
 
 
 def count_branches(

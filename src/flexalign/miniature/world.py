@@ -116,16 +116,19 @@ def sample_trace(question: Question, habits: Habits, rng: random.Random) -> list
     for index, term in enumerate(rest):
         if index and rng.random() < habits.quit:
             break
+
         right = total + term
         written = right + rng.choice((-1, 1)) if rng.random() < habits.error else right
         line = [str(total), "+", str(term), "="]
         tokens += [f"#{index + 1}", *line, str(written)]
+
         word, goes_on = "check", rng.random() < habits.check
         while goes_on:
             if written != right and rng.random() < habits.catch:
                 written = right
             tokens += [word, *line, str(written)]
             word, goes_on = "again", rng.random() < habits.again
+
         tokens.append(";")
         total = written
     return [*tokens, "</think>", str(total)]
@@ -142,22 +145,26 @@ def branches(question: Question, trace: Sequence[str]) -> Iterator[Branch]:
     if not _reads(trace, position, ["<think>"]):
         return
     position += 1
+
     for done in range(len(rest)):
         if done and position < len(trace):
             quits = trace[position] == "</think>"
             yield Branch("quit", position, ("</think>",), f"#{done + 1}", quits)
             if quits:
                 return
+
         line = [str(total), "+", str(rest[done]), "="]
         if not _reads(trace, position, [f"#{done + 1}", *line]):
             return
         position += LINE_TOKENS
+
         sum_ = int(line[0]) + int(line[2])
         right, slips = str(sum_), (str(sum_ - 1), str(sum_ + 1))
         written = _at(trace, position - 1)
         if not written.isdigit():
             return
         yield Branch("error", position - 1, slips, right, written != right)
+
         habit: Habit = "check"
         while _at(trace, position) in (habit, ";"):
             goes_on = trace[position] == habit
@@ -169,6 +176,7 @@ def branches(question: Question, trace: Sequence[str]) -> Iterator[Branch]:
             if before != right:
                 yield Branch("catch", position - 1, (right,), before, written == right)
             habit = "again"
+
         if _at(trace, position) != ";" or not written.isdigit():
             return
         position += END_TOKENS

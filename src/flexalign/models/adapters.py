@@ -67,6 +67,7 @@ def read_adapter_config(source: Source) -> Any:
         raise ConfigError(
             f"{source}: PEFT cannot read its adapter_config.json ({error}); save the adapter again."
         ) from error
+
     if config.is_prompt_learning:
         raise UnsupportedModelError(
             f"{source} is an adapter of type {config.peft_type}, which adds virtual tokens to the "
@@ -91,12 +92,14 @@ def unfit_tensor(
             model = get_peft_model(model, replace(adapter_config, base_model_name_or_path=None))
         except ValueError as error:
             return " ".join(str(error).split())[:300]
+
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
     for name, info in sorted(tensors.items()):
         if name not in wanted:
             return f"it changes {name}, which that base does not have"
         if tuple(wanted[name].shape) != info.shape:
             return f"{name} is {info.shape} where that base needs {tuple(wanted[name].shape)}"
+
     missing = sorted(wanted.keys() - tensors.keys())
     return f"it lacks {missing[0]}" if missing else None
 

@@ -1,4 +1,8 @@
-"""What can be known of a model, and of a pair, before any weights are loaded."""
+"""What can be known of a model, and of a pair, before any weights are loaded.
+
+Configurations, tokenizers and the headers of weight files are read; what is found of one model is
+:class:`ModelFacts`, of two :class:`PairFacts`, and whether two can be mixed is decided here.
+"""
 
 import os
 from dataclasses import dataclass, field, replace
@@ -14,193 +18,7 @@ from flexalign.models.loading import fingerprint, load_config, load_tokenizer, s
 from flexalign.models.sources import Model, Source, resolve
 from flexalign.models.weights import same_folder, tensor_infos
 
-# Whether two models speak of the same tokens: comparisons of tokenizers and of widths.
-
-_SHOWN = 3
-_CONVERSATION = [
-    {"role": "user", "content": "What is 1 + 1?"},
-    {"role": "assistant", "content": "2"},
-    {"role": "user", "content": "And 2 + 2?"},
-]
-
-
-def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the number of tokens that a tokenizer knows: its largest id, plus 1."""
-    ids: dict[str, int] = tokenizer.get_vocab()
-    return max(ids.values()) + 1
-
-
-def compare_tokens(
-    reference: PreTrainedTokenizerBase, aligned: PreTrainedTokenizerBase
-) -> str | None:
-    """Say where the two token→id maps differ, naming the first tokens; None if nowhere."""
-    one, other = reference.get_vocab(), aligned.get_vocab()
-    if one == other:
-        return None
-    moved = sorted((one[token], token) for token in one.keys() & other.keys())
-    differences = [
-        f"{token!r} is {id_} in the reference and {other[token]} in the aligned model"
-        for id_, token in moved
-        if other[token] != id_
-    ]
-    for here, there, name in ((one, other, "reference"), (other, one, "aligned model")):
-        alone = sorted((here[token], token) for token in here.keys() - there.keys())
-        differences += [f"{token!r} ({id_}) is in the {name} alone" for id_, token in alone]
-    more = len(differences) - _SHOWN
-    return (
-        f"the tokenizers differ: {'; '.join(differences[:_SHOWN])}"
-        + (f"; and {more} tokens more" if more > 0 else "")
-        + ". Their logits are of different things and cannot be mixed; take two models with one "
-        "tokenizer (for others, see TRL's GOLD trainer)."
-    )
-
-
-def compare_ends(
-    reference: PreTrainedTokenizerBase, aligned: PreTrainedTokenizerBase
-) -> tuple[str | None, str | None]:
-    """Compare the tokens that begin and end a text.
-
-    Returns:
-        A problem (the two end a response differently) and a warning (they begin it differently),
-        each None if there is none.
-    """
-    problem = warning = None
-    if reference.eos_token != aligned.eos_token:
-        problem = (
-            f"the reference ends a response with {reference.eos_token!r}, the aligned model with "
-            f"{aligned.eos_token!r}; between the two it may not end at all. If this pair is "
-            "meant, set one eos_token in both tokenizer_config.json."
-        )
-    if reference.bos_token != aligned.bos_token:
-        warning = (
-            f"the reference begins a text with {reference.bos_token!r}, the aligned model with "
-            f"{aligned.bos_token!r}; the reference's is used for both."
-        )
-    return problem, warning
-
-
-def compare_templates(
-    reference: PreTrainedTokenizerBase, aligned: PreTrainedTokenizerBase
-) -> str | None:
-    """Say, with both renderings, how the chat templates differ; None if they do not."""
-    if reference.chat_template == aligned.chat_template:
-        return None
-    if not reference.chat_template or not aligned.chat_template:
-        without, having = ("reference", "aligned model")
-        if reference.chat_template:
-            without, having = having, without
-        return f"the {without} has no chat template; that of the {having} is used for both."
-    one, other = _render(reference), _render(aligned)
-    if one == other:
-        return None
-    return (
-        "the chat templates differ; the reference's is used for both. It renders a conversation "
-        f"as\n{one}\nand the aligned model's as\n{other}"
-    )
-
-
-def shared_width(reference: int, aligned: int, vocabulary: int) -> tuple[int, str | None]:
-    """Return the number of tokens that two models share, and what to say of it.
-
-    Args:
-        reference: Width of the reference's logits.
-        aligned: Width of the aligned model's logits.
-        vocabulary: Tokens that the tokenizer knows.
-    """
-    width = min(reference, aligned, vocabulary)
-    if reference == aligned == width:
-        return width, None
-    return width, (
-        f"logits are {reference} wide in the reference and {aligned} in the aligned model, "
-        f"for a vocabulary of {vocabulary}; both are cut to {width}."
-    )
-
-
-def _render(tokenizer: PreTrainedTokenizerBase) -> Any:
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(
-            _CONVERSATION, tokenize=False, add_generation_prompt=True
-        )
-    except TemplateError as error:
-        return f"({error})"
-
-
-# How much memory weights will take, and how much there is.
-
 GIB = 2**30
-
-_STORED_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
-_ACROSS = ("auto", "balanced", "balanced_low_0", "sequential")
-"""Words of transformers for a model that is spread over the devices, and over the host."""
-
-_CGROUP = Path("/sys/fs/cgroup")
-
-
-def weight_bytes(source: Source, config: Any, dtype: torch.dtype | str) -> int:
-    """Return the bytes of a model's (or an adapter's) weights once loaded.
-
-    Args:
-        source: Where it lies.
-        config: Its configuration; counted from where the weights are GGUF or pickled.
-        dtype: What it is loaded in; ``"auto"`` is what it is stored in.
-    """
-    size = _itemsize(dtype)
-    try:
-        infos = None if source.gguf_file else tensor_infos(source.path).values()
-    except ConfigError:
-        infos = None
-    if infos is None:
-        return _count_parameters(config) * (size or torch.float32.itemsize)
-    return sum(
-        torch.Size(info.shape).numel() * (size or _STORED_BYTES.get(info.dtype, 1))
-        for info in infos
-    )
-
-
-def available_bytes(device_map: Any) -> int:
-    """Return the memory that is free for weights on the devices that are named."""
-    if device_map in (None, "cpu") or not torch.cuda.is_available():
-        return _available_on_cpu()
-    devices = range(torch.cuda.device_count())
-    is_spread = device_map in _ACROSS
-    if not is_spread and isinstance(device_map, str | int | torch.device):
-        index = torch.device(device_map).index
-        devices = range(index or 0, (index or 0) + 1)
-    free = sum(torch.cuda.mem_get_info(device)[0] for device in devices)
-    return free + (_available_on_cpu() if is_spread else 0)
-
-
-def _itemsize(dtype: torch.dtype | str) -> int | None:
-    if dtype == "auto":
-        return None
-    named = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    return int(named.itemsize)
-
-
-def _count_parameters(config: Any) -> int:
-    return sum(parameter.numel() for parameter in skeleton(config).parameters())
-
-
-def _available_on_cpu() -> int:
-    free = _free_on_host()
-    limit, used = (_number(_CGROUP / name) for name in ("memory.max", "memory.current"))
-    return free if limit is None or used is None else min(free, max(limit - used, 0))
-
-
-def _free_on_host() -> int:
-    try:
-        return int(psutil.virtual_memory().available)
-    except (OSError, KeyError, ValueError):  # a sandbox without /proc, or with half of it
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _number(file: Path) -> int | None:
-    try:
-        return int(file.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 @dataclass(frozen=True)
@@ -311,10 +129,11 @@ def examine(
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     tags = ThinkingTags.detect(tokenizer)
     try:
-        print_ = fingerprint(source)
-    except ConfigError:
-        print_ = None
+        mark = fingerprint(source)
+    except ConfigError:  # pickled weights, which are not opened
+        mark = None
     kind = "adapter" if source.is_adapter else "gguf" if source.gguf_file else "model"
+
     return ModelFacts(
         name=source.name,
         family=config.model_type,
@@ -325,7 +144,7 @@ def examine(
         eos_token=tokenizer.eos_token,
         has_chat_template=bool(tokenizer.chat_template),
         thinking_tags=(tags.open, tags.close) if tags else None,
-        fingerprint=print_,
+        fingerprint=mark,
         source=source,
         config=config,
         tokenizer=tokenizer,
@@ -342,7 +161,7 @@ def examine_pair(
     """Compare two models by their configurations, tokenizers and tensor headers.
 
     Args:
-        reference: The model of λ=0; bare ``miniature`` is its reference.
+        reference: The model of λ=0.
         aligned: The model of λ=1, or a PEFT adapter on the reference.
         dtype: What they will be loaded in.
         trust_remote_code: As in `flexalign.models.loading.load_model`.
@@ -359,9 +178,11 @@ def examine_pair(
             f"the reference, {one.name}, is a PEFT adapter; merge it into its base first "
             "(merge_and_unload), or give its base as the reference."
         )
+
     source = resolve(aligned)
     other = _examine_adapter(source, one) if source.is_adapter else examine(source, **options)
     shared = other.kind == "adapter"
+
     problems, warnings = _compare(one, other)
     if shared:
         from flexalign.models.adapters import adds_nothing
@@ -369,11 +190,13 @@ def examine_pair(
         problem, doubt = _compare_base(one, other)
         problems += [problem] if problem else []
         warnings += [doubt] if doubt else []
+
     identical = adds_nothing(source.path) if shared else _is_same(one, other)
     if identical:
         warnings.append(
             f"{other.name} equals the reference, {one.name}: there is nothing to realign."
         )
+
     width, note = shared_width(one.width, other.width, min(one.vocabulary, other.vocabulary))
     return PairFacts(
         reference=one,
@@ -397,6 +220,7 @@ def _examine_adapter(source: Source, base: ModelFacts) -> ModelFacts:
             f"the adapter {source} changes lm_head, so that the head is not one matrix; train it "
             "without lm_head among target_modules and modules_to_save, or merge it into a model."
         )
+
     try:
         tokenizer = load_tokenizer(source)
     except ConfigError:
@@ -416,6 +240,7 @@ def _examine_adapter(source: Source, base: ModelFacts) -> ModelFacts:
 
 
 def _compare(one: ModelFacts, other: ModelFacts) -> tuple[list[str], list[str]]:
+    """Return the problems and the warnings of two models' tokenizers."""
     problems = [compare_tokens(one.tokenizer, other.tokenizer)]
     problem, warning = compare_ends(one.tokenizer, other.tokenizer)
     problems.append(problem)
@@ -435,6 +260,7 @@ def _compare_base(base: ModelFacts, adapter: ModelFacts) -> tuple[str | None, st
     unfit = unfit_tensor(base.config, config, tensor_infos(adapter.source.path))
     if unfit is not None:
         return f"the adapter {adapter.name} is not of the base {base.name}: {unfit}.", None
+
     named = str(config.base_model_name_or_path)
     try:
         meant = resolve(named)
@@ -445,6 +271,8 @@ def _compare_base(base: ModelFacts, adapter: ModelFacts) -> tuple[str | None, st
             f"the adapter {adapter.name} says that its base is {named}, which is not here to "
             f"compare; its shapes fit {base.name}."
         )
+
+    # The fingerprints of two file formats cannot be compared.
     if (meant.gguf_file is None) != (base.source.gguf_file is None):
         return None, None
     if fingerprint(meant) == base.fingerprint:
@@ -459,3 +287,195 @@ def _is_same(one: ModelFacts, other: ModelFacts) -> bool:
     if one.fingerprint is None or one.fingerprint != other.fingerprint:
         return False
     return one.kind == other.kind == "gguf" or same_folder(one.source.path, other.source.path)
+
+
+# Comparisons: whether two tokenizers and two widths are of the same tokens.
+
+_SHOWN = 3
+_CONVERSATION = [
+    {"role": "user", "content": "What is 1 + 1?"},
+    {"role": "assistant", "content": "2"},
+    {"role": "user", "content": "And 2 + 2?"},
+]
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the number of tokens that a tokenizer knows: its largest id, plus 1."""
+    ids: dict[str, int] = tokenizer.get_vocab()
+    return max(ids.values()) + 1
+
+
+def compare_tokens(
+    reference: PreTrainedTokenizerBase, aligned: PreTrainedTokenizerBase
+) -> str | None:
+    """Say where the two token→id maps differ, naming the first tokens; None if nowhere."""
+    one, other = reference.get_vocab(), aligned.get_vocab()
+    if one == other:
+        return None
+
+    moved = sorted((one[token], token) for token in one.keys() & other.keys())
+    differences = [
+        f"{token!r} is {id_} in the reference and {other[token]} in the aligned model"
+        for id_, token in moved
+        if other[token] != id_
+    ]
+    for here, there, name in ((one, other, "reference"), (other, one, "aligned model")):
+        alone = sorted((here[token], token) for token in here.keys() - there.keys())
+        differences += [f"{token!r} ({id_}) is in the {name} alone" for id_, token in alone]
+
+    more = len(differences) - _SHOWN
+    return (
+        f"the tokenizers differ: {'; '.join(differences[:_SHOWN])}"
+        + (f"; and {more} tokens more" if more > 0 else "")
+        + ". Their logits are of different things and cannot be mixed; take two models with one "
+        "tokenizer (for others, see TRL's GOLD trainer)."
+    )
+
+
+def compare_ends(
+    reference: PreTrainedTokenizerBase, aligned: PreTrainedTokenizerBase
+) -> tuple[str | None, str | None]:
+    """Compare the tokens that begin and end a text.
+
+    Returns:
+        A problem (the two end a response differently) and a warning (they begin it differently),
+        each None if there is none.
+    """
+    problem = warning = None
+    if reference.eos_token != aligned.eos_token:
+        problem = (
+            f"the reference ends a response with {reference.eos_token!r}, the aligned model with "
+            f"{aligned.eos_token!r}; between the two it may not end at all. If this pair is "
+            "meant, set one eos_token in both tokenizer_config.json."
+        )
+    if reference.bos_token != aligned.bos_token:
+        warning = (
+            f"the reference begins a text with {reference.bos_token!r}, the aligned model with "
+            f"{aligned.bos_token!r}; the reference's is used for both."
+        )
+    return problem, warning
+
+
+def compare_templates(
+    reference: PreTrainedTokenizerBase, aligned: PreTrainedTokenizerBase
+) -> str | None:
+    """Say, with both renderings, how the chat templates differ; None if they do not."""
+    if reference.chat_template == aligned.chat_template:
+        return None
+    if not reference.chat_template or not aligned.chat_template:
+        without, having = ("reference", "aligned model")
+        if reference.chat_template:
+            without, having = having, without
+        return f"the {without} has no chat template; that of the {having} is used for both."
+
+    one, other = _render(reference), _render(aligned)
+    if one == other:
+        return None
+    return (
+        "the chat templates differ; the reference's is used for both. It renders a conversation "
+        f"as\n{one}\nand the aligned model's as\n{other}"
+    )
+
+
+def shared_width(reference: int, aligned: int, vocabulary: int) -> tuple[int, str | None]:
+    """Return the number of tokens that two models share, and what to say of it.
+
+    Args:
+        reference: Width of the reference's logits.
+        aligned: Width of the aligned model's logits.
+        vocabulary: Tokens that the tokenizer knows.
+    """
+    width = min(reference, aligned, vocabulary)
+    if reference == aligned == width:
+        return width, None
+    return width, (
+        f"logits are {reference} wide in the reference and {aligned} in the aligned model, "
+        f"for a vocabulary of {vocabulary}; both are cut to {width}."
+    )
+
+
+def _render(tokenizer: PreTrainedTokenizerBase) -> Any:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            _CONVERSATION, tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError as error:
+        return f"({error})"
+
+
+# Memory: how much weights will take, and how much is free.
+
+_STORED_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+_ACROSS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Words of transformers for a model that is spread over the devices, and over the host."""
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def weight_bytes(source: Source, config: Any, dtype: torch.dtype | str) -> int:
+    """Return the bytes of a model's (or an adapter's) weights once loaded.
+
+    Args:
+        source: Where it lies.
+        config: Its configuration; counted from where the weights are GGUF or pickled.
+        dtype: What it is loaded in; ``"auto"`` is what it is stored in.
+    """
+    size = _itemsize(dtype)
+    try:
+        infos = None if source.gguf_file else tensor_infos(source.path).values()
+    except ConfigError:
+        infos = None
+    if infos is None:
+        return _count_parameters(config) * (size or torch.float32.itemsize)
+    return sum(
+        torch.Size(info.shape).numel() * (size or _STORED_BYTES.get(info.dtype, 1))
+        for info in infos
+    )
+
+
+def available_bytes(device_map: Any) -> int:
+    """Return the memory that is free for weights on the devices that are named."""
+    if device_map in (None, "cpu") or not torch.cuda.is_available():
+        return _available_on_cpu()
+
+    devices = range(torch.cuda.device_count())
+    is_spread = device_map in _ACROSS
+    if not is_spread and isinstance(device_map, str | int | torch.device):
+        index = torch.device(device_map).index
+        devices = range(index or 0, (index or 0) + 1)
+    free = sum(torch.cuda.mem_get_info(device)[0] for device in devices)
+    return free + (_available_on_cpu() if is_spread else 0)
+
+
+def _itemsize(dtype: torch.dtype | str) -> int | None:
+    if dtype == "auto":
+        return None
+    named = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return int(named.itemsize)
+
+
+def _count_parameters(config: Any) -> int:
+    return sum(parameter.numel() for parameter in skeleton(config).parameters())
+
+
+def _available_on_cpu() -> int:
+    free = _free_on_host()
+    # A container's limit, which psutil does not know.
+    limit, used = (_number(_CGROUP / name) for name in ("memory.max", "memory.current"))
+    return free if limit is None or used is None else min(free, max(limit - used, 0))
+
+
+def _free_on_host() -> int:
+    try:
+        return int(psutil.virtual_memory().available)
+    except (OSError, KeyError, ValueError):  # a sandbox without /proc, or with half of it
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _number(file: Path) -> int | None:
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None

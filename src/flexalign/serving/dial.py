@@ -11,7 +11,15 @@ from flexalign._spelling import misspelt
 from flexalign.calibration.effort import Calibration, effort_to_dial, note_on_sampling
 from flexalign.errors import ConfigError, LambdaError
 from flexalign.inra.configuration import InRaConfig
-from flexalign.lambdas import LAMBDA_LEGEND, Adaptive, Dial, Fixed, Schedule, extremes, parse_dial
+from flexalign.lambdas import (
+    LAMBDA_LEGEND,
+    Adaptive,
+    Dial,
+    Fixed,
+    Schedule,
+    outside_range,
+    parse_dial,
+)
 from flexalign.serving.errors import ApiError, as_sent
 
 DIAL_KEYS = ("lambda", "effort", "reasoning_effort", "control")
@@ -156,11 +164,11 @@ class DialRules:
         return self.effort(float(value))  # type: ignore[arg-type]
 
     def _require_range(self, dial: Dial) -> None:
-        low, high = self.lambda_range
-        outside = [lam for lam in extremes(dial) if not low <= lam <= high]
-        if outside:
+        outside = outside_range(dial, self.lambda_range)
+        if outside is not None:
+            low, high = self.lambda_range
             raise LambdaError(
-                f"λ = {outside[0]:.12g} is outside the range [{low:g}, {high:g}] that this server's "
+                f"λ = {outside:.12g} is outside the range [{low:g}, {high:g}] that this server's "
                 "operator permits; stay inside it."
             )
 
@@ -252,13 +260,14 @@ def adapter_rules(
     Raises:
         ConfigError: If the adapter's default is not permitted, or its calibration cannot be read.
     """
-    low, high = permitted = lambda_range or settings.lambda_range
-    if not low <= settings.default_lambda <= high:
+    permitted = lambda_range or settings.lambda_range
+    default = Fixed(settings.default_lambda)
+    if outside_range(default, permitted) is not None:
+        low, high = permitted
         raise ConfigError(
             f"the adapter's default λ = {settings.default_lambda:g} is outside --lambda-range "
             f"[{low:g}, {high:g}]; permit it."
         )
-    default = Fixed(settings.default_lambda)
     if settings.calibration is None:
         return DialRules(default, permitted)
     calibration = Calibration.from_json(settings.calibration)

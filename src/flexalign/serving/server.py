@@ -15,10 +15,7 @@ from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, ServingError
 from flexalign.fusion import gated_lambda
 from flexalign.generation import TwoModelDecoder
-from flexalign.inra import InRaModel
 from flexalign.lambdas import Fixed
-from flexalign.models.loading import load_model, load_tokenizer
-from flexalign.models.pair import ModelPair
 from flexalign.serving.app import ServedModel, Service
 from flexalign.serving.dial import DialRules, adapter_rules
 from flexalign.serving.engine import (
@@ -30,6 +27,7 @@ from flexalign.serving.engine import (
     Runner,
 )
 from flexalign.serving.middleware import is_loopback
+from flexalign.systems import LocalBackend, System, SystemOptions
 
 
 def require_safe_address(host: str, key: str | None, *, insecure: bool) -> None:
@@ -187,22 +185,28 @@ def load_service(options: ServeOptions) -> tuple[Service, DialRules]:
 
 
 def _load(options: ServeOptions) -> tuple[Runner, Any, ThinkingTags | None, DialRules]:
-    device = "cuda" if torch.cuda.is_available() else None
-    loading: dict[str, Any] = {"dtype": options.dtype, "device_map": device}
-    if options.aligned:
-        pair = ModelPair.load(options.model, options.aligned, **loading)
-        rules = DialRules(Fixed(1.0), options.lambda_range or (0.0, 1.0))
-        return PairRunner(TwoModelDecoder(pair), options.gate), pair.tokenizer, None, rules
-    if not options.adapter:
-        plain = load_model(options.model, **loading)
-        return PlainRunner(plain), load_tokenizer(options.model), None, DialRules(None)
-    model = InRaModel.from_pretrained(
-        options.model, options.adapter, any_base=options.any_base, **loading
+    """Open and load the model; return what runs it, its tokenizer, its tags and its rules."""
+    backend = LocalBackend(
+        System.of(options.model, options.adapter, options.aligned),
+        options=SystemOptions(
+            gate=options.gate,
+            dtype=options.dtype,
+            lambda_range=options.lambda_range,
+            any_base=options.any_base,
+        ),
     )
-    settings = model.inra_config
+    tokenizer, settings = backend.text.tokenizer, backend.config
+    if backend.kind == "model":
+        return PlainRunner(backend.load()), tokenizer, None, DialRules(None)
+    if settings is None:
+        decoder = backend.load()
+        rules = DialRules(Fixed(1.0), options.lambda_range or (0.0, 1.0))
+        return PairRunner(decoder, options.gate), decoder.tokenizer, None, rules
+
     rules = adapter_rules(settings, options.lambda_range)
+    model = backend.load()
     model.inra_config = replace(settings, lambda_range=rules.lambda_range)
-    return InRaRunner(model, options.gate), load_tokenizer(options.model), settings.tags, rules
+    return InRaRunner(model, options.gate), tokenizer, settings.tags, rules
 
 
 def _sides(model: Any) -> Sequence[Any]:

@@ -15,7 +15,7 @@ from flexalign.data.files import Row, read_rows
 from flexalign.errors import DataError
 from flexalign.evaluation.samples import Samples
 from flexalign.evaluation.summary import Summary, SummaryRow
-from flexalign.evaluation.systems.settings import tell_apart
+from flexalign.evaluation.systems import tell_apart
 
 _FIELDS = ("system", "setting", "task", "question", "sample", "tokens", "status")
 

@@ -1,13 +1,15 @@
 """Realign the miniature and hold the students against its closed form.
 
-What ``flexalign demo`` shows in minutes and the results document in full: students at several λ,
-what each buys in accuracy and tokens, and how near its habits are to those of equation 5.
+What ``flexalign demo`` shows in minutes (:func:`run_demo`) and the results document in full:
+students at several λ, what each buys in accuracy and tokens, and how near its habits are to those
+of equation 5; then one adapter's dial, and the policies over its two ends.
 """
 
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
+from flexalign._storage import write_json
 from flexalign.errors import DataError
 from flexalign.evaluation.frontier import (
     ParetoCurve,
@@ -25,9 +28,10 @@ from flexalign.evaluation.frontier import (
 )
 from flexalign.evaluation.samples import Samples
 from flexalign.generation.responses import generate_responses
-from flexalign.miniature import ALIGNED, REFERENCE, folder, make_traces
+from flexalign.inra import InRaModel
+from flexalign.miniature import ALIGNED, REFERENCE, folder, make_questions, make_traces
 from flexalign.miniature.build import encode
-from flexalign.miniature.closed_form import Outcome, expected_outcome, token_level
+from flexalign.miniature.closed_form import HabitsOutcome, expected_outcome, token_level
 from flexalign.miniature.measure import count_branches, is_right, mean_habits, split_trace
 from flexalign.miniature.world import Habits, Question
 from flexalign.models.loading import load_model, load_tokenizer
@@ -80,7 +84,7 @@ class Measurement:
     tokens: float
     tokens_interval: tuple[float, float]
     habits: Habits
-    expected: Outcome
+    expected: HabitsOutcome
     expected_habits: Habits
 
     def to_json(self) -> dict[str, Any]:
@@ -117,6 +121,7 @@ def realign(
     reference, _, tokenizer = load_pair()
     student = load_model(str(folder("reference"))) if start is None else start
     rows = make_traces(training.steps * training.batch_size, seed=1_000 + training.seed)
+
     trainer = TrRaTrainer(
         student,
         reference=reference,
@@ -149,6 +154,7 @@ def realign(
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
+
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     return student.eval()
@@ -239,15 +245,12 @@ def picture(
     draw_pareto(path, points, curves, "The miniature: what a setting of λ buys", ends)
 
 
-# Policies over a dial's two ends, put together from the answers of both to the same questions.
-#
-# Adaptive and route policies choose between the fast end's answer and the slow end's. With one
-# answer of each end to every question, every threshold and every share can be judged on them at
-# once, and all meet the same luck.
+# Policies over a dial's two ends, put together from the answers of both to the same questions:
+# every threshold and every share is judged on one answer of each end, and all meet the same luck.
 
 
 @dataclass(frozen=True)
-class Answers:
+class JudgedAnswers:
     """One answer to each of N questions.
 
     Attributes:
@@ -282,10 +285,10 @@ class Worth:
     over_coin: Interval
 
 
-def judge(questions: Sequence[Question], traces: Sequence[Sequence[str]]) -> Answers:
+def judge(questions: Sequence[Question], traces: Sequence[Sequence[str]]) -> JudgedAnswers:
     """Judge one trace for each question."""
     right = [is_right(question, trace) for question, trace in zip(questions, traces, strict=True)]
-    return Answers(np.array(right), np.array([len(trace) for trace in traces]))
+    return JudgedAnswers(np.array(right), np.array([len(trace) for trace in traces]))
 
 
 @torch.no_grad()
@@ -316,28 +319,28 @@ def confidences(
 
 
 def adaptive(
-    fast: Answers, slow: Answers, confidence: NDArray[np.float64], threshold: float
-) -> Answers:
+    fast: JudgedAnswers, slow: JudgedAnswers, confidence: NDArray[np.float64], threshold: float
+) -> JudgedAnswers:
     """The fast answer where it is sure enough, else the slow one; a rejected one is paid for."""
     _require_same(fast, slow)
     accepted = confidence >= threshold
-    return Answers(
+    return JudgedAnswers(
         np.where(accepted, fast.right, slow.right),
         fast.tokens + np.where(accepted, 0, slow.tokens),
     )
 
 
-def coin(fast: Answers, slow: Answers, share: float, seed: int = 0) -> Answers:
+def coin(fast: JudgedAnswers, slow: JudgedAnswers, share: float, seed: int = 0) -> JudgedAnswers:
     """The slow answer with probability `share`, else the fast one, whatever is asked."""
     _require_same(fast, slow)
     draw = random.Random(seed)
     is_slow = np.array([draw.random() < share for _ in fast.right])
-    return Answers(
+    return JudgedAnswers(
         np.where(is_slow, slow.right, fast.right), np.where(is_slow, slow.tokens, fast.tokens)
     )
 
 
-def weigh(answers: Answers, fast: Answers, slow: Answers) -> Worth:
+def weigh(answers: JudgedAnswers, fast: JudgedAnswers, slow: JudgedAnswers) -> Worth:
     """Say what a setting is worth beside the dial's two ends, on the same questions."""
     _require_same(answers, slow)
     questions = range(len(slow.right))
@@ -353,9 +356,143 @@ def weigh(answers: Answers, fast: Answers, slow: Answers) -> Worth:
     )
 
 
-def _require_same(first: Answers, second: Answers) -> None:
+def _require_same(first: JudgedAnswers, second: JudgedAnswers) -> None:
     if len(first.right) != len(second.right):
         raise DataError(
             f"{len(first.right)} answers stand beside {len(second.right)}; "
             "both ends must answer the same questions."
         )
+
+
+# The demo itself.
+
+_LEARNING_RATE = 1e-3
+"""For short trainings; the results document takes half of it and more steps."""
+
+_QUESTION_SEED = 10_000
+"""Far from the seeds of training data."""
+
+_THRESHOLD = 0.44
+"""Chosen by ``benchmarks/dial.py`` on other questions."""
+
+_LIMIT = 200
+"""Tokens for the mixed dial, which may lose itself between the two ends."""
+
+
+@dataclass(frozen=True)
+class DialRow:
+    """What one setting of the fast adapter's dial is worth.
+
+    Attributes:
+        name: What it is called in the table.
+        worth: Beside the dial's two ends.
+    """
+
+    name: str
+    worth: Worth
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields by name; an interval is low, estimate, high."""
+        return {"name": self.name, **asdict(self.worth)}
+
+
+def run_demo(
+    output: Path,
+    *,
+    questions: int,
+    steps: int,
+    seed: int,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> tuple[list[Measurement], list[DialRow]]:
+    """Train and measure everything that the demo shows, and write its picture and figures.
+
+    Args:
+        output: Folder for ``pareto.png`` and ``demo.json``; it must be there.
+        questions: Questions that each model answers.
+        steps: Training steps of each student.
+        seed: Of questions, training and sampling.
+        progress: Called with what is under way, how much of it is done, and how much there is;
+            first with nothing done.
+
+    Returns:
+        What each model is worth, and what each setting of the dial is.
+    """
+    training = Training(steps=steps, learning_rate=_LEARNING_RATE, seed=seed)
+    asked = make_questions(questions, seed=_QUESTION_SEED + seed)
+    measurements: list[Measurement] = []
+
+    with TemporaryDirectory() as scratch:
+        reference, aligned, tokenizer = load_pair()
+
+        def ask(name: str, model: Any, **options: Any) -> list[list[str]]:
+            what = f"{name}: answers"
+            progress(what, 0, questions)
+            return respond(
+                model,
+                tokenizer,
+                asked,
+                seed=seed + 1,
+                progress=lambda done, total: progress(what, done, total),
+                **options,
+            )
+
+        def answer(name: str, model: Any, lam: float) -> list[list[str]]:
+            traces = ask(name, model)
+            habits = token_level(REFERENCE, ALIGNED, lam)
+            measurements.append(measure(name, asked, traces, expected_habits=habits))
+            return traces
+
+        def train(name: str, towards: Any, lam: float) -> Any:
+            what = f"{name}: trains"
+            progress(what, 0, steps)
+            told = _TellSteps(lambda done: progress(what, done, steps))
+            return realign(towards, lam, Path(scratch), training, callbacks=[told])
+
+        slow = judge(asked, answer("reference", reference, 0))
+        answer("aligned", aligned, 1)
+        answer("λ=1", train("λ=1", aligned, 1), 1)
+        once = train("λ=2", aligned, 2)
+        answer("λ=2", once, 2)
+        answer("λ=2, 2 rounds", train("λ=2, 2 rounds", once, 2), 4)
+
+        dial = InRaModel.from_pretrained("miniature:reference", "miniature:fast")
+        written = ask("fast", dial, lam=1.0, temperature=0.0)
+        fast = judge(asked, written)
+        mixed = judge(asked, ask("dial λ=0.5", dial, lam=0.5, max_new_tokens=_LIMIT))
+        confidence = confidences(dial, tokenizer, asked, written)
+
+    chosen = adaptive(fast, slow, confidence, _THRESHOLD)
+    share = (chosen.mean_tokens - fast.mean_tokens) / (slow.mean_tokens - fast.mean_tokens)
+    settings = {
+        "λ=0, slow": slow,
+        "λ=0.5": mixed,
+        "λ=1, fast": fast,
+        f"adaptive, τ={_THRESHOLD:g}": chosen,
+        f"coin, {share:.0%} slow": coin(fast, slow, min(max(share, 0.0), 1.0), seed),
+    }
+
+    rows = [DialRow(name, weigh(answers, fast, slow)) for name, answers in settings.items()]
+    picture(
+        output / "pareto.png",
+        {"the pair": measurements[:2], "realigned": measurements[2:]},
+        [closed_form_curve(highest=5)],
+    )
+    figures = {
+        "questions": questions,
+        "steps": steps,
+        "seed": seed,
+        "rows": [measurement.to_json() for measurement in measurements],
+        "dial": [row.to_json() for row in rows],
+    }
+    write_json(output / "demo.json", figures)
+    return measurements, rows
+
+
+class _TellSteps(TrainerCallback):  # type: ignore[misc]
+    """Tells how many steps are done."""
+
+    def __init__(self, tell: Callable[[int], None]) -> None:
+        self._tell = tell
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._tell(state.global_step)

@@ -1,8 +1,8 @@
-"""A system behind a server of OpenAI's protocol: several requests at a time, the dial in each."""
+"""A system behind a server of OpenAI's protocol: several requests at a time, each with its dial."""
 
 import json
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from functools import cached_property
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -10,15 +10,7 @@ from typing import Any
 from flexalign.data.client import Endpoint, EndpointResponse
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, ServingError
-from flexalign.evaluation.systems.backend import (
-    Answer,
-    Cell,
-    Failure,
-    Key,
-    Messages,
-    Outcome,
-    SystemOptions,
-)
+from flexalign.systems.open import Answer, Asked, Failure, Messages, Request, SystemOptions
 
 _IN_A_ROW = 8
 
@@ -39,7 +31,7 @@ class EndpointBackend:
 
             self._tokenizer = load_tokenizer(options.tokenizer)
         self._tags = ThinkingTags()
-        self._endpoint("")
+        self._endpoint_of("")
 
     def describe(self) -> dict[str, Any]:
         """The address, the model's name there and what counts its tokens."""
@@ -55,21 +47,24 @@ class EndpointBackend:
         """The conversation as it is sent; the server has the chat template."""
         return json.dumps(messages, ensure_ascii=False)
 
-    def run(self, cells: Sequence[Cell], done: Collection[Key]) -> Iterator[list[Outcome]]:
+    def run(
+        self, requests: Sequence[Asked], done: Collection[Hashable]
+    ) -> Iterator[list[tuple[Asked, Answer | Failure]]]:
         """Ask for what is missing, `concurrency` requests at a time.
 
         Raises:
             ServingError: If the server has no model, or many requests in a row fail for good.
         """
-        missing = [cell for cell in cells if cell.key not in done]
+        missing = [request for request in requests if request.key not in done]
         if not missing:
             return
-        waiting: SimpleQueue[Cell] = SimpleQueue()
-        for cell in missing:
-            waiting.put(cell)
-        answered: SimpleQueue[Outcome | BaseException] = SimpleQueue()
+
+        waiting: SimpleQueue[Asked] = SimpleQueue()
+        for request in missing:
+            waiting.put(request)
+        answered: SimpleQueue[tuple[Asked, Answer | Failure] | BaseException] = SimpleQueue()
         given_up = threading.Event()
-        server = self._server
+        server = self.endpoint
         workers = min(self._options.concurrency, len(missing))
         for _ in range(workers):
             arguments = (server, waiting, answered, given_up)
@@ -85,28 +80,28 @@ class EndpointBackend:
     def _work(
         self,
         server: Endpoint,
-        waiting: "SimpleQueue[Cell]",
-        answered: "SimpleQueue[Outcome | BaseException]",
+        waiting: "SimpleQueue[Asked]",
+        answered: "SimpleQueue[tuple[Asked, Answer | Failure] | BaseException]",
         given_up: threading.Event,
     ) -> None:
         while not given_up.is_set():
             try:
-                cell = waiting.get_nowait()
+                request = waiting.get_nowait()
             except Empty:
                 return
             try:
-                answered.put((cell, self._ask(server, cell)))
+                answered.put((request, self._ask(server, request)))
             except BaseException as error:
                 answered.put(error)
                 return
 
-    def _ask(self, server: Endpoint, cell: Cell) -> Answer | Failure:
+    def _ask(self, server: Endpoint, request: Request) -> Answer | Failure:
         dial: dict[str, Any] = {}
-        if cell.setting.dial is not None:
-            lam = cell.setting.lam
-            dial["lambda"] = cell.setting.policy if lam is None else lam
+        setting = request.setting
+        if setting.dial is not None:
+            dial["lambda"] = setting.policy if setting.lam is None else setting.lam
         try:
-            return self._read(server.ask(cell.messages, cell.seed, **dial))
+            return self._read(server.ask(request.messages, request.seed, **dial))
         except ServingError as error:
             return Failure(str(error))
 
@@ -118,6 +113,7 @@ class EndpointBackend:
             if tokens is None:
                 ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
                 tokens = len(ids)
+
         if tokens is None:
             raise ServingError(
                 f"{self._url} does not count the tokens of its responses (usage); name its "
@@ -125,6 +121,7 @@ class EndpointBackend:
             )
         if thinking is None and not self._tags.split(text).thinking:
             thinking = 0
+
         dial = response.dial
         return Answer(
             text,
@@ -137,19 +134,25 @@ class EndpointBackend:
         )
 
     @cached_property
-    def _server(self) -> Endpoint:
+    def endpoint(self) -> Endpoint:
+        """The server with the model's name there; asked for it where it has one model.
+
+        Raises:
+            ConfigError: If it has another number of models, and none is named.
+            ServingError: If it cannot be asked.
+        """
         name = self._options.model_name
         if name is None:
-            models = self._endpoint("").models()
+            models = self._endpoint_of("").models()
             if len(models) != 1:
                 listed = ", ".join(models) or "none"
                 raise ConfigError(
                     f"{self._url} has {len(models)} models ({listed}); name one with --model-name."
                 )
             [name] = models
-        return self._endpoint(name)
+        return self._endpoint_of(name)
 
-    def _endpoint(self, model: str) -> Endpoint:
+    def _endpoint_of(self, model: str) -> Endpoint:
         options = self._options
         return Endpoint(
             self._url,
@@ -166,8 +169,11 @@ class EndpointBackend:
 
 
 def _collected(
-    answered: "SimpleQueue[Outcome | BaseException]", expected: int, most_in_a_row: int, url: str
-) -> Iterator[list[Outcome]]:
+    answered: "SimpleQueue[tuple[Asked, Answer | Failure] | BaseException]",
+    expected: int,
+    most_in_a_row: int,
+    url: str,
+) -> Iterator[list[tuple[Asked, Answer | Failure]]]:
     """Hand out what has come in, as soon as anything has."""
     in_a_row = 0
     while expected:
@@ -178,14 +184,15 @@ def _collected(
         expected -= len(outcomes)
         if outcomes:
             yield outcomes
+
         for item in batch:
             if isinstance(item, BaseException):
                 raise item
-            cell, answer = item
+            request, answer = item
             in_a_row = in_a_row + 1 if isinstance(answer, Failure) else 0
             if isinstance(answer, Failure) and in_a_row == most_in_a_row and expected:
                 raise ServingError(
-                    f"{in_a_row} requests in a row got no response, the last for question "
-                    f"{cell.question} of {cell.task} ({answer.reason}); {url} is given up, and "
+                    f"{in_a_row} requests in a row got no response, the last for "
+                    f"{request.label} ({answer.reason}); {url} is given up, and "
                     "what came before is saved."
                 )

@@ -4,15 +4,23 @@ import torch
 
 from flexalign import Adaptive
 from flexalign.errors import DataError
-from flexalign.evaluation.demo import Answers, adaptive, coin, confidences, judge, respond, weigh
 from flexalign.generation.responses import generate_responses
 from flexalign.inra import InRaModel
 from flexalign.miniature import make_questions
+from flexalign.miniature.demo import (
+    JudgedAnswers,
+    adaptive,
+    coin,
+    confidences,
+    judge,
+    respond,
+    weigh,
+)
 from flexalign.miniature.world import Question
 from flexalign.models.loading import load_tokenizer
 
-FAST = Answers(np.array([True, False, True, False]), np.array([3, 3, 3, 3]))
-SLOW = Answers(np.array([True, True, False, True]), np.array([60, 80, 100, 120]))
+FAST = JudgedAnswers(np.array([True, False, True, False]), np.array([3, 3, 3, 3]))
+SLOW = JudgedAnswers(np.array([True, True, False, True]), np.array([60, 80, 100, 120]))
 SURE = np.array([0.9, 0.5, 0.7, 0.2])
 
 
@@ -37,8 +45,8 @@ def test_a_coin_of_share_one_is_slow_and_of_zero_fast():
 
 def test_the_coin_lies_on_the_line_between_the_ends():
     draw = np.random.default_rng(0)
-    fast = Answers(draw.random(6000) < 0.5, np.full(6000, 3))
-    slow = Answers(draw.random(6000) < 0.8, draw.integers(50, 150, 6000))
+    fast = JudgedAnswers(draw.random(6000) < 0.5, np.full(6000, 3))
+    slow = JudgedAnswers(draw.random(6000) < 0.8, draw.integers(50, 150, 6000))
     found = coin(fast, slow, 0.3, seed=1)
     assert found.right.mean() == pytest.approx(0.7 * 0.5 + 0.3 * 0.8, abs=0.02)
     assert found.mean_tokens == pytest.approx(0.7 * 3 + 0.3 * slow.mean_tokens, rel=0.05)
@@ -50,8 +58,8 @@ def test_the_coin_lies_on_the_line_between_the_ends():
 def test_a_policy_that_knows_stands_above_the_coin():
     draw = np.random.default_rng(0)
     knows = draw.random(3000) < 0.6
-    fast = Answers(knows, np.full(3000, 3))
-    slow = Answers(draw.random(3000) < 0.8, np.full(3000, 90))
+    fast = JudgedAnswers(knows, np.full(3000, 3))
+    slow = JudgedAnswers(draw.random(3000) < 0.8, np.full(3000, 90))
     worth = weigh(adaptive(fast, slow, np.where(knows, 0.9, 0.1), 0.5), fast, slow)
     assert worth.accuracy.mean == pytest.approx(0.6 + 0.4 * 0.8, abs=0.03)
     assert worth.tokens.mean == pytest.approx(3 + 0.4 * 90, rel=0.1)
@@ -72,7 +80,7 @@ def test_traces_are_judged_by_answer_and_length():
 
 
 def test_ends_of_different_questions_are_refused():
-    shorter = Answers(FAST.right[:2], FAST.tokens[:2])
+    shorter = JudgedAnswers(FAST.right[:2], FAST.tokens[:2])
     with pytest.raises(DataError, match="the same questions"):
         adaptive(shorter, SLOW, SURE, 0.5)
 

@@ -1,22 +1,15 @@
 """A plain model run by vLLM, where that is installed."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 from flexalign._packages import require_packages
 from flexalign.errors import ConfigError
-from flexalign.evaluation.systems.backend import (
-    Answer,
-    Cell,
-    Key,
-    Messages,
-    Outcome,
-    SystemOptions,
-)
-from flexalign.evaluation.systems.text import ModelText
 from flexalign.models.loading import fingerprint, load_tokenizer
 from flexalign.models.sources import resolve
+from flexalign.systems.local import ModelText
+from flexalign.systems.open import Answer, Asked, Failure, Messages, Request, SystemOptions
 
 
 class VllmBackend:
@@ -58,9 +51,11 @@ class VllmBackend:
         """The prompt as the model sees it."""
         return self._text.render(messages)
 
-    def run(self, cells: Sequence[Cell], done: Collection[Key]) -> Iterator[list[Outcome]]:
+    def run(
+        self, requests: Sequence[Asked], done: Collection[Hashable]
+    ) -> Iterator[list[tuple[Asked, Answer | Failure]]]:
         """Make what is missing, `batch_size` at a time, so that it is saved as it comes."""
-        missing = [cell for cell in cells if cell.key not in done]
+        missing = [request for request in requests if request.key not in done]
         size = max(1, self._options.batch_size)
         for start in range(0, len(missing), size):
             block = missing[start : start + size]
@@ -70,15 +65,15 @@ class VllmBackend:
         """Let go of the weights."""
         self.__dict__.pop("_engine", None)
 
-    def _answer(self, block: list[Cell]) -> list[Answer]:
+    def _answer(self, block: Sequence[Request]) -> list[Answer]:
         from vllm import SamplingParams
 
         options = self._options
         tokenizer = self._text.tokenizer
         has_template = bool(tokenizer.chat_template)
         prompts, sampling = [], []
-        for cell in block:
-            ids = tokenizer(self.render(cell.messages), add_special_tokens=not has_template)[
+        for request in block:
+            ids = tokenizer(self.render(request.messages), add_special_tokens=not has_template)[
                 "input_ids"
             ]
             prompts.append({"prompt_token_ids": list(ids)})
@@ -87,17 +82,18 @@ class VllmBackend:
                     temperature=options.temperature,
                     top_p=options.top_p,
                     max_tokens=options.max_new_tokens,
-                    seed=cell.seed,
+                    seed=request.seed,
                     skip_special_tokens=False,  # thinking tags may be special
                 )
             )
         outputs = self._engine.generate(prompts, sampling, use_tqdm=False)
         return [
-            self._read(cell, output.outputs[0]) for cell, output in zip(block, outputs, strict=True)
+            self._read(request, output.outputs[0])
+            for request, output in zip(block, outputs, strict=True)
         ]
 
-    def _read(self, cell: Cell, output: Any) -> Answer:
-        text = self._text.whole(cell.messages, output.text)
+    def _read(self, request: Request, output: Any) -> Answer:
+        text = self._text.whole(request.messages, output.text)
         truncated = output.finish_reason == "length"
         written = len(output.token_ids) - (not truncated)  # the end itself does not count
         return Answer(text, written, self._text.thinking_tokens(text), truncated=truncated)

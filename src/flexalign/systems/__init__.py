@@ -1,0 +1,60 @@
+"""Systems: whatever can be asked for answers, opened and asked by one piece of code.
+
+::
+
+    model:PATH                   a model as it is
+    dial:BASE,ADAPTER            an InRa adapter on its base
+    pair:REF,ALIGNED             two models, fused as they decode
+    interpolate:REF,ALIGNED      weights between two models
+    url:http://…                 a server of OpenAI's protocol
+    mine=dial:BASE,ADAPTER       any of these under a name of the user's
+
+Traces for training are sampled from one of them by :func:`sample`.
+"""
+
+from typing import TYPE_CHECKING
+
+from flexalign._lazy import lazy_names
+from flexalign.systems.open import (
+    Answer,
+    Backend,
+    Failure,
+    Messages,
+    PromptRequest,
+    Request,
+    System,
+    SystemOptions,
+    open_backend,
+    parse_system,
+    parse_systems,
+)
+
+if TYPE_CHECKING:
+    from flexalign.systems.conversation import Conversation
+    from flexalign.systems.local import LocalBackend
+    from flexalign.systems.sampling import sample
+
+_HOMES = {
+    "Conversation": "flexalign.systems.conversation",
+    "LocalBackend": "flexalign.systems.local",
+    "sample": "flexalign.systems.sampling",
+}
+
+__all__ = [
+    "Answer",
+    "Backend",
+    "Conversation",
+    "Failure",
+    "LocalBackend",
+    "Messages",
+    "PromptRequest",
+    "Request",
+    "System",
+    "SystemOptions",
+    "open_backend",
+    "parse_system",
+    "parse_systems",
+    "sample",
+]
+
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, __all__)

@@ -1,0 +1,379 @@
+"""Systems on this machine: a model, a dial, a pair, or weights between two models."""
+
+import hashlib
+from collections.abc import Collection, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexalign.data.rendering import Prompt, render_chat
+from flexalign.data.thinking import ThinkingTags
+from flexalign.errors import ConfigError
+from flexalign.generation import TwoModelDecoder
+from flexalign.generation.responses import Response, generate_responses
+from flexalign.inra import InRaConfig, InRaModel
+from flexalign.inra.configuration import check_folder
+from flexalign.lambdas import (
+    AS_IT_IS,
+    Adaptive,
+    Fixed,
+    Route,
+    Setting,
+    require_forward,
+    require_range,
+)
+from flexalign.models.interpolation import interpolate
+from flexalign.models.loading import fingerprint, load_model, load_tokenizer
+from flexalign.models.pair import ModelPair
+from flexalign.models.sources import resolve, resolve_adapter
+from flexalign.models.weights import fingerprint_file
+from flexalign.systems.open import Answer, Asked, Failure, Messages, Request, System, SystemOptions
+
+
+def default_device() -> str | None:
+    """Return where weights go: a GPU if there is one; None is the CPU."""
+    return "cuda" if torch.cuda.is_available() else None
+
+
+class ModelText:
+    """How one model's prompts are written and its responses read."""
+
+    def __init__(self, tokenizer: Any, tags: ThinkingTags | None = None) -> None:
+        """Read with a tokenizer; the thinking tags are its own if not given."""
+        self.tokenizer = tokenizer
+        self.tags = tags or ThinkingTags.of(tokenizer)
+
+    def prompt(self, messages: Messages) -> Prompt:
+        """The prompt as :func:`generate_responses` takes it; text where there is no template."""
+        if isinstance(messages, str) or self.tokenizer.chat_template:
+            return messages
+        return "\n\n".join(message["content"] for message in messages)
+
+    def render(self, messages: Messages) -> str:
+        """The prompt as text."""
+        prompt = self.prompt(messages)
+        if isinstance(prompt, str):
+            return prompt
+        return render_chat(self.tokenizer, prompt, add_generation_prompt=True)
+
+    def length(self, messages: Messages) -> int:
+        """The prompt's length in tokens, special tokens that a tokenizer adds left out."""
+        return len(self.tokenizer(self.render(messages), add_special_tokens=False)["input_ids"])
+
+    def whole(self, messages: Messages, response: str) -> str:
+        """A response with its opening tag, which may stand in the prompt."""
+        opened = self.tags.opened_by(self.render(messages))
+        return self.tags.open + response if opened else response
+
+    def thinking_tokens(self, response: str) -> int:
+        """Tokens between the thinking tags."""
+        return self.tags.count_tokens(response, self.tokenizer)
+
+    def read(self, messages: Messages, response: Response, route: str | None = None) -> Answer:
+        """Return the answer that a generated response is.
+
+        Args:
+            messages: The prompt.
+            response: What was generated.
+            route: Which way was chosen for it beforehand, if one was.
+        """
+        text = self.whole(messages, response.text)
+        return Answer(
+            text,
+            response.tokens,
+            self.thinking_tokens(text),
+            response.rejected_tokens,
+            response.truncated,
+            route or response.route,
+            response.confidence,
+        )
+
+
+class LocalBackend:
+    """A system whose weights are on this machine.
+
+    Settings of an InRa dial share one batch and one prefill; of every other system each setting
+    has its own, as one of a pair's models can rest at λ = 0 and 1.
+
+    Attributes:
+        kind: ``model``, ``dial``, ``pair`` or ``interpolate``.
+        config: An adapter's settings; None for what is not a dial.
+        default: The setting where none is asked for.
+        permitted: The least and the largest λ that may be used; None for a pair without a range,
+            which takes any λ ≥ 0.
+        text: How its prompts are written and its responses read.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        settings: Sequence[Setting] = (),
+        options: SystemOptions | None = None,
+        *,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Find and check what the system needs; no weights are loaded.
+
+        Args:
+            system: What it is.
+            settings: What it will be asked at.
+            options: How it is run.
+            trust_remote_code: Permit code that a checkpoint brings along to run.
+
+        Raises:
+            ConfigError: If a part is not there, or a setting or an option has nothing to turn.
+            CheckpointError: If an adapter's folder is damaged.
+            LambdaError: If a λ is outside the range that is permitted.
+        """
+        self.kind = system.kind
+        self._parts, self._options = list(system.parts), options or SystemOptions()
+        self._trust_remote_code = trust_remote_code
+        if self.kind != "dial" and self._options.any_base:
+            raise ConfigError("--any-base is about an adapter; name --adapter.")
+
+        self._sources = [resolve(part) for part in self._parts[: 1 if self.kind == "dial" else 2]]
+        self.default = Setting.of(Fixed(1.0)) if self.kind == "pair" else AS_IT_IS
+        self.permitted = self._options.lambda_range
+        self.config: InRaConfig | None = None
+        if self.kind == "dial":
+            self._adapter = _adapter_folder(self._parts[1])
+            self.config = check_folder(self._adapter)
+            self.default = Setting.of(Fixed(self.config.default_lambda))
+            self.permitted = self.permitted or self.config.lambda_range
+
+        if self.kind != "model":
+            self.require_range(settings)
+        tokenizer = load_tokenizer(self._sources[0], trust_remote_code=trust_remote_code)
+        self.text = ModelText(tokenizer, self.config.tags if self.config else None)
+
+    @property
+    def calibration(self) -> dict[str, Any] | None:
+        """What was measured of an adapter's dial, if anything."""
+        return self.config.calibration if self.config else None
+
+    @property
+    def name(self) -> str:
+        """What turns the dial, as messages call it."""
+        if self.kind == "dial":
+            return f"the adapter {self._parts[1]}"
+        return f"the pair {','.join(self._parts)}"
+
+    def require_range(
+        self, settings: Sequence[Setting], permit: str = "start with --lambda-range LEAST,LARGEST"
+    ) -> None:
+        """Refuse settings that may use a λ outside the range that is permitted.
+
+        Args:
+            settings: What is asked for.
+            permit: How it is said that this is meant.
+
+        Raises:
+            LambdaError: If there is one; says how to permit it.
+        """
+        dials = [(setting.id, setting.dial) for setting in settings if setting.dial is not None]
+        if self.permitted is None:
+            require_forward(dials, permit)
+        else:
+            require_range(self.permitted, dials, self.name, permit)
+
+    def require_dial(self, settings: Sequence[Setting]) -> None:
+        """Refuse settings, a gate and a range for a plain model, which has nothing to turn.
+
+        Args:
+            settings: What the user asked for; none if nothing was.
+
+        Raises:
+            ConfigError: If there is such a setting, a gate or a range.
+        """
+        if self.kind != "model":
+            return
+        asked = [setting.id for setting in settings]
+        asked += ["a gate"] * (self._options.gate is not None)
+        asked += ["--lambda-range"] * (self._options.lambda_range is not None)
+        if asked:
+            raise ConfigError(
+                f"{asked[0]} needs a dial, and the model alone has none; name its --adapter, or "
+                "the --aligned model beside it."
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Names, fingerprints, the data type and the thinking tags."""
+        parts = [{"name": str(s), "fingerprint": fingerprint(s)} for s in self._sources]
+        if self.kind == "dial":
+            weights = fingerprint_file(self._adapter / "inra_adapter.safetensors")
+            parts.append({"name": self._parts[1], "fingerprint": weights})
+
+        tags = self.text.tags
+        template = str(self.text.tokenizer.chat_template)
+        return {
+            "kind": self.kind,
+            "parts": parts,
+            "dtype": self._options.dtype,
+            "thinking_tags": [tags.open, tags.close],
+            "template": hashlib.sha256(template.encode()).hexdigest()[:16],
+        }
+
+    def render(self, messages: Messages) -> str:
+        """The prompt as the model sees it."""
+        return self.text.render(messages)
+
+    def load(self, **loading: Any) -> Any:
+        """Load the weights, and return what has ``generate``; not of weights between two models.
+
+        Args:
+            **loading: As in `flexalign.models.loading.load_model`; by default on a GPU if there
+                is one.
+
+        Raises:
+            CheckpointError: If weights are missing or damaged.
+            PairMismatchError: If the parts do not fit together.
+            UnsupportedModelError: If a part cannot be run so.
+        """
+        loading = {
+            "dtype": self._options.dtype,
+            "device_map": default_device(),
+            "trust_remote_code": self._trust_remote_code,
+        } | loading
+
+        if self.kind == "pair":
+            return TwoModelDecoder(ModelPair.load(*self._sources, **loading))
+        if self.kind == "dial":
+            any_base = self._options.any_base
+            # The base goes by its name, which the model keeps as its own.
+            return InRaModel.from_pretrained(
+                self._parts[0], self._adapter, any_base=any_base, **loading
+            )
+        return load_model(self._sources[0], **loading)
+
+    @cached_property
+    def model(self) -> Any:
+        """What :meth:`load` returns, loaded when it is first asked for."""
+        return self.load()
+
+    def release(self) -> None:
+        """Let go of the weights."""
+        self.__dict__.pop("model", None)
+
+    def run(
+        self, requests: Sequence[Asked], done: Collection[Hashable] = ()
+    ) -> Iterator[list[tuple[Asked, Answer | Failure]]]:
+        """Answer what is missing, block by block.
+
+        A block that was broken off is made again as a whole, so that float differences between
+        batches cannot make a resumed run differ from an uninterrupted one.
+        """
+        for group in self._groups(requests):
+            asked = [request for request in requests if request.setting in group]
+            blocks = self._blocks(asked, len(group))
+            blocks = [block for block in blocks if any(one.key not in done for one in block)]
+            if not blocks:
+                continue
+
+            with self._model_at(group[0]) as model:
+                for block in blocks:
+                    answers = self._answer(model, block, len(group))
+                    yield [
+                        (request, answer)
+                        for request, answer in zip(block, answers, strict=True)
+                        if request.key not in done
+                    ]
+
+    def _groups(self, requests: Sequence[Request]) -> list[list[Setting]]:
+        """The settings that are decoded together."""
+        settings = list(dict.fromkeys(request.setting for request in requests))
+        if self.kind != "dial":
+            return [[setting] for setting in settings]
+        alone = [[s] for s in settings if isinstance(s.dial, Adaptive | Route)]
+        together = [s for s in settings if not isinstance(s.dial, Adaptive | Route)]
+        return [together, *alone] if together else alone
+
+    def _blocks(self, requests: Sequence[Asked], settings: int) -> list[list[Asked]]:
+        """Batches of prompts alike in length, the longest first; all settings of one together."""
+        lengths = {one.prompt: self.text.length(one.messages) for one in requests}
+        places = {prompt: index for index, prompt in enumerate(lengths)}
+
+        def order(request: Request) -> tuple[int, int, int]:
+            return -lengths[request.prompt], places[request.prompt], request.sample
+
+        ordered = sorted(requests, key=order)
+        size = max(1, self._options.batch_size // settings) * settings
+        return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+    def _answer(self, model: Any, block: Sequence[Request], settings: int) -> list[Answer]:
+        """Answer one block, whose prompts each stand in as many rows as there are settings."""
+        options = self._options
+        dials = [_resolved(request) for request in block]
+        more: dict[str, Any] = {}
+        if self.kind in ("dial", "pair"):
+            more = {"lam": [dial for dial, _ in dials], "gate": options.gate}
+
+        responses = generate_responses(
+            _OnePrefill(model, settings) if settings > 1 else model,
+            self.text.tokenizer,
+            [self.text.prompt(request.messages) for request in block],
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            batch_size=len(block),
+            seeds=[request.seed for request in block],
+            **more,
+        )
+        return [
+            self.text.read(request.messages, response, route)
+            for request, response, (_, route) in zip(block, responses, dials, strict=True)
+        ]
+
+    @contextmanager
+    def _model_at(self, setting: Setting) -> Iterator[Any]:
+        """Give the model for a setting: weights between two models are other weights at each."""
+        if self.kind != "interpolate":
+            yield self.model
+            return
+
+        if setting.lam is None:
+            raise ConfigError(f"weights are interpolated at a number, and {setting.id} is none.")
+        with TemporaryDirectory(prefix="flexalign-") as scratch:
+            reference, aligned = self._sources
+            folder = interpolate(reference, aligned, setting.lam, Path(scratch) / "model")
+            yield load_model(folder, dtype=self._options.dtype, device_map=default_device())
+
+
+class _OnePrefill:
+    """An InRa model whose ``generate`` makes one prefill for each prompt's several λ."""
+
+    def __init__(self, model: Any, settings: int) -> None:
+        self._model, self._settings = model, settings
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor, lam: list[Any], **options: Any
+    ) -> Any:
+        """Generate for prompts that each stand in as many equal rows as there are settings."""
+        n = self._settings
+        return self._model.sweep(input_ids[::n], attention_mask[::n], lams=lam[:n], **options)
+
+
+def _resolved(request: Request) -> tuple[Any, str | None]:
+    """A request's dial; a coin falls by the request's own seed, not by its batch."""
+    dial = request.setting.dial
+    if not isinstance(dial, Route):
+        return dial, None
+    way = dial.draw(torch.Generator().manual_seed(request.seed))
+    return Fixed(dial.fast_lambda if way == "fast" else dial.slow_lambda), way
+
+
+def _adapter_folder(name: str) -> Path:
+    path = resolve_adapter(name)
+    if not path.is_dir():
+        raise ConfigError(
+            f"there is no adapter {name!r}: it is no folder here; give one that flexalign adapt "
+            "or InRaModel.save_pretrained wrote."
+        )
+    return path

@@ -1,0 +1,256 @@
+"""Traces for training: responses to prompts, sampled from a model or a server, as JSON Lines.
+
+::
+
+    from flexalign.data import SamplingSettings
+    from flexalign.systems import sample
+
+    sample("models/base", "questions.jsonl", "traces.jsonl", SamplingSettings(samples=4))
+    sample("url:http://localhost:8000/v1", "questions.jsonl", "traces.jsonl")
+
+A run that broke off goes on where it stopped when the same call is made again; what a run is made
+of stands in the manifest beside its file (`flexalign.data.traces`).
+"""
+
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from flexalign.data.formats import load_prompts
+from flexalign.data.rendering import Prompt, keeps_thinking, plain_prompt
+from flexalign.data.thinking import ThinkingTags
+from flexalign.data.traces import Sampled, SamplingSettings, TraceSummary, make_traces, open_run
+from flexalign.errors import ConfigError
+from flexalign.generation.responses import generate_responses
+from flexalign.models.loading import fingerprint
+from flexalign.models.sources import resolve
+from flexalign.systems.endpoint import EndpointBackend
+from flexalign.systems.local import LocalBackend
+from flexalign.systems.open import System, SystemOptions, open_backend, parse_system
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_KINDS = ("model", "url")
+
+
+def sample(
+    system: str | Path | System,
+    prompts: str | Path,
+    output: str | Path,
+    settings: SamplingSettings | None = None,
+    *,
+    options: SystemOptions | None = None,
+    limit: int | None = None,
+    skip_bad_rows: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> TraceSummary:
+    """Answer prompts and write the responses, in the form that `load_traces` reads.
+
+    Args:
+        system: A model's folder or known name, ``model:PATH``, or ``url:http://…``.
+        prompts: A file or a saved data set, as `load_prompts` takes it.
+        output: The JSONL file to write, or to go on with.
+        settings: How responses are drawn; one for each prompt at temperature 1 if not given.
+        options: How the system is run: ``dtype`` of a model on this machine; ``model_name``,
+            ``api_key``, ``concurrency``, ``timeout_seconds`` and ``attempts`` of a server.
+        limit: Take only the first prompts, this many.
+        skip_bad_rows: Leave out rows that cannot be used.
+        progress: Called with the number of rows in the file after each batch.
+
+    Returns:
+        What the finished file holds.
+
+    Raises:
+        ConfigError: If the system is not there, or the file belongs to another run.
+        DataError: If prompts cannot be read, or a row of the file is damaged.
+        ServingError: If a server cannot be asked.
+    """
+    run = SampleRun(
+        system,
+        prompts,
+        output,
+        settings,
+        options=options,
+        limit=limit,
+        skip_bad_rows=skip_bad_rows,
+    )
+    if run.caution is not None:
+        warnings.warn(run.caution, stacklevel=2)
+    return run.finish(progress)
+
+
+class SampleRun:
+    """A run of :func:`sample`, checked and not yet begun; see there for its arguments.
+
+    Attributes:
+        total: Rows of the finished file.
+        done: Rows that the file holds already; 0 before :meth:`begin`.
+        caution: What to tell the user of the model's chat template, if anything.
+    """
+
+    def __init__(
+        self,
+        system: str | Path | System,
+        prompts: str | Path,
+        output: str | Path,
+        settings: SamplingSettings | None = None,
+        *,
+        options: SystemOptions | None = None,
+        limit: int | None = None,
+        skip_bad_rows: bool = False,
+    ) -> None:
+        """Open the system and read the prompts. No weights are loaded and nothing is written."""
+        self.settings = settings or SamplingSettings()
+        self._output = Path(output)
+        self._generator = _open_generator(_system_of(system), self.settings, options)
+        self.caution = self._generator.caution
+
+        self.prompts: Dataset = load_prompts(prompts, skip_bad_rows=skip_bad_rows)
+        if limit is not None:
+            self.prompts = self.prompts.select(range(min(limit, len(self.prompts))))
+        self.total = len(self.prompts) * self.settings.samples
+        self.done = 0
+
+    def preview(self, count: int) -> list[str]:
+        """Return the first prompts as they will be sent."""
+        return [self._generator.render(prompt) for prompt in self.prompts[:count]["prompt"]]
+
+    def begin(self) -> int:
+        """Write the manifest, or compare it with the one that is there; return the rows done.
+
+        Raises:
+            ConfigError: If the file belongs to another run.
+            DataError: If a row of it is damaged.
+        """
+        self.done = open_run(self.prompts, self._output, self.settings, self._generator.source)
+        return self.done
+
+    def finish(self, progress: Callable[[int], None] | None = None) -> TraceSummary:
+        """Make what is missing; see :func:`sample`."""
+        return make_traces(
+            self.prompts,
+            self._output,
+            self._generator.generate,
+            self.settings,
+            done=self.begin(),
+            progress=progress,
+            render=self._generator.render,
+        )
+
+
+class _Generator(Protocol):
+    """What answers prompts.
+
+    Attributes:
+        source: What identifies it in a manifest.
+        caution: What to tell the user of it, if anything.
+    """
+
+    source: dict[str, Any]
+    caution: str | None
+
+    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Sequence[Sampled]:
+        """Answer a batch, with a seed for each prompt."""
+
+    def render(self, prompt: Prompt) -> str:
+        """The prompt as text, as it is sent."""
+
+
+def _system_of(given: str | Path | System) -> System:
+    if isinstance(given, System):
+        return given
+    if isinstance(given, str) and given.startswith(tuple(f"{kind}:" for kind in _KINDS)):
+        return parse_system(given)
+    return System.of(str(given))
+
+
+def _open_generator(
+    system: System, settings: SamplingSettings, options: SystemOptions | None
+) -> _Generator:
+    if system.kind not in _KINDS:
+        raise ConfigError(
+            f"{system.name}: traces are sampled from one model or from a server; give model:PATH "
+            "or url:http://…."
+        )
+
+    options = replace(
+        options or SystemOptions(),
+        max_new_tokens=settings.max_new_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        batch_size=settings.batch_size,
+    )
+
+    backend = open_backend(system, options=options)
+    if isinstance(backend, EndpointBackend):
+        return _SampledServer(backend, system, options)
+    if isinstance(backend, LocalBackend):
+        return _SampledModel(backend, system, options, plain=settings.plain)
+    raise ConfigError("traces are sampled by the local engine, or from a server; leave engine out.")
+
+
+class _SampledModel:
+    """A model on this machine."""
+
+    def __init__(
+        self, backend: LocalBackend, system: System, options: SystemOptions, *, plain: bool
+    ) -> None:
+        (name,) = system.parts
+        self._backend, self._options = backend, options
+        self._tokenizer = backend.text.tokenizer
+        self.source = {
+            "model": name,
+            "fingerprint": fingerprint(resolve(name)),
+            "dtype": options.dtype,
+        }
+
+        self.caution: str | None = None
+        tags = ThinkingTags.detect(self._tokenizer)
+        converses = bool(self._tokenizer.chat_template) and not plain
+        if converses and tags and not keeps_thinking(self._tokenizer, tags):
+            self.caution = (
+                "this model's chat template drops the thinking of "
+                "responses, so training on these traces will need --plain here, or another "
+                "template there."
+            )
+
+    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Sequence[Sampled]:
+        """Answer a batch; its first seed seeds all of it."""
+        options = self._options
+        return generate_responses(
+            self._backend.model,
+            self._tokenizer,
+            prompts,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            batch_size=options.batch_size,
+            seed=seeds[0],
+        )
+
+    def render(self, prompt: Prompt) -> str:
+        """The text that the model is given."""
+        return prompt if isinstance(prompt, str) else plain_prompt(self._tokenizer, prompt)
+
+
+class _SampledServer:
+    """A model behind a server, which has the chat template."""
+
+    def __init__(self, backend: EndpointBackend, system: System, options: SystemOptions) -> None:
+        self._backend = backend
+        # A server's only model is looked up, so that the manifest tells whose responses they are.
+        name = options.model_name or backend.endpoint.model
+        self.source = {"endpoint": system.parts[0], "model": name}
+        self.caution: str | None = None
+
+    def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Sequence[Sampled]:
+        """Answer a batch, each prompt with its own seed."""
+        return self._backend.endpoint.generate(prompts, seeds)
+
+    def render(self, prompt: Prompt) -> str:
+        """The prompt as it is sent."""
+        return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)

@@ -1,0 +1,58 @@
+"""Traces sampled from Python; what the command makes of them is in tests/cli/test_sample.py."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chat_server import say
+from flexalign.data import SamplingSettings, load_traces
+from flexalign.errors import ConfigError
+from flexalign.systems import parse_system, sample
+
+
+@pytest.fixture
+def questions(tmp_path: Path) -> Path:
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps({"problem": f"{n}+2?"}) + "\n" for n in range(3)))
+    return path
+
+
+def test_a_call_writes_what_training_reads(tiny_pair, questions: Path, tmp_path: Path):
+    output, told = tmp_path / "traces.jsonl", []
+    settings = SamplingSettings(samples=2, max_new_tokens=5, batch_size=4)
+    summary = sample(tiny_pair.reference, questions, output, settings, progress=told.append)
+    assert (summary.prompts, summary.rows, summary.made) == (3, 6, 6)
+    assert told == [4, 6]
+    assert len(load_traces(output, skip_bad_rows=True)) == 6 - summary.empty
+
+    again = sample(f"model:{tiny_pair.reference}", questions, output, settings)
+    assert (again.rows, again.made) == (6, 0)
+    with pytest.raises(ConfigError, match="belongs to another run"):
+        sample(tiny_pair.aligned, questions, output, settings)
+
+
+def test_a_limit_takes_the_first_prompts(tiny_pair, questions: Path, tmp_path: Path):
+    output = tmp_path / "traces.jsonl"
+    settings = SamplingSettings(max_new_tokens=3)
+    assert sample(tiny_pair.reference, questions, output, settings, limit=2).rows == 2
+
+
+def test_a_server_is_asked_for_its_only_model(serve, questions: Path, tmp_path: Path):
+    def answer(path: str, body: Any) -> Any:
+        return (200, {"data": [{"id": "only"}]}) if path.endswith("/models") else say("4")
+
+    server = serve(answer)
+    output = tmp_path / "traces.jsonl"
+    assert sample(f"url:{server.url}", questions, output).rows == 3
+    [row, *_] = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    assert row["completion"] == [{"role": "assistant", "content": "4"}]
+    manifest = json.loads((tmp_path / "traces.jsonl.manifest.json").read_text("utf-8"))
+    assert manifest["source"] == {"endpoint": server.url, "model": "only"}
+
+
+def test_what_has_a_dial_is_not_sampled(questions: Path, tmp_path: Path):
+    pair = parse_system("pair:miniature")
+    with pytest.raises(ConfigError, match="sampled from one model or from a server"):
+        sample(pair, questions, tmp_path / "traces.jsonl")
