@@ -2,8 +2,9 @@
 
     python benchmarks/grading.py --data FOLDER     # or with FLEXALIGN_DATA
 
-Every known answer of MATH-500, AIME and AMC against itself, and 40 of MATH-500 in ten equivalent
-forms each, must be right; 200 perturbed answers must be wrong; answers made to hang or crash a
+Every known answer of MATH-500, AIME and AMC against itself, boxed and in five sentences without a
+box, and 40 of MATH-500 in ten equivalent forms each, must be right; 200 perturbed answers must be
+wrong, in a box and without one; answers made to hang or crash a
 grader may cost their limit of time and nothing else.
 """
 
@@ -30,6 +31,14 @@ HOSTILE = {
     "20 000 roots": "\\sqrt{" * 20_000 + "2" + "}" * 20_000,
     "a factorial": "99999999!!!",
 }
+
+STATED = (
+    "The answer is ${}$.",
+    "The answer is {}",
+    "**Answer:** {}",
+    "The final answer is \\({}\\), as $x > 3$.",
+    "First.\n\n\\[ x = 3 \\]\n\nThus\n\\[ {} \\]",
+)
 
 _UNITS = re.compile(r"(?:\^\\circ|\\(?:text|mbox)\{ *(?:cm|inches|cents|degrees) *\}(?:\^2)?)$")
 _MATRIX = re.compile(r"\\begin\{pmatrix\}(.+)\\end\{pmatrix\}")
@@ -150,22 +159,30 @@ def _dressed(forms: list[str]) -> list[str]:
     return list(every)[:FORMS]
 
 
-def _grade(grader: Grader, pairs: Sequence[tuple[str, str]]) -> list[str]:
-    items = [Answered(f"<think>So</think>\\boxed{{{form}}}", gold) for form, gold in pairs]
+def _grade(
+    grader: Grader, pairs: Sequence[tuple[str, str]], sentence: str = "\\boxed{{{}}}"
+) -> list[str]:
+    items = [Answered(f"<think>So</think>{sentence.format(form)}", gold) for form, gold in pairs]
     return [grade.status for grade in grader.grade_many(items)]
 
 
 def _check(
-    grader: Grader, name: str, pairs: Sequence[tuple[str, str]], wanted: str
+    grader: Grader,
+    name: str,
+    pairs: Sequence[tuple[str, str]],
+    wanted: str,
+    sentences: Sequence[str] = ("\\boxed{{{}}}",),
 ) -> tuple[str, bool]:
     failed = [
-        f"{form!r} for {gold!r}: {status}"
-        for (form, gold), status in zip(pairs, _grade(grader, pairs), strict=True)
+        f"{sentence.format(form)!r} for {gold!r}: {status}"
+        for sentence in sentences
+        for (form, gold), status in zip(pairs, _grade(grader, pairs, sentence), strict=True)
         if status != wanted
     ]
+    number = len(pairs) * len(sentences)
     for line in failed:
         print(f"  {name}: {line}", file=sys.stderr)
-    return f"| {name} | {len(pairs)} | {len(pairs) - len(failed)} {wanted} |", not failed
+    return f"| {name} | {number} | {number - len(failed)} {wanted} |", not failed
 
 
 def _hostile(grader: Grader) -> list[tuple[str, bool]]:
@@ -203,7 +220,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ]
         forms = [(form, gold) for gold in picked for form in rewritings(gold)]
         rows.append(_check(grader, f"{REWRITTEN} golds, {FORMS} forms each", forms, "correct"))
+        stated = [(gold, gold) for its in golds.values() for gold in its]
+        name = f"each gold in {len(STATED)} sentences without a box"
+        rows.append(_check(grader, name, stated, "correct", STATED))
         rows.append(_check(grader, "perturbed", wrong, "wrong"))
+        rows.append(_check(grader, "perturbed, without a box", wrong, "wrong", STATED[:1]))
         rows += _hostile(grader)
     table = [
         "# The grader on the public files\n",

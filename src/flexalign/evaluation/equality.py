@@ -3,48 +3,68 @@
 It reads one JSON object a line, ``{"found": …, "expected": …, "seconds": …}``, and answers with
 one of `EQUAL`, `UNEQUAL` and `UNPARSED`. It may hang, use up its memory or crash on what a model
 wrote; its parent sees to that.
+
+math-verify parses the answers and knows how lists, sets, matrices and equations are compared. What
+two numbers or terms are worth is decided here: exact ones exactly, at whatever size, and decimals
+by their leading digits. Inequalities and notations of sets are read as sets first.
 """
 
 import contextlib
 import json
 import logging
 import math
+import re
 import signal
 import sys
+from collections.abc import Iterator
 from typing import Any
 
-from flexalign.evaluation.answers import as_number, for_mathematics, normalise
+from flexalign.evaluation.answers import as_number, for_mathematics, normalise, split_outside
 
 EQUAL, UNEQUAL, UNPARSED, READY = "equal", "unequal", "unparsed", "ready"
 
 _MEMORY_BYTES = 2 * 1024**3
 _DIGITS = 6
+_EXACT_DIGITS = 400
+_WIDE_DIGITS = 12
+_PROBES = ((7, 11), (-5, 13), (29, 3), (-31, 17))
+
+_RELATION = re.compile(r"\\(?:leqslant|geqslant|leq?|geq?|lt|gt|neq?)(?![a-zA-Z])|[<>]|!=")
+_OR = re.compile(r"\\(?:text|mbox|mathrm|textbf)\s*\{\s*or\s*\}|\\(?:lor|vee)(?![a-zA-Z])|\bor\b")
+_AND = re.compile(
+    r"\\(?:text|mbox|mathrm|textbf)\s*\{\s*and\s*\}|\\(?:land|wedge)(?![a-zA-Z])|\band\b"
+)
+_BUILDER = re.compile(
+    r"(?:\\left)?\\\{\s*(?P<name>[a-zA-Z])\s*(?:\\in\s*(?:\\mathbb\s*\{?R\}?|\\Reals|\\R)\s*)?"
+    r"(?:\\mid|\\middle\||\\vert|:|\|)\s*(?P<condition>.+?)\s*(?:\\right)?\\\}"
+)
+_MEMBER = re.compile(r"^\s*[a-zA-Z]\s*\\in(?![a-zA-Z])\s*")
 
 
 def compare(found: str, expected: str) -> str:
-    """Compare an answer with the known one by math-verify.
-
-    Six decimal places count, and of a known answer below 1 six significant digits.
+    """Compare an answer with the known one.
 
     Returns:
         `UNPARSED` if no mathematics can be made of `found` (or of `expected`), else the verdict.
     """
     from math_verify import verify
-    from sympy import Basic, MatrixBase
 
     unit = (
         as_number(normalise(expected)) is not None or "\\text" in expected or "\\mbox" in expected
     )
-    mine, target = (
-        [e for e in _parse(for_mathematics(text, unit=unit)) if isinstance(e, Basic | MatrixBase)]
-        for text in (found, expected)
-    )
+    found, expected = for_mathematics(found, unit=unit), for_mathematics(expected, unit=unit)
+    _compare_numbers_exactly()
+
+    as_sets = _same_sets(found, expected)
+    if as_sets is not None:
+        return EQUAL if as_sets else UNEQUAL
+
+    mine, target = _parse(found), _parse(expected)
     if not mine or not target:
         return UNPARSED
-    rounding = _decimals(target[0])
-    equal = verify(
-        target, mine, float_rounding=rounding, allow_set_relation_comp=True, timeout_seconds=None
-    )
+    if _all_the_same(mine[0], target[0]):
+        return EQUAL
+    equal = verify(target, mine, allow_set_relation_comp=True, timeout_seconds=None)
     return EQUAL if equal else UNEQUAL
 
 
@@ -57,6 +77,7 @@ def main() -> None:
     sys.stdout = sys.stderr
     _limit_memory()
     print(READY, file=replies, flush=True)
+
     for line in sys.stdin:
         request = json.loads(line)
         _end_without_parent(2 * request["seconds"])
@@ -69,19 +90,250 @@ def main() -> None:
 
 
 def _parse(text: str) -> list[Any]:
+    """The answer as sympy's objects; empty if math-verify can make none of it."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+    from sympy import Basic, MatrixBase
 
     readers = (LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig())
     parsed: list[Any] = parse(
         f"\\boxed{{{text}}}", extraction_config=readers, parsing_timeout=None, raise_on_error=True
     )
-    return parsed
+    return [each for each in parsed if isinstance(each, Basic | MatrixBase)]
 
 
-def _decimals(expected: Any) -> int:
-    if not getattr(expected, "is_number", False) or not expected.is_real or expected == 0:
-        return _DIGITS
-    return max(_DIGITS, _DIGITS - math.ceil(math.log10(abs(float(expected)))))
+# Numbers and terms
+
+
+def _compare_numbers_exactly() -> None:
+    """Have math-verify's comparison of lists, sets, matrices and equations use `_same_value`.
+
+    Its own takes two exact numbers whose difference is below about 1e-15 for the same, and rounds
+    decimals at a fixed place. It calls the function by its module's name.
+    """
+    from math_verify import grader
+
+    grader.sympy_numeric_eq = _same_value
+
+
+def _same_value(target: Any, mine: Any, *_: int) -> bool:
+    """Whether two numbers, terms or matrices are equal; exact ones exactly."""
+    from sympy import Float, MatrixBase, MatrixExpr
+
+    target, mine = _percent_less(target, mine)
+    target, mine = _done(target), _done(mine)
+    if isinstance(target, MatrixBase | MatrixExpr) or isinstance(mine, MatrixBase | MatrixExpr):
+        return _same_matrix(target, mine)
+    if target == mine:
+        return target.is_finite is not False
+    if target.is_Rational and mine.is_Rational:
+        return False
+
+    decimal = bool(target.atoms(Float) or mine.atoms(Float))
+    if not _symbols(target, mine):
+        return _same_number(target, mine, decimal=decimal)
+    return all(_same_number(one, other, decimal=decimal) for one, other in _probed(target, mine))
+
+
+def _same_matrix(target: Any, mine: Any) -> bool:
+    from sympy import MatrixBase
+
+    if not isinstance(target, MatrixBase) or not isinstance(mine, MatrixBase):
+        return bool(target == mine)
+    return target.shape == mine.shape and all(
+        _same_value(one, other) for one, other in zip(target.flat(), mine.flat(), strict=True)
+    )
+
+
+def _same_number(target: Any, mine: Any, *, decimal: bool) -> bool:
+    """Whether two terms without free symbols are the same number.
+
+    Exact ones are the same if 400 digits cannot tell them apart. A decimal is the same if it
+    agrees to six places, of a known answer below 1 to six significant digits, of a large one to
+    twelve.
+    """
+    difference = target - mine
+    if not decimal:
+        return not _is_significant(difference.evalf(15, maxn=_EXACT_DIGITS))
+    size, error = abs(complex(target.evalf(20))), abs(complex(difference.evalf(20)))
+    if not math.isfinite(size) or not math.isfinite(error):
+        return False
+    places = 0 if size == 0 else min(0, math.ceil(math.log10(size)))
+    return error <= max(0.5 * 10.0 ** (places - _DIGITS), size * 10.0**-_WIDE_DIGITS)
+
+
+def _is_significant(value: Any) -> bool:
+    """Whether an evaluated difference has a digit that counts, or is no number at all."""
+    from sympy import Float, nan, zoo
+
+    if value.has(nan, zoo) or not value.is_number or value.free_symbols:
+        return True
+    parts = [part for part in value.as_real_imag() if part != 0]
+    return any(not isinstance(part, Float) or part._prec > 1 for part in parts)
+
+
+def _probed(target: Any, mine: Any) -> Iterator[tuple[Any, Any]]:
+    """Both terms at rational points, where both have a value there; at least at one of them."""
+    from sympy import Rational, nan, oo, zoo
+
+    target, mine = _without_functions(target), _without_functions(mine)
+    symbols = sorted(target.free_symbols | mine.free_symbols, key=str)
+    seen = False
+    for over, under in _PROBES:
+        point = {
+            symbol: Rational(over + 10 * index * (1 if over > 0 else -1), under + 2 * index)
+            for index, symbol in enumerate(symbols)
+        }
+        values = _done(target.subs(point)), _done(mine.subs(point))
+        if any(value.has(nan, zoo, oo, -oo) for value in values):
+            continue
+        seen = True
+        yield values
+    if not seen:
+        yield target, mine
+
+
+def _without_functions(term: Any) -> Any:
+    """The term with unknown functions, f(2), as symbols of their own."""
+    from math_verify.grader import unwrap_fcs
+
+    return unwrap_fcs(term)
+
+
+def _symbols(*terms: Any) -> bool:
+    from sympy.core.function import AppliedUndef
+
+    return any(term.free_symbols or term.atoms(AppliedUndef) for term in terms)
+
+
+def _percent_less(target: Any, mine: Any) -> tuple[Any, Any]:
+    """Whole percentages as whole numbers, if both are whole: 28 % may be written 28."""
+    from math_verify.grader import get_pct_val
+    from sympy import Integer
+
+    plain = get_pct_val(target, target), get_pct_val(mine, mine)
+    whole = all(isinstance(each, Integer) for each in plain)
+    return plain if whole else (target, mine)
+
+
+def _done(term: Any) -> Any:
+    """The term with its factorials, sums and percentages carried out, where that is possible."""
+    with contextlib.suppress(Exception):
+        return term.doit()
+    return term
+
+
+def _all_the_same(mine: Any, target: Any) -> bool:
+    """Whether every member of a list is the one known answer: ``1/2, 0.5`` says one half twice."""
+    from sympy import Expr, FiniteSet
+
+    if not isinstance(mine, FiniteSet) or not isinstance(target, Expr) or len(mine.args) < 2:
+        return False
+    return all(isinstance(each, Expr) and _same_value(target, each) for each in mine.args)
+
+
+# Sets
+
+
+def _same_sets(found: str, expected: str) -> bool | None:
+    """Whether two answers are the same set, if at least one is written by inequalities.
+
+    Returns:
+        None where neither has an inequality, or one of them cannot be read as a set of reals.
+    """
+    if not any(_RELATION.search(text) or _BUILDER.search(text) for text in (found, expected)):
+        return None
+    (mine, of), (target, known_of) = _region(found), _region(expected)
+    if mine is None or target is None or (of and known_of and of != known_of):
+        return None
+    return _same_region(mine, target)
+
+
+def _region(text: str) -> tuple[Any, str | None]:
+    """The set of reals that an inequality, a set builder or a union of intervals stands for.
+
+    Returns:
+        The set, or None; and the name of the unknown, where it is no bound one.
+    """
+    from sympy import Complement, EmptySet, Interval, Set, Union
+
+    builder = _BUILDER.fullmatch(text.strip())
+    if builder:
+        text = builder["condition"]
+    if _RELATION.search(text):
+        alternatives = [_conjunction(part) for part in split_outside(text, _OR)]
+        names = {name for _, names in alternatives for name in names}
+        if len(names) != 1 or any(region is None for region, _ in alternatives):
+            return None, None
+        name = None if builder else names.pop()
+        return Union(*(region for region, _ in alternatives)), name
+    parsed = _parse(_MEMBER.sub("", text))
+    region = parsed[0] if parsed else None
+    if isinstance(region, Interval | Union | Complement) or region is EmptySet:
+        return region, None
+    inside = isinstance(region, Set) and region.is_subset(_reals())
+    return (region if inside else None), None
+
+
+def _conjunction(text: str) -> tuple[Any, set[str]]:
+    """The set that inequalities joined by "and" stand for, and the names of their variables."""
+    from math_verify.grader import is_relation, unwrap_fcs
+    from sympy import Intersection
+
+    regions, names = [], set[str]()
+    for part in split_outside(text, _AND):
+        parsed = _parse(part)
+        if not parsed or not is_relation(parsed[0]) or len(parsed[0].free_symbols) != 1:
+            return None, names
+        relation = unwrap_fcs(parsed[0])
+        names |= {str(symbol) for symbol in relation.free_symbols}
+        try:
+            regions.append(relation.as_set())
+        except Exception:
+            return None, names
+    return Intersection(*regions), names
+
+
+def _same_region(mine: Any, target: Any) -> bool:
+    """Whether two sets have the same pieces; failing that, whether nothing lies in one alone."""
+    if mine == target:
+        return True
+    ours, theirs = _pieces(mine), _pieces(target)
+    if ours is not None and theirs is not None:
+        return len(ours) == len(theirs) and all(
+            kind == other and all(_same_end(a, b) for a, b in zip(ends, others, strict=True))
+            for (kind, ends), (other, others) in zip(ours, theirs, strict=True)
+        )
+    return mine.symmetric_difference(target).is_empty is True
+
+
+def _pieces(region: Any) -> list[tuple[tuple[Any, ...], tuple[Any, ...]]] | None:
+    """Intervals and points from left to right: their kind, and their ends."""
+    from sympy import Complement, FiniteSet, Interval, Union
+
+    if isinstance(region, Complement):
+        return None
+    pieces: list[tuple[tuple[Any, ...], tuple[Any, ...]]] = []
+    for piece in region.args if isinstance(region, Union) else [region]:
+        if isinstance(piece, Interval):
+            kind = ("interval", bool(piece.left_open), bool(piece.right_open))
+            pieces.append((kind, (piece.start, piece.end)))
+        elif isinstance(piece, FiniteSet):
+            pieces += [(("point",), (point,)) for point in piece.args]
+        else:
+            return None
+    return sorted(pieces, key=lambda piece: float(piece[1][0]))
+
+
+def _same_end(mine: Any, target: Any) -> bool:
+    return bool(mine == target) or bool(
+        mine.is_finite and target.is_finite and _same_value(target, mine)
+    )
+
+
+def _reals() -> Any:
+    from sympy import S
+
+    return S.Reals
 
 
 def _limit_memory() -> None:

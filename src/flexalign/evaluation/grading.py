@@ -17,12 +17,12 @@ from typing import IO, Literal, NamedTuple, Self, cast
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError
 from flexalign.evaluation.answers import (
-    as_number,
     expected_answer,
     find_boxed,
+    find_boxes,
     find_stated,
+    is_left_undone,
     is_plain,
-    normalise,
     plain_verdict,
 )
 from flexalign.evaluation.equality import EQUAL, READY, UNPARSED
@@ -71,16 +71,18 @@ class Grader:
     r"""Grades responses, with math-verify in worker processes under a hard limit of time.
 
     The answer is looked for after the thinking only: a right number that a model merely thought
-    of earns nothing. It is, in this order, what stands in the last ``\boxed{}``, after ``####``,
-    or after "answer is" (there the first number, if the known answer is a number); else the last
-    number, if it is one; else the last formula, or the text, if it is a single line. Of a
-    response that was cut off only a complete ``\boxed{}`` is graded, since any other answer may
-    lack its end.
+    of earns nothing, and a thinking that is never closed is no answer. It is, in this order, what
+    stands in the last ``\boxed{}``, or in the last ones where they are one list; the first
+    expression after ``####`` or "answer is"; the last expression; the text, if it is a single
+    line. Expressions are taken whole, so that ``3/4`` is no 3. A last box that is never closed
+    withdraws the answer. Of a response that was cut off only a complete ``\boxed{}`` is graded,
+    since any other answer may lack its end.
 
-    Numbers, words, choices such as ``(B)`` and numerals with a base are compared as such, after
-    light normalisation (white space, a final full stop, ``$``, ``\text{}``, thousands commas,
-    trailing zeros). Everything else is compared as mathematics; verdicts are remembered, so that
-    an answer that many samples give is compared once. Processes start when first needed.
+    Numbers, words, choices such as ``(B)``, times, ratios and numerals with a base are compared as
+    such, after light normalisation (white space, a final full stop, ``$``, ``\text{}``, thousands
+    commas, trailing zeros). Everything else is compared as mathematics, exact values exactly;
+    verdicts are remembered, so that an answer that many samples give is compared once. Processes
+    start when first needed.
 
     ::
 
@@ -136,9 +138,9 @@ class Grader:
 
     def grade_many(self, items: Iterable[Answered]) -> list[Grade]:
         """Grade responses, in order; comparisons run in all workers at once."""
-        read = [(item, *self._read(item)) for item in items]
-        self._compare((found, expected) for _, found, expected in read)
-        return [self._judge(*each) for each in read]
+        read = [self._read(item) for item in items]
+        self._compare(read)
+        return [self._judge(each) for each in read]
 
     def readable(self, golds: Sequence[str]) -> list[bool]:
         """Whether each known answer can be parsed, so that some response can match it."""
@@ -154,38 +156,69 @@ class Grader:
         )
         return [is_plain(text) or verdicts.get(text) == EQUAL for text in expected]
 
-    def _read(self, item: Answered) -> tuple[str | None, str]:
-        answer = self._tags.split(item.response, opened=item.opened).answer
+    def _read(self, item: Answered) -> "_Read":
+        answer = self._answer(item)
         expected = expected_answer(item.gold)
-        found = find_boxed(answer)
-        if found is None and not item.truncated and answer.strip():
-            numeric = as_number(normalise(expected)) is not None
-            found = find_stated(answer.strip(), numeric=numeric)
-        return found, expected
+        boxes = find_boxes(answer)
+        if boxes.open:
+            return _Read(item, None, expected)
 
-    def _compare(self, pairs: Iterable[tuple[str | None, str]]) -> None:
+        found = boxes.answer
+        if found is None and not item.truncated and answer.strip():
+            found = find_stated(answer.strip(), expected=expected)
+            return _Read(item, found, expected, bool(found and is_left_undone(found, expected)))
+        return _Read(item, found, expected)
+
+    def _answer(self, item: Answered) -> str:
+        """What follows the thinking; nothing if a thinking, also a later one, is never closed."""
+        answer = self._tags.split(item.response, opened=item.opened).answer
+        answer = answer.rpartition(self._tags.close)[2]
+        return "" if self._tags.open in answer else answer
+
+    def _compare(self, read: Iterable["_Read"]) -> None:
         """Have mathematics decide, once each, what plain comparison cannot."""
         asked = dict.fromkeys(
-            (found, expected)
-            for found, expected in pairs
-            if found is not None
-            and (found, expected) not in self._verdicts
-            and plain_verdict(found, expected) is None
+            (each.found, each.expected)
+            for each in read
+            if each.found is not None
+            and not each.undone
+            and (each.found, each.expected) not in self._verdicts
+            and plain_verdict(each.found, each.expected) is None
         )
         verdicts = self._pool.compare_many(list(asked)) if asked else []
         self._verdicts |= zip(asked, verdicts, strict=True)
 
-    def _judge(self, item: Answered, found: str | None, expected: str) -> Grade:
+    def _judge(self, read: "_Read") -> Grade:
+        found, expected = read.found, read.expected
         if found is None:
-            if item.truncated:
+            if read.item.truncated:
                 return Grade(False, "truncated", None)
-            answer = self._tags.split(item.response, opened=item.opened).answer
-            return Grade(False, "unparsed" if answer.strip() else "no_answer", None)
+            some = self._answer(read.item).strip()
+            return Grade(False, "unparsed" if some else "no_answer", None)
+        if read.undone:
+            return Grade(False, "wrong", found)
+
         plain = plain_verdict(found, expected)
         verdict = self._verdicts[found, expected] if plain is None else None
         if plain or verdict == EQUAL:
             return Grade(True, "correct", found)
         return Grade(False, "unparsed" if verdict == UNPARSED else "wrong", found)
+
+
+class _Read(NamedTuple):
+    """A response with its answer found.
+
+    Attributes:
+        item: The response and the known answer.
+        found: The answer as it stands in the response; None if there is none.
+        expected: The known answer, taken out of its box or its working.
+        undone: Whether it is arithmetic that was not carried out, stated for a number.
+    """
+
+    item: Answered
+    found: str | None
+    expected: str
+    undone: bool = False
 
 
 def grade(

@@ -175,13 +175,12 @@ def _collected(
     url: str,
 ) -> Iterator[list[tuple[Asked, Answer | Failure]]]:
     """Hand out what has come in, as soon as anything has."""
-    in_a_row = 0
-    while expected:
+    in_a_row, left = 0, expected
+    while left:
         batch = [answered.get()]
         while not answered.empty():
             batch.append(answered.get())
         outcomes = [item for item in batch if not isinstance(item, BaseException)]
-        expected -= len(outcomes)
         if outcomes:
             yield outcomes
 
@@ -189,8 +188,10 @@ def _collected(
             if isinstance(item, BaseException):
                 raise item
             request, answer = item
+            # Counted one by one: how many came in meanwhile is a matter of time.
+            left -= 1
             in_a_row = in_a_row + 1 if isinstance(answer, Failure) else 0
-            if isinstance(answer, Failure) and in_a_row == most_in_a_row and expected:
+            if isinstance(answer, Failure) and in_a_row == most_in_a_row and left:
                 raise ServingError(
                     f"{in_a_row} requests in a row got no response, the last for "
                     f"{request.label} ({answer.reason}); {url} is given up, and "

@@ -1,0 +1,36 @@
+"""What is made of a server's answers, however many of them come in at one time."""
+
+from queue import SimpleQueue
+from typing import Any
+
+import pytest
+
+from flexalign.errors import ServingError
+from flexalign.lambdas import AS_IT_IS
+from flexalign.systems import Answer, Failure, PromptRequest
+from flexalign.systems.endpoint import _collected
+
+REQUESTS = [PromptRequest(n, "1+1?", AS_IT_IS, 0, n) for n in range(5)]
+
+
+def collected(*answers: Answer | Failure, expected: int = 5) -> list[Any]:
+    """Collect answers that have all come in before anybody looks."""
+    queue: SimpleQueue[Any] = SimpleQueue()
+    for outcome in zip(REQUESTS, answers, strict=False):
+        queue.put(outcome)
+    return [one for batch in _collected(queue, expected, 3, "http://x") for one in batch]
+
+
+def test_failures_in_a_row_give_the_server_up_although_all_came_in_at_once():
+    with pytest.raises(ServingError, match=r"3 requests in a row.*for prompt 3 \(down\)"):
+        collected(*[Failure("down")] * 5)
+
+
+def test_failures_between_answers_cost_themselves_alone():
+    answers = [Failure("down"), Failure("down"), Answer("2", 1), Failure("down"), Failure("down")]
+    assert [answer for _, answer in collected(*answers)] == answers
+
+
+def test_failures_at_the_end_leave_nothing_to_give_up():
+    answers = [Answer("2", 1), Answer("2", 1), *[Failure("down")] * 3]
+    assert [answer for _, answer in collected(*answers)] == answers
