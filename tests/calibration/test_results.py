@@ -9,7 +9,7 @@ from flexalign.errors import ConfigError, DataError, ServingError
 from flexalign.evaluation.samples import ResultsFolder
 from flexalign.evaluation.sweep import Sweep
 from flexalign.evaluation.systems import Cell, Key, Outcome
-from flexalign.evaluation.tasks import Question, Task
+from flexalign.evaluation.tasks import Task, TaskQuestion
 from flexalign.lambdas import unique_settings
 from flexalign.systems import Answer, Failure, System
 
@@ -70,7 +70,7 @@ def test_what_is_not_there_is_said(tmp_path: Path):
         StoredSamples(folder, system="n")
 
 
-QUESTIONS = tuple(Question(str(number), f"{number}+1=", str(number + 1)) for number in range(4))
+QUESTIONS = tuple(TaskQuestion(str(number), f"{number}+1=", str(number + 1)) for number in range(4))
 
 
 class _Backend:

@@ -6,9 +6,9 @@ import pytest
 from flexalign.errors import ConfigError, DataError
 from flexalign.evaluation.samples import ResultsFolder, Samples, differences
 from flexalign.evaluation.systems import Key
-from flexalign.evaluation.tasks import Question, Task
+from flexalign.evaluation.tasks import Task, TaskQuestion
 
-TASK = Task("sums", (Question("a", "1+1\u2028", "2"), Question("b", "1+2", "3")))
+TASK = Task("sums", (TaskQuestion("a", "1+1\u2028", "2"), TaskQuestion("b", "1+2", "3")))
 CONFIGURATION = {"systems": [{"name": "m"}], "sampling": {"seed": 0, "gate": None}}
 
 

@@ -12,14 +12,16 @@ from flexalign.errors import ConfigError, ServingError
 from flexalign.evaluation import sweep as module
 from flexalign.evaluation.grading import grade
 from flexalign.evaluation.sweep import Sweep, SweepResult, regrade, sample_seed, sweep_cells
-from flexalign.evaluation.tasks import Question, Task
+from flexalign.evaluation.tasks import Task, TaskQuestion
 from flexalign.inra import InRaModel
 from flexalign.lambdas import AS_IT_IS, unique_settings
 from flexalign.systems import SystemOptions, open_backend, parse_systems
 
 TASK = Task(
     "sums",
-    tuple(Question(f"q{n}", "what is " + "one plus " * n + "two", str(n + 2)) for n in range(3)),
+    tuple(
+        TaskQuestion(f"q{n}", "what is " + "one plus " * n + "two", str(n + 2)) for n in range(3)
+    ),
     instruction="",
 )
 OPTIONS = SystemOptions(temperature=1.0, top_p=0.9, max_new_tokens=6, batch_size=4)

@@ -23,7 +23,7 @@ def _locate(part: str) -> Path:
 
 def _task(part: str, limit: int | None) -> "Task":
     """Make the questions of ``miniature``, or of ``miniature:N`` with seed N."""
-    from flexalign.evaluation.tasks import Question, Task, TaskSampling
+    from flexalign.evaluation.tasks import Task, TaskQuestion, TaskSampling
     from flexalign.miniature import make_questions
 
     if part and not part.isdecimal():
@@ -35,7 +35,7 @@ def _task(part: str, limit: int | None) -> "Task":
 
     made = make_questions(limit or _TASK_QUESTIONS, seed)
     questions = (
-        Question(str(number), question.text, str(question.answer))
+        TaskQuestion(str(number), question.text, str(question.answer))
         for number, question in enumerate(made, start=1)
     )
     return Task(
