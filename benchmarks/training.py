@@ -51,7 +51,7 @@ from flexalign.data import data_fingerprint
 from flexalign.models.loading import fingerprint, load_model, load_tokenizer
 from flexalign.models.pair import ModelPair
 from flexalign.training import TrRaConfig, TrRaTrainer
-from flexalign.training.hidden_cache import Form, fill_cache, identity_of, prepare_documents
+from flexalign.training.hidden_cache import Form, identity_of, prepare_documents, write_cache
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS, PROMPT = 256, 64
@@ -130,14 +130,14 @@ def cached(folder: Path) -> dict[str, str]:
     return {"teacher": "cached", "cache_dir": str(folder / "cache")}
 
 
-def write_cache(folder: Path) -> None:
+def make_cache(folder: Path) -> None:
     rows, tokenizer = make_rows(), load_tokenizer(folder / "reference")
     args = settings(folder, TrRaConfig)
     config = AutoConfig.from_pretrained(folder / "reference")
     float32 = torch.float32
     form = Form((config.hidden_size,) * 2, config.vocab_size, False, float32, float32)
     prints = (fingerprint(folder / "reference"), fingerprint(folder / "aligned"))
-    fill_cache(
+    write_cache(
         Path(cached(folder)["cache_dir"]),
         identity_of(prints, data_fingerprint(rows), tokenizer, args),
         lambda: prepare_documents(rows, tokenizer, args),

@@ -9,12 +9,14 @@ import pytest
 import flexalign
 
 SOURCE = Path(flexalign.__file__).parent
+GRADING = ("evaluation.grading", "evaluation.answers", "evaluation.equality")
+"""Files of a higher part that stand low: training grades the student's answers too."""
 LAYERS = (
     {"errors", "_version", "_spelling"},
     {"fusion", "lambdas", "statistics"},
     {"heads"},
     {"losses"},
-    {"data", "models"},
+    {"data", "models", *GRADING},
     {"generation"},
     {"inra"},
     {"systems"},
@@ -67,7 +69,10 @@ def _imports(source: str, *, in_functions: bool = True) -> list[tuple[int, str]]
     return visitor.found
 
 
-def _level(part: str) -> int:
+def _level(module: str) -> int:
+    """The level of a module, by its dotted name inside the package."""
+    part = ".".join(module.split(".")[:2])
+    part = part if part in LEVEL else module.split(".")[0]
     return LEVEL.get(part, HELPERS) if part.startswith("_") else LEVEL[part]
 
 
@@ -75,10 +80,9 @@ def _upward(part: str, source: str) -> list[str]:
     found = []
     for line, name in _imports(source):
         package, _, rest = name.partition(".")
-        target = rest.split(".")[0]
-        if package != "flexalign" or target in ("", "__version__"):
+        if package != "flexalign" or rest in ("", "__version__"):
             continue
-        if _level(target) > _level(part):
+        if _level(rest) > _level(part):
             found.append(f"line {line}: {part} imports {name}, which lies above it")
     return found
 
@@ -94,11 +98,14 @@ def _part(path: Path) -> str:
 def test_every_part_has_a_layer():
     parts = {_part(path) for path in MODULES}
     assert {part for part in parts if not part.startswith("_")} <= set(LEVEL)
+    for name in GRADING:
+        assert (SOURCE / f"{name.replace('.', '/')}.py").is_file()
 
 
 @pytest.mark.parametrize("path", MODULES, ids=_name)
 def test_imports_go_down(path: Path):
-    assert _upward(_part(path), path.read_text(encoding="utf-8")) == []
+    module = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+    assert _upward(module, path.read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=_name)
@@ -128,4 +135,7 @@ def test_the_rule_catches_what_it_should():
     assert _upward("training", typing_only) == []
     assert _upward("cli", "from flexalign import training") == []
     assert _upward("fusion", "from flexalign import training") != []
+    assert _upward("training.callbacks", "from flexalign.evaluation.grading import grade") == []
+    assert _upward("training.callbacks", "from flexalign.evaluation import sweep") != []
+    assert _upward("evaluation.grading", "from flexalign.evaluation.sweep import x") != []
     assert _imports(hidden, in_functions=False) == []

@@ -116,6 +116,7 @@ def test_without_the_extras_only_their_own_modules_fail_to_import():
         "flexalign.serving.app",
         "flexalign.serving.server",
         "flexalign.serving.metrics",
+        "flexalign.serving.service",
         "flexalign.serving.vllm.models",
         "flexalign.serving.vllm.runner_v2",
     }

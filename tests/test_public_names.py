@@ -25,8 +25,11 @@ PUBLIC = [
     "TrRaTrainer",
     "TwoModelDecoder",
     "__version__",
+    "adapt",
+    "bake",
     "fuse",
     "interpolate",
+    "realign",
 ]
 
 

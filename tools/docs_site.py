@@ -1,19 +1,21 @@
 """Hooks of the documentation's site: pages that are made from the code, and links out of docs/.
 
 The home page is README.md, the tutorial on a real model is that of examples/smollm2, the Python
-reference follows the `__all__` lists, and the keys of recipes come from their data classes.
+reference follows the `__all__` lists, and the keys of recipes come from their schema.
 """
 
 import importlib
 import inspect
 import posixpath
 import re
-from dataclasses import MISSING, fields
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
+
+from flexalign.training import recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 BORROWED = {"index.md": "README.md", "tutorial-smollm2.md": "examples/smollm2/README.md"}
@@ -25,9 +27,9 @@ PACKAGES = (
     "flexalign.calibration",
 )
 RECIPES = {
-    "realign": "flexalign.training.recipes.Recipe",
-    "adapt": "flexalign.training.adapter_recipes.AdaptRecipe",
-    "bake": "flexalign.training.adapter_recipes.BakeRecipe",
+    "realign": recipes.RealignRecipe,
+    "adapt": recipes.AdaptRecipe,
+    "bake": recipes.BakeRecipe,
 }
 _DEFAULTS = re.compile(r"`(DEFAULT_\w+)`")
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
@@ -84,7 +86,7 @@ def _reference() -> str:
     seen: set[Any] = set()
     for package in PACKAGES:
         module = importlib.import_module(package)
-        for name in sorted(module.__all__):
+        for name in _names(module):
             value = getattr(module, name)
             home = getattr(value, "__module__", None)
             if not (inspect.isclass(value) or inspect.isfunction(value)) or value in seen:
@@ -94,47 +96,35 @@ def _reference() -> str:
     return "\n".join(parts)
 
 
+def _names(module: Any) -> list[str]:
+    """Return what a package lists in `__all__`, or what a module without one defines."""
+    if hasattr(module, "__all__"):
+        return sorted(module.__all__)
+    own = vars(module).items()
+    return sorted(
+        name
+        for name, value in own
+        if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__
+    )
+
+
 def _recipes() -> str:
     parts = ["# Recipes: the keys of the YAML files\n"]
-    for command, path in RECIPES.items():
-        home, _, name = path.rpartition(".")
-        module = importlib.import_module(home)
-        recipe = getattr(module, name)
-        said = _attributes(inspect.getdoc(recipe) or "")
+    for command, recipe in RECIPES.items():
         parts.append(f"## `flexalign {command}`\n\n| key | default | meaning |\n|---|---|---|")
-        for field in fields(recipe):
-            key = {"lam": "lambda"}.get(field.name, field.name)
-            given = field.default is not MISSING
-            default = f"`{field.default}`" if given else ""
-            if not given and field.default_factory is MISSING:
-                default = "required"
-            meaning = _spelt_out(said.get(field.name, "").replace("`lam`", "`lambda`"), module)
-            parts.append(f"| `{key}` | {default} | {meaning} |")
+        parts += _rows(recipes.describe_keys(recipe))
         parts.append("")
     return "\n".join(parts)
 
 
-def _spelt_out(meaning: str, module: Any) -> str:
-    """Write a dictionary of defaults out where a docstring names it."""
+def _rows(keys: Iterable[recipes.RecipeKey], prefix: str = "") -> Iterator[str]:
+    for key in keys:
+        default = "required" if key.default is None else f"`{key.default}`"
+        meaning = _DEFAULTS.sub(_spelt_out, key.description).replace("|", "\\|")
+        yield f"| `{prefix}{key.name}` | {default} | {meaning} |"
+        yield from _rows(key.section, f"{key.name}.")
 
-    def items(found: re.Match[str]) -> str:
-        return ", ".join(f"`{key}: {value}`" for key, value in getattr(module, found[1]).items())
 
-    return _DEFAULTS.sub(items, meaning)
-
-
-def _attributes(doc: str) -> dict[str, str]:
-    """Read the Attributes section of a docstring."""
-    _, _, section = doc.partition("Attributes:\n")
-    found: dict[str, str] = {}
-    name = ""
-    for line in section.splitlines():
-        head = re.match(r" {4}(\w+): (.*)", line)
-        if head:
-            name = head[1]
-            found[name] = head[2]
-        elif line.startswith("        ") and name:
-            found[name] += " " + line.strip()
-        else:
-            break
-    return {key: value.replace("``", "`").replace("|", "\\|") for key, value in found.items()}
+def _spelt_out(found: re.Match[str]) -> str:
+    """Write a dictionary of defaults out where a description names it."""
+    return ", ".join(f"`{key}: {value}`" for key, value in getattr(recipes, found[1]).items())

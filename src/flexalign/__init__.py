@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from flexalign.lambdas import Adaptive, Fixed, Route, Schedule
     from flexalign.models.interpolation import interpolate
     from flexalign.models.pair import ModelPair
-    from flexalign.training import TrRaConfig, TrRaTrainer
+    from flexalign.training import TrRaConfig, TrRaTrainer, adapt, bake, realign
 
 _HOMES = {
     "Adaptive": "flexalign.lambdas",
@@ -29,8 +29,11 @@ _HOMES = {
     "TrRaConfig": "flexalign.training",
     "TrRaTrainer": "flexalign.training",
     "TwoModelDecoder": "flexalign.generation",
+    "adapt": "flexalign.training",
+    "bake": "flexalign.training",
     "fuse": "flexalign.fusion",
     "interpolate": "flexalign.models.interpolation",
+    "realign": "flexalign.training",
 }
 
 __all__ = [
@@ -46,8 +49,11 @@ __all__ = [
     "TrRaTrainer",
     "TwoModelDecoder",
     "__version__",
+    "adapt",
+    "bake",
     "fuse",
     "interpolate",
+    "realign",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES, __all__)

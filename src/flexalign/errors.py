@@ -16,6 +16,9 @@ A message says what is wrong, where, and what to do. On the command line a ``Val
 ends with exit code 2 (wrong input), a ``RuntimeError`` leaf with 1 (failed while running).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -58,3 +61,16 @@ class CheckpointError(FlexAlignError, RuntimeError):
 
 class ServingError(FlexAlignError, RuntimeError):
     """A server or an inference engine failed."""
+
+
+@contextmanager
+def as_input_errors() -> Iterator[None]:
+    """Call a damaged file that was given as input what it is there: wrong input.
+
+    Raises:
+        ConfigError: In the place of a `CheckpointError`.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error

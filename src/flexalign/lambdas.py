@@ -151,8 +151,12 @@ class Schedule:
     def __post_init__(self) -> None:
         self._check_keys()
         for name in ("start", "end", "think", "answer"):
-            if getattr(self, name) is not None:
-                _set(self, name, finite_lambda(getattr(self, name), name))
+            value = getattr(self, name)
+            if isinstance(value, Fixed):  # read, and found finite, by now
+                _set(self, name, value.lam)
+            elif value is not None:
+                told = "lambda" if self.kind == "constant" and name == "start" else name
+                _set(self, name, finite_lambda(value, told))
 
         for name in ("steps", "budget"):
             if getattr(self, name) is not None:
@@ -173,6 +177,11 @@ class Schedule:
                 "a thinking schedule takes 'budget' and 'end' together: λ goes from think to end "
                 "over budget thinking tokens."
             )
+
+    @classmethod
+    def constant(cls, lam: Fixed) -> "Schedule":
+        """Return the schedule that stays at one λ, which is not checked again."""
+        return cls("constant", start=cast("float", lam))
 
     @classmethod
     def parse(cls, value: Union["Schedule", float, str, Mapping[str, Any]]) -> "Schedule":
@@ -197,7 +206,7 @@ class Schedule:
                 ) from error
 
         if not isinstance(value, Mapping):
-            return cls("constant", start=finite_lambda(value, "lambda"))
+            return cls("constant", start=cast("float", value))
 
         known = [field.name for field in fields(cls)]
         for key in value:

@@ -205,7 +205,7 @@ def test_ctrl_c_says_how_to_go_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("flexalign.cli._cache.fill_cache", interrupt)
+        patched.setattr("flexalign.training.cache.write_cache", interrupt)
         result = flexalign("cache", tree)
     assert result.exit_code == 130
     assert "give the same command again to go on from there" in result.stderr

@@ -5,15 +5,15 @@ from types import SimpleNamespace
 
 from rich.console import Console
 
-from flexalign.cli import _training
+from flexalign.cli import training
 
 
 def test_a_narrow_screen_shows_steps_and_figures(monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr(
-        _training, "console", Console(file=screen, width=80, force_terminal=True, color_system=None)
+        training, "console", Console(file=screen, width=80, force_terminal=True, color_system=None)
     )
-    bar = _training.StepProgress()
+    bar = training.StepProgress()
     state = SimpleNamespace(is_world_process_zero=True, max_steps=60, global_step=20)
     bar.on_train_begin(None, state, None)
     figures = ("loss", "divergence", "lambda", "kl_reference", "kl_aligned")

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from flexalign.cli import _cache
 from flexalign.cli.app import main
+from flexalign.training import cache
 from flexalign.training.hidden_cache import fill, format
 
 torch.set_num_threads(1)
-_cache.fill_cache = functools.partial(fill.fill_cache, shard_bytes=16_384)
+cache.write_cache = functools.partial(fill.write_cache, shard_bytes=16_384)
 
 point, _, number = sys.argv.pop(1).partition(":")
 written = []

@@ -15,16 +15,15 @@ from typing import Any, NoReturn
 
 import torch
 
-import flexalign.cli._realign
 import flexalign.cli.evaluate
 import flexalign.evaluation.sweep
-import flexalign.training.trainer  # noqa: F401
-from flexalign.cli import _cache
+import flexalign.training.realignment  # noqa: F401
 from flexalign.cli.app import main
+from flexalign.training import cache
 from flexalign.training.hidden_cache import fill
 
 torch.set_num_threads(1)
-_cache.fill_cache = functools.partial(fill.fill_cache, shard_bytes=16_384)
+cache.write_cache = functools.partial(fill.write_cache, shard_bytes=16_384)
 
 
 def _be(arguments: list[str], log: str) -> NoReturn:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flexalign.errors import ConfigError, DataError
-from flexalign.evaluation.samples import ResultsFolder, Samples, differences
+from flexalign.evaluation.samples import ResultsFolder, Samples
 from flexalign.evaluation.systems import Key
 from flexalign.evaluation.tasks import Task, TaskQuestion
 
@@ -98,12 +98,6 @@ def test_what_is_no_results_folder_is_said(tmp_path) -> None:
     (tmp_path / "run.json").write_text('{"format_version": 9}')
     with pytest.raises(ConfigError, match="format_version 9"):
         _begin(tmp_path)
-
-
-def test_differences_are_found_at_any_depth() -> None:
-    assert differences({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == ["a[1].b: 2 there, 3 asked"]
-    assert differences({"a": 1}, {"b": 1}) == ["a: 1 there, null asked", "b: null there, 1 asked"]
-    assert differences({"a": [1]}, {"a": [1]}) == []
 
 
 ROWS = [

@@ -19,7 +19,7 @@ MATH = [
     {"problem": "Polar?", "answer": "\\left( 3, \\frac{\\pi}{2} \\right)", "unique_id": "a/1.json"},
     {"problem": " Half? ", "answer": "\\frac{1}{2}", "unique_id": "a/2.json"},
 ]
-AIME = [{"problem": f"TaskQuestion {n}?", "answer": f"{n:03}", "year": 2024} for n in range(30)]
+AIME = [{"problem": f"Question {n}?", "answer": f"{n:03}", "year": 2024} for n in range(30)]
 AMC = [{"problem": "m+n?", "answer": 142.0}, {"problem": "x?", "answer": -4.0}]
 GSM8K = [{"question": "Eggs?", "answer": "She sells <<9*2=18>>18.\n#### 18"}]
 

@@ -16,10 +16,11 @@ from flexalign.errors import ConfigError
 from flexalign.inra.configuration import InRaConfig
 from flexalign.lambdas import Dial
 from flexalign.models.sources import resolve_adapter
-from flexalign.serving.app import Service, create_app
+from flexalign.serving.app import create_app
 from flexalign.serving.engine import EngineLimits
-from flexalign.serving.engine.sequence import Row
+from flexalign.serving.engine.sequence import AnswerSequence
 from flexalign.serving.server import ServeOptions, load_service
+from flexalign.serving.service import Service
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "3+14+15?"}]
@@ -173,14 +174,14 @@ def test_an_answer_that_breaks_is_told_and_the_next_is_served(
     stream: bool,
     n: int,
 ):
-    accept = Row.accept
+    accept = AnswerSequence.accept
 
-    def break_once(self: Row, *given: Any) -> bool:
-        monkeypatch.setattr(Row, "accept", accept)
+    def break_once(self: AnswerSequence, *given: Any) -> bool:
+        monkeypatch.setattr(AnswerSequence, "accept", accept)
         raise RuntimeError("out of luck")
 
     asked: dict[str, Any] = {"prompt": "1+2?", "max_tokens": 3, "stop": ["never"], "n": n}
-    monkeypatch.setattr(Row, "accept", break_once)
+    monkeypatch.setattr(AnswerSequence, "accept", break_once)
     says = "the server failed on this request; its log says why."
     if stream:
         status, events = served.ask(COMPLETION, stream=True, **asked)

@@ -114,7 +114,7 @@ class Broken(InRaRunner):
 def broken() -> Iterator[Any]:
     service, rules = load_service(ServeOptions("miniature", "miniature:fast"))
     engine = service.engine
-    engine._runner = engine._frame._runner = Broken(engine._runner.model)
+    engine._runner = engine._batch._runner = Broken(engine._runner.model)
     yield create_app(service, rules)
     engine.stop()
 

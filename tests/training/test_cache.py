@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from flexalign.errors import CheckpointError, ConfigError
 from flexalign.models.pair import ModelPair
-from flexalign.training.hidden_cache import Form, HiddenStateCache, fill_cache
+from flexalign.training.hidden_cache import Form, HiddenStateCache, write_cache
 from flexalign.training.hidden_cache import fill as filling_module
 from flexalign.training.hidden_cache.documents import Document, documents_of
 from flexalign.training.hidden_cache.format import claim, plan_shards
@@ -48,7 +48,7 @@ def fill(
             return ModelPair.of(modules.reference, modules.aligned, tiny_tokenizer)
 
         float32 = torch.float32
-        return fill_cache(
+        return write_cache(
             tmp_path / folder,
             identity,
             lambda: documents,
@@ -366,7 +366,7 @@ def test_a_head_is_kept_with_its_bias_and_a_shared_one_once(
     base = tiny_model("phi", seed=3)
     adapted = get_peft_model(base, lora(target_modules=["q_proj"], init_lora_weights=False))
     form = Form((WIDTH, WIDTH), VOCAB, True, torch.float32, torch.float32)
-    cache = fill_cache(
+    cache = write_cache(
         tmp_path / "cache",
         IDENTITY,
         lambda: documents,

@@ -22,9 +22,9 @@ from flexalign.training import TrRaTrainer
 from flexalign.training.hidden_cache import (
     Form,
     HiddenStateCache,
-    fill_cache,
     identity_of,
     prepare_documents,
+    write_cache,
 )
 from flexalign.training.memory import Sizes, estimate_memory
 
@@ -47,7 +47,7 @@ def make_cache(
     ) -> HiddenStateCache:
         args = settings(**options)
         prints = (fingerprint(pair.reference), fingerprint(pair.aligned))
-        return fill_cache(
+        return write_cache(
             tmp_path / "cache",
             identity_of(prints, data_fingerprint(rows), tiny_tokenizer, args),
             lambda: prepare_documents(rows, tiny_tokenizer, args),

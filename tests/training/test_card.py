@@ -2,7 +2,7 @@ import pytest
 import yaml
 
 from flexalign.training.card import model_card, versions_in_use
-from flexalign.training.recipes import Recipe
+from flexalign.training.recipes import RealignRecipe as Recipe
 
 FACTS = {"steps": 40, "tokens_seen": 123456, "pair": ["aaaa", "bbbb"], "data": "cccc"}
 CURVE = [

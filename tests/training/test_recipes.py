@@ -5,7 +5,8 @@ import pytest
 import yaml
 
 from flexalign.errors import ConfigError, FlexAlignError, LambdaError
-from flexalign.training.recipes import DEFAULT_TRAINING, Recipe
+from flexalign.training.recipes import DEFAULT_TRAINING
+from flexalign.training.recipes import RealignRecipe as Recipe
 
 MINIMAL: dict[str, Any] = {
     "reference": "models/a",

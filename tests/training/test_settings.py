@@ -3,7 +3,7 @@ from typing import Any, Literal
 import pytest
 
 from flexalign.errors import ConfigError
-from flexalign.training.recipes import check_settings, read_yaml, set_value, split_assignment
+from flexalign.training.settings import check_settings, read_yaml, set_value, split_assignment
 
 WANTED: dict[str, Any] = {
     "max_steps": int,

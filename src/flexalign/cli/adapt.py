@@ -1,7 +1,6 @@
 """``flexalign adapt``: train a layer adapter, the dial's other end."""
 
 import shlex
-import sys
 from typing import Annotated
 
 import typer
@@ -17,6 +16,7 @@ from flexalign.cli.options import (
     SkipBadRows,
     parse_lambda_option,
 )
+from flexalign.cli.training import train
 
 
 def adapt(
@@ -46,21 +46,7 @@ def adapt(
     λ = 0 is then the base, λ = 1 the base with the adapter. A recipe is a YAML file:
 
     \b
-      base: miniature                 # path or known name; no weight of it changes
-      data: traces.jsonl              # prompts with responses
-      output: out/fast                # one run; started again, it goes on
-      method: sft                     # sft; dpo: rows of prompt, chosen, rejected;
-                                      # trra: towards `aligned` at `lambda`
-      strip_thinking: true            # sft, trra: learn what follows </think> alone
-      adapter: null                   # an adapter to go on from
-      adapter_layers: 1               # of a new one
-      aligned: miniature:aligned      # trra: λ = 1
-      lambda: 1.0                     # trra: a number, or a schedule
-      divergence: reverse             # trra: or forward, jsd (with beta)
-      gate: null                      # trra: as in realign
-      training:                       # any field of trl.SFTConfig (dpo: DPOConfig)
-        max_steps: 200
-        learning_rate: 2.0e-5
+    RECIPE KEYS
 
     Look first: [cyan]flexalign adapt recipe.yaml --dry-run[/cyan]
 
@@ -68,8 +54,9 @@ def adapt(
 
     Ctrl-C saves a checkpoint at the end of the step; the same command goes on from there.
     """
-    from flexalign.training.adapter_recipes import AdaptRecipe
+    from flexalign.training.recipes import AdaptRecipe
 
+    # What the file itself has wrong is said before the trainers' libraries load.
     plan = AdaptRecipe.load(
         recipe,
         overrides=assignments or (),
@@ -78,24 +65,20 @@ def adapt(
         output=output,
         strip_thinking=strip_thinking or None,
     )
+    from flexalign.training import adapter as library
 
-    from flexalign.cli._adapt import finish, prepare_adaptation, preview
-    from flexalign.cli._training import require_forward_training
-    from flexalign.cli.console import quieten_libraries, warnings_as_notes
-
-    if plan.lam is not None:
-        require_forward_training([plan.lam], extrapolate=extrapolate)
-    quieten_libraries()
-    with warnings_as_notes():
-        prepared = prepare_adaptation(
-            plan, command=shlex.join(["flexalign", *sys.argv[1:]]), skip_bad_rows=skip_bad_rows
-        )
-        if dry_run:
-            preview(prepared, as_json=as_json)
-            return
-        outcome = finish(prepared.run)
+    outcome = train(
+        library.adapt,
+        plan,
+        dry_run=dry_run,
+        as_json=as_json,
+        extrapolate=extrapolate,
+        skip_bad_rows=skip_bad_rows,
+    )
+    if outcome is None:
+        return
     if as_json and not console.quiet:
-        print_json(outcome.to_json() | {"trained_parameters": prepared.sizes.trainable})
+        print_json(outcome.to_json() | {"trained_parameters": outcome.trained_parameters})
     console.print(f"the adapter: [bold]{escape(str(outcome.output))}[/bold]")
     base, folder = shlex.quote(plan.base), shlex.quote(str(outcome.output))
     console.print(

@@ -23,6 +23,7 @@ from flexalign.cli.miniature import miniature
 from flexalign.cli.realign import realign
 from flexalign.cli.sample import sample
 from flexalign.cli.serve import serve
+from flexalign.cli.training import AdaptCommand, BakeCommand, RealignCommand
 from flexalign.cli.tune import tune
 from flexalign.errors import FlexAlignError
 
@@ -60,8 +61,8 @@ def _root(
     """
 
 
-app.command()(adapt)
-app.command()(bake)
+app.command(cls=AdaptCommand)(adapt)
+app.command(cls=BakeCommand)(bake)
 app.command()(cache)
 app.command()(calibrate)
 app.command()(chat)
@@ -70,7 +71,7 @@ app.command()(evaluate)
 app.command()(compare)
 app.command()(generate)
 app.command()(inspect)
-app.command()(realign)
+app.command(cls=RealignCommand)(realign)
 app.command()(sample)
 app.command()(serve)
 app.command()(tune)

@@ -1,7 +1,6 @@
 """``flexalign bake``: turn one setting of a dial into a plain model."""
 
 import shlex
-import sys
 from typing import Annotated
 
 import typer
@@ -19,6 +18,7 @@ from flexalign.cli.options import (
     parse_lambda_option,
     read_range,
 )
+from flexalign.cli.training import train
 
 
 def bake(
@@ -42,23 +42,16 @@ def bake(
     streams (TrRa). How far it is from the dial is measured on rows held out. A recipe:
 
     \b
-      base: miniature                 # path or known name
-      adapter: out/fast               # what `flexalign adapt` made
-      lambda: 0.5                     # the setting
-      data: traces.jsonl              # prompts with responses
-      output: out/baked               # one run; started again, it goes on
-      held_out: 0.05                  # share of the rows for the measurement
-      training:                       # any field of trl.SFTConfig
-        max_steps: 200
-        learning_rate: 2.0e-5
+    RECIPE KEYS
 
     Look first: [cyan]flexalign bake recipe.yaml --dry-run[/cyan]
 
     Then: [cyan]flexalign bake recipe.yaml --adapter out/fast --lambda 0.5[/cyan]
     """
     limits = read_range(lambda_range)
-    from flexalign.training.adapter_recipes import BakeRecipe
+    from flexalign.training.recipes import BakeRecipe
 
+    # What the file itself has wrong is said before the trainers' libraries load.
     plan = BakeRecipe.load(
         recipe,
         overrides=assignments or (),
@@ -66,22 +59,18 @@ def bake(
         lam=parse_lambda_option(lam),
         output=output,
     )
+    from flexalign.training import adapter as library
 
-    from flexalign.cli._adapt import finish, prepare_baking, preview
-    from flexalign.cli.console import quieten_libraries, warnings_as_notes
-
-    quieten_libraries()
-    with warnings_as_notes():
-        prepared = prepare_baking(
-            plan,
-            command=shlex.join(["flexalign", *sys.argv[1:]]),
-            skip_bad_rows=skip_bad_rows,
-            lambda_range=limits,
-        )
-        if dry_run:
-            preview(prepared, as_json=as_json)
-            return
-        outcome = finish(prepared.run)
+    outcome = train(
+        library.bake,
+        plan,
+        dry_run=dry_run,
+        as_json=as_json,
+        lambda_range=limits,
+        skip_bad_rows=skip_bad_rows,
+    )
+    if outcome is None:
+        return
     if as_json and not console.quiet:
         print_json(outcome.to_json())
     measured = outcome.measures

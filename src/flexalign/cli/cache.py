@@ -14,6 +14,7 @@ from flexalign.cli.options import (
     SkipBadRows,
     known_dtype,
 )
+from flexalign.cli.training import ConsoleEvents, training_session
 
 
 def cache(
@@ -55,26 +56,29 @@ def cache(
 
     Killed, the same command goes on. A finished cache is checked, and what is damaged is made again.
     """
-    from flexalign.training.recipes import Recipe
+    from flexalign.training.recipes import RealignRecipe
 
-    plan = Recipe.load_each(
+    # What the file itself has wrong is said before the trainers' libraries load.
+    plan = RealignRecipe.load_each(
         recipe,
         overrides=assignments or (),
         cache_dir=folder,
         allow_pickle=allow_pickle or None,
     )[0]
-    from flexalign.cli._cache import cache_filler, plan_cache
-    from flexalign.cli._realign import read_inputs
-    from flexalign.cli.console import quieten_libraries, warnings_as_notes
+    from flexalign.training.cache import fill_cache, plan_cache
 
-    quieten_libraries()
-    with warnings_as_notes():
-        inputs = read_inputs(plan, skip_bad_rows=skip_bad_rows)
+    with training_session():
         if dry_run:
-            _show(plan_cache(plan, inputs, dtype), as_json=as_json)
+            _show(plan_cache(plan, dtype=dtype, skip_bad_rows=skip_bad_rows), as_json=as_json)
             return
         try:
-            found = cache_filler(plan, inputs, dtype=dtype, anyway=anyway)()
+            found = fill_cache(
+                plan,
+                dtype=dtype,
+                anyway=anyway,
+                skip_bad_rows=skip_bad_rows,
+                events=ConsoleEvents(),
+            )
         except KeyboardInterrupt:
             console.print("stopped; give the same command again to go on from there.")
             raise typer.Exit(130) from None

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flexalign.errors import CheckpointError, ConfigError
+from flexalign.errors import as_input_errors as as_input_errors
 from flexalign.lambdas import Adaptive, Setting
 
 if TYPE_CHECKING:
@@ -52,15 +52,6 @@ def say_instruction(instruction: str | None, tasks: "Sequence[Task]") -> None:
                 markup=False,
                 soft_wrap=True,
             )
-
-
-@contextmanager
-def as_input_errors() -> Iterator[None]:
-    """Call a damaged file that was given as input what it is there: wrong input."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from error
 
 
 @contextmanager

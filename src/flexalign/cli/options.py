@@ -3,12 +3,11 @@
 A λ on the command line is parsed here and nowhere else; what these functions return is a dial.
 """
 
-import json
 import os
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, TypeAlias
 
 import typer
 
@@ -240,7 +239,7 @@ def read_range(text: str | None) -> tuple[float, float] | None:
     return None if text is None else parse_range(text)
 
 
-def parse_lambda_option(text: str | None) -> Any:
+def parse_lambda_option(text: str | None) -> Fixed | list[Fixed] | Schedule | None:
     """Read ``--lambda`` of a training command: a number, several, a JSON schedule, or none.
 
     Raises:
@@ -251,11 +250,10 @@ def parse_lambda_option(text: str | None) -> Any:
         return None
     if text.lstrip().startswith("{"):
         try:
-            Schedule.parse(text)
+            return Schedule.parse(text)
         except FlexAlignError as error:
             raise type(error)(f"--lambda: {error}") from error
-        return json.loads(text)
-    values = [one.lam for one in parse_lambdas(text)]
+    values = parse_lambdas(text)
     return values[0] if len(values) == 1 else values
 
 

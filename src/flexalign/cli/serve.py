@@ -1,14 +1,22 @@
 """``flexalign serve``: a server of OpenAI's protocol with a dial on every request."""
 
+import shlex
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from flexalign._packages import require_packages
-from flexalign.cli._address import tell_address, url_of
-from flexalign.cli._vllm import Parts, serve_on_vllm
-from flexalign.cli.console import as_input_errors
+from flexalign.cli.console import (
+    as_input_errors,
+    console,
+    print_json,
+    quieten_libraries,
+    say,
+    warnings_as_notes,
+)
 from flexalign.cli.options import (
     Adapter,
     Aligned,
@@ -20,6 +28,10 @@ from flexalign.cli.options import (
     read_secret,
 )
 from flexalign.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flexalign.serving.server import ServeOptions
+    from flexalign.serving.vllm.launch import Launch
 
 _NEEDED = ("fastapi", "starlette", "uvicorn", "prometheus_client")
 _ROWS, _QUEUE = 32, 256
@@ -122,11 +134,14 @@ def serve(
     key = read_secret(api_key_env)
     is_local = key is None and not insecure
     body_bytes = round(body_limit * 2**20)
+
+    from flexalign.serving.server import require_safe_address
+
     if engine is EngineName.VLLM:
-        from flexalign.serving.server import require_safe_address
         from flexalign.serving.vllm.middleware import FrontOptions
 
         require_safe_address(host, key, insecure=insecure)
+        source = _VllmSource(model, adapter, aligned, gate, any_base, prepared)
         settings = {
             "name": model_name or model,
             "host": host,
@@ -140,22 +155,13 @@ def serve(
             "front": FrontOptions(limits, body_bytes, playground, is_local),
             "flags": tuple(flags or ()),
         }
-        parts = Parts(model, adapter, aligned, gate, any_base, prepared)
-        serve_on_vllm(parts, settings, dry_run=dry_run, as_json=as_json)
+        _serve_on_vllm(source, settings, dry_run=dry_run, as_json=as_json)
         return
+
     if flags or prepared is not None or dry_run:
         raise ConfigError("flags after --, --prepared and --dry-run are about --engine vllm.")
-    from flexalign.cli.console import quieten_libraries, warnings_as_notes
-    from flexalign.serving.app import create_app
     from flexalign.serving.engine import EngineLimits
-    from flexalign.serving.playground import Playground
-    from flexalign.serving.server import (
-        ServeOptions,
-        load_service,
-        open_socket,
-        require_safe_address,
-        run_server,
-    )
+    from flexalign.serving.server import ServeOptions
 
     require_safe_address(host, key, insecure=insecure)
     options = ServeOptions(
@@ -170,14 +176,52 @@ def serve(
         context,
         EngineLimits(batch_size or _ROWS, queue or _QUEUE),
     )
+    _serve_here(
+        options,
+        host,
+        port,
+        {"key": key, "is_local": is_local, "body_limit": body_bytes},
+        grace=grace,
+        playground=playground,
+        as_json=as_json,
+    )
+
+
+def _serve_here(
+    options: "ServeOptions",
+    host: str,
+    port: int,
+    access: dict[str, Any],
+    *,
+    grace: float,
+    playground: bool,
+    as_json: bool,
+) -> None:
+    """Load the model and serve it in this process until it is told to stop.
+
+    Args:
+        options: What is served.
+        host: The address.
+        port: Its port; 0 takes a free one.
+        access: Who is let in, as :func:`flexalign.serving.app.create_app` takes it.
+        grace: Seconds for running answers after SIGTERM.
+        playground: Serve the page too.
+        as_json: Print where it is as JSON.
+    """
+    from flexalign.serving.app import create_app
+    from flexalign.serving.playground import Playground
+    from flexalign.serving.server import load_service, open_socket, run_server, url_of
+
     quieten_libraries()
+    # The socket first: an address that is taken is said before minutes of loading.
     with open_socket(host, port) as listening:
         with warnings_as_notes(), as_input_errors():
             service, rules = load_service(options)
-        app = create_app(service, rules, key=key, is_local=is_local, body_limit=body_bytes)
+        app = create_app(service, rules, **access)
         if playground:
             app = Playground(app)
-        tell_address(
+
+        _tell_address(
             url_of(host, listening.getsockname()[1]),
             service.model.name,
             rules.lambda_range,
@@ -185,7 +229,166 @@ def serve(
             as_json=as_json,
         )
         try:
-            running = service.engine
-            run_server(app, listening, grace=grace, is_well=lambda: running.is_alive)
+            engine = service.engine
+            run_server(app, listening, grace=grace, is_well=lambda: engine.is_alive)
         finally:
             service.engine.stop()
+
+
+def _tell_address(
+    url: str,
+    model: str,
+    lambda_range: tuple[float, float],
+    *,
+    engine: str = "",
+    playground: bool,
+    as_json: bool,
+) -> None:
+    """Say what is served, and print where alone on stdout.
+
+    Args:
+        url: Of :func:`flexalign.serving.server.url_of`.
+        model: What requests call it.
+        lambda_range: λ that they may ask for.
+        engine: What runs it, as in "on vLLM"; nothing for this process.
+        playground: Whether there is a page to try the dial from.
+        as_json: Print JSON.
+    """
+    say(f"serving {model}{engine and f' {engine}'}; stop it with Ctrl-C.")
+    if playground:
+        say(f"playground: {url.removesuffix('/v1')}/playground")
+    if as_json:
+        print_json({"url": url, "model": model, "lambda_range": list(lambda_range)})
+    else:
+        print(url, flush=True)
+
+
+@dataclass(frozen=True)
+class _VllmSource:
+    """What vLLM is to serve.
+
+    Attributes:
+        model: The base, or a folder that was prepared.
+        adapter: The adapter on it.
+        aligned: The other model of a pair, which vLLM does not serve.
+        gate: A gate, which it does not serve either.
+        any_base: Take another base than the adapter was made for.
+        prepared: Where to prepare the folder that vLLM loads; a cache if None.
+    """
+
+    model: str
+    adapter: str | None
+    aligned: str | None
+    gate: float | None
+    any_base: bool
+    prepared: Path | None
+
+
+def _serve_on_vllm(
+    source: _VllmSource, settings: dict[str, Any], *, dry_run: bool, as_json: bool
+) -> None:
+    """Prepare the folder and run vLLM's server until it is told to stop.
+
+    Args:
+        source: What is served.
+        settings: What :class:`~flexalign.serving.vllm.launch.Launch` takes beside the folder.
+        dry_run: Print what would be run instead.
+        as_json: Print JSON.
+
+    Raises:
+        ConfigError: If vLLM is not there, or something cannot be served on it.
+        ServingError: If vLLM ends by itself.
+    """
+    if source.aligned is not None:
+        raise ConfigError("--aligned is served by --engine local alone; on vLLM give --adapter.")
+    if source.gate is not None:
+        raise ConfigError("--gate is served by --engine local alone; leave it out on vLLM.")
+    from flexalign.inra.configuration import InRaConfig
+    from flexalign.models.sources import resolve_adapter
+    from flexalign.serving.dial import adapter_rules
+    from flexalign.serving.server import open_socket
+    from flexalign.serving.vllm.launch import Launch, check_flags, require_vllm, run
+
+    check_flags(settings["flags"])
+    if not dry_run:
+        require_vllm()
+    with as_input_errors():
+        launch = Launch(_vllm_folder(source), **settings)
+        dial = resolve_adapter(source.adapter) if source.adapter else launch.folder
+        rules = adapter_rules(InRaConfig.load(dial), launch.front.lambda_range)
+    if dry_run:
+        _show_launch(launch, as_json)
+        return
+
+    # vLLM takes no port 0: a free one is found here, and is free again when vLLM starts.
+    with open_socket(launch.host, launch.port) as free:
+        launch = replace(launch, port=free.getsockname()[1])
+    with as_input_errors():
+        _prepare_folder(source, launch.folder)
+
+    def tell() -> None:
+        _tell_address(
+            _launch_url(launch),
+            launch.name,
+            rules.lambda_range,
+            engine="on vLLM",
+            playground=launch.front.playground,
+            as_json=as_json,
+        )
+
+    run(launch, tell)
+
+
+def _vllm_folder(source: _VllmSource) -> Path:
+    """Return the folder that vLLM will load.
+
+    Raises:
+        ConfigError: If there is no adapter, neither beside the model nor in a prepared folder.
+    """
+    from flexalign.serving.vllm.folder import is_prepared
+    from flexalign.serving.vllm.launch import cached_folder
+
+    if source.adapter is not None:
+        cached = cached_folder(source.model, source.adapter, any_base=source.any_base)
+        return (source.prepared or cached).expanduser().absolute()
+    folder = Path(source.model).expanduser().absolute()
+    if not is_prepared(folder):
+        raise ConfigError(
+            "--engine vllm is about a dial; name the model's --adapter, or a folder that was "
+            "prepared. A model without one is served by vLLM alone."
+        )
+    return folder
+
+
+def _prepare_folder(source: _VllmSource, folder: Path) -> None:
+    """Write the folder that vLLM loads, unless the model is one."""
+    from flexalign.serving.vllm.folder import prepare_folder
+    from flexalign.serving.vllm.launch import prepare_once
+
+    if source.adapter is None:
+        return
+    console.print(f"preparing {escape(str(folder))} for vLLM, which takes a while to start")
+    if source.prepared is not None:
+        prepare_folder(source.model, source.adapter, folder, any_base=source.any_base)
+    else:
+        prepare_once(source.model, source.adapter, folder, any_base=source.any_base)
+
+
+def _show_launch(launch: "Launch", as_json: bool) -> None:
+    """Print the folder, the variables and the command; a key is not shown."""
+    variables = {name: value for name, value in launch.variables().items() if name.startswith("F")}
+    command = launch.command()
+    if as_json:
+        shown = {"folder": str(launch.folder), "environment": variables, "command": command}
+        print_json(shown)
+        return
+    words = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+    console.print(f"prepared in {escape(str(launch.folder))}; the key, if any, is in VLLM_API_KEY.")
+    print(" ".join([*words, shlex.join(command)]))
+
+
+def _launch_url(launch: "Launch") -> str:
+    from flexalign.serving.server import url_of
+
+    is_safe = any(flag.startswith("--ssl-certfile") for flag in launch.flags)
+    return url_of(launch.host, launch.port, scheme="https" if is_safe else "http")

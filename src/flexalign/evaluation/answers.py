@@ -264,7 +264,7 @@ def find_stated(answer: str, *, expected: str) -> str | None:
         return text if "\n" not in text else None
 
     if as_number(normalise(text)) is not None:
-        return text
+        return normalise(text)
     numeric = as_number(normalise(expected).rstrip("\\% ")) is not None
     stated = _stated_expression(
         text,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from flexalign._differences import differences
 from flexalign._storage import write_json, write_text
 from flexalign.data.traces import drop_half_line
 from flexalign.errors import ConfigError, DataError
@@ -362,7 +363,8 @@ class ResultsFolder:
 
         if file.exists():
             folder = cls.read(path)
-            different = differences(folder.configuration, expected)
+            form = "{key}: {before} there, {now} asked"
+            different = list(differences(folder.configuration, expected, form=form))
             if different:
                 raise ConfigError(
                     f"{path} holds results of another configuration ({'; '.join(different)}); "
@@ -493,38 +495,9 @@ class ResultsFolder:
                 yield row
 
 
-def differences(found: Any, asked: Any, place: str = "") -> list[str]:
-    """Say in which places two JSON values differ."""
-    if isinstance(found, dict) and isinstance(asked, dict):
-        return [
-            text
-            for key in dict.fromkeys([*found, *asked])
-            for text in differences(
-                found.get(key), asked.get(key), f"{place}.{key}" if place else str(key)
-            )
-        ]
-    if isinstance(found, list) and isinstance(asked, list) and len(found) == len(asked):
-        return [
-            text
-            for index, pair in enumerate(zip(found, asked, strict=True))
-            for text in differences(*pair, f"{place}[{index}]")
-        ]
-    if found == asked:
-        return []
-    return [f"{place}: {_short(found)} there, {_short(asked)} asked"]
-
-
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(map(_line, rows)))
 
 
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _short(value: Any) -> str:
-    """A value in a few words; of named things their names."""
-    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
-        value = [item.get("id", item.get("name", item)) for item in value]
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "…"

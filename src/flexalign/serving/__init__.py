@@ -1,6 +1,7 @@
 """A server of OpenAI's protocol with a dial on every request.
 
-``dial`` and ``middleware`` know no engine: the same rules stand before this package's own and
-before vLLM. ``protocol`` reads bodies, ``answers`` writes them, ``app`` joins both to the engine
-that runs on this machine (``engine``).
+``protocol`` reads bodies into ``requests`` and tells their answers, ``dial`` says what λ a request may
+have, ``service`` encodes prompts and asks the ``engine`` that runs on this machine, and ``app`` joins
+them to routes. ``server`` is the process. Before vLLM (``vllm``) the same rules stand in a
+``middleware``.
 """

@@ -1,11 +1,19 @@
-"""The dial of a request: which key of the body it stands in, what it may be, what is told of it."""
+"""The dial of a request: the key of the body that says it, what it may be, what the answer says of it.
+
+:class:`DialFields` declares the keys, :class:`DialRules` reads them by what the operator permits, and
+a :class:`DialChoice` is the result. The value is parsed once (:func:`flexalign.lambdas.parse_dial`)
+and checked once against the range; what runs the request takes it as it is. No engine is known here:
+the same rules serve the local server and vLLM.
+"""
 
 import logging
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, WithJsonSchema
 
 from flexalign._spelling import misspelt
 from flexalign.calibration.effort import Calibration, effort_to_dial, note_on_sampling
@@ -46,9 +54,71 @@ _USUAL = {"temperature": 1, "top_p": 1}
 
 _log = logging.getLogger("flexalign.serving")
 
+_LAMBDA_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"type": "number", "title": "λ"},
+        {"const": "auto", "title": "adaptive, at the calibrated threshold"},
+        {
+            "type": "object",
+            "title": "schedule",
+            "required": ["kind"],
+            "properties": {
+                "kind": {"enum": ["constant", "linear", "cosine", "piecewise", "thinking"]}
+            },
+        },
+        {
+            "type": "object",
+            "title": "policy",
+            "required": ["policy"],
+            "properties": {"policy": {"enum": ["fixed", "adaptive", "route"]}},
+        },
+    ],
+    "examples": [
+        0.5,
+        "auto",
+        {"kind": "thinking", "think": 0.0, "answer": 1.0},
+        {"policy": "adaptive", "threshold": 0.5},
+        {"policy": "route", "share": 0.3},
+    ],
+}
+
+
+class DialFields(BaseModel):
+    """The keys of a body that say its dial. At most one of them may be given.
+
+    The schema, which ``/docs`` shows, says what they take. The values are kept as they were sent:
+    what they mean and whether they are permitted depends on the server, so :class:`DialRules` reads
+    them.
+    """
+
+    lam: Annotated[Any, WithJsonSchema(_LAMBDA_SCHEMA)] = Field(
+        None,
+        alias="lambda",
+        description=f"{LAMBDA_LEGEND}: a number, a schedule over the generated tokens, or a policy.",
+    )
+    effort: Annotated[Any, WithJsonSchema({"type": "number", "minimum": 0})] = Field(
+        None,
+        description="0 is the fastest answer, 100 spends the reference's tokens. Needs a calibrated "
+        "adapter.",
+    )
+    reasoning_effort: Annotated[Any, WithJsonSchema({"enum": list(EFFORT_LEVELS)})] = Field(
+        None,
+        description="A named effort: none 0, minimal 10, low 25, medium 50, high 75, xhigh 100, max "
+        "the end of the permitted range. Ignored before calibration.",
+    )
+    control: Annotated[Any, WithJsonSchema(_LAMBDA_SCHEMA)] = Field(
+        None, description="The same as lambda."
+    )
+
+    def given(self) -> dict[str, Any]:
+        """Return the keys that are given, in the order of :data:`DIAL_KEYS`; null is not given."""
+        values = (self.lam, self.effort, self.reasoning_effort, self.control)
+        keyed = zip(DIAL_KEYS, values, strict=True)
+        return {key: value for key, value in keyed if value is not None}
+
 
 @dataclass
-class Choice:
+class DialChoice:
     """The dial that a request goes by.
 
     Attributes:
@@ -94,7 +164,7 @@ class DialRules:
             "meaning": LAMBDA_LEGEND,
         }
 
-    def choose(self, body: dict[str, Any]) -> Choice:
+    def choose(self, body: dict[str, Any]) -> DialChoice:
         """Take the dial out of a body.
 
         Args:
@@ -104,25 +174,30 @@ class DialRules:
             ApiError: If there are two, one is misspelt, malformed, or not permitted here.
         """
         refuse_misspelt(body)
-        given = {key: body.pop(key) for key in DIAL_KEYS if key in body}
-        given = {key: value for key, value in given.items() if value is not None}
+        given = DialFields.model_validate(body).given()
+        for key in DIAL_KEYS:
+            body.pop(key, None)
+
         ignored: tuple[str, ...] = ()
         if self.default is None or self.effort is None:
             ignored = ("reasoning_effort",) if given.pop("reasoning_effort", None) else ()
+
         if len(given) > 1:
             raise _bad(
                 list(given)[1], f"{' and '.join(given)} are {len(given)} dials; give one of them."
             )
         if not given:
-            return Choice(self.default, ignored, self._report(self.default))
+            return DialChoice(self.default, ignored, self._report(self.default))
+
         [(key, value)] = given.items()
         if self.default is None:
             raise _bad(key, f"{key}: this server's model has no dial; leave {key} out.")
         dial = self._read(key, value)
+
         if key in ("effort", "reasoning_effort"):
             self._note_sampling(body)
         extra = {"effort": value} if key == "effort" else {}
-        return Choice(dial, ignored, self._report(dial) | extra)
+        return DialChoice(dial, ignored, self._report(dial) | extra)
 
     def _read(self, key: str, value: Any) -> Dial:
         try:
@@ -243,9 +318,6 @@ def _refuse_agreement(dial: Dial) -> None:
 
 def _bad(param: str, message: str) -> ApiError:
     return ApiError(400, message, param=param, code="invalid_dial")
-
-
-# What an adapter permits, whatever engine serves it.
 
 
 def adapter_rules(

@@ -1,12 +1,10 @@
 """What a server answers when it cannot do what it was asked, in OpenAI's form."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-__all__ = ["ApiError", "Scope", "as_sent", "send_error"]
-
-Scope = dict[str, Any]
+Scope = MutableMapping[str, Any]
 """What ASGI calls so, and its messages."""
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}

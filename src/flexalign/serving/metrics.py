@@ -1,4 +1,8 @@
-"""What ``/metrics`` tells, in Prometheus' form."""
+"""What ``/metrics`` tells, in Prometheus' form.
+
+:class:`Metrics` is the local server's. :class:`DialMetrics`, its part about dials, stands beside vLLM's
+own metrics too.
+"""
 
 from collections.abc import Iterable, Iterator
 from time import monotonic
@@ -13,43 +17,21 @@ from flexalign.serving.engine import Ended, Engine
 from flexalign.serving.errors import Scope
 from flexalign.serving.middleware import PATHS, path_of
 
+# Upper ends of the histograms' buckets.
 _LAMBDAS = (-2, -1, -0.5, 0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5)
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _PATHS = (*PATHS, "/v1/models", "/health", "/metrics")
 
 
-class DialMetrics:
-    """Counts what dials were served, whatever engine serves them."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._lambda = Histogram(
-            "flexalign_lambda",
-            "λ of requests with one λ throughout.",
-            registry=registry,
-            buckets=_LAMBDAS,
-        )
-        self._routes = Counter(
-            "flexalign_routes",
-            "Ways taken under adaptive and route policies.",
-            ("policy", "route"),
-            registry=registry,
-        )
-
-    def began(self, dial: Dial | None) -> None:
-        """Count a request that was let in."""
-        if isinstance(dial, Fixed):
-            self._lambda.observe(dial.lam)
-
-    def went(self, policy: str | None, route: str | None) -> None:
-        """Count the way that an answer took, if its policy chooses one."""
-        if route is not None:
-            self._routes.labels(policy, route).inc()
-
-
 class Metrics:
-    """Counts what happens; one registry for each server."""
+    """Counts what the local server does.
+
+    Attributes:
+        registry: What is counted, one for each server.
+    """
 
     def __init__(self, engine: Engine) -> None:
+        """Begin at 0; the engine's own numbers are read when they are asked for."""
         self.registry = CollectorRegistry()
         self.registry.register(_EngineState(engine))
         self._requests = self._counter("requests", "Requests answered.", ("path", "status"))
@@ -99,6 +81,35 @@ class Metrics:
 
     def _counter(self, name: str, help_text: str, labels: Iterable[str] = ()) -> Counter:
         return Counter(f"flexalign_{name}", help_text, tuple(labels), registry=self.registry)
+
+
+class DialMetrics:
+    """Counts what dials were served, whatever engine serves them."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        """Add the counts to a registry."""
+        self._lambda = Histogram(
+            "flexalign_lambda",
+            "λ of requests with one λ throughout.",
+            registry=registry,
+            buckets=_LAMBDAS,
+        )
+        self._routes = Counter(
+            "flexalign_routes",
+            "Ways taken under adaptive and route policies.",
+            ("policy", "route"),
+            registry=registry,
+        )
+
+    def began(self, dial: Dial | None) -> None:
+        """Count a request that was let in."""
+        if isinstance(dial, Fixed):
+            self._lambda.observe(dial.lam)
+
+    def went(self, policy: str | None, route: str | None) -> None:
+        """Count the way that an answer took, if its policy chooses one."""
+        if route is not None:
+            self._routes.labels(policy, route).inc()
 
 
 class _EngineState(Collector):

@@ -1,8 +1,9 @@
-"""ASGI middleware: the dial in front of any engine, the key, and the limit on a body.
+"""ASGI middleware: the dial in front of an engine that is not ours, and the gates before any server.
 
-:class:`DialMiddleware` stands before an application of OpenAI's protocol, ours or vLLM's. It takes
-the dial out of a request's body, hands it over, and lets :class:`~flexalign.serving.middleware.Echo` write
-what became of it into the answer.
+:class:`DialMiddleware` stands before vLLM's application of OpenAI's protocol, which it knows as bytes
+alone: it takes the dial out of a request's body, hands it over, and lets an :class:`Echo` write what
+became of it into the answer. The local server's routes read the dial themselves. :class:`KeyGate` and
+:class:`LoopbackGate` say who is served; they stand before either.
 """
 
 import hmac
@@ -12,11 +13,66 @@ from hashlib import sha256
 from typing import Any
 from urllib.parse import urlsplit
 
-from flexalign.serving.dial import Choice, DialRules
+from flexalign.serving.dial import DialChoice, DialRules
 from flexalign.serving.errors import ApiError, Scope, send_error
-from flexalign.serving.protocol import BODY_LIMIT, parse_body, read_body, with_body, with_length
+from flexalign.serving.protocol import BODY_LIMIT, encode, read_json
 
-# An answer on its way to the client, with the dial written into it.
+CHOICE = "flexalign.dial"
+"""Under this name a request's scope holds its :class:`~flexalign.serving.dial.DialChoice`."""
+
+PATHS = ("/v1/chat/completions", "/v1/completions")
+"""Where a dial may be turned."""
+
+
+class DialMiddleware:
+    """Reads the dial of every request and says in the answer what it was.
+
+    The engine finds the choice in the scope; what stands before an engine that cannot read it
+    overrides :meth:`pass_on`.
+    """
+
+    def __init__(self, app: Any, rules: DialRules, *, body_limit: int = BODY_LIMIT) -> None:
+        """Stand before an application.
+
+        Args:
+            app: An ASGI application.
+            rules: What is permitted.
+            body_limit: The longest body in bytes.
+        """
+        self.app = app
+        self.rules = rules
+        self.body_limit = body_limit
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        """Serve a request."""
+        is_asked = scope["type"] == "http" and scope["method"] == "POST"
+        if not is_asked or path_of(scope) not in PATHS:
+            await self.app(scope, receive, send)
+            return
+        try:
+            body = await read_json(scope, receive, self.body_limit)
+            if body is None:  # the client has gone
+                return
+            choice = self.rules.choose(body)
+            await self.pass_on(body, choice, scope, receive, send)
+        except ApiError as error:
+            await send_error(error, send)
+
+    async def pass_on(
+        self, body: dict[str, Any], choice: DialChoice, scope: Scope, receive: Any, send: Any
+    ) -> None:
+        """Let the application answer.
+
+        Args:
+            body: The request's, without the keys that say a dial.
+            choice: What they said.
+            scope: The request's, as are ``receive``, whose body has been read, and ``send``.
+
+        Raises:
+            ApiError: If it is refused, before anything is sent.
+        """
+        scope, receive = with_body({**scope, CHOICE: choice}, body, receive)
+        await self.app(scope, receive, Echo(choice, send))
 
 
 class Echo:
@@ -26,7 +82,7 @@ class Echo:
     something. It is what an application is given as ``send``.
     """
 
-    def __init__(self, choice: Choice, send: Any) -> None:
+    def __init__(self, choice: DialChoice, send: Any) -> None:
         """Stand before a client.
 
         Args:
@@ -84,7 +140,7 @@ class Echo:
         self._buffer += message.get("body", b"")
         if message.get("more_body"):
             return
-        body = _encoded(self.tell(json.loads(self._buffer)))
+        body = encode(self.tell(json.loads(self._buffer)))
         headers = with_length(self._start["headers"], len(body))
         await self._send({**self._start, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
@@ -102,7 +158,7 @@ class Echo:
         if not event.startswith(b"data: {"):
             return event
         chunk = self.tell_chunk(json.loads(event[len(b"data: ") :]))
-        return None if chunk is None else b"data: " + _encoded(chunk)
+        return None if chunk is None else b"data: " + encode(chunk)
 
     def _told(self, value: Any) -> Any:
         if isinstance(value, dict) and self.choice.report:
@@ -110,84 +166,29 @@ class Echo:
         return value
 
 
-def _encoded(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode()
+def with_body(scope: Scope, content: bytes | dict[str, Any], receive: Any) -> tuple[Scope, Any]:
+    """Return a scope and a ``receive`` as if the request's body, which was read, were this one."""
+    if isinstance(content, dict):
+        content = json.dumps(content).encode()  # in ASCII, which every engine reads
+    parts = [{"type": "http.request", "body": content, "more_body": False}]
+
+    async def replayed() -> Any:
+        return parts.pop() if parts else await receive()
+
+    return {**scope, "headers": with_length(scope["headers"], len(content))}, replayed
 
 
-CHOICE = "flexalign.dial"
-"""Under this name a request's scope holds its :class:`~flexalign.serving.dial.Choice`."""
-
-PATHS = ("/v1/chat/completions", "/v1/completions")
-"""Where a dial may be turned."""
-
-
-class DialMiddleware:
-    """Reads the dial of every request and says in the answer what it was.
-
-    The engine finds the choice in the scope; what stands before an engine that cannot read it
-    overrides :meth:`pass_on`.
-    """
-
-    def __init__(self, app: Any, rules: DialRules, *, body_limit: int = BODY_LIMIT) -> None:
-        """Stand before an application.
-
-        Args:
-            app: An ASGI application.
-            rules: What is permitted.
-            body_limit: The longest body in bytes.
-        """
-        self.app = app
-        self.rules = rules
-        self.body_limit = body_limit
-
-    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
-        """Serve a request."""
-        is_asked = scope["type"] == "http" and scope["method"] == "POST"
-        if not is_asked or path_of(scope) not in PATHS:
-            await self.app(scope, receive, send)
-            return
-        try:
-            content = await read_body(scope, receive, self.body_limit)
-            if content is None:
-                return
-            _require_json(scope)
-            body = parse_body(content)
-            choice = self.rules.choose(body)
-            await self.pass_on(body, choice, scope, receive, send)
-        except ApiError as error:
-            await send_error(error, send)
-
-    async def pass_on(
-        self, body: dict[str, Any], choice: Choice, scope: Scope, receive: Any, send: Any
-    ) -> None:
-        """Let the application answer.
-
-        Args:
-            body: The request's, without the keys that say a dial.
-            choice: What they said.
-            scope: The request's, as are ``receive``, whose body has been read, and ``send``.
-
-        Raises:
-            ApiError: If it is refused, before anything is sent.
-        """
-        scope, receive = with_body({**scope, CHOICE: choice}, body, receive)
-        await self.app(scope, receive, Echo(choice, send))
+def with_length(headers: Any, length: int) -> list[tuple[bytes, bytes]]:
+    """Return headers that announce a body's length."""
+    dropped = (b"content-length", b"transfer-encoding")
+    kept = [(name, value) for name, value in headers if name.lower() not in dropped]
+    return [*kept, (b"content-length", str(length).encode())]
 
 
-def _require_json(scope: Scope) -> None:
-    """Refuse a body that is not said to be JSON: such a one any site's page may send unasked.
-
-    Raises:
-        ApiError: If it is not.
-    """
-    given = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"content-type"), "")
-    if given.partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(
-            415,
-            f"the body is said to be {given[:80] or 'of no type'}; say that it is JSON, with curl by "
-            "-H 'content-type: application/json'.",
-            code="invalid_content_type",
-        )
+def path_of(scope: Scope) -> str:
+    """Return the path that a request asks for, whatever the server's root path."""
+    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+    return path.rstrip("/")
 
 
 class KeyGate:
@@ -213,15 +214,6 @@ class KeyGate:
                 await send_error(error, send)
                 return
         await self._app(scope, receive, send)
-
-
-def path_of(scope: Scope) -> str:
-    """Return the path that a request asks for, whatever the server's root path."""
-    path: str = scope["path"].removeprefix(scope.get("root_path", ""))
-    return path.rstrip("/")
-
-
-# A server without a key serves this machine: its programs, and pages that came from it.
 
 
 class LoopbackGate:

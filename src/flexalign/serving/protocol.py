@@ -1,28 +1,184 @@
-"""OpenAI's request bodies, read strictly: what would change an answer and is not served is refused."""
+"""OpenAI's protocol: bodies of requests, read strictly, and answers, whole or as a stream's chunks.
+
+A body is read up to a limit and parsed once (:func:`read_json`). The form of each route is a pydantic
+model (:class:`ChatBody`, :class:`CompletionBody`), which ``/docs`` shows; :func:`read_chat` and
+:func:`read_completion` turn it into what the service takes. What would change an answer and is not
+served is refused by name. An answer is put together by an :class:`AnswerFormat` and serialised once.
+"""
 
 import json
-import numbers
 import secrets
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeVar, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    StringConstraints,
+    ValidationError,
+)
 
 from flexalign._spelling import nearest
 from flexalign.data.thinking import ThinkingTags
-from flexalign.generation.text import ResponseText, StreamedSplit
-from flexalign.serving.engine import Ended, Piece, WrittenToken
+from flexalign.generation.text import StreamedSplit
+from flexalign.serving.dial import DialChoice, DialFields
+from flexalign.serving.engine import AnswerPiece, WrittenToken
 from flexalign.serving.errors import ApiError, Scope, as_sent
+from flexalign.serving.requests import (
+    AnswerDraft,
+    ChatRequest,
+    CompletionRequest,
+    SamplingOptions,
+    TokenIds,
+    Usage,
+)
 
-_SAMPLING = ("temperature", "top_p", "max_tokens", "seed", "stop", "n", "stream", "stream_options")
-_CHAT = ("messages", "max_completion_tokens", "logprobs", "top_logprobs")
-_COMPLETION = ("prompt", "logprobs")
+# Bytes of a request: read up to a limit and parsed once.
+
+BODY_LIMIT = 4 << 20
+"""The longest body in bytes, where an operator names no other."""
+
+_DEEPEST = 64
+
+_SUCH_AS = 'such as {"messages": [{"role": "user", "content": "1+2?"}]}'
+
+_READ_ON = 16
+"""Bodies of up to so many times the limit are read to their end before they are refused."""
+
+
+async def read_json(scope: Scope, receive: Any, limit: int) -> dict[str, Any] | None:
+    """Return the object that a request's body is; None if the client has gone.
+
+    Raises:
+        ApiError: If it is too long, not said to be JSON, no JSON object, or nests too deep.
+    """
+    content = await read_body(scope, receive, limit)
+    if content is None:
+        return None
+    _require_json(scope)
+    return parse_body(content)
+
+
+async def read_body(scope: Scope, receive: Any, limit: int) -> bytes | None:
+    """Return a request's body; None if the client has gone.
+
+    What is over the limit is read on and thrown away, up to a point: a client that is cut off in
+    the middle of its writing sees a broken connection instead of the reason.
+
+    Args:
+        scope: The request's.
+        receive: The request's, from which nothing has been read.
+        limit: The longest body in bytes.
+
+    Raises:
+        ApiError: If it is longer.
+    """
+    announced = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
+    most = limit * _READ_ON
+    is_refused = announced.isdigit() and int(announced) > most
+
+    content, length = bytearray(), 0
+    while not is_refused:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        part = message.get("body", b"")
+        length += len(part)
+        if length <= limit:
+            content += part
+        is_refused = length > most
+        if not message.get("more_body"):
+            break
+
+    if is_refused or length > limit:
+        raise ApiError(
+            413,
+            f"the body is longer than the {limit} bytes that this server takes; shorten it.",
+            code="body_too_large",
+            headers={"connection": "close"},
+        )
+    return bytes(content)
+
+
+def _require_json(scope: Scope) -> None:
+    """Refuse a body that is not said to be JSON: such a one any site's page may send unasked."""
+    given = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"content-type"), "")
+    if given.partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(
+            415,
+            f"the body is said to be {given[:80] or 'of no type'}; say that it is JSON, with curl by "
+            "-H 'content-type: application/json'.",
+            code="invalid_content_type",
+        )
+
+
+def parse_body(content: bytes) -> dict[str, Any]:
+    """Return the JSON object that a body is.
+
+    Raises:
+        ApiError: If it is none, nests too deep, or holds text that is no Unicode.
+    """
+    try:
+        body = json.loads(content)
+        is_deep = _is_deeper(body, _DEEPEST)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(
+            400,
+            f"the body is no JSON ({str(error)[:200]}); send an object, {_SUCH_AS}.",
+            code="invalid_json",
+        ) from error
+
+    if not isinstance(body, dict):
+        raise ApiError(
+            400,
+            f"the body must be a JSON object, {_SUCH_AS}, got {as_sent(body)}.",
+            code="invalid_json",
+        )
+    if is_deep:
+        raise ApiError(
+            400,
+            f"the body nests values more than {_DEEPEST} deep; no request needs that.",
+            code="invalid_json",
+        )
+    return body
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    """Whether a value nests deeper than what reads, compares and prints it recursively can bear.
+
+    Raises:
+        UnicodeEncodeError: If a text in it holds half a surrogate pair, which JSON can escape and
+            no encoding can write.
+    """
+    level, depth = [value], 0
+    while level:
+        if depth > most and any(isinstance(one, dict | list) for one in level):
+            return True
+        "".join(one for one in level if isinstance(one, str)).encode()
+        inner: list[Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                inner += [*one.keys(), *one.values()]
+            elif isinstance(one, list):
+                inner += one
+        level, depth = inner, depth + 1
+    return False
+
+
+# Bodies of OpenAI's routes: their forms, which the schema at /docs shows, and how they are read.
+
 _WITHOUT_EFFECT = {
     *("user", "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_key"),
     *("safety_identifier", "prompt_cache_retention"),
 }
+"""Keys that are taken and change nothing."""
+
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -49,156 +205,41 @@ _MOST_LOGPROBS = 20
 _SUCH_AS_MESSAGE = 'such as {"role": "user", "content": "1+2?"}'
 _SUCH_AS_PART = 'such as {"type": "text", "text": "1+2?"}'
 
-TokenIds: TypeAlias = tuple[int, ...]
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """What both kinds of request have in common.
-
-    Attributes:
-        max_tokens: Tokens at which an answer is cut off; None for as many as there is room for.
-        temperature: 0 is greedy.
-        top_p: Probability mass sampled from.
-        seed: Of the first choice; drawn where the request gives none.
-        stop: Texts that end an answer and are not in it.
-        n: Choices per prompt.
-        logprobs: Likeliest tokens to tell at each token, or None for no log-probabilities.
-        stream: Whether the answer is sent as it is written.
-        include_usage: Whether a stream ends with its token counts.
-    """
-
-    max_tokens: int | None
-    temperature: float
-    top_p: float
-    seed: int
-    stop: tuple[str, ...]
-    n: int
-    logprobs: int | None
-    stream: bool
-    include_usage: bool
-
-
-@dataclass(frozen=True)
-class ChatRequest:
-    """A request for ``/v1/chat/completions``."""
-
-    model: str | None
-    messages: tuple[dict[str, Any], ...]
-    sampling: Sampling
-
-
-@dataclass(frozen=True)
-class CompletionRequest:
-    """A request for ``/v1/completions``; its prompts are texts or token ids."""
-
-    model: str | None
-    prompts: tuple[str | TokenIds, ...]
-    sampling: Sampling
-
-
-def read_chat(body: Mapping[str, Any]) -> ChatRequest:
-    """Read a chat's body, the dial taken out.
-
-    Raises:
-        ApiError: If a value is missing, malformed or not served; names the key.
-    """
-    _refuse_unknown(body, _CHAT)
-    wants = _flag(body, "logprobs")
-    top = _whole(body, "top_logprobs", 0, _MOST_LOGPROBS)
-    if top is not None and not wants:
-        raise _bad("top_logprobs", 'top_logprobs needs "logprobs": true.')
-    limits = [_whole(body, key, 1, None) for key in ("max_completion_tokens", "max_tokens")]
-    limit = next((limit for limit in limits if limit is not None), None)
-    sampling = _sampling(body, limit, (top or 0) if wants else None)
-    return ChatRequest(_text(body, "model"), _messages(body.get("messages")), sampling)
-
-
-def read_completion(body: Mapping[str, Any]) -> CompletionRequest:
-    """Read a completion's body, the dial taken out.
-
-    Raises:
-        ApiError: If a value is missing, malformed or not served; names the key.
-    """
-    _refuse_unknown(body, _COMPLETION)
-    limit = _whole(body, "max_tokens", 1, None)
-    logprobs = _whole(body, "logprobs", 0, _MOST_LOGPROBS)
-    sampling = _sampling(body, 16 if limit is None else limit, logprobs)
-    return CompletionRequest(_text(body, "model"), _prompts(body.get("prompt")), sampling)
-
-
-def _sampling(body: Mapping[str, Any], limit: int | None, logprobs: int | None) -> Sampling:
-    temperature = _number(body, "temperature", 0, 2, default=1)
-    top_p = _number(body, "top_p", 0, 1, default=1)
-    if top_p == 0:
-        raise _wrong("top_p", "a number above 0 and at most 1", body["top_p"])
-    seed = _whole(body, "seed", -(2**63), 2**63 - 1)
-    options = body.get("stream_options")
-    if options is not None and not isinstance(options, dict):
-        raise _wrong("stream_options", 'an object, such as {"include_usage": true}', options)
-    return Sampling(
-        max_tokens=limit,
-        temperature=temperature,
-        top_p=top_p,
-        seed=secrets.randbits(62) if seed is None else seed,
-        stop=_stops(body.get("stop")),
-        n=_whole(body, "n", 1, _MOST_CHOICES) or 1,
-        logprobs=logprobs,
-        stream=_flag(body, "stream"),
-        include_usage=_flag(options or {}, "include_usage", within="stream_options"),
-    )
-
-
-def _refuse_unknown(body: Mapping[str, Any], own: tuple[str, ...]) -> None:
-    known = {"model", *_SAMPLING, *own}
-    for key, value in body.items():
-        if key in known or key in _WITHOUT_EFFECT or value is None:
-            continue
-        if key in _NEUTRAL:
-            if value not in _NEUTRAL[key]:
-                served = " or ".join(map(as_sent, _NEUTRAL[key]))
-                raise _bad(
-                    key, f"{key} is served at {served} alone, got {as_sent(value)}; leave it out."
-                )
-            continue
-        hint = nearest(key[:80], known, otherwise="leave it out")
-        raise _bad(key[:80], f"{key[:80]!r} is not known to this server{hint}")
-
-
-def _messages(given: object) -> tuple[dict[str, Any], ...]:
+def _read_messages(given: object) -> tuple[dict[str, Any], ...]:
     if not isinstance(given, list) or not given:
-        raise _wrong("messages", f"a list of at least one message, {_SUCH_AS_MESSAGE}", given)
-    return tuple(_message(message, index) for index, message in enumerate(given))
+        wanted = f"a list of at least one message, {_SUCH_AS_MESSAGE}"
+        raise _wrong("messages", wanted, given)
+    return tuple(_read_message(message, index) for index, message in enumerate(given))
 
 
-def _message(given: object, index: int) -> dict[str, Any]:
+def _read_message(given: object, index: int) -> dict[str, Any]:
     where = f"messages[{index}]"
     if not isinstance(given, dict) or not isinstance(given.get("role"), str):
-        raise _wrong("messages", f"an object with a role, {_SUCH_AS_MESSAGE}", given, where)
+        raise _wrong(where, f"an object with a role, {_SUCH_AS_MESSAGE}", given)
+
     content = given.get("content")
     if content is None and given["role"] == "assistant":
-        content = ""
+        content = ""  # as clients send a turn that was a tool's call
     if isinstance(content, list):
-        content = "".join(
-            _part(part, f"{where}.content[{place}]") for place, part in enumerate(content)
-        )
+        parts = enumerate(content)
+        content = "".join(_read_part(part, f"{where}.content[{place}]") for place, part in parts)
     if not isinstance(content, str):
-        wanted = f"a text or a list of parts, {_SUCH_AS_PART}"
-        raise _wrong("messages", wanted, content, f"{where}.content")
+        raise _wrong(f"{where}.content", f"a text or a list of parts, {_SUCH_AS_PART}", content)
     return {**given, "content": content}
 
 
-def _part(part: object, where: str) -> str:
+def _read_part(part: object, where: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
-    raise _wrong("messages", f"a part of the type text, {_SUCH_AS_PART}", part, where)
+    raise _wrong(where, f"a part of the type text, {_SUCH_AS_PART}", part)
 
 
-def _prompts(given: object) -> tuple[str | TokenIds, ...]:
+def _read_prompts(given: object) -> tuple[str | TokenIds, ...]:
     if isinstance(given, str):
         return (given,)
-    if _are_ids(given):
-        return (tuple(given),)  # type: ignore[arg-type]
+    if isinstance(given, list) and _are_ids(given):
+        return (tuple(given),)
     if isinstance(given, list) and given:
         if all(isinstance(one, str) for one in given):
             return tuple(given)
@@ -216,96 +257,245 @@ def _are_ids(given: object) -> bool:
     )
 
 
-def _stops(given: object) -> tuple[str, ...]:
-    if given is None:
-        return ()
+def _read_stops(given: object) -> tuple[str, ...]:
     stops = [given] if isinstance(given, str) else given
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
         raise _wrong("stop", "a text or a list of texts, none of them empty", given)
     if len(stops) > _MOST_STOPS:
-        raise _bad("stop", f"stop must be at most {_MOST_STOPS} texts, got {len(stops)}.")
+        raise ValueError(f"stop must be at most {_MOST_STOPS} texts, got {len(stops)}.")
     return tuple(stops)
 
 
-def _text(body: Mapping[str, Any], key: str) -> str | None:
-    value = body.get(key)
-    if value is not None and not isinstance(value, str):
-        raise _wrong(key, "a text", value)
+def _refuse_zero(value: object) -> object:
+    if value == 0 and not isinstance(value, bool):
+        raise _wrong("top_p", "a number above 0 and at most 1", value)
     return value
 
 
-def _flag(body: Mapping[str, Any], key: str, within: str | None = None) -> bool:
-    value = body.get(key)
-    if value is not None and not isinstance(value, bool):
-        where = f"{within}.{key}" if within else key
-        raise _wrong(within or key, "true or false", value, where)
-    return bool(value)
+def _wrong(where: str, wanted: str, given: object) -> ValueError:
+    """Say of a place in a body what it must be; pydantic collects it, :func:`_refusal` tells it."""
+    return ValueError(f"{where} must be {wanted}, got {as_sent(given)}.")
 
 
-def _whole(body: Mapping[str, Any], key: str, least: int, largest: int | None) -> int | None:
-    value = body.get(key)
-    if value is None:
-        return None
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if not is_whole or value < least or (largest is not None and value > largest):
-        limits = f"≥ {least}" if largest is None else f"from {least} to {largest}"
-        raise _wrong(key, f"a whole number {limits}", value)
-    return int(value)
+_NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+
+Messages = Annotated[
+    tuple[dict[str, Any], ...],
+    PlainValidator(_read_messages, json_schema_input_type=list[dict[str, Any]]),
+]
+"""The turns of a conversation, their contents as text."""
+
+Prompts = Annotated[
+    tuple[str | TokenIds, ...],
+    PlainValidator(
+        _read_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
+    ),
+]
+"""Texts or token ids."""
+
+Stops = Annotated[
+    tuple[str, ...],
+    PlainValidator(_read_stops, json_schema_input_type=_NonEmpty | list[_NonEmpty]),
+]
+"""Texts that end an answer."""
 
 
-def _number(
-    body: Mapping[str, Any], key: str, least: float, largest: float, *, default: float
-) -> float:
-    value = body.get(key)
-    if value is None:
-        return default
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_number or not least <= value <= largest:
-        raise _wrong(key, f"a number from {least:g} to {largest:g}", value)
-    return float(value)
+class StreamOptions(BaseModel):
+    """What a stream holds beside its answers."""
+
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool | None = Field(None, description="End with the token counts.")
 
 
-def _wrong(param: str, wanted: str, given: object, where: str | None = None) -> ApiError:
-    """Say of a value what it must be; ``where`` is its place, if that is not the key itself."""
-    return _bad(param, f"{where or param} must be {wanted}, got {as_sent(given)}.")
+class SamplingBody(BaseModel):
+    """What all routes that write answers take. A null is a key that is left out."""
+
+    model_config = ConfigDict(strict=True)
+
+    temperature: float = Field(1.0, ge=0, le=2, description="0 takes the likeliest token.")
+    top_p: Annotated[float, BeforeValidator(_refuse_zero)] = Field(
+        1.0, ge=0, le=1, description="Probability mass sampled from; above 0."
+    )
+    seed: int | None = Field(
+        None, ge=-(2**63), le=2**63 - 1, description="One seed gives one answer."
+    )
+    stop: Stops = Field(
+        (), description=f"At most {_MOST_STOPS} texts that end an answer and are not in it."
+    )
+    n: int = Field(1, ge=1, le=_MOST_CHOICES, description="Answers to each prompt.")
+    stream: bool = Field(False, description="Send the answer as it is written.")
+    stream_options: StreamOptions | None = None
+    model: str | None = Field(None, description="The name of the model that is served.")
+
+    def sampling(self, max_tokens: int | None, logprobs: int | None) -> SamplingOptions:
+        """Return what the service takes; a seed is drawn where none was given."""
+        options = self.stream_options
+        return SamplingOptions(
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=secrets.randbits(62) if self.seed is None else self.seed,
+            stop=self.stop,
+            n=self.n,
+            logprobs=logprobs,
+            stream=self.stream,
+            include_usage=bool(options and options.include_usage),
+        )
+
+
+class ChatBody(SamplingBody):
+    """A body of ``/v1/chat/completions``, the dial taken out."""
+
+    logprobs: bool = Field(False, description="Tell each token's log-probability.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=_MOST_LOGPROBS, description="Likeliest tokens to tell at each token."
+    )
+    max_completion_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens at which an answer is cut off; all there is room for if not.",
+    )
+    max_tokens: int | None = Field(None, ge=1, description="The same, by its older name.")
+    messages: Messages = Field(description="Each has a role and a content.")
+
+
+class CompletionBody(SamplingBody):
+    """A body of ``/v1/completions``, the dial taken out."""
+
+    max_tokens: int = Field(16, ge=1, description="Tokens at which an answer is cut off.")
+    logprobs: int | None = Field(
+        None, ge=0, le=_MOST_LOGPROBS, description="Likeliest tokens to tell at each token."
+    )
+    prompt: Prompts = Field(description="Texts or token ids to be continued.")
+
+
+_Body = TypeVar("_Body", bound=BaseModel)
+
+
+def read_chat(body: Mapping[str, Any], choice: DialChoice | None = None) -> ChatRequest:
+    """Read a chat's body.
+
+    Args:
+        body: The request's, the dial taken out.
+        choice: Its dial; that of a model without one if not given.
+
+    Raises:
+        ApiError: If a value is missing, malformed or not served; names the key.
+    """
+    form = _read(ChatBody, body)
+    if form.top_logprobs is not None and not form.logprobs:
+        raise _bad("top_logprobs", 'top_logprobs needs "logprobs": true.')
+    logprobs = (form.top_logprobs or 0) if form.logprobs else None
+    limit = form.max_completion_tokens or form.max_tokens  # neither is 0
+    sampling = form.sampling(limit, logprobs)
+    return ChatRequest(form.model, form.messages, sampling, choice or DialChoice(None))
+
+
+def read_completion(body: Mapping[str, Any], choice: DialChoice | None = None) -> CompletionRequest:
+    """Read a completion's body.
+
+    Args:
+        body: The request's, the dial taken out.
+        choice: Its dial; that of a model without one if not given.
+
+    Raises:
+        ApiError: If a value is missing, malformed or not served; names the key.
+    """
+    form = _read(CompletionBody, body)
+    sampling = form.sampling(form.max_tokens, form.logprobs)
+    return CompletionRequest(form.model, form.prompt, sampling, choice or DialChoice(None))
+
+
+def body_schema(form: type[BaseModel]) -> dict[str, Any]:
+    """Return the JSON schema of a route's body, the keys of the dial first.
+
+    Args:
+        form: The rest of the body.
+    """
+    schema = form.model_json_schema()
+    parts = schema.pop("$defs", {})
+    schema["properties"] = DialFields.model_json_schema()["properties"] | schema["properties"]
+    inlined: dict[str, Any] = _inlined(schema, parts)
+    return inlined
+
+
+def _inlined(schema: Any, parts: Mapping[str, Any]) -> Any:
+    """Return a schema with its references replaced, as it has no place of its own in the whole."""
+    if isinstance(schema, list):
+        return [_inlined(one, parts) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(parts[schema["$ref"].rpartition("/")[2]], parts)
+    return {key: _inlined(value, parts) for key, value in schema.items()}
+
+
+def _read(form: type[_Body], body: Mapping[str, Any]) -> _Body:
+    """Validate a body by its form, in this server's own sentences."""
+    _refuse_unknown(body, list(form.model_fields))
+    given = {key: value for key, value in body.items() if value is not None}
+    required = [name for name, field in form.model_fields.items() if field.is_required()]
+    try:
+        return form.model_validate(dict.fromkeys(required) | given)
+    except ValidationError as error:
+        raise _refusal(form, error) from error
+
+
+def _refuse_unknown(body: Mapping[str, Any], known: Sequence[str]) -> None:
+    for key, value in body.items():
+        if key in known or key in _WITHOUT_EFFECT or value is None:
+            continue
+        if key not in _NEUTRAL:
+            hint = nearest(key[:80], known, otherwise="leave it out")
+            raise _bad(key[:80], f"{key[:80]!r} is not known to this server{hint}")
+        if value not in _NEUTRAL[key]:
+            served = " or ".join(map(as_sent, _NEUTRAL[key]))
+            raise _bad(
+                key, f"{key} is served at {served} alone, got {as_sent(value)}; leave it out."
+            )
+
+
+def _refusal(form: type[BaseModel], error: ValidationError) -> ApiError:
+    """Return what a client is told of the first value that its form does not take."""
+    first = error.errors(include_url=False)[0]
+    key = str(first["loc"][0])
+    if first["type"] == "value_error":  # a sentence of this module's own
+        return _bad(key, str(first["ctx"]["error"]))
+
+    words = {
+        "bool_type": "true or false",
+        "string_type": "a text",
+        "model_type": 'an object, such as {"include_usage": true}',
+    }
+    wanted = words.get(first["type"]) or _number_in_words(form, key)
+    where = ".".join(map(str, first["loc"]))
+    return _bad(key, f"{where} must be {wanted}, got {as_sent(first['input'])}.")
+
+
+def _number_in_words(form: type[BaseModel], key: str) -> str:
+    """Say what a field of numbers takes, from its own limits."""
+    field = form.model_fields[key]
+    limits: dict[str, Any] = {}
+    for constraint in field.metadata:
+        limits |= {
+            end: getattr(constraint, end) for end in ("ge", "le") if hasattr(constraint, end)
+        }
+    least, largest = limits["ge"], limits.get("le")
+    kinds = get_args(field.annotation) or (field.annotation,)
+    number = "a whole number" if int in kinds else "a number"
+    return f"{number} ≥ {least}" if largest is None else f"{number} from {least} to {largest}"
 
 
 def _bad(param: str, message: str) -> ApiError:
     return ApiError(400, message, param=param, code="invalid_value")
 
 
-# Answers in OpenAI's form, whole or as the chunks of a stream.
+# Answers, whole or as the chunks of a stream.
 
 
-@dataclass
-class Draft:
-    """A choice of an answer, as it grows.
-
-    Attributes:
-        index: Its number.
-        prompt_tokens: Tokens of its prompt.
-        opened: Whether its prompt leaves the thinking open.
-        text: Its text so far.
-        tokens: Its tokens so far.
-        ended: How it ended; None while it goes on.
-    """
-
-    index: int
-    prompt_tokens: int
-    opened: bool = False
-    text: str = ""
-    tokens: list[WrittenToken] = field(default_factory=list)
-    ended: Ended | None = None
-
-    def take(self, piece: Piece) -> None:
-        """Take a piece in."""
-        self.text += piece.text
-        self.tokens += piece.tokens
-        self.ended = piece.ended
-
-
-class AnswerForm(ABC):
-    """What chats and completions have in common: an id, a time, a model's name.
+class AnswerFormat(ABC):
+    """How the answers to one request are told: an id, a time, a model's name, its choices, its dial.
 
     Subclasses say how a choice is told, as a whole and piece by piece.
     """
@@ -314,9 +504,19 @@ class AnswerForm(ABC):
     whole = ""
     part = ""
 
-    def __init__(self, model: str, tokenizer: Any, tags: ThinkingTags) -> None:
+    def __init__(self, model: str, tokenizer: Any, tags: ThinkingTags, choice: DialChoice) -> None:
+        """Prepare for a request.
+
+        Args:
+            model: What requests call the model.
+            tokenizer: Its tokenizer.
+            tags: The tags around its thinking.
+            choice: The request's dial; its report is told as it stands when it is told.
+        """
         self.tags = tags
         self.tokenizer = tokenizer
+        self._choice = choice
+        self._is_begun = False
         self._head = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "object": self.part,
@@ -324,83 +524,108 @@ class AnswerForm(ABC):
             "model": model,
         }
 
-    def answer(self, choices: Sequence[Draft], logprobs: int | None) -> dict[str, Any]:
+    def answer(
+        self, drafts: Sequence[AnswerDraft], logprobs: int | None, usage: Usage
+    ) -> dict[str, Any]:
         """Return a whole answer.
 
         Args:
-            choices: All ended.
+            drafts: All ended.
             logprobs: As the request asked for them.
+            usage: Its tokens.
         """
-        told = [
-            {**self.tell(choice, logprobs), "index": choice.index, "finish_reason": _reason(choice)}
-            for choice in choices
+        choices = [
+            {**self.choice(draft, logprobs), "index": draft.index, "finish_reason": draft.finish}
+            for draft in drafts
         ]
-        usage = count_usage(choices, self.tokenizer, self.tags)
-        return {**self._head, "object": self.whole, "choices": told, "usage": usage}
+        answer = {**self._head, "object": self.whole, "choices": choices, "usage": as_json(usage)}
+        return self._with_dial(answer)
 
     def chunk(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        """Return a chunk of a stream."""
-        return {**self._head, "choices": list(choices), **more}
+        """Return a chunk of a stream; the first one and those that end something tell the dial."""
+        chunk = {**self._head, "choices": list(choices), **more}
+        ends = not choices or any(choice["finish_reason"] for choice in choices)
+        if self._is_begun and not ends:
+            return chunk
+        self._is_begun = True
+        return self._with_dial(chunk)
 
-    def begin(self, choice: Draft) -> list[dict[str, Any]]:
-        """Return the chunks, of one choice each, that stand before a choice's first piece."""
+    def opening(self, draft: AnswerDraft) -> list[dict[str, Any]]:
+        """Return the choices, a chunk each, that stand before an answer's first piece."""
         return []
 
     @abstractmethod
-    def tell(self, choice: Draft, logprobs: int | None) -> dict[str, Any]:
+    def choice(self, draft: AnswerDraft, logprobs: int | None) -> dict[str, Any]:
         """Return a choice of a whole answer, its index and its end left out."""
 
     @abstractmethod
-    def tell_piece(self, choice: Draft, piece: Piece, logprobs: int | None) -> list[dict[str, Any]]:
-        """Return what a piece, which the choice has taken in, adds to a stream."""
+    def choices_of(
+        self, draft: AnswerDraft, piece: AnswerPiece, logprobs: int | None
+    ) -> list[dict[str, Any]]:
+        """Return the choices, a chunk each, that tell a piece, which the draft has taken in."""
 
-    def _part(self, choice: Draft, piece: Piece, is_last: bool = True) -> dict[str, Any]:
-        reason = _reason(choice) if piece.ended and is_last else None
-        return {"index": choice.index, "finish_reason": reason}
+    def _with_dial(self, answer: dict[str, Any]) -> dict[str, Any]:
+        if self._choice.report:  # empty on a model without a dial
+            answer["dial"] = self._choice.report
+        return answer
 
     def _name(self, token: int) -> str:
         return str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
 
-class ChatForm(AnswerForm):
+class ChatFormat(AnswerFormat):
     """Answers of ``/v1/chat/completions``: the thinking apart, under both names it goes by."""
 
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, model: str, tokenizer: Any, tags: ThinkingTags) -> None:
-        super().__init__(model, tokenizer, tags)
+    def __init__(self, model: str, tokenizer: Any, tags: ThinkingTags, choice: DialChoice) -> None:
+        """Prepare for a request; the arguments are those of :class:`AnswerFormat`."""
+        super().__init__(model, tokenizer, tags, choice)
         self._splits: dict[int, StreamedSplit] = {}
 
-    def begin(self, choice: Draft) -> list[dict[str, Any]]:
-        """Name the role."""
-        self._splits[choice.index] = StreamedSplit(self.tags, opened=choice.opened)
+    def opening(self, draft: AnswerDraft) -> list[dict[str, Any]]:
+        """Return the choice that names the role."""
+        self._splits[draft.index] = StreamedSplit(self.tags, opened=draft.opened)
         delta = {"role": "assistant", "content": ""}
-        return [{"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}]
+        return [{"index": draft.index, "delta": delta, "logprobs": None, "finish_reason": None}]
 
-    def tell(self, choice: Draft, logprobs: int | None) -> dict[str, Any]:
+    def choice(self, draft: AnswerDraft, logprobs: int | None) -> dict[str, Any]:
         """Return the message."""
-        thinking, answer, _ = self.tags.split(choice.text, opened=choice.opened)
-        thought = thinking or None
-        message = {"role": "assistant", "content": answer, "reasoning": thought}
-        message |= {"reasoning_content": thought, "refusal": None}
-        return {"message": message, "logprobs": self._logprobs(choice.tokens, logprobs)}
+        thinking, answer, _ = self.tags.split(draft.text, opened=draft.opened)
+        message = {
+            "role": "assistant",
+            "content": answer,
+            "reasoning": thinking or None,
+            "reasoning_content": thinking or None,
+            "refusal": None,
+        }
+        return {"message": message, "logprobs": self._logprobs(draft.tokens, logprobs)}
 
-    def tell_piece(self, choice: Draft, piece: Piece, logprobs: int | None) -> list[dict[str, Any]]:
+    def choices_of(
+        self, draft: AnswerDraft, piece: AnswerPiece, logprobs: int | None
+    ) -> list[dict[str, Any]]:
         """Return a delta for thinking, one for the answer, or both."""
-        parts = self._splits[choice.index].put(piece.text, is_last=piece.ended is not None)
+        parts = self._splits[draft.index].put(piece.text, is_last=piece.ended is not None)
         deltas: list[dict[str, Any]] = [
             {"reasoning": text, "reasoning_content": text} if is_thinking else {"content": text}
             for text, is_thinking in parts
         ]
+        # An end and log-probabilities are told even where no text has come.
         if not deltas and (piece.ended or logprobs is not None):
             deltas = [{}]
-        told = [
-            {**self._part(choice, piece, place == len(deltas) - 1), "delta": delta}
-            for place, delta in enumerate(deltas)
-        ]
-        for place, one in enumerate(told):
-            one["logprobs"] = None if place else self._logprobs(piece.tokens, logprobs)
-        return told
+
+        choices = []
+        for place, delta in enumerate(deltas):
+            is_last = place == len(deltas) - 1
+            choices.append(
+                {
+                    "index": draft.index,
+                    "finish_reason": draft.finish if is_last else None,
+                    "delta": delta,
+                    "logprobs": None if place else self._logprobs(piece.tokens, logprobs),
+                }
+            )
+        return choices
 
     def _logprobs(self, tokens: Sequence[WrittenToken], wanted: int | None) -> Any:
         if wanted is None:
@@ -419,20 +644,28 @@ class ChatForm(AnswerForm):
         return {"token": name, "logprob": logprob, "bytes": list(name.encode())}
 
 
-class CompletionForm(AnswerForm):
+class CompletionFormat(AnswerFormat):
     """Answers of ``/v1/completions``: the text as it is, tags and all."""
 
     prefix, whole, part = "cmpl", "text_completion", "text_completion"
 
-    def tell(self, choice: Draft, logprobs: int | None) -> dict[str, Any]:
+    def choice(self, draft: AnswerDraft, logprobs: int | None) -> dict[str, Any]:
         """Return the text."""
-        return {"text": choice.text, "logprobs": self._logprobs(choice.tokens, logprobs, 0)}
+        return {"text": draft.text, "logprobs": self._logprobs(draft.tokens, logprobs, 0)}
 
-    def tell_piece(self, choice: Draft, piece: Piece, logprobs: int | None) -> list[dict[str, Any]]:
+    def choices_of(
+        self, draft: AnswerDraft, piece: AnswerPiece, logprobs: int | None
+    ) -> list[dict[str, Any]]:
         """Return the text that is new."""
-        offset = len(choice.text) - len(piece.text)
-        told = {"text": piece.text, "logprobs": self._logprobs(piece.tokens, logprobs, offset)}
-        return [{**self._part(choice, piece), **told}]
+        offset = len(draft.text) - len(piece.text)
+        return [
+            {
+                "index": draft.index,
+                "finish_reason": draft.finish,
+                "text": piece.text,
+                "logprobs": self._logprobs(piece.tokens, logprobs, offset),
+            }
+        ]
 
     def _logprobs(self, tokens: Sequence[WrittenToken], wanted: int | None, offset: int) -> Any:
         if wanted is None:
@@ -448,146 +681,24 @@ class CompletionForm(AnswerForm):
         }
 
 
-def count_usage(choices: Sequence[Draft], tokenizer: Any, tags: ThinkingTags) -> dict[str, Any]:
-    """Count tokens as the library does: without the one that ends an answer, with rejected ones.
-
-    Choices of one prompt count it once; those that go on do not count yet.
-    """
-    reader = ResponseText(tokenizer, tags)
-    prompt = written = thinking = rejected = 0
-    for choice, ended in ((choice, choice.ended) for choice in choices if choice.ended):
-        prompt += choice.prompt_tokens
-        rejected += ended.rejected_tokens
-        written += len(ended.token_ids) + ended.rejected_tokens
-        text = reader.read(ended.token_ids)
-        thinking += tags.count_tokens(text, tokenizer, opened=choice.opened)
+def as_json(usage: Usage) -> dict[str, Any]:
+    """Return token counts in OpenAI's form."""
     return {
-        "prompt_tokens": prompt,
-        "completion_tokens": written,
-        "total_tokens": prompt + written,
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "completion_tokens_details": {
-            "reasoning_tokens": thinking,
-            "rejected_prediction_tokens": rejected,
+            "reasoning_tokens": usage.reasoning_tokens,
+            "rejected_prediction_tokens": usage.rejected_tokens,
         },
     }
 
 
-def event(value: object) -> bytes:
-    """Return a server-sent event."""
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+def encode(value: object) -> bytes:
+    """Return a value as the JSON that is sent."""
+    return json.dumps(value, ensure_ascii=False).encode()
 
 
-def _reason(choice: Draft) -> str | None:
-    return choice.ended.finish if choice.ended else None
-
-
-# Bodies of requests: read up to a limit, taken for JSON, and put back changed.
-
-BODY_LIMIT = 4 << 20
-"""The longest body in bytes, where an operator names no other."""
-
-_DEEPEST = 64
-
-_SUCH_AS = 'such as {"messages": [{"role": "user", "content": "1+2?"}]}'
-
-_HEARD_OUT = 16
-"""Bodies of up to so many times the limit are read to their end before they are refused."""
-
-
-async def read_body(scope: Scope, receive: Any, limit: int) -> bytes | None:
-    """Return a request's body; None if the client has gone.
-
-    What is over the limit is read on and thrown away, up to a point: a client that is cut off in
-    the middle of its writing sees a broken connection instead of the reason.
-
-    Args:
-        scope: The request's.
-        receive: Likewise.
-        limit: The longest body in bytes.
-
-    Raises:
-        ApiError: If it is longer.
-    """
-    announced = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
-    heard_out = limit * _HEARD_OUT
-    is_refused = announced.isdigit() and int(announced) > heard_out
-    content, length = bytearray(), 0
-    while not is_refused:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        part = message.get("body", b"")
-        length += len(part)
-        if length <= limit:
-            content += part
-        is_refused = length > heard_out
-        if not message.get("more_body"):
-            break
-    if is_refused or length > limit:
-        raise ApiError(
-            413,
-            f"the body is longer than the {limit} bytes that this server takes; shorten it.",
-            code="body_too_large",
-            headers={"connection": "close"},
-        )
-    return bytes(content)
-
-
-def parse_body(content: bytes) -> dict[str, Any]:
-    """Return the JSON object that a body is.
-
-    Raises:
-        ApiError: If it is none, or nests too deep.
-    """
-    try:
-        body = json.loads(content)
-        json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    except (ValueError, RecursionError) as error:
-        raise ApiError(
-            400,
-            f"the body is no JSON ({str(error)[:200]}); send an object, {_SUCH_AS}.",
-            code="invalid_json",
-        ) from error
-    if not isinstance(body, dict):
-        raise ApiError(
-            400,
-            f"the body must be a JSON object, {_SUCH_AS}, got {as_sent(body)}.",
-            code="invalid_json",
-        )
-    if _is_deeper(body, _DEEPEST):
-        raise ApiError(
-            400,
-            f"the body nests values more than {_DEEPEST} deep; no request needs that.",
-            code="invalid_json",
-        )
-    return body
-
-
-def _is_deeper(value: Any, most: int) -> bool:
-    """Whether a value nests deeper: what reads, compares and prints values does so recursively."""
-    level = [value]
-    for _ in range(most + 1):
-        inner = [one.values() if isinstance(one, dict) else one for one in level]
-        level = [part for parts in inner for part in parts if isinstance(part, dict | list)]
-        if not level:
-            return False
-    return True
-
-
-def with_body(scope: Scope, content: bytes | dict[str, Any], receive: Any) -> tuple[Scope, Any]:
-    """Return a scope and a ``receive`` as if the request's body, which was read, were this one."""
-    if isinstance(content, dict):
-        content = json.dumps(content).encode()
-    parts = [{"type": "http.request", "body": content, "more_body": False}]
-
-    async def replayed() -> Any:
-        return parts.pop() if parts else await receive()
-
-    return {**scope, "headers": with_length(scope["headers"], len(content))}, replayed
-
-
-def with_length(headers: Any, length: int) -> list[tuple[bytes, bytes]]:
-    """Return headers that announce a body's length."""
-    dropped = (b"content-length", b"transfer-encoding")
-    kept = [(name, value) for name, value in headers if name.lower() not in dropped]
-    return [*kept, (b"content-length", str(length).encode())]
+def encode_event(value: object) -> bytes:
+    """Return a value as a server-sent event."""
+    return b"data: " + encode(value) + b"\n\n"

@@ -1,6 +1,7 @@
 """Training: TrRa (equation 6), layer adapters, and baking a dial's setting into a plain model.
 
-The names below load on first use; the modules that need no torch can be imported without it.
+`flexalign.realign`, `adapt` and `bake` take a recipe from start to finish. The names below load on
+first use; the modules that need no torch can be imported without it.
 """
 
 from typing import TYPE_CHECKING
@@ -8,23 +9,37 @@ from typing import TYPE_CHECKING
 from flexalign._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from flexalign.training.adapter import Adaptation, Baking, adapt
-    from flexalign.training.adapter_recipes import AdaptRecipe, BakeRecipe
-    from flexalign.training.adapter_run import Outcome
+    from flexalign.training.adapter import Adaptation, Baking, adapt, bake
+    from flexalign.training.cache import fill_cache
     from flexalign.training.config import TrRaConfig
+    from flexalign.training.events import Events, StepObserver
     from flexalign.training.hidden_cache import HiddenStateCache
+    from flexalign.training.plan import TrainingPlan
+    from flexalign.training.realignment import Realignment, realign
+    from flexalign.training.recipes import AdaptRecipe, BakeRecipe, RealignRecipe, WatchSettings
+    from flexalign.training.run import Outcome, Stopped
     from flexalign.training.trainer import TrRaTrainer
 
 _HOMES = {
-    "AdaptRecipe": "flexalign.training.adapter_recipes",
+    "AdaptRecipe": "flexalign.training.recipes",
     "Adaptation": "flexalign.training.adapter",
-    "BakeRecipe": "flexalign.training.adapter_recipes",
+    "BakeRecipe": "flexalign.training.recipes",
     "Baking": "flexalign.training.adapter",
+    "Events": "flexalign.training.events",
     "HiddenStateCache": "flexalign.training.hidden_cache",
-    "Outcome": "flexalign.training.adapter_run",
+    "Outcome": "flexalign.training.run",
+    "TrainingPlan": "flexalign.training.plan",
+    "RealignRecipe": "flexalign.training.recipes",
+    "Realignment": "flexalign.training.realignment",
+    "StepObserver": "flexalign.training.events",
+    "Stopped": "flexalign.training.run",
     "TrRaConfig": "flexalign.training.config",
     "TrRaTrainer": "flexalign.training.trainer",
+    "WatchSettings": "flexalign.training.recipes",
     "adapt": "flexalign.training.adapter",
+    "bake": "flexalign.training.adapter",
+    "fill_cache": "flexalign.training.cache",
+    "realign": "flexalign.training.realignment",
 }
 
 __all__ = [
@@ -32,11 +47,21 @@ __all__ = [
     "Adaptation",
     "BakeRecipe",
     "Baking",
+    "Events",
     "HiddenStateCache",
     "Outcome",
+    "RealignRecipe",
+    "Realignment",
+    "StepObserver",
+    "Stopped",
     "TrRaConfig",
     "TrRaTrainer",
+    "TrainingPlan",
+    "WatchSettings",
     "adapt",
+    "bake",
+    "fill_cache",
+    "realign",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES, __all__)

@@ -1,32 +1,55 @@
-"""Training a layer adapter by SFT, DPO or TrRa; the base stays as it is, and is held once."""
+"""Training a layer adapter by SFT, DPO or TrRa, and baking one setting of its dial.
 
-from collections.abc import Iterator, Sequence
+The base stays as it is, and is held once. `adapt` and `bake`, at the end, tell both from top to
+bottom: read the recipe, read what it names, make the run, train it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import DPOTrainer, SFTTrainer
 
-from flexalign.data import ThinkingTags, strip_thinking
-from flexalign.errors import ConfigError
-from flexalign.inra.adapter import AdapterHook
-from flexalign.inra.configuration import load_weights
+from flexalign.data import (
+    Lengths,
+    ThinkingTags,
+    load_preferences,
+    measure_lengths,
+    strip_thinking,
+)
+from flexalign.errors import ConfigError, UnsupportedModelError, as_input_errors
+from flexalign.inra.adapter import AdapterHook, decoder_layers
+from flexalign.inra.configuration import (
+    WEIGHTS_FILE,
+    InRaConfig,
+    check_folder,
+    load_weights,
+    require_base,
+)
 from flexalign.inra.modeling import InRaModel
+from flexalign.lambdas import require_forward, require_range
 from flexalign.models.adapters import inner_model
-from flexalign.models.loading import fingerprint, load_model, load_tokenizer
+from flexalign.models.compatibility import ModelFacts, examine, examine_pair
+from flexalign.models.loading import fingerprint, load_model, skeleton
 from flexalign.models.pair import ModelPair
-from flexalign.training.adapter_recipes import AdaptRecipe, BakeRecipe
-from flexalign.training.adapter_run import Outcome, Run
-from flexalign.training.callbacks import StopOnSignal
+from flexalign.models.sources import resolve_adapter
+from flexalign.models.weights import fingerprint_file
 from flexalign.training.checkpoints import SealedCheckpoints
+from flexalign.training.events import Events
 from flexalign.training.forward import HeadForm
+from flexalign.training.inputs import read_traces
+from flexalign.training.memory import Sizes
 from flexalign.training.models import Parts, Teacher, running_dtype
+from flexalign.training.plan import TrainingPlan, plan_memory, plan_steps, sample_rows
+from flexalign.training.recipes import AdaptRecipe, BakeRecipe, Recipe
+from flexalign.training.run import Outcome, Round, RunOptions, TrainingRun
 from flexalign.training.trainer import TrRaTrainer
 
 # The adapter stream as a model to train: the base itself, with the adapter in front of layer 0.
@@ -53,11 +76,13 @@ def as_student(model: InRaModel) -> Iterator[Any]:
     forward = base.__dict__.get("forward")
     config = base.config.get_text_config(decoder=True)
     use_cache = getattr(config, "use_cache", True)
+
     model.adapter.float()
     base.add_module(_NAME, model.adapter)
     base.save_pretrained = model.save_pretrained
     config.use_cache = False  # a cache of the base has no room for the adapter
     model.adapter_hook.always_on = True
+
     try:
         yield base
     finally:
@@ -150,25 +175,38 @@ class AdapterDPOTrainer(_AdapterTraining, SealedCheckpoints, DPOTrainer):  # typ
         return chosen, rejected
 
 
-class Adaptation(Run):
-    """The training of one adapter; see :class:`~flexalign.training.adapter_run.Run`.
+# The two runs.
+
+
+class _AdapterRun(TrainingRun):
+    """A run around a layer adapter; see `TrainingRun`."""
+
+    task: str
+
+    def _describe_models(self, prints: list[str | None]) -> dict[str, Any]:
+        return {"task": self.task, "models": prints}
+
+
+class Adaptation(_AdapterRun):
+    """The training of one adapter; see `TrainingRun`.
 
     Attributes:
         base: A loaded base in the place of the recipe's, which then only names it.
     """
 
+    task = "Adaptation"
     recipe: AdaptRecipe
     base: PreTrainedModel | None = None
 
     @contextmanager
-    def _trainer(self, callbacks: list[TrainerCallback]) -> Iterator[Any]:
+    def _trainer(self, callbacks: list[TrainerCallback], round_: Round) -> Iterator[Any]:
         inra = self._load()
         tags = ThinkingTags.of(self.tokenizer)
         inra.inra_config = replace(
             inra.inra_config, thinking_tags=(tags.open, tags.close), calibration=None
         )
         options: dict[str, Any] = {
-            "args": self.arguments,
+            "args": self.recipe.training_arguments(),
             "train_dataset": self.data,
             "processing_class": self.tokenizer,
             "callbacks": callbacks,
@@ -186,7 +224,7 @@ class Adaptation(Run):
         recipe = self.recipe
         base: Any = recipe.base if self.base is None else self.base
         loading: dict[str, Any] = (
-            {"dtype": running_dtype(self.arguments)} if self.base is None else {}
+            {"dtype": running_dtype(self.recipe.arguments)} if self.base is None else {}
         )
         if recipe.adapter is not None:
             return InRaModel.from_pretrained(base, recipe.adapter, **loading)
@@ -196,7 +234,7 @@ class Adaptation(Run):
 
     def _parts(self, inra: InRaModel) -> Parts:
         """Return the student and its teachers: the base stream, and one model more."""
-        aligned = load_model(str(self.recipe.aligned), dtype=running_dtype(self.arguments))
+        aligned = load_model(str(self.recipe.aligned), dtype=running_dtype(self.recipe.arguments))
         aligned.eval().requires_grad_(False)
         pair = ModelPair.of(inra.base, aligned, self.tokenizer)
         form = HeadForm.of(inra.base, pair.vocab_size)
@@ -216,77 +254,30 @@ class Adaptation(Run):
         )
 
 
-def adapt(
-    base: str | Path | PreTrainedModel,
-    data: Dataset,
-    output: str | Path,
-    *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    callbacks: Sequence[TrainerCallback] = (),
-    **settings: Any,
-) -> Outcome:
-    """Train an adapter for a base model and save it; a run that was stopped goes on.
-
-    Example::
-
-        adapt("miniature", answers, "out/fast", strip_thinking=True, training={"max_steps": 200})
-        model = InRaModel.from_pretrained("miniature", "out/fast")
-
-    Args:
-        base: A known name, a folder, or a loaded model, which is afterwards as it was.
-        data: Prompts with responses (`prompt` and `completion`), or with `chosen` and `rejected`.
-        output: The adapter's folder.
-        tokenizer: The base's; needed with a loaded model.
-        callbacks: As transformers' ``Trainer`` takes them.
-        **settings: The other fields of `AdaptRecipe`: `method`, `strip_thinking`, `training`, ….
-
-    Raises:
-        ConfigError: If a setting is unknown or out of its range, or `output` holds another run.
-        DataError: If nothing is left of the data without its thinking.
-        UnsupportedModelError: If the base cannot have an adapter.
-    """
-    loaded = base if isinstance(base, PreTrainedModel) else None
-    name = str(base) if loaded is None else str(loaded.config._name_or_path or type(base).__name__)
-    settings = {("lambda" if key == "lam" else key): value for key, value in settings.items()}
-    recipe = AdaptRecipe.parse(
-        {"base": name, "data": "(given in memory)", "output": str(output), **settings}
-    )
-    if tokenizer is None:
-        if loaded is not None:
-            raise ConfigError("the base is a loaded model; give its tokenizer too.")
-        tokenizer = load_tokenizer(name)
-    if recipe.strip_thinking:
-        data = strip_thinking(data, ThinkingTags.of(tokenizer))
-    models = [fingerprint(name if loaded is None else loaded)]
-    models += [fingerprint(recipe.aligned)] if recipe.aligned else []
-    run = Adaptation(recipe, data, tokenizer, models=models, command="flexalign.training.adapt")
-    run.base = loaded
-    return run.run(callbacks, StopOnSignal())
-
-
-# Baking: a plain model that behaves as the dial at one λ, by TrRa from the two streams.
-
 _SPLIT_SEED = 0
 
 
-class Baking(Run):
-    """The baking of one setting; see :class:`~flexalign.training.adapter_run.Run`.
+class Baking(_AdapterRun):
+    """The baking of one setting: a plain model that behaves as the dial at one λ, by TrRa; see `TrainingRun`.
 
     The student starts at the base. Its teachers are the two streams of one InRa model, so base
     and student are in memory and nothing else.
     """
 
+    task = "Baking"
     recipe: BakeRecipe
+    measures_after = True
 
     @contextmanager
-    def _trainer(self, callbacks: list[TrainerCallback]) -> Iterator[Any]:
+    def _trainer(self, callbacks: list[TrainerCallback], round_: Round) -> Iterator[Any]:
         recipe = self.recipe
-        dtype = running_dtype(self.arguments)
+        dtype = running_dtype(recipe.arguments)
         inra = InRaModel.from_pretrained(recipe.base, recipe.adapter, dtype=dtype)
         inra.requires_grad_(False)
         student = load_model(recipe.base, dtype=torch.float32).requires_grad_(True)
         form = HeadForm.of(inra.base, inra.head.vocab_size)
         off = partial(adapter_off, inra.adapter_hook)
+
         split = self.data.train_test_split(test_size=recipe.held_out, seed=_SPLIT_SEED)
         with as_student(inra) as dial:
             parts = Parts(
@@ -298,18 +289,375 @@ class Baking(Run):
             )
             yield TrRaTrainer(
                 parts=parts,
-                args=self.arguments,
+                args=recipe.training_arguments(),
                 train_dataset=split["train"],
                 eval_dataset=split["test"],
                 processing_class=self.tokenizer,
                 callbacks=callbacks,
             )
 
-    def _measure(self, trainer: Any) -> dict[str, float]:
+    def _measure(self, checkpoint: Path, trainer: Any) -> dict[str, float]:
         """Measure the divergence to the dial on rows that were not trained on, nats per token."""
         before = [row for row in trainer.state.log_history if "eval_divergence" in row]
         after = trainer.evaluate()
-        return super()._measure(trainer) | {
+        return super()._measure(checkpoint, trainer) | {
             "held_out_divergence": float(after["eval_loss"]),
             "held_out_divergence_of_base": float(before[0]["eval_divergence"]),
         }
+
+
+# What the recipes name, read and checked before any weight is loaded.
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a run around an adapter stands on.
+
+    Attributes:
+        config: The base's configuration.
+        tokenizer: Its tokenizer.
+        prints: Fingerprints of all models and adapters that take part.
+        sizes: Parameters of the base, and of what is trained.
+        others: Parameters held beside these.
+    """
+
+    config: Any
+    tokenizer: PreTrainedTokenizerBase
+    prints: list[str | None]
+    sizes: Sizes
+    others: int = 0
+
+
+def _read_adaptation(recipe: AdaptRecipe) -> Base:
+    """Read what an adapter's training stands on.
+
+    Raises:
+        ConfigError: If an adapter's folder is damaged or was made for another base.
+        UnsupportedModelError: If the base cannot have an adapter.
+        PairMismatchError: If the aligned model does not fit the base.
+    """
+    with as_input_errors():
+        base = _examine_base(recipe.base)
+        layers = recipe.adapter_layers
+        if recipe.adapter is not None:
+            layers = _adapter_settings(recipe.base, recipe.adapter, base).adapter_layers
+        total, layer = _count(base.config, base.name)
+        others, prints = 0, [base.fingerprint]
+        if recipe.adapter is not None:
+            prints.append(_fingerprint_adapter(recipe.adapter))
+        if recipe.aligned is not None:
+            facts = examine_pair(recipe.base, recipe.aligned)
+            facts.require_fit()
+            others = _count(facts.aligned.config, facts.aligned.name)[0]
+            prints.append(facts.aligned.fingerprint)
+    return Base(base.config, base.tokenizer, prints, Sizes(total, layers * layer), others)
+
+
+def _take_loaded(
+    recipe: AdaptRecipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> Base:
+    """Describe a base that is loaded; its tokenizer must be given too."""
+    if tokenizer is None:
+        raise ConfigError("the base is a loaded model; give its tokenizer too.")
+    prints: list[str | None] = [fingerprint(model)]
+    prints += [fingerprint(recipe.aligned)] if recipe.aligned else []
+    total, layer = _count(model.config, recipe.base)
+    sizes = Sizes(total, recipe.adapter_layers * layer)
+    return Base(model.config, tokenizer, prints, sizes)
+
+
+def _read_baking(recipe: BakeRecipe, lambda_range: tuple[float, float] | None) -> Base:
+    """Read what a baking stands on.
+
+    Raises:
+        LambdaError: If λ lies outside the range, by default the adapter's own.
+        ConfigError: As in `_read_adaptation`.
+    """
+    with as_input_errors():
+        base = _examine_base(recipe.base)
+        settings = _adapter_settings(recipe.base, recipe.adapter, base)
+        permitted = lambda_range or settings.lambda_range
+        asked = [(f"λ={recipe.lam:g}", recipe.schedule)]
+        require_range(permitted, asked, f"the adapter {recipe.adapter}")
+        total, layer = _count(base.config, base.name)
+        prints = [base.fingerprint, _fingerprint_adapter(recipe.adapter)]
+    sizes, others = Sizes(total, total), settings.adapter_layers * layer
+    return Base(base.config, base.tokenizer, prints, sizes, others)
+
+
+def _read_rows(
+    recipe: AdaptRecipe, tokenizer: Any, data: Dataset | None, *, skip_bad_rows: bool
+) -> tuple[Dataset, Dataset]:
+    """Return an adapter's data as it is trained on, and as prompts and completions."""
+    if recipe.method == "dpo":
+        pairs = load_preferences(recipe.data, skip_bad_rows=skip_bad_rows) if data is None else data
+        sides = [
+            pairs.select_columns(["prompt", side]).rename_column(side, "completion")
+            for side in ("chosen", "rejected")
+        ]
+        return pairs, concatenate_datasets(sides)
+    traces = read_traces(recipe.data, skip_bad_rows=skip_bad_rows) if data is None else data
+    if recipe.strip_thinking:
+        traces = strip_thinking(traces, ThinkingTags.of(tokenizer))
+    return traces, traces
+
+
+def _examine_base(name: str) -> ModelFacts:
+    facts = examine(name)
+    if facts.kind == "adapter":
+        raise UnsupportedModelError(
+            f"the base {name} is a PEFT adapter, which would be in both streams; merge it into its "
+            "base first (merge_and_unload) and give the merged model."
+        )
+    return facts
+
+
+def _adapter_settings(name: str, adapter: str, base: ModelFacts) -> InRaConfig:
+    """Read an adapter's settings, and check that it is whole and made for the base."""
+    folder = resolve_adapter(adapter)
+    settings = check_folder(folder)
+    if base.kind != "gguf" and base.fingerprint is not None:
+        require_base(settings, base.fingerprint, name, folder)
+    return settings
+
+
+def _count(config: Any, name: str) -> tuple[int, int]:
+    """Count a model's parameters, and those of its first layer, without storage.
+
+    Raises:
+        UnsupportedModelError: If it has no stack of decoder layers.
+    """
+    model = skeleton(config)
+    layer = decoder_layers(model, name)[0]
+    total, first = (sum(item.numel() for item in part.parameters()) for part in (model, layer))
+    return total, first
+
+
+def _fingerprint_adapter(adapter: str) -> str:
+    return fingerprint_file(resolve_adapter(adapter) / WEIGHTS_FILE)
+
+
+def _plan(run: TrainingRun, base: Base, rows: Dataset, lengths: Lengths) -> TrainingPlan:
+    """Work out what a run would take."""
+    recipe: Recipe = run.recipe
+    arguments = recipe.arguments
+    steps, longest = plan_steps(arguments, lengths)
+    facts = {
+        **{key: value for key, value in recipe.to_tree().items() if key != "training"},
+        "data": {"path": recipe.data, **lengths.to_json()},
+        **steps,
+        **plan_memory(
+            arguments, base.config, base.sizes, tokens=longest, aligned_parameters=base.others
+        ),
+        "output_state": run.state,
+    }
+    return TrainingPlan(facts, sample_rows(rows, run.tokenizer, arguments.max_length))
+
+
+# From a recipe to its outcome.
+
+
+class AdaptOptions(RunOptions, total=False):
+    """What `adapt` takes beside a recipe; see there."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    extrapolate: bool
+
+
+@overload
+def adapt(
+    recipe: str | Path | Mapping[str, Any] | AdaptRecipe,
+    data: Dataset | None = None,
+    *,
+    dry_run: Literal[True],
+    **options: Unpack[AdaptOptions],
+) -> TrainingPlan: ...
+
+
+@overload
+def adapt(
+    recipe: str | Path | Mapping[str, Any] | AdaptRecipe | PreTrainedModel,
+    data: Dataset | None = None,
+    output: str | Path | None = None,
+    **options: Any,
+) -> Outcome: ...
+
+
+def adapt(
+    recipe: str | Path | Mapping[str, Any] | AdaptRecipe | PreTrainedModel,
+    data: Dataset | None = None,
+    output: str | Path | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dry_run: bool = False,
+    extrapolate: bool = False,
+    skip_bad_rows: bool = False,
+    events: Events | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    command: str = "flexalign.adapt",
+    **settings: Any,
+) -> Outcome | TrainingPlan:
+    """Train a layer adapter in front of a base that stays as it is, and save it.
+
+    A run that was stopped goes on, and one that is finished is not run again. Ctrl-C and SIGTERM
+    end it after a checkpoint.
+
+    Example::
+
+        adapt("adapt.yaml")
+        adapt({"base": "miniature", "data": "traces.jsonl", "output": "out/fast"})
+        adapt("miniature", answers, "out/fast", strip_thinking=True, training={"max_steps": 200})
+        model = InRaModel.from_pretrained("miniature", "out/fast")
+
+    Args:
+        recipe: A YAML file's path, a mapping with the keys of such a file, or an `AdaptRecipe`.
+            With an `output`: the base instead, a known name, a folder, or a loaded model, which is
+            afterwards as it was.
+        data: Rows in memory, instead of those that the recipe names: prompts with responses
+            (`prompt` and `completion`), or with `chosen` and `rejected`.
+        output: The adapter's folder, where there is no recipe.
+        tokenizer: The base's; needed with a loaded model.
+        dry_run: Load no weights and write nothing; return what the run would take.
+        extrapolate: Allow λ < 0.
+        skip_bad_rows: Leave out rows that cannot be used.
+        events: Is told what happens.
+        callbacks: As transformers' ``Trainer`` takes them.
+        command: What the adapter's card calls this call.
+        **settings: Without a recipe, its other keys by Python name: `method`, `training`, ….
+
+    Returns:
+        What came of it; of a dry run, the plan.
+
+    Raises:
+        ConfigError: If a setting is unknown or out of its range, or the output folder holds
+            another run.
+        LambdaError: If λ is not a finite number or a schedule, or is below 0 without `extrapolate`.
+        DataError: If a row cannot be used, or nothing is left of the data without its thinking.
+        UnsupportedModelError: If the base cannot have an adapter.
+        Stopped: If a signal ended it early.
+    """
+    loaded = recipe if isinstance(recipe, PreTrainedModel) else None
+    if output is not None or loaded is not None:
+        plan = _recipe_of(recipe, data, output, settings)
+    elif settings:
+        raise ConfigError(
+            f"adapt takes a recipe, or a base with data and an output; {next(iter(settings))} "
+            "belongs into the recipe."
+        )
+    else:
+        plan = AdaptRecipe.of(recipe)
+        if plan.schedule is not None and not extrapolate:
+            require_forward([(f"λ = {plan.lam}", plan.schedule)], "allow it with --extrapolate")
+
+    base = _read_adaptation(plan) if loaded is None else _take_loaded(plan, loaded, tokenizer)
+    tokenizer = tokenizer or base.tokenizer
+    trained, rows = _read_rows(plan, tokenizer, data, skip_bad_rows=skip_bad_rows)
+    lengths = measure_lengths(rows, tokenizer, plan.arguments.max_length)
+
+    run = Adaptation(plan, trained, tokenizer, models=base.prints, command=command, events=events)
+    run.base = loaded
+    if dry_run:
+        return _plan(run, base, rows, lengths)
+    return replace(run.run(callbacks), trained_parameters=base.sizes.trainable)
+
+
+def _recipe_of(
+    base: Any, data: Dataset | None, output: str | Path | None, settings: Mapping[str, Any]
+) -> AdaptRecipe:
+    """Make the recipe of a call that gives base, data and output themselves."""
+    if data is None or output is None:
+        raise ConfigError("adapt: with a base instead of a recipe, give data and output too.")
+    name = base
+    if isinstance(base, PreTrainedModel):
+        name = base.config._name_or_path or type(base).__name__
+    keys = {("lambda" if key == "lam" else key): value for key, value in settings.items()}
+    return AdaptRecipe.parse(
+        {"base": str(name), "data": "(given in memory)", "output": str(output), **keys}
+    )
+
+
+class BakeOptions(RunOptions, total=False):
+    """What `bake` takes beside a recipe; see there."""
+
+    data: Dataset | None
+    lambda_range: tuple[float, float] | None
+
+
+@overload
+def bake(
+    recipe: str | Path | Mapping[str, Any] | BakeRecipe,
+    *,
+    dry_run: Literal[False] = False,
+    **options: Unpack[BakeOptions],
+) -> Outcome: ...
+
+
+@overload
+def bake(
+    recipe: str | Path | Mapping[str, Any] | BakeRecipe,
+    *,
+    dry_run: Literal[True],
+    **options: Unpack[BakeOptions],
+) -> TrainingPlan: ...
+
+
+@overload
+def bake(
+    recipe: str | Path | Mapping[str, Any] | BakeRecipe,
+    *,
+    dry_run: bool,
+    **options: Unpack[BakeOptions],
+) -> Outcome | TrainingPlan: ...
+
+
+def bake(
+    recipe: str | Path | Mapping[str, Any] | BakeRecipe,
+    *,
+    dry_run: bool = False,
+    data: Dataset | None = None,
+    lambda_range: tuple[float, float] | None = None,
+    skip_bad_rows: bool = False,
+    events: Events | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    command: str = "flexalign.bake",
+) -> Outcome | TrainingPlan:
+    """Make a plain model that behaves as a dial at one λ: one stream, at the plain model's cost.
+
+    The student starts at the base and learns the mixture of the dial's two streams (TrRa). How far
+    it is from the dial is measured on rows held out. Runs go on as those of `adapt` do.
+
+    Example::
+
+        outcome = bake({"base": "miniature", "adapter": "out/fast", "lambda": 0.5,
+                        "data": "traces.jsonl", "output": "out/baked"})
+        outcome.measures["held_out_divergence"]
+
+    Args:
+        recipe: A YAML file's path, a mapping with the keys of such a file, or a `BakeRecipe`.
+        dry_run: Load no weights and write nothing; return what the run would take.
+        data: Rows in memory, instead of those that the recipe names.
+        lambda_range: Where λ may lie; by default the adapter's own range.
+        skip_bad_rows: Leave out rows that cannot be used.
+        events: Is told what happens.
+        callbacks: As transformers' ``Trainer`` takes them.
+        command: What the model card calls this call.
+
+    Returns:
+        What came of it, with the divergences in `measures`; of a dry run, the plan.
+
+    Raises:
+        ConfigError: If a setting is unknown or out of its range, nothing is left to hold out, or
+            the output folder holds another run.
+        LambdaError: If λ is not a finite number, or lies outside the range.
+        DataError: If a row cannot be used.
+        Stopped: If a signal ended it early.
+    """
+    plan = BakeRecipe.of(recipe)
+    base = _read_baking(plan, lambda_range)
+    rows = read_traces(plan.data, skip_bad_rows=skip_bad_rows) if data is None else data
+    if len(rows) < 2:
+        raise ConfigError(f"{plan.data} has one row; held_out needs at least one more.")
+    lengths = measure_lengths(rows, base.tokenizer, plan.arguments.max_length)
+
+    run = Baking(plan, rows, base.tokenizer, models=base.prints, command=command, events=events)
+    return _plan(run, base, rows, lengths) if dry_run else run.run(callbacks)

@@ -5,22 +5,30 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from flexalign._storage import write_text
+from flexalign.evaluation.grading import grade
+from flexalign.generation.responses import generate_responses
+from flexalign.statistics import clustered_interval
 from flexalign.training.checkpoints import writing
+from flexalign.training.events import StepObserver
+from flexalign.training.recipes import WatchSettings
+
+# The student's own answers to a few prompts: the curve of a run.
 
 CURVE = "curve.jsonl"
 """What the watcher measured: one row per measurement, in the run's folder."""
 
 
-class Answer(Protocol):
+class StudentAnswer(Protocol):
     """One answer of the student."""
 
     @property
@@ -36,8 +44,8 @@ class Answer(Protocol):
         """Whether the limit on tokens cut it off."""
 
 
-Respond = Callable[[Any, Sequence[Any]], Sequence[Answer]]
-Judge = Callable[[Answer, str], bool]
+Respond = Callable[[Any, Sequence[Any]], Sequence[StudentAnswer]]
+Judge = Callable[[StudentAnswer, str], bool]
 Bracket = Callable[[Sequence[float], bool], tuple[float, float, float]]
 
 
@@ -104,7 +112,7 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
             file.write(_as_line(row))
         self._report(row)
 
-    def _figures(self, answers: Sequence[Answer]) -> dict[str, Any]:
+    def _figures(self, answers: Sequence[StudentAnswer]) -> dict[str, Any]:
         low, tokens, high = self._bracket([float(answer.tokens) for answer in answers], False)
         figures: dict[str, Any] = {
             "prompts": len(answers),
@@ -121,6 +129,91 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
             low, accuracy, high = self._bracket(graded, True)
             figures |= {"graded": len(graded), "accuracy": accuracy, "accuracy_ci": [low, high]}
         return figures
+
+
+def make_watcher(
+    watch: WatchSettings,
+    prompts: Sequence[Any],
+    answers: Sequence[str | None],
+    tokenizer: PreTrainedTokenizerBase,
+    report: Callable[[dict[str, Any]], None],
+) -> Watcher:
+    """Join generator, grader and interval into the callback that measures the student.
+
+    Args:
+        watch: What the recipe says.
+        prompts: Text or lists of messages.
+        answers: One per prompt, None where it is not known.
+        tokenizer: The student's.
+        report: Is given each row.
+    """
+
+    def respond(model: Any, prompts: Sequence[Any]) -> Sequence[StudentAnswer]:
+        return generate_responses(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=watch.max_new_tokens,
+            temperature=watch.temperature,
+            batch_size=watch.batch_size,
+            use_cache=True,
+        )
+
+    def judge(answer: StudentAnswer, known: str) -> bool:
+        return grade(answer.text, known, truncated=answer.truncated).correct
+
+    def bracket(values: Sequence[float], share: bool) -> tuple[float, float, float]:
+        return clustered_interval(values, range(len(values)), share=share)
+
+    return Watcher(
+        prompts,
+        answers,
+        every_steps=watch.every_steps,
+        respond=respond,
+        judge=judge,
+        bracket=bracket,
+        report=report,
+    )
+
+
+class StepRelay(TrainerCallback):  # type: ignore[misc]
+    """Hands a trainer's steps to an observer."""
+
+    def __init__(self, observer: StepObserver) -> None:
+        self._observer = observer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Hand it on."""
+        self._observer.on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Hand it on."""
+        self._observer.on_step_end(args, state, control, **kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Hand it on."""
+        self._observer.on_log(args, state, control, **kwargs)
+
+
+class StepClock(TrainerCallback):  # type: ignore[misc]
+    """Measures the seconds of a run's optimizer steps."""
+
+    def __init__(self) -> None:
+        self.steps, self.seconds = 0, 0.0
+        self._began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start."""
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop."""
+        self.steps, self.seconds = self.steps + 1, self.seconds + time.perf_counter() - self._began
+
+    @property
+    def mean(self) -> float | None:
+        """Seconds per step; None if no step was taken, as in a run that was done already."""
+        return self.seconds / self.steps if self.steps else None
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]

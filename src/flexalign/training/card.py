@@ -1,13 +1,14 @@
-"""The model card: what the model is, what it was made from and with, and how to make it again."""
+"""The card of a trained model or adapter: what it is, what it was made from, and how to use it."""
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import yaml
 
-from flexalign.training.recipes import Recipe
+from flexalign.training.recipes import AdaptRecipe, BakeRecipe, RealignRecipe, Recipe
 
 _PACKAGES = ("flexalign", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
@@ -28,67 +29,185 @@ def model_card(
     *,
     command: str,
     facts: Mapping[str, Any],
-    curve: Sequence[Mapping[str, Any]],
-    round_number: int,
-    effective: float,
+    curve: Sequence[Mapping[str, Any]] = (),
+    round_number: int = 1,
+    effective: float | None = None,
 ) -> str:
-    """Write the card of a realigned model, in Markdown with the Hub's YAML header.
+    """Write the card, in Markdown with the Hub's YAML header.
 
     Args:
         recipe: What was run.
         command: The command line, as one line.
-        facts: ``pair``, ``data``, ``steps``, ``tokens_seen``: more about the run.
+        facts: More about the run: ``steps`` and ``data``; of a realignment ``pair`` and
+            ``tokens_seen``; of the others ``models`` (fingerprints) and ``measures``.
         curve: Rows of ``curve.jsonl``.
-        round_number: Which round of the recipe this model is.
+        round_number: Which round of a realignment this model is.
         effective: The λ that the rounds so far amount to.
     """
+    if isinstance(recipe, RealignRecipe):
+        content = _realigned(recipe, facts, round_number, effective)
+    elif isinstance(recipe, AdaptRecipe):
+        content = _adapter(recipe, facts)
+    elif isinstance(recipe, BakeRecipe):
+        content = _baked(recipe, facts)
+    else:
+        raise TypeError(f"there is no card of a {type(recipe).__name__}")
+
     header = {
-        "library_name": "peft" if recipe.lora else "transformers",
+        "library_name": content.library,
         "pipeline_tag": "text-generation",
-        "tags": ["flexalign", "realignment", "trra"],
+        "tags": ["flexalign", *content.tags],
     }
-    settings = [
-        ("reference (λ=0)", f"`{recipe.reference}`"),
-        ("aligned (λ=1)", f"`{recipe.aligned}`"),
-        ("λ", code(recipe.lam)),
-        ("divergence", _divergence(recipe)),
-        ("gate τ", "off" if recipe.gate is None else f"{recipe.gate:g}"),
-        ("student", "LoRA " + code(recipe.lora) if recipe.lora else "all weights"),
-        ("steps", f"{facts['steps']}"),
-        ("tokens seen, without padding", f"{facts['tokens_seen']:,}"),
-        ("data", f"`{recipe.data}`, fingerprint `{facts['data']}`"),
-        ("fingerprints of the pair", ", ".join(f"`{print_}`" for print_ in facts["pair"])),
-    ]
-    if recipe.rounds > 1:
-        settings.insert(
-            3, ("round", f"{round_number} of {recipe.rounds}; effective λ {effective:g}")
-        )
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
-        "# A realigned language model",
-        "The student of a training-time realignment (TrRa, arXiv 2506.12704): started at the "
-        "reference, it learned the token distribution `softmax(λ·aligned + (1−λ)·reference)` over "
-        "the two models' logits.",
-        table(("setting", "value"), settings),
+        content.text,
+        table(("setting", "value"), content.settings),
         *_curve_section(curve),
-        "## Made by",
-        f"```sh\n{command}\n```",
-        "with",
-        f"```yaml\n{recipe.to_yaml()}```",
+        f"## Made by\n\n```sh\n{command}\n```\n\nwith\n\n```yaml\n{recipe.to_yaml()}```",
         "## Versions",
         table(("package", "version"), list(versions_in_use().items())),
-        _usage(recipe),
+        f"## Use\n\n```python\n{content.usage}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _divergence(recipe: Recipe) -> str:
-    names = {
+def code(value: object) -> str:
+    """Write a value as code, in Markdown."""
+    return f"`{value}`"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write a table, in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# What differs from one kind of run to another.
+
+_REALIGNED_TEXT = """\
+# A realigned language model
+
+The student of a training-time realignment (TrRa, arXiv 2506.12704): started at the reference, it \
+learned the token distribution `softmax(λ·aligned + (1−λ)·reference)` over the two models' logits."""
+
+_ADAPTER_TEXT = """\
+# A layer adapter with a dial
+
+The adapter of an inference-time realignment (InRa, arXiv 2506.12704): copies of the base's first
+layer, started at the identity and trained while everything else stayed frozen. λ = 0 is the base,
+λ = 1 the base with the adapter, anything else the mixture of their logits."""
+
+_BAKED_TEXT = """\
+# A dial's setting as a plain model
+
+The student of a distillation from an InRa dial (arXiv 2506.12704) at one λ: it runs as any model
+does, with one stream. Divergences are in nats per token, to the dial, on rows held out."""
+
+_METHODS = {
+    "sft": "supervised fine-tuning on responses",
+    "dpo": "direct preference optimisation against the base stream",
+    "trra": "TrRa: towards the fusion of base and aligned model",
+}
+
+
+@dataclass(frozen=True)
+class _Content:
+    """The parts of a card that depend on what was run."""
+
+    library: str
+    tags: tuple[str, ...]
+    text: str
+    settings: list[tuple[str, str]]
+    usage: str
+
+
+def _realigned(
+    recipe: RealignRecipe, facts: Mapping[str, Any], round_number: int, effective: float | None
+) -> _Content:
+    divergences = {
         "reverse": "reverse, KL(student‖teacher)",
         "forward": "forward, KL(teacher‖student)",
         "jsd": f"Jensen–Shannon, β={recipe.beta:g}",
     }
-    return names[recipe.divergence]
+    rounds = []
+    if recipe.rounds > 1:
+        rounds = [("round", f"{round_number} of {recipe.rounds}; effective λ {effective:g}")]
+
+    settings = [
+        ("reference (λ=0)", code(recipe.reference)),
+        ("aligned (λ=1)", code(recipe.aligned)),
+        ("λ", code(recipe.lam)),
+        *rounds,
+        ("divergence", divergences[recipe.divergence]),
+        ("gate τ", "off" if recipe.gate is None else f"{recipe.gate:g}"),
+        ("student", "LoRA " + code(recipe.lora) if recipe.lora else "all weights"),
+        ("steps", f"{facts['steps']}"),
+        ("tokens seen, without padding", f"{facts['tokens_seen']:,}"),
+        ("data", f"{code(recipe.data)}, fingerprint {code(facts['data'])}"),
+        ("fingerprints of the pair", ", ".join(map(code, facts["pair"]))),
+    ]
+
+    usage = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("this-folder")'
+        f"{'  # needs peft installed' if recipe.lora else ''}\n"
+        'tokenizer = AutoTokenizer.from_pretrained("this-folder")'
+    )
+    library = "peft" if recipe.lora else "transformers"
+    return _Content(library, ("realignment", "trra"), _REALIGNED_TEXT, settings, usage)
+
+
+def _adapter(recipe: AdaptRecipe, facts: Mapping[str, Any]) -> _Content:
+    settings = [("base", code(recipe.base)), ("method", _METHODS[recipe.method])]
+    if recipe.method == "trra":
+        settings += [
+            ("aligned (λ=1)", code(recipe.aligned)),
+            ("λ of the teacher", code(recipe.lam)),
+            ("divergence", recipe.divergence),
+        ]
+
+    if recipe.adapter is not None:
+        settings += [("started at", code(recipe.adapter))]
+    else:
+        answers = "answers, their thinking left out"
+        settings += [
+            ("adapter layers", str(recipe.adapter_layers)),
+            ("trained on", answers if recipe.strip_thinking else "whole responses"),
+        ]
+
+    usage = (
+        "from flexalign import InRaModel\n\n"
+        f'model = InRaModel.from_pretrained("{recipe.base}", "this-folder")\n'
+        "model.generate(**inputs, lam=0.5)"
+    )
+    settings += _run_of_adapter(recipe, facts)
+    return _Content("flexalign", ("realignment", "inra"), _ADAPTER_TEXT, settings, usage)
+
+
+def _baked(recipe: BakeRecipe, facts: Mapping[str, Any]) -> _Content:
+    settings = [
+        ("base", code(recipe.base)),
+        ("adapter", code(recipe.adapter)),
+        ("λ", f"{recipe.lam:g}"),
+        *_run_of_adapter(recipe, facts),
+    ]
+    usage = (
+        "from transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("this-folder")'
+    )
+    return _Content("transformers", ("realignment", "inra"), _BAKED_TEXT, settings, usage)
+
+
+def _run_of_adapter(recipe: Recipe, facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("steps", f"{facts['steps']}"),
+        *((name.replace("_", " "), f"{value:.4g}") for name, value in facts["measures"].items()),
+        ("data", f"{code(recipe.data)}, fingerprint {code(facts['data'])}"),
+        ("fingerprints of the models", ", ".join(map(code, facts["models"]))),
+    ]
+
+
+# The curve: what the student's own answers were like while it learned.
 
 
 def _curve_section(curve: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -115,23 +234,3 @@ def _curve_section(curve: Sequence[Mapping[str, Any]]) -> list[str]:
 def _with_interval(value: float, bounds: Sequence[float], form: str) -> str:
     low, high = (form.format(bound) for bound in bounds)
     return f"{form.format(value)} [{low}, {high}]"
-
-
-def _usage(recipe: Recipe) -> str:
-    note = "  # needs peft installed" if recipe.lora else ""
-    return (
-        "## Use\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("this-folder"){note}\n'
-        'tokenizer = AutoTokenizer.from_pretrained("this-folder")\n```'
-    )
-
-
-def code(value: object) -> str:
-    """Write a value as code, in Markdown."""
-    return f"`{value}`"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Write a table, in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

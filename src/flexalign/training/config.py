@@ -15,85 +15,6 @@ from flexalign.errors import ConfigError
 from flexalign.lambdas import Schedule
 from flexalign.losses import DIVERGENCES
 
-# Settings of a training that need a package which flexalign does not bring: refused beforehand.
-
-_REPORTERS = {
-    "clearml": ("clearml", "clearml"),
-    "codecarbon": ("codecarbon", "codecarbon"),
-    "comet_ml": ("comet_ml", "comet-ml"),
-    "dagshub": ("dagshub", "dagshub"),
-    "dvclive": ("dvclive", "dvclive"),
-    "flyte": ("flytekit", "flytekit"),
-    "mlflow": ("mlflow", "mlflow"),
-    "neptune": ("neptune", "neptune"),
-    "swanlab": ("swanlab", "swanlab"),
-    "trackio": ("trackio", "trackio"),
-    "wandb": ("wandb", "wandb"),
-}
-"""What transformers reports to: the module for it, and what pip calls that."""
-
-
-def require_deepspeed(settings: object) -> None:
-    """Make sure that DeepSpeed is there if a run asks for it, itself or by its launcher.
-
-    Goes before the trainer's settings are made, which would fail without a word of advice.
-
-    Args:
-        settings: The value of ``deepspeed`` among them, or None.
-
-    Raises:
-        ConfigError: If it is missing.
-    """
-    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes")
-    if settings or launched:
-        require_packages("DeepSpeed's ZeRO", "deepspeed", install="'flexalign[deepspeed]'")
-
-
-def require_settings_packages(args: TrainingArguments) -> None:
-    """Make sure that what a trainer's settings name is there: kernels, reporters, an optimizer.
-
-    Otherwise the trainer would find out when the models have been loaded, and some of it when the
-    first step begins.
-
-    Args:
-        args: The trainer's settings, of any of TRL's trainers.
-
-    Raises:
-        ConfigError: If a package is missing, or a reporter is unknown.
-    """
-    if args.use_liger_kernel:
-        require_packages("use_liger_kernel", "liger_kernel", install="liger-kernel (and a GPU)")
-    reporters = args.report_to if isinstance(args.report_to, list) else [args.report_to]
-    _require_reporters([name for name in reporters if name and name != "none"])
-    _require_optimizer(args)
-
-
-def _require_reporters(names: list[str]) -> None:
-    try:
-        get_reporting_integration_callbacks(names)
-    except ValueError as error:
-        raise ConfigError(f"report_to: {error}") from None
-    for name in names:
-        if name in _REPORTERS:
-            module, package = _REPORTERS[name]
-            require_packages(f"report_to {name}", module, install=package)
-        elif name == "tensorboard" and find_spec("tensorboardX") is None:
-            require_packages("report_to tensorboard", "tensorboard", install="tensorboard")
-
-
-def _require_optimizer(args: Any) -> None:
-    """Ask transformers, which knows what each of its optimizers needs."""
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(args)
-    except ImportError as error:
-        name = getattr(args.optim, "value", args.optim)
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"optim {name} needs a package more: {reason}") from None
-    except (ValueError, TypeError, AttributeError):
-        # Some want the model, which is not there yet; the trainer asks again when it is.
-        return
-
-
 _TEACHERS = ("online", "cached")
 _OBJECTIVES = ("token", "sequence")
 
@@ -215,8 +136,10 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
     @property
     def schedule(self) -> Schedule:
         """λ as a function of the training step."""
-        lam: Any = self.lam
-        return Schedule.parse(lam)
+        kept: Schedule = self.__dict__["_schedule"]
+        if kept.to_json() != self.lam:  # somebody set the field after the check
+            kept = self.__dict__["_schedule"] = _as_schedule(self.lam)
+        return kept
 
     def _check_realignment(self) -> None:
         if isinstance(self.lam, list | tuple):
@@ -224,13 +147,16 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
                 f"lam: a trainer trains one λ, got {len(self.lam)}; make one for each (flexalign "
                 "realign --lambda 0.5,1 does, and from one cache if teacher='cached')."
             )
-        schedule = self.schedule
+        schedule = _as_schedule(self.lam)
         if schedule.follows_thinking:
             raise ConfigError(
                 "lam: a thinking schedule goes by generated tokens; in training λ is a number or "
                 "a schedule over the step (linear, cosine, piecewise)."
             )
+        # What is saved with a run is JSON; what trains is the schedule, which is not read again.
+        self.__dict__["_schedule"] = schedule
         self.lam = schedule.to_json()
+
         _require_choice("divergence", self.divergence, DIVERGENCES)
         _require_choice("teacher", self.teacher, _TEACHERS)
         _require_share("beta", self.beta)
@@ -239,6 +165,7 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
             _require_share("gate", self.gate)
         _require_count("chunk_size", self.chunk_size)
         _require_count("rounds", self.rounds)
+
         if self.teacher == "cached":
             self._check_cached()
         _require_choice("rollout_objective", self.rollout_objective, _OBJECTIVES)
@@ -293,12 +220,14 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
                     f"{name}={value!r} is of another loss; the divergence to the fused teacher "
                     "has no such part, so leave it out."
                 )
+
         unknown = sorted(set(self.model_init_kwargs or {}) - set(_MODEL_OPTIONS))
         if unknown:
             raise ConfigError(
                 f"model_init_kwargs.{unknown[0]} is not heeded; of these, "
                 f"{' and '.join(_MODEL_OPTIONS)} are."
             )
+
         if self.packing and self.packing_strategy == "wrapped":
             raise ConfigError(
                 "packing_strategy='wrapped' cuts documents and lets the pieces see each other; "
@@ -308,12 +237,17 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
             raise ConfigError(
                 "eval_packing=True without packing hides where a document begins; leave it out."
             )
+
         if not self.average_tokens_across_devices:
             raise ConfigError(
                 "average_tokens_across_devices=False weighs tokens by the process they are on; "
                 "the loss has one denominator, the response tokens of the whole step, so leave "
                 "it out."
             )
+
+
+def _as_schedule(lam: Any) -> Schedule:
+    return lam if isinstance(lam, Schedule) else Schedule.parse(lam)
 
 
 def _settle_defaults(config: Any) -> None:
@@ -340,3 +274,82 @@ def _require_share(name: str, value: object) -> None:
 def _require_count(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
+
+
+# Settings of a training that need a package which flexalign does not bring: refused beforehand.
+
+_REPORTERS = {
+    "clearml": ("clearml", "clearml"),
+    "codecarbon": ("codecarbon", "codecarbon"),
+    "comet_ml": ("comet_ml", "comet-ml"),
+    "dagshub": ("dagshub", "dagshub"),
+    "dvclive": ("dvclive", "dvclive"),
+    "flyte": ("flytekit", "flytekit"),
+    "mlflow": ("mlflow", "mlflow"),
+    "neptune": ("neptune", "neptune"),
+    "swanlab": ("swanlab", "swanlab"),
+    "trackio": ("trackio", "trackio"),
+    "wandb": ("wandb", "wandb"),
+}
+"""What transformers reports to: the module for it, and what pip calls that."""
+
+
+def require_deepspeed(settings: object) -> None:
+    """Make sure that DeepSpeed is there if a run asks for it, itself or by its launcher.
+
+    Goes before the trainer's settings are made, which would fail without a word of advice.
+
+    Args:
+        settings: The value of ``deepspeed`` among them, or None.
+
+    Raises:
+        ConfigError: If it is missing.
+    """
+    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes")
+    if settings or launched:
+        require_packages("DeepSpeed's ZeRO", "deepspeed", install="'flexalign[deepspeed]'")
+
+
+def require_settings_packages(args: TrainingArguments) -> None:
+    """Make sure that what a trainer's settings name is there: kernels, reporters, an optimizer.
+
+    Otherwise the trainer would find out when the models have been loaded, and some of it when the
+    first step begins.
+
+    Args:
+        args: The trainer's settings, of any of TRL's trainers.
+
+    Raises:
+        ConfigError: If a package is missing, or a reporter is unknown.
+    """
+    if args.use_liger_kernel:
+        require_packages("use_liger_kernel", "liger_kernel", install="liger-kernel (and a GPU)")
+    reporters = args.report_to if isinstance(args.report_to, list) else [args.report_to]
+    _require_reporters([name for name in reporters if name and name != "none"])
+    _require_optimizer(args)
+
+
+def _require_reporters(names: list[str]) -> None:
+    try:
+        get_reporting_integration_callbacks(names)
+    except ValueError as error:
+        raise ConfigError(f"report_to: {error}") from None
+    for name in names:
+        if name in _REPORTERS:
+            module, package = _REPORTERS[name]
+            require_packages(f"report_to {name}", module, install=package)
+        elif name == "tensorboard" and find_spec("tensorboardX") is None:
+            require_packages("report_to tensorboard", "tensorboard", install="tensorboard")
+
+
+def _require_optimizer(args: Any) -> None:
+    """Ask transformers, which knows what each of its optimizers needs."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except ImportError as error:
+        name = getattr(args.optim, "value", args.optim)
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"optim {name} needs a package more: {reason}") from None
+    except (ValueError, TypeError, AttributeError):
+        # Some want the model, which is not there yet; the trainer asks again when it is.
+        return

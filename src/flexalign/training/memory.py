@@ -121,10 +121,12 @@ def estimate_memory(
     positions = rows * tokens
     layer = 14 * width + 4 * inner
     kept = layers * width + layer if checkpointing else layers * layer
+
     trains_all = student.trainable == student.base
     held = student.base + aligned_parameters
     if cached_heads is not None:
         held = (0 if trains_all else student.base) + cached_heads * vocabulary * width
+
     weights = _FLOAT32 * student.trainable + small * held
     head_gradient = vocabulary * width if trains_all else 0
     loss = _CHUNK_MATRICES * min(chunk_size, positions) * vocabulary + positions * width

@@ -1,12 +1,14 @@
 """One folder, one run: which run an output folder belongs to, and whether it is done."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from flexalign._differences import differences
 from flexalign._storage import write_json
-from flexalign.errors import CheckpointError, ConfigError
+from flexalign.errors import CheckpointError, ConfigError, FlexAlignError
+from flexalign.lambdas import Schedule
 from flexalign.training.checkpoints import MANIFEST, fault_of
 
 RUN = "run.json"
@@ -33,6 +35,7 @@ def state_of_output(output: Path, identity: Mapping[str, Any]) -> State:
         raise ConfigError(f"output {output} is a file; name a folder.")
     if is_unused(output):
         return "new"
+
     try:
         before = json.loads((output / RUN).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -41,12 +44,19 @@ def state_of_output(output: Path, identity: Mapping[str, Any]) -> State:
         ) from None
     except ValueError:
         raise ConfigError(f"{output / RUN} cannot be read; name another output folder.") from None
-    unlike = list(differences(before, json.loads(json.dumps(identity))))
+    if not isinstance(before, dict):
+        raise ConfigError(f"{output / RUN} cannot be read; name another output folder.")
+
+    now = json.loads(json.dumps(identity))
+    if before.get("lambda") != now.get("lambda"):
+        before = _in_todays_form(before)
+    unlike = list(differences(before, now))
     if unlike:
         raise ConfigError(
             f"output {output} holds another run ({'; '.join(unlike[:3])}); "
             "name another output, or delete that folder."
         )
+
     return "done" if (output / MANIFEST).exists() and fault_of(output) is None else "unfinished"
 
 
@@ -73,16 +83,16 @@ def claim_output(output: Path, identity: Mapping[str, Any]) -> None:
         ) from error
 
 
-def differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
-    """Say what differs between two identities: "lambda was 1.0, now 2.0"."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in sorted(before.keys() | now.keys()):
-            inner = f"{key}.{name}" if key else name
-            yield from differences(before.get(name), now.get(name), inner)
-    elif before != now:
-        yield f"{key} was {_short(before)}, now {_short(now)}"
+def _in_todays_form(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return what a folder's `run.json` says, as it would be written today.
 
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "…"
+    Before recipes were read by one schema, λ was kept as the user wrote it: a schedule that stays
+    at one λ, and a null in a schedule, say the same as a number, and as nothing.
+    """
+    lam = identity.get("lambda")
+    if not isinstance(lam, dict):
+        return identity
+    try:
+        return identity | {"lambda": Schedule.parse(lam).to_json()}
+    except FlexAlignError:
+        return identity  # it is then told as it stands

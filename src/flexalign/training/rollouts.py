@@ -109,6 +109,7 @@ def sample_responses(
         prompt, is_answered = _split_off_prompt(ids[attended], labels[attended] != _IGNORED)
         prompts.append(prompt)
         rooms.append(_room(len(prompt), max_length, max_new_tokens) if is_answered else 0)
+
     settings = generation_settings(model, tokenizer, max(1, *rooms), 1.0, 1.0, {})
     inputs = left_padded(prompts, settings.pad_token_id, batch["input_ids"].device)
     written = model.generate(**inputs, generation_config=settings, **options)
@@ -117,6 +118,7 @@ def sample_responses(
     responses = [
         _until_end(response[:room], ends) for response, room in zip(written, rooms, strict=True)
     ]
+
     asked = [written.new_tensor(prompt) for prompt in prompts]
     whole = [torch.cat(parts) for parts in zip(asked, responses, strict=True)]
     labels = [

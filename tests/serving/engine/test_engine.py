@@ -15,7 +15,7 @@ from flexalign.errors import ConfigError, ServingError, UnsupportedModelError
 from flexalign.generation.responses import generate_responses
 from flexalign.inra import InRaModel
 from flexalign.lambdas import Adaptive, Fixed, Route, Schedule
-from flexalign.serving.engine import Engine, Generation, InRaRunner, Job, Piece
+from flexalign.serving.engine import AnswerPiece, Engine, Generation, InRaRunner, Job
 from flexalign.serving.engine.batch import PlainRunner
 from flexalign.serving.engine.scheduler import TokenRate
 
@@ -165,7 +165,7 @@ def test_who_leaves_makes_room_within_one_step(engine: Callable[..., Engine], ti
     until(lambda: started.running + started.waiting == 0)
 
 
-async def last_piece(generation: Generation) -> Piece:
+async def last_piece(generation: Generation) -> AnswerPiece:
     return [piece async for piece in generation.pieces()][-1]
 
 

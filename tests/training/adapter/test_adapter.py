@@ -225,7 +225,7 @@ def test_the_base_is_in_memory_once(
     storages = {parameter.data_ptr() for parameter in base.parameters()}
     size = sum(parameter.numel() for parameter in base.parameters())
     layer = sum(parameter.numel() for parameter in base.model.layers[0].parameters())
-    with run._trainer([]) as trainer:
+    with run._trainer([], run.rounds[0]) as trainer:
         held = [trainer.model, *([trainer.objective.aligned.model] if method == "trra" else [])]
         if method == "dpo":
             assert trainer.ref_model is None

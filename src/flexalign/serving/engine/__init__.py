@@ -1,15 +1,16 @@
 """The engine that runs on this machine: one model, one thread, requests that come and go.
 
-The library's own forward serves every step; ``runners`` say what it takes for an InRa model, a pair
-or a plain model. A ``frame`` is the batch that rows join and leave between steps; a ``row`` is one
-answer on its way; the ``scheduler`` is the thread.
+``jobs`` is what it is asked and what it delivers; the ``scheduler`` is the thread; a ``sequence`` is one
+answer as it is written, and the ``batch`` is what sequences join and leave between steps. The library's
+own forward runs every step.
 """
 
 from flexalign.serving.engine.batch import InRaRunner, PairRunner, PlainRunner, Runner
-from flexalign.serving.engine.jobs import Ended, Generation, Job, Piece, WrittenToken
+from flexalign.serving.engine.jobs import AnswerPiece, Ended, Generation, Job, WrittenToken
 from flexalign.serving.engine.scheduler import Engine, EngineLimits
 
 __all__ = [
+    "AnswerPiece",
     "Ended",
     "Engine",
     "EngineLimits",
@@ -17,7 +18,6 @@ __all__ = [
     "InRaRunner",
     "Job",
     "PairRunner",
-    "Piece",
     "PlainRunner",
     "Runner",
     "WrittenToken",

@@ -1,4 +1,9 @@
-"""The batch of rows under way: left padded to one width, which they join and leave."""
+"""The batch: sequences that join and leave between two steps, and the model that runs them.
+
+A :class:`Batch` holds the sequences, left padded to one width, with their cache and its mask. It asks a
+:class:`Runner` for everything that depends on the model. An InRa model, a pair and a plain model have
+one each: they differ in their caches alone, and their forward is the library's and transformers' own.
+"""
 
 import copy
 import inspect
@@ -18,52 +23,11 @@ from flexalign.generation.two_model import PairCache, TwoModelDecoder
 from flexalign.inra import InRaModel
 from flexalign.inra.cache import StreamCache
 
-# Caches whose rows come and go: brought to one width, one put behind the other.
-
-
-def reframe(layers: Iterable[Any], width: int) -> None:
-    """Bring cache layers to a width, on the left: padding is put before, or cut off.
-
-    What stands in the padding is hidden by the attention mask, in every layer alike.
-
-    Args:
-        layers: Of transformers' dynamic cache, sliding windows among them.
-        width: Tokens that each is to have seen.
-    """
-    for layer in layers:
-        if not layer.is_initialized:
-            continue
-        kept = width
-        if layer.is_sliding:
-            kept = min(width, layer.sliding_window - 1)
-            layer.cumulative_length = width
-        layer.keys, layer.values = (
-            _fitted_caches(held, kept) for held in (layer.keys, layer.values)
-        )
-
-
-def append_rows(layers: Iterable[Any], others: Iterable[Any]) -> None:
-    """Put the rows of other layers, of the same width, behind those of these."""
-    for layer, other in zip(layers, others, strict=True):
-        layer.keys = cat([layer.keys, other.keys])
-        layer.values = cat([layer.values, other.values])
-
-
-def _fitted_caches(held: Any, width: int) -> Any:
-    have = held.shape[-2]
-    if width <= have:
-        return held[..., have - width :, :]
-    return nn.functional.pad(held, (0, 0, width - have, 0))
-
-
-# What the scheduler asks of a model: prefill prompts, fork and join caches, run one step.
-#
-# An InRa model, a pair and a plain model differ in their caches alone; their forward is the library's
-# and transformers' own.
-
 
 class Runner(Protocol):
-    """A model that decodes a batch of rows.
+    """What a batch and a scheduler ask of a model.
+
+    A cache is the runner's own kind of object; its rows stand in the order of the batch.
 
     Attributes:
         model: The module.
@@ -75,13 +39,13 @@ class Runner(Protocol):
         """Run prompts, ``(B, T)`` left padded, and return a cache for all phases."""
 
     def fork(self, cache: Any, rows: Tensor, dials: RowDials) -> Any:
-        """Return a cache of its own for rows of another one: what their dials need."""
+        """Return a copy of some rows of a cache, with the streams that their dials need."""
 
     def take(self, cache: Any, rows: Tensor) -> None:
         """Keep some rows of a cache."""
 
     def reframe(self, cache: Any, width: int) -> None:
-        """Bring a cache to a width on the left; see :func:`flexalign.serving.engine.batch`."""
+        """Bring a cache to a width: padding is put before its tokens, or cut off there."""
 
     def append(self, cache: Any, other: Any) -> None:
         """Put the rows of another cache of the same width behind those of this one."""
@@ -93,42 +57,138 @@ class Runner(Protocol):
             tokens: Shape ``(B, 1)``.
             mask: Shape ``(B, T_cached + 1)``.
             positions: Shape ``(B, 1)``.
-            lam: Shape ``(B,)``.
-            cache: The rows' cache, which takes the tokens in.
+            lam: Shape ``(B,)``, permitted already.
+            cache: The rows' cache, to which the tokens are added.
         """
 
 
+class BatchMember(Protocol):
+    """What a batch asks of a sequence.
+
+    Attributes:
+        next_token: The token that goes into the model next.
+    """
+
+    next_token: int
+
+    def lam(self) -> float:
+        """Return λ of the token that will be chosen."""
+
+
+_Member = TypeVar("_Member", bound=BatchMember)
+
+
+class Batch(Generic[_Member]):
+    """Sequences, their cache and its mask, which says where each of them begins.
+
+    Attributes:
+        sequences: In the order of the cache's rows.
+    """
+
+    def __init__(self, runner: Runner) -> None:
+        """Begin with no sequence."""
+        self.sequences: list[_Member] = []
+        self._runner = runner
+        self._device = runner.model.device
+        self._cache: Any = None
+        self._mask = torch.zeros((0, 0), dtype=torch.long)
+
+    def add(self, sequences: Sequence[_Member], cache: Any, mask: Tensor) -> None:
+        """Let sequences join.
+
+        Args:
+            sequences: At least one.
+            cache: Their own, of width ``mask.shape[1]``; the batch's from here on.
+            mask: Shape ``(len(sequences), T)``, left padded.
+        """
+        width = max(self._mask.shape[1], _needed_width(mask))
+        mask = _padded(mask, width)
+        self._runner.reframe(cache, width)
+
+        if self.sequences:
+            self._runner.reframe(self._cache, width)
+            self._runner.append(self._cache, cache)
+            mask = torch.cat([_padded(self._mask, width), mask])
+        else:
+            self._cache = cache
+        self._mask = mask
+        self.sequences = [*self.sequences, *sequences]
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Let all sequences but these leave, and the padding that only they needed."""
+        if len(places) == len(self.sequences):
+            return
+        self.sequences = [self.sequences[place] for place in places]
+        if not self.sequences:
+            self.clear()
+            return
+
+        index = torch.tensor(places, device=self._device)
+        self._runner.take(self._cache, index)
+        mask = self._mask[index]
+        width = _needed_width(mask)
+        self._runner.reframe(self._cache, width)
+        self._mask = _padded(mask, width)
+
+    def clear(self) -> None:
+        """Let all sequences leave."""
+        self.sequences = []
+        self._cache = None
+        self._mask = torch.zeros((0, 0), dtype=torch.long)
+
+    def step(self) -> Tensor:
+        """Run every sequence's next token; return the logits after it, ``(B, V)``, in float32."""
+        tokens = torch.tensor([[one.next_token] for one in self.sequences], device=self._device)
+        lam = torch.tensor([one.lam() for one in self.sequences], dtype=torch.float64)
+        # Padding has no position: a token's is the number of real tokens before it.
+        positions = self._mask.sum(1, keepdim=True)
+        self._mask = nn.functional.pad(self._mask, (0, 1), value=1)
+        logits: Tensor = self._runner.step(tokens, self._mask, positions, lam, self._cache)
+        return logits.float()
+
+
+def _needed_width(mask: Tensor) -> int:
+    """Return the columns that the longest row fills; at least 1, as caches have no width 0."""
+    return max(1, int(mask.sum(1).amax()))
+
+
+def _padded(mask: Tensor, width: int) -> Tensor:
+    """Bring a mask to a width on the left; a negative padding cuts off."""
+    return nn.functional.pad(mask, (width - mask.shape[1], 0))
+
+
 class InRaRunner:
-    """Two streams of one model; a row travels by those that its dial needs."""
+    """Runs an InRa model: two streams of one module; a row is in those that its dial needs."""
 
     def __init__(self, model: InRaModel, gate: float | None = None) -> None:
+        """Serve a model; ``gate`` is that of :func:`flexalign.fusion.fuse`."""
         self.model = model
         self._gate = gate
 
     def prefill(self, ids: Tensor, mask: Tensor, phases: Sequence[Phase]) -> StreamCache:
-        """See :class:`Runner`."""
+        """Run prompts through the streams that any of the phases needs."""
         return self.model.prefill_phases(ids, mask, phases)
 
     def fork(self, cache: StreamCache, rows: Tensor, dials: RowDials) -> StreamCache:
-        """See :class:`Runner`."""
+        """Copy rows with the streams that these dials need."""
         return self.model.fork_cache(cache, rows, dials)
 
     def take(self, cache: StreamCache, rows: Tensor) -> None:
-        """See :class:`Runner`."""
+        """Keep some rows, in the streams that they have."""
         cache.take(rows)
 
     def reframe(self, cache: StreamCache, width: int) -> None:
-        """See :class:`Runner`."""
+        """Bring both streams to a width."""
         reframe(cache.layers, width)
 
     def append(self, cache: StreamCache, other: StreamCache) -> None:
-        """See :class:`Runner`."""
+        """Put other rows behind, each in its streams."""
         cache.append(other)
 
     def step(
         self, tokens: Tensor, mask: Tensor, positions: Tensor, lam: Tensor, cache: StreamCache
     ) -> Tensor:
-        """See :class:`Runner`."""
+        """Run one token per row through its streams and fuse them."""
         output = self.model(
             tokens,
             mask,
@@ -143,10 +203,10 @@ class InRaRunner:
 
 
 class PairRunner:
-    """Two whole models. Both take every row in, as another row may need the other one."""
+    """Runs two whole models. Both run every row, as one row of a batch may need either."""
 
     def __init__(self, model: TwoModelDecoder, gate: float | None = None) -> None:
-        """Serve a pair.
+        """Serve a pair; ``gate`` is that of :func:`flexalign.fusion.fuse`.
 
         Raises:
             UnsupportedModelError: If one of the two keeps anything but keys and values.
@@ -157,35 +217,36 @@ class PairRunner:
             _new_cache(side.config)
 
     def prefill(self, ids: Tensor, mask: Tensor, phases: Sequence[Phase]) -> PairCache:
-        """See :class:`Runner`."""
+        """Run prompts through both models."""
         cache = PairCache(_new_cache(self.model.reference.config))
         cache.aligned = _new_cache(self.model.aligned.config)
+        # λ is of no account: a prefill's logits are not used.
         self._forward(ids, mask, positions_of(mask), torch.ones(len(ids)), cache)
         return cache
 
     def fork(self, cache: PairCache, rows: Tensor, dials: RowDials) -> PairCache:
-        """See :class:`Runner`."""
+        """Copy rows of both caches."""
         return PairCache(*(_forked(one, rows) for one in cache.caches()))
 
     def take(self, cache: PairCache, rows: Tensor) -> None:
-        """See :class:`Runner`."""
+        """Keep some rows of both caches."""
         for one in cache.caches():
             one.batch_select_indices(rows)
 
     def reframe(self, cache: PairCache, width: int) -> None:
-        """See :class:`Runner`."""
+        """Bring both caches to a width."""
         for one in cache.caches():
             reframe(one.layers, width)
 
     def append(self, cache: PairCache, other: PairCache) -> None:
-        """See :class:`Runner`."""
+        """Put other rows behind, in both caches."""
         for mine, theirs in zip(cache.caches(), other.caches(), strict=True):
             append_rows(mine.layers, theirs.layers)
 
     def step(
         self, tokens: Tensor, mask: Tensor, positions: Tensor, lam: Tensor, cache: PairCache
     ) -> Tensor:
-        """See :class:`Runner`."""
+        """Run one token per row through both models and fuse them."""
         return self._forward(tokens, mask, positions, lam, cache)
 
     def _forward(
@@ -207,7 +268,7 @@ class PairRunner:
 
 
 class PlainRunner:
-    """One model without a dial."""
+    """Runs one model without a dial."""
 
     def __init__(self, model: Any) -> None:
         """Serve a model.
@@ -220,34 +281,35 @@ class PlainRunner:
         _new_cache(model.config)
 
     def prefill(self, ids: Tensor, mask: Tensor, phases: Sequence[Phase]) -> DynamicCache:
-        """See :class:`Runner`."""
+        """Run prompts; there is no dial to be ready for."""
         cache = _new_cache(self.model.config)
         self._forward(ids, mask, positions_of(mask), cache)
         return cache
 
     def fork(self, cache: DynamicCache, rows: Tensor, dials: RowDials) -> DynamicCache:
-        """See :class:`Runner`."""
+        """Copy rows."""
         return _forked(cache, rows)
 
     def take(self, cache: DynamicCache, rows: Tensor) -> None:
-        """See :class:`Runner`."""
+        """Keep some rows."""
         cache.batch_select_indices(rows)
 
     def reframe(self, cache: DynamicCache, width: int) -> None:
-        """See :class:`Runner`."""
+        """Bring the cache to a width."""
         reframe(cache.layers, width)
 
     def append(self, cache: DynamicCache, other: DynamicCache) -> None:
-        """See :class:`Runner`."""
+        """Put other rows behind."""
         append_rows(cache.layers, other.layers)
 
     def step(
         self, tokens: Tensor, mask: Tensor, positions: Tensor, lam: Tensor, cache: DynamicCache
     ) -> Tensor:
-        """See :class:`Runner`."""
+        """Run one token per row; λ says nothing here."""
         return self._forward(tokens, mask, positions, cache)
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+        # Not every family's forward knows these two.
         optional = {"position_ids": positions, "logits_to_keep": 1}
         given = {name: value for name, value in optional.items() if name in self._takes}
         output = self.model(
@@ -259,6 +321,9 @@ class PlainRunner:
         )
         logits: Tensor = output.logits[:, -1]
         return logits
+
+
+# Caches of transformers: rows are copied, put one behind the other, brought to one width.
 
 
 def _new_cache(config: Any) -> Any:
@@ -273,93 +338,44 @@ def _new_cache(config: Any) -> Any:
 
 
 def _forked(cache: Any, rows: Tensor) -> Any:
+    # Shallow copies: selecting rows makes new tensors, so that the original keeps its own.
     own = copy.copy(cache)
     own.layers = [copy.copy(layer) for layer in cache.layers]
     own.batch_select_indices(rows.to(own.layers[0].keys.device))
     return own
 
 
-class FrameRow(Protocol):
-    """What a frame asks of a row: the token that goes in next, and its λ."""
+def reframe(layers: Iterable[Any], width: int) -> None:
+    """Bring cache layers to a width, on the left: padding is put before, or cut off.
 
-    next_token: int
+    What stands in the padding is hidden by the attention mask, in every layer alike.
 
-    def lam(self) -> float:
-        """λ of the token that will be chosen."""
-
-
-_Row = TypeVar("_Row", bound=FrameRow)
-
-
-class Frame(Generic[_Row]):
-    """Rows, their cache and its mask, which says where each row begins.
-
-    Attributes:
-        rows: In the order of the batch.
+    Args:
+        layers: Of transformers' dynamic cache, sliding windows among them.
+        width: Tokens that each is to have seen.
     """
-
-    def __init__(self, runner: Runner) -> None:
-        self.rows: list[_Row] = []
-        self._runner = runner
-        self._device = runner.model.device
-        self._cache: Any = None
-        self._mask = torch.zeros((0, 0), dtype=torch.long)
-
-    def add(self, rows: Sequence[_Row], cache: Any, mask: Tensor) -> None:
-        """Let rows join.
-
-        Args:
-            rows: At least one.
-            cache: Their own, of :attr:`width` ``mask.shape[1]``; the frame's from here on.
-            mask: Shape ``(len(rows), T)``, left padded.
-        """
-        width = max(self._mask.shape[1], _needed(mask))
-        mask = _fitted(mask, width)
-        self._runner.reframe(cache, width)
-        if self.rows:
-            self._runner.reframe(self._cache, width)
-            self._runner.append(self._cache, cache)
-            mask = torch.cat([_fitted(self._mask, width), mask])
-        else:
-            self._cache = cache
-        self._mask = mask
-        self.rows = [*self.rows, *rows]
-
-    def keep(self, places: Sequence[int]) -> None:
-        """Let all rows but these leave, and the padding that only they needed."""
-        if len(places) == len(self.rows):
-            return
-        self.rows = [self.rows[place] for place in places]
-        if not self.rows:
-            self.clear()
-            return
-        index = torch.tensor(places, device=self._device)
-        self._runner.take(self._cache, index)
-        mask = self._mask[index]
-        width = _needed(mask)
-        self._runner.reframe(self._cache, width)
-        self._mask = _fitted(mask, width)
-
-    def clear(self) -> None:
-        """Let everybody leave."""
-        self.rows = []
-        self._cache = None
-        self._mask = torch.zeros((0, 0), dtype=torch.long)
-
-    def step(self) -> Tensor:
-        """Run every row's next token; return the logits of those after, ``(B, V)``, in float32."""
-        tokens = torch.tensor([[row.next_token] for row in self.rows], device=self._device)
-        lam = torch.tensor([row.lam() for row in self.rows], dtype=torch.float64)
-        positions = self._mask.sum(1, keepdim=True)
-        self._mask = torch.nn.functional.pad(self._mask, (0, 1), value=1)
-        logits: Tensor = self._runner.step(tokens, self._mask, positions, lam, self._cache)
-        return logits.float()
+    for layer in layers:
+        if not layer.is_initialized:
+            continue
+        kept = width
+        if layer.is_sliding:
+            # A window holds its last tokens only, and counts all that it has seen.
+            kept = min(width, layer.sliding_window - 1)
+            layer.cumulative_length = width
+        layer.keys, layer.values = (
+            _with_width(tensor, kept) for tensor in (layer.keys, layer.values)
+        )
 
 
-def _needed(mask: Tensor) -> int:
-    """Return the columns that the longest row fills; one at least, as caches have no width 0."""
-    return max(1, int(mask.sum(1).amax()))
+def append_rows(layers: Iterable[Any], others: Iterable[Any]) -> None:
+    """Put the rows of other layers, of the same width, behind those of these."""
+    for layer, other in zip(layers, others, strict=True):
+        layer.keys = cat([layer.keys, other.keys])
+        layer.values = cat([layer.values, other.values])
 
 
-def _fitted(mask: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(mask, (width - mask.shape[1], 0))
+def _with_width(tensor: Any, width: int) -> Any:
+    have = tensor.shape[-2]
+    if width <= have:
+        return tensor[..., have - width :, :]
+    return nn.functional.pad(tensor, (0, 0, width - have, 0))

@@ -1,4 +1,8 @@
-"""The engine's one thread: rows join between steps, all go one step, those that are done leave."""
+"""The engine's one thread: sequences join between steps, all go one step, those that are done leave.
+
+:class:`Engine` is what the server speaks to: it takes jobs (:mod:`flexalign.serving.engine.jobs`) from
+any thread and never lets the caller wait for the model.
+"""
 
 import asyncio
 import logging
@@ -18,48 +22,14 @@ from flexalign.errors import ConfigError, ServingError
 from flexalign.generation.row_lambdas import RowDials, TagTokens
 from flexalign.generation.text import ResponseText
 from flexalign.lambdas import Adaptive, Dial, Fixed, Schedule
-from flexalign.serving.engine.batch import Frame, Runner
+from flexalign.serving.engine.batch import Batch, Runner
 from flexalign.serving.engine.jobs import Generation, Job, Outbox
-from flexalign.serving.engine.sequence import Row, Writing
+from flexalign.serving.engine.sequence import AnswerSequence, DecodingSettings
 
-# How many tokens an engine writes.
+_log = logging.getLogger("flexalign.serving")
 
 _SECONDS = 10.0
-
-
-class TokenRate:
-    """Counts tokens: one thread adds, any thread reads.
-
-    Attributes:
-        total: Tokens so far.
-    """
-
-    def __init__(self) -> None:
-        self.total = 0
-        self._recent: deque[tuple[float, int]] = deque()
-        self._lock = threading.Lock()
-
-    def add(self, tokens: int) -> None:
-        """Count tokens that have just been written."""
-        with self._lock:
-            self.total += tokens
-            self._recent.append((time.monotonic(), tokens))
-            self._forget()
-
-    @property
-    def per_second(self) -> float:
-        """Tokens of the last 10 s, per second."""
-        with self._lock:
-            self._forget()
-            return sum(tokens for _, tokens in self._recent) / _SECONDS
-
-    def _forget(self) -> None:
-        since = time.monotonic() - _SECONDS
-        while self._recent and self._recent[0][0] < since:
-            self._recent.popleft()
-
-
-# How much an engine takes on.
+"""The time over which tokens per second are counted."""
 
 
 @dataclass(frozen=True)
@@ -78,51 +48,21 @@ class EngineLimits:
     prefill_tokens: int = 2048
 
     def __post_init__(self) -> None:
+        """Check the limits.
+
+        Raises:
+            ConfigError: If one is below 1.
+        """
         for name in ("rows", "queue", "prefill_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
 
-# Whether a model still works, told after something failed in it.
-
-
-def require_working(runner: Runner, token: int) -> None:
-    """Run one token, so that no client's input has a part in it.
-
-    A prompt that is too much for the memory fails by itself; after a fault of the device every
-    step fails, and a server that goes on answers nobody.
-
-    Args:
-        runner: What is tried.
-        token: A token id.
-
-    Raises:
-        Exception: What the model fails with.
-    """
-    frame: Frame[_Row] = Frame(runner)
-    row = _Row(token)
-    ids = torch.tensor([[token]], device=runner.model.device)
-    nothing = torch.zeros_like(ids)
-    dials = RowDials.of([Fixed(row.lam())], 1)
-    frame.add([row], runner.prefill(ids, nothing, [(torch.tensor([0]), dials)]), nothing)
-    frame.step()
-
-
-@dataclass
-class _Row:
-    next_token: int
-
-    def lam(self) -> float:
-        return 0.5
-
-
-_log = logging.getLogger("flexalign.serving")
-
-
 class Engine:
     """Writes answers with one model, whatever dial each of them has.
 
-    Every method but the thread's own may be called from the event loop; none waits for the model.
+    Public methods may be called from the event loop; none but :meth:`stop` waits for the model. The
+    private ones from :meth:`_run` on belong to the thread.
     """
 
     def __init__(
@@ -145,15 +85,21 @@ class Engine:
         self._runner = runner
         self._limits = limits or EngineLimits()
         self._tag_error = ""
+        # A model with an adapter knows its calibrated threshold.
         threshold = getattr(runner.model, "threshold", Adaptive.resolved_threshold)
         reader = ResponseText(tokenizer, tags)
-        self._writing = Writing(reader, frozenset(ends), self._find(tokenizer, tags), threshold)
-        self._frame: Frame[Row] = Frame(runner)
+        tag_tokens = self._find_tags(tokenizer, tags)
+        self._settings = DecodingSettings(reader, frozenset(ends), tag_tokens, threshold)
         self._pad = tokenizer.pad_token_id or 0
-        self._saved: dict[Row, tuple[Any, Tensor]] = {}
+
+        # A generation is in one of these at a time; `_saved` holds what a fast answer in the batch
+        # needs to begin again the slow way: its prompt's cache and mask.
         self._waiting: deque[Generation] = deque()
         self._joining: list[Generation] = []
+        self._batch: Batch[AnswerSequence] = Batch(runner)
+        self._saved: dict[AnswerSequence, tuple[Any, Tensor]] = {}
         self._failed: list[tuple[Generation, Exception]] = []
+
         self._outbox = Outbox()
         self._rate = TokenRate()
         self._wakes = threading.Condition()
@@ -168,7 +114,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Answers that are being written."""
-        return len(self._frame.rows)
+        return len(self._batch.sequences)
 
     @property
     def waiting(self) -> int:
@@ -203,7 +149,7 @@ class Engine:
         Raises:
             ConfigError: If it follows a thinking that cannot be seen.
         """
-        if isinstance(dial, Schedule) and dial.follows_thinking and self._writing.tags is None:
+        if isinstance(dial, Schedule) and dial.follows_thinking and self._settings.tags is None:
             raise ConfigError(self._tag_error)
 
     def has_room(self, jobs: int) -> bool:
@@ -224,11 +170,11 @@ class Engine:
             self._wakes.notify()
         return generations
 
-    def _find(self, tokenizer: Any, tags: ThinkingTags) -> TagTokens | None:
+    def _find_tags(self, tokenizer: Any, tags: ThinkingTags) -> TagTokens | None:
         try:
             return TagTokens(tokenizer, tags)
         except ConfigError as error:
-            self._tag_error = str(error)
+            self._tag_error = str(error)  # for those whose dial needs them; others are served
             return None
 
     def _run(self) -> None:
@@ -240,6 +186,8 @@ class Engine:
         except BaseException:
             reason = "the engine has failed; ask again once the server has been restarted."
             _log.critical("the engine has failed, and ends", exc_info=True)
+
+        # Under the lock: a job is either submitted before and told here, or refused.
         with self._wakes:
             self._is_stopping = True
             left = [*self._under_way(), *self._waiting, *(one for one, _ in self._failed)]
@@ -251,18 +199,21 @@ class Engine:
         while True:
             with self._wakes:
                 self._wakes.wait_for(
-                    lambda: self._is_stopping or bool(self._waiting or self._frame.rows)
+                    lambda: self._is_stopping or bool(self._waiting or self._batch.sequences)
                 )
                 if self._is_stopping:
                     return
+
             try:
                 self._step()
             except Exception as error:
                 _log.exception("a step failed, and the answers in it with it")
                 self._fail(self._under_way(), error)
-                self._frame.clear()
+                self._batch.clear()
                 self._saved.clear()
                 self._joining = []
+
+            # Is it the input or the device? A model that fails at a token of ours ends the engine.
             if self._failed:
                 require_working(self._runner, self._pad)
                 for generation, cause in self._failed:
@@ -271,65 +222,70 @@ class Engine:
             self._outbox.send()
 
     def _under_way(self) -> list[Generation]:
-        rows = [row.generation for row in (*self._frame.rows, *self._saved)]
-        return rows + self._joining
+        sequences = (*self._batch.sequences, *self._saved)
+        return [one.generation for one in sequences] + self._joining
 
     def _fail(self, generations: Sequence[Generation], error: Exception) -> None:
         """Let answers fail; they are told so once the model has been tried."""
         self._failed += [(generation, error) for generation in generations]
 
     def _step(self) -> None:
+        """Let sequences leave and join, and write one token of each."""
         self._drop_cancelled()
         self._joining = self._next_in_line()
         self._admit(self._joining)
         self._joining = []
-        if not self._frame.rows:
+        if not self._batch.sequences:
             return
-        logits = self._frame.step().cpu()
+
+        # One transfer and one synchronisation for the whole batch; tokens are chosen on the CPU.
+        logits = self._batch.step().cpu()
         likeliest = logits.argmax(-1).tolist()
-        rows = self._frame.rows
+        sequences = self._batch.sequences
         going, leaving = [], []
-        for place, row in enumerate(rows):
+        for place, sequence in enumerate(sequences):
             try:
-                goes_on = row.accept(logits[place : place + 1], likeliest[place])
+                goes_on = sequence.accept(logits[place : place + 1], likeliest[place])
             except Exception as error:
                 _log.exception("an answer failed")
-                self._fail([row.generation], error)
+                self._fail([sequence.generation], error)
                 goes_on = False
             if goes_on:
                 going.append(place)
             else:
-                leaving.append(row)
-        self._frame.keep(going)
-        self._rate.add(len(rows))
-        for row in leaving:
-            saved = self._saved.get(row)
-            if saved is not None and row.is_rejected:
-                row.go_slow()
-                self._frame.add([row], *saved)
-            self._saved.pop(row, None)
+                leaving.append(sequence)
+        self._batch.keep(going)
+        self._rate.add(len(sequences))
+
+        for sequence in leaving:
+            saved = self._saved.get(sequence)
+            if saved is not None and sequence.is_rejected:
+                sequence.go_slow()
+                self._batch.add([sequence], *saved)
+            self._saved.pop(sequence, None)
 
     def _drop_cancelled(self) -> None:
         staying = []
-        for place, row in enumerate(self._frame.rows):
-            if row.generation.is_cancelled:
-                row.end("cancelled")
-                self._saved.pop(row, None)
+        for place, sequence in enumerate(self._batch.sequences):
+            if sequence.generation.is_cancelled:
+                sequence.end("cancelled")
+                self._saved.pop(sequence, None)
             else:
                 staying.append(place)
-        self._frame.keep(staying)
+        self._batch.keep(staying)
+
         with self._wakes:
             gone = [one for one in self._waiting if one.is_cancelled]
             self._waiting = deque(one for one in self._waiting if not one.is_cancelled)
         for generation in gone:
-            Row(generation, self._writing).end("cancelled")
+            AnswerSequence(generation, self._settings).end("cancelled")
 
     def _next_in_line(self) -> list[Generation]:
         """Take from the queue what there are places for and one step may prefill."""
         chosen: list[Generation] = []
         longest = 0
         with self._wakes:
-            while self._waiting and len(self._frame.rows) + len(chosen) < self._limits.rows:
+            while self._waiting and self.running + len(chosen) < self._limits.rows:
                 generation = self._waiting[0]
                 longest = max(longest, len(generation.job.prompt))
                 prompts = {one.job.prompt for one in chosen} | {generation.job.prompt}
@@ -343,7 +299,7 @@ class Engine:
         if not generations:
             return
         try:
-            self._prefill([Row(generation, self._writing) for generation in generations])
+            self._prefill([AnswerSequence(one, self._settings) for one in generations])
         except Exception as error:
             if len(generations) == 1:
                 _log.exception("a prompt could not be prefilled")
@@ -352,25 +308,100 @@ class Engine:
             for generation in generations:
                 self._admit([generation])
 
-    def _prefill(self, rows: list[Row]) -> None:
-        """Run all prompts but for their last tokens, and let the rows join.
+    def _prefill(self, sequences: list[AnswerSequence]) -> None:
+        """Run all prompts but for their last tokens, and let the sequences join.
 
         A prompt of one token has a column of padding in the place of those before.
         """
-        prompts = list(dict.fromkeys(row.generation.job.prompt for row in rows))
-        places = [prompts.index(row.generation.job.prompt) for row in rows]
+        # Answers to one prompt share its row of the prefill.
+        own_prompts = [one.generation.job.prompt for one in sequences]
+        prompts = list(dict.fromkeys(own_prompts))
         width = max(2, *map(len, prompts)) - 1
         ids = torch.tensor([[self._pad] * (width + 1 - len(p)) + list(p[:-1]) for p in prompts])
         mask = torch.tensor([[0] * (width + 1 - len(p)) + [1] * (len(p) - 1) for p in prompts])
         device = self._runner.model.device
         ids, mask = ids.to(device), mask.to(device)
-        at, dials = torch.tensor(places), [row.dial for row in rows]
-        phases = [(at[i : i + 1], RowDials.of([dial], 1)) for i, dial in enumerate(dials)]
-        later = [(row, at[i : i + 1], row.later_dial) for i, row in enumerate(rows)]
-        slow = [(r, place, RowDials.of([dial], 1)) for r, place, dial in later if dial is not None]
-        phases += [(place, own) for _, place, own in slow]
+
+        # A row is prefilled for every dial that will go on from it: each sequence's own, and the
+        # slow one of those that begin fast.
+        rows = torch.tensor([prompts.index(prompt) for prompt in own_prompts])
+        dials = [one.dial for one in sequences]
+        phases = [(rows[i : i + 1], RowDials.of([dial], 1)) for i, dial in enumerate(dials)]
+        slow = [
+            (one, rows[i : i + 1], RowDials.of([one.slow_dial], 1))
+            for i, one in enumerate(sequences)
+            if one.slow_dial is not None
+        ]
+        phases += [(row, dial) for _, row, dial in slow]
+
+        # The batch changes last: should anything fail above, nobody has joined.
         cache = self._runner.prefill(ids, mask, phases)
-        saved = {r: (self._runner.fork(cache, place, own), mask[place]) for r, place, own in slow}
-        own_cache = self._runner.fork(cache, at, RowDials.of(dials, len(dials)))
-        self._frame.add(rows, own_cache, mask[at])
+        saved = {one: (self._runner.fork(cache, row, dial), mask[row]) for one, row, dial in slow}
+        own_cache = self._runner.fork(cache, rows, RowDials.of(dials, len(dials)))
+        self._batch.add(sequences, own_cache, mask[rows])
         self._saved |= saved
+
+
+def require_working(runner: Runner, token: int) -> None:
+    """Run one token through a model, after something failed in it: no client's input has a part here.
+
+    A prompt that is too much for the memory fails by itself; after a fault of the device every
+    step fails, and a server that goes on answers nobody.
+
+    Args:
+        runner: What is tried.
+        token: A token id.
+
+    Raises:
+        Exception: What the model fails with.
+    """
+    batch: Batch[_ProbeSequence] = Batch(runner)
+    probe = _ProbeSequence(token)
+    ids = torch.tensor([[token]], device=runner.model.device)
+    mask = torch.zeros_like(ids)
+    dials = RowDials.of([Fixed(probe.lam())], 1)
+    batch.add([probe], runner.prefill(ids, mask, [(torch.tensor([0]), dials)]), mask)
+    batch.step()
+
+
+@dataclass
+class _ProbeSequence:
+    """A sequence of one token, at a λ that needs both streams or models."""
+
+    next_token: int
+
+    def lam(self) -> float:
+        return 0.5
+
+
+class TokenRate:
+    """Counts tokens: one thread adds, any thread reads.
+
+    Attributes:
+        total: Tokens so far.
+    """
+
+    def __init__(self) -> None:
+        """Begin at 0."""
+        self.total = 0
+        self._recent: deque[tuple[float, int]] = deque()
+        self._lock = threading.Lock()
+
+    def add(self, tokens: int) -> None:
+        """Count tokens that have just been written."""
+        with self._lock:
+            self.total += tokens
+            self._recent.append((time.monotonic(), tokens))
+            self._forget()
+
+    @property
+    def per_second(self) -> float:
+        """Tokens of the last 10 s, per second."""
+        with self._lock:
+            self._forget()
+            return sum(tokens for _, tokens in self._recent) / _SECONDS
+
+    def _forget(self) -> None:
+        since = time.monotonic() - _SECONDS
+        while self._recent and self._recent[0][0] < since:
+            self._recent.popleft()

@@ -1,4 +1,8 @@
-"""One answer on its way: how its next token is chosen, where it ends, what is told of it."""
+"""One answer as it is written: how its next token is chosen, where it ends, what is delivered.
+
+An :class:`AnswerSequence` is a member of the engine's batch. It takes the logits of each step, and hands
+text over as soon as it is certain, which a :class:`StoppedText` decides.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,21 +17,238 @@ from flexalign.generation.row_lambdas import TagTokens
 from flexalign.generation.seeded import SeededSampling
 from flexalign.generation.text import ResponseText, StreamedText
 from flexalign.lambdas import Adaptive, Fixed, Route, Schedule, Way
-from flexalign.serving.engine.jobs import Ended, Finish, Generation, Piece, WrittenToken
+from flexalign.serving.engine.jobs import AnswerPiece, Ended, Finish, Generation, WrittenToken
 
-# An answer's text up to a stop text: nothing is sent that a later token could cut off.
+_LEAST_LOGPROB = -9999.0
+"""Told in the place of −∞, which JSON does not have."""
+
+
+@dataclass(frozen=True)
+class DecodingSettings:
+    """What all sequences of an engine have in common.
+
+    Attributes:
+        reader: Tokens as text.
+        ends: Tokens that end an answer.
+        tags: The thinking tags' tokens, or None if they are not single tokens.
+        threshold: The least confidence that an adaptive policy accepts.
+    """
+
+    reader: ResponseText
+    ends: frozenset[int]
+    tags: TagTokens | None
+    threshold: Callable[[Adaptive], float]
+
+
+class _FastTrial(NamedTuple):
+    """What a fast answer is judged by.
+
+    Attributes:
+        tracker: Measures its confidence.
+        threshold: The least that is accepted.
+        slow: What λ follows if it is rejected.
+    """
+
+    tracker: ConfidenceTracker
+    threshold: float
+    slow: Fixed
+
+
+class AnswerSequence:
+    """An answer that is being written.
+
+    Under an adaptive policy it is written up to twice: the fast answer, greedy and delivered to nobody
+    until it is accepted; then, if it is not, the slow one from the prompt on (:meth:`go_slow`).
+
+    Attributes:
+        generation: Whose answer it is.
+        next_token: The token that goes into the model next.
+        ended: How it has ended; None while it goes on.
+        is_rejected: Whether it is a fast answer that was not sure enough.
+        dial: What λ follows in the present attempt.
+    """
+
+    next_token: int
+    ended: Ended | None
+    is_rejected: bool
+    dial: Fixed | Schedule
+    _index: int
+    _written: list[int]
+    _tokens: list[WrittenToken]
+    _text: str
+    _running: "StoppedText"
+    _sampling: SeededSampling | None
+
+    def __init__(self, generation: Generation, settings: DecodingSettings) -> None:
+        """Prepare for a job; under a route policy its way is drawn here, by the job's seed."""
+        self.generation = generation
+        self._job = job = generation.job
+        self._settings = settings
+        self._route: Way | None = None
+        self._confidence: float | None = None
+        self._rejected_tokens = 0
+        self._fast: _FastTrial | None = None
+
+        dial = job.dial
+        if isinstance(dial, Route):
+            self._route = dial.draw(torch.Generator().manual_seed(job.seed))
+            dial = Fixed(dial.slow_lambda if self._route == "slow" else dial.fast_lambda)
+        elif isinstance(dial, Adaptive):
+            threshold = settings.threshold(dial)
+            tracker = ConfidenceTracker([dial], [threshold], torch.device("cpu"))
+            tracker.use_ends([EosTokenCriteria(sorted(settings.ends)), self._stop_found])
+            self._fast = _FastTrial(tracker, threshold, Fixed(dial.slow_lambda))
+            dial = Fixed(dial.fast_lambda)
+        self._begin(dial or Fixed(0.0))  # a model without a dial asks for no λ
+
+    @property
+    def slow_dial(self) -> Fixed | None:
+        """What λ will follow if this is a fast answer and is rejected."""
+        return None if self._fast is None else self._fast.slow
+
+    def lam(self) -> float:
+        """Return λ of the token that will be chosen next."""
+        if isinstance(self.dial, Fixed):
+            return self.dial.lam
+        tags = self._settings.tags
+        if not self.dial.follows_thinking or tags is None:
+            return self.dial.at(self._index)
+        (inside,), (thinking,) = tags.place(torch.tensor([self._job.prompt + tuple(self._written)]))
+        return self.dial.at(self._index, inside=inside, thinking_tokens=thinking)
+
+    def accept(self, logits: Tensor, likeliest: int) -> bool:
+        """Choose the next token.
+
+        Args:
+            logits: The model's, shape ``(1, V)``.
+            likeliest: Their largest, which greedy decoding takes.
+
+        Returns:
+            Whether the sequence goes on.
+        """
+        job = self._job
+        token = likeliest
+        if self._sampling is not None:
+            scores = self._sampling(self._ids_of_length(), logits)
+            token = int(scores.argmax(-1))
+        if self._fast is not None:
+            self._fast.tracker.recorder(self._ids_of_length(), logits)
+
+        self._index += 1
+        self.next_token = token
+        is_end = token in self._settings.ends
+        if not is_end:
+            self._written.append(token)
+            self._tokens.append(_written_token(token, logits, job.logprobs))
+            self._text += self._running.put(token)
+
+        # After the text: a stop text that the token completes ends a fast answer too.
+        is_dropped = False
+        if self._fast is not None:
+            is_dropped = bool(self._fast.tracker(torch.tensor([[token]]), None))
+
+        finish: Finish | None = None
+        if is_end or self._running.has_stopped:
+            finish = "stop"
+        elif self._index >= job.max_tokens:
+            finish = "length"
+
+        if self._fast is not None and (finish or is_dropped):
+            self._judge(self._fast)
+            if self.is_rejected:
+                return False
+        if finish:
+            self.end(finish)
+        elif self._fast is None:
+            self._deliver()
+        return finish is None
+
+    def end(self, finish: Finish) -> None:
+        """End the answer and deliver what is left of it."""
+        self._text += self._running.end()
+        is_chosen = isinstance(self._job.dial, Adaptive | Route)
+        self.ended = Ended(
+            finish,
+            tuple(self._written),
+            self._route,
+            self._confidence,
+            self._rejected_tokens,
+            self.lam() if is_chosen else None,
+        )
+        self._deliver()
+
+    def go_slow(self) -> None:
+        """Begin a rejected fast answer again from the prompt, the slow way."""
+        if self._fast is not None:
+            slow, self._fast = self._fast.slow, None
+            self._begin(slow)
+
+    def _begin(self, dial: Fixed | Schedule) -> None:
+        job = self._job
+        self.next_token = job.prompt[-1]
+        self.ended = None
+        self.is_rejected = False
+        self.dial = dial
+        self._index = 0
+        self._written = []
+        self._tokens = []
+        self._text = ""
+        self._running = StoppedText(self._settings.reader, job.stop)
+        is_greedy = job.temperature == 0 or self._fast is not None
+        self._sampling = (
+            None if is_greedy else SeededSampling([job.seed], job.temperature, job.top_p)
+        )
+
+    def _judge(self, fast: _FastTrial) -> None:
+        tracker = fast.tracker
+        self._confidence = float(tracker.confidence[0])
+        is_sure = self._confidence >= fast.threshold
+        self.is_rejected = not (bool(tracker.ended[0]) and is_sure)
+        self._route = "slow" if self.is_rejected else "fast"
+        if self.is_rejected:
+            self._rejected_tokens = int(tracker.counted[0])
+
+    def _deliver(self) -> None:
+        """Hand over what is certain; tokens go with the text that they became."""
+        if self._text or self.ended is not None:
+            self.generation.deliver(AnswerPiece(self._text, tuple(self._tokens), self.ended))
+            self._text, self._tokens = "", []
+
+    def _ids_of_length(self) -> Tensor:
+        """Return ids of the present length, which is all that the processors read of them."""
+        return torch.empty((1, len(self._job.prompt) + self._index), dtype=torch.long)
+
+    def _stop_found(self, ids: Tensor, scores: object, **_: object) -> Tensor:
+        """Say as a stopping criterion whether a stop text was found."""
+        return torch.tensor([self._running.has_stopped])
+
+
+def _written_token(token: int, logits: Tensor, alternatives: int | None) -> WrittenToken:
+    if alternatives is None:
+        return WrittenToken(token)
+    log_probs = logits[0].log_softmax(-1).clamp(min=_LEAST_LOGPROB)
+    top = log_probs.topk(min(alternatives, len(log_probs)))
+    likeliest = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    return WrittenToken(token, float(log_probs[token]), likeliest)
 
 
 class StoppedText:
     """Turns tokens into text, piece by piece, and ends before the first stop text.
 
-    What may be the beginning of a stop text waits until it is none.
+    What may be the beginning of a stop text is held back until it is none, so that nothing is given out
+    that a later token could cut off.
 
     Attributes:
         has_stopped: Whether a stop text was found.
     """
 
     def __init__(self, reader: ResponseText, stops: Sequence[str]) -> None:
+        """Begin an answer.
+
+        Args:
+            reader: Tokens as text.
+            stops: The stop texts.
+        """
         self.has_stopped = False
         self._text = StreamedText(reader)
         self._stops = stops
@@ -51,211 +272,11 @@ class StoppedText:
         if found:
             self.has_stopped, self._held = True, ""
             return text[: min(found)]
+
+        # Hold the longest end of the text that begins a stop text.
         longest = max(map(len, self._stops), default=1) - 1
         start = max(0, len(text) - longest)
-        while start < len(text) and not any(s.startswith(text[start:]) for s in self._stops):
+        while start < len(text) and not any(stop.startswith(text[start:]) for stop in self._stops):
             start += 1
         self._held = text[start:]
         return text[:start]
-
-
-_LEAST_LOGPROB = -9999.0
-"""Told in the place of −∞, which JSON does not have."""
-
-
-@dataclass(frozen=True)
-class Writing:
-    """What all rows of an engine have in common.
-
-    Attributes:
-        reader: Tokens as text.
-        ends: Tokens that end an answer.
-        tags: The thinking tags' tokens, or None if they are not single tokens.
-        threshold: The least confidence that an adaptive policy accepts.
-    """
-
-    reader: ResponseText
-    ends: frozenset[int]
-    tags: TagTokens | None
-    threshold: Callable[[Adaptive], float]
-
-
-class _Trial(NamedTuple):
-    """What decides on a fast answer: the policy, and the watch that hears its confidence."""
-
-    policy: Adaptive
-    watch: ConfidenceTracker
-
-
-class Row:
-    """An answer that is being written.
-
-    Under an adaptive policy it has two lives: the fast answer, greedy and shown to nobody until it
-    is accepted, then, if it is not, the slow one from the start (:meth:`go_slow`).
-
-    Attributes:
-        generation: Whose answer it is.
-        next_token: The token that goes into the model next.
-        ended: How it has ended; None while it goes on.
-        is_rejected: Whether it is a fast answer that was not sure enough.
-    """
-
-    next_token: int
-    ended: Ended | None
-    is_rejected: bool
-    _dial: Fixed | Schedule
-    _index: int
-    _written: list[int]
-    _tokens: list[WrittenToken]
-    _text: str
-    _running: StoppedText
-    _sampling: SeededSampling | None
-
-    def __init__(self, generation: Generation, writing: Writing) -> None:
-        self.generation = generation
-        self._job = job = generation.job
-        self._writing = writing
-        self._route: Way | None = None
-        self._confidence: float | None = None
-        self._rejected_tokens = 0
-        self._trial: _Trial | None = None
-        dial = job.dial
-        if isinstance(dial, Route):
-            self._route = dial.draw(torch.Generator().manual_seed(job.seed))
-            dial = Fixed(dial.slow_lambda if self._route == "slow" else dial.fast_lambda)
-        elif isinstance(dial, Adaptive):
-            watch = ConfidenceTracker([dial], [writing.threshold(dial)], torch.device("cpu"))
-            watch.use_ends([EosTokenCriteria(sorted(writing.ends)), self._stop_found])
-            self._trial = _Trial(dial, watch)
-            dial = Fixed(dial.fast_lambda)
-        self._begin(dial or Fixed(0.0))
-
-    @property
-    def dial(self) -> Fixed | Schedule:
-        """What λ follows in this life."""
-        return self._dial
-
-    @property
-    def later_dial(self) -> Fixed | None:
-        """What λ will follow if this is a fast answer and is rejected."""
-        return None if self._trial is None else Fixed(self._trial.policy.slow_lambda)
-
-    def lam(self) -> float:
-        """λ of the token that will be chosen next."""
-        if isinstance(self._dial, Fixed):
-            return self._dial.lam
-        tags = self._writing.tags
-        if not self._dial.follows_thinking or tags is None:
-            return self._dial.at(self._index)
-        (inside,), (thinking,) = tags.place(torch.tensor([self._job.prompt + tuple(self._written)]))
-        return self._dial.at(self._index, inside=inside, thinking_tokens=thinking)
-
-    def accept(self, logits: Tensor, likeliest: int) -> bool:
-        """Choose the next token.
-
-        Args:
-            logits: The model's, shape ``(1, V)``.
-            likeliest: Their largest, which greedy decoding takes.
-
-        Returns:
-            Whether the row goes on.
-        """
-        job = self._job
-        token = likeliest
-        if self._sampling is not None:
-            scores = self._sampling(self._ids_of_length(), logits)
-            token = int(scores.argmax(-1))
-        if self._trial is not None:
-            self._trial.watch.recorder(self._ids_of_length(), logits)
-        self._index += 1
-        self.next_token = token
-        is_end = token in self._writing.ends
-        if not is_end:
-            self._written.append(token)
-            self._tokens.append(_told(token, logits, job.logprobs))
-            self._text += self._running.put(token)
-        is_dropped = False
-        if self._trial is not None:
-            is_dropped = bool(self._trial.watch(torch.tensor([[token]]), None))
-        finish: Finish | None = None
-        if is_end or self._running.has_stopped:
-            finish = "stop"
-        elif self._index >= job.max_tokens:
-            finish = "length"
-        if self._trial is not None and (finish or is_dropped):
-            self._judge(self._trial)
-            if self.is_rejected:
-                return False
-        if finish:
-            self.end(finish)
-        elif self._trial is None:
-            self._deliver()
-        return finish is None
-
-    def end(self, finish: Finish) -> None:
-        """End the answer and say so."""
-        self._text += self._running.end()
-        is_chosen = isinstance(self._job.dial, Adaptive | Route)
-        self.ended = Ended(
-            finish,
-            tuple(self._written),
-            self._route,
-            self._confidence,
-            self._rejected_tokens,
-            self.lam() if is_chosen else None,
-        )
-        self._deliver()
-
-    def go_slow(self) -> None:
-        """Begin a fast answer again from the prompt, the slow way; others go on as they are."""
-        later = self.later_dial
-        if later is not None:
-            self._trial = None
-            self._begin(later)
-
-    def _begin(self, dial: Fixed | Schedule) -> None:
-        job = self._job
-        self.next_token = job.prompt[-1]
-        self.ended = None
-        self.is_rejected = False
-        self._dial = dial
-        self._index = 0
-        self._written = []
-        self._tokens = []
-        self._text = ""
-        self._running = StoppedText(self._writing.reader, job.stop)
-        is_greedy = job.temperature == 0 or self._trial is not None
-        self._sampling = (
-            None if is_greedy else SeededSampling([job.seed], job.temperature, job.top_p)
-        )
-
-    def _judge(self, trial: _Trial) -> None:
-        policy, watch = trial
-        self._confidence = float(watch.confidence[0])
-        is_sure = self._confidence >= self._writing.threshold(policy)
-        self.is_rejected = not (bool(watch.ended[0]) and is_sure)
-        self._route = "slow" if self.is_rejected else "fast"
-        if self.is_rejected:
-            self._rejected_tokens = int(watch.counted[0])
-
-    def _deliver(self) -> None:
-        """Hand over what is certain; tokens go with the text that they became."""
-        if self._text or self.ended is not None:
-            self.generation.deliver(Piece(self._text, tuple(self._tokens), self.ended))
-            self._text, self._tokens = "", []
-
-    def _ids_of_length(self) -> Tensor:
-        """Return ids of the present length, which is all that the processors read of them."""
-        return torch.empty((1, len(self._job.prompt) + self._index), dtype=torch.long)
-
-    def _stop_found(self, ids: Tensor, scores: object, **_: object) -> Tensor:
-        return torch.tensor([self._running.has_stopped])
-
-
-def _told(token: int, logits: Tensor, alternatives: int | None) -> WrittenToken:
-    if alternatives is None:
-        return WrittenToken(token)
-    log_probs = logits[0].log_softmax(-1).clamp(min=_LEAST_LOGPROB)
-    top = log_probs.topk(min(alternatives, len(log_probs)))
-    likeliest = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-    return WrittenToken(token, float(log_probs[token]), likeliest)

@@ -9,7 +9,7 @@ import torch
 from flexalign.generation.confidence import ConfidenceTracker
 from flexalign.lambdas import Adaptive
 from flexalign.serving.errors import ApiError, Scope
-from flexalign.serving.protocol import with_body
+from flexalign.serving.middleware import with_body
 
 
 class Attempt:

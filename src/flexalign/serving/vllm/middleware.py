@@ -22,11 +22,20 @@ from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.inra.configuration import InRaConfig
 from flexalign.lambdas import Adaptive, Dial, Fixed, Route, Schedule
 from flexalign.models.loading import load_tokenizer
-from flexalign.serving.dial import DIAL_KEYS, Choice, DialRules, adapter_rules, refuse_misspelt
+from flexalign.serving.dial import DIAL_KEYS, DialChoice, DialRules, adapter_rules, refuse_misspelt
 from flexalign.serving.errors import ApiError, Scope, send_error
-from flexalign.serving.middleware import PATHS, DialMiddleware, Echo, KeyGate, LoopbackGate, path_of
+from flexalign.serving.middleware import (
+    PATHS,
+    DialMiddleware,
+    Echo,
+    KeyGate,
+    LoopbackGate,
+    path_of,
+    with_body,
+    with_length,
+)
 from flexalign.serving.playground import Playground
-from flexalign.serving.protocol import BODY_LIMIT, parse_body, read_body, with_body, with_length
+from flexalign.serving.protocol import BODY_LIMIT, parse_body, read_body
 from flexalign.serving.vllm.adaptive import Attempt, fast_body, fold
 from flexalign.serving.vllm.lambdas import LAMBDA_KEY
 from flexalign.serving.vllm.responses import Reading, Retold, are_ids
@@ -51,7 +60,7 @@ class DialCount:
         self._registry = CollectorRegistry()
         self._dials = DialMetrics(self._registry)
 
-    def counted(self, choice: Choice, send: Any) -> Any:
+    def counted(self, choice: DialChoice, send: Any) -> Any:
         """Return a client's ``send`` that counts the dial of an answer as it begins."""
 
         async def counting(message: Scope) -> None:
@@ -125,7 +134,7 @@ class EngineDial(DialMiddleware):
         self._count = count
 
     async def pass_on(
-        self, body: dict[str, Any], choice: Choice, scope: Scope, receive: Any, send: Any
+        self, body: dict[str, Any], choice: DialChoice, scope: Scope, receive: Any, send: Any
     ) -> None:
         """Let vLLM answer."""
         refuse_engine_lambda(body)
@@ -153,7 +162,7 @@ class EngineDial(DialMiddleware):
         self,
         policy: Adaptive,
         body: dict[str, Any],
-        choice: Choice,
+        choice: DialChoice,
         scope: Scope,
         receive: Any,
         answer: Echo,
@@ -218,7 +227,7 @@ def refuse_engine_lambda(body: dict[str, Any]) -> None:
             )
 
 
-def _drawn(policy: Route, seed: object, choice: Choice) -> Fixed:
+def _drawn(policy: Route, seed: object, choice: DialChoice) -> Fixed:
     """Draw the way of a request by its seed, as the local engine does."""
     is_seed = isinstance(seed, int) and -(2**63) <= seed < 2**63
     generator = torch.Generator().manual_seed(seed if is_seed else secrets.randbits(62))  # type: ignore[arg-type]
@@ -475,7 +484,7 @@ class _Models(Echo):
     """Writes the dial beside each model."""
 
     def __init__(self, rules: DialRules, send: Any) -> None:
-        super().__init__(Choice(None), send)
+        super().__init__(DialChoice(None), send)
         self._rules = rules
 
     def tell(self, answer: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from flexalign.data.thinking import ThinkingTags
 from flexalign.generation.text import ResponseText, StreamedSplit
-from flexalign.serving.dial import Choice
+from flexalign.serving.dial import DialChoice
 from flexalign.serving.middleware import Echo
 
 
@@ -57,7 +57,7 @@ class Retold(Echo):
     """Retells an answer of vLLM on its way to the client."""
 
     def __init__(
-        self, reading: Reading, body: dict[str, Any], is_chat: bool, choice: Choice, send: Any
+        self, reading: Reading, body: dict[str, Any], is_chat: bool, choice: DialChoice, send: Any
     ) -> None:
         """Stand before a client.
 

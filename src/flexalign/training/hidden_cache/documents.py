@@ -79,6 +79,8 @@ def prepare_documents(
         plain.truncation_mode = "keep_start"  # what packing does to a document over the length
     plain.packing = plain.padding_free = plain.shuffle_dataset = False
     plain.eval_packing = None
+
+    # TRL prepares rows only in a trainer, which wants a model; the smallest one will do.
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=8,
@@ -86,6 +88,7 @@ def prepare_documents(
         num_hidden_layers=1,
         num_attention_heads=1,
     )
+
     with tempfile.TemporaryDirectory() as folder:
         plain.output_dir = folder
         trainer = SFTTrainer(

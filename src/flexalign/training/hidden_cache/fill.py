@@ -48,7 +48,7 @@ _BATCH_TOKENS = 4096
 _PATIENCE_SECONDS = 0.2
 
 
-def fill_cache(
+def write_cache(
     folder: Path,
     identity: dict[str, Any],
     documents: Callable[[], list[Document]],
@@ -85,6 +85,7 @@ def fill_cache(
             return HiddenStateCache.open(folder, verify=False)
     elif not is_unused(folder):
         raise ConfigError(f"{folder} holds files that are of no cache; name another cache_dir.")
+
     prepared = documents()
     if not prepared:
         raise ConfigError("no row keeps a response token within the cut-off; nothing to cache.")
@@ -95,6 +96,7 @@ def fill_cache(
         f"{work.tokens:,} response tokens × {form.token_bytes:,} bytes "
         f"({form.widths[0]} + {form.widths[1]} numbers in {owner['dtype']}), and the heads: {need}"
     )
+
     with writing("the cache", folder, remains="the files that are there stand"):
         folder.mkdir(parents=True, exist_ok=True)
         if before is None:
@@ -177,7 +179,9 @@ class _Work:
     def finish(self, owner: dict[str, Any]) -> None:
         """Gather the notes of all files into the manifest."""
         notes = {path.name: read_json(path.with_suffix(".json")) or {} for path in self._paths()}
+
         shards = [note for name, note in notes.items() if name != HEADS]
+
         facts = {
             "format_version": 1,
             **owner,
@@ -251,6 +255,7 @@ class _Work:
             side: torch.empty((sum(counts), head.width), dtype=self._form.dtype)
             for side, head in zip(SIDES, pair.heads, strict=True)
         }
+
         seconds = 0.0
         for batch in _batches([len(document.tokens) for document in documents]):
             began = time.perf_counter()
@@ -262,6 +267,7 @@ class _Work:
                     kept = hidden[side][row, where.to(hidden[side].device)]
                     tensors[side][starts[number] : starts[number + 1]] = kept
             seconds += time.perf_counter() - began
+
         keys = b"".join(document.key for document in documents)
         tensors["keys"] = torch.frombuffer(bytearray(keys), dtype=torch.uint8).view(-1, KEY_BYTES)
         tensors["starts"] = starts

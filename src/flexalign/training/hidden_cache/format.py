@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from flexalign._differences import differences
 from flexalign._storage import write_bytes
 from flexalign.data.rendering import chat_template_of
 from flexalign.errors import ConfigError
-from flexalign.training.output import differences
 
 OWNER = "cache.json"
 """What the cache is of; written first."""

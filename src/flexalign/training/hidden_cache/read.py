@@ -42,7 +42,7 @@ class _Location:
 
 
 class HiddenStateCache:
-    """Both teachers' final hidden states and their heads, as `fill_cache` left them.
+    """Both teachers' final hidden states and their heads, as `write_cache` left them.
 
     Attributes:
         folder: Where it lies.

@@ -13,7 +13,7 @@ from flexalign.generation.row_lambdas import RowDials
 from flexalign.inra import InRaModel
 from flexalign.models.pair import ModelPair
 from flexalign.serving.engine import InRaRunner, PairRunner, PlainRunner, Runner
-from flexalign.serving.engine.batch import Frame
+from flexalign.serving.engine.batch import Batch
 from twin import fuse64
 
 WINDOWED = ("mistral", "gemma2", "gpt_oss")
@@ -40,7 +40,7 @@ class Line:
         return self.fixed
 
 
-def join(frame: Frame[Line], runner: Runner, lines: list[Line]) -> None:
+def join(batch: Batch[Line], runner: Runner, lines: list[Line]) -> None:
     width = max(2, *(len(line.tokens) for line in lines)) - 1
     ids = torch.zeros((len(lines), width), dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -52,30 +52,30 @@ def join(frame: Frame[Line], runner: Runner, lines: list[Line]) -> None:
     rows = torch.arange(len(lines))
     dials = RowDials.of([line.fixed for line in lines], len(lines))
     cache = runner.prefill(ids, mask, [(rows, dials)])
-    frame.add(lines, runner.fork(cache, rows, dials), mask)
+    batch.add(lines, runner.fork(cache, rows, dials), mask)
 
 
 @torch.inference_mode()
 def drive(runner: Runner) -> list[tuple[Line, int]]:
     """Return every row and the length of its prompt."""
     generator = torch.Generator().manual_seed(0)
-    frame: Frame[Line] = Frame(runner)
+    batch: Batch[Line] = Batch(runner)
     everybody = []
     for step in range(12):
         if step in LEAVING:
-            frame.keep([p for p in range(len(frame.rows)) if p != LEAVING[step]])
+            batch.keep([p for p in range(len(batch.sequences)) if p != LEAVING[step]])
         lines = [
             Line(torch.randint(3, 97, (length,), generator=generator).tolist(), lam)
             for length, lam in JOINING.get(step, ())
         ]
         if lines:
-            join(frame, runner, lines)
+            join(batch, runner, lines)
             everybody += [(line, len(line.tokens)) for line in lines]
-        logits = frame.step()
-        for line, row in zip(frame.rows, logits, strict=True):
+        logits = batch.step()
+        for line, row in zip(batch.sequences, logits, strict=True):
             line.seen.append(row)
             line.tokens.append(int(row.argmax()))
-    assert len(frame.rows) == 3
+    assert len(batch.sequences) == 3
     return everybody
 
 

@@ -1,0 +1,283 @@
+"""What the training commands share: their help, and what is shown of a run."""
+
+import shlex
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from rich.text import Text
+from typer.core import TyperCommand
+
+from flexalign.cli.console import (
+    console,
+    note,
+    print_json,
+    progress_bar,
+    quieten_libraries,
+    result_console,
+    say,
+    warnings_as_notes,
+)
+from flexalign.training.events import Events, StepObserver
+
+if TYPE_CHECKING:
+    from flexalign.training.plan import TrainingPlan
+    from flexalign.training.recipes import RecipeKey
+    from flexalign.training.run import Outcome
+
+# Help: the keys of a recipe as its schema declares them.
+
+_KEYS = "RECIPE KEYS"
+"""Where a command's docstring wants the keys of its recipe."""
+
+_WIDTH, _COMMENT = 77, 30
+
+
+class RecipeCommand(TyperCommand):
+    """A command that takes a recipe: its help lists the recipe's keys, which load when asked for."""
+
+    recipe: ClassVar[str]
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the keys into the help, and show it."""
+        from flexalign.training import recipes
+
+        keys = recipes.describe_keys(getattr(recipes, self.recipe))
+        self.help = (self.help or "").replace(_KEYS, escape("\n".join(_list_keys(keys))))
+        super().format_help(ctx, formatter)
+
+
+class RealignCommand(RecipeCommand):
+    """A command with a recipe of ``realign``."""
+
+    recipe = "RealignRecipe"
+
+
+class AdaptCommand(RecipeCommand):
+    """A command with a recipe of ``adapt``."""
+
+    recipe = "AdaptRecipe"
+
+
+class BakeCommand(RecipeCommand):
+    """A command with a recipe of ``bake``."""
+
+    recipe = "BakeRecipe"
+
+
+def _list_keys(
+    keys: "Iterator[RecipeKey] | Sequence[RecipeKey]", indent: str = "  "
+) -> Iterator[str]:
+    """Write keys as lines of YAML, with what they mean as comments."""
+    from flexalign.training.settings import as_yaml
+
+    for key in keys:
+        value = "" if key.section or key.example == {} else f" {as_yaml(key.example)}"
+        meaning = key.description.replace("`", "").partition(" By default DEFAULT")[0]
+        lines = textwrap.wrap(meaning, _WIDTH - _COMMENT - 2)
+        head = f"{indent}{key.name}:{value}"
+        if len(head) >= _COMMENT:
+            yield head
+            head = ""
+        for line in lines:
+            yield f"{head:<{_COMMENT}}# {line}"
+            head = ""
+        yield from _list_keys(key.section, indent + "  ")
+        if key.name == "training":
+            yield f"{indent}  max_steps: 200"
+            yield f"{indent}  learning_rate: 2.0e-5"
+
+
+# Running.
+
+
+def command_line() -> str:
+    """Return this command as one line, for the model card."""
+    return shlex.join(["flexalign", *sys.argv[1:]])
+
+
+@contextmanager
+def training_session() -> Iterator[None]:
+    """Keep other libraries quiet; say how to go on if a signal stops a run.
+
+    Raises:
+        typer.Exit: With code 130, after a signal.
+    """
+    from flexalign.training.run import Stopped
+
+    quieten_libraries()
+    with warnings_as_notes():
+        try:
+            yield
+        except Stopped as stop:
+            say(
+                f"stopped after {stop.checkpoint}; give the same command again to go on from there."
+            )
+            raise typer.Exit(130) from None
+
+
+def train(
+    function: Callable[..., Any],
+    recipe: Any,
+    *,
+    dry_run: bool,
+    as_json: bool,
+    table: "Callable[[TrainingPlan], dict[str, str]] | None" = None,
+    **options: Any,
+) -> "Outcome | None":
+    """Run a recipe and show it on the terminal.
+
+    Args:
+        function: `realign`, `adapt` or `bake` of the library.
+        recipe: What it takes.
+        dry_run: Show the plan instead.
+        as_json: Whether that is to be JSON.
+        table: Makes the rows of a plan's table; by default its facts as they stand.
+        **options: More for the function.
+
+    Returns:
+        What came of it; None after a dry run.
+    """
+    from flexalign.training.plan import TrainingPlan
+
+    with training_session():
+        result = function(
+            recipe, dry_run=dry_run, events=ConsoleEvents(), command=command_line(), **options
+        )
+    if isinstance(result, TrainingPlan):
+        show_plan(result, (table or plan_rows)(result), as_json=as_json)
+        return None
+    outcome: Outcome = result
+    return outcome
+
+
+class ConsoleEvents(Events):
+    """Shows a run on the terminal."""
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        say(line)
+
+    def note(self, line: str) -> None:
+        """Print a note."""
+        note(line)
+
+    def caution(self, line: str) -> None:
+        """Print a caution."""
+        console.print(f"[yellow]caution:[/yellow] {escape(line)}", soft_wrap=True)
+
+    def begin(self, run: Any) -> None:
+        """Say that a run is finished already, or what its rounds amount to."""
+        rounds = len(run.rounds)
+        if run.state == "done":
+            say(f"{run.recipe.output} holds this run already, finished.")
+        elif rounds > 1:
+            say(f"{rounds} rounds; effective λ = λ^{rounds} = {run.effective_lambda():g}")
+
+    def measured(self, row: dict[str, Any]) -> None:
+        """Print what the student's answers are like."""
+        accuracy = f", accuracy {row['accuracy']:.3f}" if "accuracy" in row else ""
+        console.print(
+            f"step {row['step']}: {row['tokens']:.1f} tokens per answer, "
+            f"{row['truncated']:.1%} truncated{accuracy}"
+        )
+
+    @contextmanager
+    def training(self, name: str) -> Iterator[StepObserver]:
+        """Show a bar over the steps."""
+        bar = StepProgress(name)
+        try:
+            yield bar
+        finally:
+            bar.close()
+
+    @contextmanager
+    def filling(self, tokens: int) -> Iterator[Callable[[int], None]]:
+        """Show a bar over a cache's tokens."""
+        with progress_bar("response tokens cached", tokens) as show:
+            yield show
+
+
+_SHOWN = ("loss", "divergence", "lambda", "kl_reference", "kl_aligned")
+
+
+class StepProgress(StepObserver):
+    """A bar over the steps on stderr, with the last logged figures beside it."""
+
+    def __init__(self, name: str = "steps") -> None:
+        columns = (
+            TextColumn(name),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}", table_column=Column()),  # alone may wrap
+        )
+        self._bar = Progress(*columns, console=console)
+        self._task = self._bar.add_task(name, figures="")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Show the bar."""
+        if state.is_world_process_zero:
+            self._bar.update(self._task, total=state.max_steps, completed=state.global_step)
+            self._bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move it."""
+        self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Show the latest figures."""
+        values = {name: (logs or {}).get(name) for name in _SHOWN}
+        text = "  ".join(
+            f"{name} {value:.4g}" for name, value in values.items() if value is not None
+        )
+        if text:
+            self._bar.update(self._task, figures=text)
+
+    def close(self) -> None:
+        """Take the bar off the screen's bottom line; what it showed stays."""
+        self._bar.stop()
+
+
+# A dry run.
+
+
+def show_plan(plan: "TrainingPlan", rows: Mapping[str, str], *, as_json: bool) -> None:
+    """Print a plan: JSON alone, or its samples and a table.
+
+    Args:
+        plan: What a run would take.
+        rows: The table, by the names of its rows.
+        as_json: Whether JSON is asked for.
+    """
+    if as_json:
+        print_json(plan.to_json())
+        return
+    for number, sample in enumerate(plan.samples, start=1):
+        result_console.rule(f"sample {number}: dim is given, «bold» is trained on")
+        text = Text.assemble((sample["masked"], "dim"), ("«", "green"))
+        text.append(sample["trained"], "bold green").append("»", "green")
+        result_console.print(text, soft_wrap=True)
+
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
+    result_console.print(table)
+
+
+def plan_rows(plan: "TrainingPlan") -> dict[str, str]:
+    """Return the table of a plan with all its facts as they stand."""
+    rows = {}
+    for name, value in plan.facts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {part}" for key, part in value.items())
+        rows[name.replace("_", " ")] = str(value)
+    return rows

@@ -1,0 +1,165 @@
+"""A request as the service takes it, and its answers as they grow, whatever protocol tells them.
+
+A route reads a body into a :class:`ChatRequest` or a :class:`CompletionRequest`: every value typed and
+checked, the dial chosen. The service and the engine parse nothing again. Another protocol is one more
+reader of bodies into these and one more writer of answers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from flexalign.serving.dial import DialChoice
+from flexalign.serving.engine import AnswerPiece, Ended, Generation, WrittenToken
+
+TokenIds: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How answers are sampled, cut off and sent.
+
+    Attributes:
+        max_tokens: Tokens at which an answer is cut off; None for as many as there is room for.
+        temperature: 0 is greedy.
+        top_p: Probability mass sampled from.
+        seed: Of the first answer; drawn where the request gives none.
+        stop: Texts that end an answer and are not in it.
+        n: Answers per prompt.
+        logprobs: Likeliest tokens to tell at each token, or None for no log-probabilities.
+        stream: Whether the answer is sent as it is written.
+        include_usage: Whether a stream ends with its token counts.
+    """
+
+    max_tokens: int | None
+    temperature: float
+    top_p: float
+    seed: int
+    stop: tuple[str, ...]
+    n: int
+    logprobs: int | None
+    stream: bool
+    include_usage: bool
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A conversation to be continued.
+
+    Attributes:
+        model: The model that is asked for; None for whichever is served.
+        messages: Objects with a ``role`` and a ``content`` that is text, as the template takes them.
+        sampling: How.
+        choice: Its dial.
+    """
+
+    model: str | None
+    messages: tuple[dict[str, Any], ...]
+    sampling: SamplingOptions
+    choice: DialChoice
+
+
+@dataclass(frozen=True)
+class CompletionRequest:
+    """Prompts to be continued as they stand.
+
+    Attributes:
+        model: The model that is asked for; None for whichever is served.
+        prompts: Texts or token ids.
+        sampling: How.
+        choice: Its dial.
+    """
+
+    model: str | None
+    prompts: tuple[str | TokenIds, ...]
+    sampling: SamplingOptions
+    choice: DialChoice
+
+
+@dataclass
+class AnswerDraft:
+    """One of a request's answers, as it grows.
+
+    Attributes:
+        index: Its number among them.
+        prompt_tokens: Tokens of its prompt; 0 if an earlier answer counts the same prompt.
+        opened: Whether its prompt leaves the thinking open.
+        text: Its text so far.
+        tokens: Its tokens so far.
+        ended: How it ended; None while it goes on.
+    """
+
+    index: int
+    prompt_tokens: int
+    opened: bool = False
+    text: str = ""
+    tokens: list[WrittenToken] = field(default_factory=list)
+    ended: Ended | None = None
+
+    @property
+    def finish(self) -> str | None:
+        """Why it ended; None while it goes on."""
+        return self.ended.finish if self.ended else None
+
+    def take(self, piece: AnswerPiece) -> None:
+        """Add a piece."""
+        self.text += piece.text
+        self.tokens += piece.tokens
+        self.ended = piece.ended
+
+
+@dataclass
+class RunningRequest:
+    """A request that the engine works on.
+
+    Attributes:
+        sampling: What it asked for.
+        choice: Its dial; the ways that a policy takes are added to its report.
+        drafts: Its answers.
+        generations: The engine's side of each.
+        since: When it arrived, by the monotonic clock.
+    """
+
+    sampling: SamplingOptions
+    choice: DialChoice
+    drafts: Sequence[AnswerDraft]
+    generations: Sequence[Generation]
+    since: float
+
+    def cancel(self) -> None:
+        """Let the engine drop it before its next step; nothing happens if it has ended."""
+        for generation in self.generations:
+            generation.cancel()
+
+    def report_ways(self) -> None:
+        """Write the ways that policies took into the dial's report, a list where there are several."""
+        ended = [draft.ended for draft in self.drafts]
+        if not any(one and one.route for one in ended):
+            return
+
+        told: dict[str, list[Any]] = {
+            "route": [one and one.route for one in ended],
+            "lambda": [one and one.lam for one in ended],
+            "rejected_tokens": [one.rejected_tokens if one else 0 for one in ended],
+        }
+        if any(one and one.confidence is not None for one in ended):
+            told["confidence"] = [one and one.confidence for one in ended]
+        for key, values in told.items():
+            self.choice.report[key] = values[0] if len(values) == 1 else values
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of a request, counted as the library does.
+
+    Attributes:
+        prompt_tokens: Of its prompts, each counted once.
+        completion_tokens: Written, without the ones that end answers, with rejected ones.
+        reasoning_tokens: Of these, inside the thinking.
+        rejected_tokens: Of these, in fast answers that were rejected.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+    rejected_tokens: int

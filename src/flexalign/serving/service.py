@@ -1,0 +1,261 @@
+"""The service: prompts are encoded, the engine is asked, and its pieces are put together.
+
+It takes requests of :mod:`flexalign.serving.requests` and knows neither HTTP nor a protocol's JSON. What
+it refuses it refuses by :class:`~flexalign.serving.errors.ApiError`.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+
+from flexalign.data.rendering import render_chat
+from flexalign.data.thinking import ThinkingTags
+from flexalign.data.traces import derive_seed
+from flexalign.errors import ConfigError, DataError
+from flexalign.generation.text import ResponseText
+from flexalign.serving.engine import AnswerPiece, Engine, Generation, Job
+from flexalign.serving.errors import ApiError, as_sent
+from flexalign.serving.metrics import Metrics
+from flexalign.serving.requests import (
+    AnswerDraft,
+    ChatRequest,
+    CompletionRequest,
+    RunningRequest,
+    TokenIds,
+    Usage,
+)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What is served.
+
+    Attributes:
+        name: What requests call it.
+        tokenizer: Its tokenizer.
+        tags: The tags around its thinking.
+        context: Tokens that a prompt and its answer may have together.
+        vocabulary: Token ids are below this.
+    """
+
+    name: str
+    tokenizer: Any
+    tags: ThinkingTags
+    context: int
+    vocabulary: int
+
+
+class Service:
+    """Answers requests with an engine."""
+
+    def __init__(self, model: ServedModel, engine: Engine, queue: int) -> None:
+        """Serve a model.
+
+        Args:
+            model: What is served.
+            engine: What runs it, started.
+            queue: The most answers that the engine lets wait.
+        """
+        self.model = model
+        self.engine = engine
+        self.metrics = Metrics(engine)
+        self._queue = queue
+        self._reader = ResponseText(model.tokenizer, model.tags)
+
+    async def begin(self, request: ChatRequest | CompletionRequest) -> RunningRequest:
+        """Check a request against the model and submit it to the engine.
+
+        Raises:
+            ApiError: If the model is another one, the engine does not serve the dial, a prompt is
+                too long, or the queue full.
+        """
+        since = monotonic()
+        choice, sampling = request.choice, request.sampling
+        self._require_model(request.model)
+        try:
+            self.engine.check(choice.dial)
+        except ConfigError as error:
+            raise ApiError(400, f"lambda: {error}", param="lambda", code="invalid_dial") from error
+
+        # Templates and tokenizers take milliseconds, which the event loop does not wait for.
+        if isinstance(request, ChatRequest):
+            prompts = [await run_in_threadpool(self._encode_chat, request)]
+        else:
+            prompts = [await run_in_threadpool(self._encode, prompt) for prompt in request.prompts]
+
+        jobs = [job for ids in prompts for job in self._jobs(ids, request)]
+        self._require_room(len(jobs))
+
+        drafts = []
+        for index, job in enumerate(jobs):
+            counted = 0 if index % sampling.n else len(job.prompt)
+            drafts.append(AnswerDraft(index, counted, self._reader.is_opened_by(job.prompt)))
+        generations = self.engine.submit(jobs, asyncio.get_running_loop())
+        self.metrics.began(choice.dial, sum(map(len, prompts)))
+        return RunningRequest(sampling, choice, drafts, generations, since)
+
+    async def pieces(
+        self, running: RunningRequest
+    ) -> AsyncIterator[tuple[AnswerDraft, AnswerPiece]]:
+        """Yield the pieces of all answers as they come, each added to its draft and counted."""
+        is_first = True
+        async for index, piece in _merged(running.generations):
+            draft = running.drafts[index]
+            draft.take(piece)
+            if is_first and piece.text:
+                is_first = False
+                self.metrics.first_text(running.since)
+            if piece.ended is not None:
+                self.metrics.ended(piece.ended, running.choice.report.get("policy"))
+                running.report_ways()
+            yield draft, piece
+
+    async def finish(self, running: RunningRequest) -> None:
+        """Wait until all answers have ended."""
+        async for _ in self.pieces(running):
+            pass
+
+    def usage(self, running: RunningRequest) -> Usage:
+        """Count the tokens of the answers that have ended."""
+        prompt = written = thinking = rejected = 0
+        for draft in running.drafts:
+            ended = draft.ended
+            if ended is None:
+                continue
+            prompt += draft.prompt_tokens
+            rejected += ended.rejected_tokens
+            written += len(ended.token_ids) + ended.rejected_tokens
+            text = self._reader.read(ended.token_ids)
+            thinking += self.model.tags.count_tokens(
+                text, self.model.tokenizer, opened=draft.opened
+            )
+        return Usage(prompt, written, thinking, rejected)
+
+    def _require_model(self, asked: str | None) -> None:
+        name = self.model.name
+        if asked not in (None, name):
+            raise ApiError(
+                404,
+                f"there is no model {asked!r:.200} here; this server has {name!r}.",
+                param="model",
+                code="model_not_found",
+            )
+
+    def _encode_chat(self, request: ChatRequest) -> TokenIds:
+        tokenizer = self.model.tokenizer
+        if not tokenizer.chat_template:
+            raise ApiError(
+                400,
+                "messages: this model has no chat template; send a prompt to /v1/completions.",
+                param="messages",
+            )
+        try:
+            messages = [dict(message) for message in request.messages]
+            text = render_chat(tokenizer, messages, add_generation_prompt=True)
+        except DataError as error:
+            raise ApiError(400, f"messages: {error}", param="messages") from error
+        except Exception as error:  # a template is a program, and these are its arguments
+            raise ApiError(
+                400,
+                f"messages: the chat template fails on them ({error!r:.200}); send others.",
+                param="messages",
+            ) from error
+        # The template has written the special tokens.
+        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _encode(self, prompt: str | TokenIds) -> TokenIds:
+        if isinstance(prompt, str):
+            return tuple(self.model.tokenizer(prompt)["input_ids"])
+        outside = [token for token in prompt if not 0 <= token < self.model.vocabulary]
+        if outside:
+            raise ApiError(
+                400,
+                f"prompt has the token id {as_sent(outside[0])}; this model's are 0 to "
+                f"{self.model.vocabulary - 1}.",
+                param="prompt",
+            )
+        return prompt
+
+    def _jobs(self, ids: TokenIds, request: ChatRequest | CompletionRequest) -> Iterator[Job]:
+        """Yield the answers to one prompt; the first has the request's own seed."""
+        sampling = request.sampling
+        if not ids:
+            raise ApiError(400, "prompt is empty: there is no token to go on from.", param="prompt")
+
+        room = self.model.context - len(ids)
+        limit = sampling.max_tokens if sampling.max_tokens is not None else max(room, 1)
+        if limit > room:
+            raise ApiError(
+                400,
+                f"the prompt has {len(ids)} tokens and may get {limit} more; this server's context "
+                f"is {self.model.context}. Shorten the prompt, or ask for fewer max_tokens.",
+                code="context_length_exceeded",
+            )
+
+        for number in range(sampling.n):
+            seed = sampling.seed if number == 0 else derive_seed(sampling.seed, number)
+            yield Job(
+                ids,
+                request.choice.dial,
+                limit,
+                sampling.temperature,
+                sampling.top_p,
+                seed,
+                sampling.stop,
+                sampling.logprobs,
+            )
+
+    def _require_room(self, jobs: int) -> None:
+        # More than the queue ever holds is the request's own fault: coming back does not help.
+        if jobs > self._queue:
+            raise ApiError(
+                400,
+                f"n: the request asks for {jobs} answers, n to each prompt, and this server takes "
+                f"{self._queue} at most; ask for fewer.",
+                param="n",
+            )
+        if not self.engine.has_room(jobs):
+            raise ApiError(
+                429,
+                "too many requests wait already; ask again later.",
+                code="queue_full",
+                headers={"retry-after": "1"},
+            )
+
+
+async def _merged(generations: Sequence[Generation]) -> AsyncIterator[tuple[int, AnswerPiece]]:
+    """Yield (index, piece) of several generations, as they come."""
+    if len(generations) == 1:
+        async for piece in generations[0].pieces():
+            yield 0, piece
+        return
+
+    queue: asyncio.Queue[tuple[int, AnswerPiece | Exception]] = asyncio.Queue()
+
+    async def pump(index: int, generation: Generation) -> None:
+        try:
+            async for one in generation.pieces():
+                queue.put_nowait((index, one))
+        except Exception as error:
+            queue.put_nowait((index, error))
+
+    tasks = [asyncio.create_task(pump(*numbered)) for numbered in enumerate(generations)]
+    left = len(tasks)
+    try:
+        while left:
+            index, given = await queue.get()
+            if isinstance(given, Exception):
+                raise given
+            left -= given.ended is not None
+            yield index, given
+    finally:
+        # Also reached when the client leaves and nobody iterates further.
+        for task in tasks:
+            task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(*tasks, return_exceptions=True)

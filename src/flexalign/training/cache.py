@@ -1,0 +1,176 @@
+"""The cache of hidden states that a recipe names: how large it is, and how it is made and opened."""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from flexalign.data import data_fingerprint
+from flexalign.errors import ConfigError
+from flexalign.models.compatibility import GIB
+from flexalign.models.pair import ModelPair
+from flexalign.training.events import Events
+from flexalign.training.hidden_cache import (
+    Form,
+    HiddenStateCache,
+    free_bytes,
+    hidden_width,
+    identity_of,
+    prepare_documents,
+    stored_dtype,
+    write_cache,
+)
+from flexalign.training.inputs import Inputs, read_inputs
+from flexalign.training.models import running_dtype
+from flexalign.training.plan import plan_steps
+from flexalign.training.recipes import RealignRecipe
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def fill_cache(
+    recipe: str | Path | Mapping[str, Any] | RealignRecipe,
+    *,
+    dtype: str = "auto",
+    anyway: bool = False,
+    data: Dataset | None = None,
+    skip_bad_rows: bool = False,
+    events: Events | None = None,
+) -> HiddenStateCache:
+    """Run both models of a recipe over its data once and keep their final hidden states.
+
+    Any λ trains from them: ``realign`` with ``teacher: cached`` finds them in the recipe's
+    `cache_dir`. What is whole of an earlier start is kept.
+
+    Args:
+        recipe: As `realign` takes it.
+        dtype: What hidden states are stored in: ``float32``, ``bfloat16``, ``float16``, or
+            ``auto``, what a cache that was begun has, else what the models run in.
+        anyway: Write even if the disk seems too small.
+        data: Rows in memory, instead of those that the recipe names.
+        skip_bad_rows: Leave out rows that cannot be used.
+        events: Is told what happens.
+
+    Raises:
+        ConfigError: If the folder holds another cache, there is no room, or the models have no
+            fingerprints.
+        CheckpointError: If the folder cannot be written to.
+    """
+    first = RealignRecipe.each(recipe)[0]
+    inputs = read_inputs(first, skip_bad_rows=skip_bad_rows, data=data)
+    return cache_filler(first, inputs, events or Events(), dtype=dtype, anyway=anyway)()
+
+
+def plan_cache(
+    recipe: str | Path | Mapping[str, Any] | RealignRecipe,
+    *,
+    dtype: str = "auto",
+    data: Dataset | None = None,
+    skip_bad_rows: bool = False,
+) -> dict[str, Any]:
+    """Work out how many bytes a cache takes and how many there are; no weights are read.
+
+    Args:
+        recipe: As `fill_cache` takes it, like the others.
+        dtype: Likewise.
+        data: Likewise.
+        skip_bad_rows: Likewise.
+    """
+    first = RealignRecipe.each(recipe)[0]
+    inputs = read_inputs(first, skip_bad_rows=skip_bad_rows, data=data)
+    form = _form(first, inputs, dtype)
+    folder = Path(first.cache_folder)
+    size = inputs.lengths.response_tokens * form.token_bytes + form.head_bytes
+    return {
+        "cache": str(folder),
+        "response_tokens": inputs.lengths.response_tokens,
+        "bytes_per_token": form.token_bytes,
+        "dtype": str(form.dtype).removeprefix("torch."),
+        "head_gib": round(form.head_bytes / GIB, 4),
+        "gib": round(size / GIB, 4),
+        "free_gib": round(free_bytes(folder) / GIB, 4),
+        "epochs": plan_steps(first.arguments, inputs.lengths)[0]["epochs"],
+    }
+
+
+def cache_filler(
+    recipe: RealignRecipe,
+    inputs: Inputs,
+    events: Events,
+    *,
+    dtype: str = "auto",
+    anyway: bool = False,
+) -> Callable[[], HiddenStateCache]:
+    """Return the function that makes what is missing of a recipe's cache and opens it, once.
+
+    Args:
+        recipe: Names pair, data and folder.
+        inputs: What it names, read.
+        events: Is told what happens.
+        dtype: As in `fill_cache`.
+        anyway: Likewise.
+
+    Raises:
+        ConfigError: If a model has no fingerprint to know it by.
+    """
+    args = recipe.arguments
+    if None in inputs.fingerprints:
+        raise ConfigError(
+            "a cache knows its pair by fingerprints, which pickled weights have none of; load and "
+            "save the models once as safetensors (save_pretrained)."
+        )
+
+    def load_pair() -> ModelPair:
+        pair = ModelPair.load(
+            recipe.reference,
+            recipe.aligned,
+            dtype=running_dtype(args),
+            trust_remote_code=args.trust_remote_code,
+            allow_pickle=args.allow_pickle,
+        )
+        for model in (pair.reference, pair.aligned):
+            model.to(args.device)
+        return pair
+
+    @functools.cache
+    def fill() -> HiddenStateCache:
+        tokens = inputs.lengths.response_tokens
+        steps, _ = plan_steps(args, inputs.lengths)
+        if steps["epochs"] < 1:
+            events.note(
+                f"the {steps['steps']:,} steps of a run see {steps['epochs']:.0%} of the "
+                "rows, and the cache holds all; fewer rows would do."
+            )
+
+        data = data_fingerprint(inputs.traces)
+        with events.filling(tokens) as show:
+            cache = write_cache(
+                Path(recipe.cache_folder),
+                identity_of(inputs.fingerprints, data, inputs.tokenizer, args),
+                lambda: prepare_documents(inputs.traces, inputs.tokenizer, args),
+                load_pair,
+                form=_form(recipe, inputs, dtype),
+                anyway=anyway,
+                say=events.say,
+                progress=lambda done, total: show(done),
+            )
+            show(tokens)  # the bar's total is before equal rows became one
+        return cache
+
+    return fill
+
+
+def _form(recipe: RealignRecipe, inputs: Inputs, dtype: str) -> Form:
+    running = running_dtype(recipe.arguments)
+    begun = stored_dtype(Path(recipe.cache_folder))
+    facts = inputs.pair
+    return Form(
+        widths=(hidden_width(facts.reference.config), hidden_width(facts.aligned.config)),
+        vocab_size=facts.require_fit(),
+        shared_head=facts.shared_base,
+        dtype=_DTYPES.get(dtype) or begun or running,
+        head_dtype=running,
+    )

@@ -1,0 +1,102 @@
+"""What a recipe names, read and checked before any weight is loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from flexalign.data import Lengths, load_prompts, load_traces, measure_lengths
+from flexalign.data.rendering import chat_template_of
+from flexalign.models.compatibility import PairFacts, examine_pair
+from flexalign.models.names import known_name
+from flexalign.training.recipes import RealignRecipe, WatchSettings
+
+
+def read_traces(data: str, *, skip_bad_rows: bool) -> Dataset:
+    """Read training data: a path, or a known name that brings traces."""
+    entry, part = known_name(data) or (None, "")
+    if entry is not None and entry.traces is not None and not part:
+        return Dataset.from_list(entry.traces())
+    return load_traces(data, skip_bad_rows=skip_bad_rows)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Prompts that the student answers while it learns.
+
+    Attributes:
+        prompts: Texts or lists of messages.
+        answers: One for each, None where it is not known.
+    """
+
+    prompts: Sequence[Any]
+    answers: Sequence[str | None]
+
+
+def read_watched(watch: WatchSettings) -> Watched:
+    """Read the prompts to watch, the first ones of the file, with their answers where known."""
+    entry, part = known_name(watch.prompts) or (None, "")
+    if entry is not None and entry.prompts is not None and not part:
+        known = entry.prompts(watch.limit)
+        return Watched([row["prompt"] for row in known], [row["answer"] for row in known])
+
+    rows = load_prompts(watch.prompts)
+    rows = rows.select(range(min(watch.limit, len(rows))))
+    answers = rows["answer"] if "answer" in rows.column_names else [None] * len(rows)
+    return Watched(list(rows["prompt"]), list(answers))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a realignment's recipe names.
+
+    Attributes:
+        pair: What is known of the two models.
+        tokenizer: Theirs, with the chat template that training is going to use.
+        traces: The data.
+        lengths: Of the data.
+        watched: Prompts and known answers to watch; None if there are none.
+    """
+
+    pair: PairFacts
+    tokenizer: PreTrainedTokenizerBase
+    traces: Dataset
+    lengths: Lengths
+    watched: Watched | None
+
+    @property
+    def fingerprints(self) -> tuple[str | None, str | None]:
+        """Of the reference and the aligned model."""
+        return self.pair.reference.fingerprint, self.pair.aligned.fingerprint
+
+
+def read_inputs(
+    recipe: RealignRecipe, *, skip_bad_rows: bool = False, data: Dataset | None = None
+) -> Inputs:
+    """Read and check everything of a realignment that needs no weights.
+
+    Args:
+        recipe: Names pair, data and prompts.
+        skip_bad_rows: Leave out rows that cannot be used.
+        data: Rows in memory, instead of those that the recipe names.
+
+    Raises:
+        ConfigError: If something is not there, or cannot be used.
+        DataError: If a row cannot be used, or no response token lies within the cut-off.
+        PairMismatchError: If the two models do not fit.
+    """
+    arguments = recipe.arguments
+    facts = examine_pair(
+        recipe.reference, recipe.aligned, trust_remote_code=arguments.trust_remote_code
+    )
+    facts.require_fit()
+
+    tokenizer = facts.tokenizer
+    tokenizer.chat_template = chat_template_of(tokenizer, arguments.chat_template_path)
+
+    traces = read_traces(recipe.data, skip_bad_rows=skip_bad_rows) if data is None else data
+    lengths = measure_lengths(traces, tokenizer, arguments.max_length)
+    watched = read_watched(recipe.watch) if recipe.watch else None
+    return Inputs(facts, tokenizer, traces, lengths, watched)

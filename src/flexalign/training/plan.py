@@ -1,0 +1,109 @@
+"""What a run would take, without a weight loaded: samples, sizes, steps, memory."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from flexalign.data import Lengths, split_tokens
+from flexalign.errors import ConfigError
+from flexalign.training.memory import Sizes, estimate_memory
+
+_SAMPLES = 2
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a dry run found.
+
+    Attributes:
+        facts: The recipe's main keys, the data's lengths, steps, parameters, memory in GiB and
+            the state of the output folder, by name.
+        samples: The first rows as they are trained on: ``masked``, what is given, and ``trained``,
+            what the loss counts.
+    """
+
+    facts: Mapping[str, Any]
+    samples: Sequence[Mapping[str, str]]
+
+    def to_json(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**self.facts, "samples": list(self.samples)}
+
+
+def plan_steps(arguments: Any, lengths: Lengths) -> tuple[dict[str, Any], int]:
+    """Work out a run's steps, its batch and its epochs, and its longest row in tokens.
+
+    Raises:
+        ConfigError: If rows are to be packed and have no length.
+    """
+    batch = (
+        arguments.per_device_train_batch_size
+        * arguments.gradient_accumulation_steps
+        * max(arguments.world_size, 1)
+    )
+
+    longest = min(lengths.longest, arguments.max_length or lengths.longest)
+    rows = lengths.rows
+    if getattr(arguments, "packing", False):
+        if arguments.max_length is None:
+            raise ConfigError(
+                "training.packing fills rows up to training.max_length; give that a number."
+            )
+        longest = arguments.max_length
+        rows = math.ceil((lengths.prompt_tokens + lengths.response_tokens) / longest)
+
+    steps = arguments.max_steps
+    if steps <= 0:
+        steps = math.ceil(math.ceil(rows / batch) * arguments.num_train_epochs)
+    epochs = round(steps * batch / rows, 3)
+    return {"steps": steps, "effective_batch": batch, "epochs": epochs}, longest
+
+
+def plan_memory(
+    arguments: Any,
+    config: Any,
+    sizes: Sizes,
+    *,
+    tokens: int,
+    aligned_parameters: int,
+    cached_heads: int | None = None,
+) -> dict[str, Any]:
+    """Estimate parameters and memory of a run on one device.
+
+    Args:
+        arguments: The trainer's settings.
+        config: The reference's, or the base's, configuration.
+        sizes: Parameters of the student.
+        tokens: Of the longest row.
+        aligned_parameters: Of what is held beside the student and its base.
+        cached_heads: As in `estimate_memory`.
+    """
+    need = estimate_memory(
+        config,
+        sizes,
+        aligned_parameters=aligned_parameters,
+        cached_heads=cached_heads,
+        rows=arguments.per_device_train_batch_size,
+        tokens=tokens,
+        chunk_size=getattr(arguments, "chunk_size", 256),
+        half_precision=bool(arguments.bf16),
+        checkpointing=bool(arguments.activation_checkpointing),
+    )
+    return {"trained_parameters": sizes.trainable, "memory_gib": need.to_gib()}
+
+
+def sample_rows(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> list[dict[str, str]]:
+    """Take the first rows as they are trained on: what is given, and what the loss counts."""
+    first = rows.select(range(min(_SAMPLES, len(rows))))
+    samples = []
+    for prompt, response in split_tokens(first, tokenizer):
+        kept = len(response) if max_length is None else max(max_length - len(prompt), 0)
+        masked, trained = tokenizer.decode(prompt[:max_length]), tokenizer.decode(response[:kept])
+        samples.append({"masked": masked, "trained": trained})
+    return samples
