@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from flexalign.errors import ConfigError
 from flexalign.errors import as_input_errors as as_input_errors
 from flexalign.lambdas import Adaptive, Setting
 
