@@ -160,15 +160,27 @@ def test_an_adapter_keeps_its_template_arguments(
     row = {"instruction": "one plus two", "output": "three"}
     data.write_text((json.dumps(row) + "\n") * 2, encoding="utf-8")
     recipe = {"base": str(pair[0]), "data": str(data), "output": str(adapter)}
-    recipe |= {"template": {"enable_thinking": False}}
+    recipe |= {"template": {"enable_thinking": False}, "system": "be brief"}
     recipe["training"] = {"max_steps": 1, "use_cpu": True, "max_length": 64, "bf16": False}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     trained = run_cli("adapt", path)
     assert trained.exit_code == 0, trained.stderr
+    kept = json.loads((adapter / "inra_config.json").read_text("utf-8"))["rendering"]
+    assert (kept["arguments"], kept["system"]) == ({"enable_thinking": False}, "be brief")
+    card = (adapter / "README.md").read_text("utf-8")
+    assert "enable_thinking: false" in card
+    assert "system: be brief" in card
 
     model = InRaModel.from_pretrained(pair[0], adapter)
     assert template_arguments(model.tokenizer) == {"enable_thinking": False}
+    asked = ("generate", pair[0], "one plus two", "--adapter", adapter, "--max-new-tokens", 2)
+    same = run_cli(*asked, "--template", "enable_thinking=false")
+    assert (same.exit_code, "was trained with" in same.stderr) == (0, False)
+    other = run_cli(*asked, "--template", "enable_thinking=true")
+    told = " ".join(other.stderr.split())
+    assert f"{adapter} was trained with the template arguments" in told
+    assert 'and {"enable_thinking": true} are asked for' in told
     (pair[0] / "chat_template.jinja").write_text(TEMPLATE + "!", encoding="utf-8")
     with pytest.warns(UserWarning, match="trained with another chat template"):
         InRaModel.from_pretrained(pair[0], adapter)

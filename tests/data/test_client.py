@@ -38,6 +38,15 @@ def test_each_prompt_is_asked_with_its_seed_and_answered_in_order(
     assert key is None
 
 
+def test_a_developer_is_sent_as_system(serve: Callable[[Answer], Chat]) -> None:
+    chat = serve(lambda path, body: say("7"))
+    developer = {"role": "developer", "content": "be brief"}
+    endpoint(chat.url).generate([[developer, *user("?")]], [1])
+    sent = chat.asked[0][1]["messages"]
+    assert sent[0] == {"role": "system", "content": "be brief"}
+    assert developer["role"] == "developer"
+
+
 def test_text_is_completed_as_it_stands(serve: Callable[[Answer], Chat]) -> None:
     answer = {"choices": [{"text": " 3", "finish_reason": "length"}]}
     chat = serve(lambda path, body: (200, answer))

@@ -56,6 +56,13 @@ def test_what_is_bound_is_what_the_tokenizer_shows(tiny_tokenizer: Any) -> None:
     assert bound_thinking(tokenizer) == ("<|bos|>", "<|pad|>")
     assert ThinkingTags.of(tokenizer) == ThinkingTags("<|bos|>", "<|pad|>")
 
+    # What is bound stays in force where it is not named.
+    PromptSettings.parse({"b": 2}).bind(tokenizer)
+    assert template_arguments(tokenizer) == {"a": 1, "b": 2}
+    assert bound_thinking(tokenizer) == ("<|bos|>", "<|pad|>")
+    PromptSettings.parse({"a": 3}).bind(tokenizer)
+    assert template_arguments(tokenizer) == {"a": 3, "b": 2}
+
 
 def test_a_system_message_stands_before_conversations_without_one() -> None:
     settings = PromptSettings(system="Be brief.")

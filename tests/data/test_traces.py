@@ -163,6 +163,27 @@ def test_the_output_of_another_run_is_refused(
     assert output.read_bytes() == before
 
 
+def test_a_run_begun_before_manifests_told_of_the_template_goes_on(tmp_path: Path) -> None:
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "traces.jsonl"
+    run(whole)
+    run(output)
+    output.write_text("".join(output.read_text("utf-8").splitlines(keepends=True)[:5]), "utf-8")
+    now = {"template": "t", "arguments": {}, "vocabulary": "v"}
+    done = open_run(PROMPTS, output, SETTINGS, SOURCE, now)
+    assert done == 5
+    make_traces(PROMPTS, output, respond, SETTINGS, done=done, rendering=now)
+    assert output.read_bytes() == whole.read_bytes()
+    assert len(load_traces(output)) == 15
+
+    asked = {**now, "arguments": {"enable_thinking": False}}
+    with pytest.raises(ConfigError, match="of a run without template arguments, by an earlier"):
+        open_run(PROMPTS, output, SETTINGS, SOURCE, asked)
+    fresh = tmp_path / "fresh.jsonl"
+    open_run(PROMPTS, fresh, SETTINGS, SOURCE, now)
+    with pytest.raises(ConfigError, match=r"another run \(rendering"):
+        open_run(PROMPTS, fresh, SETTINGS, SOURCE, asked)
+
+
 def test_files_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
     output = tmp_path / "traces.jsonl"
     output.write_text("mine")

@@ -5,8 +5,13 @@ is committed. Where one is not there its tests are skipped by name.
 """
 
 import json
+import os
 import random
-from collections.abc import Callable
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +169,47 @@ def test_the_chain_of_commands_runs(
     asked = ("What is 2+3?", "--lambda", "0,0.25,0.5,0.75,1", "--max-new-tokens", 4)
     told = type_("generate", reference, *asked, "--adapter", adapter, "--json")
     assert len(json.loads(told.stdout)) == 5
+
+    with serving(reference, "--adapter", adapter) as url:
+        for seed in range(8):
+            body = {"messages": [QUESTION], "seed": seed, "max_tokens": 24, "lambda": seed / 7}
+            assert read_stream(ask(url, {**body, "stream": True})) == read_whole(ask(url, body))
+
+
+@contextmanager
+def serving(model: Path, *options: str) -> Iterator[str]:
+    """A server in a process of its own, as a user starts it; gives its address."""
+    program = ("-c", "from flexalign.cli.app import main; main()")
+    command = [sys.executable, *program, "serve", str(model), *options, "--port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        try:
+            assert url.startswith("http://127.0.0.1:")
+            yield url
+        finally:
+            process.terminate()
+
+
+def ask(url: str, body: dict[str, Any]) -> str:
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/chat/completions", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request) as answer:
+        return str(answer.read().decode())
+
+
+def read_whole(answer: str) -> tuple[str, str]:
+    message = json.loads(answer)["choices"][0]["message"]
+    return message.get("reasoning") or "", message["content"] or ""
+
+
+def read_stream(answer: str) -> tuple[str, str]:
+    chunks = [line.removeprefix("data: ") for line in answer.splitlines() if line]
+    assert chunks.pop() == "[DONE]"
+    deltas = [choice["delta"] for chunk in chunks for choice in json.loads(chunk)["choices"]]
+    assert len(deltas) > 2
+    thinking, content = (
+        "".join(delta.get(key) or "" for delta in deltas) for key in ("reasoning", "content")
+    )
+    return thinking, content

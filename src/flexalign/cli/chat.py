@@ -119,11 +119,11 @@ def chat(
         template=parse_template(template or []),
     )
     quieten_libraries()
-    with as_input_errors():
-        backend = LocalBackend(named, settings, options)
-    backend.require_dial(settings)
-
     with warnings_as_notes():
+        with as_input_errors():
+            backend = LocalBackend(named, settings, options)
+        backend.require_dial(settings)
+
         with as_input_errors(), console.status("loading"):
             _ = backend.model
         setting = settings[0] if settings else backend.default

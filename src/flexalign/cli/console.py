@@ -109,11 +109,14 @@ def quieten_libraries() -> None:
 
 @contextmanager
 def warnings_as_notes() -> Iterator[None]:
-    """Print warnings for users as one line each on stderr, and drop those for developers."""
+    """Print warnings for users once, as one line each on stderr; drop those for developers."""
+    told: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-        if category is UserWarning:
-            note(str(message))
+        text = str(message)
+        if category is UserWarning and text not in told:
+            told.add(text)
+            note(text)
 
     with warnings.catch_warnings():
         warnings.simplefilter("default")

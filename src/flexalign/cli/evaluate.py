@@ -16,6 +16,7 @@ from flexalign.cli.console import (
     result_console,
     resumable_bar,
     say_instruction,
+    warnings_as_notes,
 )
 from flexalign.cli.options import (
     BatchSize,
@@ -175,34 +176,35 @@ def evaluate(
     tasks = [load_task(name, **drawn) for name in task]  # type: ignore[arg-type]
     say_instruction(instruction, tasks)
 
-    sweep = plan_sweep(
-        asked,
-        tasks,
-        settings=settings,
-        samples=samples,
-        seed=seed,
-        baseline=baseline,
-        temperature=temperature,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        gate=gate,
-        dtype=dtype,
-        lambda_range=limits,
-        model_name=model_name,
-        tokenizer=tokenizer,
-        concurrency=concurrency,
-        timeout_seconds=timeout,
-        attempts=attempts,
-        api_key=read_secret(api_key_env),
-        engine=engine.value,
-        template=parse_template(template or []),
-    )
-    unreadable = _warn(sweep, workers)
-    if dry_run or output is None:
-        _preview(sweep, unreadable, as_json)
-        return
-    _show(_run(sweep, output, workers), as_json)
+    with warnings_as_notes():
+        sweep = plan_sweep(
+            asked,
+            tasks,
+            settings=settings,
+            samples=samples,
+            seed=seed,
+            baseline=baseline,
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            gate=gate,
+            dtype=dtype,
+            lambda_range=limits,
+            model_name=model_name,
+            tokenizer=tokenizer,
+            concurrency=concurrency,
+            timeout_seconds=timeout,
+            attempts=attempts,
+            api_key=read_secret(api_key_env),
+            engine=engine.value,
+            template=parse_template(template or []),
+        )
+        unreadable = _warn(sweep, workers)
+        if dry_run or output is None:
+            _preview(sweep, unreadable, as_json)
+            return
+        _show(_run(sweep, output, workers), as_json)
 
 
 def _only_adapter(effort: str | None, systems: "list[System]") -> str | None:

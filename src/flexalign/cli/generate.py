@@ -136,12 +136,12 @@ def generate(
         template=parse_template(template or []),
     )
     quieten_libraries()
-    with as_input_errors():
-        backend = LocalBackend(system, settings, options)
-    backend.require_dial(settings)
-
-    requests = _requests(prompts, settings or [backend.default], samples, seed)
     with warnings_as_notes():
+        with as_input_errors():
+            backend = LocalBackend(system, settings, options)
+        backend.require_dial(settings)
+
+        requests = _requests(prompts, settings or [backend.default], samples, seed)
         made = _answer(backend, prompts, requests)
         if as_json:
             made_all = sorted(made, key=lambda one: one.place)

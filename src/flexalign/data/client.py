@@ -121,10 +121,7 @@ class Endpoint:
         }
         if isinstance(prompt, str):
             return self._read(self._send("completions", body | {"prompt": prompt}))
-        messages = [
-            {key: value for key, value in message.items() if value is not None}
-            for message in prompt
-        ]
+        messages = [_message_sent(message) for message in prompt]
         return self._read(self._send("chat/completions", body | {"messages": messages}))
 
     def _read(self, answer: Any) -> EndpointResponse:
@@ -214,6 +211,15 @@ class Endpoint:
         content = json.dumps(body).encode()
         headers["Content-Type"] = "application/json"
         return client.post(f"/{path}", cast_to=bytes, content=content, options={"headers": headers})
+
+
+def _message_sent(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message as a server takes it: a ``developer`` is its ``system``.
+
+    Which template the server has is not known, and many leave ``developer`` out without a word.
+    """
+    sent = {key: value for key, value in message.items() if value is not None}
+    return sent | {"role": "system"} if sent.get("role") == "developer" else sent
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:

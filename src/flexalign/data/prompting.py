@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from flexalign.data.template import bind_template
+from flexalign.data.template import bind_template, bound_thinking, template_arguments
 from flexalign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -84,11 +84,14 @@ class PromptSettings:
     def bind(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Bind template arguments and markers to a tokenizer; changes nothing if there are none.
 
+        What was bound before, as a trained model's template has it, stays where it is not named.
+
         Raises:
             ConfigError: If there is no template for them, or a marker is not in the vocabulary.
         """
         if self.template or self.thinking:
-            bind_template(tokenizer, self.template, self.thinking)
+            arguments = {**template_arguments(tokenizer), **self.template}
+            bind_template(tokenizer, arguments, self.thinking or bound_thinking(tokenizer))
 
     def apply(self, dataset: "Dataset") -> "Dataset":
         """Put the system message before conversations that have none.

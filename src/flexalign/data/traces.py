@@ -124,7 +124,13 @@ def _check_manifest(path: Path, expected: dict[str, Any]) -> None:
         raise ConfigError(
             f"{path} is not a manifest of traces ({error}); move it away or name another output."
         ) from error
-    different = [key for key in expected if found.get(key) != expected[key]]
+    _require_rendering_known(path, found, expected)
+    different = [
+        key
+        for key in expected
+        if key in found or key != "rendering"
+        if found.get(key) != expected[key]
+    ]
     if different:
         details = "; ".join(
             f"{key}: {json.dumps(found.get(key))} there, {json.dumps(expected[key])} asked"
@@ -133,6 +139,20 @@ def _check_manifest(path: Path, expected: dict[str, Any]) -> None:
         raise ConfigError(
             f"{path} belongs to another run ({details}); "
             "repeat that run's options to go on with it, or name another output."
+        )
+
+
+def _require_rendering_known(path: Path, found: Any, expected: dict[str, Any]) -> None:
+    """Refuse template arguments for a run that was begun before manifests told of them.
+
+    Such a run had none, so one without arguments goes on with it, as far as can be told.
+    """
+    arguments = (expected.get("rendering") or {}).get("arguments")
+    if arguments and isinstance(found, dict) and "rendering" not in found:
+        raise ConfigError(
+            f"{path} is of a run without template arguments, by an earlier version, and "
+            f"{json.dumps(arguments)} are asked; leave them out to go on with it, or name another "
+            "output."
         )
 
 

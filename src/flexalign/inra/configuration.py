@@ -50,7 +50,8 @@ class InRaConfig:
             those that its tokenizer shows.
         calibration: What calibration found, or None.
         rendering: What its prompts were rendered with in training: `template`, the chat template's
-            hash, and `arguments`, the template arguments. None where that is not known.
+            hash, `arguments`, the template arguments, and `system`, the system message of
+            conversations without one, if there was one. None where that is not known.
         format_version: Of the folder's format.
 
     Raises:

@@ -1,7 +1,9 @@
 """Systems on this machine: a model, a dial, a pair, or weights between two models."""
 
 import hashlib
-from collections.abc import Collection, Hashable, Iterator, Sequence
+import json
+import warnings
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexalign.data.prompting import PromptSettings
 from flexalign.data.rendering import Opening, Prompt, Rendering
-from flexalign.data.template import bind_template, bound_thinking
+from flexalign.data.template import template_arguments
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError
 from flexalign.generation import TwoModelDecoder
@@ -154,7 +157,7 @@ class LocalBackend:
         if self.config is not None:
             self.config.bind(tokenizer)
         if self._options.template:
-            bind_template(tokenizer, self._options.template, bound_thinking(tokenizer))
+            self._bind_asked(tokenizer, self._options.template)
         self.text = ModelText(tokenizer, self.config.tags if self.config else None)
 
     @property
@@ -168,6 +171,20 @@ class LocalBackend:
         if self.kind == "dial":
             return f"the adapter {self._parts[1]}"
         return f"the pair {','.join(self._parts)}"
+
+    def _bind_asked(self, tokenizer: Any, asked: Mapping[str, Any]) -> None:
+        """Bind template arguments that are asked for, and warn where training had others."""
+        trained = template_arguments(tokenizer)
+        is_known = bool(trained) or (self.config is not None and self.config.rendering is not None)
+        if is_known and any(trained.get(name) != value for name, value in asked.items()):
+            trained_one = self._parts[1] if self.kind == "dial" else self._parts[0]
+            warnings.warn(
+                f"{trained_one} was trained with the template arguments {json.dumps(trained)}, "
+                f"and {json.dumps(dict(asked))} are asked for; what it is asked differs from what "
+                "it was trained on.",
+                stacklevel=3,
+            )
+        PromptSettings(asked).bind(tokenizer)
 
     def require_range(
         self, settings: Sequence[Setting], permit: str = "start with --lambda-range LEAST,LARGEST"

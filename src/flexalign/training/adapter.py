@@ -208,7 +208,7 @@ class Adaptation(_AdapterRun):
             inra.inra_config,
             thinking_tags=(tags.open, tags.close),
             calibration=None,
-            rendering=rendering_record(self.tokenizer),
+            rendering=self._rendering(),
         )
         options: dict[str, Any] = {
             "args": self.recipe.training_arguments(),
@@ -224,6 +224,11 @@ class Adaptation(_AdapterRun):
                 yield AdapterDPOTrainer(inra, model=student, **options)
             else:
                 yield AdapterSFTTrainer(inra, model=student, **options)
+
+    def _rendering(self) -> dict[str, Any]:
+        """What prompts were rendered with: the template, its arguments, and a system message."""
+        system = {} if self.recipe.system is None else {"system": self.recipe.system}
+        return rendering_record(self.tokenizer) | system
 
     def _load(self) -> InRaModel:
         recipe = self.recipe
