@@ -45,6 +45,7 @@ def test_a_prompt_that_opened_the_thinking_counts(bits: list[str]) -> None:
     pieces = [piece for bit in bits for piece in split.put(bit)] + split.put("", is_last=True)
     thinking, _, answer = "".join(bits).partition(TAGS.close)
     assert joined(pieces) == (thinking, answer)
+    assert TAGS.split("".join(bits), opened=True)[:2] == (thinking, answer)
 
 
 def test_nothing_waits_that_is_certain() -> None:

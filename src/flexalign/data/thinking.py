@@ -107,7 +107,8 @@ class ThinkingTags:
             if self.answer and start.startswith(self.answer):
                 text = start.removeprefix(self.answer)
             return Split("", text, True)
-        return Split(start.removeprefix(self.open), after, bool(closed))
+        # Where the prompt has opened it, the thinking is what was written, white space and all.
+        return Split(before if opened else start.removeprefix(self.open), after, bool(closed))
 
     def count_tokens(
         self, text: str, tokenizer: "PreTrainedTokenizerBase", *, opened: bool = False
@@ -206,11 +207,13 @@ _SAMPLED = ("response_ids", "rendering")
 def split_any(text: str, tags: ThinkingTags, *, opened: bool = False) -> Split:
     """Split a response by a model's tags, or, where it has none of them, by ``<think>``.
 
-    Responses that come from elsewhere are written with the tags of another model.
+    Responses that come from elsewhere are written with the tags of another model, and may show an
+    opening tag that the prompt has too.
     """
     default = ThinkingTags()
     is_foreign = not _shows(text, tags) and _shows(text, default)
-    return (default if is_foreign else tags).split(text, opened=opened)
+    chosen = default if is_foreign else tags
+    return chosen.split(text, opened=opened and not text.lstrip().startswith(chosen.open))
 
 
 def _shows(text: str, tags: ThinkingTags) -> bool:

@@ -7,7 +7,7 @@ all settings of a question are there or none, so that the page compares like wit
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flexalign.data.thinking import ThinkingTags
+from flexalign.data.thinking import ThinkingTags, split_any
 from flexalign.evaluation.report.runs import ReportRun, RowKey
 
 _Tasks = Mapping[str, Sequence[tuple[ReportRun, RowKey]]]
@@ -120,7 +120,7 @@ def _question(run: ReportRun, place: tuple[str, str]) -> dict[str, Any]:
 
 
 def _response(number: int, row: Mapping[str, Any]) -> dict[str, Any]:
-    parts = ThinkingTags().split(row["response"], opened=bool(row.get("thinking_tokens")))
+    parts = split_any(row["response"], ThinkingTags(), opened=bool(row.get("thinking_tokens")))
     return {
         "setting": number,
         "sample": row["sample"],
