@@ -45,7 +45,7 @@ BODY_LIMIT = 4 << 20
 """The default limit of a body, in bytes."""
 
 _DEEPEST = 64
-"""The most levels of lists and objects in a body."""
+"""How deep the values of a body may nest."""
 
 _SUCH_AS = 'such as {"messages": [{"role": "user", "content": "1+2?"}]}'
 
@@ -156,7 +156,7 @@ def parse_body(content: bytes) -> dict[str, Any]:
 
 
 def _is_deeper(value: Any, most: int) -> bool:
-    """Return whether a value has more than ``most`` levels.
+    """Return whether a value nests more than ``most`` deep.
 
     The limit protects code that reads, compares and prints a value recursively.
 
