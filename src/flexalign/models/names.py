@@ -32,7 +32,7 @@ class KnownName:
         accuracy: The expected share of right answers in that task, for planning.
         traces: Returns rows of training data, in a form of `flexalign.data.load_traces`.
         prompts: Returns this many prompts with their answers, in a form of
-            `flexalign.data.load_prompts`; none of them is in the traces.
+            `flexalign.data.load_prompts`, drawn separately from the traces.
     """
 
     name: str

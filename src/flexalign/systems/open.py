@@ -153,7 +153,7 @@ class Request(Protocol):
 
     @property
     def label(self) -> str:
-        """How messages call it."""
+        """Its name in messages."""
 
     @property
     def prompt(self) -> Hashable:
@@ -204,7 +204,7 @@ class PromptRequest:
 
     @property
     def label(self) -> str:
-        """How messages call it."""
+        """Its name in messages."""
         return f"prompt {self.prompt + 1}"
 
 
