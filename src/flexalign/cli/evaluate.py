@@ -45,10 +45,10 @@ if TYPE_CHECKING:
     from flexalign.systems import System
 
 _SHOWN = 5
-"""Lost samples that are named."""
+"""The most lost samples that a message names."""
 
 _OF_EFFORT = ("temperature", "top_p", "max_new_tokens")
-"""The options of sampling that a calibration holds for."""
+"""The sampling options that a calibration depends on."""
 
 _LEGEND = (
     "accuracy, cut (of tokens, against λ = 0 or the baseline) and lost (truncated, unparsed or no "
@@ -160,6 +160,7 @@ def evaluate(
         raise ConfigError("name at least one SYSTEM and one --task.")
     if output is None and not dry_run:
         raise ConfigError("name the folder of the results with --output DIR.")
+
     lams, limits = read_lambdas(lam), read_range(lambda_range)
     from flexalign.systems import parse_systems
 
@@ -202,7 +203,7 @@ def evaluate(
 
 
 def _only_adapter(effort: str | None, systems: "list[System]") -> str | None:
-    """The adapter whose calibration says what an effort is."""
+    """Return the adapter whose calibration defines the efforts; None if there is no adapter."""
     adapters = [system.parts[1] for system in systems if system.kind == "dial"]
     if effort is not None and len(adapters) > 1:
         raise ConfigError(
@@ -213,7 +214,11 @@ def _only_adapter(effort: str | None, systems: "list[System]") -> str | None:
 
 
 def _warn(sweep: "Sweep", workers: int) -> list[dict[str, str]]:
-    """Say what is doubtful before anything is sampled; return answers that cannot be read."""
+    """Print warnings before anything is sampled.
+
+    Returns:
+        The known answers that the grader cannot read.
+    """
     from flexalign.evaluation.grading import Grader
     from flexalign.evaluation.tasks import sample_warning, unreadable_golds
 
@@ -272,7 +277,7 @@ def _preview(sweep: "Sweep", unreadable: list[dict[str, str]], as_json: bool) ->
 
 
 def _warn_of_cuts(sweep: "Sweep") -> None:
-    """Say whose tokens will be held against nothing."""
+    """Name the systems whose token cuts will have no baseline."""
     alone = [
         system.name
         for system in sweep.systems
@@ -286,7 +291,7 @@ def _warn_of_cuts(sweep: "Sweep") -> None:
 
 
 def _warn_of_sampling(sweep: "Sweep") -> None:
-    """Say that efforts are measured at other sampling options than they were calibrated at."""
+    """Warn if efforts are measured with other sampling options than they were calibrated with."""
     from dataclasses import asdict
 
     from flexalign.calibration.effort import Calibration, note_on_sampling
@@ -336,7 +341,7 @@ def _report(output: Path) -> None:
 
 
 def _describe_lost(lost: "list[Lost]", total: int) -> str:
-    """Say which samples got no response, and why."""
+    """Return a message that names the samples without a response, and why."""
     shown = "; ".join(
         f"question {one.cell.question} of {one.cell.task} at {one.cell.setting.label}, "
         f"{one.system}: {one.reason}"
@@ -357,7 +362,7 @@ def _show(summary: "Summary", as_json: bool) -> None:
 
 
 def print_summary(summary: "Summary") -> None:
-    """Print the rows of a summary, and the means over tasks where there are several."""
+    """Print the rows of a summary, and means over tasks if there are several tasks."""
     from flexalign.lambdas import LAMBDA_LEGEND
 
     rows = summary.rows
@@ -365,6 +370,7 @@ def print_summary(summary: "Summary") -> None:
     constant = [getattr(rows[0], name) for name in ("system", "task") if name not in heads]
     if constant:
         result_console.print(" on ".join(constant), markup=False, style="bold")
+
     table = _table([*heads, "setting"], ["asked", "accuracy", "tokens", "cut", "to chord", "lost"])
     for row in rows:
         lost = row.truncated + row.unparsed + row.no_answer
