@@ -29,6 +29,7 @@ from flexalign.cli.options import (
     TaskMaxNewTokens,
     TaskTemperature,
     TaskTopP,
+    Template,
     Workers,
     read_efforts,
     read_lambdas,
@@ -109,6 +110,7 @@ def evaluate(
     batch_size: BatchSize = 32,
     gate: Gate = None,
     lambda_range: LambdaRange = None,
+    template: Template = None,
     dtype: Dtype = "auto",
     engine: Annotated[
         EngineName, typer.Option(help="local runs here; vllm is for plain models.")
@@ -162,6 +164,7 @@ def evaluate(
         raise ConfigError("name the folder of the results with --output DIR.")
 
     lams, limits = read_lambdas(lam), read_range(lambda_range)
+    from flexalign.data.prompting import parse_template
     from flexalign.systems import parse_systems
 
     asked = parse_systems(systems)
@@ -194,6 +197,7 @@ def evaluate(
         attempts=attempts,
         api_key=read_secret(api_key_env),
         engine=engine.value,
+        template=parse_template(template or []),
     )
     unreadable = _warn(sweep, workers)
     if dry_run or output is None:

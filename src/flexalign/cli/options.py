@@ -85,6 +85,14 @@ LambdaRange: TypeAlias = Annotated[
 AnyBase: TypeAlias = Annotated[
     bool, typer.Option("--any-base", help="Take an adapter that was made for another base.")
 ]
+Template: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template",
+        metavar="KEY=VALUE",
+        help="An argument of the chat template, such as enable_thinking=false; repeatable.",
+    ),
+]
 Dtype: TypeAlias = Annotated[
     str, typer.Option(callback=known_dtype, help="auto, float32, bfloat16 or float16.")
 ]

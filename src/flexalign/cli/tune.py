@@ -376,6 +376,8 @@ def _preview(
     from flexalign.analysis.preview import PREVIEW_LAMBDAS, preview, write_preview
     from flexalign.cli.console import quieten_libraries
     from flexalign.data import load_traces, split_tokens
+    from flexalign.data.rendering import bind_as_sampled
+    from flexalign.models.compatibility import examine_pair
     from flexalign.systems import LocalBackend, parse_system
 
     parsed = parse_system(system)
@@ -386,9 +388,14 @@ def _preview(
     rows = rows.select(range(min(limit or len(rows), len(rows))))
 
     quieten_libraries()
-    loaded: Any = LocalBackend(parsed).load(device_map=None)
-    model: Any = loaded.pair if parsed.kind == "pair" else loaded
-    tokens = list(split_tokens(rows, model.tokenizer))
+    backend = LocalBackend(parsed)
+    is_pair = parsed.kind == "pair"
+    tokenizer = examine_pair(*parsed.parts).tokenizer if is_pair else backend.text.tokenizer
+    bind_as_sampled(tokenizer, rows)
+    tokens = list(split_tokens(rows, tokenizer))
+
+    loaded: Any = backend.load(device_map=None)
+    model: Any = loaded.pair if is_pair else loaded
 
     with progress_bar("reading with both models", len(tokens)) as show:
         found = preview(

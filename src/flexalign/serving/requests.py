@@ -47,7 +47,7 @@ class ChatRequest:
     """A conversation to be continued.
 
     Attributes:
-        model: The model that is asked for; None for whichever is served.
+        model: The model that is asked for; None for the served one.
         messages: Objects with a ``role`` and a ``content`` that is text, as the template takes them.
         sampling: How answers are sampled.
         choice: Its dial.
@@ -64,7 +64,7 @@ class CompletionRequest:
     """Prompts to be continued, without a chat template.
 
     Attributes:
-        model: The model that is asked for; None for whichever is served.
+        model: The model that is asked for; None for the served one.
         prompts: Texts or token ids.
         sampling: How answers are sampled.
         choice: Its dial.

@@ -8,13 +8,15 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import uvicorn
 
+from flexalign.data.prompting import PromptSettings
+from flexalign.data.rendering import stop_ids
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, ServingError
 from flexalign.fusion import gated_lambda
@@ -51,6 +53,7 @@ class ServeOptions:
         context: The most tokens of a prompt and its answer together; the model's own limit if
             that is lower.
         limits: The limits of the engine.
+        template: Arguments of the chat template, for every request.
 
     Raises:
         ConfigError: If options exclude each other, or a number is out of its range.
@@ -66,6 +69,7 @@ class ServeOptions:
     dtype: str = "auto"
     context: int | None = None
     limits: EngineLimits = field(default_factory=EngineLimits)
+    template: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check all that needs no weights."""
@@ -128,6 +132,7 @@ def _open(options: ServeOptions) -> tuple[Runner, Any, ThinkingTags | None, Dial
             dtype=options.dtype,
             lambda_range=options.lambda_range,
             any_base=options.any_base,
+            template=options.template,
         ),
     )
 
@@ -136,6 +141,7 @@ def _open(options: ServeOptions) -> tuple[Runner, Any, ThinkingTags | None, Dial
         return PlainRunner(backend.load()), tokenizer, None, DialRules(None)
     if settings is None:
         decoder = backend.load()
+        PromptSettings(options.template).bind(decoder.tokenizer)
         rules = DialRules(Fixed(1.0), options.lambda_range or (0.0, 1.0))
         return PairRunner(decoder, options.gate), decoder.tokenizer, None, rules
 
@@ -153,7 +159,7 @@ def _sides(model: Any) -> Sequence[Any]:
 def _ends(given: Any, tokenizer: Any) -> list[int]:
     """Return the tokens that end an answer: the model's and its tokenizer's."""
     own = given if isinstance(given, list | tuple) else [given]
-    return [int(end) for end in dict.fromkeys([*own, tokenizer.eos_token_id]) if end is not None]
+    return [int(end) for end in dict.fromkeys([*own, *stop_ids(tokenizer)]) if end is not None]
 
 
 def require_safe_address(host: str, key: str | None, *, insecure: bool) -> None:
