@@ -364,6 +364,7 @@ def test_one_lambda_for_all_hidden_states_is_the_same_for_each(
 ) -> None:
     reference, aligned = (side.to(dtype) for side in random_pair(2, 3, 4))
     mixed = fuse_hidden(reference, aligned, lam)
+    assert mixed.dtype == torch.promote_types(dtype, torch.float32)
     assert torch.equal(mixed, fuse(reference, aligned, lam))
     rows = torch.full((2,), lam, dtype=torch.float64)
     assert torch.equal(mixed, fuse_hidden(reference, aligned, rows))

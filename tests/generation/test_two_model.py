@@ -275,3 +275,17 @@ def test_responses_are_padded_as_the_tokenizer_says_where_no_model_does(pair, in
     end = whole[0].index(ends[0]) + 1
     assert cut[0][:end] == whole[0][:end]
     assert set(cut[0][end:]) <= {pair.tokenizer.pad_token_id}
+
+
+def test_lambda_is_checked_where_it_enters_and_not_at_every_token(pair, inputs, monkeypatch):
+    decoder = TwoModelDecoder(pair)
+    expected = greedy(decoder, inputs, lam=MIXED)
+    with pytest.raises(LambdaError, match="finite"):
+        decoder(**inputs, lam=float("nan"))
+
+    def refuse(lam):
+        raise AssertionError("λ was checked again")
+
+    for name in ("flexalign.fusion.as_lambda", "flexalign.generation.two_model.as_lambda"):
+        monkeypatch.setattr(name, refuse)
+    assert greedy(decoder, inputs, lam=MIXED) == expected
