@@ -23,9 +23,7 @@ def fitting(path: Path, least: int, most: int | None) -> Iterator[dict[str, Any]
     for row in read_rows(path):
         if isinstance(row, BadRow):
             continue
-        if most is None:
-            yield row.value
-        elif not row.value["truncated"] and least <= row.value["tokens"] <= most:
+        if most is None or (not row.value["truncated"] and least <= row.value["tokens"] <= most):
             yield row.value
 
 
