@@ -213,6 +213,12 @@ def local_hours() -> float:
     return 4 * batches * 16_384 * 2 * LOCAL_STEP / 3600  # four λ; the longest row decides
 
 
+def rows_of_a_pass(tree: dict[str, Any]) -> int:
+    """Return how many rows one forward pass has; a pair has two."""
+    each = 2 if tree.get("method") == "dpo" else 1
+    return each * int(tree["training"]["per_device_train_batch_size"])
+
+
 def memory(recipe: str) -> tuple[dict[str, Any], str, MemoryNeed]:
     """Return a recipe, its model's size, and what the dry run would say of its longest rows."""
     tree = yaml.safe_load((HERE / recipe).read_text(encoding="utf-8"))
@@ -224,7 +230,7 @@ def memory(recipe: str) -> tuple[dict[str, Any], str, MemoryNeed]:
         Sizes(whole, layer_parameters(size) if is_dial else whole),
         aligned_parameters=0 if is_dial else whole,
         cached_heads=2 if tree.get("teacher") == "cached" else None,
-        rows=training["per_device_train_batch_size"],
+        rows=rows_of_a_pass(tree),
         tokens=training["max_length"],
         chunk_size=256,
         half_precision=True,
@@ -260,7 +266,7 @@ def memory_table() -> list[str]:
         tree, size, need = memory(recipe)
         trained = layer_parameters(size) if "base" in tree else parameters(size)
         training, gib = tree["training"], need.to_gib()
-        shape = f"{training['per_device_train_batch_size']} × {training['max_length']}"
+        shape = f"{rows_of_a_pass(tree)} × {training['max_length']}"
         lines.append(
             f"| `{recipe}` | {size} | {shape} | {trained / 1e6:.0f} | {gib['weights']:.1f} | "
             f"{gib['gradients'] + gib['optimizer']:.1f} | {gib['activations'] + gib['loss']:.1f} | "

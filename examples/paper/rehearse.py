@@ -1,6 +1,6 @@
 """Run this folder's README on the miniature: every command, in order, as it stands there.
 
-    python examples/paper/rehearse.py                        # about eight minutes on two cores
+    python examples/paper/rehearse.py                        # about five minutes on two cores
     python examples/paper/rehearse.py --section Dialogue     # one section, after what comes before all
 
 Each block of commands is given to bash, in a scratch folder where the names of the README's models and
@@ -219,7 +219,7 @@ def _do(words: list[str]) -> int:
 
 def made_small(words: list[str]) -> list[str]:
     """Return a command of ours with what makes it small: other sizes, and this machine's engine."""
-    words = ["1:128" if word == "4096:8192" else word for word in words]
+    words = [TOKENS if word == "4096:8192" else word for word in words]
     if "--engine" in words:
         place = words.index("--engine")
         del words[place : place + 2]

@@ -89,11 +89,13 @@ def reader(scripts: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFact
     (home / "data").mkdir()
     prompt = [{"role": "user", "content": "1 + 2 ?"}]
     thought = "<think> " + "1 + 2 = 3 ; " * 1500 + "</think> 3"  # more tokens than any cut-off
-    long = {"role": "assistant", "content": thought}
-    answer = {"role": "assistant", "content": "3 " * 5000}
-    traces = [{"prompt": prompt, "completion": [long]}] * 4
-    answers = [{"messages": [*prompt, answer]}] * 4
-    pairs = [{"prompt": prompt, "chosen": [answer], "rejected": [answer | {"content": "2"}]}] * 4
+    short, long, answer = (
+        {"role": "assistant", "content": text}
+        for text in ("<think> 3 </think> 3", thought, "<think> 3 </think> " + "3 " * 5000)
+    )
+    traces = [{"prompt": prompt, "completion": [one]} for one in (short, long)]
+    answers = [{"messages": [*prompt, one]} for one in (short, answer)]
+    pairs = [{"prompt": prompt, "chosen": [one], "rejected": [short]} for one in (short, answer)]
     for name, rows in {"traces": traces, "answers": answers, "ultrafeedback": pairs}.items():
         (home / "data" / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return home
@@ -140,7 +142,7 @@ def test_a_dry_run_holds_what_the_estimate_says(
     facts = json.loads(result.stdout)
     assert facts["memory_gib"] == need.to_gib()
     assert facts["memory_gib"]["total"] < 80  # of one GPU
-    assert facts["data"]["longest"] == tree["training"]["max_length"]
+    assert facts["data"]["longest"] >= tree["training"]["max_length"]  # it is cut off there
     assert not (reader / "out").exists()
     if path.stem == "table1":
         assert facts["lambda"] == [0.5, 1, 1.5, 2, 5, 10]
@@ -232,9 +234,10 @@ def test_every_file_and_recipe_is_in_the_readme_and_every_command_can_be_rehears
 
 
 @pytest.mark.full
-def test_the_commands_run_on_the_miniature() -> None:
-    """The whole page takes four minutes: make paper-rehearsal."""
-    command = [sys.executable, PAPER / "rehearse.py", "--section", "Table 1"]
+@pytest.mark.parametrize("section", ["Table 1", "Table 9", "Dialogue"])
+def test_the_commands_run_on_the_miniature(section: str) -> None:
+    """`make paper-rehearsal` has the section on eight GPUs as well, in several processes."""
+    command = [sys.executable, PAPER / "rehearse.py", "--section", section]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "rehearsed in" in done.stderr

@@ -17,7 +17,7 @@ from datasets import Dataset, concatenate_datasets
 from datasets.table import InMemoryTable
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import DPOTrainer, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTTrainer
 
 from flexalign.data import (
     Lengths,
@@ -471,7 +471,12 @@ def _plan(run: TrainingRun, base: Base, rows: Dataset, lengths: Lengths) -> Trai
         "data": {"path": recipe.data, **lengths.to_json()},
         **steps,
         **plan_memory(
-            arguments, base.config, base.sizes, tokens=longest, aligned_parameters=base.others
+            arguments,
+            base.config,
+            base.sizes,
+            tokens=longest,
+            aligned_parameters=base.others,
+            rows_each=2 if isinstance(arguments, DPOConfig) else 1,
         ),
         "output_state": run.state,
     }
