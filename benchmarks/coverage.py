@@ -15,9 +15,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from flexalign.evaluation.frontier import Measured, distance_intervals
-from flexalign.evaluation.summary import token_cut_interval
-from flexalign.statistics import clustered_interval, paired_difference_interval
+from flexalign.evaluation.frontier import distance_intervals
+from flexalign.evaluation.samples import Samples
+from flexalign.statistics import (
+    clustered_interval,
+    paired_difference_interval,
+    token_cut_interval,
+)
 
 REPORT = Path("benchmarks/results/coverage.md")
 SAMPLES = 8
@@ -103,7 +107,7 @@ def dial_coverage(questions: int, top: float, repeats: int) -> dict[str, float]:
         right = rng.random((3, questions, SAMPLES)) < rates[..., None]
         spent = lengths[..., None] * rng.gamma(10, 0.1, (3, questions, SAMPLES))
         rows = [(right[s].ravel().astype(float), spent[s].ravel()) for s in range(3)]
-        settings = [Measured(*row, clusters) for row in rows]
+        settings = [Samples(clusters, *row) for row in rows]
         found = {
             "difference": paired_difference_interval(rows[1][0], clusters, rows[0][0], clusters),
             "token cut": token_cut_interval(rows[1][1], clusters, rows[0][1], clusters),

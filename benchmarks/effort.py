@@ -13,10 +13,14 @@ benchmarks/results/effort.md.
 import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-from flexalign.calibration.calibrate import CalibrateOptions, calibrate, measure_ways, plan_sweeps
-from flexalign.calibration.effort import Answers, effort_to_dial, figures
+from flexalign.calibration.calibrate import (
+    CalibrateOptions,
+    measure_cascade,
+    measure_dial,
+    plan_sweeps,
+)
+from flexalign.calibration.effort import EffortLevel, SettingMetrics, effort_to_dial
 from flexalign.evaluation.tasks import load_task
 from flexalign.lambdas import Adaptive
 from flexalign.systems import SystemOptions, parse_system
@@ -26,25 +30,23 @@ TOLERANCE = 0.1
 SAMPLING = SystemOptions(temperature=1.0, top_p=1.0, max_new_tokens=1000, batch_size=256)
 
 
-def measure(questions: int, scratch: Path) -> list[dict[str, Any]]:
-    """Calibrate, ask anew, and return a row for each effort."""
+def measure(questions: int, scratch: Path) -> list[tuple[EffortLevel, SettingMetrics]]:
+    """Calibrate, ask anew, and return each effort as calibrated and as found anew."""
     system = parse_system("dial:miniature")
     task = load_task("miniature:31", limit=questions)
     options = CalibrateOptions()
     sweeps = plan_sweeps(system, task, options, SAMPLING)
-    calibration = calibrate(sweeps, options, scratch / "calibration")
+    calibration = measure_dial(sweeps, options, scratch / "calibration")
     others = plan_sweeps(system, load_task("miniature:32", limit=questions), options, SAMPLING)
-    answers, ways = measure_ways(others["ways"], scratch / "fresh")
-    slow = answers["λ=0"]
+    measured, cascade = measure_cascade(others["ways"], scratch / "fresh")
     table = []
-    for level in calibration["levels"]:
-        dial = effort_to_dial(calibration, level["effort"])
-        taken = slow
+    for level in calibration.levels:
+        dial = effort_to_dial(calibration, level.effort)
+        taken = measured["λ=0"]
         if isinstance(dial, Adaptive):
             assert dial.threshold is not None
-            tokens, correct = ways.tokens(dial.threshold), ways.correct(dial.threshold)
-            taken = Answers(ways.questions, tokens, correct)
-        table.append({"level": level, **figures(taken)})
+            taken = cascade.at(dial.threshold)
+        table.append((level, SettingMetrics.of(taken)))
     return table
 
 
@@ -64,17 +66,16 @@ def main() -> None:
         "calibrated accuracy |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in table:
-        level = row["level"]
-        low, high = row["tokens_ci"]
-        least, most = row["accuracy_ci"]
+    for level, fresh in table:
+        low, tokens, high = fresh.tokens
+        least, share, most = fresh.accuracy
         lines.append(
-            f"| {level['effort']:g} | {level['setting']} | {level['line']:.1f} | "
-            f"{row['tokens']:.1f} [{low:.1f}, {high:.1f}] | {row['tokens'] / level['line'] - 1:+.1%} "
-            f"| {row['tokens_p10']:.0f} | {row['tokens_p90']:.0f} | "
-            f"{row['accuracy']:.3f} [{least:.3f}, {most:.3f}] | {level['accuracy']:.3f} |"
+            f"| {level.effort:g} | {level.setting} | {level.line:.1f} | "
+            f"{tokens:.1f} [{low:.1f}, {high:.1f}] | {tokens / level.line - 1:+.1%} "
+            f"| {fresh.tokens_p10:.0f} | {fresh.tokens_p90:.0f} | "
+            f"{share:.3f} [{least:.3f}, {most:.3f}] | {level.metrics.accuracy.mean:.3f} |"
         )
-    off = max(abs(row["tokens"] / row["level"]["line"] - 1) for row in table)
+    off = max(abs(fresh.tokens.mean / level.line - 1) for level, fresh in table)
     verdict = "kept" if off <= TOLERANCE else "not kept"
     lines += [
         "",

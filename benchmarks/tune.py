@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from scipy.special import ndtri
 
-from flexalign.calibration import NonInferiority, Outcomes, TuneOptions, tune
+from flexalign.calibration import NonInferiority, TuneOptions, select_setting
+from flexalign.evaluation.samples import Samples
 
 REPORT = Path("benchmarks/results/tune.md")
 CONFIDENCE = 0.95
@@ -110,15 +111,17 @@ def repeat(world: World, options: TuneOptions, seed: int) -> tuple[str | None, i
     rates = dict(zip(["λ=0", *world.settings], truth(world, generator), strict=True))
     cuts = dict(zip(["λ=0", *world.settings], (0.0, *world.cuts), strict=True))
 
-    def ask(setting: str, questions: Sequence[str], samples: int) -> Outcomes:
+    def ask(setting: str, questions: Sequence[str], samples: int) -> Samples:
         rate = rates[setting][[int(question) for question in questions]]
         shape = (len(questions), samples)
         tokens = 4000 * (1 - cuts[setting]) * generator.lognormal(0, 0.6, shape)
-        return Outcomes(generator.random(shape) < rate[:, None], tokens)
+        return Samples.from_table(generator.random(shape) < rate[:, None], tokens, questions)
 
     questions = [str(number) for number in range(world.questions)]
     how = replace(options, samples=world.samples, seed=seed)
-    tuned = tune(world.settings, ask, questions, NonInferiority(world.margin), options=how)
+    tuned = select_setting(
+        world.settings, ask, questions, NonInferiority(world.margin), options=how
+    )
     return tuned.chosen, tuned.samples, tuned.exhaustive
 
 

@@ -259,3 +259,25 @@ def serve() -> Iterator[Callable[[Answer], Chat]]:
     yield start
     for chat in chats:
         chat.close()
+
+
+@pytest.fixture
+def pair(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> Any:
+    """Two models of one family that disagree often, in memory."""
+    from flexalign.models.pair import ModelPair
+
+    models = (tiny_model(seed=seed, initializer_range=0.1) for seed in (0, 1))
+    return ModelPair.of(*models, tiny_tokenizer)
+
+
+@pytest.fixture
+def shared_pair(tiny_model: Callable[..., Any], tiny_tokenizer: Any) -> Any:
+    """A base and an adapter on it, in one module."""
+    from peft import LoraConfig, get_peft_model
+
+    from flexalign.models.pair import ModelPair
+
+    base = tiny_model(initializer_range=0.1)
+    config = LoraConfig(r=8, lora_alpha=64, target_modules="all-linear", init_lora_weights=False)
+    adapted = get_peft_model(base, config, adapter_name="tone").eval()
+    return ModelPair.of(base, adapted, tiny_tokenizer)

@@ -1,4 +1,4 @@
-"""Imports go down only; the command line loads heavy libraries inside its functions alone."""
+"""Imports go down only, a class name stands for one thing, the command line loads nothing heavy."""
 
 import ast
 import sys
@@ -139,3 +139,12 @@ def test_the_rule_catches_what_it_should():
     assert _upward("training.callbacks", "from flexalign.evaluation import sweep") != []
     assert _upward("evaluation.grading", "from flexalign.evaluation.sweep import x") != []
     assert _imports(hidden, in_functions=False) == []
+
+
+def test_a_class_name_stands_for_one_thing() -> None:
+    places: dict[str, list[str]] = {}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(_name(path))
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}

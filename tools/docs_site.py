@@ -19,7 +19,13 @@ from flexalign.training import recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 BORROWED = {"index.md": "README.md", "tutorial-smollm2.md": "examples/smollm2/README.md"}
-PACKAGES = ("flexalign", "flexalign.training", "flexalign.inra", "flexalign.evaluation.grading")
+PACKAGES = (
+    "flexalign",
+    "flexalign.training",
+    "flexalign.inra",
+    "flexalign.evaluation",
+    "flexalign.calibration",
+)
 RECIPES = {
     "realign": recipes.RealignRecipe,
     "adapt": recipes.AdaptRecipe,

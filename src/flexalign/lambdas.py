@@ -155,8 +155,7 @@ class Schedule:
             if isinstance(value, Fixed):  # read, and found finite, by now
                 _set(self, name, value.lam)
             elif value is not None:
-                told = "lambda" if self.kind == "constant" and name == "start" else name
-                _set(self, name, finite_lambda(value, told))
+                _set(self, name, finite_lambda(value, name))
 
         for name in ("steps", "budget"):
             if getattr(self, name) is not None:
@@ -206,7 +205,7 @@ class Schedule:
                 ) from error
 
         if not isinstance(value, Mapping):
-            return cls("constant", start=cast("float", value))
+            return cls.constant(Fixed(cast("float", value)))
 
         known = [field.name for field in fields(cls)]
         for key in value:

@@ -8,16 +8,21 @@ import pytest
 
 from flexalign.calibration.calibrate import (
     CalibrateOptions,
-    _fit_ways,
-    calibrate,
+    _fit,
+    measure_cascade,
+    measure_dial,
     measure_settings,
-    measure_ways,
     plan_sweeps,
 )
-from flexalign.calibration.cascade import Ways
-from flexalign.calibration.effort import copy_adapter, effort_to_dial, store_calibration
+from flexalign.calibration.cascade import Cascade
+from flexalign.calibration.effort import (
+    Calibration,
+    copy_adapter,
+    effort_to_dial,
+    store_calibration,
+)
 from flexalign.errors import ConfigError, ServingError
-from flexalign.evaluation.samples import ResultsFolder
+from flexalign.evaluation.samples import ResultsFolder, Samples
 from flexalign.evaluation.sweep import Sweep
 from flexalign.evaluation.tasks import load_task
 from flexalign.inra import InRaConfig
@@ -37,10 +42,10 @@ def sweeps_of(options, questions, seed=5):
 def test_the_policy_writes_what_calibration_foretells(tmp_path):
     options = CalibrateOptions()
     sweeps = sweeps_of(options, 48)
-    calibration = calibrate(sweeps, options, tmp_path / "calibration")
-    assert calibration["dial"] == "adaptive"
-    assert [level["effort"] for level in calibration["levels"]] == [0, 25, 50, 75, 100]
-    _, ways = measure_ways(sweeps["ways"], tmp_path / "calibration" / "ways")
+    calibration = measure_dial(sweeps, options, tmp_path / "calibration")
+    assert calibration.dial == "adaptive"
+    assert [level.effort for level in calibration.levels] == [0, 25, 50, 75, 100]
+    _, ways = measure_cascade(sweeps["ways"], tmp_path / "calibration" / "ways")
     dial = effort_to_dial(calibration, 50)
     assert isinstance(dial, Adaptive)
     sweep = replace(sweeps["ways"], settings=[Setting.of(dial)])
@@ -49,26 +54,26 @@ def test_the_policy_writes_what_calibration_foretells(tmp_path):
     rows = sorted(
         ResultsFolder.read(tmp_path / "policy").rows, key=lambda r: (r["question"], r["sample"])
     )
-    foretold, fast = ways.tokens(dial.threshold), ways.fast_tokens
+    foretold, fast = ways.tokens(dial.threshold), ways.fast.tokens
     same = [
         wanted - quick <= row["tokens"] <= wanted
         for wanted, quick, row in zip(foretold, fast, rows, strict=True)
     ]
     assert sum(same) >= len(rows) - 1  # one answer may differ where two tokens nearly tie
-    line = calibration["levels"][2]["line"]
+    line = calibration.levels[2].line
     assert sum(row["tokens"] for row in rows) / len(rows) == pytest.approx(line, rel=0.1)
 
 
 @pytest.mark.slow
 def test_lambda_is_the_dial_where_it_is_asked_for(tmp_path):
     options = CalibrateOptions(dial="lambda", lambda_range=(-0.5, 1.0))
-    calibration = calibrate(sweeps_of(options, 24), options, tmp_path)
-    assert calibration["effort"]["thresholds"] == []
-    assert calibration["threshold"] is None
+    calibration = measure_dial(sweeps_of(options, 24), options, tmp_path)
+    assert calibration.thresholds == ()
+    assert calibration.threshold is None
     assert effort_to_dial(calibration, 100) == Fixed(0.0)
-    efforts = [effort for effort, _ in calibration["effort"]["lambdas"]]
+    efforts = [effort for effort, _ in calibration.lambdas]
     assert efforts == sorted(efforts)
-    assert json.loads(json.dumps(calibration, allow_nan=False))["dial"] == "lambda"
+    assert json.loads(json.dumps(calibration.to_json(), allow_nan=False))["dial"] == "lambda"
 
 
 def test_the_range_and_the_measure_are_checked_before_anything_is_loaded():
@@ -86,10 +91,11 @@ def test_the_range_and_the_measure_are_checked_before_anything_is_loaded():
 def test_a_calibration_widens_the_range_and_leaves_all_else(tmp_path):
     copy_adapter(folder("fast"), tmp_path / "fast")
     before = InRaConfig.load(tmp_path / "fast")
-    calibration = {"version": 1, "lambda_range": [-0.5, 0.5]}
+    calibration = Calibration(((100.0, 0.0),), lambda_range=(-0.5, 0.5))
     store_calibration(tmp_path / "fast", calibration)
     after = InRaConfig.load(tmp_path / "fast")
-    assert after == replace(before, calibration=calibration, lambda_range=(-0.5, 1.0))
+    stored = json.loads(json.dumps(calibration.to_json()))
+    assert after == replace(before, calibration=stored, lambda_range=(-0.5, 1.0))
 
 
 def test_a_crash_while_writing_leaves_the_old_settings(tmp_path, monkeypatch):
@@ -101,7 +107,7 @@ def test_a_crash_while_writing_leaves_the_old_settings(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="power"):
-        store_calibration(tmp_path / "fast", {"version": 1, "lambda_range": [0.0, 1.0]})
+        store_calibration(tmp_path / "fast", Calibration(((100.0, 0.0),)))
     assert InRaConfig.load(tmp_path / "fast") == before
 
 
@@ -144,20 +150,18 @@ def test_what_is_out_of_range_is_refused(given, message):
         CalibrateOptions(**given)
 
 
-def _ways(fast, slow):
+def _cascade(fast, slow):
     count = 4
-    return Ways(
-        [str(number) for number in range(count)],
-        np.linspace(0.1, 0.9, count),
-        np.full(count, float(fast)),
-        np.ones(count, bool),
-        np.full(count, float(slow)),
-        np.ones(count, bool),
+    questions = [str(number) for number in range(count)]
+    right, sure = np.ones(count, bool), np.linspace(0.1, 0.9, count)
+    return Cascade(
+        Samples(questions, right, np.full(count, float(fast)), confidence=sure),
+        Samples(questions, right, np.full(count, float(slow))),
     )
 
 
 def test_efforts_above_100_rise_with_the_tokens_below_lambda_0():
     tokens = {0.0: 50.0, -0.25: 70.0, -0.5: 60.0, -1.0: 90.0}
-    fitted = _fit_ways(_ways(10, 50), tokens)["lambdas"]
+    _, fitted = _fit(_cascade(10, 50), tokens)
     # 40 tokens are 100 of effort; λ = −0.5 costs less than λ = −0.25 and has no effort
-    assert fitted == [[100.0, 0.0], [150.0, -0.25], [200.0, -1.0]]
+    assert fitted == ((100.0, 0.0), (150.0, -0.25), (200.0, -1.0))

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from calibration.worlds import QUESTIONS, make_ask
-from flexalign.calibration import NonInferiority, Tuned, TuneOptions, tune
+from flexalign.calibration import NonInferiority, Tuned, TuneOptions, select_setting
 from flexalign.calibration.card import write_card
 
 CUTS = {"λ=0": 0.0, "λ=1": 0.4, "λ=2": 0.6}
@@ -13,7 +13,7 @@ CUTS = {"λ=0": 0.0, "λ=1": 0.4, "λ=2": 0.6}
 def _tuned(effects: dict[str, float], looks: str = "pocock") -> Tuned:
     options = TuneOptions(samples=4, looks=looks)
     goal = NonInferiority(0.1)
-    return tune(["λ=1", "λ=2"], make_ask(effects, CUTS), QUESTIONS, goal, options=options)
+    return select_setting(["λ=1", "λ=2"], make_ask(effects, CUTS), QUESTIONS, goal, options=options)
 
 
 @pytest.mark.parametrize("looks", ["pocock", "betting"])

@@ -3,7 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from flexalign.calibration.cascade import Ways, fit_thresholds
+from flexalign.calibration.cascade import Cascade, fit_thresholds
+from flexalign.evaluation.samples import Samples
 
 
 def world(count, seed, levels=None):
@@ -12,13 +13,13 @@ def world(count, seed, levels=None):
     sure = rng.beta(2, 1.5, count)
     if levels:
         sure = np.round(sure * levels) / levels
-    return Ways(
-        [str(number) for number in range(count)],
-        np.where(rng.random(count) < 0.02, -1.0, sure),
-        np.full(count, 4.0),
-        rng.random(count) < sure,
-        rng.gamma(4, 40 - 20 * sure),
-        rng.random(count) < 0.8,
+    questions = [str(number) for number in range(count)]
+    sure_or_cut = np.where(rng.random(count) < 0.02, -1.0, sure)
+    fast_right = rng.random(count) < sure
+    slow_tokens = rng.gamma(4, 40 - 20 * sure)
+    return Cascade(
+        Samples(questions, fast_right, np.full(count, 4.0), confidence=sure_or_cut),
+        Samples(questions, rng.random(count) < 0.8, slow_tokens),
     )
 
 
@@ -26,13 +27,13 @@ def test_tokens_and_accuracy_are_those_of_a_walk_over_the_questions():
     ways = world(200, 1)
     for threshold in (0.0, 0.3, 0.77, 1.0):
         tokens, right = 0.0, 0
-        for place, sure in enumerate(ways.confidence):
-            tokens += ways.fast_tokens[place]
+        for place, sure in enumerate(ways.fast.confidence):
+            tokens += ways.fast.tokens[place]
             if sure >= threshold:
-                right += ways.fast_correct[place]
+                right += ways.fast.correct[place]
             else:
-                tokens += ways.slow_tokens[place]
-                right += ways.slow_correct[place]
+                tokens += ways.slow.tokens[place]
+                right += ways.slow.correct[place]
         assert ways.tokens(threshold).sum() == pytest.approx(tokens)
         assert ways.correct(threshold).sum() == right
 
@@ -43,17 +44,17 @@ def test_thresholds_rise_and_lie_on_the_line_to_one_question():
     thresholds = fit_thresholds(ways, efforts)
     assert thresholds[0] == 0.0
     assert all(later >= earlier for earlier, later in itertools.pairwise(thresholds))
-    fastest, slowest = ways.tokens(0.0).mean(), ways.slow_tokens.mean()
+    fastest, slowest = ways.tokens(0.0).mean(), ways.slow.tokens.mean()
     for effort, threshold in zip(efforts[:-1], thresholds[:-1], strict=True):
         line = fastest + effort / 100 * (slowest - fastest)
-        assert abs(ways.tokens(threshold).mean() - line) <= ways.slow_tokens.max() / 2000
+        assert abs(ways.tokens(threshold).mean() - line) <= ways.slow.tokens.max() / 2000
 
 
 def test_the_line_holds_on_fresh_questions():
     efforts = [25, 50, 75]
     thresholds = fit_thresholds(world(5000, 3), efforts)
     fresh = world(20_000, 4)
-    fastest, slowest = fresh.tokens(0.0).mean(), fresh.slow_tokens.mean()
+    fastest, slowest = fresh.tokens(0.0).mean(), fresh.slow.tokens.mean()
     for effort, threshold in zip(efforts, thresholds, strict=True):
         line = fastest + effort / 100 * (slowest - fastest)
         assert fresh.tokens(threshold).mean() == pytest.approx(line, rel=0.1)

@@ -3,18 +3,19 @@ import itertools
 import numpy as np
 import pytest
 
-from flexalign.calibration.effort import effort_to_dial, largest_effort, note_on_sampling
+from flexalign.calibration.effort import Calibration, effort_to_dial, note_on_sampling
 from flexalign.errors import ConfigError
 from flexalign.lambdas import Adaptive, Fixed
 
 
 def calibration(**changes):
-    return {
+    given = {
         "version": 1,
         "measure": "min_token_probability",
         "holes": [[0.2, 0.6]],
         "effort": {"thresholds": [], "lambdas": [[0.0, 1.0], [100.0, 0.0], [150.0, -0.5]]},
-    } | changes
+    }
+    return Calibration.from_json(given | changes)
 
 
 def test_lambda_lies_on_straight_lines_between_points():
@@ -22,7 +23,7 @@ def test_lambda_lies_on_straight_lines_between_points():
     assert effort_to_dial(calibration(), 10) == Fixed(0.9)
     assert effort_to_dial(calibration(), 100) == Fixed(0.0)
     assert effort_to_dial(calibration(), 125) == Fixed(-0.25)
-    assert largest_effort(calibration()) == 150
+    assert calibration().largest_effort == 150
 
 
 def test_an_effort_in_a_hole_gets_its_nearer_end():
@@ -47,7 +48,7 @@ def test_what_lies_outside_is_refused_with_the_range(effort):
 
 def test_without_a_calibration_the_command_that_makes_one_is_named():
     with pytest.raises(ConfigError, match="run flexalign calibrate"):
-        effort_to_dial(None, 50)
+        Calibration.from_json(None)
 
 
 @pytest.mark.parametrize("damage", [{"version": 2}, {"effort": {}}, {"effort": {"lambdas": []}}])

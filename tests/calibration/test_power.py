@@ -3,9 +3,10 @@ import math
 import numpy as np
 import pytest
 
-from flexalign.calibration import Outcomes, VarianceModel, plan
+from flexalign.calibration import VarianceModel, plan
 from flexalign.calibration.power import TASK_ACCURACY
 from flexalign.errors import ConfigError, DataError
+from flexalign.evaluation.samples import Samples
 
 
 def test_aime_proves_about_eight_points_and_math500_about_one_and_a_half():
@@ -63,7 +64,7 @@ def test_a_pilot_gives_the_variances_back():
     rates = generator.beta(2, 1, 4000)
     shifted = np.clip(rates + generator.normal(0, 0.1, 4000), 0, 1)
     drawn = [generator.random((4000, 6)) < rate[:, None] for rate in (shifted, rates)]
-    pilot = [Outcomes(correct, np.ones(correct.shape)) for correct in drawn]
+    pilot = [Samples.from_table(correct, np.ones(correct.shape)) for correct in drawn]
     model = VarianceModel.measured(*pilot)
     within = (rates * (1 - rates) + shifted * (1 - shifted)).mean()
     assert model.within == pytest.approx(within, rel=0.03)
@@ -74,7 +75,7 @@ def test_common_random_numbers_shrink_what_a_pilot_finds():
     generator = np.random.default_rng(4)
     rates = generator.beta(2, 1, 500)[:, None]
     noise = generator.random((500, 8))
-    same = Outcomes(noise < rates, np.ones((500, 8)))
+    same = Samples.from_table(noise < rates, np.ones((500, 8)))
     assert VarianceModel.measured(same, same) == VarianceModel(0.0, 0.0)
 
 
@@ -101,7 +102,7 @@ def test_what_cannot_be_planned_is_said(arguments):
 
 
 def test_too_small_a_pilot_is_refused():
-    one = Outcomes(np.ones((5, 1), bool), np.ones((5, 1)))
+    one = Samples.from_table(np.ones((5, 1), bool), np.ones((5, 1)))
     with pytest.raises(DataError, match="a pilot needs"):
         VarianceModel.measured(one, one)
 

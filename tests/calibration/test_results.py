@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from flexalign.calibration.results import DrawnAnswers, StoredAnswers
+from flexalign.calibration.results import DrawnSamples, StoredSamples
 from flexalign.errors import ConfigError, DataError, ServingError
 from flexalign.evaluation.samples import ResultsFolder
 from flexalign.evaluation.sweep import Sweep
 from flexalign.evaluation.systems import Cell, Key, Outcome
-from flexalign.evaluation.tasks import Question, Task
+from flexalign.evaluation.tasks import Task, TaskQuestion
 from flexalign.lambdas import unique_settings
 from flexalign.systems import Answer, Failure, System
 
@@ -40,37 +40,37 @@ def test_answers_come_back_in_order(tmp_path: Path):
         _row(question="2", status="truncated", tokens=9),
         _row(question="2", sample=1),
     ]
-    stored = StoredAnswers(_folder(tmp_path, rows))
+    stored = StoredSamples(_folder(tmp_path, rows))
     assert (stored.settings, stored.questions, stored.samples) == (["λ=0"], ["1", "2"], 2)
     outcomes = stored.ask("λ=0", ["2", "1"], 2)
-    assert outcomes.correct.tolist() == [[False, True], [True, False]]
-    assert outcomes.tokens.tolist() == [[9, 10], [10, 7]]
+    assert outcomes.table(outcomes.correct).tolist() == [[False, True], [True, False]]
+    assert outcomes.table(outcomes.tokens).tolist() == [[9, 10], [10, 7]]
 
 
 def test_only_what_all_settings_answered_is_offered(tmp_path: Path):
     rows = [_row(), _row(question="2"), _row(question="2", setting="λ=1")]
-    assert StoredAnswers(_folder(tmp_path, rows)).questions == ["2"]
+    assert StoredSamples(_folder(tmp_path, rows)).questions == ["2"]
 
 
 @pytest.mark.parametrize("key", ["system", "task"])
 def test_several_want_a_name(tmp_path: Path, key: str):
     folder = _folder(tmp_path, [_row(), _row(**{key: "n", "setting": "λ=9"})])
     with pytest.raises(ConfigError, match=f"more than one {key}"):
-        StoredAnswers(folder)
-    assert StoredAnswers(folder, **{key: "n"}).settings == ["λ=9"]
+        StoredSamples(folder)
+    assert StoredSamples(folder, **{key: "n"}).settings == ["λ=9"]
 
 
 def test_what_is_not_there_is_said(tmp_path: Path):
     with pytest.raises(ConfigError, match="no samples of any system"):
-        StoredAnswers(_folder(tmp_path / "empty", []))
+        StoredSamples(_folder(tmp_path / "empty", []))
     folder = _folder(tmp_path / "one", [_row()])
     with pytest.raises(DataError, match="2 are needed"):
-        StoredAnswers(folder).ask("λ=0", ["1"], 2)
+        StoredSamples(folder).ask("λ=0", ["1"], 2)
     with pytest.raises(ConfigError, match="no samples of n"):
-        StoredAnswers(folder, system="n")
+        StoredSamples(folder, system="n")
 
 
-QUESTIONS = tuple(Question(str(number), f"{number}+1=", str(number + 1)) for number in range(4))
+QUESTIONS = tuple(TaskQuestion(str(number), f"{number}+1=", str(number + 1)) for number in range(4))
 
 
 class _Backend:
@@ -112,13 +112,15 @@ def _sweep() -> Sweep:
 
 
 def test_what_is_asked_is_drawn_graded_and_kept(tmp_path: Path, backend: _Backend):
-    with DrawnAnswers(_sweep(), tmp_path) as answers:
-        assert answers.ask("λ=1", ["0"], 2).correct.tolist() == [[False, False]]
+    with DrawnSamples(_sweep(), tmp_path) as answers:
+        asked = answers.ask("λ=1", ["0"], 2)
+        assert asked.table(asked.correct).tolist() == [[False, False]]
         assert answers.ask("λ=0", ["2", "0"], 2).correct.all()
     assert len(backend.made) == 6
     assert backend.released
-    with DrawnAnswers(_sweep(), tmp_path) as again:
-        assert again.ask("λ=0", ["0", "2", "3"], 2).tokens.tolist() == [[5, 5]] * 3
+    with DrawnSamples(_sweep(), tmp_path) as again:
+        asked = again.ask("λ=0", ["0", "2", "3"], 2)
+        assert asked.table(asked.tokens).tolist() == [[5, 5]] * 3
     assert len(backend.made) == 8
     assert (tmp_path / "summary.json").exists()
 
@@ -127,7 +129,7 @@ def test_samples_that_are_lost_stop_the_tuning(tmp_path: Path, backend: _Backend
     backend._fails = True
     with (
         pytest.raises(ServingError, match="2 samples at λ=0 could not be made"),
-        DrawnAnswers(_sweep(), tmp_path) as answers,
+        DrawnSamples(_sweep(), tmp_path) as answers,
     ):
         answers.ask("λ=0", ["1"], 2)
     assert backend.released
@@ -136,4 +138,4 @@ def test_samples_that_are_lost_stop_the_tuning(tmp_path: Path, backend: _Backend
 def test_a_folder_without_samples_of_a_task_is_said(tmp_path: Path):
     folder = _folder(tmp_path, [_row(), _row(system="n", task="other")])
     with pytest.raises(ConfigError, match="has no samples of n on "):
-        StoredAnswers(folder, system="n", task=_row()["task"])
+        StoredSamples(folder, system="n", task=_row()["task"])

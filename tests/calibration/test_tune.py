@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from calibration.worlds import QUESTIONS, make_ask
-from flexalign.calibration import NonInferiority, Outcomes, TokenBudget, TuneOptions, tune
-from flexalign.calibration.tune import steadied_deviation
+from flexalign.calibration import NonInferiority, TokenBudget, TuneOptions, select_setting
+from flexalign.calibration.race import steadied_deviation
 from flexalign.errors import ConfigError, DataError
+from flexalign.evaluation.samples import Samples
 
 SETTINGS = ["λ=0.5", "λ=1", "λ=2"]
 CUTS = {"λ=0": 0.0, "λ=0.5": 0.2, "λ=1": 0.4, "λ=2": 0.6}
@@ -20,7 +21,7 @@ def _effects(*values: float) -> dict[str, float]:
 
 def test_the_boldest_that_keeps_the_promise_is_chosen():
     ask = make_ask(_effects(0.0, 0.0, -0.4), CUTS)
-    tuned = tune(SETTINGS, ask, QUESTIONS, NonInferiority(0.15), options=QUICK)
+    tuned = select_setting(SETTINGS, ask, QUESTIONS, NonInferiority(0.15), options=QUICK)
     assert tuned.chosen == "λ=1"
     assert tuned.at_proof["λ=1"].token_cut == pytest.approx(0.4, abs=0.05)
     assert tuned.samples < 0.5 * tuned.exhaustive == 0.5 * 4 * 4 * 200
@@ -28,7 +29,7 @@ def test_the_boldest_that_keeps_the_promise_is_chosen():
 
 def test_none_is_an_answer():
     ask = make_ask(_effects(-0.3, -0.4, -0.5), CUTS)
-    tuned = tune(SETTINGS, ask, QUESTIONS, NonInferiority(0.05), options=QUICK)
+    tuned = select_setting(SETTINGS, ask, QUESTIONS, NonInferiority(0.05), options=QUICK)
     assert tuned.chosen is None
     assert tuned.proofs == ()
     assert "none of the candidates" in tuned.reason
@@ -36,14 +37,14 @@ def test_none_is_an_answer():
 
 def test_a_setting_that_saves_nothing_is_not_chosen():
     ask = make_ask(_effects(0.0, 0.0, 0.0), dict.fromkeys(CUTS, 0.0) | {"λ=2": -0.5})
-    tuned = tune(["λ=2"], ask, QUESTIONS, NonInferiority(0.1), options=QUICK)
+    tuned = select_setting(["λ=2"], ask, QUESTIONS, NonInferiority(0.1), options=QUICK)
     assert tuned.chosen is None
 
 
 def test_the_most_accurate_within_the_budget_is_chosen():
     ask = make_ask(_effects(-0.05, -0.2, -0.5), CUTS)
     budget = 1000 * math.exp(0.08) * 0.7  # the mean of the world's lengths, less three tenths
-    tuned = tune(SETTINGS, ask, QUESTIONS, TokenBudget(budget), options=QUICK)
+    tuned = select_setting(SETTINGS, ask, QUESTIONS, TokenBudget(budget), options=QUICK)
     assert tuned.chosen == "λ=1"
     assert tuned.candidates[0] == "λ=0"
 
@@ -52,21 +53,21 @@ def test_no_bet_is_made_on_tokens():
     ask = make_ask(_effects(0, 0, 0), CUTS)
     options = TuneOptions(looks="betting")
     with pytest.raises(ConfigError, match="betting needs a loss that is bounded"):
-        tune(SETTINGS, ask, QUESTIONS, TokenBudget(500), options=options)
+        select_setting(SETTINGS, ask, QUESTIONS, TokenBudget(500), options=options)
 
 
 def test_choosing_and_proof_share_no_question_and_none_is_asked_twice():
     asked: Counter[tuple[str, str]] = Counter()
     inner = make_ask(_effects(0.0, -0.02, -0.05), CUTS)
 
-    def ask(setting: str, questions: list[str], samples: int) -> Outcomes:
+    def ask(setting: str, questions: list[str], samples: int) -> Samples:
         asked.update((setting, question) for question in questions)
         return inner(setting, questions, samples)
 
-    tuned = tune(SETTINGS, ask, QUESTIONS, NonInferiority(0.05), options=QUICK)
+    tuned = select_setting(SETTINGS, ask, QUESTIONS, NonInferiority(0.05), options=QUICK)
     assert set(asked.values()) == {1}
-    assert not set(tuned.choice.questions) & set(tuned.held_out)
-    assert set(tuned.choice.questions) | set(tuned.held_out) == set(QUESTIONS)
+    assert not set(tuned.race.questions) & set(tuned.held_out)
+    assert set(tuned.race.questions) | set(tuned.held_out) == set(QUESTIONS)
     assert tuned.samples == 4 * len(asked)
 
 
@@ -74,13 +75,13 @@ def test_choosing_and_proof_share_no_question_and_none_is_asked_twice():
 def test_every_way_of_looking_finds_what_is_plain(looks):
     ask = make_ask(_effects(0.0, 0.0, -0.4), CUTS)
     options = TuneOptions(samples=4, looks=looks)
-    tuned = tune(SETTINGS, ask, QUESTIONS, NonInferiority(0.15), options=options)
+    tuned = select_setting(SETTINGS, ask, QUESTIONS, NonInferiority(0.15), options=options)
     assert tuned.chosen == "λ=1"
 
 
 def test_the_same_seed_gives_the_same_answer():
     runs = [
-        tune(
+        select_setting(
             SETTINGS,
             make_ask(_effects(0, 0, -0.1), CUTS),
             QUESTIONS,
@@ -98,7 +99,7 @@ def test_promises_are_seldom_broken_where_all_settings_are_on_the_edge():
     for seed in range(repetitions):
         ask = make_ask(_effects(-margin, -margin, -margin), CUTS, seed)
         options = TuneOptions(samples=4, seed=seed)
-        tuned = tune(SETTINGS, ask, QUESTIONS, NonInferiority(margin), options=options)
+        tuned = select_setting(SETTINGS, ask, QUESTIONS, NonInferiority(margin), options=options)
         broken += tuned.chosen is not None
     assert broken / repetitions <= 0.05 + 3.09 * math.sqrt(0.05 * 0.95 / repetitions)
 
@@ -118,19 +119,19 @@ def test_agreement_on_a_few_questions_is_not_certainty():
     ],
 )
 def test_wrong_input_is_said_before_anything_is_asked(candidates, questions, message):
-    def ask(*_: object) -> Outcomes:
+    def ask(*_: object) -> Samples:
         raise AssertionError("asked")
 
     with pytest.raises(ConfigError, match=message):
-        tune(candidates, ask, questions, NonInferiority(0.02))
+        select_setting(candidates, ask, questions, NonInferiority(0.02))
 
 
 def test_answers_of_another_shape_are_refused():
-    def ask(setting: str, questions: list[str], samples: int) -> Outcomes:
-        return Outcomes(np.ones((1, 1), bool), np.ones((1, 1)))
+    def ask(setting: str, questions: list[str], samples: int) -> Samples:
+        return Samples.from_table(np.ones((1, 1), bool), np.ones((1, 1)))
 
     with pytest.raises(DataError, match="got outcomes of shape"):
-        tune(["λ=1"], ask, QUESTIONS, NonInferiority(0.02))
+        select_setting(["λ=1"], ask, QUESTIONS, NonInferiority(0.02))
 
 
 @pytest.mark.parametrize(
@@ -156,4 +157,4 @@ def test_goals_out_of_range_are_refused(goal):
 
 def test_outcomes_of_two_shapes_are_refused():
     with pytest.raises(DataError, match="one shape"):
-        Outcomes(np.ones((2, 2), bool), np.ones((2, 3)))
+        Samples.from_table(np.ones((2, 2), bool), np.ones((2, 3)))

@@ -1,16 +1,19 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from flexalign.calibration.calibrate import _require_saving
-from flexalign.calibration.cascade import Ways, fit_thresholds
-from flexalign.calibration.effort import (
-    Answers,
+from flexalign.calibration.cascade import Cascade, fit_thresholds
+from flexalign.calibration.effort import Calibration
+from flexalign.calibration.fitting import (
     describe_loss,
+    effort_levels,
     fit_lambdas,
-    level_figures,
     require_saving,
 )
 from flexalign.errors import ConfigError
+from flexalign.evaluation.samples import Samples
 from flexalign.statistics import paired_difference_interval
 
 COUNT = 400
@@ -19,11 +22,8 @@ QUESTIONS = [str(number) for number in range(COUNT)]
 
 def answers(tokens, right, seed=0):
     generator = np.random.default_rng(seed)
-    return Answers(
-        QUESTIONS,
-        tokens * generator.lognormal(0, 0.4, COUNT),
-        np.arange(COUNT) < round(right * COUNT),
-    )
+    lengths = tokens * generator.lognormal(0, 0.4, COUNT)
+    return Samples(QUESTIONS, np.arange(COUNT) < round(right * COUNT), lengths)
 
 
 def test_a_dial_that_moves_nothing_is_refused_with_what_was_measured():
@@ -44,7 +44,7 @@ def test_one_setting_that_saves_is_enough():
 def test_intervals_hold_together_for_all_settings():
     """A saving that stands out alone, but not as the best of twenty, is chance."""
     reference = answers(100, 1)
-    barely = Answers(QUESTIONS, reference.tokens.copy(), reference.correct)
+    barely = Samples(QUESTIONS, reference.correct, reference.tokens.copy())
     noise = np.random.default_rng(5).normal(0, 30, COUNT)
     barely.tokens[:] += noise - noise.mean() - 2.4 * 30 / np.sqrt(COUNT)
     require_saving({"λ=1": barely}, reference, "mend it")
@@ -59,7 +59,7 @@ def ways(fast_right, fast_tokens=10, is_sure_of_right=False):
     if is_sure_of_right:
         sure = np.where(fast.correct, 0.5 + sure / 2, sure / 2)
     return (
-        Ways(QUESTIONS, sure, fast.tokens, fast.correct, slow.tokens, slow.correct),
+        Cascade(Samples(QUESTIONS, fast.correct, fast.tokens, confidence=sure), slow),
         {0.0: slow},
     )
 
@@ -76,27 +76,29 @@ def test_each_kind_of_dial_is_told_its_own_way_out():
 
 def adaptive(both, fixed, margin=0.02):
     efforts = [0, 25, 50, 75, 100]
-    points = [[e, t] for e, t in zip(efforts, fit_thresholds(both, efforts), strict=True)]
-    calibration = {"version": 1, "measure": "answer_probability", "holes": [], "margin": margin}
-    calibration["effort"] = {"thresholds": points, "lambdas": [[100.0, 0.0]]}
-    return calibration | {"levels": level_figures(calibration, both, fixed)}
+    points = tuple(zip(efforts, fit_thresholds(both, efforts), strict=True))
+    calibration = Calibration(
+        ((100.0, 0.0),), points, measure="answer_probability", margin=margin, dial="adaptive"
+    )
+    return replace(calibration, levels=effort_levels(calibration, both, fixed))
 
 
 def test_a_fast_end_that_is_mostly_wrong_makes_every_effort_useless():
     both, fixed = ways(0.05)
     calibration = adaptive(both, fixed)
     loss = describe_loss(calibration)
-    best = calibration["levels"][3]
+    best = calibration.levels[3]
     low, mean, high = paired_difference_interval(
-        both.correct(float(best["setting"].split()[1])), QUESTIONS, fixed[0.0].correct, QUESTIONS
+        both.correct(float(best.setting.split()[1])), QUESTIONS, fixed[0.0].correct, QUESTIONS
     )
-    assert (best["effort"], best["accuracy_change"]) == (75, pytest.approx(mean, abs=0.003))
-    assert best["accuracy_change_ci"] == pytest.approx([low, high], abs=0.003)
-    low, high = best["accuracy_change_ci"]
+    assert (best.effort, best.accuracy_change.mean) == (75, pytest.approx(mean, abs=0.003))
+    change = best.accuracy_change
+    assert [change.low, change.high] == pytest.approx([low, high], abs=0.003)
+    low, high = change.low, change.high
     assert "every effort below 100 is less accurate than λ = 0 by more than" in loss
-    figures = f"{-100 * best['accuracy_change']:.1f} points [{-100 * high:.1f}, {-100 * low:.1f}]:"
+    figures = f"{-100 * change.mean:.1f} points [{-100 * high:.1f}, {-100 * low:.1f}]:"
     assert f"the margin of 2 points; effort 75 loses least, {figures} train" in loss
-    assert describe_loss(calibration | {"margin": 0.3}) is None
+    assert describe_loss(replace(calibration, margin=0.3)) is None
 
 
 def test_one_effort_that_may_do_is_enough():
@@ -110,17 +112,15 @@ def test_a_loss_that_may_be_chance_is_no_loss():
 def test_between_two_measured_lambdas_accuracy_changes_along_the_line():
     fixed = {0.0: answers(100, 0.8), 0.5: answers(80, 0.6), 1.0: answers(20, 0.1)}
     tokens = {lam: float(own.tokens.mean()) for lam, own in fixed.items()}
-    calibration = {"version": 1, "measure": None, "holes": [], "margin": 0.02}
-    calibration["effort"] = {"thresholds": [], "lambdas": fit_lambdas(tokens)}
-    levels = level_figures(calibration, None, fixed)
-    assert levels[-1]["accuracy_change"] == 0
-    assert levels[-1]["accuracy_change_ci"] == [0, 0]
+    calibration = Calibration(fit_lambdas(tokens), margin=0.02)
+    levels = effort_levels(calibration, None, fixed)
+    assert levels[-1].accuracy_change == (0, 0, 0)
     for level in levels[:-1]:
-        assert level["accuracy_change"] == pytest.approx(level["accuracy"] - 0.8)
-        low, high = level["accuracy_change_ci"]
-        assert low < level["accuracy_change"] < high
-    assert "effort 75 loses least" in describe_loss(calibration | {"levels": levels})
-    calibration["holes"] = [[0.0, 1.0]]  # effort 75 takes λ = 0, which is no step
-    snapped = level_figures(calibration, None, fixed)
-    assert snapped[3]["setting"] == "λ=0"
-    assert "effort 0 loses least" in describe_loss(calibration | {"levels": snapped})
+        low, change, high = level.accuracy_change
+        assert change == pytest.approx(level.metrics.accuracy.mean - 0.8)
+        assert low < change < high
+    assert "effort 75 loses least" in describe_loss(replace(calibration, levels=levels))
+    calibration = replace(calibration, holes=((0.0, 1.0),))  # effort 75 takes λ = 0: no step
+    snapped = effort_levels(calibration, None, fixed)
+    assert snapped[3].setting == "λ=0"
+    assert "effort 0 loses least" in describe_loss(replace(calibration, levels=snapped))

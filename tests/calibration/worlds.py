@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flexalign.calibration import Ask, Outcomes
+from flexalign.calibration import Ask
+from flexalign.evaluation.samples import Samples
 
 QUESTIONS = [f"q{number}" for number in range(200)]
 
@@ -21,11 +22,11 @@ def make_ask(
     base = generator.beta(0.7 * accuracy, 0.7 * (1 - accuracy), len(questions))
     of_question = dict(zip(questions, base, strict=True))
 
-    def ask(setting: str, asked: Sequence[str], samples: int) -> Outcomes:
+    def ask(setting: str, asked: Sequence[str], samples: int) -> Samples:
         rates = np.array([of_question[question] for question in asked])
         rates = np.clip(rates * (1 + effects[setting] / accuracy), 0, 1)
         shape = (len(asked), samples)
         tokens = 1000 * (1 - cuts[setting]) * generator.lognormal(0, 0.4, shape)
-        return Outcomes(generator.random(shape) < rates[:, None], tokens)
+        return Samples.from_table(generator.random(shape) < rates[:, None], tokens, asked)
 
     return ask

@@ -1,11 +1,19 @@
 import json
+from dataclasses import replace
 
 import pytest
 
-from flexalign.calibration.effort import copy_adapter, store_calibration
+from flexalign.calibration.effort import (
+    Calibration,
+    EffortLevel,
+    SettingMetrics,
+    copy_adapter,
+    store_calibration,
+)
 from flexalign.cli.calibrate import _show
 from flexalign.inra import InRaConfig, InRaModel
 from flexalign.miniature import folder, make_traces
+from flexalign.statistics import Interval
 
 CALIBRATION = {
     "version": 1,
@@ -19,7 +27,7 @@ CALIBRATION = {
 @pytest.fixture
 def calibrated(tmp_path):
     copy_adapter(folder("fast"), tmp_path / "fast")
-    store_calibration(tmp_path / "fast", CALIBRATION)
+    store_calibration(tmp_path / "fast", Calibration.from_json(CALIBRATION))
     return tmp_path / "fast"
 
 
@@ -67,18 +75,22 @@ def test_wrong_options_are_refused_before_sampling(run_cli, tmp_path, options, m
     assert not (tmp_path / "new").exists()
 
 
+def _level(effort, tokens, accuracy=(0.5, 0.75, 0.9), change=(-0.1, 0.0, 0.1)):
+    metrics = SettingMetrics(Interval(tokens - 1, tokens, tokens + 1), 4, 21, Interval(*accuracy))
+    return EffortLevel(effort, "λ=0.5", 10.0, "measured", metrics, Interval(*change))
+
+
 def test_what_was_measured_is_shown_with_its_holes_and_steps(capsys):
-    level = {"setting": "λ=0.5", "line": 10.0, "tokens": 12.5, "tokens_p10": 4, "tokens_p90": 21}
-    level |= {"accuracy": 0.75, "accuracy_ci": [0.5, 0.9]}
-    levels = [{"effort": 0, **level, "tokens": 10.0}, {"effort": 50, **level}]
-    _show({"levels": levels, "holes": [[0.25, 0.75]], "threshold": 0.123456})
+    levels = tuple(_level(effort, tokens) for effort, tokens in ((0.0, 10.0), (50.0, 12.5)))
+    points = ((100.0, 0.0),)
+    _show(Calibration(points, holes=((0.25, 0.75),), threshold=0.123456, levels=levels))
     shown = capsys.readouterr()
     row = "50 λ=0.5 10.0 12.5 4 21 75.0 [50, 90]"
     assert row in [" ".join(line.split()) for line in shown.out.splitlines()]
     assert "skipped: λ between 0.25 and 0.75" in shown.out
     assert "the adapter's own threshold: 0.123" in shown.out
     assert "note: at effort 50 no setting has the line's tokens to within 10 %" in shown.err
-    _show({"levels": levels[:1], "holes": [], "threshold": None})
+    _show(Calibration(points, levels=levels[:1]))
     shown = capsys.readouterr()
     assert "skipped" not in shown.out
     assert "threshold" not in shown.out
@@ -133,10 +145,8 @@ def test_an_adapter_that_changes_nothing_gets_no_calibration(run_cli, tmp_path):
 def test_a_dial_that_only_loses_is_called_so_at_the_end(
     run_cli, calibrated, monkeypatch, is_hopeless
 ):
-    level = {"effort": 50.0, "setting": "λ=0.5", "line": 10.0, "tokens": 10.0, "tokens_p10": 4}
-    level |= {"tokens_p90": 21, "accuracy": 0.4, "accuracy_ci": [0.3, 0.5]}
-    level |= {"accuracy_change": -0.4, "accuracy_change_ci": [-0.5, -0.3 * is_hopeless]}
-    found = CALIBRATION | {"levels": [level], "threshold": None, "margin": 0.02}
+    level = _level(50.0, 10.0, (0.3, 0.4, 0.5), (-0.5, -0.4, -0.3 * is_hopeless))
+    found = replace(Calibration.from_json(CALIBRATION), levels=(level,), margin=0.02)
     monkeypatch.setattr("flexalign.cli.calibrate._run", lambda *_: found)
     asked = ("calibrate", "miniature", "--adapter", calibrated, "--task", "miniature")
     for more in ((), ("--json",)):
@@ -144,7 +154,7 @@ def test_a_dial_that_only_loses_is_called_so_at_the_end(
         assert result.exit_code == 0, result.stderr
         last = result.stderr.splitlines()[-1]
         assert last.startswith("warning: every effort below 100 is less accurate") == is_hopeless
-    assert InRaConfig.load(calibrated).calibration == found
+    assert Calibration.from_json(InRaConfig.load(calibrated).calibration) == found
 
 
 @pytest.mark.slow
@@ -222,7 +232,8 @@ def test_what_was_asked_for_as_an_effort_is_called_one(run_cli, calibrated, tmp_
 def test_a_sweep_of_efforts_says_once_that_it_samples_otherwise(run_cli, tmp_path):
     copy_adapter(folder("fast"), tmp_path / "fast")
     sampling = {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 400, "seed": 3}
-    store_calibration(tmp_path / "fast", CALIBRATION | {"sampling": sampling})
+    sampled = Calibration.from_json(CALIBRATION | {"sampling": sampling})
+    store_calibration(tmp_path / "fast", sampled)
     asked = ("evaluate", f"dial:miniature,{tmp_path / 'fast'}", "--task", "miniature", "--dry-run")
     same = ("--temperature", "1", "--top-p", "0.9", "--max-new-tokens", 400)
     told = run_cli(*asked, "--effort", "0,50", *same, "--top-p", 1, "--max-new-tokens", 50).stderr

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import flexalign.systems.conversation
-from flexalign.calibration.effort import copy_adapter, store_calibration
+from flexalign.calibration.effort import Calibration, copy_adapter, store_calibration
 from flexalign.cli.console import describe_choice, round_beside
 from flexalign.lambdas import Adaptive, Fixed, Route, Setting
 from flexalign.miniature import folder
@@ -269,7 +269,8 @@ def test_effort_turns_where_the_adapter_is_calibrated(
     copy_adapter(folder("fast"), tmp_path / "fast")
     effort = {"thresholds": [[0.0, 0.0], [100.0, 0.8]], "lambdas": [[100.0, 0.0]]}
     calibration = {"version": 1, "measure": "answer_probability", "lambda_range": [0.0, 1.0]}
-    store_calibration(tmp_path / "fast", calibration | {"holes": [], "effort": effort})
+    calibration |= {"holes": [], "effort": effort}
+    store_calibration(tmp_path / "fast", Calibration.from_json(calibration))
     dial = ("miniature", "--adapter", tmp_path / "fast", "--temperature", "0")
     result = chat("/effort 0,50", "/effort 50", "/effort 100", arguments=dial)
     assert result.exit_code == 0, result.stderr

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from counting import count_lambda
+from flexalign.calibration.effort import Calibration, MeasuredSetting, SettingMetrics
 from flexalign.inra.configuration import CONFIG_FILE, WEIGHTS_FILE
 from flexalign.miniature import folder
 from flexalign.models.loading import load_model, load_tokenizer
+from flexalign.statistics import Interval
 from flexalign.systems import LocalBackend
 
 DIAL = ("miniature", "--adapter", "miniature:fast")
@@ -228,11 +230,16 @@ def test_what_calibration_measured_stands_beside_the_setting(
 ) -> None:
     config = json.loads((adapter / CONFIG_FILE).read_text())
     measured = [("λ=0", 80.0), ("λ=0.5", 66.4)]
-    config["calibration"] = {
-        "settings": [
-            {"setting": name, "tokens": tokens, "source": "measured"} for name, tokens in measured
-        ]
-    }
+    share = Interval(0.4, 0.5, 0.6)
+    config["calibration"] = Calibration(
+        ((100.0, 0.0),),
+        settings=tuple(
+            MeasuredSetting(
+                name, SettingMetrics(Interval(tokens, tokens, tokens), 1.0, 99.0, share)
+            )
+            for name, tokens in measured
+        ),
+    ).to_json()
     (adapter / CONFIG_FILE).write_text(json.dumps(config))
     asked = ("--lambda", "0,0.5,1", "--max-new-tokens", 3)
     result = generate("miniature", QUESTION, "--adapter", adapter, *asked)

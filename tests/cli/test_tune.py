@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexalign.cli._tune import next_step
+from flexalign.cli.tune import next_step
 from flexalign.evaluation.samples import ResultsFolder
 from flexalign.lambdas import Setting
 from flexalign.systems import parse_system

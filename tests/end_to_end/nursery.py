@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
-import flexalign.cli._evaluate
+import flexalign.cli.evaluate
 import flexalign.evaluation.sweep
 import flexalign.training.realignment  # noqa: F401
 from flexalign.cli.app import main

@@ -5,7 +5,6 @@ import pytest
 
 from flexalign.errors import ConfigError, DataError
 from flexalign.evaluation.frontier import (
-    Measured,
     Point,
     chord_distance,
     chord_height,
@@ -16,6 +15,7 @@ from flexalign.evaluation.frontier import (
     significantly_below,
     upper_hull,
 )
+from flexalign.evaluation.samples import Samples
 from flexalign.statistics import Interval
 
 # Table 9 of arXiv 2506.12704, DeepSeek-R1-Distill-Qwen: λ = 0, 0.25, 0.5, 1 as accuracy, tokens.
@@ -72,14 +72,14 @@ def test_a_setting_that_costs_more_and_is_worse_is_no_corner() -> None:
         upper_hull([])
 
 
-def _dial(rng: np.random.Generator, questions: int, ease: float = 2.0) -> list[Measured]:
+def _dial(rng: np.random.Generator, questions: int, ease: float = 2.0) -> list[Samples]:
     """Three settings on shared questions; the middle one lies 0.05 above the chord."""
     rates = rng.beta(0.7 * ease, 0.3 * ease, (1, questions, 1)) ** [[[1.0]], [[1.0]], [[3.0]]]
     right = rng.random((3, questions, 4)) < rates
     length = rng.gamma(9, 1 / 9, (1, questions, 1)) * [[[100.0]], [[60.0]], [[20.0]]]
     tokens = length * rng.gamma(9, 1 / 9, (3, questions, 4))
     names = np.repeat(np.arange(questions), 4).tolist()
-    return [Measured(right[s].ravel(), tokens[s].ravel(), names) for s in range(3)]
+    return [Samples(names, right[s].ravel(), tokens[s].ravel()) for s in range(3)]
 
 
 def test_estimates_are_those_of_the_means() -> None:
@@ -96,8 +96,7 @@ def test_estimates_are_those_of_the_means() -> None:
 def test_unequal_numbers_of_samples_and_their_order_are_allowed_for() -> None:
     full = _dial(np.random.default_rng(2), 20)
     order = np.random.default_rng(3).permutation(80)[:71]
-    part = Measured(*(np.asarray(v)[order] for v in (full[1].correct, full[1].tokens)),
-                    [full[1].questions[i] for i in order])  # fmt: skip
+    part = full[1].select(order)
     assert len(set(part.questions)) == 20
     chord = distance_intervals([full[0], part, full[2]], (0, 2))[1].chord
     ends = [Point(float(np.mean(s.tokens)), float(np.mean(s.correct))) for s in full]
@@ -115,8 +114,8 @@ def test_equal_seeds_give_equal_intervals() -> None:
 def test_the_ends_are_bootstrapped_too() -> None:
     rng = np.random.default_rng(5)
     questions = list(range(200))
-    sure = Measured(np.ones(200), np.full(200, 60.0), questions)
-    shaky = [Measured(rng.random(200) < 0.5, np.full(200, t), questions) for t in (100.0, 20.0)]
+    sure = Samples(questions, np.ones(200), np.full(200, 60.0))
+    shaky = [Samples(questions, rng.random(200) < 0.5, np.full(200, t)) for t in (100.0, 20.0)]
     [_, chord, _] = [d.chord for d in distance_intervals([shaky[0], sure, shaky[1]], (0, 2))]
     assert chord is not None
     # The chord's middle is the mean of two shares at 0.5: variance 0.25/200/2.
@@ -140,7 +139,7 @@ def test_the_chords_interval_covers(questions: int) -> None:
 
 def test_agreement_everywhere_is_no_certainty() -> None:
     questions = list(range(100))
-    settings = [Measured(np.ones(100), np.full(100, t), questions) for t in (100.0, 60.0, 20.0)]
+    settings = [Samples(questions, np.ones(100), np.full(100, t)) for t in (100.0, 60.0, 20.0)]
     chord = distance_intervals(settings, (0, 2))[1].chord
     assert chord is not None
     assert chord.low < 0 < chord.high
@@ -156,14 +155,14 @@ def test_significance_needs_the_whole_interval() -> None:
 
 
 def test_one_question_or_no_ends() -> None:
-    one = Measured([1, 0], [5, 7], "aa")
+    one = Samples("aa", [1, 0], [5, 7])
     [first, _] = distance_intervals([one, one], (0, 1))
     assert (first.chord, first.hull) == (Interval(-1, 0, 1), Interval(-1, 0, 0))
     assert distance_intervals(_dial(np.random.default_rng(7), 5))[0].chord is None
 
 
 def test_what_cannot_be_compared_is_refused() -> None:
-    one, other = Measured([1, 0], [5, 7], "ab"), Measured([1, 0], [5, 7], "ac")
+    one, other = Samples("ab", [1, 0], [5, 7]), Samples("ac", [1, 0], [5, 7])
     with pytest.raises(DataError, match="at some settings only"):
         distance_intervals([one, other])
     with pytest.raises(DataError, match="no settings"):

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from flexalign.errors import ConfigError
-from flexalign.evaluation.summary import summarise, token_cut_interval
-from flexalign.statistics import clustered_interval
+from flexalign.evaluation import summary as module
+from flexalign.statistics import clustered_interval, token_cut_interval
 
 KEYS = {
     *("system", "setting", "effort", "lambda", "task", "n_questions", "n_samples", "accuracy"),
@@ -14,6 +14,13 @@ KEYS = {
     *("chord_distance", "chord_distance_ci", "hull_distance", "hull_distance_ci", "wrong"),
     *("truncated", "unparsed", "no_answer"),
 }
+
+
+def summarise(*arguments):
+    """The JSON value of a summary, which is read as it was written."""
+    found = module.summarise(*arguments).to_json()
+    assert module.Summary.from_json(found).to_json() == found
+    return found
 
 
 def _row(system, lam, task, question, sample, status="correct", tokens=10, thinking=4):

@@ -11,16 +11,17 @@ from flexalign.data.traces import derive_seed
 from flexalign.errors import ConfigError, ServingError
 from flexalign.evaluation import sweep as module
 from flexalign.evaluation.grading import grade
-from flexalign.evaluation.samples import sample_seed, sweep_cells
-from flexalign.evaluation.sweep import Sweep, SweepResult, regrade
-from flexalign.evaluation.tasks import Question, Task
+from flexalign.evaluation.sweep import Sweep, SweepResult, regrade, sample_seed, sweep_cells
+from flexalign.evaluation.tasks import Task, TaskQuestion
 from flexalign.inra import InRaModel
 from flexalign.lambdas import AS_IT_IS, unique_settings
 from flexalign.systems import SystemOptions, open_backend, parse_systems
 
 TASK = Task(
     "sums",
-    tuple(Question(f"q{n}", "what is " + "one plus " * n + "two", str(n + 2)) for n in range(3)),
+    tuple(
+        TaskQuestion(f"q{n}", "what is " + "one plus " * n + "two", str(n + 2)) for n in range(3)
+    ),
     instruction="",
 )
 OPTIONS = SystemOptions(temperature=1.0, top_p=0.9, max_new_tokens=6, batch_size=4)
@@ -80,9 +81,9 @@ def test_all_kinds_agree_at_the_reference(make, tmp_path) -> None:
             for system in ("dial", "pair")
         }
         assert answers["dial"] != answers["pair"]
-    cut = {(r["system"], r["setting"]): r["token_cut"] for r in result.summary["rows"]}
+    cut = {(r["system"], r["setting"]): r["token_cut"] for r in result.summary.to_json()["rows"]}
     assert cut["ref", "as it is"] == cut["dial", "λ=0"] == 0
-    assert json.loads((tmp_path / "summary.json").read_text()) == result.summary
+    assert json.loads((tmp_path / "summary.json").read_text()) == result.summary.to_json()
 
 
 def test_a_row_says_how_it_came_about(make, tmp_path) -> None:
@@ -216,10 +217,10 @@ def test_stored_samples_are_graded_again(make, tmp_path, monkeypatch) -> None:
     summary, changed = regrade(tmp_path)
     right = sum(row["question"] == "q2" for row in rows[1:])
     assert right > 0
-    assert summary["rows"][0]["accuracy"] == right / len(rows)
-    assert summary["rows"][0]["truncated"] == 1 / len(rows)
+    assert summary.to_json()["rows"][0]["accuracy"] == right / len(rows)
+    assert summary.to_json()["rows"][0]["truncated"] == 1 / len(rows)
     assert changed == right + 1
-    assert summary["environment"] == result.summary["environment"]
+    assert summary.environment == result.summary.environment
     assert _rows(tmp_path)[0]["status"] == "truncated"
 
 

@@ -8,7 +8,7 @@ from flexalign.evaluation.grading import Grader
 from flexalign.evaluation.tasks import (
     DATA_VARIABLE,
     MATHEMATICS,
-    Question,
+    TaskQuestion,
     load_task,
     sample_warning,
     unreadable_golds,
@@ -35,9 +35,9 @@ def data(tmp_path: Path) -> Path:
 def test_public_files_are_read_in_their_own_forms(data: Path) -> None:
     math = load_task("MATH-500", data=data)
     assert math.name == "math500"
-    assert math.questions[1] == Question("a/2.json", "Half?", "\\frac{1}{2}")
+    assert math.questions[1] == TaskQuestion("a/2.json", "Half?", "\\frac{1}{2}")
     assert [q.gold for q in load_task("amc", data=data).questions] == ["142", "-4"]
-    assert load_task("gsm8k", data=data).questions == (Question("1", "Eggs?", "18"),)
+    assert load_task("gsm8k", data=data).questions == (TaskQuestion("1", "Eggs?", "18"),)
     assert load_task("aime24", data=data).questions[8].gold == "008"
 
 

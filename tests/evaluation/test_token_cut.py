@@ -6,10 +6,10 @@ import pytest
 from flexalign.errors import DataError
 from flexalign.evaluation.summary import (
     token_cut,
-    token_cut_interval,
     token_cut_mean,
     token_cut_pooled,
 )
+from flexalign.statistics import token_cut_interval
 
 # Table 1 of arXiv 2506.12704: mean tokens on AIME24, AIME25, MATH-500, and the cut in percent.
 REFERENCE = (12602, 12278, 4699)

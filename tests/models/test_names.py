@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flexalign.errors import ConfigError
-from flexalign.evaluation.tasks import Question, Task, load_task, task_names
+from flexalign.evaluation.tasks import Task, TaskQuestion, load_task, task_names
 from flexalign.models import names
 from flexalign.models.names import KnownName, known_name, known_names, register
 from flexalign.models.sources import aligned_beside, resolve, resolve_adapter
@@ -28,7 +28,9 @@ def village(monkeypatch: pytest.MonkeyPatch, tiny_pair, tmp_path: Path) -> Path:
             has_parts=True,
             pair=("village", str(tiny_pair.aligned)),
             dial=("village", "village:fast"),
-            task=lambda part, limit: Task("village", (Question("1", "1+1?", "2"),) * (limit or 2)),
+            task=lambda part, limit: Task(
+                "village", (TaskQuestion("1", "1+1?", "2"),) * (limit or 2)
+            ),
         )
     )
     return tmp_path

@@ -8,12 +8,14 @@ had among its likeliest. The first grows with λ from the start; the second is e
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flexalign._modes import evaluating
+from flexalign._storage import write_json
 from flexalign.analysis.difference import TokenizedRow, score_responses
 from flexalign.errors import ConfigError, DataError
 from flexalign.fusion import as_lambda, fuse
@@ -129,6 +131,28 @@ def preview(
     found = tuple(PreviewRow(lam, *means) for lam, means in zip(ordered, table, strict=True))
     left = [row.lam for row in found if row.lam > 1 and row.outside >= LEAVING_SHARE]
     return Preview(count, top_k, left[0] if left else None, found)
+
+
+def write_preview(found: Preview, folder: Path) -> None:
+    """Write ``preview.json`` and ``preview.png`` into a folder, which is made if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "preview.json", found.to_json())
+    _draw(found, folder / "preview.png")
+
+
+def _draw(found: Preview, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    left = figure.add_subplot()
+    lams = [row.lam for row in found.rows]
+    left.plot(lams, [row.divergence for row in found.rows], color="C0")
+    left.set_xlabel("λ")
+    left.set_ylabel("KL(teacher ‖ reference), nats per token", color="C0")
+    right = left.twinx()
+    right.plot(lams, [100 * row.outside for row in found.rows], color="C3")
+    right.set_ylabel(f"top choice outside both top {found.top_k}, %", color="C3")
+    figure.savefig(path, dpi=150)
 
 
 @contextmanager

@@ -1,22 +1,28 @@
-"""Choosing a setting of the dial, with a promise about what it costs."""
+"""Choosing a setting of the dial, with a promise about what it costs; and giving it a scale."""
 
-from flexalign.calibration.effort import effort_to_dial
-from flexalign.calibration.goals import Goal, NonInferiority, TokenBudget
-from flexalign.calibration.power import Plan, VarianceModel, plan
-from flexalign.calibration.tune import Tuned, TuneOptions, tune
-from flexalign.evaluation.samples import Ask, Outcomes
+from flexalign.calibration.calibrate import CalibrateOptions, calibrate
+from flexalign.calibration.constraints import Constraint, NonInferiority, TokenBudget
+from flexalign.calibration.effort import Calibration, effort_settings, effort_to_dial
+from flexalign.calibration.power import ProofPlan, VarianceModel, plan
+from flexalign.calibration.results import Ask
+from flexalign.calibration.tune import Tuned, TuneOptions, select_setting, tune, tune_stored
 
 __all__ = [
     "Ask",
-    "Goal",
+    "CalibrateOptions",
+    "Calibration",
+    "Constraint",
     "NonInferiority",
-    "Outcomes",
-    "Plan",
+    "ProofPlan",
     "TokenBudget",
     "TuneOptions",
     "Tuned",
     "VarianceModel",
+    "calibrate",
+    "effort_settings",
     "effort_to_dial",
     "plan",
+    "select_setting",
     "tune",
+    "tune_stored",
 ]

@@ -1,127 +1,114 @@
-"""From measured settings of an InRa dial to what each effort means, and into the adapter's file.
+"""Measuring an InRa dial, and fitting effort to the tokens that its settings cost.
 
 An adapter with a fast mode, one that answers at λ = 1 with a fraction of the tokens, is dialled by
-the threshold of the adaptive policy; any other by λ.
+the threshold of the adaptive policy; any other by λ. :func:`calibrate` is the whole of it;
+:func:`plan_calibration` checks what is asked, and loads no weights.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from flexalign._version import __version__
-from flexalign.calibration.cascade import Ways, fit_thresholds
+from flexalign.calibration.cascade import Cascade, fit_thresholds
 from flexalign.calibration.effort import (
     REFERENCE_EFFORT,
-    VERSION,
-    Answers,
-    figures,
-    find_holes,
-    fit_lambdas,
-    level_figures,
-    require_saving,
+    Calibration,
+    MeasuredSetting,
+    Points,
+    SettingMetrics,
+    copy_adapter,
+    is_packaged,
+    store_calibration,
 )
+from flexalign.calibration.fitting import effort_levels, find_holes, fit_lambdas, require_saving
 from flexalign.errors import ConfigError, ServingError
-from flexalign.evaluation.samples import ResultsFolder
-from flexalign.evaluation.sweep import Sweep
-from flexalign.evaluation.tasks import Task
+from flexalign.evaluation.samples import ResultsFolder, Samples
+from flexalign.evaluation.sweep import Progress, Sweep, sampling_options
+from flexalign.evaluation.tasks import Task, load_task
+from flexalign.inra.configuration import check_folder
 from flexalign.lambdas import Adaptive, Measure, Setting
+from flexalign.models.sources import resolve_adapter
 from flexalign.systems import System, SystemOptions
-
-# Drawing what a calibration rests on.
-
-Progress = Callable[[int], None]
-"""Told how many samples were made since it was last told."""
-
-
-def measure_ways(
-    sweep: Sweep,
-    output: Path,
-    *,
-    workers: int = 1,
-    progress: Progress | None = None,
-) -> tuple[dict[str, Answers], Ways]:
-    """Answer every question fast and slow, or go on where an earlier run stopped.
-
-    Args:
-        sweep: The one that `plan_sweeps` calls ``ways``.
-        output: Folder of the samples.
-        workers: Processes that grade.
-        progress: Told how many samples were made since it was last told.
-
-    Returns:
-        Samples by setting, and the two ways of each.
-
-    Raises:
-        ServingError: If samples could not be made.
-    """
-    answers = measure_settings(sweep, output, workers=workers, progress=progress)
-    (fast,) = (setting.id for setting in sweep.settings if isinstance(setting.dial, Adaptive))
-    return answers, _read_ways(answers["λ=0"], answers[fast])
-
-
-def measure_settings(
-    sweep: Sweep, output: Path, *, workers: int = 1, progress: Progress | None = None
-) -> dict[str, Answers]:
-    """Answer every question at every setting, or go on where an earlier run stopped.
-
-    Args:
-        sweep: What is asked.
-        output: Folder of the samples.
-        workers: Processes that grade.
-        progress: Told how many samples were made since it was last told.
-
-    Returns:
-        Samples by setting, all in the same order.
-
-    Raises:
-        ConfigError: If the folder belongs to another configuration.
-        ServingError: If samples could not be made.
-    """
-    with warnings.catch_warnings():
-        # This is where λ outside the adapter's present range gets its measurement.
-        warnings.filterwarnings("ignore", message="λ from .* leaves this adapter's range")
-        result = sweep.run(output, workers=workers, begun=progress, progress=progress)
-    if result.lost:
-        raise ServingError(
-            f"{len(result.lost)} samples could not be made (the first: {result.lost[0].reason}); "
-            "give the same command again to go on."
-        )
-    rows = sorted(ResultsFolder.read(output).rows, key=lambda row: (row["question"], row["sample"]))
-    found = {}
-    for setting in sweep.settings:
-        own = [row for row in rows if row["setting"] == setting.id]
-        found[setting.id] = Answers(
-            [row["question"] for row in own],
-            np.array([row["tokens"] for row in own], dtype=np.float64),
-            np.array([row["status"] == "correct" for row in own]),
-            own,
-        )
-    return found
-
-
-def _read_ways(slow: Answers, fast: Answers) -> Ways:
-    is_whole = np.array([row["route"] == "fast" for row in fast.rows])
-    sure = np.array([row["confidence"] for row in fast.rows], dtype=np.float64)
-    rejected = np.array([row["rejected_tokens"] for row in fast.rows], dtype=np.float64)
-    return Ways(
-        slow.questions,
-        np.where(is_whole, sure, -1.0),
-        np.where(is_whole, fast.tokens, rejected),
-        fast.correct & is_whole,
-        slow.tokens,
-        slow.correct,
-    )
-
 
 Kind = Literal["auto", "adaptive", "lambda"]
 
 _EFFORTS = tuple(range(0, 101, 5))
+"""The efforts whose thresholds are stored."""
+
 _FAST_SHARE = 0.5
+"""A dial is adaptive if fast answers take at most this share of λ = 0's tokens."""
+
 _STEPS = 8
+"""Steps of λ between 0 and the end of its range."""
+
+_QUESTIONS = 300
+"""Questions that are drawn of a task that is named."""
+
+
+def calibrate(
+    base: str,
+    adapter: str | Path,
+    task: str | Task,
+    *,
+    save_to: str | Path | None = None,
+    output: str | Path | None = None,
+    dial: Kind = "auto",
+    measure: Measure = "answer_probability",
+    lambda_range: tuple[float, float] | None = None,
+    margin: float = 0.02,
+    samples: int = 1,
+    seed: int = 0,
+    workers: int = 1,
+    progress: Progress | None = None,
+    **sampling: Any,
+) -> Calibration:
+    """Measure an adapter's dial, and write what each effort means into its configuration.
+
+    Args:
+        base: The adapter's base: a folder or a known name.
+        adapter: The InRa adapter that is calibrated.
+        task: Questions with known answers; of a task that is named, 300 are drawn.
+        save_to: A folder for a calibrated copy of the adapter; the adapter itself if not given.
+        output: Where samples are kept, so that a broken run goes on from them; nowhere if not
+            given.
+        dial: As in :class:`CalibrateOptions`, like the next five.
+        measure: Of the fast answer's confidence.
+        lambda_range: The λ's that effort may use; the adapter's own range if not given.
+        margin: Loss of accuracy that the adapter's own threshold may show.
+        samples: Responses to each question.
+        seed: Of all sampling, and of the draw of questions.
+        workers: Processes that grade.
+        progress: Told how many samples were made since it was last told.
+        **sampling: Fields of :class:`~flexalign.systems.SystemOptions`; temperature,
+            top_p and max_new_tokens are the task's own if not given.
+
+    Raises:
+        ConfigError: If an option is out of its range, a part is not there, the adapter cannot be
+            written to, or the dial saves no tokens beyond chance.
+        CheckpointError: If the adapter is damaged.
+        LambdaError: If the range is empty.
+        ServingError: If samples could not be made.
+    """
+    plan = plan_calibration(
+        base,
+        adapter,
+        load_task(task, limit=_QUESTIONS, seed=seed) if isinstance(task, str) else task,
+        save_to=save_to,
+        dial=dial,
+        measure=measure,
+        lambda_range=lambda_range,
+        margin=margin,
+        samples=samples,
+        seed=seed,
+        **sampling,
+    )
+    calibration = plan.measure(output, workers=workers, progress=progress)
+    plan.store(calibration)
+    return calibration
 
 
 @dataclass(frozen=True)
@@ -157,6 +144,7 @@ class CalibrateOptions:
                 "answer_probability or min_token_probability."
             )
         Adaptive(measure=self.measure)
+
         low, high = self.lambda_range
         if not low <= 0 < high:
             raise ConfigError(
@@ -183,6 +171,91 @@ class CalibrateOptions:
         return [*self.deeper, *(high * step / _STEPS for step in range(_STEPS + 1))]
 
 
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """A calibration whose parts are checked; no weights are loaded.
+
+    Attributes:
+        folder: The adapter's.
+        save_to: Where a calibrated copy goes; None if the adapter itself is written to.
+        options: How the dial is calibrated.
+        sweeps: What may be sampled, as :func:`plan_sweeps` says.
+    """
+
+    folder: Path
+    save_to: Path | None
+    options: CalibrateOptions
+    sweeps: Mapping[str, Sweep]
+
+    @property
+    def total(self) -> int:
+        """The most samples that it takes."""
+        return sum(sweep.total for sweep in self.sweeps.values())
+
+    def measure(
+        self,
+        output: str | Path | None = None,
+        *,
+        workers: int = 1,
+        progress: Progress | None = None,
+    ) -> Calibration:
+        """Sample and fit, as :func:`measure_dial` does; samples are not kept without `output`."""
+        with TemporaryDirectory(prefix="flexalign-") as scratch:
+            kept = Path(scratch if output is None else output)
+            return measure_dial(self.sweeps, self.options, kept, workers=workers, progress=progress)
+
+    def store(self, calibration: Calibration) -> Path:
+        """Write a calibration into the adapter's configuration, or into a copy of the adapter.
+
+        Returns:
+            The folder that was written to.
+        """
+        if self.save_to is not None:
+            copy_adapter(self.folder, self.save_to)
+        target = self.save_to or self.folder
+        store_calibration(target, calibration)
+        return target
+
+
+def plan_calibration(
+    base: str,
+    adapter: str | Path,
+    task: Task,
+    *,
+    save_to: str | Path | None = None,
+    is_stored: bool = True,
+    dial: Kind = "auto",
+    measure: Measure = "answer_probability",
+    lambda_range: tuple[float, float] | None = None,
+    margin: float = 0.02,
+    samples: int = 1,
+    seed: int = 0,
+    **sampling: Any,
+) -> CalibrationPlan:
+    """Check what is to be calibrated. Arguments as for :func:`calibrate`, and:
+
+    Args:
+        is_stored: Whether the calibration will be written; if not, an adapter of the package
+            will do without `save_to`.
+    """
+    folder, target = resolve_adapter(str(adapter)), None if save_to is None else Path(save_to)
+    if target is None and is_stored and is_packaged(folder):
+        raise ConfigError(
+            f"{adapter} is part of the package and stays as it is; name a folder for a calibrated "
+            "copy with --save-to, such as --save-to out/fast."
+        )
+    if target is not None and is_packaged(target):
+        raise ConfigError(f"--save-to {target} is inside the package; name a folder outside it.")
+    if target is not None and target.exists():
+        raise ConfigError(f"--save-to {target} is there already; move it away or name another.")
+
+    limits = lambda_range or check_folder(folder).lambda_range
+    options = CalibrateOptions(dial, measure, limits, margin, samples, seed)
+    system = System("dial", "dial", (base, str(adapter)))
+    how = sampling_options([task], **sampling)
+    return CalibrationPlan(folder, target, options, plan_sweeps(system, task, options, how))
+
+
 def plan_sweeps(
     system: System, task: Task, options: CalibrateOptions, sampling: SystemOptions
 ) -> dict[str, Sweep]:
@@ -197,6 +270,7 @@ def plan_sweeps(
     """
     if system.kind != "dial":
         raise ConfigError(f"{system.name} is no InRa dial; only an adapter can be calibrated.")
+
     how = replace(sampling, lambda_range=options.lambda_range)
     fast = Adaptive(0.0, measure=options.measure)
     wanted: dict[str, list[Any]] = {
@@ -207,6 +281,7 @@ def plan_sweeps(
         del wanted["ways"]
     if options.dial == "adaptive":
         del wanted["lambdas"]
+
     return {
         name: Sweep(
             [system],
@@ -220,14 +295,14 @@ def plan_sweeps(
     }
 
 
-def calibrate(
+def measure_dial(
     sweeps: Mapping[str, Sweep],
     options: CalibrateOptions,
     output: Path,
     *,
     workers: int = 1,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> Calibration:
     """Measure a dial, or go on where an earlier run stopped, and fit effort to its tokens.
 
     Args:
@@ -237,101 +312,158 @@ def calibrate(
         workers: Processes that grade.
         progress: Told how many samples were made since it was last told.
 
-    Returns:
-        The calibration, as the adapter's configuration keeps it.
-
     Raises:
         ConfigError: If the dial saves no tokens beyond chance, or the folder is of another
             calibration.
         ServingError: If samples could not be made.
     """
-    answers: dict[str, Answers] = {}
-    ways: Ways | None = None
+    # What is sampled: fast and slow answers first, the grid of λ if those are not a dial.
+    measured: dict[str, Samples] = {}
+    cascade: Cascade | None = None
     if "ways" in sweeps:
-        answers, ways = measure_ways(
+        measured, cascade = measure_cascade(
             sweeps["ways"], output / "ways", workers=workers, progress=progress
         )
-        is_fast = ways.tokens(0.0).mean() <= _FAST_SHARE * ways.slow_tokens.mean()
+        is_fast = cascade.tokens(0.0).mean() <= _FAST_SHARE * cascade.slow.mean_tokens
         if options.dial == "auto" and not is_fast:
-            ways = None
-    if ways is None:
-        answers |= measure_settings(
+            cascade = None
+    if cascade is None:
+        measured |= measure_settings(
             sweeps["lambdas"], output / "lambdas", workers=workers, progress=progress
         )
-    (task,), sweep = next(iter(sweeps.values())).tasks, next(iter(sweeps.values()))
-    described = sweep.configuration()
-    calibration = {
-        "version": VERSION,
-        "flexalign": __version__,
-        "dial": "lambda" if ways is None else "adaptive",
-        "measure": None if ways is None else options.measure,
-        "task": task.name,
-        "questions": len(task.questions),
-        "questions_hash": task.content_hash,
-        "sampling": described["sampling"],
-        "parts": described["systems"][0]["parts"],
-        "lambda_range": list(options.lambda_range),
-        "margin": options.margin,
-    }
-    fixed = {setting.lam: answers[setting.id] for setting in _settings(sweeps, ways)}
-    correct = {lam: own.correct for lam, own in fixed.items()}
-    holes = find_holes(correct, answers["λ=0"].questions)
-    calibration["holes"] = [list(hole) for hole in holes]
+
+    # The settings of one λ that the dial rests on, and what is left of them outside the holes.
+    sweep = sweeps["lambdas" if cascade is None else "ways"]
+    fixed = {s.lam: measured[s.id] for s in sweep.settings if s.lam is not None}
+    correct = {lam: samples.correct for lam, samples in fixed.items()}
+    holes = find_holes(correct, measured["λ=0"].question.tolist())
     tokens = {
-        lam: float(own.tokens.mean())
-        for lam, own in fixed.items()
+        lam: samples.mean_tokens
+        for lam, samples in fixed.items()
         if not any(low < lam < high for low, high in holes)
     }
-    _require_saving(answers, ways, tokens)
-    if ways is None:
-        calibration["effort"] = {"thresholds": [], "lambdas": fit_lambdas(tokens)}
-    else:
-        calibration["effort"] = _fit_ways(ways, tokens)
-    calibration["threshold"] = None if ways is None else _choose(ways, calibration, options.margin)
-    calibration["settings"] = [
-        {"setting": name, "source": "measured", **figures(own)} for name, own in answers.items()
-    ]
-    calibration["levels"] = level_figures(calibration, ways, fixed)
-    return calibration
+    _require_saving(measured, cascade, tokens)
+
+    thresholds, lambdas = _fit(cascade, tokens)
+    (task,) = sweep.tasks
+    described = next(iter(sweeps.values())).configuration()
+    calibration = Calibration(
+        lambdas,
+        thresholds,
+        tuple(holes),
+        None if cascade is None else options.measure,
+        None if cascade is None else _own_threshold(cascade, thresholds, options.margin),
+        options.margin,
+        options.lambda_range,
+        described["sampling"],
+        tuple(MeasuredSetting(name, SettingMetrics.of(own)) for name, own in measured.items()),
+        dial="lambda" if cascade is None else "adaptive",
+        task=task.name,
+        questions=len(task.questions),
+        questions_hash=task.content_hash,
+        parts=described["systems"][0]["parts"],
+        made_by=__version__,
+    )
+    return replace(calibration, levels=effort_levels(calibration, cascade, fixed))
 
 
-def _settings(sweeps: Mapping[str, Sweep], ways: Ways | None) -> list[Any]:
-    """The settings of one λ that the dial rests on."""
-    sweep = sweeps["lambdas" if ways is None else "ways"]
-    return [setting for setting in sweep.settings if setting.lam is not None]
+def measure_cascade(
+    sweep: Sweep,
+    output: Path,
+    *,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> tuple[dict[str, Samples], Cascade]:
+    """Answer every question fast and slow, or go on where an earlier run stopped.
+
+    Args:
+        sweep: The one that `plan_sweeps` calls ``ways``.
+        output: Folder of the samples.
+        workers: Processes that grade.
+        progress: Told how many samples were made since it was last told.
+
+    Returns:
+        Samples by setting, and the two answers of each.
+
+    Raises:
+        ServingError: If samples could not be made.
+    """
+    measured = measure_settings(sweep, output, workers=workers, progress=progress)
+    (fast,) = (setting.id for setting in sweep.settings if isinstance(setting.dial, Adaptive))
+    return measured, Cascade.of(measured["λ=0"], measured[fast])
+
+
+def measure_settings(
+    sweep: Sweep, output: Path, *, workers: int = 1, progress: Progress | None = None
+) -> dict[str, Samples]:
+    """Answer every question at every setting, or go on where an earlier run stopped.
+
+    Args:
+        sweep: What is asked.
+        output: Folder of the samples.
+        workers: Processes that grade.
+        progress: Told how many samples were made since it was last told.
+
+    Returns:
+        Samples by setting, all in the order of question and sample.
+
+    Raises:
+        ConfigError: If the folder belongs to another configuration.
+        ServingError: If samples could not be made.
+    """
+    with warnings.catch_warnings():
+        # This is where λ outside the adapter's present range gets its measurement.
+        warnings.filterwarnings("ignore", message="λ from .* leaves this adapter's range")
+        result = sweep.run(output, workers=workers, begun=progress, progress=progress)
+    if result.lost:
+        raise ServingError(
+            f"{len(result.lost)} samples could not be made (the first: {result.lost[0].reason}); "
+            "give the same command again to go on."
+        )
+
+    rows = ResultsFolder.read(output).rows
+    return {
+        setting.id: Samples.from_rows(row for row in rows if row["setting"] == setting.id).sorted()
+        for setting in sweep.settings
+    }
 
 
 def _require_saving(
-    answers: Mapping[str, Answers], ways: Ways | None, tokens: Mapping[float, float]
+    measured: Mapping[str, Samples], cascade: Cascade | None, tokens: Mapping[float, float]
 ) -> None:
     """Refuse a dial that saves nothing at the settings that efforts below 100 rest on."""
-    reference = answers["λ=0"]
+    reference = measured["λ=0"]
     shorter = "train the adapter on shorter answers"
-    if ways is None:
+    if cascade is None:
         names = [Setting.of(lam).id for lam in tokens if lam > 0]
-        faster = {name: answers[name] for name in names}
+        faster = {name: measured[name] for name in names}
         require_saving(faster, reference, f"{shorter}, widen --lambda-range")
     else:
-        fast = Answers(ways.questions, ways.tokens(0.0), ways.correct(0.0))
-        require_saving({"the fast answer": fast}, reference, f"{shorter}, take --dial lambda")
+        faster = {"the fast answer": cascade.at(0.0)}
+        require_saving(faster, reference, f"{shorter}, take --dial lambda")
 
 
-def _fit_ways(ways: Ways, tokens: Mapping[float, float]) -> dict[str, Any]:
-    fastest, reference = float(ways.tokens(0.0).mean()), float(ways.slow_tokens.mean())
-    thresholds = fit_thresholds(ways, _EFFORTS)
+def _fit(cascade: Cascade | None, tokens: Mapping[float, float]) -> tuple[Points, Points]:
+    """Thresholds by effort, none where λ is the dial, and λ by effort."""
+    if cascade is None:
+        return (), fit_lambdas(tokens)
+
+    fitted = fit_thresholds(cascade, _EFFORTS)
+    thresholds = tuple((float(e), value) for e, value in zip(_EFFORTS, fitted, strict=True))
+
+    # Efforts above 100: the λ below 0 whose tokens rise beyond those of all before.
+    fastest, reference = float(cascade.tokens(0.0).mean()), cascade.slow.mean_tokens
     lambdas, most = [(REFERENCE_EFFORT, 0.0)], reference
     for lam in sorted((lam for lam in tokens if lam < 0), reverse=True):
         if tokens[lam] > most:
             most = tokens[lam]
             lambdas.append((100 * (most - fastest) / (reference - fastest), lam))
-    points = [[float(effort), value] for effort, value in zip(_EFFORTS, thresholds, strict=True)]
-    return {"thresholds": points, "lambdas": [list(point) for point in lambdas]}
+    return thresholds, tuple(lambdas)
 
 
-def _choose(ways: Ways, calibration: Mapping[str, Any], margin: float) -> float:
+def _own_threshold(cascade: Cascade, thresholds: Points, margin: float) -> float:
     """The lowest fitted threshold whose accuracy is within the margin; else the most accurate."""
-    thresholds = [float(value) for _, value in calibration["effort"]["thresholds"]]
-    accuracies = [float(ways.correct(value).mean()) for value in thresholds]
-    wanted = min(float(ways.slow_correct.mean()) - margin, max(accuracies))
+    accuracies = [float(cascade.correct(value).mean()) for _, value in thresholds]
+    wanted = min(cascade.slow.accuracy - margin, max(accuracies))
     pairs = zip(thresholds, accuracies, strict=True)
-    return next(value for value, accuracy in pairs if accuracy >= wanted)
+    return next(value for (_, value), accuracy in pairs if accuracy >= wanted)

@@ -3,18 +3,21 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexalign._storage import write_json, write_text
-from flexalign.calibration.tune import Evidence, Proof, Tuned
+from flexalign.calibration.verify import Evidence, Proof
 from flexalign.lambdas import LAMBDA_LEGEND
 from flexalign.statistics import Interval
 from flexalign.training.card import table
 
+if TYPE_CHECKING:
+    from flexalign.calibration.tune import Tuned
+
 CARD, RESULT, PICTURE = "tuned.md", "tuned.json", "tuned.png"
 
 
-def write_card(tuned: Tuned, output: Path, context: Mapping[str, Any]) -> None:
+def write_card(tuned: "Tuned", output: Path, context: Mapping[str, Any]) -> None:
     """Write tuned.md, tuned.json and tuned.png into a folder.
 
     Args:
@@ -30,7 +33,7 @@ def write_card(tuned: Tuned, output: Path, context: Mapping[str, Any]) -> None:
     draw_path(tuned, output / PICTURE)
 
 
-def render_card(tuned: Tuned, context: Mapping[str, Any]) -> str:
+def render_card(tuned: "Tuned", context: Mapping[str, Any]) -> str:
     """Return the card as Markdown."""
     confidence = f"{100 * tuned.options.confidence:g} %"
     if tuned.chosen is None:
@@ -38,22 +41,23 @@ def render_card(tuned: Tuned, context: Mapping[str, Any]) -> str:
     else:
         proof = tuned.at_proof[tuned.chosen]
         answer = (
-            f"**{tuned.chosen}**: {tuned.goal.text}, at {confidence} confidence "
+            f"**{tuned.chosen}**: {tuned.constraint.text}, at {confidence} confidence "
             f"({tuned.reason}). On the held-out questions it takes {proof.tokens.mean:.0f} tokens "
             f"an answer instead of {proof.reference_tokens.mean:.0f} "
             f"({100 * proof.token_cut:.1f} % fewer)."
         )
+
     sections = [
         "# The setting that was chosen",
         answer,
         "".join(f"- {name}: {_plain(value)}\n" for name, value in context.items()).rstrip(),
         "## What is promised",
-        f"{tuned.goal.text[0].upper()}{tuned.goal.text[1:]} ({tuned.reference}), for questions "
-        f"drawn as these {len(tuned.choice.questions) + len(tuned.held_out)} were. By this way of "
+        f"{tuned.constraint.text[0].upper()}{tuned.constraint.text[1:]} ({tuned.reference}), for questions "
+        f"drawn as these {len(tuned.race.questions) + len(tuned.held_out)} were. By this way of "
         "choosing, a promise is made that is not kept with probability at most "
         f"{100 * (1 - tuned.options.confidence):g} %, however many candidates there were.",
         "## Evidence when it was chosen",
-        f"On at most {len(tuned.choice.questions)} questions, {tuned.options.samples} samples "
+        f"On at most {len(tuned.race.questions)} questions, {tuned.options.samples} samples "
         "each. A setting that was chosen for these figures is flattered by them; nothing is "
         "promised on them. *Chance*: the probability, judged here, that the held-out questions "
         f"prove it. {LAMBDA_LEGEND}.",
@@ -61,7 +65,7 @@ def render_card(tuned: Tuned, context: Mapping[str, Any]) -> str:
             ("setting", "chance", *_HEADER),
             [
                 (s.setting, f"{s.promise:.0%}", *_cells(tuned.at_choice[s.setting]))
-                for s in tuned.choice.standings
+                for s in tuned.race.standings
             ],
         ),
         "## Evidence on held-out questions",
@@ -76,7 +80,7 @@ def render_card(tuned: Tuned, context: Mapping[str, Any]) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def draw_path(tuned: Tuned, path: Path) -> None:
+def draw_path(tuned: "Tuned", path: Path) -> None:
     """Draw how each finalist's estimate went from look to look, with its bound.
 
     Without a finalist, the race's estimates are drawn.
@@ -109,7 +113,7 @@ def draw_path(tuned: Tuned, path: Path) -> None:
     if tuned.proofs:
         axes.set_xlabel("held-out questions")
     else:
-        standings = tuned.choice.standings
+        standings = tuned.race.standings
         axes.bar([s.setting for s in standings], [s.promise for s in standings], color="#a0aec0")
         axes.set_xlabel("candidate")
     axes.axhline(0, color="#4a5568", linewidth=1)
@@ -125,7 +129,7 @@ def draw_path(tuned: Tuned, path: Path) -> None:
 _HEADER = ("questions", "accuracy", "reference", "difference", "tokens", "reference", "cut")
 
 
-def _proof_text(tuned: Tuned) -> str:
+def _proof_text(tuned: "Tuned") -> str:
     if not tuned.proofs:
         return "None was asked: no candidate gave hope of a proof."
     rows = [

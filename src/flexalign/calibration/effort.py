@@ -1,8 +1,9 @@
 """Effort: the calibrated dial, from 0, the fastest setting, over 100, the reference, and beyond.
 
-A calibration stores how an effort becomes a setting as points between which it is a straight
-line: ``{"effort": {"thresholds": [[effort, threshold], …], "lambdas": [[effort, λ], …]}}``.
-Thresholds of the adaptive dial, where there are any, serve efforts below 100; λ serves the rest.
+A :class:`Calibration` holds how an effort becomes a setting, as points between which it is a
+straight line, and what was measured to find them. Thresholds of the adaptive dial, where there are
+any, serve efforts below 100; λ serves the rest. An adapter's ``inra_config.json`` keeps it as JSON
+under ``calibration``.
 """
 
 import json
@@ -10,26 +11,19 @@ import math
 import numbers
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.optimize import isotonic_regression
 
 import flexalign
 from flexalign._storage import write_json
-from flexalign.calibration.cascade import Ways
 from flexalign.errors import ConfigError
-from flexalign.evaluation.summary import token_cut_interval
+from flexalign.evaluation.samples import Samples
 from flexalign.inra.configuration import CONFIG_FILE, WEIGHTS_FILE, InRaConfig
-from flexalign.lambdas import Adaptive, Fixed, Setting
-from flexalign.statistics import (
-    clustered_interval,
-    paired_difference_interval,
-    simultaneous_confidence,
-)
+from flexalign.lambdas import Adaptive, Fixed, Measure, Setting
+from flexalign.statistics import Interval
 
 VERSION = 1
 """Of a calibration's form."""
@@ -37,45 +31,362 @@ VERSION = 1
 REFERENCE_EFFORT = 100.0
 """The effort at which the tokens are those of λ = 0."""
 
+_AS_THEY_ARE = (
+    *("measure", "threshold", "margin", "sampling", "dial", "task", "questions"),
+    *("questions_hash", "parts"),
+)
+"""What a calibration and its JSON form have in common, by name."""
 
-def effort_to_dial(calibration: Mapping[str, Any] | None, effort: float) -> Adaptive | Fixed:
+Points = tuple[tuple[float, float], ...]
+"""Pairs (effort, value), efforts ascending, between which the value is a straight line."""
+
+Source = Literal["measured", "simulated", "interpolated"]
+"""Where figures are from: measured at the setting itself, simulated from both ways of an adaptive
+dial, or interpolated between two measured λ."""
+
+
+# What is stored.
+
+
+@dataclass(frozen=True)
+class SettingMetrics:
+    """The cost and the accuracy of a setting on a calibration's questions.
+
+    A mean may hide a coin between two lengths; the percentiles show it.
+
+    Attributes:
+        tokens: Mean tokens, with their 95 % interval.
+        tokens_p10: The tenth percentile of the tokens of single responses.
+        tokens_p90: The ninetieth.
+        accuracy: Share of right answers, with its 95 % interval.
+    """
+
+    tokens: Interval
+    tokens_p10: float
+    tokens_p90: float
+    accuracy: Interval
+
+    @classmethod
+    def of(cls, samples: Samples) -> "SettingMetrics":
+        """Compute them from the samples of one setting."""
+        p10, p90 = np.quantile(samples.tokens, (0.1, 0.9))
+        return cls(samples.tokens_interval(), float(p10), float(p90), samples.accuracy_interval())
+
+    @classmethod
+    def from_json(cls, given: Mapping[str, Any]) -> "SettingMetrics":
+        """Read the JSON form.
+
+        Raises:
+            KeyError: If a key is missing.
+        """
+        return cls(
+            _interval(given, "tokens"),
+            given["tokens_p10"],
+            given["tokens_p90"],
+            _interval(given, "accuracy"),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {
+            **_figure("tokens", self.tokens),
+            "tokens_p10": self.tokens_p10,
+            "tokens_p90": self.tokens_p90,
+            **_figure("accuracy", self.accuracy),
+        }
+
+
+@dataclass(frozen=True)
+class MeasuredSetting:
+    """A setting that was sampled.
+
+    Attributes:
+        setting: Its id, such as ``λ=0.5``.
+        metrics: Its cost and accuracy.
+        source: ``measured``.
+    """
+
+    setting: str
+    metrics: SettingMetrics
+    source: Source = "measured"
+
+    @classmethod
+    def from_json(cls, given: Mapping[str, Any]) -> "MeasuredSetting":
+        """Read the JSON form.
+
+        Raises:
+            KeyError: If a key is missing.
+        """
+        return cls(given["setting"], SettingMetrics.from_json(given), given["source"])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {"setting": self.setting, "source": self.source, **self.metrics.to_json()}
+
+
+@dataclass(frozen=True)
+class EffortLevel:
+    """The cost and the accuracy of an effort.
+
+    Attributes:
+        effort: The effort.
+        setting: The id of the setting that it stands for.
+        line: The tokens that the straight line of effort has there.
+        source: Where the figures are from.
+        metrics: Cost and accuracy.
+        accuracy_change: Accuracy less that of λ = 0, paired by question, with its 95 % interval;
+            0 for λ = 0 itself.
+    """
+
+    effort: float
+    setting: str
+    line: float
+    source: Source
+    metrics: SettingMetrics
+    accuracy_change: Interval
+
+    @classmethod
+    def from_json(cls, given: Mapping[str, Any]) -> "EffortLevel":
+        """Read the JSON form.
+
+        Raises:
+            KeyError: If a key is missing.
+        """
+        return cls(
+            given["effort"],
+            given["setting"],
+            given["line"],
+            given["source"],
+            SettingMetrics.from_json(given),
+            _interval(given, "accuracy_change"),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form."""
+        return {
+            "effort": self.effort,
+            "setting": self.setting,
+            "line": self.line,
+            "source": self.source,
+            **self.metrics.to_json(),
+            **_figure("accuracy_change", self.accuracy_change),
+        }
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """An adapter's calibrated dial.
+
+    Attributes:
+        lambdas: λ by effort; the last effort, at least 100, is the largest that was calibrated.
+        thresholds: Thresholds of the adaptive dial by effort, for efforts below 100; empty where
+            λ is the dial.
+        holes: Ranges of λ that calibration found worse than both their ends.
+        measure: Of the fast answer's confidence; None where λ is the dial.
+        threshold: What an adaptive policy without a threshold uses; None where λ is the dial.
+        margin: Loss of accuracy below λ = 0 that `threshold` may show.
+        lambda_range: The least and the largest λ that efforts may use.
+        sampling: How it was sampled, by the options' names.
+        settings: The settings that were sampled.
+        levels: The cost and the accuracy of some efforts.
+        dial: What effort turns, ``adaptive`` or ``lambda``.
+        task: The questions' name.
+        questions: Their number.
+        questions_hash: Of their content.
+        parts: Paths and fingerprints of base and adapter.
+        made_by: The version of flexalign that made it.
+    """
+
+    lambdas: Points
+    thresholds: Points = ()
+    holes: tuple[tuple[float, float], ...] = ()
+    measure: Measure | None = None
+    threshold: float | None = None
+    margin: float = 0.0
+    lambda_range: tuple[float, float] = (0.0, 1.0)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    settings: tuple[MeasuredSetting, ...] = ()
+    levels: tuple[EffortLevel, ...] = ()
+    dial: Literal["adaptive", "lambda"] = "lambda"
+    task: str = ""
+    questions: int = 0
+    questions_hash: str = ""
+    parts: Sequence[Any] = field(default_factory=list)
+    made_by: str = ""
+
+    @property
+    def largest_effort(self) -> float:
+        """The effort at the end of the range that was calibrated, at least 100."""
+        return self.lambdas[-1][0]
+
+    @classmethod
+    def from_json(cls, given: Mapping[str, Any] | None) -> "Calibration":
+        """Read a calibration as an adapter's configuration keeps it.
+
+        Args:
+            given: The JSON value; None if the adapter has none. What says how an effort becomes
+                a setting has to be there; all else may be missing.
+
+        Raises:
+            ConfigError: If there is none, or it is of another version or damaged.
+        """
+        if given is None:
+            raise ConfigError(
+                "effort has no meaning before calibration, and this adapter has none; run "
+                "flexalign calibrate BASE --adapter ADAPTER --task TASK, or give --lambda or "
+                "--policy."
+            )
+        version = given.get("version")
+        if version != VERSION:
+            raise ConfigError(
+                f"this adapter's calibration has version {version!r} and this flexalign reads "
+                f"{VERSION}; run flexalign calibrate again."
+            )
+        try:
+            points = given["effort"]
+            calibration = cls(
+                lambdas=_pairs(points["lambdas"]),
+                thresholds=_pairs(points.get("thresholds", ())),
+                holes=_pairs(given.get("holes", ())),
+                lambda_range=_pair(given.get("lambda_range", (0.0, 1.0))),
+                settings=tuple(map(MeasuredSetting.from_json, given.get("settings", ()))),
+                levels=tuple(map(EffortLevel.from_json, given.get("levels", ()))),
+                made_by=given.get("flexalign", ""),
+                **{name: given[name] for name in _AS_THEY_ARE if name in given},
+            )
+            _ = calibration.largest_effort  # no point at all is damage, too
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"this adapter's calibration is damaged ({error!r}); run flexalign calibrate again."
+            ) from error
+        return calibration
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON value, its keys in the file's order."""
+        return {
+            "version": VERSION,
+            "flexalign": self.made_by,
+            "dial": self.dial,
+            "measure": self.measure,
+            "task": self.task,
+            "questions": self.questions,
+            "questions_hash": self.questions_hash,
+            "sampling": dict(self.sampling),
+            "parts": self.parts,
+            "lambda_range": list(self.lambda_range),
+            "margin": self.margin,
+            "holes": [list(hole) for hole in self.holes],
+            "effort": {
+                "thresholds": [list(point) for point in self.thresholds],
+                "lambdas": [list(point) for point in self.lambdas],
+            },
+            "threshold": self.threshold,
+            "settings": [setting.to_json() for setting in self.settings],
+            "levels": [level.to_json() for level in self.levels],
+        }
+
+
+def _pair(given: Sequence[float]) -> tuple[float, float]:
+    low, high = given
+    return float(low), float(high)
+
+
+def _pairs(given: Sequence[Sequence[float]]) -> Points:
+    return tuple(map(_pair, given))
+
+
+def _interval(given: Mapping[str, Any], name: str) -> Interval:
+    low, high = given[f"{name}_ci"]
+    return Interval(low, given[name], high)
+
+
+def _figure(name: str, value: Interval) -> dict[str, Any]:
+    return {name: value.mean, f"{name}_ci": [value.low, value.high]}
+
+
+# What an effort stands for.
+
+
+def effort_to_dial(calibration: Calibration, effort: float) -> Adaptive | Fixed:
     """Return the setting that an effort stands for.
 
-    Ranges of λ that calibration found worse than both their neighbours (`holes`) are skipped: an
-    effort that falls into one gets the nearer end of it.
+    Ranges of λ that calibration found worse than both their ends (`holes`) are skipped: an effort
+    that falls into one gets the nearer end of it.
 
     Args:
-        calibration: Of an adapter's configuration; None if it has none.
+        calibration: The adapter's.
         effort: 0 for the fastest setting, 100 for the reference's tokens, above for λ < 0.
 
     Returns:
         An adaptive policy with its threshold, or one λ.
 
     Raises:
-        ConfigError: If there is no calibration, it is of another version or damaged, or the
-            effort lies outside what it covers.
+        ConfigError: If the effort lies outside what the calibration covers.
     """
-    calibration, largest = _checked(calibration)
+    largest = calibration.largest_effort
     is_number = isinstance(effort, numbers.Real) and not isinstance(effort, bool)
     if not is_number or not 0 <= float(effort) <= largest:
         raise ConfigError(
             f"an effort of this adapter is a number from 0 (fastest) to {largest:g} (100 is the "
             f"reference), got {effort!r}."
         )
+
     effort = float(effort)
-    points = calibration["effort"]
-    if points["thresholds"] and effort < REFERENCE_EFFORT:
-        return Adaptive(_along(points["thresholds"], effort), measure=calibration["measure"])
-    return Fixed(_outside(calibration["holes"], _along(points["lambdas"], effort)))
+    if calibration.thresholds and effort < REFERENCE_EFFORT:
+        threshold = _along(calibration.thresholds, effort)
+        if calibration.measure is None:
+            return Adaptive(threshold)
+        return Adaptive(threshold, measure=calibration.measure)
+    return Fixed(_outside(calibration.holes, _along(calibration.lambdas, effort)))
 
 
-def largest_effort(calibration: Mapping[str, Any] | None) -> float:
-    """Return the effort at the end of the range that was calibrated, at least 100.
+def effort_settings(calibration: Calibration, efforts: Sequence[float]) -> list[Setting]:
+    """Return the settings that several efforts stand for, each named by its effort too.
 
     Raises:
-        ConfigError: If there is no calibration, or it cannot be read.
+        ConfigError: If an effort lies outside what the calibration covers.
     """
-    return _checked(calibration)[1]
+    return [Setting.of(effort_to_dial(calibration, effort), float(effort)) for effort in efforts]
+
+
+def _along(points: Points, effort: float) -> float:
+    efforts, values = zip(*points, strict=True)
+    return float(np.interp(effort, efforts, values))
+
+
+def _outside(holes: Sequence[tuple[float, float]], lam: float) -> float:
+    for low, high in holes:
+        if low < lam < high:
+            return low if math.fabs(lam - low) <= math.fabs(high - lam) else high
+    return lam
+
+
+# What is told of it where it is used.
+
+
+def known_cut(calibration: Calibration | None, setting: str) -> tuple[float, Source] | None:
+    """Look up what a setting saves of the tokens of λ = 0.
+
+    Args:
+        calibration: The adapter's; None if it has none.
+        setting: Its id, such as ``λ=0.5``.
+
+    Returns:
+        The share saved, negative where it costs more, and the figure's source; None for λ = 0
+        itself, or if calibration did not look at the setting.
+    """
+    if calibration is None:
+        return None
+    found: dict[str, EffortLevel | MeasuredSetting] = {
+        level.setting: level for level in calibration.levels
+    }
+    found |= {one.setting: one for one in calibration.settings}  # measured, and so preferred
+    if setting not in found or setting == "λ=0" or "λ=0" not in found:
+        return None
+    reference = found["λ=0"].metrics.tokens.mean
+    if not reference:
+        return None
+    return 1 - found[setting].metrics.tokens.mean / reference, found[setting].source
 
 
 def note_on_sampling(calibrated: Mapping[str, object], asked: Mapping[str, object]) -> str | None:
@@ -105,44 +416,10 @@ def note_on_sampling(calibrated: Mapping[str, object], asked: Mapping[str, objec
     )
 
 
-def _checked(calibration: Mapping[str, Any] | None) -> tuple[Mapping[str, Any], float]:
-    """Return a calibration that can be read, and its largest effort."""
-    if calibration is None:
-        raise ConfigError(
-            "effort has no meaning before calibration, and this adapter has none; run flexalign "
-            "calibrate BASE --adapter ADAPTER --task TASK, or give --lambda or --policy."
-        )
-    version = calibration.get("version")
-    if version != VERSION:
-        raise ConfigError(
-            f"this adapter's calibration has version {version!r} and this flexalign reads "
-            f"{VERSION}; run flexalign calibrate again."
-        )
-    try:
-        largest = float(calibration["effort"]["lambdas"][-1][0])
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"this adapter's calibration is damaged ({error!r}); run flexalign calibrate again."
-        ) from error
-    return calibration, largest
+# The adapter's folder that keeps it.
 
 
-def _along(points: Sequence[Sequence[float]], effort: float) -> float:
-    efforts, values = zip(*points, strict=True)
-    return float(np.interp(effort, efforts, values))
-
-
-def _outside(holes: Sequence[Sequence[float]], lam: float) -> float:
-    for low, high in holes:
-        if low < lam < high:
-            return float(low if math.fabs(lam - low) <= math.fabs(high - lam) else high)
-    return lam
-
-
-# A calibration in its adapter's file.
-
-
-def store_calibration(folder: Path, calibration: Mapping[str, Any]) -> InRaConfig:
+def store_calibration(folder: Path, calibration: Calibration) -> InRaConfig:
     """Write a calibration into an adapter's settings, whose λ range is widened to hold it.
 
     The file is written beside its place and then moved there: a crash leaves the old one.
@@ -154,11 +431,12 @@ def store_calibration(folder: Path, calibration: Mapping[str, Any]) -> InRaConfi
         CheckpointError: If the folder holds no adapter.
     """
     settings = InRaConfig.load(folder)
-    least, largest = calibration["lambda_range"]
+    least, largest = calibration.lambda_range
     low, high = settings.lambda_range
-    kept = json.loads(json.dumps(calibration))
     settings = replace(
-        settings, calibration=kept, lambda_range=(min(low, least), max(high, largest))
+        settings,
+        calibration=json.loads(json.dumps(calibration.to_json())),
+        lambda_range=(min(low, least), max(high, largest)),
     )
     write_json(folder / CONFIG_FILE, json.loads(settings.to_text()))
     return settings
@@ -174,270 +452,3 @@ def copy_adapter(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         shutil.copyfile(source / name, target / name)
-
-
-# The dial of λ: its tokens as a monotone function, and ranges of it that nobody should want.
-
-
-def fit_lambdas(tokens: Mapping[float, float]) -> list[tuple[float, float]]:
-    """Map effort to λ so that mean tokens lie on the straight line of effort.
-
-    Means are first made to fall with λ by the closest such function in squares (pooling adjacent
-    violators, Ayer et al. 1955); where they stand still, the λ nearest to 0 serves.
-
-    Args:
-        tokens: Measured mean tokens of each λ, 0 among them; none from inside a hole.
-
-    Returns:
-        Points (effort, λ), efforts ascending from 0, and 100 at λ = 0.
-
-    Raises:
-        ConfigError: If no λ above 0 saves tokens.
-    """
-    lams = sorted(tokens)
-    means = isotonic_regression([tokens[lam] for lam in lams], increasing=False).x.tolist()
-    kept: dict[float, float] = {}
-    for lam, mean in zip(lams, means, strict=True):
-        if mean not in kept or abs(lam) < abs(kept[mean]):
-            kept[mean] = lam
-    reference, fastest = means[lams.index(0.0)], means[-1]
-    if fastest >= reference:
-        raise ConfigError(
-            f"this dial saves no tokens between λ = 0 and {lams[-1]:g} "
-            f"({tokens[0.0]:.1f} and {tokens[lams[-1]]:.1f} on average), so that there is no "
-            "effort to set; train the adapter on shorter answers, or widen --lambda-range."
-        )
-    saved = reference - fastest
-    return [(100 * ((mean - fastest) / saved), kept[mean]) for mean in sorted(kept)]
-
-
-def find_holes(
-    correct: Mapping[float, NDArray[np.bool_]], questions: Sequence[str], confidence: float = 0.95
-) -> list[tuple[float, float]]:
-    """Find ranges of λ in which every measured setting is less accurate than both their ends.
-
-    Args:
-        correct: For each measured λ which samples were right, in one order.
-        questions: The question of each sample.
-        confidence: That no setting is wrongly called worse, shared among all that may be.
-
-    Returns:
-        The ends of each range, themselves measured and not worse; ascending, apart.
-    """
-    lams = sorted(correct)
-    if len(lams) < 3:
-        return []
-    level = simultaneous_confidence(2 * (len(lams) - 2), confidence)
-
-    def is_worse(one: int, other: int) -> bool:
-        first, second = correct[lams[one]], correct[lams[other]]
-        return paired_difference_interval(first, questions, second, questions, level).high < 0
-
-    holes: list[tuple[float, float]] = []
-    low = 0
-    while low < len(lams) - 2:
-        ends = (
-            high
-            for high in range(len(lams) - 1, low + 1, -1)
-            if all(is_worse(i, low) and is_worse(i, high) for i in range(low + 1, high))
-        )
-        high = next(ends, None)
-        if high is not None:
-            holes.append((lams[low], lams[high]))
-        low = high or low + 1
-    return holes
-
-
-# What a setting, or an effort, costs and gets right on the questions of a calibration.
-
-LEVELS = (0.0, 25.0, 50.0, 75.0, 100.0)
-"""The efforts that are shown and stored with what they cost and get right."""
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Samples of one setting, in the order of (question, sample).
-
-    Attributes:
-        questions: The question of each.
-        tokens: Tokens written for each, rejected ones included.
-        correct: Which are right.
-        rows: The samples as the results folder has them, where they were drawn at this setting.
-    """
-
-    questions: Sequence[str]
-    tokens: NDArray[np.float64]
-    correct: NDArray[np.bool_]
-    rows: Sequence[Mapping[str, Any]] = ()
-
-
-def figures(answers: Answers) -> dict[str, Any]:
-    """Mean tokens and accuracy with 95 % intervals, and the tokens' tenth and ninetieth percentile.
-
-    A mean may hide a coin between two lengths; the percentiles show it.
-    """
-    tokens = clustered_interval(answers.tokens, answers.questions, share=False)
-    accuracy = clustered_interval(answers.correct, answers.questions, share=True)
-    p10, p90 = np.quantile(answers.tokens, (0.1, 0.9))
-    return {
-        "tokens": tokens.mean,
-        "tokens_ci": [tokens.low, tokens.high],
-        "tokens_p10": float(p10),
-        "tokens_p90": float(p90),
-        "accuracy": accuracy.mean,
-        "accuracy_ci": [accuracy.low, accuracy.high],
-    }
-
-
-def level_figures(
-    calibration: Mapping[str, Any], ways: Ways | None, fixed: Mapping[float, Answers]
-) -> list[dict[str, Any]]:
-    """What the shown efforts, and the largest, cost and get right, beside the straight line.
-
-    Args:
-        calibration: With its `effort`, `measure` and `holes`.
-        ways: Both ways of an adaptive dial; None where λ is the dial.
-        fixed: Samples of each measured λ.
-
-    Returns:
-        One object for each effort. Its `accuracy_change` is against λ = 0, paired by question, and
-        0 for λ = 0 itself. Its `source` says where the figures are from: `measured`,
-        `simulated` from the two ways, or `interpolated` between two measured λ.
-
-    Raises:
-        ConfigError: If efforts stand for thresholds, and the two ways are not given.
-    """
-    largest = largest_effort(calibration)
-    reference = float(fixed[0.0].tokens.mean())
-    start = effort_to_dial(calibration, 0)
-    fastest = _at(start, ways, fixed)[0]["tokens"]
-    levels = []
-    for effort in [*LEVELS, *([largest] if largest > REFERENCE_EFFORT else [])]:
-        dial = effort_to_dial(calibration, effort)
-        found, source = _at(dial, ways, fixed)
-        levels.append(
-            {
-                "effort": effort,
-                "setting": Setting.of(dial).id,
-                "line": fastest + effort / REFERENCE_EFFORT * (reference - fastest),
-                "source": source,
-                **found,
-            }
-        )
-    return levels
-
-
-def known_cut(calibration: Mapping[str, Any] | None, setting: str) -> tuple[float, str] | None:
-    """Look up what a setting saves of the tokens of λ = 0.
-
-    Args:
-        calibration: Of an adapter's configuration; None if it has none.
-        setting: Its id, such as ``λ=0.5``.
-
-    Returns:
-        The share saved, negative where it costs more, and the figure's source as in
-        :func:`level_figures`; None for λ = 0 itself, or if calibration did not look at it.
-    """
-    known = calibration or {}
-    rows = [*known.get("levels", ()), *known.get("settings", ())]  # the latter are measured
-    found = {row["setting"]: row for row in rows}
-    if setting not in found or setting == "λ=0" or not found.get("λ=0", {}).get("tokens"):
-        return None
-    row = found[setting]
-    return 1 - row["tokens"] / found["λ=0"]["tokens"], row["source"]
-
-
-def _at(
-    dial: Adaptive | Fixed, ways: Ways | None, fixed: Mapping[float, Answers]
-) -> tuple[dict[str, Any], str]:
-    if isinstance(dial, Adaptive):
-        if ways is None or dial.threshold is None:
-            raise ConfigError("this calibration's efforts are thresholds; give both ways.")
-        tokens, correct = ways.tokens(dial.threshold), ways.correct(dial.threshold)
-        found = figures(Answers(ways.questions, tokens, correct))
-        return found | _change(correct, fixed[0.0]), "simulated"
-    lam = dial.lam
-    if lam in fixed:
-        return figures(fixed[lam]) | _change(fixed[lam].correct, fixed[0.0]), "measured"
-    low, high = max(one for one in fixed if one < lam), min(one for one in fixed if one > lam)
-    share = (lam - low) / (high - low)
-    one, other = figures(fixed[low]), figures(fixed[high])
-    mixed = {
-        name: ((1 - share) * np.array(one[name]) + share * np.array(other[name])).tolist()
-        for name in one
-    }
-    correct = (1 - share) * fixed[low].correct + share * fixed[high].correct
-    return mixed | _change(correct, fixed[0.0]), "interpolated"
-
-
-def _change(correct: NDArray[Any], reference: Answers) -> dict[str, Any]:
-    """Accuracy less that of λ = 0, with its 95 % interval, paired by question."""
-    if correct is reference.correct:
-        return {"accuracy_change": 0.0, "accuracy_change_ci": [0.0, 0.0]}
-    low, mean, high = paired_difference_interval(
-        correct, reference.questions, reference.correct, reference.questions
-    )
-    return {"accuracy_change": mean, "accuracy_change_ci": [low, high]}
-
-
-# Whether a dial is worth a scale: whether it saves tokens at all, and at what loss of accuracy.
-
-
-def require_saving(faster: Mapping[str, Answers], reference: Answers, remedy: str) -> None:
-    """Refuse a dial of which no measured setting saves tokens beyond chance.
-
-    Args:
-        faster: Answers at every setting that efforts below 100 rest on, by id.
-        reference: Answers of λ = 0.
-        remedy: What to do about it.
-
-    Raises:
-        ConfigError: If no token cut, of 95 % intervals that hold together, is above 0.
-    """
-    level = simultaneous_confidence(len(faster))
-    cuts = {
-        name: token_cut_interval(
-            own.tokens, own.questions, reference.tokens, reference.questions, level
-        )
-        for name, own in faster.items()
-    }
-    if any(cut.low > 0 for cut in cuts.values()):
-        return
-    name, cut = max(cuts.items(), key=lambda item: item[1].mean)
-    raise ConfigError(
-        f"no setting of this dial saves tokens beyond chance: {name} cuts most, "
-        f"{100 * cut.mean:.1f} % [{100 * cut.low:.1f}, {100 * cut.high:.1f}] of λ = 0's tokens on "
-        f"{len(set(reference.questions))} questions, so that there is no effort to set; {remedy}, "
-        "or, if you expect more of it, ask more questions."
-    )
-
-
-def describe_loss(calibration: Mapping[str, Any]) -> str | None:
-    """Say that every effort below 100 loses more accuracy than the margin allows.
-
-    Each of the shown levels that is another setting than λ = 0 has to: its whole interval, paired
-    with λ = 0 by question. As all of them must, none of the intervals needs to be wider.
-
-    Args:
-        calibration: With its `levels` and `margin`.
-
-    Returns:
-        One sentence on the level that loses least; None if there is one that may do.
-    """
-    margin = calibration["margin"]
-    steps = [
-        level
-        for level in calibration["levels"]
-        if level["effort"] < REFERENCE_EFFORT and level["setting"] != "λ=0"
-    ]
-    if not steps or any(level["accuracy_change_ci"][1] >= -margin for level in steps):
-        return None
-    best = max(steps, key=lambda level: level["accuracy_change"])
-    low, high = best["accuracy_change_ci"]
-    return (
-        f"every effort below {REFERENCE_EFFORT:g} is less accurate than λ = 0 by more than the "
-        f"margin of {100 * margin:g} points; effort {best['effort']:g} loses least, "
-        f"{-100 * best['accuracy_change']:.1f} points [{-100 * high:.1f}, {-100 * low:.1f}]: train "
-        "the adapter further or on better answers before you use this dial, or accept the loss "
-        "with a larger --margin."
-    )

@@ -21,9 +21,10 @@ from typing import Any
 from scipy.optimize import brentq
 from scipy.special import ndtri
 
-from flexalign.calibration.goals import NonInferiority
+from flexalign.calibration.constraints import NonInferiority
+from flexalign.calibration.results import REFERENCE, StoredSamples
 from flexalign.errors import ConfigError, DataError
-from flexalign.evaluation.samples import Outcomes
+from flexalign.evaluation.samples import Samples
 from flexalign.models.names import known_name
 from flexalign.statistics import t_quantile
 
@@ -87,25 +88,25 @@ class VarianceModel:
         return cls(shift**2, 2 * (1 - alike) * accuracy * (1 - accuracy))
 
     @classmethod
-    def measured(cls, candidate: Outcomes, reference: Outcomes) -> "VarianceModel":
+    def measured(cls, candidate: Samples, reference: Samples) -> "VarianceModel":
         """Estimate one from a pilot, by moments; common random numbers are counted in.
 
         Args:
-            candidate: Answers of a setting, at least 2 questions of 2 samples.
-            reference: Answers of λ = 0 to the same questions, as many samples.
+            candidate: Samples of a setting, at least 2 questions of 2 samples.
+            reference: Samples of λ = 0 on the same questions in the same order, as many.
 
         Raises:
             DataError: If the pilot is too small, or its halves differ in shape.
         """
-        shape = candidate.correct.shape
-        if shape != reference.correct.shape or min(shape) < 2:
+        if candidate.shape != reference.shape or min(candidate.shape) < 2:
             raise DataError(
                 "a pilot needs at least 2 questions of 2 samples, the same for both settings; got "
-                f"{shape} and {reference.correct.shape}."
+                f"{candidate.shape} and {reference.shape}."
             )
-        pairs = candidate.correct.astype(float) - reference.correct
+        right = candidate.table(candidate.correct).astype(float)
+        pairs = right - reference.table(reference.correct)
         within = float(pairs.var(1, ddof=1).mean())
-        between = float(pairs.mean(1).var(ddof=1)) - within / shape[1]
+        between = float(pairs.mean(1).var(ddof=1)) - within / pairs.shape[1]
         return cls(max(between, 0.0), within)
 
     def of_question(self, samples: int) -> float:
@@ -113,8 +114,37 @@ class VarianceModel:
         return self.between + self.within / samples
 
 
+def assumed_variance(task: str, accuracy: float | None = None) -> VarianceModel:
+    """The variance that is assumed of a task before anything is sampled.
+
+    Args:
+        task: Its name.
+        accuracy: The expected one; that of a 7B reasoning model on the task if not given, and
+            0.5, the worst, where that is not known.
+    """
+    return VarianceModel.assumed(expected_accuracy(task) if accuracy is None else accuracy)
+
+
+def measured_variance(stored: StoredSamples) -> VarianceModel:
+    """The variance of stored samples: that of the setting that differs most from λ = 0.
+
+    Raises:
+        ConfigError: If λ = 0 or a candidate is missing.
+        DataError: If there are fewer than 2 questions of 2 samples.
+    """
+    others = [setting for setting in stored.settings if setting != REFERENCE]
+    if not others or REFERENCE not in stored.settings:
+        raise ConfigError("the stored samples need λ=0 and a candidate; sweep both.")
+    each = stored.samples
+    reference, *measured = [
+        stored.ask(setting, stored.questions, each) for setting in [REFERENCE, *others]
+    ]
+    models = [VarianceModel.measured(candidate, reference) for candidate in measured]
+    return max(models, key=lambda model: model.of_question(each))
+
+
 @dataclass(frozen=True)
-class Cost:
+class ProofCost:
     """What it takes to prove a margin.
 
     Attributes:
@@ -129,7 +159,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ProofPlan:
     """What can be proved.
 
     Attributes:
@@ -150,8 +180,12 @@ class Plan:
     power: float
     margin: float
     tune_margin: float | None
-    costs: tuple[Cost, ...]
+    costs: tuple[ProofCost, ...]
     variance: VarianceModel
+
+    def is_proved(self, margin: float) -> bool:
+        """Whether `tune` mostly proves a margin of a setting as good as the reference."""
+        return self.tune_margin is not None and margin >= self.tune_margin
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -176,7 +210,7 @@ def plan(
     variance: VarianceModel | None = None,
     choosing_share: float = 0.3,
     margins: tuple[float, ...] = (),
-) -> Plan:
+) -> ProofPlan:
     """Say what can be proved, and what a smaller margin costs.
 
     Args:
@@ -201,6 +235,7 @@ def plan(
         )
     if any(not 0 < margin < 1 for margin in margins):
         raise ConfigError(f"margins must be between 0 and 1, got {margins}.")
+
     model = variance or VarianceModel.assumed()
 
     def provable(count: int, per_question: int) -> float:
@@ -210,7 +245,7 @@ def plan(
 
     margin = provable(questions, samples)
     held_out = questions - round(choosing_share * questions)
-    return Plan(
+    return ProofPlan(
         questions,
         samples,
         confidence,
@@ -251,7 +286,7 @@ def _cost(
     confidence: float,
     power: float,
     model: VarianceModel,
-) -> Cost:
+) -> ProofCost:
     factor = float(ndtri(confidence) + ndtri(power))
     variance = model.of_question(samples)
     needed = max(2, math.ceil(variance * (factor / margin) ** 2))
@@ -260,7 +295,7 @@ def _cost(
             needed += 1
     room = questions * (margin / _factor(questions, confidence, power)) ** 2 - model.between
     more = math.ceil(model.within / room - 1e-9) if room > 0 else None
-    return Cost(
+    return ProofCost(
         margin,
         needed if needed <= _MOST else None,
         max(1, more) if more is not None and more <= _MOST else None,

@@ -1,23 +1,66 @@
-"""Answers in a results folder: those that an earlier sweep has left, or those drawn as asked."""
+"""Where a tuning gets its samples from: a results folder that is there, or a sweep drawn as asked."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, DataError, ServingError
 from flexalign.evaluation.grading import Grader
-from flexalign.evaluation.samples import Outcomes, ResultsFolder, Sampler, sweep_cells
+from flexalign.evaluation.samples import ResultsFolder, Samples
 from flexalign.evaluation.summary import environment
-from flexalign.evaluation.sweep import Sweep, write_summary
+from flexalign.evaluation.sweep import Progress, Sampler, Sweep, sweep_cells, write_summary
+
+REFERENCE = "λ=0"
+"""The id of the setting that candidates are compared with."""
+
+Ask: TypeAlias = Callable[[str, Sequence[str], int], Samples]
+"""`ask(setting, questions, samples)`: put each question `samples` times; the samples name their
+questions."""
 
 
-class StoredAnswers:
-    """The samples of one system and task in a results folder, as outcomes.
+class Ledger:
+    """Asks each question of a setting once, and counts what that took.
+
+    Args:
+        ask: How samples are drawn.
+        each: Samples of each question.
+    """
+
+    def __init__(self, ask: Ask, each: int) -> None:
+        self._ask = ask
+        self._each = each
+        self._known: dict[str, Samples] = {}
+        self.spent: dict[str, int] = {}
+        """Samples drawn so far, by setting."""
+
+    def samples(self, setting: str, questions: Sequence[str]) -> Samples:
+        """Return the samples of these questions in this order, asking those that are new.
+
+        Raises:
+            DataError: If what was asked came back in another shape.
+        """
+        known = self._known.get(setting)
+        there = set() if known is None else set(known.questions)
+        new = [question for question in questions if question not in there]
+        if new:
+            drawn = self._ask(setting, new, self._each)
+            if drawn.shape != (len(new), self._each) or len(drawn) != len(new) * self._each:
+                raise DataError(
+                    f"{setting}: asked {len(new)} questions {self._each} times each, got "
+                    f"outcomes of shape {drawn.shape}."
+                )
+            self._known[setting] = known = drawn if known is None else known.joined(drawn)
+            self.spent[setting] = self.spent.get(setting, 0) + len(drawn)
+        return self._known[setting].on(questions)
+
+
+class StoredSamples:
+    """The samples of one system and task in a results folder.
 
     Args:
         folder: The results folder.
@@ -36,58 +79,61 @@ class StoredAnswers:
         """Whose samples these are."""
         self.task = self._only(folder, "task", task)
         """On which task."""
-        self._answers: dict[str, dict[str, dict[int, tuple[bool, float]]]] = {}
+        self._stored: dict[str, Samples] = {}
         self._add(folder.rows)
-        if not self._answers:
+        if not self._stored:
             raise ConfigError(f"{folder.path} has no samples of {self.system} on {self.task}.")
 
     @property
     def settings(self) -> list[str]:
         """Ids of the settings, in the file's order."""
-        return list(self._answers)
+        return list(self._stored)
 
     @property
     def questions(self) -> list[str]:
         """Questions that every setting has answered, in the file's order."""
-        first, *others = self._answers.values()
-        return [question for question in first if all(question in other for other in others)]
+        first, *others = (samples.questions for samples in self._stored.values())
+        shared = set(first).intersection(*others)
+        return [question for question in first if question in shared]
 
     @property
     def samples(self) -> int:
         """Samples that every setting has of each of these questions."""
-        return min(
-            (
-                len(of_setting[question])
-                for of_setting in self._answers.values()
-                for question in self.questions
-            ),
-            default=0,
-        )
+        questions = self.questions
+        return min(samples.on(questions).shape[1] for samples in self._stored.values())
 
-    def ask(self, setting: str, questions: Sequence[str], samples: int) -> Outcomes:
-        """Return stored answers; the engine's `Ask`.
+    def ask(self, setting: str, questions: Sequence[str], samples: int) -> Samples:
+        """Return the first stored samples of each question; an `Ask`.
 
         Raises:
             DataError: If they are not there.
         """
-        answers = []
+        stored = self._stored.get(setting, Samples([], [], []))
+        counts = dict(zip(stored.questions, stored.counts.tolist(), strict=True))
         for question in questions:
-            stored = self._answers.get(setting, {}).get(question, {})
-            if len(stored) < samples:
+            if counts.get(question, 0) < samples:
                 raise DataError(
-                    f"{self._path} has {len(stored)} samples of question {question} at {setting}, "
-                    f"and {samples} are needed; sweep further, or ask for fewer --samples."
+                    f"{self._path} has {counts.get(question, 0)} samples of question {question} "
+                    f"at {setting}, and {samples} are needed; sweep further, or ask for fewer "
+                    "--samples."
                 )
-            answers.append([stored[number] for number in sorted(stored)[:samples]])
-        table = np.array(answers, dtype=np.float64)
-        return Outcomes(table[..., 0] > 0, table[..., 1])
+
+        # Each question's samples lie together, in the order of their numbers.
+        places = [place for question in questions for place in range(counts[question])]
+        return stored.on(questions).select(np.array(places, dtype=np.intp) < samples)
 
     def _add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Take in rows; each question's samples are kept in the order of their numbers."""
+        members: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             if (row["system"], row["task"]) == (self.system, self.task):
-                of_setting = self._answers.setdefault(row["setting"], {})
-                answer = (row["status"] == "correct", float(row["tokens"]))
-                of_setting.setdefault(row["question"], {})[row["sample"]] = answer
+                members.setdefault(row["setting"], []).append(row)
+        for setting, own in members.items():
+            new = Samples.from_rows(own)
+            samples = self._stored[setting].joined(new) if setting in self._stored else new
+            self._stored[setting] = samples.select(np.argsort(samples.sample, kind="stable")).on(
+                samples.questions
+            )
 
     @staticmethod
     def _only(folder: ResultsFolder, key: str, wanted: str | None) -> str:
@@ -101,7 +147,7 @@ class StoredAnswers:
         return wanted or names[0]
 
 
-class DrawnAnswers(StoredAnswers):
+class DrawnSamples(StoredSamples):
     """Draws what is asked and is not in the folder yet; a context manager.
 
     Args:
@@ -120,16 +166,18 @@ class DrawnAnswers(StoredAnswers):
         output: Path,
         *,
         workers: int = 1,
-        progress: Callable[[int], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         (system,), (task,) = sweep.systems, sweep.tasks
         self._path = output
         self.system, self.task = system.name, task.name
-        self._answers = {}
+        self._stored = {}
+
         self._sweep, self._progress = sweep, progress
         configuration = sweep.configuration()
         self._folder = ResultsFolder.begin(output, configuration, [task], environment())
         self._add(self._folder.rows)
+
         self._settings = {setting.id: setting for setting in sweep.settings_of(system)}
         self._questions = {question.id: question for question in task.questions}
         self._backend = sweep.backends[system.name]
@@ -137,7 +185,7 @@ class DrawnAnswers(StoredAnswers):
         self._workers = workers
         self._stack = ExitStack()
 
-    def __enter__(self) -> "DrawnAnswers":
+    def __enter__(self) -> "DrawnSamples":
         """Start the grader."""
         grader = self._stack.enter_context(Grader(workers=self._workers, tags=self._tags))
         self._stack.callback(self._backend.release)
@@ -150,8 +198,8 @@ class DrawnAnswers(StoredAnswers):
         if self._folder.rows:
             write_summary(self._folder)
 
-    def ask(self, setting: str, questions: Sequence[str], samples: int) -> Outcomes:
-        """Draw what is missing, and return the answers.
+    def ask(self, setting: str, questions: Sequence[str], samples: int) -> Samples:
+        """Draw what is missing, and return the samples; an `Ask`.
 
         Raises:
             ServingError: If samples could not be made; those that could are kept.
@@ -160,6 +208,7 @@ class DrawnAnswers(StoredAnswers):
         asked = tuple(self._questions[question] for question in questions)
         part = replace(task, questions=asked)
         cells = sweep_cells([part], [self._settings[setting]], samples, self._sweep.seed)
+
         before = len(self._folder.rows)
         lost = self._sampler.draw(cells, self._progress)
         self._add(self._folder.rows[before:])

@@ -66,11 +66,14 @@ def look_levels(fractions: tuple[float, ...], alpha: float, looks: Looks) -> tup
     places, density = np.zeros(1), np.ones(1)  # of the running sum B(t) ~ N(0, t), no look crossed
     levels = []
     before = used = 0.0
+
     for fraction in fractions:
         target = spent_error(fraction, alpha, looks) - used
         step = math.sqrt(fraction - before)
         boundary = _boundary(places, density, step, target)
         levels.append(float(ndtr(-boundary / math.sqrt(fraction))))
+
+        # The density of the sum where this look has not crossed, by the trapezoid rule.
         grid = np.linspace(-_FAR * math.sqrt(fraction), boundary, _GRID)
         gaps = (grid[:, None] - places) / step
         weights = np.full(_GRID, grid[1] - grid[0])

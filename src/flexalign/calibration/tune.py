@@ -1,333 +1,275 @@
 """Choosing a setting with a promise.
 
 The questions are put in a random order and divided. On the first part the candidates race
-(`choose`): nothing is promised of what is seen there, as a chosen setting flatters itself. Of the
-race's finalists, set in order from the safest to the boldest before a held-out question is asked,
-each is then to be proved on the held-out questions (`confirm`), at the full error; the first that
-is not proved ends it. Such a fixed sequence errs no more often than a single test (Maurer, Hothorn
-and Lehmacher 1995; choosing the order on other data as in Laufer-Goldshtein et al. 2023,
-"Efficiently controlling multiple risks with Pareto testing"). So the probability that a promise is
-made that is not kept is at most 1 − confidence, however many candidates there were.
+(:mod:`flexalign.calibration.race`): nothing is promised of what is seen there, as a chosen setting
+flatters itself. Of the race's finalists, set in order from the safest to the boldest before a
+held-out question is asked, each is then to be proved on the held-out questions
+(:mod:`flexalign.calibration.verify`), at the full error; the first that is not proved ends it. Such
+a fixed sequence errs no more often than a single test (Maurer, Hothorn and Lehmacher 1995; choosing
+the order on other data as in Laufer-Goldshtein et al. 2023, "Efficiently controlling multiple risks
+with Pareto testing"). So the probability that a promise is made that is not kept is at most
+1 − confidence, however many candidates there were.
+
+:func:`tune` is the whole of it for a system, and :func:`tune_stored` for samples that a sweep has
+left; :func:`select_setting` takes its samples from any function.
 """
 
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from pathlib import Path
+from typing import Any, get_args
 
-import numpy as np
-from numpy.typing import NDArray
-from scipy.special import ndtr, ndtri
-
-from flexalign.calibration.goals import Goal, NonInferiority, accuracy_difference
-from flexalign.calibration.sequential import Looks, betting_wealth, look_levels, predictive_power
+from flexalign.calibration.card import write_card
+from flexalign.calibration.constraints import Constraint, NonInferiority
+from flexalign.calibration.power import ProofPlan, VarianceModel, plan
+from flexalign.calibration.race import Race, race
+from flexalign.calibration.results import (
+    REFERENCE,
+    Ask,
+    DrawnSamples,
+    Ledger,
+    StoredSamples,
+)
+from flexalign.calibration.sequential import Looks
+from flexalign.calibration.verify import Evidence, Proof, verify
 from flexalign.errors import ConfigError
-from flexalign.evaluation.samples import Ask, Ledger, Outcomes
-from flexalign.statistics import Interval, clustered_interval
+from flexalign.evaluation.samples import ResultsFolder
+from flexalign.evaluation.sweep import Progress, Sweep, sampling_options
+from flexalign.evaluation.tasks import Task, load_task
+from flexalign.lambdas import Setting, unique_settings
+from flexalign.systems import System, parse_system
 
-# Narrowing the candidates down, on questions that prove nothing later.
-#
-# Every setting still in the race answers the next few questions. A candidate leaves when even a
-# kind reading of its answers makes it less worth than an unkind reading of the best one's: its
-# worth is its gain times the probability that the held-out questions will prove it.
-
-_HOPELESS = 0.05
-_SURE = 0.9
-_BATCHES = 5
-_FEWEST = 8
-
-
-@dataclass(frozen=True)
-class Standing:
-    """A candidate when it left the race, or at its end.
-
-    Attributes:
-        setting: Its id.
-        questions: Questions it answered.
-        promise: Probability that the held-out questions will prove it, judged by these.
-        gain: Its gain.
-    """
-
-    setting: str
-    questions: int
-    promise: float
-    gain: float
-
-    @property
-    def worth(self) -> float:
-        """Expected gain."""
-        return self.promise * self.gain
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What the race came to.
-
-    Attributes:
-        finalists: To be confirmed, safest first; empty if none has a chance.
-        standings: All candidates, in their own order.
-        questions: The questions used.
-    """
-
-    finalists: tuple[str, ...]
-    standings: tuple[Standing, ...]
-    questions: tuple[str, ...]
-
-
-def steadied_deviation(slack: NDArray[np.float64], unit: float) -> float:
-    """Standard deviation of the slack over questions.
-
-    As if one more question had been half a unit away from the mean, so that a few questions
-    without any difference do not pass for certainty.
-
-    Args:
-        slack: One value a question, shape (n,), at least 2.
-        unit: The size of a large difference.
-    """
-    squares = float(((slack - slack.mean()) ** 2).sum()) + unit**2 / 4
-    return math.sqrt(squares / (slack.size - 1))
-
-
-def choose(
-    candidates: Sequence[str],
-    reference: str,
-    ledger: Ledger,
-    questions: Sequence[str],
-    held_out: int,
-    goal: Goal,
-    level: float,
-    finalists: int,
-) -> Choice:
-    """Race the candidates.
-
-    Args:
-        candidates: Their ids.
-        reference: The id of what they are compared with.
-        ledger: Asks.
-        questions: At most these are used, in order.
-        held_out: How many further questions there are for the proof.
-        goal: What counts.
-        level: One-sided error of the proof.
-        finalists: How many may go on.
-    """
-    racing = list(candidates)
-    left: dict[str, Standing] = {}
-    size = max(_FEWEST, math.ceil(len(questions) / _BATCHES))
-    used = 0
-    while racing and used < len(questions) and (used == 0 or len(racing) > 1):
-        used = min(used + size, len(questions))
-        rest = held_out + len(questions) - used
-        base = ledger.outcomes(reference, questions[:used])
-        read = {
-            setting: _read(
-                setting, ledger.outcomes(setting, questions[:used]), base, goal, rest, level
-            )
-            for setting in racing
-        }
-        left.update({setting: reading[1] for setting, reading in read.items()})
-        bar = max(reading[0] for reading in read.values())
-        racing = [
-            setting
-            for setting in racing
-            if read[setting][1].gain > 0
-            and read[setting][2].promise > _HOPELESS
-            and read[setting][2].worth >= bar
-        ]
-    standings = tuple(left[setting] for setting in candidates)
-    return Choice(_finalists(standings, finalists), standings, tuple(questions[:used]))
-
-
-def _read(
-    setting: str, outcomes: Outcomes, base: Outcomes, goal: Goal, rest: int, level: float
-) -> tuple[float, Standing, Standing]:
-    """The worth by an unkind reading, the standing, the standing by a kind one."""
-    slack = goal.slack(outcomes, base)
-    deviation = steadied_deviation(slack, goal.unit)
-    error = deviation / math.sqrt(slack.size)
-    held_against = max(deviation, goal.least_deviation)
-    gain = goal.gain(outcomes, base)
-
-    def standing(shift: float) -> Standing:
-        needed = float(ndtri(1 - level)) * held_against / math.sqrt(rest)
-        spread = math.hypot(deviation / math.sqrt(rest), error)
-        promise = float(ndtr((float(slack.mean()) + shift - needed) / spread))
-        return Standing(setting, outcomes.questions, promise, gain)
-
-    return max(0.0, standing(-error).worth), standing(0.0), standing(error)
-
-
-def _finalists(standings: Sequence[Standing], most: int) -> tuple[str, ...]:
-    able = [s for s in standings if s.gain > 0 and s.promise > _HOPELESS]
-    if not able:
-        return ()
-    best = max(able, key=lambda s: s.worth)
-    safer = [s for s in able if s.promise > best.promise and s.gain < best.gain]
-    if most == 1 or best.promise >= _SURE or not safer:
-        return (best.setting,)
-    rest = sorted(safer, key=lambda s: s.worth, reverse=True)[: most - 1]
-    return (*(s.setting for s in sorted(rest, key=lambda s: -s.promise)), best.setting)
-
-
-# Proving a finalist on held-out questions, in as few looks as it takes.
-
-Verdict: TypeAlias = Literal["kept", "futile", "open"]
-"""Proved; given up as the rest would hardly prove it; not proved when the questions ended."""
-
-_FUTILE = 0.05
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """A setting beside the reference on the same questions; intervals are at 95 %.
-
-    Attributes:
-        candidate: Answers of the setting.
-        reference: Answers of the reference.
-    """
-
-    candidate: Outcomes
-    reference: Outcomes
-
-    @property
-    def questions(self) -> int:
-        """How many."""
-        return self.candidate.questions
-
-    @property
-    def accuracy(self) -> Interval:
-        """Share of the setting's answers that are right."""
-        return _interval(self.candidate, share=True)
-
-    @property
-    def reference_accuracy(self) -> Interval:
-        """Share of the reference's answers that are right."""
-        return _interval(self.reference, share=True)
-
-    @property
-    def difference(self) -> Interval:
-        """Difference of the two, paired by question."""
-        return accuracy_difference(self.candidate, self.reference)
-
-    @property
-    def tokens(self) -> Interval:
-        """Mean tokens of the setting's answers."""
-        return _interval(self.candidate, share=False)
-
-    @property
-    def reference_tokens(self) -> Interval:
-        """Mean tokens of the reference's answers."""
-        return _interval(self.reference, share=False)
-
-    @property
-    def token_cut(self) -> float:
-        """Share of the reference's tokens that is saved."""
-        return 1 - self.candidate.mean_tokens / self.reference.mean_tokens
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values; an interval is low, estimate, high."""
-        return {
-            "questions": self.questions,
-            "accuracy": list(self.accuracy),
-            "reference_accuracy": list(self.reference_accuracy),
-            "difference": list(self.difference),
-            "tokens": list(self.tokens),
-            "reference_tokens": list(self.reference_tokens),
-            "token_cut": self.token_cut,
-        }
-
-
-@dataclass(frozen=True)
-class Look:
-    """One look at the evidence.
-
-    Attributes:
-        questions: Held-out questions so far.
-        slack: Estimate of the mean slack.
-        strength: What is held against the threshold: the bound of the slack, or the wealth.
-        threshold: 0 for a bound, 1/α for a wealth.
-    """
-
-    questions: int
-    slack: float
-    strength: float
-    threshold: float
-
-
-@dataclass(frozen=True)
-class Proof:
-    """How a finalist fared.
-
-    Attributes:
-        setting: Its id.
-        verdict: How it ended.
-        looks: Each look.
-    """
-
-    setting: str
-    verdict: Verdict
-    looks: tuple[Look, ...]
-
-
-def confirm(
-    setting: str,
-    reference: str,
-    ledger: Ledger,
-    questions: Sequence[str],
-    goal: Goal,
-    alpha: float,
-    looks: Looks,
-    count: int,
-) -> Proof:
-    """Ask held-out questions until the promise is proved or is not worth pursuing.
-
-    Giving up early takes nothing from the error, so it needs no share of it.
-
-    Args:
-        setting: The finalist.
-        reference: What it is compared with.
-        ledger: Asks.
-        questions: Held out, in order.
-        goal: What has to be proved.
-        alpha: One-sided error of the whole proof.
-        looks: How it is shared.
-        count: How many looks at most.
-    """
-    ends = _ends(len(questions), count)
-    fractions = tuple(end / len(questions) for end in ends)
-    betting = looks == "betting"
-    levels = (alpha,) * len(ends) if betting else look_levels(fractions, alpha, looks)
-    seen: list[Look] = []
-    for end, fraction, level in zip(ends, fractions, levels, strict=True):
-        base = ledger.outcomes(reference, questions[:end])
-        outcomes = ledger.outcomes(setting, questions[:end])
-        slack = goal.slack(outcomes, base)
-        if betting:
-            look = Look(end, float(slack.mean()), betting_wealth(slack, goal.lowest), 1 / alpha)
-        else:
-            look = Look(end, float(slack.mean()), goal.bound(slack, level), 0.0)
-        seen.append(look)
-        if look.strength > look.threshold:
-            return Proof(setting, "kept", tuple(seen))
-        deviation = max(steadied_deviation(slack, goal.unit), goal.least_deviation)
-        score = look.slack * math.sqrt(end) / deviation
-        if fraction < 1 and predictive_power(score, fraction, levels[-1]) < _FUTILE:
-            return Proof(setting, "futile", tuple(seen))
-    return Proof(setting, "open", tuple(seen))
-
-
-def _ends(questions: int, count: int) -> list[int]:
-    """Questions at each look: even steps of at least 10, the last one all of them."""
-    count = max(1, min(count, questions // 10))
-    return [round(questions * (step + 1) / count) for step in range(count)]
-
-
-def _interval(outcomes: Outcomes, *, share: bool) -> Interval:
-    values = outcomes.correct if share else outcomes.tokens
-    return clustered_interval(values.ravel(), outcomes.clusters, share=share)
-
+CANDIDATES = (0.25, 0.5, 0.75, 1.0)
+"""The candidates of a system where none is named."""
 
 _FEWEST_QUESTIONS = 20
+_MARGIN = 0.02
+
+
+def tune(
+    system: str | System,
+    task: str | Task,
+    output: str | Path,
+    *,
+    constraint: Constraint | None = None,
+    settings: Sequence[object] = (),
+    options: "TuneOptions | None" = None,
+    workers: int = 1,
+    progress: Progress | None = None,
+    **sampling: Any,
+) -> "Tuned":
+    """Choose the setting of a system that gains most among those whose promise can be proved.
+
+    Args:
+        system: What is tuned, as the command line takes it, such as ``dial:BASE,ADAPTER``.
+        task: Questions with known answers, at least 20.
+        output: The folder for the card and for the samples; a run that broke off goes on from
+            them.
+        constraint: What has to be kept; if not given, accuracy to within two points of λ = 0.
+        settings: The candidates: λ's, policies or settings; λ = 0.25, 0.5, 0.75 and 1 if not
+            given.
+        options: How it is done; if not given, with the task's own number of samples.
+        workers: Processes that grade.
+        progress: Told how many samples were made since it was last told.
+        **sampling: Fields of :class:`~flexalign.systems.SystemOptions`; temperature,
+            top_p and max_new_tokens are the task's own if not given.
+
+    Raises:
+        ConfigError: If something is missing or does not go together, there are too few questions,
+            or the folder belongs to another configuration.
+        LambdaError: If a λ is outside an adapter's range.
+        ServingError: If samples could not be made.
+    """
+    asked = load_task(task) if isinstance(task, str) else task
+    tuning = Tuning.of_system(
+        parse_system(system) if isinstance(system, str) else system,
+        asked,
+        constraint or NonInferiority(_MARGIN),
+        settings,
+        options or TuneOptions(samples=asked.sampling.samples),
+        **sampling,
+    )
+    return tuning.run(Path(output), workers=workers, progress=progress)
+
+
+def tune_stored(
+    folder: str | Path,
+    output: str | Path,
+    *,
+    task: str | None = None,
+    constraint: Constraint | None = None,
+    settings: Sequence[object] = (),
+    options: "TuneOptions | None" = None,
+) -> "Tuned":
+    """Choose a setting from the samples that a sweep has left; nothing is sampled.
+
+    Args:
+        folder: A results folder of :func:`~flexalign.evaluation.sweep.evaluate`.
+        output: The folder for the card.
+        task: The task's name, where the sweep has several.
+        constraint: As for :func:`tune`.
+        settings: The candidates; all that the folder holds if not given.
+        options: How it is done; if not given, with as many samples as the folder has.
+
+    Raises:
+        ConfigError: If the folder is none, or there are too few questions.
+        DataError: If the folder has too few samples.
+    """
+    stored = StoredSamples(ResultsFolder.read(Path(folder)), task=task)
+    tuning = Tuning.of_stored(
+        stored,
+        constraint or NonInferiority(_MARGIN),
+        settings,
+        options or TuneOptions(samples=stored.samples),
+    )
+    return tuning.run(Path(output))
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A tuning whose parts are checked; nothing is sampled yet.
+
+    Attributes:
+        system: The system's name.
+        task: The task's name.
+        questions: Ids of the questions.
+        settings: λ = 0, which candidates are compared with, and then the candidates.
+        constraint: What has to be kept.
+        options: How it is done.
+        source: The stored samples, or the sweep that draws them.
+    """
+
+    system: str
+    task: str
+    questions: tuple[str, ...]
+    settings: tuple[Setting, ...]
+    constraint: Constraint
+    options: "TuneOptions"
+    source: StoredSamples | Sweep
+
+    @classmethod
+    def of_system(
+        cls,
+        system: System,
+        task: Task,
+        constraint: Constraint,
+        settings: Sequence[object],
+        options: "TuneOptions",
+        **sampling: Any,
+    ) -> "Tuning":
+        """Tune a system on a task. Arguments as for :func:`tune`.
+
+        Raises:
+            ConfigError: If the system has no dial, a part of it is not there, or there is no
+                candidate.
+            LambdaError: If a λ is outside an adapter's range.
+        """
+        compared = compared_settings(settings or CANDIDATES)
+        if len(compared) == 1:
+            raise ConfigError(
+                "there is no candidate besides λ = 0; name one with --lambda or --policy."
+            )
+        if system.kind == "model":
+            raise ConfigError(
+                f"{system.name} has no dial to tune; give dial:, pair: or interpolate:."
+            )
+        how = sampling_options([task], **sampling)
+        sweep = Sweep([system], [task], compared, options.samples, options.seed, options=how)
+        ids = tuple(question.id for question in task.questions)
+        return cls(system.name, task.name, ids, tuple(compared), constraint, options, sweep)
+
+    @classmethod
+    def of_stored(
+        cls,
+        stored: StoredSamples,
+        constraint: Constraint,
+        settings: Sequence[object],
+        options: "TuneOptions",
+    ) -> "Tuning":
+        """Tune on samples that are there. Arguments as for :func:`tune`."""
+        compared = compared_settings(settings)
+        if len(compared) == 1:
+            compared += [Setting(name) for name in stored.settings if name != compared[0].id]
+        return cls(
+            stored.system,
+            stored.task,
+            tuple(stored.questions),
+            tuple(compared),
+            constraint,
+            options,
+            stored,
+        )
+
+    @property
+    def sweep(self) -> Sweep:
+        """The sweep that draws the samples.
+
+        Raises:
+            ConfigError: If they are stored, and none is drawn.
+        """
+        if isinstance(self.source, StoredSamples):
+            raise ConfigError("the samples of this tuning are stored; none is drawn.")
+        return self.source
+
+    def run(self, output: Path, *, workers: int = 1, progress: Progress | None = None) -> "Tuned":
+        """Choose a setting, and write the card; what is drawn is kept in the same folder.
+
+        Raises:
+            ConfigError: If there are too few questions, or the folder belongs to another
+                configuration.
+            ServingError: If samples could not be made.
+        """
+        if isinstance(self.source, StoredSamples):
+            tuned = self._select(self.source.ask)
+        else:
+            with DrawnSamples(self.sweep, output, workers=workers, progress=progress) as samples:
+                tuned = self._select(samples.ask)
+        write_card(tuned, output, {"system": self.system, "task": self.task})
+        return tuned
+
+    def _select(self, ask: Ask) -> "Tuned":
+        reference, *candidates = [setting.id for setting in self.settings]
+        return select_setting(
+            candidates,
+            ask,
+            self.questions,
+            self.constraint,
+            reference=reference,
+            options=self.options,
+        )
+
+
+def compared_settings(candidates: Sequence[object]) -> list[Setting]:
+    """Name the candidates, and put λ = 0, which they are compared with, in front.
+
+    Raises:
+        ConfigError: If one is malformed, or given twice.
+    """
+    reference = Setting.of(0.0)
+    return [reference, *(one for one in unique_settings(candidates) if one != reference)]
+
+
+def plan_tuning(
+    questions: int, options: "TuneOptions", variance: VarianceModel, power: float = 0.8
+) -> ProofPlan:
+    """Say what a tuning can prove, before anything is sampled.
+
+    Args:
+        questions: How many there are.
+        options: How it is done.
+        variance: Assumed or measured.
+        power: Probability of the proof where candidate and reference are equally good.
+    """
+    return plan(
+        questions,
+        options.samples,
+        confidence=options.confidence,
+        power=power,
+        variance=variance,
+        choosing_share=options.choosing_share,
+    )
 
 
 @dataclass(frozen=True)
@@ -374,11 +316,11 @@ class Tuned:
     Attributes:
         chosen: The setting's id; None if none in the range was proved.
         reason: Why that is the answer, one sentence.
-        goal: What had to be kept.
+        constraint: What had to be kept.
         reference: The id of what candidates were compared with.
         candidates: Their ids, as given.
         options: How it was done.
-        choice: The race.
+        race: The race.
         proofs: Of each finalist that came to it, in order.
         at_choice: Evidence of each candidate on the questions it was asked while choosing.
         at_proof: Evidence of each finalist on the held-out questions it was asked.
@@ -389,11 +331,11 @@ class Tuned:
 
     chosen: str | None
     reason: str
-    goal: Goal
+    constraint: Constraint
     reference: str
     candidates: tuple[str, ...]
     options: TuneOptions
-    choice: Choice
+    race: Race
     proofs: tuple[Proof, ...]
     at_choice: dict[str, Evidence]
     at_proof: dict[str, Evidence]
@@ -411,17 +353,17 @@ class Tuned:
         return {
             "chosen": self.chosen,
             "reason": self.reason,
-            "promise": self.goal.text,
+            "promise": self.constraint.text,
             "confidence": self.options.confidence,
             "reference": self.reference,
             "candidates": list(self.candidates),
             "options": asdict(self.options),
             "choice": {
-                "finalists": list(self.choice.finalists),
-                "questions": list(self.choice.questions),
+                "finalists": list(self.race.finalists),
+                "questions": list(self.race.questions),
                 "standings": [
                     asdict(standing) | {"evidence": self.at_choice[standing.setting].to_json()}
-                    for standing in self.choice.standings
+                    for standing in self.race.standings
                 ],
             },
             "proof": {
@@ -439,13 +381,13 @@ class Tuned:
         }
 
 
-def tune(
+def select_setting(
     candidates: Sequence[str],
     ask: Ask,
     questions: Sequence[str],
-    goal: Goal,
+    constraint: Constraint,
     *,
-    reference: str = "λ=0",
+    reference: str = REFERENCE,
     options: TuneOptions | None = None,
 ) -> Tuned:
     """Choose the setting that gains most among those whose promise can be proved.
@@ -455,7 +397,7 @@ def tune(
             is taken as a candidate too.
         ask: How samples are drawn.
         questions: Ids of the questions, at least 20.
-        goal: What has to be kept, and what is to be gained.
+        constraint: What has to be kept, and what is to be gained.
         reference: Id of the setting that candidates are compared with.
         options: How it is done.
 
@@ -465,24 +407,26 @@ def tune(
     """
     how = options or TuneOptions()
     _check(candidates, reference, questions)
-    if how.looks == "betting" and math.isinf(goal.lowest):
+    if how.looks == "betting" and math.isinf(constraint.lowest):
         raise ConfigError(
             "betting needs a loss that is bounded, and tokens are not; take looks obrien-fleming."
         )
     racing = list(candidates)
-    if not isinstance(goal, NonInferiority):
+    if not isinstance(constraint, NonInferiority):
         racing.insert(0, reference)
+
     order = list(questions)
     random.Random(how.seed).shuffle(order)
     choosing = max(1, round(how.choosing_share * len(order)))
     ledger, alpha = Ledger(ask, how.samples), 1 - how.confidence
-    choice = choose(
+
+    raced = race(
         racing,
         reference,
         ledger,
         order[:choosing],
         len(order) - choosing,
-        goal,
+        constraint,
         alpha,
         how.finalists,
     )
@@ -490,13 +434,17 @@ def tune(
         standing.setting: _evidence(
             ledger, standing.setting, reference, order[: standing.questions]
         )
-        for standing in choice.standings
+        for standing in raced.standings
     }
-    held_out = order[len(choice.questions) :]
+
+    # Questions that the race did not come to are held out, too.
+    held_out = order[len(raced.questions) :]
     proofs: list[Proof] = []
-    for setting in choice.finalists:
+    for setting in raced.finalists:
         proofs.append(
-            confirm(setting, reference, ledger, held_out, goal, alpha, how.looks, how.look_count)
+            verify(
+                setting, reference, ledger, held_out, constraint, alpha, how.looks, how.look_count
+            )
         )
         if proofs[-1].verdict != "kept":
             break
@@ -507,14 +455,15 @@ def tune(
         )
         for proof in proofs
     }
+
     return Tuned(
         kept[-1] if kept else None,
         _reason(proofs, kept, how.confidence),
-        goal,
+        constraint,
         reference,
         tuple(racing),
         how,
-        choice,
+        raced,
         tuple(proofs),
         at_choice,
         at_proof,
@@ -540,7 +489,7 @@ def _check(candidates: Sequence[str], reference: str, questions: Sequence[str]) 
 
 
 def _evidence(ledger: Ledger, setting: str, reference: str, asked: Sequence[str]) -> Evidence:
-    return Evidence(ledger.outcomes(setting, asked), ledger.outcomes(reference, asked))
+    return Evidence(ledger.samples(setting, asked), ledger.samples(reference, asked))
 
 
 def _reason(proofs: Sequence[Proof], kept: Sequence[str], confidence: float) -> str:

@@ -2,7 +2,6 @@
 
 import shlex
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -29,11 +28,10 @@ from flexalign.cli.options import (
     Workers,
     read_range,
 )
-from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flexalign.calibration.calibrate import CalibrateOptions
-    from flexalign.evaluation.sweep import Sweep
+    from flexalign.calibration import Calibration
+    from flexalign.calibration.calibrate import CalibrationPlan
 
 _COARSE = 0.1
 
@@ -116,56 +114,42 @@ def calibrate(
     with 300 questions, and 5 % with 1500.
     """
     widened = read_range(lambda_range)
-    from flexalign.calibration.calibrate import CalibrateOptions, plan_sweeps
-    from flexalign.calibration.effort import (
-        copy_adapter,
-        describe_loss,
-        is_packaged,
-        store_calibration,
-    )
+    from flexalign.calibration.calibrate import plan_calibration
+    from flexalign.calibration.fitting import describe_loss
     from flexalign.evaluation.tasks import load_task
-    from flexalign.inra.configuration import check_folder
-    from flexalign.models.sources import resolve_adapter
-    from flexalign.systems import System, SystemOptions
 
-    folder = resolve_adapter(adapter)
-    if save_to is None and not dry_run and is_packaged(folder):
-        raise ConfigError(
-            f"{adapter} is part of the package and stays as it is; name a folder for a calibrated "
-            "copy with --save-to, such as --save-to out/fast."
-        )
-    if save_to is not None and is_packaged(save_to):
-        raise ConfigError(f"--save-to {save_to} is inside the package; name a folder outside it.")
-    if save_to is not None and save_to.exists():
-        raise ConfigError(f"--save-to {save_to} is there already; move it away or name another.")
-    with as_input_errors():
-        settings = check_folder(folder)
-    limits = widened or settings.lambda_range
-    options = CalibrateOptions(dial, measure, limits, margin, samples, seed)  # type: ignore[arg-type]
     asked = load_task(task, data=data, limit=limit, seed=seed, instruction=instruction)
+    with as_input_errors():
+        plan = plan_calibration(
+            base,
+            adapter,
+            asked,
+            save_to=save_to,
+            is_stored=not dry_run,
+            dial=dial,  # type: ignore[arg-type]
+            measure=measure,  # type: ignore[arg-type]
+            lambda_range=widened,
+            margin=margin,
+            samples=samples,
+            seed=seed,
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            dtype=dtype,
+        )
     say_instruction(instruction, [asked])
-    own = asked.sampling
-    sampling = SystemOptions(
-        temperature=own.temperature if temperature is None else temperature,
-        top_p=own.top_p if top_p is None else top_p,
-        max_new_tokens=max_new_tokens or own.max_new_tokens,
-        batch_size=batch_size,
-        dtype=dtype,
-    )
-    system = System("dial", "dial", (base, adapter))
-    sweeps = plan_sweeps(system, asked, options, sampling)
     if dry_run:
-        _preview(sweeps, as_json)
+        _preview(plan, as_json)
         return
-    calibration = _run(sweeps, options, output, workers)
-    if save_to is not None:
-        copy_adapter(folder, save_to)
-    store_calibration(save_to or folder, calibration)
+
+    calibration = _run(plan, output, workers)
+    written = plan.store(calibration)
     if as_json:
-        print_json(calibration)
+        print_json(calibration.to_json())
     else:
         _show(calibration)
-    console.print(f"Written to {escape(str(save_to or folder))}/inra_config.json.", soft_wrap=True)
+    console.print(f"Written to {escape(str(written))}/inra_config.json.", soft_wrap=True)
     parts = escape(shlex.join([base, "--adapter", str(save_to or adapter)]))
     console.print(
         f"next: [cyan]flexalign serve {parts}[/cyan], to whose requests `effort` is a number and "
@@ -177,46 +161,38 @@ def calibrate(
         console.print(f"[yellow]warning:[/yellow] {escape(loss)}", soft_wrap=True)
 
 
-def _preview(sweeps: "dict[str, Sweep]", as_json: bool) -> None:
+def _preview(plan: "CalibrationPlan", as_json: bool) -> None:
     """Say what would be sampled; the second sweep is only made if the first asks for it."""
-    plans: list[dict[str, Any]] = [
+    sweeps: list[dict[str, Any]] = [
         {"settings": [setting.id for setting in sweep.settings], "samples": sweep.total}
-        for sweep in sweeps.values()
+        for sweep in plan.sweeps.values()
     ]
-    [(_, _, prompt)] = next(iter(sweeps.values())).previews()
+    [(_, _, prompt)] = next(iter(plan.sweeps.values())).previews()
     if as_json:
-        print_json({"sweeps": plans, "first_prompt": prompt})
+        print_json({"sweeps": sweeps, "first_prompt": prompt})
         return
     console.rule("the first prompt")
     console.print(prompt, markup=False, soft_wrap=True)
     console.rule()
-    for number, plan in enumerate(plans):
+    for number, sweep in enumerate(sweeps):
         condition = "and, if fast answers are not short, " if number else ""
         console.print(
-            f"{condition}{plan['samples']} samples: {', '.join(plan['settings'])}",
+            f"{condition}{sweep['samples']} samples: {', '.join(sweep['settings'])}",
             markup=False,
             soft_wrap=True,
         )
 
 
-def _run(
-    sweeps: "dict[str, Sweep]", options: "CalibrateOptions", output: Path | None, workers: int
-) -> dict[str, Any]:
-    from flexalign.calibration.calibrate import calibrate
+def _run(plan: "CalibrationPlan", output: Path | None, workers: int) -> "Calibration":
     from flexalign.cli.console import quieten_libraries
 
     quieten_libraries()
-    total = sum(sweep.total for sweep in sweeps.values())
-    with (
-        TemporaryDirectory(prefix="flexalign-") as scratch,
-        resumable_bar("samples, at most", total, is_kept=output is not None) as advance,
-    ):
-        return calibrate(
-            sweeps, options, output or Path(scratch), workers=workers, progress=advance
-        )
+    is_kept = output is not None
+    with resumable_bar("samples, at most", plan.total, is_kept=is_kept) as advance:
+        return plan.measure(output, workers=workers, progress=advance)
 
 
-def _show(calibration: dict[str, Any]) -> None:
+def _show(calibration: "Calibration") -> None:
     from flexalign.lambdas import LAMBDA_LEGEND
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -224,16 +200,17 @@ def _show(calibration: dict[str, Any]) -> None:
         table.add_column(name, justify="right" if name == "effort" else "left")
     for name in ("line", "tokens", "10 %", "90 %", "accuracy"):
         table.add_column(name, justify="right")
-    for level in calibration["levels"]:
-        low, high = level["accuracy_ci"]
+    for level in calibration.levels:
+        metrics = level.metrics
+        low, share, high = metrics.accuracy
         table.add_row(
-            f"{level['effort']:g}",
-            escape(level["setting"]),
-            f"{level['line']:.1f}",
-            f"{level['tokens']:.1f}",
-            f"{level['tokens_p10']:.0f}",
-            f"{level['tokens_p90']:.0f}",
-            f"{100 * level['accuracy']:.1f} \\[{100 * low:.0f}, {100 * high:.0f}]",
+            f"{level.effort:g}",
+            escape(level.setting),
+            f"{level.line:.1f}",
+            f"{metrics.tokens.mean:.1f}",
+            f"{metrics.tokens_p10:.0f}",
+            f"{metrics.tokens_p90:.0f}",
+            f"{100 * share:.1f} \\[{100 * low:.0f}, {100 * high:.0f}]",
         )
     result_console.print(table)
     result_console.print(
@@ -242,18 +219,18 @@ def _show(calibration: dict[str, Any]) -> None:
         style="dim",
         markup=False,
     )
-    for low, high in calibration["holes"]:
+    for low, high in calibration.holes:
         result_console.print(
             f"skipped: λ between {low:g} and {high:g}, less accurate than at both ends."
         )
-    if calibration["threshold"] is not None:
+    if calibration.threshold is not None:
         result_console.print(
-            f"the adapter's own threshold: {calibration['threshold']:.3g} (a policy without one)."
+            f"the adapter's own threshold: {calibration.threshold:.3g} (a policy without one)."
         )
     coarse = [
-        level["effort"]
-        for level in calibration["levels"]
-        if abs(level["tokens"] - level["line"]) > _COARSE * level["line"]
+        level.effort
+        for level in calibration.levels
+        if abs(level.metrics.tokens.mean - level.line) > _COARSE * level.line
     ]
     if coarse:
         note(

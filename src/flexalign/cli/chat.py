@@ -26,6 +26,7 @@ from flexalign.cli.options import (
     MaxNewTokens,
     Model,
     Temperature,
+    Template,
     TopP,
     read_efforts,
     read_lambdas,
@@ -81,6 +82,7 @@ def chat(
     top_p: TopP = 0.95,
     max_new_tokens: MaxNewTokens = 2048,
     seed: Annotated[int, typer.Option(help="Of all sampling.")] = 0,
+    template: Template = None,
     dtype: Dtype = "auto",
 ) -> None:
     """Talk with a model and turn its dial in mid-conversation.
@@ -102,6 +104,7 @@ def chat(
         raise ConfigError("a conversation begins with one setting; give one λ, policy or effort.")
 
     from flexalign.cli.console import quieten_libraries, warnings_as_notes
+    from flexalign.data.prompting import parse_template
     from flexalign.systems import Conversation, LocalBackend, System, SystemOptions
 
     named = System.of(model, adapter, aligned)
@@ -113,6 +116,7 @@ def chat(
         dtype=dtype,
         lambda_range=limits,
         any_base=any_base,
+        template=parse_template(template or []),
     )
     quieten_libraries()
     with as_input_errors():

@@ -1,16 +1,13 @@
 """``flexalign compare``: several sweeps side by side."""
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 
-from flexalign.cli._evaluate import print_summary
 from flexalign.cli.console import console, print_json
-from flexalign.errors import ConfigError
-from flexalign.evaluation.systems import tell_apart
+from flexalign.cli.evaluate import print_summary
 
 
 def compare(
@@ -36,41 +33,14 @@ def compare(
 
     Example: [cyan]flexalign compare out/sweep out/dial --output out/both[/cyan]
     """
-    resolved = [folder.resolve() for folder in folders]
-    if len(set(resolved)) < len(resolved):
-        raise ConfigError("a folder is named twice; name each once.")
-    rows, means = [], []
-    for folder, label in zip(folders, tell_apart(resolved), strict=True):
-        own_rows, own_means = _read(folder, label)
-        rows += own_rows
-        means += own_means
-    merged = {"rows": rows, "means": means}
+    from flexalign.evaluation.summary import compare as put_side_by_side
+
+    merged = put_side_by_side(folders)
     if output:
         from flexalign.evaluation.report import write_report
 
         console.print(f"The report: {escape(str(write_report(folders, output)))}")
     if as_json:
-        print_json(merged)
+        print_json(merged.to_json())
     else:
         print_summary(merged)
-
-
-def _read(folder: Path, label: str) -> list[list[dict[str, Any]]]:
-    """Return the rows and the means of a sweep, its systems named after its folder too."""
-    path = folder / "summary.json"
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        return [
-            [row | {"system": f"{label}/{row['system']}"} for row in summary[part]]
-            for part in ("rows", "means")
-        ]
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{folder} has no summary.json; give the --output of flexalign evaluate, and finish "
-            "its run first."
-        ) from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(
-            f"{path} is damaged ({error!r}); write it anew with: flexalign evaluate --regrade "
-            f"--output {folder}"
-        ) from error

@@ -4,13 +4,14 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from flexalign.errors import ConfigError
 from flexalign.errors import as_input_errors as as_input_errors
 from flexalign.lambdas import Adaptive, Setting
 
@@ -167,9 +168,13 @@ def print_response(text: str, tags: "ThinkingTags") -> None:
 
 def describe_setting(setting: Setting, calibration: Mapping[str, Any] | None) -> str:
     """Name a setting, with what calibration found that it saves, if it looked at it."""
-    from flexalign.calibration.effort import known_cut
+    from flexalign.calibration.effort import Calibration, known_cut
 
-    cut = known_cut(calibration, setting.id)
+    cut = None
+    if calibration is not None:
+        # One that cannot be read is refused where an effort is asked for, and only untold here.
+        with suppress(ConfigError):
+            cut = known_cut(Calibration.from_json(calibration), setting.id)
     if cut is None:
         return setting.id
     sign = "−" if cut[0] >= 0 else "+"

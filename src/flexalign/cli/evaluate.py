@@ -1,13 +1,22 @@
 """``flexalign evaluate``: what each setting of the dial buys, on your questions."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
+from rich.table import Table
 
-from flexalign.cli._evaluate import describe_lost, print_summary, warn_of_cuts, warn_of_sampling
-from flexalign.cli.console import console, note, print_json, resumable_bar, say_instruction
+from flexalign.cli.console import (
+    console,
+    note,
+    print_json,
+    result_console,
+    resumable_bar,
+    say_instruction,
+)
 from flexalign.cli.options import (
     BatchSize,
     Data,
@@ -20,6 +29,7 @@ from flexalign.cli.options import (
     TaskMaxNewTokens,
     TaskTemperature,
     TaskTopP,
+    Template,
     Workers,
     read_efforts,
     read_lambdas,
@@ -30,9 +40,22 @@ from flexalign.cli.options import (
 from flexalign.errors import ConfigError, ServingError
 
 if TYPE_CHECKING:
-    from flexalign.evaluation.sweep import Sweep
-    from flexalign.evaluation.tasks import Task
+    from flexalign.evaluation.summary import Summary, SummaryMean
+    from flexalign.evaluation.sweep import Lost, Sweep
+    from flexalign.statistics import Interval
     from flexalign.systems import System
+
+_SHOWN = 5
+"""Lost samples that are named."""
+
+_OF_EFFORT = ("temperature", "top_p", "max_new_tokens")
+"""The options of sampling that a calibration holds for."""
+
+_LEGEND = (
+    "accuracy, cut (of tokens, against λ = 0 or the baseline) and lost (truncated, unparsed or no "
+    "answer) in %; to chord: points of accuracy above a coin between λ = 0 and λ = 1 at equal "
+    "tokens; in brackets 95 % intervals, clustered by question."
+)
 
 
 def evaluate(
@@ -87,6 +110,7 @@ def evaluate(
     batch_size: BatchSize = 32,
     gate: Gate = None,
     lambda_range: LambdaRange = None,
+    template: Template = None,
     dtype: Dtype = "auto",
     engine: Annotated[
         EngineName, typer.Option(help="local runs here; vllm is for plain models.")
@@ -132,27 +156,35 @@ def evaluate(
     if regrade:
         if output is None or systems or task:
             raise ConfigError("--regrade takes --output DIR alone: it samples nothing.")
-        _regrade(output, workers, as_json)
+        _show(_regrade(output, workers), as_json)
         return
     if not systems or not task:
         raise ConfigError("name at least one SYSTEM and one --task.")
     if output is None and not dry_run:
         raise ConfigError("name the folder of the results with --output DIR.")
     lams, limits = read_lambdas(lam), read_range(lambda_range)
-    from flexalign.systems import SystemOptions, parse_systems
+    from flexalign.data.prompting import parse_template
+    from flexalign.systems import parse_systems
 
     asked = parse_systems(systems)
     settings = read_settings(lams, policy or [], read_efforts(effort, _only_adapter(effort, asked)))
-    from flexalign.evaluation.sweep import Sweep
+    from flexalign.evaluation.sweep import plan_sweep
     from flexalign.evaluation.tasks import load_task
 
     drawn = {"data": data, "limit": limit, "seed": seed, "instruction": instruction}
     tasks = [load_task(name, **drawn) for name in task]  # type: ignore[arg-type]
     say_instruction(instruction, tasks)
-    options = SystemOptions(
-        temperature=_default(temperature, tasks, "temperature"),
-        top_p=_default(top_p, tasks, "top_p"),
-        max_new_tokens=_default(max_new_tokens, tasks, "max_new_tokens"),
+
+    sweep = plan_sweep(
+        asked,
+        tasks,
+        settings=settings,
+        samples=samples,
+        seed=seed,
+        baseline=baseline,
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         gate=gate,
         dtype=dtype,
@@ -164,18 +196,13 @@ def evaluate(
         attempts=attempts,
         api_key=read_secret(api_key_env),
         engine=engine.value,
+        template=parse_template(template or []),
     )
-    count = _default(samples, tasks, "samples")
-    sweep = Sweep(asked, tasks, settings, count, seed, baseline, options)
     unreadable = _warn(sweep, workers)
     if dry_run or output is None:
         _preview(sweep, unreadable, as_json)
         return
-    summary = _run(sweep, output, workers)
-    if as_json:
-        print_json(summary)
-    else:
-        print_summary(summary)
+    _show(_run(sweep, output, workers), as_json)
 
 
 def _only_adapter(effort: str | None, systems: "list[System]") -> str | None:
@@ -189,28 +216,15 @@ def _only_adapter(effort: str | None, systems: "list[System]") -> str | None:
     return adapters[0] if adapters else None
 
 
-def _default(given: Any, tasks: "list[Task]", name: str) -> Any:
-    """What was asked for, else what the tasks agree on."""
-    if given is not None:
-        return given
-    values = {getattr(task.sampling, name) for task in tasks}
-    if len(values) > 1:
-        option = name.replace("_", "-")
-        raise ConfigError(
-            f"the tasks differ in their usual {option} ({', '.join(map(str, sorted(values)))}); "
-            f"give one for all with --{option}."
-        )
-    return values.pop()
-
-
 def _warn(sweep: "Sweep", workers: int) -> list[dict[str, str]]:
     """Say what is doubtful before anything is sampled; return answers that cannot be read."""
     from flexalign.evaluation.grading import Grader
     from flexalign.evaluation.tasks import sample_warning, unreadable_golds
 
     if sweep.baseline is None and len(sweep.systems) > 1:
-        warn_of_cuts(sweep)
-    warn_of_sampling(sweep)
+        _warn_of_cuts(sweep)
+    _warn_of_sampling(sweep)
+
     unreadable = []
     with Grader(workers=workers) as grader:
         for task in sweep.tasks:
@@ -261,19 +275,62 @@ def _preview(sweep: "Sweep", unreadable: list[dict[str, str]], as_json: bool) ->
     )
 
 
-def _run(sweep: "Sweep", output: Path, workers: int) -> dict[str, Any]:
+def _warn_of_cuts(sweep: "Sweep") -> None:
+    """Say whose tokens will be held against nothing."""
+    alone = [
+        system.name
+        for system in sweep.systems
+        if all(setting.lam != 0 for setting in sweep.settings_of(system))
+    ]
+    if alone:
+        note(
+            f"{', '.join(alone)}: no λ = 0 there, so that no token cut will be known; name the system "
+            "to hold it against with --baseline."
+        )
+
+
+def _warn_of_sampling(sweep: "Sweep") -> None:
+    """Say that efforts are measured at other sampling options than they were calibrated at."""
+    from dataclasses import asdict
+
+    from flexalign.calibration.effort import Calibration, note_on_sampling
+    from flexalign.systems import LocalBackend
+
+    if all(setting.effort is None for setting in sweep.settings):
+        return
+    for backend in sweep.backends.values():
+        if isinstance(backend, LocalBackend) and backend.calibration is not None:
+            calibrated = Calibration.from_json(backend.calibration).sampling
+            warning = note_on_sampling(
+                {name: calibrated.get(name) for name in _OF_EFFORT}, asdict(sweep.options)
+            )
+            if warning is not None:
+                note(warning)
+
+
+def _run(sweep: "Sweep", output: Path, workers: int) -> "Summary":
     from flexalign.cli.console import quieten_libraries
 
     quieten_libraries()
     total = sweep.total
     with resumable_bar("samples", total) as advance:
         result = sweep.run(output, workers=workers, begun=advance, progress=advance)
+
     complete = total - len(result.lost)
     console.print(f"{escape(str(output))}: {complete} of {total} samples, {result.made} made now.")
     if result.lost or result.summary is None:
-        raise ServingError(describe_lost(result.lost, total))
+        raise ServingError(_describe_lost(result.lost, total))
     _report(output)
     return result.summary
+
+
+def _regrade(output: Path, workers: int) -> "Summary":
+    from flexalign.evaluation.sweep import regrade
+
+    summary, changed = regrade(output, workers=workers)
+    console.print(f"{escape(str(output))}: {changed} grades have changed.")
+    _report(output)
+    return summary
 
 
 def _report(output: Path) -> None:
@@ -282,13 +339,79 @@ def _report(output: Path) -> None:
     console.print(f"The report: {escape(str(write_report([output], output)))}")
 
 
-def _regrade(output: Path, workers: int, as_json: bool) -> None:
-    from flexalign.evaluation.sweep import regrade
+def _describe_lost(lost: "list[Lost]", total: int) -> str:
+    """Say which samples got no response, and why."""
+    shown = "; ".join(
+        f"question {one.cell.question} of {one.cell.task} at {one.cell.setting.label}, "
+        f"{one.system}: {one.reason}"
+        for one in lost[:_SHOWN]
+    )
+    more = f"; and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+    return (
+        f"{len(lost)} of {total} samples got no response ({shown}{more}). All others are saved; "
+        "give the same command again to ask for these."
+    )
 
-    summary, changed = regrade(output, workers=workers)
-    console.print(f"{escape(str(output))}: {changed} grades have changed.")
-    _report(output)
+
+def _show(summary: "Summary", as_json: bool) -> None:
     if as_json:
-        print_json(summary)
+        print_json(summary.to_json())
     else:
         print_summary(summary)
+
+
+def print_summary(summary: "Summary") -> None:
+    """Print the rows of a summary, and the means over tasks where there are several."""
+    from flexalign.lambdas import LAMBDA_LEGEND
+
+    rows = summary.rows
+    heads = [name for name in ("system", "task") if len({getattr(r, name) for r in rows}) > 1]
+    constant = [getattr(rows[0], name) for name in ("system", "task") if name not in heads]
+    if constant:
+        result_console.print(" on ".join(constant), markup=False, style="bold")
+    table = _table([*heads, "setting"], ["asked", "accuracy", "tokens", "cut", "to chord", "lost"])
+    for row in rows:
+        lost = row.truncated + row.unparsed + row.no_answer
+        table.add_row(
+            *(escape(getattr(row, name)) for name in heads),
+            escape(row.label),
+            f"{row.n_questions}×{row.n_samples / row.n_questions:g}",
+            _figure(row.accuracy, 100),
+            _figure(row.tokens),
+            _figure(row.token_cut, 100),
+            _figure(row.chord_distance, 100),
+            f"{100 * lost:.1f}",
+        )
+    result_console.print(table)
+    if "task" in heads:
+        _print_means(summary.means)
+    result_console.print(f"{LAMBDA_LEGEND}; {_LEGEND}", style="dim", markup=False)
+
+
+def _print_means(means: "Sequence[SummaryMean]") -> None:
+    table = _table(["system", "setting"], ["accuracy, mean", "cut, mean", "cut, pooled"])
+    for mean in means:
+        shares = (mean.accuracy, mean.token_cut_mean, mean.token_cut_pooled)
+        table.add_row(
+            escape(mean.system),
+            escape(mean.label),
+            *("—" if share is None else f"{100 * share:.1f}" for share in shares),
+        )
+    result_console.print(table)
+
+
+def _table(words: Sequence[str], figures: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in words:
+        table.add_column(name, overflow="fold")
+    for name in figures:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _figure(value: "Interval | None", scale: float = 1) -> str:
+    if value is None:
+        return "—"
+    low, mean, high = (scale * one for one in value)
+    known = math.isfinite(low) and math.isfinite(high)
+    return f"{mean:.1f} \\[{low:.0f}, {high:.0f}]" if known else f"{mean:.1f}"

@@ -31,6 +31,7 @@ from flexalign.cli.options import (
     Model,
     Policies,
     Temperature,
+    Template,
     TopP,
     read_efforts,
     read_lambdas,
@@ -88,6 +89,7 @@ def generate(
         int, typer.Option(help="The same seed, the same answers; shared by all settings.")
     ] = 0,
     batch_size: BatchSize = 32,
+    template: Template = None,
     dtype: Dtype = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a row for each answer as JSON, alone, on stdout.")
@@ -117,6 +119,7 @@ def generate(
     settings = read_settings(read_lambdas(lam), policy or [], read_efforts(effort, adapter))
     prompts = _read_prompts(prompt, input_file)
 
+    from flexalign.data.prompting import parse_template
     from flexalign.lambdas import LAMBDA_LEGEND
     from flexalign.systems import LocalBackend, System, SystemOptions
 
@@ -130,6 +133,7 @@ def generate(
         dtype=dtype,
         lambda_range=limits,
         any_base=any_base,
+        template=parse_template(template or []),
     )
     quieten_libraries()
     with as_input_errors():

@@ -85,6 +85,14 @@ LambdaRange: TypeAlias = Annotated[
 AnyBase: TypeAlias = Annotated[
     bool, typer.Option("--any-base", help="Take an adapter that was made for another base.")
 ]
+Template: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template",
+        metavar="KEY=VALUE",
+        help="An argument of the chat template, such as enable_thinking=false; repeatable.",
+    ),
+]
 Dtype: TypeAlias = Annotated[
     str, typer.Option(callback=known_dtype, help="auto, float32, bfloat16 or float16.")
 ]
@@ -207,25 +215,26 @@ def read_efforts(text: str | None, adapter: str | None) -> list[Setting]:
             "--effort needs an InRa adapter that flexalign calibrate has measured; name it, or "
             "give --lambda."
         )
-    from flexalign.calibration.effort import effort_to_dial
+    from flexalign.calibration.effort import Calibration, effort_settings
     from flexalign.inra.configuration import InRaConfig
     from flexalign.models.sources import resolve_adapter
 
     with as_input_errors():
-        calibration = InRaConfig.load(resolve_adapter(adapter)).calibration
+        stored = InRaConfig.load(resolve_adapter(adapter)).calibration
 
-    settings = []
+    efforts = []
     for part in text.split(","):
         try:
-            effort = float(part)
+            efforts.append(float(part))
         except ValueError:
             raise ConfigError(
                 f"--effort: {part.strip()!r} is not a number; write one, such as 50, or several "
                 "with commas."
             ) from None
-        setting = Setting.of(effort_to_dial(calibration, effort), effort)
-        say(f"effort {effort:g}: {describe_setting(setting, calibration)}")
-        settings.append(setting)
+
+    settings = effort_settings(Calibration.from_json(stored), efforts)
+    for setting in settings:
+        say(f"effort {setting.effort:g}: {describe_setting(setting, stored)}")
     return settings
 
 

@@ -24,6 +24,7 @@ from flexalign.cli.options import (
     Dtype,
     EngineName,
     Gate,
+    Template,
     read_range,
     read_secret,
 )
@@ -97,6 +98,7 @@ def serve(
     grace: Annotated[
         float, typer.Option(min=1, help="Seconds for running answers after SIGTERM.")
     ] = 30.0,
+    template: Template = None,
     dtype: Dtype = "auto",
     playground: Annotated[
         bool, typer.Option("--playground", help="A page to try the dial from, at /playground.")
@@ -138,6 +140,11 @@ def serve(
     from flexalign.serving.server import require_safe_address
 
     if engine is EngineName.VLLM:
+        if template:
+            raise ConfigError(
+                "--template is for the local engine; give vLLM its own flag behind --: "
+                "--default-chat-template-kwargs '{\"enable_thinking\": false}'."
+            )
         from flexalign.serving.vllm.middleware import FrontOptions
 
         require_safe_address(host, key, insecure=insecure)
@@ -160,6 +167,7 @@ def serve(
 
     if flags or prepared is not None or dry_run:
         raise ConfigError("flags after --, --prepared and --dry-run are about --engine vllm.")
+    from flexalign.data.prompting import parse_template
     from flexalign.serving.engine import EngineLimits
     from flexalign.serving.server import ServeOptions
 
@@ -175,6 +183,7 @@ def serve(
         dtype,
         context,
         EngineLimits(batch_size or _ROWS, queue or _QUEUE),
+        parse_template(template or []),
     )
     _serve_here(
         options,

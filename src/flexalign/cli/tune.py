@@ -1,24 +1,19 @@
 """``flexalign tune``: the fewest tokens that keep the accuracy, with a promise."""
 
+import json
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
+from rich.table import Table
 
-from flexalign.cli._preview import show_preview
-from flexalign.cli._tune import (
-    next_step,
-    plan_of,
-    settings_of,
-    show_plan,
-    sweep_of,
-    variance_of,
-    warn_of_margin,
-)
 from flexalign.cli.console import (
     console,
+    note,
     print_json,
+    progress_bar,
     result_console,
     resumable_bar,
     say_instruction,
@@ -38,15 +33,20 @@ from flexalign.cli.options import (
     read_range,
 )
 from flexalign.errors import ConfigError
+from flexalign.lambdas import parse_lambdas
 
 if TYPE_CHECKING:
-    from flexalign.calibration import Goal, Tuned, TuneOptions
-    from flexalign.calibration.results import StoredAnswers
-    from flexalign.evaluation.sweep import Sweep
+    from flexalign.analysis.preview import Preview
+    from flexalign.calibration import Constraint, ProofPlan, Tuned
+    from flexalign.calibration.tune import Tuning
     from flexalign.lambdas import Setting
     from flexalign.systems import System
 
 _LAMBDAS = "0.25,0.5,0.75,1"
+"""What the library takes where no candidate is named, as the help says it."""
+
+_SHOWN = 13
+"""Most rows of a preview's table."""
 
 
 def tune(
@@ -151,135 +151,110 @@ def tune(
     [cyan]flexalign tune --from out/sweep --margin 0.02 -o out/tuned[/cyan]
     """
     if preview is not None:
-        show_preview(system, preview, lambdas, top_k, limit, batch_size, output, as_json)
+        _preview(system, preview, lambdas, top_k, limit, batch_size, output, as_json)
         return
-    lams, limits = read_lambdas(lambdas), read_range(lambda_range)
-    from flexalign.calibration import NonInferiority, TokenBudget, TuneOptions
-    from flexalign.calibration.results import StoredAnswers
+    given = [*read_lambdas(lambdas), *(policies or [])]
+    limits = read_range(lambda_range)
+    from flexalign.calibration import Constraint, NonInferiority, TokenBudget, TuneOptions
+    from flexalign.calibration.power import assumed_variance, measured_variance
+    from flexalign.calibration.results import StoredSamples
+    from flexalign.calibration.tune import Tuning, plan_tuning
     from flexalign.evaluation.samples import ResultsFolder
     from flexalign.evaluation.tasks import load_task
-    from flexalign.lambdas import Setting
     from flexalign.systems import parse_system
 
-    goal: Goal = NonInferiority(margin) if max_tokens_mean is None else TokenBudget(max_tokens_mean)
+    kept: Constraint = (
+        NonInferiority(margin) if max_tokens_mean is None else TokenBudget(max_tokens_mean)
+    )
     if output is None and not (plan_only or dry_run):
         raise ConfigError("--output is missing; name a folder for tuned.md and the samples.")
+
     if stored is not None:
         if system is not None:
             raise ConfigError("SYSTEM is not asked with --from; leave one of the two out.")
         name = None if task is None else load_task(task, data=data, limit=limit, seed=seed).name
-        answers = StoredAnswers(ResultsFolder.read(stored), task=name)
-        options = TuneOptions(confidence, samples or answers.samples, looks=looks, seed=seed)  # type: ignore[arg-type]
-        variance = variance_of(answers, answers.task, accuracy)
-        planned = plan_of(len(answers.questions), options, power, variance)
+        found = StoredSamples(ResultsFolder.read(stored), task=name)
+        options = TuneOptions(confidence, samples or found.samples, looks=looks, seed=seed)  # type: ignore[arg-type]
+        variance = (
+            measured_variance(found) if accuracy is None else assumed_variance(found.task, accuracy)
+        )
+        planned = plan_tuning(len(found.questions), options, variance, power)
         if plan_only or dry_run or output is None:
-            show_plan(planned, goal, as_json)
+            _show_plan(planned, kept, as_json)
             return
-        warn_of_margin(planned, goal)
-        settings = settings_of(lams, policies or [])
-        if len(settings) == 1:
-            settings += [Setting(name) for name in answers.settings if name != settings[0].id]
-        tuned = _run(settings, answers, answers.questions, goal, options)
-        _finish(tuned, output, as_json, answers, settings)
+        _warn_of_margin(planned, kept)
+        tuning = Tuning.of_stored(found, kept, given, options)
+        _show(tuning, tuning.run(output), output, as_json)
         return
+
     if task is None:
         raise ConfigError("--task is missing; name the questions, such as --task math500.")
-    questions = load_task(task, data=data, limit=limit, seed=seed, instruction=instruction)
+    asked = load_task(task, data=data, limit=limit, seed=seed, instruction=instruction)
     options = TuneOptions(
         confidence,
-        samples or questions.sampling.samples,
+        samples or asked.sampling.samples,
         looks=looks,  # type: ignore[arg-type]
         seed=seed,
     )
-    planned = plan_of(
-        len(questions.questions), options, power, variance_of(None, questions.name, accuracy)
-    )
+    variance = assumed_variance(asked.name, accuracy)
+    planned = plan_tuning(len(asked.questions), options, variance, power)
     if plan_only:
-        show_plan(planned, goal, as_json)
+        _show_plan(planned, kept, as_json)
         return
     if system is None:
         raise ConfigError("SYSTEM is missing; say what is tuned, such as dial:BASE,ADAPTER.")
-    say_instruction(instruction, [questions])
-    settings = settings_of(lams or ([] if policies else read_lambdas(_LAMBDAS)), policies or [])
-    if len(settings) == 1:
-        raise ConfigError(
-            "there is no candidate besides λ = 0; name one with --lambda or --policy."
-        )
-    sweep = sweep_of(
-        parse_system(system),
-        questions,
-        settings,
+
+    say_instruction(instruction, [asked])
+    parsed = parse_system(system)
+    tuning = Tuning.of_system(
+        parsed,
+        asked,
+        kept,
+        given,
         options,
-        {
-            "temperature": temperature,
-            "top_p": top_p,
-            "max_new_tokens": max_new_tokens,
-            "batch_size": batch_size,
-            "lambda_range": limits,
-        },
+        temperature=temperature,
+        top_p=top_p,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        lambda_range=limits,
     )
-    warn_of_margin(planned, goal)
+    _warn_of_margin(planned, kept)
     if dry_run or output is None:
-        (_, _, prompt) = sweep.previews()[0]
-        console.rule("the first prompt")
-        console.print(prompt, markup=False, soft_wrap=True)
-        console.rule()
-        console.print(f"would draw at most {sweep.total} samples.")
-        show_plan(planned, goal, as_json)
+        _show_prompt(tuning)
+        _show_plan(planned, kept, as_json)
         return
-    _draw(sweep, settings, goal, options, output, workers, as_json)
+    _show(tuning, _draw(tuning, output, workers), output, as_json, parsed)
 
 
-def _draw(
-    sweep: "Sweep",
-    settings: "list[Setting]",
-    goal: "Goal",
-    options: "TuneOptions",
-    output: Path,
-    workers: int,
-    as_json: bool,
-) -> None:
-    from flexalign.calibration.results import DrawnAnswers
+def _show_prompt(tuning: "Tuning") -> None:
+    sweep = tuning.sweep
+    (_, _, prompt) = sweep.previews()[0]
+    console.rule("the first prompt")
+    console.print(prompt, markup=False, soft_wrap=True)
+    console.rule()
+    console.print(f"would draw at most {sweep.total} samples.")
+
+
+def _draw(tuning: "Tuning", output: Path, workers: int) -> "Tuned":
     from flexalign.cli.console import quieten_libraries
 
     quieten_libraries()
-    (task,) = sweep.tasks
-    with (
-        resumable_bar("samples, at most", sweep.total) as advance,
-        DrawnAnswers(sweep, output, workers=workers, progress=advance) as answers,
-    ):
-        ids = [question.id for question in task.questions]
-        tuned = _run(settings, answers, ids, goal, options)
-    _finish(tuned, output, as_json, answers, settings, sweep.systems[0])
+    with resumable_bar("samples, at most", tuning.sweep.total) as advance:
+        return tuning.run(output, workers=workers, progress=advance)
 
 
-def _run(
-    settings: "list[Setting]",
-    answers: "StoredAnswers",
-    questions: list[str],
-    goal: "Goal",
-    options: "TuneOptions",
-) -> "Tuned":
-    from flexalign.calibration import tune
-
-    reference, *candidates = [setting.id for setting in settings]
-    return tune(candidates, answers.ask, questions, goal, reference=reference, options=options)
-
-
-def _finish(
+def _show(
+    tuning: "Tuning",
     tuned: "Tuned",
     output: Path,
     as_json: bool,
-    answers: "StoredAnswers",
-    settings: "list[Setting]",
     system: "System | None" = None,
 ) -> None:
-    from flexalign.calibration.card import write_card
+    """Print what came out, and what to do with it."""
     from flexalign.lambdas import LAMBDA_LEGEND
 
-    write_card(tuned, output, {"system": answers.system, "task": answers.task})
     if as_json:
-        print_json({"system": answers.system, "task": answers.task, **tuned.to_json()})
+        print_json({"system": tuning.system, "task": tuning.task, **tuned.to_json()})
         return
     result_console.print(tuned.chosen or "none", markup=False)
     console.print(f"{tuned.chosen or 'none'}: {tuned.reason}.", markup=False)
@@ -294,7 +269,166 @@ def _finish(
         f"{escape(str(output / 'tuned.md'))}."
     )
     console.print(LAMBDA_LEGEND, style="dim")
-    chosen = next((setting for setting in settings if setting.id == tuned.chosen), None)
+
+    chosen = next((setting for setting in tuning.settings if setting.id == tuned.chosen), None)
     following = next_step(system, chosen)
     if following is not None:
         console.print(f"next: {following}", markup=False, soft_wrap=True)
+
+
+def next_step(system: "System | None", chosen: "Setting | None") -> str | None:
+    """Say what to do with what came out; None if that is the reader's own affair.
+
+    Args:
+        system: What was tuned; None if its answers were taken from a folder.
+        chosen: The setting; None if none was promised.
+    """
+    if chosen is None:
+        return "more questions, more --samples or a wider --margin; --plan says what would do"
+    if system is None or system.kind not in ("dial", "pair"):
+        return None
+    if system.kind == "pair" and chosen.lam is not None:
+        return f"flexalign realign recipe.yaml --lambda {chosen.lam:g}, for one model that does it"
+    second = "--adapter" if system.kind == "dial" else "--aligned"
+    turned = ["--policy", json.dumps(chosen.policy)]
+    if chosen.lam is not None:
+        turned = ["--lambda", f"{chosen.lam:g}"]
+    words = ["flexalign", "generate", system.parts[0], second, system.parts[1], *turned]
+    return shlex.join(words)
+
+
+def _warn_of_margin(planned: "ProofPlan", kept: "Constraint") -> None:
+    margin = _margin_of(kept)
+    if margin is not None and not planned.is_proved(margin):
+        note(
+            f"a margin of {100 * margin:g} points will often not be proved by "
+            "these questions, even of an equal setting (--plan says what would be)."
+        )
+
+
+def _margin_of(kept: "Constraint") -> float | None:
+    from flexalign.calibration import NonInferiority
+
+    return kept.margin if isinstance(kept, NonInferiority) else None
+
+
+def _show_plan(planned: "ProofPlan", kept: "Constraint", as_json: bool) -> None:
+    margin = _margin_of(kept)
+    is_proved = None if margin is None else planned.is_proved(margin)
+    if as_json:
+        print_json({**planned.to_json(), "asked_margin": margin, "is_proved": is_proved})
+        return
+
+    def show(text: str) -> None:
+        result_console.print(text, soft_wrap=True)
+
+    show(
+        f"{planned.questions} questions × {planned.samples} samples prove a margin of "
+        f"{100 * planned.margin:.1f} points for one setting named beforehand "
+        f"(confidence {100 * planned.confidence:g} %, power {100 * planned.power:g} %)."
+    )
+    if planned.tune_margin is not None:
+        show(
+            f"tune, which chooses on a part, proves on the rest and reckons with rare whole losses: "
+            f"{100 * planned.tune_margin:.1f} points."
+        )
+    if margin is not None:
+        able = "will" if is_proved else "will not"
+        show(
+            f"Your margin, {100 * margin:g} points: tune {able} mostly prove it of a setting that is as "
+            "good as the reference."
+        )
+    show(
+        f"Assumed variance of a question's paired difference: {planned.variance.between:.4f} "
+        f"between questions, {planned.variance.within:.4f} within, divided by the samples."
+    )
+    for cost in planned.costs:
+        questions = f"{cost.questions} questions" if cost.questions else "more than 10⁷ questions"
+        samples = (
+            f"{cost.samples} samples of each question"
+            if cost.samples
+            else "no number of samples of these questions"
+        )
+        show(f"  {100 * cost.margin:.1f} points: {questions}, or {samples}")
+
+
+def _preview(
+    system: str | None,
+    traces: Path,
+    lambdas: str | None,
+    top_k: int,
+    limit: int | None,
+    batch_size: int,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Read traces with both models of a system, and print, draw and write what λ would do."""
+    if system is None:
+        raise ConfigError("SYSTEM is missing; say what is previewed: pair:REF,ALIGNED or a dial:.")
+    asked = None if lambdas is None else [one.lam for one in parse_lambdas(lambdas)]
+    from flexalign.analysis.preview import PREVIEW_LAMBDAS, preview, write_preview
+    from flexalign.cli.console import quieten_libraries
+    from flexalign.data import load_traces, split_tokens
+    from flexalign.data.rendering import bind_as_sampled
+    from flexalign.models.compatibility import examine_pair
+    from flexalign.systems import LocalBackend, parse_system
+
+    parsed = parse_system(system)
+    if parsed.kind not in ("pair", "dial"):
+        raise ConfigError(f"{parsed.name} has no two models or streams; give pair: or dial:.")
+    lams = PREVIEW_LAMBDAS if asked is None else asked
+    rows = load_traces(traces)
+    rows = rows.select(range(min(limit or len(rows), len(rows))))
+
+    quieten_libraries()
+    backend = LocalBackend(parsed)
+    is_pair = parsed.kind == "pair"
+    tokenizer = examine_pair(*parsed.parts).tokenizer if is_pair else backend.text.tokenizer
+    bind_as_sampled(tokenizer, rows)
+    tokens = list(split_tokens(rows, tokenizer))
+
+    loaded: Any = backend.load(device_map=None)
+    model: Any = loaded.pair if is_pair else loaded
+
+    with progress_bar("reading with both models", len(tokens)) as show:
+        found = preview(
+            model,
+            tokens,
+            lams=lams,
+            top_k=top_k,
+            batch_size=batch_size,
+            progress=lambda done, _: show(done),
+        )
+    if output is not None:
+        write_preview(found, output)
+    if as_json:
+        print_json(found.to_json())
+    else:
+        _print_preview(found)
+
+
+def _print_preview(found: "Preview") -> None:
+    from flexalign.lambdas import LAMBDA_LEGEND
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("λ", "divergence", f"outside top {found.top_k}", "probability outside"):
+        table.add_column(name, justify="right")
+    step = max(1, -(-len(found.rows) // _SHOWN))
+    for row in found.rows[step - 1 :: step]:
+        table.add_row(
+            f"{row.lam:g}",
+            f"{row.divergence:.4f}",
+            f"{100 * row.outside:.3f} %",
+            f"{100 * row.mass_outside:.3f} %",
+        )
+    result_console.print(table)
+    result_console.print(
+        f"{LAMBDA_LEGEND}; {found.tokens:,} tokens; divergence of the teacher from the reference in nats per token; "
+        "outside: the teacher's top choice is among neither model's likeliest.",
+        style="dim",
+        markup=False,
+    )
+    console.print(
+        f"The teacher's choice leaves both models' top {found.top_k} (one token in a thousand) "
+        + ("at no λ here." if found.leaves_at is None else f"from λ = {found.leaves_at:g} on.")
+    )

@@ -4,23 +4,36 @@ Sending each question at random to one of two settings gives every point on the 
 in tokens and accuracy alike. The line between a dial's ends, its *chord*, is therefore what a
 coin reaches without any dial, and a setting is worth having only above it. The *hull* is the best
 that mixtures of the measured settings reach. Distances are vertical: accuracy at equal tokens.
-:mod:`flexalign.evaluation.frontier` gives them with their uncertainty.
+
+Told here in this order: the two lines from points alone, distances to them with their uncertainty,
+and the picture of both.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from flexalign.errors import ConfigError, DataError
+from flexalign.evaluation.samples import Samples
 from flexalign.statistics import Interval, t_quantile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_Array = NDArray[np.float64]
+
+_CHUNK_WEIGHTS = 4_000_000
+"""Most weights of questions that one step of the bootstrap holds."""
+
+_DOUBT = 0.25
+"""Questions' worth of doubt, half of it each way."""
+
+_COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568", "#b7791f", "#319795")
 
 
 class Point(NamedTuple):
@@ -85,42 +98,48 @@ def hull_distance(point: Point, points: Sequence[Point]) -> float:
     return point.accuracy - hull_height(point.tokens, points)
 
 
-def significantly_above(distance: Interval) -> bool:
-    """Whether the whole interval lies above the line."""
-    return distance.low > 0
+def frontier(points: Sequence[Point]) -> set[int]:
+    """Which settings no other one beats: with fewer tokens at no lower accuracy, or better at no more."""
+    return {
+        index
+        for index, point in enumerate(points)
+        if not any(
+            other != point and other.tokens <= point.tokens and other.accuracy >= point.accuracy
+            for other in points
+        )
+    }
 
 
-def significantly_below(distance: Interval) -> bool:
-    """Whether the whole interval lies below the line."""
-    return distance.high < 0
+def dial_ends(lams: Sequence[float | None]) -> tuple[int, int] | None:
+    """Where λ = 0 and λ = 1 stand among the settings of one series; None unless both are there.
+
+    Args:
+        lams: The λ of each setting, None for one that is not a single λ.
+    """
+    places = {lam: index for index, lam in enumerate(lams) if lam in (0, 1)}
+    return (places[0], places[1]) if len(places) == 2 else None
+
+
+def mixture_lines(
+    points: Sequence[Point], lams: Sequence[float | None]
+) -> dict[str, list[Point] | None]:
+    """Corners of the chord (None without both ends) and of the hull of one series.
+
+    Args:
+        points: Its settings, at least one.
+        lams: The λ of each, as in :func:`dial_ends`.
+    """
+    ends = dial_ends(lams)
+    hull = upper_hull(points)
+    hull.append(Point(max(point.tokens for point in points), hull[-1].accuracy))
+    return {"chord": [points[end] for end in ends] if ends else None, "hull": hull}
 
 
 def _slope(left: Point, right: Point) -> float:
     return (right.accuracy - left.accuracy) / (right.tokens - left.tokens)
 
 
-# Distances to a dial's chord and to the hull of all mixtures, with their intervals.
-
-_Array = NDArray[np.float64]
-
-_CHUNK_WEIGHTS = 4_000_000
-_DOUBT = 0.25
-"""Questions' worth of doubt, half of it each way."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What was sampled at one setting: one entry per sample in each of the three.
-
-    Attributes:
-        correct: 1 or 0, shape (n,).
-        tokens: Tokens of the response, shape (n,).
-        questions: The question of each sample, n of them.
-    """
-
-    correct: ArrayLike
-    tokens: ArrayLike
-    questions: Sequence[Hashable]
+# Distances to the two lines, with their intervals.
 
 
 class Distances(NamedTuple):
@@ -136,7 +155,7 @@ class Distances(NamedTuple):
 
 
 def distance_intervals(
-    settings: Sequence[Measured],
+    settings: Sequence[Samples],
     ends: tuple[int, int] | None = None,
     *,
     confidence: float = 0.95,
@@ -172,6 +191,7 @@ def distance_intervals(
         raise ConfigError(f"confidence must be between 0 and 1, got {confidence}.")
     if ends is not None and not all(0 <= end < len(settings) for end in ends):
         raise ConfigError(f"the ends {ends} are not among the {len(settings)} settings.")
+
     table = _per_question(settings)
     questions = table.shape[-1]
     truth = _heights(np.ones((1, questions)), table, ends, doubt=None)
@@ -183,6 +203,7 @@ def distance_intervals(
             )
             for chord, hull in truth[:, :, 0].T
         ]
+
     draws = _bootstrap(table, ends, repeats, seed)
     low, high = np.quantile(draws, _tails(confidence, questions), axis=-1)
     return [
@@ -192,6 +213,16 @@ def distance_intervals(
         )
         for s in range(len(settings))
     ]
+
+
+def significantly_above(distance: Interval) -> bool:
+    """Whether the whole interval lies above the line."""
+    return distance.low > 0
+
+
+def significantly_below(distance: Interval) -> bool:
+    """Whether the whole interval lies below the line."""
+    return distance.high < 0
 
 
 def _chord(tokens: _Array, slow: tuple[_Array, _Array], fast: tuple[_Array, _Array]) -> _Array:
@@ -223,6 +254,7 @@ def _hull(tokens: _Array, accuracies: _Array, row: int) -> _Array:
     """
     at = tokens[row]
     best: _Array = accuracies[row].copy()
+
     for cheap, low in zip(tokens, accuracies, strict=True):
         within = cheap <= at
         best = np.where(within, np.maximum(best, low), best)
@@ -251,12 +283,14 @@ def _heights(
     sums: _Array = np.einsum("rq,ksq->ksr", weights, table, optimize=True)
     right, tokens, samples = sums
     accuracy, tokens = right / samples, tokens / samples
+
     chord = np.zeros_like(accuracy)
     if ends is not None:
         slow, fast = ((tokens[end], accuracy[end]) for end in ends)
         chord = accuracy - _chord(tokens, slow, fast)
         if doubt is not None:
             chord += doubt
+
     hull = np.stack([accuracy[row] - _hull(tokens, accuracy, row) for row in range(len(tokens))])
     return np.stack([chord, hull])
 
@@ -288,12 +322,13 @@ def _around(low: float, estimate: float, high: float, end: bool) -> Interval:
     return Interval(float(min(low, estimate)), float(estimate), float(max(high, estimate)))
 
 
-def _per_question(settings: Sequence[Measured]) -> _Array:
+def _per_question(settings: Sequence[Samples]) -> _Array:
     """Right answers, tokens and samples by setting and question, shape (3, settings, questions)."""
     if not settings:
         raise DataError("there are no settings to measure distances of.")
     names = sorted(set(settings[0].questions), key=repr)
     place = {question: index for index, question in enumerate(names)}
+
     table = np.zeros((3, len(settings), len(names)))
     for row, setting in enumerate(settings):
         only = set(setting.questions) ^ place.keys()
@@ -302,16 +337,14 @@ def _per_question(settings: Sequence[Measured]) -> _Array:
                 f"{len(only)} questions were answered at some settings only (such as "
                 f"{next(iter(only))!r}); compare on the questions that all have."
             )
-        index = np.fromiter((place[q] for q in setting.questions), np.intp)
+        index = np.fromiter((place[question] for question in setting.question), np.intp)
         columns = (setting.correct, setting.tokens, np.ones(len(index)))
         for column, values in enumerate(columns):
-            table[column, row] = np.bincount(index, np.asarray(values, float), len(names))
+            table[column, row] = np.bincount(index, values, len(names))
     return table
 
 
-# Accuracy against tokens, the picture by which a setting is chosen.
-
-_COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568", "#b7791f", "#319795")
+# The picture by which a setting is chosen: accuracy against tokens.
 
 
 @dataclass(frozen=True)
@@ -376,6 +409,7 @@ def draw_pareto(
     for style, curve in zip(("-", "--", ":", "-."), curves, strict=False):
         axes.plot(curve.tokens, curve.accuracies, style, color="#a0aec0", label=curve.label)
     _draw_mixtures(axes, points, ends)
+
     groups = list(dict.fromkeys(point.group for point in points))
     for index, group in enumerate(groups):
         members = [point for point in points if point.group == group]
@@ -399,6 +433,7 @@ def draw_pareto(
                 textcoords="offset points",
                 fontsize=8,
             )
+
     axes.set_xlabel("mean tokens a response")
     axes.set_ylabel("accuracy")
     axes.grid(alpha=0.25)
@@ -406,6 +441,7 @@ def draw_pareto(
     if title:
         axes.set_title(title, fontsize=11)
     axes.legend(frameon=False, fontsize=8)
+
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
@@ -415,7 +451,7 @@ def _draw_mixtures(
     points: Sequence[ParetoPoint],
     ends: Sequence[tuple[ParetoPoint, ParetoPoint]],
 ) -> None:
-    """What a coin between measured settings reaches; see :mod:`flexalign.evaluation.frontier`."""
+    """The chords, and the hull of all mixtures."""
     for number, pair in enumerate(ends):
         axes.plot(
             [point.tokens for point in pair],
@@ -443,33 +479,3 @@ def _sides(values: list[tuple[float, tuple[float, float]]]) -> list[list[float]]
         [max(0.0, middle - low) for middle, (low, _) in values],
         [max(0.0, high - middle) for middle, (_, high) in values],
     ]
-
-
-# The lines of a Pareto picture: the frontier of what was measured, chords, and the hull.
-
-
-def frontier(points: Sequence[Point]) -> set[int]:
-    """Which settings no other one beats: with fewer tokens at no lower accuracy, or better at no more."""
-    return {
-        index
-        for index, point in enumerate(points)
-        if not any(
-            other != point and other.tokens <= point.tokens and other.accuracy >= point.accuracy
-            for other in points
-        )
-    }
-
-
-def dial_ends(rows: Sequence[Mapping[str, Any]]) -> tuple[int, int] | None:
-    """Where λ = 0 and λ = 1 stand among the rows of one series; None unless both are there."""
-    places = {row["lambda"]: index for index, row in enumerate(rows) if row["lambda"] in (0, 1)}
-    return (places[0], places[1]) if len(places) == 2 else None
-
-
-def mixture_lines(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Point] | None]:
-    """Corners of the chord (None without both ends) and of the hull of one series."""
-    points = [Point(float(row["tokens"]), float(row["accuracy"])) for row in rows]
-    ends = dial_ends(rows)
-    hull = upper_hull(points)
-    hull.append(Point(max(point.tokens for point in points), hull[-1].accuracy))
-    return {"chord": [points[end] for end in ends] if ends else None, "hull": hull}

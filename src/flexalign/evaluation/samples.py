@@ -1,31 +1,327 @@
-"""A results folder: its configuration, its questions, and samples that are written as they come.
+"""Samples: the one table that all figures are computed from, and the folder that keeps them.
 
-``run.json`` is written first and says what the samples are; a sweep that goes on must agree with
-it. ``samples.jsonl`` grows by whole batches. Both are plain files that other tools may read.
+A sweep writes a results folder. ``run.json`` is written first and says what the samples are;
+``samples.jsonl`` grows by whole batches. Both are plain files that other tools may read.
+:class:`Samples` holds the samples of one setting on one task as columns; summaries, reports,
+calibration and tuning compute with it.
 """
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from flexalign._differences import differences
 from flexalign._storage import write_json, write_text
-from flexalign.data.traces import derive_seed, drop_half_line
+from flexalign.data.traces import drop_half_line
 from flexalign.errors import ConfigError, DataError
-from flexalign.evaluation.grading import Answered, Grader
-from flexalign.evaluation.systems import Cell, Key
+from flexalign.evaluation.systems import Key
 from flexalign.evaluation.tasks import Task
-from flexalign.lambdas import Setting
-from flexalign.systems import Answer, Backend, Failure
+from flexalign.statistics import (
+    Interval,
+    clustered_interval,
+    paired_difference_interval,
+    token_cut_interval,
+)
 
 FORMAT_VERSION = 1
+
+_COLUMNS = (
+    "question",
+    "sample",
+    "correct",
+    "status",
+    "tokens",
+    "thinking_tokens",
+    "rejected_tokens",
+    "confidence",
+    "route",
+)
+_IDENTITY = {"system", "setting", "task", "question", "sample", "status", "tokens"}
+"""What every line of ``samples.jsonl`` has."""
+
+
+class Samples:
+    """Graded responses of one setting to the questions of one task, one column for each figure.
+
+    All columns have shape (n,), n the number of samples.
+
+    Attributes:
+        question: The question of each sample.
+        sample: Its number among the samples of its question, from 0.
+        correct: Whether the answer is right, bool.
+        status: The grade: correct, wrong, unparsed, truncated or no_answer.
+        tokens: Tokens written, rejected ones included, float.
+        thinking_tokens: Tokens between the thinking tags, float; NaN where that is not known.
+        rejected_tokens: Tokens of an answer that a policy did not accept, float.
+        confidence: How sure a policy was of the fast answer, float; NaN without a policy.
+        route: Which stream a policy took, ``fast`` or ``slow``; None without a policy.
+
+    Raises:
+        DataError: If the columns differ in length.
+    """
+
+    def __init__(
+        self,
+        question: Iterable[Hashable],
+        correct: ArrayLike,
+        tokens: ArrayLike,
+        *,
+        sample: ArrayLike | None = None,
+        status: Iterable[str] | None = None,
+        thinking_tokens: ArrayLike | None = None,
+        rejected_tokens: ArrayLike | None = None,
+        confidence: ArrayLike | None = None,
+        route: Iterable[str | None] | None = None,
+    ) -> None:
+        self.question = _objects(question)
+        self.correct = np.asarray(correct, dtype=np.bool_)
+        self.tokens = np.asarray(tokens, dtype=np.float64)
+
+        count = self.question.size
+        unknown = np.full(count, np.nan)
+        self.sample = np.asarray(np.zeros(count) if sample is None else sample, dtype=np.int64)
+        self.status = (
+            np.where(self.correct, "correct", "wrong").astype(object)
+            if status is None
+            else _objects(status)
+        )
+        self.thinking_tokens = _floats(unknown if thinking_tokens is None else thinking_tokens)
+        self.rejected_tokens = _floats(
+            np.zeros(count) if rejected_tokens is None else rejected_tokens
+        )
+        self.confidence = _floats(unknown if confidence is None else confidence)
+        self.route = _objects([None] * count if route is None else route)
+
+        shapes = {name: getattr(self, name).shape for name in _COLUMNS}
+        if set(shapes.values()) != {(count,)}:
+            raise DataError(f"samples need one value of each kind for each sample, got {shapes}.")
+
+    def __len__(self) -> int:
+        """The number of samples."""
+        return int(self.question.size)
+
+    # Making one, and giving it back.
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Mapping[str, Any]]) -> "Samples":
+        """Take samples from lines of ``samples.jsonl``, in their order.
+
+        Args:
+            rows: Each with question, sample, status and tokens; the other columns may be missing.
+        """
+        columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
+        for row in rows:
+            columns["question"].append(row["question"])
+            columns["sample"].append(row["sample"])
+            columns["status"].append(row["status"])
+            columns["correct"].append(row["status"] == "correct")
+            columns["tokens"].append(row["tokens"] or 0)
+            columns["rejected_tokens"].append(row.get("rejected_tokens") or 0)
+            for name in ("thinking_tokens", "confidence", "route"):
+                columns[name].append(row.get(name))
+        return cls(**columns)
+
+    @classmethod
+    def from_table(
+        cls, correct: ArrayLike, tokens: ArrayLike, questions: Sequence[Hashable] | None = None
+    ) -> "Samples":
+        """Take k samples of each of n questions.
+
+        Args:
+            correct: Whether each is right, shape (n, k).
+            tokens: The length of each, shape (n, k).
+            questions: The n questions; if not given, 0 to n − 1.
+
+        Raises:
+            DataError: If the two differ in shape, or are not (n, k).
+        """
+        right, lengths = np.asarray(correct), np.asarray(tokens)
+        if right.ndim != 2 or right.shape != lengths.shape:
+            raise DataError(
+                "samples need `correct` and `tokens` of one shape (questions, samples), got "
+                f"{right.shape} and {lengths.shape}."
+            )
+        count, each = right.shape
+        names = range(count) if questions is None else questions
+        return cls(
+            np.repeat(_objects(names), each),
+            right.ravel(),
+            lengths.ravel(),
+            sample=np.tile(np.arange(each), count),
+        )
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Return one mapping for each sample, by the names of the columns; NaN becomes None."""
+        values = {name: getattr(self, name).tolist() for name in _COLUMNS}
+        for name in ("thinking_tokens", "confidence"):
+            values[name] = [None if np.isnan(value) else value for value in values[name]]
+        return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
+
+    # Choosing among the samples.
+
+    def select(self, where: ArrayLike) -> "Samples":
+        """Return the samples at these places, or where a mask is true."""
+        chosen = np.asarray(where)
+        return Samples(**{name: getattr(self, name)[chosen] for name in _COLUMNS})
+
+    def sorted(self) -> "Samples":
+        """Return the samples in the order of question and sample."""
+        question, sample = self.question.tolist(), self.sample.tolist()
+        return self.select(sorted(range(len(self)), key=lambda i: (question[i], sample[i])))
+
+    def on(self, questions: Sequence[Hashable]) -> "Samples":
+        """Return the samples of these questions, question by question in the given order.
+
+        Raises:
+            DataError: If there is no sample of one of them.
+        """
+        places = {name: place for place, name in enumerate(self.questions)}
+        missing = [name for name in questions if name not in places]
+        if missing:
+            raise DataError(f"there is no sample of question {missing[0]!r}.")
+
+        _, index = self._grouping
+        order = np.argsort(index, kind="stable")
+        starts = np.concatenate([[0], np.cumsum(self.counts)])
+        rows = [order[starts[places[q]] : starts[places[q] + 1]] for q in questions]
+        chosen = self.select(np.concatenate(rows) if rows else np.zeros(0, dtype=np.intp))
+
+        # Known already, and costly to find again for the many small choices of a tuning.
+        sizes = [len(part) for part in rows]
+        chosen.__dict__["_grouping"] = (list(questions), np.repeat(np.arange(len(rows)), sizes))
+        return chosen
+
+    def joined(self, other: "Samples") -> "Samples":
+        """Return these samples and then another's."""
+        return Samples(
+            **{
+                name: np.concatenate([getattr(self, name), getattr(other, name)])
+                for name in _COLUMNS
+            }
+        )
+
+    # By question.
+
+    @property
+    def questions(self) -> list[Any]:
+        """The questions, in the order in which they come."""
+        return list(self._grouping[0])
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """The number of samples of each question, in the order of :attr:`questions`."""
+        names, index = self._grouping
+        return np.bincount(index, minlength=len(names)).astype(np.int64)
+
+    def by_question(self, values: ArrayLike) -> NDArray[np.float64]:
+        """Return the mean of a column for each question, in the order of :attr:`questions`.
+
+        Args:
+            values: One value for each sample, such as ``samples.tokens``.
+        """
+        names, index = self._grouping
+        sums = np.bincount(index, np.asarray(values, dtype=np.float64), len(names))
+        return np.asarray(sums / self.counts, dtype=np.float64)
+
+    def table(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Return a column with one row for each question, shape (questions, samples of each).
+
+        Raises:
+            DataError: If the questions have different numbers of samples.
+        """
+        counts = self.counts
+        if np.unique(counts).size > 1:
+            raise DataError("the questions have different numbers of samples; no table holds them.")
+        order = np.argsort(self._grouping[1], kind="stable")
+        return values[order].reshape(counts.size, -1)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The number of questions, and the fewest samples that one of them has."""
+        return len(self._grouping[0]), int(self.counts.min(initial=len(self)))
+
+    @cached_property
+    def _grouping(self) -> tuple[list[Any], NDArray[np.intp]]:
+        """The questions, and for each sample the place of its question among them."""
+        places: dict[Hashable, int] = {}
+        index = np.fromiter(
+            (places.setdefault(question, len(places)) for question in self.question),
+            np.intp,
+            len(self),
+        )
+        return list(places), index
+
+    # Figures.
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return float(self.correct.mean())
+
+    @property
+    def mean_tokens(self) -> float:
+        """Mean tokens of a response."""
+        return float(self.tokens.mean())
+
+    def share(self, status: str) -> float:
+        """Share of the samples that have a grade."""
+        return float((self.status == status).mean())
+
+    def accuracy_interval(self, confidence: float = 0.95) -> Interval:
+        """Accuracy with its interval, clustered by question."""
+        return clustered_interval(self.correct, self.question.tolist(), confidence, share=True)
+
+    def tokens_interval(self, confidence: float = 0.95) -> Interval:
+        """Mean tokens with their interval, clustered by question."""
+        return clustered_interval(self.tokens, self.question.tolist(), confidence, share=False)
+
+    def accuracy_difference(self, reference: "Samples", confidence: float = 0.95) -> Interval:
+        """Accuracy less that of a reference, paired by question.
+
+        Raises:
+            DataError: If the two do not have the same questions.
+        """
+        return paired_difference_interval(
+            self.correct,
+            self.question.tolist(),
+            reference.correct,
+            reference.question.tolist(),
+            confidence,
+        )
+
+    def token_cut(self, reference: "Samples", confidence: float = 0.95) -> Interval:
+        """Share of a reference's tokens that is saved, paired by question.
+
+        Raises:
+            DataError: If the two do not have the same questions, or the reference has no tokens.
+        """
+        return token_cut_interval(
+            self.tokens,
+            self.question.tolist(),
+            reference.tokens,
+            reference.question.tolist(),
+            confidence,
+        )
+
+
+def _objects(values: Iterable[Any]) -> NDArray[np.object_]:
+    """An array of Python values; NumPy would make a table of tuples, and cut texts to one length."""
+    if isinstance(values, np.ndarray):
+        values = values.tolist() if values.dtype != object else values
+    if isinstance(values, np.ndarray):
+        return values
+    given = list(values)
+    return np.fromiter(given, dtype=object, count=len(given))
+
+
+def _floats(values: ArrayLike) -> NDArray[np.float64]:
+    return np.asarray(values, dtype=np.float64)
 
 
 class ResultsFolder:
@@ -64,6 +360,7 @@ class ResultsFolder:
         """
         expected = json.loads(json.dumps(configuration))
         file = path / "run.json"
+
         if file.exists():
             folder = cls.read(path)
             form = "{key}: {before} there, {now} asked"
@@ -77,11 +374,13 @@ class ResultsFolder:
                 folder._run["environments"].append(dict(environment))
                 write_json(file, folder._run)
             return folder
+
         if (path / "samples.jsonl").exists():
             raise ConfigError(
                 f"{path} has samples and no run.json that says what they are; move them away or "
                 "name another --output."
             )
+
         path.mkdir(parents=True, exist_ok=True)
         questions = [
             {"task": task.name, "question": q.id, "problem": q.problem, "gold": q.gold}
@@ -89,6 +388,8 @@ class ResultsFolder:
             for q in task.questions
         ]
         _write_rows(path / "questions.jsonl", questions)
+
+        # Last, as a folder that has it counts as complete.
         run = {
             "format_version": FORMAT_VERSION,
             "configuration": expected,
@@ -118,11 +419,13 @@ class ResultsFolder:
             raise ConfigError(
                 f"{file} is damaged ({error}); move the folder away and sample again."
             ) from error
+
         if version != FORMAT_VERSION:
             raise ConfigError(
                 f"{file} has format_version {version!r} and this flexalign reads "
                 f"{FORMAT_VERSION}; use the flexalign that wrote it."
             )
+
         folder = cls(path, run)
         drop_half_line(folder.samples_file)
         folder.rows = list(folder._stored())
@@ -158,6 +461,13 @@ class ResultsFolder:
             if row["system"] == system
         }
 
+    def samples(self, system: str, setting: str, task: str) -> Samples:
+        """The samples of one setting on one task, in the file's order."""
+        place = (system, setting, task)
+        return Samples.from_rows(
+            row for row in self.rows if (row["system"], row["setting"], row["task"]) == place
+        )
+
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Write samples, and do not return before they are on the disk."""
         with self.samples_file.open("a", encoding="utf-8", newline="\n") as file:
@@ -185,234 +495,9 @@ class ResultsFolder:
                 yield row
 
 
-_IDENTITY = {"system", "setting", "task", "question", "sample", "status", "tokens"}
-
-
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(map(_line, rows)))
 
 
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-# The samples of a sweep: which there are, with which seeds, and how they are drawn and kept.
-
-Progress = Callable[[int], None]
-"""Told how many samples were made since it was last told."""
-
-
-class Lost(NamedTuple):
-    """A sample that could not be made."""
-
-    system: str
-    cell: Cell
-    reason: str
-
-
-def sample_seed(seed: int, task: str, question: str, sample: int) -> int:
-    """The seed of one sample: 31 bits from the sweep's seed and the sample's place.
-
-    The setting is left out on purpose: all settings answer with the same luck, so that their
-    differences are measured with less noise.
-    """
-    return derive_seed(seed, task, question, sample)
-
-
-def sweep_cells(
-    tasks: Sequence[Task], settings: Sequence[Setting], samples: int, seed: int = 0
-) -> list[Cell]:
-    """List a system's samples, by task, question, sample and setting."""
-    return [
-        Cell(
-            setting,
-            task.name,
-            question.id,
-            sample,
-            sample_seed(seed, task.name, question.id, sample),
-            task.messages(question),
-        )
-        for task in tasks
-        for question in task.questions
-        for sample in range(samples)
-        for setting in settings
-    ]
-
-
-class Sampler:
-    """Draws samples of one system into a results folder, graded."""
-
-    def __init__(
-        self, system: str, backend: Backend, folder: ResultsFolder, grader: Grader
-    ) -> None:
-        """Join a system, a place for its samples and a grader with its thinking tags."""
-        self._system, self._backend, self._folder = system, backend, folder
-        self._grader, self._golds = grader, folder.golds()
-        self._hashes: dict[tuple[str, str], str] = {}
-
-    def draw(self, cells: Sequence[Cell], progress: Progress | None = None) -> list[Lost]:
-        """Make what is missing of `cells`; what is made is on the disk before the next batch.
-
-        Returns:
-            The samples that could not be made.
-
-        Raises:
-            ServingError: If a server cannot be used at all.
-        """
-        lost: list[Lost] = []
-        for outcomes in self._backend.run(cells, self._folder.done(self._system)):
-            made = [(cell, given) for cell, given in outcomes if isinstance(given, Answer)]
-            self._folder.append(self._rows(made))
-            lost += [
-                Lost(self._system, cell, given.reason)
-                for cell, given in outcomes
-                if isinstance(given, Failure)
-            ]
-            if progress is not None:
-                progress(len(made))
-        return lost
-
-    def _rows(self, made: list[tuple[Cell, Answer]]) -> list[dict[str, Any]]:
-        grades = self._grader.grade_many(
-            Answered(answer.text, self._golds[cell.task, cell.question], answer.truncated)
-            for cell, answer in made
-        )
-        return [
-            {
-                "system": self._system,
-                "setting": cell.setting.id,
-                "lambda": cell.setting.lam,
-                "policy": cell.setting.policy,
-                "task": cell.task,
-                "question": cell.question,
-                "sample": cell.sample,
-                "seed": cell.seed,
-                "prompt_hash": self._prompt_hash(cell),
-                "response": answer.text,
-                "tokens": answer.tokens,
-                "thinking_tokens": answer.thinking_tokens,
-                "rejected_tokens": answer.rejected_tokens,
-                "finish": "length" if answer.truncated else "stop",
-                "route": answer.route,
-                "confidence": answer.confidence,
-                "status": grade.status,
-                "extracted": grade.extracted,
-            }
-            for (cell, answer), grade in zip(made, grades, strict=True)
-        ]
-
-    def _prompt_hash(self, cell: Cell) -> str:
-        place = (cell.task, cell.question)
-        if place not in self._hashes:
-            text = self._backend.render(cell.messages)
-            self._hashes[place] = hashlib.sha256(text.encode()).hexdigest()[:16]
-        return self._hashes[place]
-
-
-# What came of asking: right or wrong and how long, by question and sample.
-
-
-@dataclass(frozen=True)
-class Outcomes:
-    """Answers of one setting to n questions, k samples each.
-
-    Attributes:
-        correct: Whether each is right, shape (n, k), bool.
-        tokens: Length of each, shape (n, k).
-
-    Raises:
-        DataError: If the two differ in shape, or are not (n, k).
-    """
-
-    correct: NDArray[np.bool_]
-    tokens: NDArray[np.float64]
-
-    def __post_init__(self) -> None:
-        if self.correct.ndim != 2 or self.correct.shape != self.tokens.shape:
-            raise DataError(
-                "outcomes need `correct` and `tokens` of one shape (questions, samples), got "
-                f"{self.correct.shape} and {self.tokens.shape}."
-            )
-
-    @property
-    def questions(self) -> int:
-        """How many questions were asked."""
-        return len(self.correct)
-
-    @property
-    def samples(self) -> int:
-        """How many answers there are in all."""
-        return int(self.correct.size)
-
-    @property
-    def accuracy(self) -> float:
-        """Share of right answers."""
-        return float(self.correct.mean())
-
-    @property
-    def mean_tokens(self) -> float:
-        """Mean tokens an answer."""
-        return float(self.tokens.mean())
-
-    @property
-    def clusters(self) -> list[int]:
-        """The question of each sample, for intervals over the flattened values."""
-        n, k = self.correct.shape
-        return np.repeat(np.arange(n), k).tolist()
-
-    def rows(self, places: Sequence[int]) -> "Outcomes":
-        """The outcomes at these places, in this order."""
-        return Outcomes(self.correct[places], self.tokens[places])
-
-    def joined(self, other: "Outcomes") -> "Outcomes":
-        """These outcomes and then another's, of as many samples."""
-        return Outcomes(
-            np.concatenate([self.correct, other.correct]),
-            np.concatenate([self.tokens, other.tokens]),
-        )
-
-    def share_right(self) -> NDArray[np.float64]:
-        """Share of right answers a question, shape (n,)."""
-        return np.asarray(self.correct.mean(1), dtype=np.float64)
-
-
-Ask: TypeAlias = Callable[[str, Sequence[str], int], Outcomes]
-"""`ask(setting, questions, samples)`: put each question `samples` times, in this order."""
-
-
-class Ledger:
-    """Asks each question of a setting once, and counts what that took.
-
-    Args:
-        ask: How samples are drawn.
-        samples: Samples a question.
-    """
-
-    def __init__(self, ask: Ask, samples: int) -> None:
-        self._ask = ask
-        self._samples = samples
-        self._places: dict[str, dict[str, int]] = {}
-        self._known: dict[str, Outcomes] = {}
-        self.spent: dict[str, int] = {}
-        """Samples drawn so far, by setting."""
-
-    def outcomes(self, setting: str, questions: Sequence[str]) -> Outcomes:
-        """Return the answers to these questions, asking those that are new.
-
-        Raises:
-            DataError: If what was asked came back in another shape.
-        """
-        places = self._places.setdefault(setting, {})
-        new = [question for question in questions if question not in places]
-        if new:
-            answers = self._ask(setting, new, self._samples)
-            if answers.correct.shape != (len(new), self._samples):
-                raise DataError(
-                    f"{setting}: asked {len(new)} questions {self._samples} times each, got "
-                    f"outcomes of shape {answers.correct.shape}."
-                )
-            places.update(zip(new, range(len(places), len(places) + len(new)), strict=True))
-            known = self._known.get(setting)
-            self._known[setting] = answers if known is None else known.joined(answers)
-            self.spent[setting] = self.spent.get(setting, 0) + answers.samples
-        return self._known[setting].rows([places[question] for question in questions])

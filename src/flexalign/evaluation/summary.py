@@ -1,133 +1,270 @@
-"""``summary.json``: what each setting of each system is worth on each task, with intervals."""
+"""``summary.json``: the accuracy and the tokens of each setting on each task, with intervals.
 
+A *token cut* is 1 − tokens ÷ reference tokens: 0.6 means that 60 % were saved, a negative cut that
+more were spent. Over several tasks it has two meanings, :func:`token_cut_mean` and
+:func:`token_cut_pooled`.
+"""
+
+import json
 import math
 import os
 import platform
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
 
 from flexalign._version import __version__
 from flexalign.errors import ConfigError, DataError
-from flexalign.evaluation.frontier import Distances, Measured, distance_intervals
-from flexalign.statistics import Interval, clustered_interval, paired_ratio_interval
+from flexalign.evaluation.frontier import Distances, Point, distance_intervals
+from flexalign.evaluation.samples import Samples
+from flexalign.evaluation.systems import tell_apart
+from flexalign.lambdas import setting_label
+from flexalign.statistics import Interval
 
-# Tokens saved against a reference: on one task, over tasks, and pooled.
-#
-# A cut is 1 − tokens ÷ reference tokens; 0.6 means that 60 % were saved, a negative cut that more
-# were spent.
+_STATUSES = ("wrong", "truncated", "unparsed", "no_answer")
+_PACKAGES = ("torch", "transformers", "peft", "math-verify", "numpy", "vllm")
 
 
-def token_cut(tokens: float, reference: float) -> float:
-    """The cut of one task, from mean tokens.
+@dataclass(frozen=True)
+class SummaryRow:
+    """The figures of one setting of one system on one task.
 
-    Raises:
-        DataError: If the reference's tokens are not positive.
+    An end of an interval that is not known, as with a single question, is infinite here and null
+    in the file.
+
+    Attributes:
+        system: The system's name.
+        setting: The setting's id.
+        effort: The effort that it was asked for as; None if it was asked for by itself.
+        lam: λ, if the setting is one number.
+        task: The task's name.
+        n_questions: Number of questions that were answered.
+        n_samples: Number of samples.
+        accuracy: Share of right answers.
+        tokens: Mean tokens of a response.
+        thinking_tokens: Mean thinking tokens; None where they are not known of every sample.
+        token_cut: Against λ = 0 or the baseline; None without one.
+        chord_distance: Accuracy above the chord; None without both ends.
+        hull_distance: Accuracy above the hull of all mixtures; None if no question was answered
+            at all settings.
+        wrong: Share of the samples with this grade; likewise the three below.
+        truncated: Share that the limit on tokens cut off.
+        unparsed: Share whose answer could not be read.
+        no_answer: Share without an answer.
     """
-    if not reference > 0:
-        raise DataError(
-            f"a token cut needs a reference that writes something, got {reference} tokens."
-        )
-    return 1 - tokens / reference
 
-
-def token_cut_interval(
-    tokens: ArrayLike,
-    questions: Sequence[Hashable],
-    reference_tokens: ArrayLike,
-    reference_questions: Sequence[Hashable],
-    confidence: float = 0.95,
-) -> Interval:
-    """The cut of one task with its interval: a ratio of means, paired and clustered by question.
-
-    Args:
-        tokens: Tokens of each sample, shape (n,).
-        questions: The question of each.
-        reference_tokens: Tokens of each of the reference's samples, shape (m,).
-        reference_questions: The question of each.
-        confidence: Coverage, in (0, 1).
-
-    Raises:
-        DataError: As for `paired_ratio_interval`.
-    """
-    ratio = paired_ratio_interval(
-        tokens, questions, reference_tokens, reference_questions, confidence
-    )
-    return Interval(1 - ratio.high, 1 - ratio.mean, 1 - ratio.low)
-
-
-def token_cut_mean(tokens: Sequence[float], references: Sequence[float]) -> float:
-    """The unweighted mean of the tasks' cuts, as the paper's Table 1 gives it.
-
-    Args:
-        tokens: Mean tokens on each task.
-        references: The reference's mean tokens on each task, in the same order.
-
-    Raises:
-        DataError: If there is no task, or a reference writes nothing.
-    """
-    _check(tokens, references)
-    return float(np.mean([token_cut(*pair) for pair in zip(tokens, references, strict=True)]))
-
-
-def token_cut_pooled(tokens: Sequence[float], references: Sequence[float]) -> float:
-    """The cut of the tasks' mean tokens added up, so that long tasks count for more.
-
-    Args:
-        tokens: Mean tokens on each task.
-        references: The reference's mean tokens on each task, in the same order.
-
-    Raises:
-        DataError: If there is no task, or the reference writes nothing.
-    """
-    _check(tokens, references)
-    return token_cut(sum(tokens), sum(references))
-
-
-def _check(tokens: Sequence[float], references: Sequence[float]) -> None:
-    if not tokens or len(tokens) != len(references):
-        raise DataError(
-            f"token cuts over tasks need one figure each from both, got {len(tokens)} and "
-            f"{len(references)}."
-        )
-
-
-_Row = dict[str, Any]
-
-
-class _Place(NamedTuple):
     system: str
     setting: str
+    effort: float | None
+    lam: float | None
+    task: str
+    n_questions: int
+    n_samples: int
+    accuracy: Interval
+    tokens: Interval
+    thinking_tokens: float | None
+    token_cut: Interval | None
+    chord_distance: Interval | None
+    hull_distance: Interval | None
+    wrong: float
+    truncated: float
+    unparsed: float
+    no_answer: float
+
+    @property
+    def label(self) -> str:
+        """The setting's name in tables, behind the effort if there is one."""
+        return setting_label(self.setting, self.effort)
+
+    @property
+    def point(self) -> Point:
+        """Its place in the Pareto picture."""
+        return Point(self.tokens.mean, self.accuracy.mean)
+
+    @classmethod
+    def from_json(cls, given: Mapping[str, Any]) -> "SummaryRow":
+        """Read one of the file's rows.
+
+        Raises:
+            KeyError: If a key is missing.
+        """
+        return cls(
+            system=given["system"],
+            setting=given["setting"],
+            effort=given.get("effort"),  # files of the first versions do not have it
+            lam=given["lambda"],
+            task=given["task"],
+            n_questions=given["n_questions"],
+            n_samples=given["n_samples"],
+            accuracy=_interval(given, "accuracy"),
+            tokens=_interval(given, "tokens"),
+            thinking_tokens=given["thinking_tokens"],
+            token_cut=_optional_interval(given, "token_cut"),
+            chord_distance=_optional_interval(given, "chord_distance"),
+            hull_distance=_optional_interval(given, "hull_distance"),
+            **{status: given[status] for status in _STATUSES},
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return one of the file's rows, its keys in the file's order."""
+        return {
+            "system": self.system,
+            "setting": self.setting,
+            "effort": self.effort,
+            "lambda": self.lam,
+            "task": self.task,
+            "n_questions": self.n_questions,
+            "n_samples": self.n_samples,
+            **_figure("accuracy", self.accuracy),
+            **_figure("tokens", self.tokens),
+            "thinking_tokens": self.thinking_tokens,
+            **_figure("token_cut", self.token_cut),
+            **_figure("chord_distance", self.chord_distance),
+            **_figure("hull_distance", self.hull_distance),
+            **{status: getattr(self, status) for status in _STATUSES},
+        }
 
 
-class _Group:
-    """All samples of one setting on one task, in an order of their own."""
+@dataclass(frozen=True)
+class SummaryMean:
+    """The figures of one setting of one system over all tasks, each task counted once.
 
-    def __init__(self, rows: Iterable[_Row]) -> None:
-        self.rows = sorted(rows, key=lambda row: (row["question"], row["sample"]))
-        self.questions: list[str] = [row["question"] for row in self.rows]
-        self.correct = np.array([row["status"] == "correct" for row in self.rows], dtype=float)
-        self.tokens = np.array([row["tokens"] for row in self.rows], dtype=float)
+    Attributes:
+        system: The system's name.
+        setting: The setting's id.
+        effort: The effort that it was asked for as; None if it was asked for by itself.
+        lam: λ, if the setting is one number.
+        accuracy: Mean of the tasks' accuracies.
+        token_cut_mean: Mean of the tasks' cuts; None without a reference on every task.
+        token_cut_pooled: Cut of the tasks' mean tokens added up; None likewise.
+    """
 
-    def on(self, questions: set[str]) -> "_Group":
-        """The samples on some of the questions."""
-        return _Group(row for row in self.rows if row["question"] in questions)
+    system: str
+    setting: str
+    effort: float | None
+    lam: float | None
+    accuracy: float
+    token_cut_mean: float | None
+    token_cut_pooled: float | None
 
-    def share(self, status: str) -> float:
-        return float(np.mean([row["status"] == status for row in self.rows]))
+    @property
+    def label(self) -> str:
+        """The setting's name in tables, behind the effort if there is one."""
+        return setting_label(self.setting, self.effort)
 
-    def thinking(self) -> float | None:
-        known = [row["thinking_tokens"] for row in self.rows]
-        return None if None in known else float(np.mean(np.array(known, dtype=float)))
+    @classmethod
+    def from_json(cls, given: Mapping[str, Any]) -> "SummaryMean":
+        """Read one of the file's means.
+
+        Raises:
+            KeyError: If a key is missing.
+        """
+        return cls(
+            given["system"],
+            given["setting"],
+            given.get("effort"),
+            given["lambda"],
+            given["accuracy"],
+            given["token_cut_mean"],
+            given["token_cut_pooled"],
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return one of the file's means."""
+        return {
+            "system": self.system,
+            "setting": self.setting,
+            "effort": self.effort,
+            "lambda": self.lam,
+            "accuracy": self.accuracy,
+            "token_cut_mean": self.token_cut_mean,
+            "token_cut_pooled": self.token_cut_pooled,
+        }
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What ``summary.json`` holds.
+
+    Attributes:
+        rows: One for each setting of each system on each task.
+        means: One for each setting of each system, over all tasks.
+        environment: Versions and machine of the sweep, and its configuration under ``run``; None
+            where several sweeps stand side by side.
+    """
+
+    rows: tuple[SummaryRow, ...]
+    means: tuple[SummaryMean, ...]
+    environment: Mapping[str, Any] | None = None
+
+    @classmethod
+    def from_json(cls, given: Mapping[str, Any]) -> "Summary":
+        """Read the file's value.
+
+        Raises:
+            KeyError: If a key is missing.
+        """
+        return cls(
+            tuple(SummaryRow.from_json(row) for row in given["rows"]),
+            tuple(SummaryMean.from_json(mean) for mean in given["means"]),
+            given.get("environment"),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the file's value; without ``environment`` where there is none."""
+        return {
+            "rows": [row.to_json() for row in self.rows],
+            "means": [mean.to_json() for mean in self.means],
+            **({} if self.environment is None else {"environment": dict(self.environment)}),
+        }
+
+
+def _interval(given: Mapping[str, Any], name: str) -> Interval:
+    """The figure of this name with its ``_ci``; a null end is one that is not known."""
+    low, high = given[f"{name}_ci"] or (None, None)
+    return Interval(
+        -math.inf if low is None else low, given[name], math.inf if high is None else high
+    )
+
+
+def _optional_interval(given: Mapping[str, Any], name: str) -> Interval | None:
+    return None if given[name] is None else _interval(given, name)
+
+
+def _figure(name: str, value: Interval | None) -> dict[str, Any]:
+    """The two keys of a figure; JSON knows no infinity, so that an unknown end is null."""
+    if value is None:
+        return {name: None, f"{name}_ci": None}
+    ends = [float(end) if math.isfinite(end) else None for end in (value.low, value.high)]
+    return {name: value.mean, f"{name}_ci": ends}
+
+
+# Making one from samples.
+
+
+class _SettingPlace(NamedTuple):
+    """A setting of a system that has samples."""
+
+    system: str
+    setting: str
+    effort: float | None
+    lam: float | None
+
+
+_Groups = Mapping[tuple[_SettingPlace, str], Samples]
+"""The samples of each setting on each task."""
 
 
 def summarise(
-    configuration: _Row, rows: Sequence[_Row], environments: Sequence[_Row]
-) -> dict[str, Any]:
+    configuration: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    environments: Sequence[Mapping[str, Any]],
+) -> Summary:
     """Summarise samples; the order of the rows does not matter.
 
     A token cut is against the same system at λ = 0, or, where a system has no such setting,
@@ -144,64 +281,54 @@ def summarise(
     """
     if not rows:
         raise ConfigError("there is no sample yet to summarise; sample first.")
-    lambdas = {_Place(row["system"], row["setting"]): row["lambda"] for row in rows}
-    names = [task["name"] for task in configuration["tasks"]]
-    efforts = {
-        place: setting.get("effort")
+
+    places = _places(configuration, rows)
+    tasks = [task["name"] for task in configuration["tasks"]]
+    groups = _group(places, rows)
+    references = {p: _reference(p, places, configuration.get("baseline")) for p in places}
+    distances = {task: _distances(task, places, groups) for task in tasks}
+
+    return Summary(
+        tuple(
+            _row(place, task, groups, references[place], distances[task][place])
+            for place in places
+            for task in tasks
+            if (place, task) in groups
+        ),
+        tuple(_mean(place, tasks, groups, references[place]) for place in places),
+        _run_environment(configuration, environments),
+    )
+
+
+def _places(
+    configuration: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> list[_SettingPlace]:
+    """The settings that have samples, in the configuration's order."""
+    lambdas = {(row["system"], row["setting"]): row["lambda"] for row in rows}
+    return [
+        _SettingPlace(*key, setting.get("effort"), lambdas[key])
         for system in configuration["systems"]
         for setting in system["settings"]
-        if (place := _Place(system["name"], setting["id"])) in lambdas
-    }
-    places = list(efforts)
-    sorted_rows: dict[tuple[_Place, str], list[_Row]] = {}
+        if (key := (system["name"], setting["id"])) in lambdas
+    ]
+
+
+def _group(places: Sequence[_SettingPlace], rows: Sequence[Mapping[str, Any]]) -> _Groups:
+    by_name = {(place.system, place.setting): place for place in places}
+    members: dict[tuple[_SettingPlace, str], list[Mapping[str, Any]]] = {}
     for row in rows:
-        key = (_Place(row["system"], row["setting"]), row["task"])
-        sorted_rows.setdefault(key, []).append(row)
-    groups = {key: _Group(members) for key, members in sorted_rows.items()}
-    references = {
-        place: _reference(place, places, lambdas, configuration.get("baseline")) for place in places
-    }
-    table = []
-    for task in names:
-        distances = _distances(task, places, lambdas, groups)
-        for place in places:
-            if (place, task) in groups:
-                base = references[place]
-                reference = groups.get((base, task)) if base else None
-                head = {
-                    "system": place.system,
-                    "setting": place.setting,
-                    "effort": efforts[place],
-                    "lambda": lambdas[place],
-                    "task": task,
-                }
-                figures = _figures(groups[place, task], reference)
-                table.append(head | figures | distances[place])
-    order = {place: index for index, place in enumerate(places)}
-    table.sort(key=lambda row: order[_Place(row["system"], row["setting"])])
-    return {
-        "rows": [_ordered(row) for row in table],
-        "means": [
-            {
-                "system": place.system,
-                "setting": place.setting,
-                "effort": efforts[place],
-                "lambda": lambdas[place],
-                **_mean(place, references, groups, names),
-            }
-            for place in places
-        ],
-        "environment": _environment(configuration, environments),
-    }
+        place = by_name[row["system"], row["setting"]]
+        members.setdefault((place, row["task"]), []).append(row)
+    return {key: Samples.from_rows(own).sorted() for key, own in members.items()}
 
 
 def _reference(
-    place: _Place, places: list[_Place], lambdas: dict[_Place, float | None], baseline: str | None
-) -> _Place | None:
-    """What a setting's tokens are held against."""
+    place: _SettingPlace, places: Sequence[_SettingPlace], baseline: str | None
+) -> _SettingPlace | None:
+    """The setting that a setting's tokens are compared with."""
     for system in (place.system, baseline):
         members = [p for p in places if p.system == system]
-        slow = [p for p in members if lambdas[p] == 0]
+        slow = [p for p in members if p.lam == 0]
         if slow:
             return slow[0]
         if system == baseline and members:
@@ -209,127 +336,205 @@ def _reference(
     return None
 
 
-def _figures(group: _Group, reference: _Group | None) -> _Row:
-    accuracy = clustered_interval(group.correct, group.questions, share=True)
-    tokens = clustered_interval(group.tokens, group.questions, share=False)
-    cut = None if reference is None else _cut(group, reference)
-    return {
-        "n_questions": len(set(group.questions)),
-        "n_samples": len(group.rows),
-        "accuracy": accuracy.mean,
-        "accuracy_ci": _ends(accuracy),
-        "tokens": tokens.mean,
-        "tokens_ci": _ends(tokens),
-        "thinking_tokens": group.thinking(),
-        "token_cut": cut and cut.mean,
-        "token_cut_ci": cut and _ends(cut),
-        "wrong": group.share("wrong"),
-        "truncated": group.share("truncated"),
-        "unparsed": group.share("unparsed"),
-        "no_answer": group.share("no_answer"),
-    }
-
-
-def _cut(group: _Group, reference: _Group) -> Interval | None:
-    shared = set(group.questions) & set(reference.questions)
-    group, reference = group.on(shared), reference.on(shared)
-    if not shared or not reference.tokens.any():
-        return None
-    return token_cut_interval(group.tokens, group.questions, reference.tokens, reference.questions)
-
-
 def _distances(
-    task: str,
-    places: list[_Place],
-    lambdas: dict[_Place, float | None],
-    groups: dict[tuple[_Place, str], _Group],
-) -> dict[_Place, _Row]:
+    task: str, places: Sequence[_SettingPlace], groups: _Groups
+) -> dict[_SettingPlace, Distances | None]:
     """Distances to chord and hull of every setting on one task, system by system."""
-    found: dict[_Place, _Row] = {}
+    found: dict[_SettingPlace, Distances | None] = {}
     for system in dict.fromkeys(place.system for place in places):
         members = [p for p in places if p.system == system and (p, task) in groups]
         if not members:
             continue
         shared = set.intersection(*(set(groups[p, task].questions) for p in members))
         if not shared:
-            found |= {place: _distance_row(None) for place in members}
+            found |= dict.fromkeys(members)
             continue
-        ends = [
-            next((i for i, p in enumerate(members) if lambdas[p] == lam), None) for lam in (0, 1)
-        ]
-        slow, fast = ends
-        measured = [_measured(groups[p, task].on(shared)) for p in members]
-        intervals = distance_intervals(
-            measured, None if slow is None or fast is None else (slow, fast)
+
+        slow, fast = (
+            next((i for i, p in enumerate(members) if p.lam == lam), None) for lam in (0, 1)
         )
-        found |= {p: _distance_row(d) for p, d in zip(members, intervals, strict=True)}
+        ends = None if slow is None or fast is None else (slow, fast)
+        common = [
+            own.on([question for question in own.questions if question in shared])
+            for own in (groups[p, task] for p in members)
+        ]
+        found |= dict(zip(members, distance_intervals(common, ends), strict=True))
     return found
 
 
-def _measured(group: _Group) -> Measured:
-    values: NDArray[np.float64] = group.correct
-    return Measured(values, group.tokens, group.questions)
+def _row(
+    place: _SettingPlace,
+    task: str,
+    groups: _Groups,
+    reference: _SettingPlace | None,
+    distances: Distances | None,
+) -> SummaryRow:
+    samples = groups[place, task]
+    base = groups.get((reference, task)) if reference else None
+    thinking = samples.thinking_tokens
+    return SummaryRow(
+        system=place.system,
+        setting=place.setting,
+        effort=place.effort,
+        lam=place.lam,
+        task=task,
+        n_questions=len(samples.questions),
+        n_samples=len(samples),
+        accuracy=samples.accuracy_interval(),
+        tokens=samples.tokens_interval(),
+        thinking_tokens=None if np.isnan(thinking).any() else float(thinking.mean()),
+        token_cut=None if base is None else _shared_cut(samples, base),
+        chord_distance=distances and distances.chord,
+        hull_distance=distances and distances.hull,
+        **{status: samples.share(status) for status in _STATUSES},
+    )
 
 
-def _distance_row(distances: Distances | None) -> _Row:
-    chord = distances and distances.chord
-    hull = distances and distances.hull
-    return {
-        "chord_distance": chord and chord.mean,
-        "chord_distance_ci": chord and _ends(chord),
-        "hull_distance": hull and hull.mean,
-        "hull_distance_ci": hull and _ends(hull),
-    }
+def _shared_cut(samples: Samples, reference: Samples) -> Interval | None:
+    """The token cut on the questions that both have answered; None if there are none."""
+    known = set(reference.questions)
+    shared = [question for question in samples.questions if question in known]
+    base = reference.on(shared)
+    if not shared or not base.tokens.any():
+        return None
+    return samples.on(shared).token_cut(base)
 
 
 def _mean(
-    place: _Place,
-    references: dict[_Place, _Place | None],
-    groups: dict[tuple[_Place, str], _Group],
-    tasks: list[str],
-) -> _Row:
-    """Figures over all tasks, each counted once; a cut needs a reference on every task."""
+    place: _SettingPlace, tasks: Sequence[str], groups: _Groups, reference: _SettingPlace | None
+) -> SummaryMean:
+    """Figures over all tasks; a cut needs a reference on every one of them."""
     own = [groups[place, task] for task in tasks if (place, task) in groups]
-    reference = references[place]
     pairs = [
-        (groups[place, task].tokens.mean(), groups[reference, task].tokens.mean())
+        (groups[place, task].mean_tokens, groups[reference, task].mean_tokens)
         for task in tasks
         if reference and (place, task) in groups and (reference, task) in groups
     ]
-    complete = len(pairs) == len(own) and all(base > 0 for _, base in pairs)
-    tokens, bases = [[float(pair[i]) for pair in pairs] for i in (0, 1)]
-    return {
-        "accuracy": float(np.mean([group.correct.mean() for group in own])),
-        "token_cut_mean": token_cut_mean(tokens, bases) if complete else None,
-        "token_cut_pooled": token_cut_pooled(tokens, bases) if complete else None,
-    }
+    is_complete = len(pairs) == len(own) and all(base > 0 for _, base in pairs)
+    tokens, bases = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    return SummaryMean(
+        place.system,
+        place.setting,
+        place.effort,
+        place.lam,
+        float(np.mean([samples.accuracy for samples in own])),
+        token_cut_mean(tokens, bases) if is_complete else None,
+        token_cut_pooled(tokens, bases) if is_complete else None,
+    )
 
 
-def _environment(configuration: _Row, environments: Sequence[_Row]) -> _Row:
+def _run_environment(
+    configuration: Mapping[str, Any], environments: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     first, *later = environments
-    return first | ({"continued_with": later} if later else {}) | {"run": configuration}
+    return {**first, **({"continued_with": later} if later else {}), "run": configuration}
 
 
-def _ends(interval: Interval) -> list[float | None]:
-    """The interval's ends; None for one that is not known, as with a single question."""
-    return [float(end) if math.isfinite(end) else None for end in (interval.low, interval.high)]
+# Token cuts from mean tokens.
 
 
-_KEYS = (
-    "system", "setting", "effort", "lambda", "task", "n_questions", "n_samples", "accuracy",
-    "accuracy_ci", "tokens", "tokens_ci", "thinking_tokens", "token_cut", "token_cut_ci",
-    "chord_distance", "chord_distance_ci", "hull_distance", "hull_distance_ci", "wrong",
-    "truncated", "unparsed", "no_answer",
-)  # fmt: skip
+def token_cut(tokens: float, reference: float) -> float:
+    """The cut of one task, from mean tokens.
+
+    Raises:
+        DataError: If the reference's tokens are not positive.
+    """
+    if not reference > 0:
+        raise DataError(
+            f"a token cut needs a reference that writes something, got {reference} tokens."
+        )
+    return 1 - tokens / reference
 
 
-def _ordered(row: _Row) -> _Row:
-    return {key: row[key] for key in _KEYS}
+def token_cut_mean(tokens: Sequence[float], references: Sequence[float]) -> float:
+    """The unweighted mean of the tasks' cuts, as the paper's Table 1 gives it.
+
+    Args:
+        tokens: Mean tokens on each task.
+        references: The reference's mean tokens on each task, in the same order.
+
+    Raises:
+        DataError: If there is no task, or a reference writes nothing.
+    """
+    _check_pairs(tokens, references)
+    return float(np.mean([token_cut(*pair) for pair in zip(tokens, references, strict=True)]))
 
 
-# Where figures were measured: versions and machine, nothing that names a person or a host.
+def token_cut_pooled(tokens: Sequence[float], references: Sequence[float]) -> float:
+    """The cut of the tasks' mean tokens added up, so that long tasks count for more.
 
-_PACKAGES = ("torch", "transformers", "peft", "math-verify", "numpy", "vllm")
+    Args:
+        tokens: Mean tokens on each task.
+        references: The reference's mean tokens on each task, in the same order.
+
+    Raises:
+        DataError: If there is no task, or the reference writes nothing.
+    """
+    _check_pairs(tokens, references)
+    return token_cut(sum(tokens), sum(references))
+
+
+def _check_pairs(tokens: Sequence[float], references: Sequence[float]) -> None:
+    if not tokens or len(tokens) != len(references):
+        raise DataError(
+            f"token cuts over tasks need one figure each from both, got {len(tokens)} and "
+            f"{len(references)}."
+        )
+
+
+# Several sweeps side by side.
+
+_Part = TypeVar("_Part", SummaryRow, SummaryMean)
+
+
+def compare(folders: Sequence[str | Path]) -> Summary:
+    """Put the summaries of several sweeps side by side; the folders are not changed.
+
+    Args:
+        folders: Results folders that `evaluate` has finished, none twice.
+
+    Returns:
+        All rows and means as each sweep measured them, each system named after its folder too;
+        no environment.
+
+    Raises:
+        ConfigError: If a folder is named twice, or has no summary that can be read.
+    """
+    paths = [Path(folder) for folder in folders]
+    resolved = [path.resolve() for path in paths]
+    if len(set(resolved)) < len(resolved):
+        raise ConfigError("a folder is named twice; name each once.")
+
+    rows: list[SummaryRow] = []
+    means: list[SummaryMean] = []
+    for path, label in zip(paths, tell_apart(resolved), strict=True):
+        summary = _read_summary(path)
+        rows += [_under(label, row) for row in summary.rows]
+        means += [_under(label, mean) for mean in summary.means]
+    return Summary(tuple(rows), tuple(means))
+
+
+def _under(label: str, part: _Part) -> _Part:
+    return replace(part, system=f"{label}/{part.system}")
+
+
+def _read_summary(folder: Path) -> Summary:
+    path = folder / "summary.json"
+    try:
+        return Summary.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{folder} has no summary.json; give the --output of flexalign evaluate, and finish "
+            "its run first."
+        ) from None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({error!r}); write it anew with: flexalign evaluate --regrade "
+            f"--output {folder}"
+        ) from error
+
+
+# Where figures are measured: versions and machine, nothing that names a person or a host.
 
 
 def environment() -> dict[str, Any]:

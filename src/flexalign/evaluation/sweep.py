@@ -1,28 +1,148 @@
-"""A sweep: systems at several settings asked the same questions, graded and summarised as it goes."""
+"""A sweep: systems at several settings answer the same questions, graded and summarised as it goes.
 
+:func:`evaluate` is the whole of it. :func:`plan_sweep` checks what is asked and loads no weights;
+the :class:`Sweep` that it returns says what will be sampled and what that costs, and
+:meth:`Sweep.run` samples.
+"""
+
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flexalign._storage import write_json
 from flexalign.data.thinking import ThinkingTags
+from flexalign.data.traces import derive_seed
 from flexalign.errors import ConfigError
 from flexalign.evaluation.grading import Answered, Grader
-from flexalign.evaluation.samples import (
-    Lost,
-    Progress,
-    ResultsFolder,
-    Sampler,
-    sweep_cells,
-)
-from flexalign.evaluation.summary import environment, summarise
+from flexalign.evaluation.report import write_report
+from flexalign.evaluation.samples import ResultsFolder
+from flexalign.evaluation.summary import Summary, environment, summarise
 from flexalign.evaluation.systems import Cell, settings_of
-from flexalign.evaluation.tasks import Task
-from flexalign.lambdas import Setting
-from flexalign.systems import Backend, Messages, System, SystemOptions, open_backend
+from flexalign.evaluation.tasks import Task, TaskSampling, load_task
+from flexalign.lambdas import Setting, unique_settings
+from flexalign.systems import (
+    Answer,
+    Backend,
+    Failure,
+    Messages,
+    System,
+    SystemOptions,
+    open_backend,
+    parse_systems,
+)
+
+Progress = Callable[[int], None]
+"""Told how many samples were made since it was last told."""
+
+
+def evaluate(
+    systems: Sequence[str | System],
+    tasks: Sequence[str | Task],
+    output: str | Path,
+    *,
+    settings: Sequence[object] = (),
+    samples: int | None = None,
+    seed: int = 0,
+    baseline: str | None = None,
+    workers: int = 1,
+    progress: Progress | None = None,
+    **options: Any,
+) -> "SweepResult":
+    """Measure systems at several settings, or go on where an earlier run stopped.
+
+    Args:
+        systems: Each as the command line takes it, such as ``dial:BASE,ADAPTER``.
+        tasks: Names, paths of files, or tasks of :func:`~flexalign.evaluation.tasks.load_task`.
+        output: The results folder; gets the samples, the summary and the report.
+        settings: Numbers (λ), policies, schedules or
+            :class:`~flexalign.lambdas.Setting`; see ``settings_of`` for the defaults.
+        samples: Responses to each question; the tasks' own number if not given.
+        seed: Of all sampling.
+        baseline: The system against which token cuts of systems without λ = 0 are taken.
+        workers: Processes that grade.
+        progress: Told of samples as they are made, and first of those that the folder holds.
+        **options: Fields of :class:`~flexalign.systems.SystemOptions`; temperature,
+            top_p and max_new_tokens are the tasks' own if not given.
+
+    Returns:
+        The summary, and the samples that could not be made; the report is written if there are
+        none.
+
+    Raises:
+        ConfigError: If something is missing, is given twice, or does not go together, or the
+            folder belongs to another configuration.
+        LambdaError: If a λ is outside an adapter's range.
+        ServingError: If a server cannot be used at all.
+    """
+    sweep = plan_sweep(
+        systems, tasks, settings=settings, samples=samples, seed=seed, baseline=baseline, **options
+    )
+    result = sweep.run(Path(output), workers=workers, begun=progress, progress=progress)
+    if not result.lost:
+        write_report([Path(output)], Path(output))
+    return result
+
+
+def plan_sweep(
+    systems: Sequence[str | System],
+    tasks: Sequence[str | Task],
+    *,
+    settings: Sequence[object] = (),
+    samples: int | None = None,
+    seed: int = 0,
+    baseline: str | None = None,
+    **options: Any,
+) -> "Sweep":
+    """Check what is to be measured; no weights are loaded. Arguments as for :func:`evaluate`."""
+    named = parse_systems([system for system in systems if isinstance(system, str)])
+    parsed = iter(named)
+    asked = [next(parsed) if isinstance(system, str) else system for system in systems]
+    loaded = [load_task(task) if isinstance(task, str) else task for task in tasks]
+
+    return Sweep(
+        asked,
+        loaded,
+        unique_settings(settings),
+        _agreed(samples, loaded, "samples"),
+        seed,
+        baseline,
+        sampling_options(loaded, **options),
+    )
+
+
+def sampling_options(tasks: Sequence[Task], **options: Any) -> SystemOptions:
+    """Make the options of systems, sampled as their tasks are unless something else is asked for.
+
+    Args:
+        tasks: Whose temperature, top_p and max_new_tokens hold where they are not given.
+        **options: Fields of :class:`~flexalign.systems.SystemOptions`; None is as good
+            as not given.
+
+    Raises:
+        ConfigError: If the tasks differ in one that is not given.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in ("temperature", "top_p", "max_new_tokens"):
+        given[name] = _agreed(given.get(name), tasks, name)
+    return SystemOptions(**given)
+
+
+def _agreed(given: Any, tasks: Sequence[Task], name: str) -> Any:
+    """What was asked for, else what the tasks agree on."""
+    if given is not None:
+        return given
+    values = {getattr(task.sampling, name) for task in tasks} or {getattr(TaskSampling(), name)}
+    if len(values) > 1:
+        option = name.replace("_", "-")
+        raise ConfigError(
+            f"the tasks differ in their usual {option} ({', '.join(map(str, sorted(values)))}); "
+            f"give one for all with --{option}."
+        )
+    return values.pop()
 
 
 @dataclass(frozen=True)
@@ -35,9 +155,9 @@ class SweepResult:
         lost: Samples that could not be made.
     """
 
-    summary: dict[str, Any] | None
+    summary: Summary | None
     made: int
-    lost: list[Lost]
+    lost: "list[Lost]"
 
 
 @dataclass(frozen=True)
@@ -77,6 +197,7 @@ class Sweep:
         tasks = [task.name for task in self.tasks]
         if len(set(tasks)) < len(tasks):
             raise ConfigError(f"a task is given twice, or two files have one name: {tasks}.")
+
         _check_options(self.samples, self.options)
         for system in self.systems:
             if not self.settings_of(system):
@@ -87,7 +208,8 @@ class Sweep:
                     f"no system here can be set to {setting.id}; models have no dial, and weights "
                     "are interpolated at numbers alone."
                 )
-        _ = self.backends
+
+        _ = self.backends  # whose making checks that every model is there
 
     def settings_of(self, system: System) -> list[Setting]:
         """The settings that one of the systems is measured at."""
@@ -170,9 +292,10 @@ class Sweep:
         """
         configuration = self.configuration()
         folder = ResultsFolder.begin(output, configuration, self.tasks, environment())
-        if begun is not None:
-            begun(len(folder.rows))
         before = len(folder.rows)
+        if begun is not None:
+            begun(before)
+
         lost: list[Lost] = []
         with ExitStack() as stack:
             for system, described in zip(self.systems, configuration["systems"], strict=True):
@@ -181,49 +304,9 @@ class Sweep:
                 sampler = Sampler(system.name, self.backends[system.name], folder, grader)
                 lost += sampler.draw(self.cells(system), progress)
                 self.backends[system.name].release()
+
         summary = write_summary(folder) if folder.rows else None
         return SweepResult(summary, len(folder.rows) - before, lost)
-
-
-def regrade(output: Path, *, workers: int = 1) -> tuple[dict[str, Any], int]:
-    """Grade the stored samples of a results folder again, and summarise them anew.
-
-    Returns:
-        The summary, and how many grades have changed.
-
-    Raises:
-        ConfigError: If it is no results folder, or has no samples.
-    """
-    folder = ResultsFolder.read(output)
-    golds, changed = folder.golds(), 0
-    rows = [dict(row) for row in folder.rows]
-    for described in folder.configuration["systems"]:
-        own = [row for row in rows if row["system"] == described["name"]]
-        with Grader(workers=workers, tags=ThinkingTags(*described["thinking_tags"])) as grader:
-            grades = grader.grade_many(
-                Answered(
-                    row["response"],
-                    golds[row["task"], row["question"]],
-                    row["finish"] == "length",
-                )
-                for row in own
-            )
-        for row, grade in zip(own, grades, strict=True):
-            changed += row["status"] != grade.status
-            row |= {"status": grade.status, "extracted": grade.extracted}
-    folder.replace(rows)
-    return write_summary(folder), changed
-
-
-def write_summary(folder: ResultsFolder) -> dict[str, Any]:
-    """Write ``summary.json`` of a results folder, and return what is in it.
-
-    Raises:
-        ConfigError: If the folder has no samples.
-    """
-    summary = summarise(folder.configuration, folder.rows, folder.environments)
-    write_json(folder.path / "summary.json", summary)
-    return summary
 
 
 def _first(task: Task) -> Messages:
@@ -253,3 +336,160 @@ def _check_options(samples: int, options: SystemOptions) -> None:
         )
     if options.engine not in ("local", "vllm"):
         raise ConfigError(f"the engine is local or vllm, not {options.engine!r}.")
+
+
+# Drawing: which samples there are, with which seeds, and how they are made and kept.
+
+
+class Lost(NamedTuple):
+    """A sample that could not be made."""
+
+    system: str
+    cell: Cell
+    reason: str
+
+
+def sample_seed(seed: int, task: str, question: str, sample: int) -> int:
+    """The seed of one sample: 31 bits from the sweep's seed and the sample's place.
+
+    The setting is left out on purpose: all settings answer with the same luck, so that their
+    differences are measured with less noise.
+    """
+    return derive_seed(seed, task, question, sample)
+
+
+def sweep_cells(
+    tasks: Sequence[Task], settings: Sequence[Setting], samples: int, seed: int = 0
+) -> list[Cell]:
+    """List a system's samples, by task, question, sample and setting."""
+    return [
+        Cell(
+            setting,
+            task.name,
+            question.id,
+            sample,
+            sample_seed(seed, task.name, question.id, sample),
+            task.messages(question),
+        )
+        for task in tasks
+        for question in task.questions
+        for sample in range(samples)
+        for setting in settings
+    ]
+
+
+class Sampler:
+    """Draws samples of one system into a results folder, graded."""
+
+    def __init__(
+        self, system: str, backend: Backend, folder: ResultsFolder, grader: Grader
+    ) -> None:
+        """Join a system, a place for its samples and a grader with its thinking tags."""
+        self._system, self._backend, self._folder = system, backend, folder
+        self._grader, self._golds = grader, folder.golds()
+        self._hashes: dict[tuple[str, str], str] = {}
+
+    def draw(self, cells: Sequence[Cell], progress: Progress | None = None) -> list[Lost]:
+        """Make what is missing of `cells`; what is made is on the disk before the next batch.
+
+        Returns:
+            The samples that could not be made.
+
+        Raises:
+            ServingError: If a server cannot be used at all.
+        """
+        lost: list[Lost] = []
+        for outcomes in self._backend.run(cells, self._folder.done(self._system)):
+            made = [(cell, given) for cell, given in outcomes if isinstance(given, Answer)]
+            self._folder.append(self._rows(made))
+            lost += [
+                Lost(self._system, cell, given.reason)
+                for cell, given in outcomes
+                if isinstance(given, Failure)
+            ]
+            if progress is not None:
+                progress(len(made))
+        return lost
+
+    def _rows(self, made: list[tuple[Cell, Answer]]) -> list[dict[str, Any]]:
+        grades = self._grader.grade_many(
+            Answered(answer.text, self._golds[cell.task, cell.question], answer.truncated)
+            for cell, answer in made
+        )
+
+        return [
+            {
+                "system": self._system,
+                "setting": cell.setting.id,
+                "lambda": cell.setting.lam,
+                "policy": cell.setting.policy,
+                "task": cell.task,
+                "question": cell.question,
+                "sample": cell.sample,
+                "seed": cell.seed,
+                "prompt_hash": self._prompt_hash(cell),
+                "response": answer.text,
+                "tokens": answer.tokens,
+                "thinking_tokens": answer.thinking_tokens,
+                "rejected_tokens": answer.rejected_tokens,
+                "finish": "length" if answer.truncated else "stop",
+                "route": answer.route,
+                "confidence": answer.confidence,
+                "status": grade.status,
+                "extracted": grade.extracted,
+            }
+            for (cell, answer), grade in zip(made, grades, strict=True)
+        ]
+
+    def _prompt_hash(self, cell: Cell) -> str:
+        place = (cell.task, cell.question)
+        if place not in self._hashes:
+            text = self._backend.render(cell.messages)
+            self._hashes[place] = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return self._hashes[place]
+
+
+# Stored samples, graded again.
+
+
+def regrade(output: Path, *, workers: int = 1) -> tuple[Summary, int]:
+    """Grade the stored samples of a results folder again, and summarise them anew.
+
+    Returns:
+        The summary, and how many grades have changed.
+
+    Raises:
+        ConfigError: If it is no results folder, or has no samples.
+    """
+    folder = ResultsFolder.read(output)
+    golds, changed = folder.golds(), 0
+    rows = [dict(row) for row in folder.rows]
+
+    for described in folder.configuration["systems"]:
+        own = [row for row in rows if row["system"] == described["name"]]
+        with Grader(workers=workers, tags=ThinkingTags(*described["thinking_tags"])) as grader:
+            grades = grader.grade_many(
+                Answered(
+                    row["response"],
+                    golds[row["task"], row["question"]],
+                    row["finish"] == "length",
+                )
+                for row in own
+            )
+        for row, grade in zip(own, grades, strict=True):
+            changed += row["status"] != grade.status
+            row |= {"status": grade.status, "extracted": grade.extracted}
+
+    folder.replace(rows)
+    return write_summary(folder), changed
+
+
+def write_summary(folder: ResultsFolder) -> Summary:
+    """Write ``summary.json`` of a results folder, and return what is in it.
+
+    Raises:
+        ConfigError: If the folder has no samples.
+    """
+    summary = summarise(folder.configuration, folder.rows, folder.environments)
+    write_json(folder.path / "summary.json", summary.to_json())
+    return summary

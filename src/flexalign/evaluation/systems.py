@@ -1,11 +1,11 @@
 """Systems as a sweep measures them: the samples that it asks for, and the settings of each kind."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
-from flexalign.lambdas import AS_IT_IS, Fixed, Setting, setting_label, unique_settings
+from flexalign.lambdas import AS_IT_IS, Fixed, Setting, unique_settings
 from flexalign.systems import Answer, Failure, Messages, System
 
 _DEFAULT_LAMBDAS = (0.0, 0.5, 1.0)
@@ -72,11 +72,6 @@ def settings_of(system: System, asked: Sequence[Setting]) -> list[Setting]:
     if system.kind == "interpolate":
         return [setting for setting in settings if isinstance(setting.dial, Fixed)]
     return settings
-
-
-def row_label(row: Mapping[str, Any]) -> str:
-    """Name the setting of one of a summary's rows or means."""
-    return setting_label(row["setting"], row.get("effort"))
 
 
 def tell_apart(folders: Sequence[Path]) -> list[str]:

@@ -42,7 +42,7 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Sampling:
+class TaskSampling:
     """How responses are drawn, unless the user says otherwise: the paper's settings.
 
     Attributes:
@@ -59,7 +59,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Question:
+class TaskQuestion:
     """One question.
 
     Attributes:
@@ -85,11 +85,11 @@ class Task:
     """
 
     name: str
-    questions: tuple[Question, ...]
+    questions: tuple[TaskQuestion, ...]
     instruction: str = MATHEMATICS
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: TaskSampling = field(default_factory=TaskSampling)
 
-    def messages(self, question: Question) -> list[dict[str, str]]:
+    def messages(self, question: TaskQuestion) -> list[dict[str, str]]:
         """The conversation that puts a question, for a chat template."""
         text = question.problem
         if self.instruction:
@@ -157,6 +157,7 @@ def load_task(
                 f"{', '.join(task_names())}, and a file needs `problem` and `answer`."
             )
         name, questions = path.stem, _read(path)
+
     if limit is not None and limit < len(questions):
         chosen = sorted(random.Random(seed).sample(range(len(questions)), limit))
         questions = [questions[index] for index in chosen]
@@ -174,7 +175,7 @@ def sample_warning(task: Task, samples: int) -> str | None:
     )
 
 
-def unreadable_golds(task: Task, grader: Grader) -> list[Question]:
+def unreadable_golds(task: Task, grader: Grader) -> list[TaskQuestion]:
     """The questions whose known answer cannot be parsed, so that nothing could match it.
 
     Meant to be asked before sampling starts.
@@ -200,7 +201,7 @@ def _public_file(name: str, data: str | Path | None) -> Path:
     raise ConfigError(f"{folder} has no file of {name}; put one there, such as {names[0]}.")
 
 
-def _read(path: Path) -> list[Question]:
+def _read(path: Path) -> list[TaskQuestion]:
     questions, bad = _sort_out(read_rows(path))
     if bad:
         lines = [f"  {row.place}: {row.reason}" for row in bad[:_SHOWN]]
@@ -214,8 +215,8 @@ def _read(path: Path) -> list[Question]:
     return questions
 
 
-def _sort_out(rows: Iterable[Row | BadRow]) -> tuple[list[Question], list[BadRow]]:
-    questions: list[Question] = []
+def _sort_out(rows: Iterable[Row | BadRow]) -> tuple[list[TaskQuestion], list[BadRow]]:
+    questions: list[TaskQuestion] = []
     bad: list[BadRow] = []
     places: dict[str, str] = {}
     for number, row in enumerate(rows, start=1):
@@ -231,7 +232,7 @@ def _sort_out(rows: Iterable[Row | BadRow]) -> tuple[list[Question], list[BadRow
     return questions, bad
 
 
-def _question(row: Row, number: int) -> Question | BadRow:
+def _question(row: Row, number: int) -> TaskQuestion | BadRow:
     problem = row.value.get("problem", row.value.get("question"))
     if problem is None:
         return BadRow(row.place, "no field `problem` (or `question`)")
@@ -242,7 +243,7 @@ def _question(row: Row, number: int) -> Question | BadRow:
     gold = _gold(row.value["answer"])
     if not gold:
         return BadRow(row.place, "`answer` is neither a text nor a number, or is empty")
-    return Question(_id(row.value, number), problem.strip(), gold)
+    return TaskQuestion(_id(row.value, number), problem.strip(), gold)
 
 
 def _gold(answer: Any) -> str | None:

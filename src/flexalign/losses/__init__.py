@@ -16,7 +16,7 @@ from torch import Tensor
 from flexalign.errors import ConfigError, PairMismatchError
 from flexalign.fusion import Lambda, per_position
 from flexalign.heads import Head, can_mix_hidden
-from flexalign.losses.kernel import Task, sum_in_chunks
+from flexalign.losses.kernel import DivergenceTask, sum_in_chunks
 from flexalign.losses.sequence import sampled_score
 from flexalign.losses.teacher import FusedTeacher, for_products
 
@@ -167,7 +167,7 @@ def fused_divergence(
         hidden = student_hidden.detach().flatten(0, -2)
         score = sampled_score(hidden, own, teacher, mask, sampled, chunk_size)
 
-    task = Task(
+    task = DivergenceTask(
         positions=mask.reshape(-1).nonzero().squeeze(-1),
         student=own,
         teacher=teacher,

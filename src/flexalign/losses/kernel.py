@@ -24,7 +24,7 @@ from flexalign.losses.teacher import (
 
 
 @dataclass(frozen=True)
-class Task:
+class DivergenceTask:
     """What is to be summed over which positions.
 
     Attributes:
@@ -50,7 +50,7 @@ class Task:
 
 
 def sum_in_chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, task: Task
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, task: DivergenceTask
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum the divergence over the counted positions, in nats.
 
@@ -73,7 +73,7 @@ class _ChunkedDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: Task
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: DivergenceTask
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         needed = ctx.needs_input_grad[:3] if task.gradients else (False, False, False)
@@ -114,7 +114,7 @@ def _hand_over(ctx: Any, grad_total: Tensor) -> list[Tensor | None]:
     ]
 
 
-def _sweep(hidden: Tensor, task: Task, grads: list[Tensor | None]) -> Tensor:
+def _sweep(hidden: Tensor, task: DivergenceTask, grads: list[Tensor | None]) -> Tensor:
     """Go over the counted positions in chunks, adding to the gradients.
 
     Returns:

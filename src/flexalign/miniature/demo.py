@@ -21,12 +21,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from flexalign._storage import write_json
 from flexalign.errors import DataError
 from flexalign.evaluation.frontier import (
-    Measured,
     ParetoCurve,
     ParetoPoint,
     distance_intervals,
     draw_pareto,
 )
+from flexalign.evaluation.samples import Samples
 from flexalign.generation.responses import generate_responses
 from flexalign.inra import InRaModel
 from flexalign.miniature import ALIGNED, REFERENCE, folder, make_questions, make_traces
@@ -344,7 +344,7 @@ def weigh(answers: JudgedAnswers, fast: JudgedAnswers, slow: JudgedAnswers) -> W
     """Say what a setting is worth beside the dial's two ends, on the same questions."""
     _require_same(answers, slow)
     questions = range(len(slow.right))
-    measured = [Measured(one.right, one.tokens, questions) for one in (slow, fast, answers)]
+    measured = [Samples(questions, one.right, one.tokens) for one in (slow, fast, answers)]
     place = next((i for i, end in enumerate((slow, fast)) if end is answers), 2)
     distances = distance_intervals(measured, ends=(0, 1))
     chords = [one.chord for one in distances if one.chord is not None]

@@ -23,7 +23,7 @@ def _locate(part: str) -> Path:
 
 def _task(part: str, limit: int | None) -> "Task":
     """Make the questions of ``miniature``, or of ``miniature:N`` with seed N."""
-    from flexalign.evaluation.tasks import Question, Sampling, Task
+    from flexalign.evaluation.tasks import Task, TaskQuestion, TaskSampling
     from flexalign.miniature import make_questions
 
     if part and not part.isdecimal():
@@ -35,14 +35,14 @@ def _task(part: str, limit: int | None) -> "Task":
 
     made = make_questions(limit or _TASK_QUESTIONS, seed)
     questions = (
-        Question(str(number), question.text, str(question.answer))
+        TaskQuestion(str(number), question.text, str(question.answer))
         for number, question in enumerate(made, start=1)
     )
     return Task(
         f"miniature:{part}" if part else "miniature",
         tuple(questions),
         instruction="",
-        sampling=Sampling(temperature=1.0, top_p=1.0, max_new_tokens=1000),
+        sampling=TaskSampling(temperature=1.0, top_p=1.0, max_new_tokens=1000),
     )
 
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, WithJsonSchema
 
 from flexalign._spelling import misspelt
-from flexalign.calibration.effort import effort_to_dial, largest_effort, note_on_sampling
+from flexalign.calibration.effort import Calibration, effort_to_dial, note_on_sampling
 from flexalign.errors import ConfigError, LambdaError
 from flexalign.inra.configuration import InRaConfig
 from flexalign.lambdas import (
@@ -333,21 +333,21 @@ def adapter_rules(
         ConfigError: If the adapter's default is not permitted, or its calibration cannot be read.
     """
     permitted = lambda_range or settings.lambda_range
-    default, calibration = Fixed(settings.default_lambda), settings.calibration
+    default = Fixed(settings.default_lambda)
     if outside_range(default, permitted) is not None:
         low, high = permitted
         raise ConfigError(
             f"the adapter's default λ = {settings.default_lambda:g} is outside --lambda-range "
             f"[{low:g}, {high:g}]; permit it."
         )
-    if calibration is None:
+    if settings.calibration is None:
         return DialRules(default, permitted)
-    sampling = calibration.get("sampling", {})
-    largest_effort(calibration)  # refuses one that cannot be read, before anybody asks
+    calibration = Calibration.from_json(settings.calibration)
+    sampling = calibration.sampling
     return DialRules(
         default,
         permitted,
         effort=partial(effort_to_dial, calibration),
-        holes=tuple((float(low), float(high)) for low, high in calibration.get("holes", ())),
+        holes=calibration.holes,
         sampling={name: sampling[name] for name in ("temperature", "top_p") if name in sampling},
     )

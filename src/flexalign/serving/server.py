@@ -8,13 +8,15 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import uvicorn
 
+from flexalign.data.prompting import PromptSettings
+from flexalign.data.rendering import stop_ids
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, ServingError
 from flexalign.fusion import gated_lambda
@@ -49,6 +51,7 @@ class ServeOptions:
         dtype: Of the weights.
         context: Tokens that a prompt and its answer may have together; the model's own if less.
         limits: How much the engine takes on.
+        template: Arguments of the chat template, for every request.
 
     Raises:
         ConfigError: If options exclude each other, or a number is out of its range.
@@ -64,6 +67,7 @@ class ServeOptions:
     dtype: str = "auto"
     context: int | None = None
     limits: EngineLimits = field(default_factory=EngineLimits)
+    template: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check what needs no weights."""
@@ -122,6 +126,7 @@ def _open(options: ServeOptions) -> tuple[Runner, Any, ThinkingTags | None, Dial
             dtype=options.dtype,
             lambda_range=options.lambda_range,
             any_base=options.any_base,
+            template=options.template,
         ),
     )
     tokenizer, settings = backend.text.tokenizer, backend.config
@@ -129,6 +134,7 @@ def _open(options: ServeOptions) -> tuple[Runner, Any, ThinkingTags | None, Dial
         return PlainRunner(backend.load()), tokenizer, None, DialRules(None)
     if settings is None:
         decoder = backend.load()
+        PromptSettings(options.template).bind(decoder.tokenizer)
         rules = DialRules(Fixed(1.0), options.lambda_range or (0.0, 1.0))
         return PairRunner(decoder, options.gate), decoder.tokenizer, None, rules
 
@@ -146,7 +152,7 @@ def _sides(model: Any) -> Sequence[Any]:
 def _ends(given: Any, tokenizer: Any) -> list[int]:
     """Return the tokens that end an answer: the model's and its tokenizer's."""
     own = given if isinstance(given, list | tuple) else [given]
-    return [int(end) for end in dict.fromkeys([*own, tokenizer.eos_token_id]) if end is not None]
+    return [int(end) for end in dict.fromkeys([*own, *stop_ids(tokenizer)]) if end is not None]
 
 
 def require_safe_address(host: str, key: str | None, *, insecure: bool) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from flexalign.data.rendering import render_chat
+from flexalign.data.rendering import Rendering
 from flexalign.data.thinking import ThinkingTags
 from flexalign.data.traces import derive_seed
 from flexalign.errors import ConfigError, DataError
@@ -156,7 +156,7 @@ class Service:
             )
         try:
             messages = [dict(message) for message in request.messages]
-            text = render_chat(tokenizer, messages, add_generation_prompt=True)
+            return tuple(Rendering(tokenizer).prompt(messages).ids)
         except DataError as error:
             raise ApiError(400, f"messages: {error}", param="messages") from error
         except Exception as error:  # a template is a program, and these are its arguments
@@ -165,8 +165,6 @@ class Service:
                 f"messages: the chat template fails on them ({error!r:.200}); send others.",
                 param="messages",
             ) from error
-        # The template has written the special tokens.
-        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _encode(self, prompt: str | TokenIds) -> TokenIds:
         if isinstance(prompt, str):

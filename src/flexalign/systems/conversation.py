@@ -82,9 +82,7 @@ class Conversation:
 
         reader = self.backend.text
         streamer = _Streamer(
-            StreamedResponse(
-                reader.tokenizer, reader.tags, opened=reader.tags.opened_by(reader.render(messages))
-            ),
+            StreamedResponse(reader.tokenizer, reader.tags, opened=reader.opens(messages)),
             show,
         )
         started = time.perf_counter()

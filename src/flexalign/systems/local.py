@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexalign.data.rendering import Prompt, render_chat
+from flexalign.data.rendering import Opening, Prompt, Rendering
+from flexalign.data.template import bind_template, bound_thinking
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError
 from flexalign.generation import TwoModelDecoder
@@ -56,10 +57,12 @@ class ModelText:
 
     def render(self, messages: Messages) -> str:
         """The prompt as text."""
-        prompt = self.prompt(messages)
-        if isinstance(prompt, str):
-            return prompt
-        return render_chat(self.tokenizer, prompt, add_generation_prompt=True)
+        return Rendering(self.tokenizer, self.tags).prompt(self.prompt(messages)).text
+
+    def opens(self, messages: Messages) -> bool:
+        """Whether the prompt leaves the thinking open, so that the response begins inside it."""
+        prompt = Rendering(self.tokenizer, self.tags).prompt(self.prompt(messages))
+        return prompt.opening is Opening.OPENED
 
     def length(self, messages: Messages) -> int:
         """The prompt's length in tokens, special tokens that a tokenizer adds left out."""
@@ -67,8 +70,7 @@ class ModelText:
 
     def whole(self, messages: Messages, response: str) -> str:
         """A response with its opening tag, which may stand in the prompt."""
-        opened = self.tags.opened_by(self.render(messages))
-        return self.tags.open + response if opened else response
+        return self.tags.open + response if self.opens(messages) else response
 
     def thinking_tokens(self, response: str) -> int:
         """Tokens between the thinking tags."""
@@ -149,6 +151,10 @@ class LocalBackend:
         if self.kind != "model":
             self.require_range(settings)
         tokenizer = load_tokenizer(self._sources[0], trust_remote_code=trust_remote_code)
+        if self.config is not None:
+            self.config.bind(tokenizer)
+        if self._options.template:
+            bind_template(tokenizer, self._options.template, bound_thinking(tokenizer))
         self.text = ModelText(tokenizer, self.config.tags if self.config else None)
 
     @property

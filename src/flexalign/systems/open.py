@@ -6,7 +6,7 @@ for it; weights are loaded with its first answer.
 """
 
 import re
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -122,6 +122,7 @@ class SystemOptions:
         pause_seconds: The first pause between tries; it doubles with each.
         api_key: Of an endpoint.
         engine: ``local`` or ``vllm``, for plain models.
+        template: Arguments of the chat template, for what is on this machine.
     """
 
     temperature: float = 0.7
@@ -140,6 +141,7 @@ class SystemOptions:
     pause_seconds: float = 1.0
     api_key: str | None = None
     engine: str = "local"
+    template: Mapping[str, Any] | None = None
 
 
 class Request(Protocol):
@@ -278,6 +280,11 @@ def open_backend(
         LambdaError: If a λ is outside the permitted range.
     """
     options = options or SystemOptions()
+    if options.template and (system.kind == "url" or options.engine == "vllm"):
+        raise ConfigError(
+            f"{system.name}: --template is for what the local engine renders; give the server its "
+            "own, such as vLLM's --default-chat-template-kwargs."
+        )
     if system.kind == "url":
         from flexalign.systems.endpoint import EndpointBackend
 

@@ -13,16 +13,22 @@ of stands in the manifest beside its file (`flexalign.data.traces`).
 """
 
 import json
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flexalign.data.formats import load_prompts
-from flexalign.data.rendering import Prompt, keeps_thinking, plain_prompt
-from flexalign.data.thinking import ThinkingTags
-from flexalign.data.traces import Sampled, SamplingSettings, TraceSummary, make_traces, open_run
+from flexalign.data.prompting import PromptSettings
+from flexalign.data.rendering import Prompt, plain_prompt
+from flexalign.data.traces import (
+    Sampled,
+    SamplingSettings,
+    TraceSummary,
+    make_traces,
+    open_run,
+    sampling_record,
+)
 from flexalign.errors import ConfigError
 from flexalign.generation.responses import generate_responses
 from flexalign.models.loading import fingerprint
@@ -44,6 +50,7 @@ def sample(
     settings: SamplingSettings | None = None,
     *,
     options: SystemOptions | None = None,
+    prompting: PromptSettings | None = None,
     limit: int | None = None,
     skip_bad_rows: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -57,6 +64,8 @@ def sample(
         settings: How responses are drawn; one for each prompt at temperature 1 if not given.
         options: How the system is run: ``dtype`` of a model on this machine; ``model_name``,
             ``api_key``, ``concurrency``, ``timeout_seconds`` and ``attempts`` of a server.
+        prompting: A system message for prompts that have none, and, for a model on this machine,
+            arguments of the chat template; the rows keep what they were sampled with.
         limit: Take only the first prompts, this many.
         skip_bad_rows: Leave out rows that cannot be used.
         progress: Called with the number of rows in the file after each batch.
@@ -75,11 +84,10 @@ def sample(
         output,
         settings,
         options=options,
+        prompting=prompting,
         limit=limit,
         skip_bad_rows=skip_bad_rows,
     )
-    if run.caution is not None:
-        warnings.warn(run.caution, stacklevel=2)
     return run.finish(progress)
 
 
@@ -89,7 +97,6 @@ class SampleRun:
     Attributes:
         total: Rows of the finished file.
         done: Rows that the file holds already; 0 before :meth:`begin`.
-        caution: What to tell the user of the model's chat template, if anything.
     """
 
     def __init__(
@@ -100,16 +107,18 @@ class SampleRun:
         settings: SamplingSettings | None = None,
         *,
         options: SystemOptions | None = None,
+        prompting: PromptSettings | None = None,
         limit: int | None = None,
         skip_bad_rows: bool = False,
     ) -> None:
         """Open the system and read the prompts. No weights are loaded and nothing is written."""
         self.settings = settings or SamplingSettings()
         self._output = Path(output)
-        self._generator = _open_generator(_system_of(system), self.settings, options)
-        self.caution = self._generator.caution
+        prompting = prompting or PromptSettings()
+        self._generator = _open_generator(_system_of(system), self.settings, options, prompting)
 
-        self.prompts: Dataset = load_prompts(prompts, skip_bad_rows=skip_bad_rows)
+        loaded = load_prompts(prompts, skip_bad_rows=skip_bad_rows)
+        self.prompts: Dataset = prompting.apply(loaded)
         if limit is not None:
             self.prompts = self.prompts.select(range(min(limit, len(self.prompts))))
         self.total = len(self.prompts) * self.settings.samples
@@ -126,7 +135,13 @@ class SampleRun:
             ConfigError: If the file belongs to another run.
             DataError: If a row of it is damaged.
         """
-        self.done = open_run(self.prompts, self._output, self.settings, self._generator.source)
+        self.done = open_run(
+            self.prompts,
+            self._output,
+            self.settings,
+            self._generator.source,
+            self._generator.rendering,
+        )
         return self.done
 
     def finish(self, progress: Callable[[int], None] | None = None) -> TraceSummary:
@@ -139,6 +154,7 @@ class SampleRun:
             done=self.begin(),
             progress=progress,
             render=self._generator.render,
+            rendering=self._generator.rendering,
         )
 
 
@@ -147,11 +163,11 @@ class _Generator(Protocol):
 
     Attributes:
         source: What identifies it in a manifest.
-        caution: What to tell the user of it, if anything.
+        rendering: What its prompts are rendered with; None where a server does it.
     """
 
     source: dict[str, Any]
-    caution: str | None
+    rendering: dict[str, Any] | None
 
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Sequence[Sampled]:
         """Answer a batch, with a seed for each prompt."""
@@ -169,7 +185,10 @@ def _system_of(given: str | Path | System) -> System:
 
 
 def _open_generator(
-    system: System, settings: SamplingSettings, options: SystemOptions | None
+    system: System,
+    settings: SamplingSettings,
+    options: SystemOptions | None,
+    prompting: PromptSettings,
 ) -> _Generator:
     if system.kind not in _KINDS:
         raise ConfigError(
@@ -187,9 +206,13 @@ def _open_generator(
 
     backend = open_backend(system, options=options)
     if isinstance(backend, EndpointBackend):
+        if prompting.template:
+            raise ConfigError(
+                "--template has no meaning with --endpoint; leave one of the two out."
+            )
         return _SampledServer(backend, system, options)
     if isinstance(backend, LocalBackend):
-        return _SampledModel(backend, system, options, plain=settings.plain)
+        return _SampledModel(backend, system, options, prompting)
     raise ConfigError("traces are sampled by the local engine, or from a server; leave engine out.")
 
 
@@ -197,7 +220,11 @@ class _SampledModel:
     """A model on this machine."""
 
     def __init__(
-        self, backend: LocalBackend, system: System, options: SystemOptions, *, plain: bool
+        self,
+        backend: LocalBackend,
+        system: System,
+        options: SystemOptions,
+        prompting: PromptSettings,
     ) -> None:
         (name,) = system.parts
         self._backend, self._options = backend, options
@@ -207,16 +234,8 @@ class _SampledModel:
             "fingerprint": fingerprint(resolve(name)),
             "dtype": options.dtype,
         }
-
-        self.caution: str | None = None
-        tags = ThinkingTags.detect(self._tokenizer)
-        converses = bool(self._tokenizer.chat_template) and not plain
-        if converses and tags and not keeps_thinking(self._tokenizer, tags):
-            self.caution = (
-                "this model's chat template drops the thinking of "
-                "responses, so training on these traces will need --plain here, or another "
-                "template there."
-            )
+        prompting.bind(self._tokenizer)
+        self.rendering: dict[str, Any] | None = sampling_record(self._tokenizer)
 
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Sequence[Sampled]:
         """Answer a batch; its first seed seeds all of it."""
@@ -245,7 +264,7 @@ class _SampledServer:
         # A server's only model is looked up, so that the manifest tells whose responses they are.
         name = options.model_name or backend.endpoint.model
         self.source = {"endpoint": system.parts[0], "model": name}
-        self.caution: str | None = None
+        self.rendering: dict[str, Any] | None = None
 
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Sequence[Sampled]:
         """Answer a batch, each prompt with its own seed."""

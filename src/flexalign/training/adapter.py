@@ -26,6 +26,7 @@ from flexalign.data import (
     measure_lengths,
     strip_thinking,
 )
+from flexalign.data.rendering import rendering_record
 from flexalign.errors import ConfigError, UnsupportedModelError, as_input_errors
 from flexalign.inra.adapter import AdapterHook, decoder_layers
 from flexalign.inra.configuration import (
@@ -46,11 +47,12 @@ from flexalign.models.weights import fingerprint_file
 from flexalign.training.checkpoints import SealedCheckpoints
 from flexalign.training.events import Events
 from flexalign.training.forward import HeadForm
-from flexalign.training.inputs import read_traces
+from flexalign.training.inputs import read_traces, settle_template
 from flexalign.training.memory import Sizes
 from flexalign.training.models import Parts, Teacher, running_dtype
 from flexalign.training.plan import TrainingPlan, plan_memory, plan_steps, sample_rows
 from flexalign.training.recipes import AdaptRecipe, BakeRecipe, Recipe
+from flexalign.training.rows import RenderedPreferences, RenderedRows
 from flexalign.training.run import Outcome, Round, RunOptions, TrainingRun
 from flexalign.training.trainer import TrRaTrainer
 
@@ -140,7 +142,7 @@ class _AdapterTraining(_Trainer):  # type: ignore[misc]
         """Write none: the finished folder gets its own."""
 
 
-class AdapterSFTTrainer(_AdapterTraining, SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
+class AdapterSFTTrainer(_AdapterTraining, RenderedRows, SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
     """Supervised fine-tuning of an adapter: TRL's, on the adapter stream."""
 
 
@@ -148,7 +150,7 @@ class AdapterTrRaTrainer(_AdapterTraining, TrRaTrainer):
     """TrRa of an adapter: its reference is the base stream of the same model."""
 
 
-class AdapterDPOTrainer(_AdapterTraining, SealedCheckpoints, DPOTrainer):  # type: ignore[misc]
+class AdapterDPOTrainer(_AdapterTraining, RenderedPreferences, SealedCheckpoints, DPOTrainer):  # type: ignore[misc]
     """Direct preference optimisation of an adapter against the base stream.
 
     The reference's log-probabilities are computed once, before training, by the same module with
@@ -227,7 +229,10 @@ class Adaptation(_AdapterRun):
         inra = self._load()
         tags = ThinkingTags.of(self.tokenizer)
         inra.inra_config = replace(
-            inra.inra_config, thinking_tags=(tags.open, tags.close), calibration=None
+            inra.inra_config,
+            thinking_tags=(tags.open, tags.close),
+            calibration=None,
+            rendering=rendering_record(self.tokenizer),
         )
         options: dict[str, Any] = {
             "args": self.recipe.training_arguments(),
@@ -364,7 +369,9 @@ def _read_adaptation(recipe: AdaptRecipe) -> Base:
         base = _examine_base(recipe.base)
         layers = recipe.adapter_layers
         if recipe.adapter is not None:
-            layers = _adapter_settings(recipe.base, recipe.adapter, base).adapter_layers
+            settings = _adapter_settings(recipe.base, recipe.adapter, base)
+            settings.bind(base.tokenizer)
+            layers = settings.adapter_layers
         total, layer = _count(base.config, base.name)
         others, prints = 0, [base.fingerprint]
         if recipe.adapter is not None:
@@ -400,6 +407,7 @@ def _read_baking(recipe: BakeRecipe, lambda_range: tuple[float, float] | None) -
     with as_input_errors():
         base = _examine_base(recipe.base)
         settings = _adapter_settings(recipe.base, recipe.adapter, base)
+        settings.bind(base.tokenizer)
         permitted = lambda_range or settings.lambda_range
         asked = [(f"λ={recipe.lam:g}", recipe.schedule)]
         require_range(permitted, asked, f"the adapter {recipe.adapter}")
@@ -415,12 +423,14 @@ def _read_rows(
     """Return an adapter's data as it is trained on, and as prompts and completions."""
     if recipe.method == "dpo":
         pairs = load_preferences(recipe.data, skip_bad_rows=skip_bad_rows) if data is None else data
+        pairs = recipe.prompting.apply(pairs)
         sides = [
             pairs.select_columns(["prompt", side]).rename_column(side, "completion")
             for side in ("chosen", "rejected")
         ]
         return pairs, concatenate_datasets(sides)
     traces = read_traces(recipe.data, skip_bad_rows=skip_bad_rows) if data is None else data
+    traces = recipe.prompting.apply(traces)
     if recipe.strip_thinking:
         traces = strip_thinking(traces, ThinkingTags.of(tokenizer))
     return traces, traces
@@ -580,6 +590,7 @@ def adapt(
 
     base = _read_adaptation(plan) if loaded is None else _take_loaded(plan, loaded, tokenizer)
     tokenizer = tokenizer or base.tokenizer
+    settle_template(plan, tokenizer)
     trained, rows = _read_rows(plan, tokenizer, data, skip_bad_rows=skip_bad_rows)
     lengths = measure_lengths(rows, tokenizer, plan.arguments.max_length)
 
@@ -683,7 +694,9 @@ def bake(
     """
     plan = BakeRecipe.of(recipe)
     base = _read_baking(plan, lambda_range)
+    settle_template(plan, base.tokenizer)
     rows = read_traces(plan.data, skip_bad_rows=skip_bad_rows) if data is None else data
+    rows = plan.prompting.apply(rows)
     if len(rows) < 2:
         raise ConfigError(f"{plan.data} has one row; held_out needs at least one more.")
     lengths = measure_lengths(rows, base.tokenizer, plan.arguments.max_length)

@@ -88,7 +88,7 @@ def make_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         write_json(
             folder / "run.json", {"configuration": configuration, "environments": environments}
         )
-        write_json(folder / "summary.json", summarise(configuration, rows, environments))
+        write_json(folder / "summary.json", summarise(configuration, rows, environments).to_json())
         for file, content in (("questions", asked), ("samples", rows)):
             lines = [json.dumps(row, ensure_ascii=False) for row in content]
             (folder / f"{file}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -5,22 +5,17 @@ from hypothesis import strategies as st
 
 from flexalign.errors import DataError
 from flexalign.evaluation.report.budget import (
-    Scored,
     budget_caps,
     hard_budget,
     score_by_budget,
     split_gain,
 )
+from flexalign.evaluation.samples import Samples
 
 
-def _scored(rows: list[tuple[str, int, str]]) -> Scored:
+def _scored(rows: list[tuple[str, int, str]]) -> Samples:
     questions, tokens, statuses = zip(*rows, strict=True)
-    return Scored(
-        tokens=np.array(tokens),
-        correct=np.array(statuses) == "correct",
-        cut=np.array(statuses) == "truncated",
-        questions=questions,
-    )
+    return Samples(questions, np.array(statuses) == "correct", tokens, status=statuses)
 
 
 REFERENCE = _scored(

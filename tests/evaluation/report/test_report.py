@@ -9,17 +9,11 @@ import numpy as np
 import pytest
 
 from flexalign.errors import DataError
-from flexalign.evaluation import report
 from flexalign.evaluation.frontier import Point, frontier, mixture_lines
-from flexalign.evaluation.report import (
-    STATUSES,
-    Key,
-    Run,
-    render_page,
-    report_payload,
-    shown_responses,
-    write_report,
-)
+from flexalign.evaluation.report import render, write_report
+from flexalign.evaluation.report.render import STATUSES, render_page, report_payload
+from flexalign.evaluation.report.responses import shown_responses
+from flexalign.evaluation.report.runs import ReportRun, RowKey
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +23,7 @@ def run(make_run: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="module")
 def payload(run: Path) -> dict[str, Any]:
-    return report_payload(Run.open_all([run]), 200, 20)
+    return report_payload(ReportRun.open_all([run]), 200, 20)
 
 
 def _data(page: str) -> Any:
@@ -82,20 +76,20 @@ def test_an_effort_names_its_setting_in_page_and_picture(run, tmp_path, monkeypa
     for row in [*summary["rows"], *summary["means"]]:
         row["effort"] = 40.0 if row["setting"] == "adaptive 0.5" else None
     (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
-    shown = report_payload(Run.open_all([folder]), 1, 1)
+    shown = report_payload(ReportRun.open_all([folder]), 1, 1)
     last = shown["tasks"][0]["settings"][-1]
     assert last["row"]["label"] == "effort 40 (adaptive 0.5)"
     assert shown["means"][-1]["label"] == "effort 40 (adaptive 0.5)"
     assert shown["means"][0]["label"] == shown["means"][0]["setting"]
     drawn = []
-    monkeypatch.setattr(report, "draw_pareto", lambda _, points, **__: drawn.append(points))
+    monkeypatch.setattr(render, "draw_pareto", lambda _, points, **__: drawn.append(points))
     write_report([folder], tmp_path)
     assert [point.label for point in drawn[0]][-2:] == ["λ=2", "effort 40 (adaptive 0.5)"]
 
 
 def test_several_runs_are_told_apart(run, make_run, tmp_path):
     other = make_run(name="later", questions=6, samples=2, seed=1)
-    shown = report_payload(Run.open_all([run, other]), 200, 20)
+    shown = report_payload(ReportRun.open_all([run, other]), 200, 20)
     series = {setting["series"] for setting in shown["tasks"][0]["settings"]}
     assert series == {"sweep · dial", "later · dial"}
     first = shown["responses"]["questions"][0]
@@ -112,7 +106,7 @@ def test_thinking_is_folded_away_from_the_answer(payload):
 
 
 def test_what_is_shown_is_bounded_and_said(run):
-    opened = Run.open_all([run])[0]
+    opened = ReportRun.open_all([run])[0]
     tasks = {
         task: [(opened, key) for key in opened.samples if key.task == task]
         for task in ("alpha", "beta")
@@ -140,11 +134,10 @@ def test_frontier_against_the_definition():
 
 
 def test_chord_joins_the_ends_where_both_are():
-    rows = [
-        {"lambda": lam, "tokens": 100 - 50 * lam, "accuracy": 0.8 - 0.1 * lam} for lam in (0, 1)
-    ]
-    assert mixture_lines(rows)["chord"] == [(100, 0.8), (50, 0.8 - 0.1)]
-    assert mixture_lines(rows[:1])["chord"] is None
+    lams = [0.0, 1.0]
+    points = [Point(100 - 50 * lam, 0.8 - 0.1 * lam) for lam in lams]
+    assert mixture_lines(points, lams)["chord"] == [(100, 0.8), (50, 0.8 - 0.1)]
+    assert mixture_lines(points[:1], lams[:1])["chord"] is None
 
 
 @pytest.mark.parametrize(
@@ -170,14 +163,14 @@ def test_a_damaged_folder_is_named(run, tmp_path, name, text, message):
 
 def test_runs_that_cannot_be_put_together(run):
     with pytest.raises(DataError, match="at least one"):
-        Run.open_all([])
+        ReportRun.open_all([])
     with pytest.raises(DataError, match="given twice"):
-        Run.open_all([run, run / "."])
+        ReportRun.open_all([run, run / "."])
 
 
 def test_key_is_what_rows_and_samples_share(run):
-    opened = Run.open_all([run])[0]
-    rows = {Key(r["system"], r["setting"], r["task"]) for r in opened.summary["rows"]}
+    opened = ReportRun.open_all([run])[0]
+    rows = {RowKey.of(row) for row in opened.summary.rows}
     assert rows == set(opened.samples)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexalign.errors import DataError
+from flexalign.evaluation.samples import Samples
 from flexalign.statistics import (
     Interval,
     clustered_interval,
@@ -20,35 +21,15 @@ from flexalign.statistics import (
 )
 
 
-@dataclass(frozen=True)
-class Scored:
-    """The samples of one setting on one task, each array of shape (n,).
+def answered(samples: Samples, cap: int) -> NDArray[np.bool_]:
+    """Which samples come to their answer within `cap` tokens, shape (n,)."""
+    is_cut = samples.status == "truncated"  # by the sweep's own limit
+    return np.asarray((samples.tokens <= cap) & (samples.correct | ~is_cut), dtype=np.bool_)
 
-    Attributes:
-        tokens: Length of each response.
-        correct: Whether its answer is right.
-        cut: Whether the sweep's own limit cut it before an answer.
-        questions: The question of each.
-    """
 
-    tokens: NDArray[np.int64]
-    correct: NDArray[np.bool_]
-    cut: NDArray[np.bool_]
-    questions: Sequence[str]
-
-    def __post_init__(self) -> None:
-        """Check that the arrays belong together."""
-        sizes = {self.tokens.size, self.correct.size, self.cut.size, len(self.questions)}
-        if sizes in ({0}, set()) or len(sizes) != 1:
-            raise DataError(f"samples need one value of each kind, at least one; got {sizes}.")
-
-    def answered(self, cap: int) -> NDArray[np.bool_]:
-        """Which samples come to their answer within `cap` tokens."""
-        return (self.tokens <= cap) & (self.correct | ~self.cut)
-
-    def spent(self, cap: int) -> float:
-        """Mean tokens a response under the cap."""
-        return float(np.minimum(self.tokens, cap).mean())
+def spent(samples: Samples, cap: int) -> float:
+    """Mean tokens a response under the cap."""
+    return float(np.minimum(samples.tokens, cap).mean())
 
 
 @dataclass(frozen=True)
@@ -86,26 +67,31 @@ def budget_caps(longest: int, shortest: int = 1, count: int = 28) -> tuple[int, 
     return (*sorted(cap for cap in caps if cap < high), high)
 
 
-def score_by_budget(scored: Scored, caps: Sequence[int]) -> BudgetCurve:
+def score_by_budget(samples: Samples, caps: Sequence[int]) -> BudgetCurve:
     """Score one setting again at every cap (the module says what is assumed).
+
+    Args:
+        samples: Its samples on one task.
+        caps: The limits on tokens, rising.
 
     Raises:
         DataError: If there are no samples.
     """
-    answered = [scored.answered(cap) for cap in caps]
+    in_time = [answered(samples, cap) for cap in caps]
+    questions = samples.question.tolist()
     return BudgetCurve(
         caps=tuple(caps),
         accuracy=tuple(
-            clustered_interval(within & scored.correct, scored.questions, share=True)
-            for within in answered
+            clustered_interval(within & samples.correct, questions, share=True)
+            for within in in_time
         ),
-        answered=tuple(float(within.mean()) for within in answered),
-        tokens=tuple(scored.spent(cap) for cap in caps),
+        answered=tuple(float(within.mean()) for within in in_time),
+        tokens=tuple(spent(samples, cap) for cap in caps),
     )
 
 
 @dataclass(frozen=True)
-class Split:
+class GainSplit:
     """What a difference in accuracy between two settings is made of, at one cap.
 
     Attributes:
@@ -117,8 +103,8 @@ class Split:
     better_answers: float
 
 
-def split_gain(curve: BudgetCurve, reference: BudgetCurve) -> tuple[Split, ...]:
-    """Split the gain over the reference into "no longer cut" and "better answers", cap by cap.
+def split_gain(curve: BudgetCurve, reference: BudgetCurve) -> tuple[GainSplit, ...]:
+    """GainSplit the gain over the reference into "no longer cut" and "better answers", cap by cap.
 
     With f the share that reaches an answer and q the accuracy among those, accuracy is f·q, and
 
@@ -138,7 +124,7 @@ def split_gain(curve: BudgetCurve, reference: BudgetCurve) -> tuple[Split, ...]:
         f0, f1 = reference.answered[index], curve.answered[index]
         q0, q1 = reference.among_answered(index), curve.among_answered(index)
         q0, q1 = _known(q0, q1), _known(q1, q0)
-        parts.append(Split((f1 - f0) * (q0 + q1) / 2, (q1 - q0) * (f0 + f1) / 2))
+        parts.append(GainSplit((f1 - f0) * (q0 + q1) / 2, (q1 - q0) * (f0 + f1) / 2))
     return tuple(parts)
 
 
@@ -160,11 +146,11 @@ class HardBudget:
     advantage: Interval
 
 
-def hard_budget(scored: Scored, reference: Scored) -> HardBudget | None:
-    """Hold a setting against a hard limit on the reference that costs the same.
+def hard_budget(samples: Samples, reference: Samples) -> HardBudget | None:
+    """Compare a setting with a hard limit on the reference that costs the same.
 
     Args:
-        scored: The setting's samples.
+        samples: The setting's samples.
         reference: The reference's samples on the same questions.
 
     Returns:
@@ -172,20 +158,25 @@ def hard_budget(scored: Scored, reference: Scored) -> HardBudget | None:
         where the setting spends at least as much as the reference without a cap, less than it
         would with a cap of 1, or where the two answered different questions.
     """
-    spend = float(scored.tokens.mean())
+    spend = samples.mean_tokens
     longest = int(reference.tokens.max())
-    if set(scored.questions) != set(reference.questions):
+    if set(samples.questions) != set(reference.questions):
         return None
-    if spend >= reference.spent(longest) or spend < reference.spent(1):
+    if spend >= spent(reference, longest) or spend < spent(reference, 1):
         return None
-    cap = bisect_right(range(longest), spend, lo=1, key=reference.spent) - 1
-    right = reference.answered(cap) & reference.correct
+
+    # What the reference spends rises with the cap, so that the cap is found by bisection.
+    cap = bisect_right(range(longest), spend, lo=1, key=lambda cap: spent(reference, cap)) - 1
+    right = answered(reference, cap) & reference.correct
     return HardBudget(
         cap=cap,
-        tokens=reference.spent(cap),
+        tokens=spent(reference, cap),
         accuracy=float(right.mean()),
         advantage=paired_difference_interval(
-            scored.correct, scored.questions, right, reference.questions
+            samples.correct,
+            samples.question.tolist(),
+            right,
+            reference.question.tolist(),
         ),
     )
 

@@ -82,6 +82,10 @@ def prepare_folder(
         loaded.save_pretrained(output)
         load_tokenizer(source).save_pretrained(output)
         base = output
+    if settings.rendering and settings.rendering.get("arguments"):
+        tokenizer = load_tokenizer(source)
+        settings.bind(tokenizer)
+        tokenizer.save_pretrained(output)
     config = read_json(base / "config.json")
     _write_index(tensor_infos(base), _write_adapter(adapter, tensor_infos(base), output), output)
     shutil.copyfile(adapter / CONFIG_FILE, output / CONFIG_FILE)
@@ -162,4 +166,4 @@ def _thinking_tokens(settings: InRaConfig, source: Model) -> tuple[int, int] | N
         tokens = TagTokens(tokenizer, settings.tags or ThinkingTags.of(tokenizer))
     except ConfigError:
         return None
-    return tokens.open, tokens.close
+    return (tokens.open, tokens.close) if tokens.are_single else None

@@ -3,16 +3,17 @@ import math
 import numpy as np
 import pytest
 
-from flexalign.calibration import NonInferiority, Outcomes, TokenBudget
+from flexalign.calibration import NonInferiority, TokenBudget
+from flexalign.evaluation.samples import Samples
 
 
-def _outcomes(correct: list[list[int]], tokens: float) -> Outcomes:
+def _samples(correct: list[list[int]], tokens: float) -> Samples:
     table = np.array(correct, dtype=bool)
-    return Outcomes(table, np.full(table.shape, tokens))
+    return Samples.from_table(table, np.full(table.shape, tokens))
 
 
-CANDIDATE = _outcomes([[1, 0], [0, 0], [1, 1]], 60)
-REFERENCE = _outcomes([[1, 1], [0, 0], [1, 0]], 100)
+CANDIDATE = _samples([[1, 0], [0, 0], [1, 1]], 60)
+REFERENCE = _samples([[1, 1], [0, 0], [1, 0]], 100)
 
 
 def test_slack_of_non_inferiority_is_difference_plus_margin():

@@ -1,7 +1,7 @@
 """What a setting has to keep, and what it is chosen for among those that keep it.
 
-A goal turns outcomes into a *slack* a question, whose mean is above 0 exactly where the promise is
-kept, and into a *gain*, by which settings that keep it are compared.
+A constraint turns samples into a *slack* for each question, whose mean is above 0 exactly where the
+promise is kept, and into a *gain*, by which settings that keep it are compared.
 """
 
 import math
@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flexalign.errors import ConfigError
-from flexalign.evaluation.samples import Outcomes
-from flexalign.statistics import Interval, paired_difference_interval, t_quantile
+from flexalign.evaluation.samples import Samples
+from flexalign.statistics import t_quantile
 
 
-class Goal(Protocol):
-    """A promise and a preference."""
+class Constraint(Protocol):
+    """A promise that a setting has to keep, and what is preferred among those that keep it."""
 
     @property
     def lowest(self) -> float:
@@ -35,8 +35,13 @@ class Goal(Protocol):
     def text(self) -> str:
         """The promise as a clause."""
 
-    def slack(self, candidate: Outcomes, reference: Outcomes) -> NDArray[np.float64]:
-        """Slack a question, shape (n,)."""
+    def slack(self, candidate: Samples, reference: Samples) -> NDArray[np.float64]:
+        """Slack of each question, shape (n,).
+
+        Args:
+            candidate: Samples of the setting.
+            reference: Samples of the reference on the same questions, in the same order.
+        """
 
     def bound(self, slack: NDArray[np.float64], level: float) -> float:
         """Lower bound of the mean slack at one-sided error `level`, in (0, 0.5).
@@ -46,18 +51,8 @@ class Goal(Protocol):
             level: One-sided error, in (0, 0.5).
         """
 
-    def gain(self, candidate: Outcomes, reference: Outcomes) -> float:
+    def gain(self, candidate: Samples, reference: Samples) -> float:
         """What is to be large; a setting without positive gain is not worth choosing."""
-
-
-def accuracy_difference(
-    candidate: Outcomes, reference: Outcomes, confidence: float = 0.95
-) -> Interval:
-    """Interval of accuracy(candidate) − accuracy(reference), paired by question."""
-    clusters = candidate.clusters
-    return paired_difference_interval(
-        candidate.correct.ravel(), clusters, reference.correct.ravel(), clusters, confidence
-    )
 
 
 @dataclass(frozen=True)
@@ -102,9 +97,10 @@ class NonInferiority:
         """The promise as a clause."""
         return f"accuracy no more than {100 * self.margin:g} points below the reference's"
 
-    def slack(self, candidate: Outcomes, reference: Outcomes) -> NDArray[np.float64]:
+    def slack(self, candidate: Samples, reference: Samples) -> NDArray[np.float64]:
         """Difference of the shares of right answers, plus the margin."""
-        return candidate.share_right() - reference.share_right() + self.margin
+        right = candidate.by_question(candidate.correct)
+        return right - reference.by_question(reference.correct) + self.margin
 
     def bound(self, slack: NDArray[np.float64], level: float) -> float:
         """Student's bound, with two corrections for losses of whole questions.
@@ -117,7 +113,7 @@ class NonInferiority:
         half = t_quantile(1 - 2 * level, count - 1) * deviation / math.sqrt(count)
         return float(slack.mean()) - half - 1 / (2 * count)
 
-    def gain(self, candidate: Outcomes, reference: Outcomes) -> float:
+    def gain(self, candidate: Samples, reference: Samples) -> float:
         """Share of the reference's tokens that is saved."""
         return 1 - candidate.mean_tokens / reference.mean_tokens
 
@@ -159,9 +155,9 @@ class TokenBudget:
         """The promise as a clause."""
         return f"no more than {self.tokens:g} tokens a mean answer"
 
-    def slack(self, candidate: Outcomes, reference: Outcomes) -> NDArray[np.float64]:
+    def slack(self, candidate: Samples, reference: Samples) -> NDArray[np.float64]:
         """Budget less the question's mean tokens."""
-        return np.asarray(self.tokens - candidate.tokens.mean(1), dtype=np.float64)
+        return self.tokens - candidate.by_question(candidate.tokens)
 
     def bound(self, slack: NDArray[np.float64], level: float) -> float:
         """Johnson's bound, as few long answers make the mean's distribution lean.
@@ -179,6 +175,6 @@ class TokenBudget:
         lean = 4 * third / (3 * variance**2) * needed
         return float(slack.mean()) - 2 * needed / (1 + math.sqrt(max(0.0, 1 + lean)))
 
-    def gain(self, candidate: Outcomes, reference: Outcomes) -> float:
+    def gain(self, candidate: Samples, reference: Samples) -> float:
         """Accuracy."""
         return candidate.accuracy

@@ -1,0 +1,235 @@
+"""From measured settings to a scale of effort: λ by effort, holes, levels, and whether it is worth it.
+
+Thresholds by effort are fitted in :mod:`flexalign.calibration.cascade`.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import isotonic_regression
+
+from flexalign.calibration.cascade import Cascade
+from flexalign.calibration.effort import (
+    REFERENCE_EFFORT,
+    Calibration,
+    EffortLevel,
+    Points,
+    SettingMetrics,
+    Source,
+    effort_to_dial,
+)
+from flexalign.errors import ConfigError
+from flexalign.evaluation.samples import Samples
+from flexalign.lambdas import Adaptive, Fixed, Setting
+from flexalign.statistics import Interval, paired_difference_interval, simultaneous_confidence
+
+LEVELS = (0.0, 25.0, 50.0, 75.0, 100.0)
+"""The efforts that are shown and stored with what they cost and get right."""
+
+
+def fit_lambdas(tokens: Mapping[float, float]) -> Points:
+    """Map effort to λ so that mean tokens lie on the straight line of effort.
+
+    Means are first made to fall with λ by the closest such function in squares (pooling adjacent
+    violators, Ayer et al. 1955); where they stand still, the λ nearest to 0 serves.
+
+    Args:
+        tokens: Measured mean tokens of each λ, 0 among them; none from inside a hole.
+
+    Returns:
+        Points (effort, λ), efforts ascending from 0, and 100 at λ = 0.
+
+    Raises:
+        ConfigError: If no λ above 0 saves tokens.
+    """
+    lams = sorted(tokens)
+    means = isotonic_regression([tokens[lam] for lam in lams], increasing=False).x.tolist()
+    kept: dict[float, float] = {}
+    for lam, mean in zip(lams, means, strict=True):
+        if mean not in kept or abs(lam) < abs(kept[mean]):
+            kept[mean] = lam
+
+    reference, fastest = means[lams.index(0.0)], means[-1]
+    if fastest >= reference:
+        raise ConfigError(
+            f"this dial saves no tokens between λ = 0 and {lams[-1]:g} "
+            f"({tokens[0.0]:.1f} and {tokens[lams[-1]]:.1f} on average), so that there is no "
+            "effort to set; train the adapter on shorter answers, or widen --lambda-range."
+        )
+    saved = reference - fastest
+    # The quotient first, so that the reference is at exactly 100 whatever its tokens.
+    return tuple((100 * ((mean - fastest) / saved), kept[mean]) for mean in sorted(kept))
+
+
+def find_holes(
+    correct: Mapping[float, NDArray[np.bool_]], questions: Sequence[str], confidence: float = 0.95
+) -> list[tuple[float, float]]:
+    """Find ranges of λ in which every measured setting is less accurate than both their ends.
+
+    Args:
+        correct: For each measured λ which samples were right, in one order.
+        questions: The question of each sample.
+        confidence: That no setting is wrongly called worse, shared among all that may be.
+
+    Returns:
+        The ends of each range, themselves measured and not worse; ascending, apart.
+    """
+    lams = sorted(correct)
+    if len(lams) < 3:
+        return []
+    level = simultaneous_confidence(2 * (len(lams) - 2), confidence)
+
+    def is_worse(one: int, other: int) -> bool:
+        first, second = correct[lams[one]], correct[lams[other]]
+        return paired_difference_interval(first, questions, second, questions, level).high < 0
+
+    # From each low end the farthest high end is tried first, so that the ranges are as wide as
+    # they can be.
+    holes: list[tuple[float, float]] = []
+    low = 0
+    while low < len(lams) - 2:
+        ends = (
+            high
+            for high in range(len(lams) - 1, low + 1, -1)
+            if all(is_worse(i, low) and is_worse(i, high) for i in range(low + 1, high))
+        )
+        high = next(ends, None)
+        if high is not None:
+            holes.append((lams[low], lams[high]))
+        low = high or low + 1
+    return holes
+
+
+# What efforts cost and get right.
+
+
+def effort_levels(
+    calibration: Calibration, cascade: Cascade | None, fixed: Mapping[float, Samples]
+) -> tuple[EffortLevel, ...]:
+    """Compute what the shown efforts, and the largest, cost and get right.
+
+    Args:
+        calibration: Says what each effort stands for.
+        cascade: Both answers of an adaptive dial; None where λ is the dial.
+        fixed: Samples of each measured λ.
+
+    Raises:
+        ConfigError: If efforts stand for thresholds, and no cascade is given.
+    """
+    largest = calibration.largest_effort
+    efforts = [*LEVELS, *([largest] if largest > REFERENCE_EFFORT else [])]
+    dials = [effort_to_dial(calibration, effort) for effort in efforts]
+    found = [_metrics(dial, cascade, fixed) for dial in dials]
+
+    fastest = found[0][1].tokens.mean  # the first of LEVELS is effort 0
+    reference = fixed[0.0].mean_tokens
+    return tuple(
+        EffortLevel(
+            effort,
+            Setting.of(dial).id,
+            fastest + effort / REFERENCE_EFFORT * (reference - fastest),
+            source,
+            metrics,
+            change,
+        )
+        for effort, dial, (source, metrics, change) in zip(efforts, dials, found, strict=True)
+    )
+
+
+def _metrics(
+    dial: Adaptive | Fixed, cascade: Cascade | None, fixed: Mapping[float, Samples]
+) -> tuple[Source, SettingMetrics, Interval]:
+    """The source, the metrics and the change of accuracy of a dial."""
+    if isinstance(dial, Adaptive):
+        if cascade is None or dial.threshold is None:
+            raise ConfigError("this calibration's efforts are thresholds; give both ways.")
+        samples = cascade.at(dial.threshold)
+        return "simulated", SettingMetrics.of(samples), _change(samples.correct, fixed[0.0])
+
+    lam = dial.lam
+    if lam == 0:
+        return "measured", SettingMetrics.of(fixed[lam]), Interval(0.0, 0.0, 0.0)
+    if lam in fixed:
+        return "measured", SettingMetrics.of(fixed[lam]), _change(fixed[lam].correct, fixed[0.0])
+
+    # Between two measured λ everything is a straight line.
+    low, high = max(one for one in fixed if one < lam), min(one for one in fixed if one > lam)
+    share = (lam - low) / (high - low)
+    one, other = SettingMetrics.of(fixed[low]), SettingMetrics.of(fixed[high])
+    correct = (1 - share) * fixed[low].correct + share * fixed[high].correct
+    metrics = SettingMetrics(
+        _between(one.tokens, other.tokens, share),
+        (1 - share) * one.tokens_p10 + share * other.tokens_p10,
+        (1 - share) * one.tokens_p90 + share * other.tokens_p90,
+        _between(one.accuracy, other.accuracy, share),
+    )
+    return "interpolated", metrics, _change(correct, fixed[0.0])
+
+
+def _between(one: Interval, other: Interval, share: float) -> Interval:
+    return Interval(*((1 - share) * a + share * b for a, b in zip(one, other, strict=True)))
+
+
+def _change(correct: ArrayLike, reference: Samples) -> Interval:
+    """Accuracy less that of λ = 0, with its 95 % interval, paired by question."""
+    questions = reference.question.tolist()
+    return paired_difference_interval(correct, questions, reference.correct, questions)
+
+
+# Whether a dial is worth a scale: whether it saves tokens at all, and at what loss of accuracy.
+
+
+def require_saving(faster: Mapping[str, Samples], reference: Samples, remedy: str) -> None:
+    """Refuse a dial of which no measured setting saves tokens beyond chance.
+
+    Args:
+        faster: Samples at every setting that efforts below 100 rest on, by id.
+        reference: Samples of λ = 0.
+        remedy: What to do about it.
+
+    Raises:
+        ConfigError: If no token cut, of 95 % intervals that hold together, is above 0.
+    """
+    level = simultaneous_confidence(len(faster))
+    cuts = {name: samples.token_cut(reference, level) for name, samples in faster.items()}
+    if any(cut.low > 0 for cut in cuts.values()):
+        return
+    name, cut = max(cuts.items(), key=lambda item: item[1].mean)
+    raise ConfigError(
+        f"no setting of this dial saves tokens beyond chance: {name} cuts most, "
+        f"{100 * cut.mean:.1f} % [{100 * cut.low:.1f}, {100 * cut.high:.1f}] of λ = 0's tokens on "
+        f"{len(reference.questions)} questions, so that there is no effort to set; {remedy}, "
+        "or, if you expect more of it, ask more questions."
+    )
+
+
+def describe_loss(calibration: Calibration) -> str | None:
+    """Say that every effort below 100 loses more accuracy than the margin allows.
+
+    Each of the shown levels that is another setting than λ = 0 has to: its whole interval, paired
+    with λ = 0 by question. As all of them must, none of the intervals needs to be wider.
+
+    Args:
+        calibration: With its levels and its margin.
+
+    Returns:
+        One sentence on the level that loses least; None if there is one that may do.
+    """
+    margin = calibration.margin
+    steps = [
+        level
+        for level in calibration.levels
+        if level.effort < REFERENCE_EFFORT and level.setting != "λ=0"
+    ]
+    if not steps or any(level.accuracy_change.high >= -margin for level in steps):
+        return None
+    best = max(steps, key=lambda level: level.accuracy_change.mean)
+    low, change, high = best.accuracy_change
+    return (
+        f"every effort below {REFERENCE_EFFORT:g} is less accurate than λ = 0 by more than the "
+        f"margin of {100 * margin:g} points; effort {best.effort:g} loses least, "
+        f"{-100 * change:.1f} points [{-100 * high:.1f}, {-100 * low:.1f}]: train "
+        "the adapter further or on better answers before you use this dial, or accept the loss "
+        "with a larger --margin."
+    )
