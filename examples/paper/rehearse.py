@@ -1,7 +1,7 @@
 """Run this folder's README on the miniature: every command, in order, as it stands there.
 
     python examples/paper/rehearse.py                        # about five minutes on two cores
-    python examples/paper/rehearse.py --section Dialogue     # one section, after what comes before all
+    python examples/paper/rehearse.py --section Dialogue     # one section, after "Before"
 
 Each block of commands is given to bash, in a scratch folder where the names of the README's models and
 data are parts of the miniature and some of its questions. In front of the search path stand programs
@@ -44,6 +44,14 @@ STAND_INS = {
     ),
     "aligned": ("DeepScaleR-1.5B-Preview",),
 }
+R1_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{{ message['content'].split('</think>')[-1] + eos_token }}"
+    "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<think>\n{% endif %}"
+)
+"""As the template of R1's models: the prompt opens the thinking, and messages are shown without theirs."""
 PASSED_OVER = {"hf": "it fetches", "trl": "a base stands there already"}
 PROGRAMS = ("flexalign", "python", "accelerate", *PASSED_OVER)
 
@@ -107,7 +115,10 @@ def furnish(home: Path) -> None:
 
     for part, names in STAND_INS.items():
         for name in names:
-            shutil.copytree(folder(part), home / "models" / name)
+            model = home / "models" / name
+            shutil.copytree(folder(part), model)
+            if not name.startswith("Qwen"):
+                (model / "chat_template.jinja").write_text(R1_TEMPLATE, encoding="utf-8")
     shutil.copytree(ROOT / "examples", home / "examples")
 
     asked = [{"problem": q.text, "answer": str(q.answer)} for q in make_questions(24, seed=5)]

@@ -13,12 +13,10 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
-
-from flexalign.evaluation.frontier import Measured, distance_intervals
-from flexalign.evaluation.samples import ResultsFolder
+from flexalign.evaluation.frontier import distance_intervals
+from flexalign.evaluation.samples import ResultsFolder, Samples
 from flexalign.evaluation.summary import token_cut_mean
-from flexalign.statistics import Interval, clustered_interval, paired_difference_interval
+from flexalign.statistics import Interval
 
 TASKS = {"aime": "AIME24", "aime25": "AIME25", "math500": "MATH-500"}
 PAPER = {
@@ -35,20 +33,16 @@ PAPER = {
 """Accuracy in % and mean tokens on AIME24, AIME25 and MATH-500 (arXiv 2506.12704, Table 1)."""
 
 
-def read(folders: list[Path]) -> dict[str, dict[str, Measured]]:
+def read(folders: list[Path]) -> dict[str, dict[str, Samples]]:
     """Return what was sampled, by task and by system."""
     rows = defaultdict(list)
     for path in folders:
         for row in ResultsFolder.read(path).rows:
             rows[row["task"], row["system"]].append(row)
 
-    found: dict[str, dict[str, Measured]] = defaultdict(dict)
+    found: dict[str, dict[str, Samples]] = defaultdict(dict)
     for (task, system), group in rows.items():
-        found[task][system] = Measured(
-            np.array([row["status"] == "correct" for row in group], float),
-            np.array([row["tokens"] for row in group], float),
-            [row["question"] for row in group],
-        )
+        found[task][system] = Samples.from_rows(group)
     return found
 
 
@@ -58,10 +52,8 @@ def show(interval: Interval, scale: float = 1.0, digits: int = 1) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-def table(task: str, systems: dict[str, Measured]) -> list[str]:
-    """Return the rows of one task; systems that answered other questions than all are left out."""
-    asked = set(systems["reference"].questions)
-    systems = {name: one for name, one in systems.items() if set(one.questions) == asked}
+def table(task: str, systems: dict[str, Samples]) -> list[str]:
+    """Return the rows of one task, all of whose systems answered the same questions."""
     names = list(systems)
     ends = names.index("reference"), names.index("aligned")
     distances = distance_intervals(list(systems.values()), ends)
@@ -79,26 +71,22 @@ def table(task: str, systems: dict[str, Measured]) -> list[str]:
         if paper is not None and task in TASKS:
             accuracy, tokens = paper[list(TASKS).index(task)]
             theirs = f"{accuracy:.1f}, {tokens}"
-        against = paired_difference_interval(
-            one.correct, one.questions, aligned.correct, aligned.questions
-        )
-        accuracy_interval = clustered_interval(one.correct, one.questions, share=True)
-        tokens_interval = clustered_interval(one.tokens, one.questions, share=False)
         assert distance.chord is not None
         lines.append(
-            f"| {name} | {theirs} | {show(accuracy_interval, 100)} | "
-            f"{show(tokens_interval, digits=0)} | {show(against, 100)} | {show(distance.chord, 100)} |"
+            f"| {name} | {theirs} | {show(one.accuracy_interval(), 100)} | "
+            f"{show(one.tokens_interval(), digits=0)} | "
+            f"{show(one.accuracy_difference(aligned), 100)} | {show(distance.chord, 100)} |"
         )
     return [*lines, ""]
 
 
-def cuts(found: dict[str, dict[str, Measured]]) -> list[str]:
+def cuts(found: dict[str, dict[str, Samples]]) -> list[str]:
     """Return the paper's token cut, the mean over tasks, of every system that answered all."""
     lines = ["| system | token cut, % |", "|---|---|"]
     for name in next(iter(found.values())):
         if all(name in systems for systems in found.values()):
             tokens, bases = (
-                [float(np.mean(systems[which].tokens)) for systems in found.values()]
+                [systems[which].mean_tokens for systems in found.values()]
                 for which in (name, "reference")
             )
             lines.append(f"| {name} | {100 * token_cut_mean(tokens, bases):.1f} |")
