@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import trl
 import yaml
 from transformers import AutoConfig
 
@@ -72,16 +73,30 @@ def write_weights(path: Path, config: Any, mark: int) -> None:
         file.write(bytes([mark, 60]))  # so that no two are equal
 
 
-@pytest.fixture(scope="module")
-def reader(scripts: dict[str, ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reader's folder: models of the paper's shapes with the miniature's tokenizer, long traces."""
+@pytest.fixture(
+    scope="module", params=["miniature", pytest.param("deepseek_v3", marks=pytest.mark.full)]
+)
+def reader(
+    request: pytest.FixtureRequest,
+    scripts: dict[str, ModuleType],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A reader's folder: models of the paper's shapes with the tokenizer of another, long traces."""
+    tokenizer, template = miniature("reference"), None
+    if request.param != "miniature":
+        tokenizer = ROOT / ".venv" / "tokenizers" / request.param
+        template = Path(trl.__file__).parent / "chat_templates" / "deepseek_r1_distill.jinja"
+        if not (tokenizer / "tokenizer.json").is_file():
+            pytest.skip(f"the tokenizer {request.param} is not there; run make real-tokenizers")
     home = tmp_path_factory.mktemp("reader")
     for mark, (name, size) in enumerate(MODELS.items(), start=1):
         model = home / "models" / name
         model.mkdir(parents=True)
-        for file in miniature("reference").iterdir():
+        for file in tokenizer.iterdir():
             if file.suffix != ".safetensors":
                 shutil.copy(file, model)
+        if template is not None:
+            shutil.copy(template, model / "chat_template.jinja")
         config = AutoConfig.for_model("qwen2", **scripts["estimate"].SHAPES[size], eos_token_id=0)
         config.save_pretrained(model)
         write_weights(model / "model.safetensors", config, mark)
