@@ -218,23 +218,11 @@ def _only_adapter(effort: str | None, systems: "list[System]") -> str | None:
 
 def _warn(sweep: "Sweep", workers: int) -> list[dict[str, str]]:
     """Say what is doubtful before anything is sampled; return answers that cannot be read."""
-    from flexalign.evaluation.grading import Grader
-    from flexalign.evaluation.tasks import sample_warning, unreadable_golds
-
-    if sweep.baseline is None and len(sweep.systems) > 1:
-        _warn_of_cuts(sweep)
+    for caution in sweep.cautions():
+        note(caution)
     _warn_of_sampling(sweep)
 
-    unreadable = []
-    with Grader(workers=workers) as grader:
-        for task in sweep.tasks:
-            warning = sample_warning(task, sweep.samples)
-            if warning is not None:
-                note(warning)
-            unreadable += [
-                {"task": task.name, "question": question.id, "gold": question.gold}
-                for question in unreadable_golds(task, grader)
-            ]
+    unreadable = sweep.unreadable_golds(workers=workers)
     if unreadable:
         note(
             f"{len(unreadable)} known answers cannot be read, so that no "
@@ -273,20 +261,6 @@ def _preview(sweep: "Sweep", unreadable: list[dict[str, str]], as_json: bool) ->
         f"would make {sweep.total} samples, at most {most:,} tokens "
         f"({sweep.options.max_new_tokens} each)."
     )
-
-
-def _warn_of_cuts(sweep: "Sweep") -> None:
-    """Say whose tokens will be held against nothing."""
-    alone = [
-        system.name
-        for system in sweep.systems
-        if all(setting.lam != 0 for setting in sweep.settings_of(system))
-    ]
-    if alone:
-        note(
-            f"{', '.join(alone)}: no λ = 0 there, so that no token cut will be known; name the system "
-            "to hold it against with --baseline."
-        )
 
 
 def _warn_of_sampling(sweep: "Sweep") -> None:

@@ -3,7 +3,7 @@
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -366,35 +366,17 @@ def _preview(
     if system is None:
         raise ConfigError("SYSTEM is missing; say what is previewed: pair:REF,ALIGNED or a dial:.")
     asked = None if lambdas is None else [one.lam for one in parse_lambdas(lambdas)]
-    from flexalign.analysis.preview import PREVIEW_LAMBDAS, preview, write_preview
+    from flexalign.analysis.preview import PREVIEW_LAMBDAS, open_preview, preview, write_preview
     from flexalign.cli.console import quieten_libraries
-    from flexalign.data import load_traces, split_tokens
-    from flexalign.data.rendering import bind_as_sampled
-    from flexalign.models.compatibility import examine_pair
-    from flexalign.systems import LocalBackend, parse_system
-
-    parsed = parse_system(system)
-    if parsed.kind not in ("pair", "dial"):
-        raise ConfigError(f"{parsed.name} has no two models or streams; give pair: or dial:.")
-    lams = PREVIEW_LAMBDAS if asked is None else asked
-    rows = load_traces(traces)
-    rows = rows.select(range(min(limit or len(rows), len(rows))))
+    from flexalign.systems import parse_system
 
     quieten_libraries()
-    backend = LocalBackend(parsed)
-    is_pair = parsed.kind == "pair"
-    tokenizer = examine_pair(*parsed.parts).tokenizer if is_pair else backend.text.tokenizer
-    bind_as_sampled(tokenizer, rows)
-    tokens = list(split_tokens(rows, tokenizer))
-
-    loaded: Any = backend.load(device_map=None)
-    model: Any = loaded.pair if is_pair else loaded
-
-    with progress_bar("reading with both models", len(tokens)) as show:
+    model, rows = open_preview(parse_system(system), traces, limit=limit)
+    with progress_bar("reading with both models", len(rows)) as show:
         found = preview(
             model,
-            tokens,
-            lams=lams,
+            rows,
+            lams=PREVIEW_LAMBDAS if asked is None else asked,
             top_k=top_k,
             batch_size=batch_size,
             progress=lambda done, _: show(done),

@@ -27,6 +27,7 @@ from flexalign.lambdas import (
     Setting,
     require_forward,
     require_range,
+    way_dial,
 )
 from flexalign.models.interpolation import interpolate
 from flexalign.models.loading import fingerprint, load_model, load_tokenizer
@@ -372,7 +373,7 @@ def _resolved(request: Request) -> tuple[Any, str | None]:
     if not isinstance(dial, Route):
         return dial, None
     way = dial.draw(torch.Generator().manual_seed(request.seed))
-    return Fixed(dial.fast_lambda if way == "fast" else dial.slow_lambda), way
+    return way_dial(dial, way), way
 
 
 def _adapter_folder(name: str) -> Path:

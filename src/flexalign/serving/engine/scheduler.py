@@ -326,9 +326,9 @@ class Engine:
         # slow one of those that begin fast.
         rows = torch.tensor([prompts.index(prompt) for prompt in own_prompts])
         dials = [one.dial for one in sequences]
-        phases = [(rows[i : i + 1], RowDials.of([dial], 1)) for i, dial in enumerate(dials)]
+        phases = [(rows[i : i + 1], RowDials.following([dial])) for i, dial in enumerate(dials)]
         slow = [
-            (one, rows[i : i + 1], RowDials.of([one.slow_dial], 1))
+            (one, rows[i : i + 1], RowDials.following([one.slow_dial]))
             for i, one in enumerate(sequences)
             if one.slow_dial is not None
         ]
@@ -337,7 +337,7 @@ class Engine:
         # The batch changes last: should anything fail above, nobody has joined.
         cache = self._runner.prefill(ids, mask, phases)
         saved = {one: (self._runner.fork(cache, row, dial), mask[row]) for one, row, dial in slow}
-        own_cache = self._runner.fork(cache, rows, RowDials.of(dials, len(dials)))
+        own_cache = self._runner.fork(cache, rows, RowDials.following(dials))
         self._batch.add(sequences, own_cache, mask[rows])
         self._saved |= saved
 
@@ -359,7 +359,7 @@ def require_working(runner: Runner, token: int) -> None:
     probe = _ProbeSequence(token)
     ids = torch.tensor([[token]], device=runner.model.device)
     mask = torch.zeros_like(ids)
-    dials = RowDials.of([Fixed(probe.lam())], 1)
+    dials = RowDials.following([Fixed(probe.lam())])
     batch.add([probe], runner.prefill(ids, mask, [(torch.tensor([0]), dials)]), mask)
     batch.step()
 

@@ -16,7 +16,7 @@ from flexalign.generation.confidence import ConfidenceTracker
 from flexalign.generation.row_lambdas import TagTokens
 from flexalign.generation.seeded import SeededSampling
 from flexalign.generation.text import ResponseText, StreamedText
-from flexalign.lambdas import Adaptive, Fixed, Route, Schedule, Way
+from flexalign.lambdas import Adaptive, Fixed, Route, Schedule, Way, way_dial
 from flexalign.serving.engine.jobs import AnswerPiece, Ended, Finish, Generation, WrittenToken
 
 _LEAST_LOGPROB = -9999.0
@@ -92,13 +92,13 @@ class AnswerSequence:
         dial = job.dial
         if isinstance(dial, Route):
             self._route = dial.draw(torch.Generator().manual_seed(job.seed))
-            dial = Fixed(dial.slow_lambda if self._route == "slow" else dial.fast_lambda)
+            dial = way_dial(dial, self._route)
         elif isinstance(dial, Adaptive):
             threshold = settings.threshold(dial)
             tracker = ConfidenceTracker([dial], [threshold], torch.device("cpu"))
             tracker.use_ends([EosTokenCriteria(sorted(settings.ends)), self._stop_found])
-            self._fast = _FastTrial(tracker, threshold, Fixed(dial.slow_lambda))
-            dial = Fixed(dial.fast_lambda)
+            self._fast = _FastTrial(tracker, threshold, way_dial(dial, "slow"))
+            dial = way_dial(dial, "fast")
         self._begin(dial or Fixed(0.0))  # a model without a dial asks for no λ
 
     @property
