@@ -346,6 +346,7 @@ def main() -> None:
             _load_libraries()
             answer_programs(listening)
         stack.callback(os.kill, answering, signal.SIGTERM)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the callbacks are run then too
         try:
             rehearse(home, options.section)
         except subprocess.CalledProcessError as error:
