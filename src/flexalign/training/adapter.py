@@ -4,6 +4,7 @@ The base stays as it is, and is held once. `adapt` and `bake`, at the end, tell 
 bottom: read the recipe, read what it names, make the run, train it.
 """
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import torch
 from datasets import Dataset, concatenate_datasets
+from datasets.table import InMemoryTable
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import DPOTrainer, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTTrainer
 
 from flexalign.data import (
     Lengths,
@@ -167,6 +169,28 @@ class AdapterDPOTrainer(_AdapterTraining, RenderedPreferences, SealedCheckpoints
                 "base stream's log-probabilities are computed beforehand, so leave it out."
             )
         super().__init__(inra, **options)
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Compute them once; of several processes all read the file that the first one writes.
+
+        TRL keeps that file beside the data. Rows in memory have a temporary folder in every process,
+        where the others would look for it in vain; here it lies in the output folder for a while.
+        """
+        if self.accelerator.num_processes == 1:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        folder = Path(self.args.output_dir) / "reference-log-probabilities"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed in here
+            folder.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+
+        dataset._get_cache_file_path = lambda fingerprint: str(folder / f"{name}.arrow")
+        computed = super()._precompute_ref_logps(dataset, name, batch_size)
+        rows = Dataset(InMemoryTable(computed.with_format("arrow")[:]))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(folder)
+        return rows
 
     def compute_ref_log_probs(
         self, model: nn.Module, inputs: dict[str, Any]
@@ -457,7 +481,12 @@ def _plan(run: TrainingRun, base: Base, rows: Dataset, lengths: Lengths) -> Trai
         "data": {"path": recipe.data, **lengths.to_json()},
         **steps,
         **plan_memory(
-            arguments, base.config, base.sizes, tokens=longest, aligned_parameters=base.others
+            arguments,
+            base.config,
+            base.sizes,
+            tokens=longest,
+            aligned_parameters=base.others,
+            rows_each=2 if isinstance(arguments, DPOConfig) else 1,
         ),
         "output_state": run.state,
     }
