@@ -49,7 +49,7 @@ from flexalign.training.events import Events
 from flexalign.training.forward import HeadForm
 from flexalign.training.inputs import read_traces, settle_template
 from flexalign.training.memory import Sizes
-from flexalign.training.models import Parts, Teacher, running_dtype
+from flexalign.training.models import Teacher, TrainingModels, running_dtype
 from flexalign.training.plan import TrainingPlan, plan_memory, plan_steps, sample_rows
 from flexalign.training.recipes import AdaptRecipe, BakeRecipe, Recipe
 from flexalign.training.rows import RenderedPreferences, RenderedRows
@@ -261,14 +261,14 @@ class Adaptation(_AdapterRun):
         model.inra_config = replace(model.inra_config, base=recipe.base)
         return model
 
-    def _parts(self, inra: InRaModel) -> Parts:
+    def _parts(self, inra: InRaModel) -> TrainingModels:
         """Return the student and its teachers: the base stream, and one model more."""
         aligned = load_model(str(self.recipe.aligned), dtype=running_dtype(self.recipe.arguments))
         aligned.eval().requires_grad_(False)
         pair = ModelPair.of(inra.base, aligned, self.tokenizer)
         form = HeadForm.of(inra.base, pair.vocab_size)
         other = HeadForm.of(inner_model(aligned), pair.vocab_size)
-        return Parts(
+        return TrainingModels(
             student=inra.base,
             form=form,
             reference=Teacher(
@@ -309,7 +309,7 @@ class Baking(_AdapterRun):
 
         split = self.data.train_test_split(test_size=recipe.held_out, seed=_SPLIT_SEED)
         with as_student(inra) as dial:
-            parts = Parts(
+            parts = TrainingModels(
                 student=student,
                 form=form,
                 reference=Teacher(dial, None, form, shares_student=False, switch=off),

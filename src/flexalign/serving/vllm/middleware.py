@@ -25,7 +25,7 @@ import torch
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.inra.configuration import InRaConfig
-from flexalign.lambdas import Adaptive, Dial, Fixed, Route, Schedule
+from flexalign.lambdas import Adaptive, Dial, Fixed, Route, Schedule, way_dial
 from flexalign.models.loading import load_tokenizer
 from flexalign.serving.dial import DIAL_KEYS, DialChoice, DialRules, adapter_rules, refuse_misspelt
 from flexalign.serving.errors import ApiError, Scope, send_error
@@ -233,21 +233,21 @@ class VllmDialMiddleware(DialMiddleware):
         """Answer the fast way; return the slow one's dial if that is not sure enough."""
         is_chat = path_of(scope) == PATHS[0]
         answer = StreamedFastAnswer(policy, self._settings.threshold(policy), is_chat)
-        asked = _with_lambda(fast_body(body, is_chat), Fixed(policy.fast_lambda))
+        asked = _with_lambda(fast_body(body, is_chat), way_dial(policy, "fast"))
         if not await answer.run(self.app, asked, scope, receive):
             return None  # the client has gone
 
         is_accepted = answer.is_accepted
-        lam = policy.fast_lambda if is_accepted else policy.slow_lambda
+        dial = way_dial(policy, "fast" if is_accepted else "slow")
         if not answer.is_failed:
             choice.report |= {
                 "route": "fast" if is_accepted else "slow",
-                "lambda": lam,
+                "lambda": dial.lam,
                 "rejected_tokens": 0 if is_accepted else answer.tokens,
                 "confidence": answer.confidence,
             }
             if not is_accepted:
-                return Fixed(lam)
+                return dial
 
         # An accepted answer, or vLLM's error. vLLM streamed it, whatever the client asked for.
         messages = answer.messages
@@ -283,9 +283,9 @@ def _drawn(policy: Route, seed: object, choice: DialChoice) -> Fixed:
     generator = torch.Generator().manual_seed(seed if is_seed else secrets.randbits(62))  # type: ignore[arg-type]
 
     way = policy.draw(generator)
-    lam = policy.slow_lambda if way == "slow" else policy.fast_lambda
-    choice.report |= {"route": way, "lambda": lam, "rejected_tokens": 0}
-    return Fixed(lam)
+    dial = way_dial(policy, way)
+    choice.report |= {"route": way, "lambda": dial.lam, "rejected_tokens": 0}
+    return dial
 
 
 def _with_lambda(body: dict[str, Any], dial: Fixed | Schedule) -> dict[str, Any]:
