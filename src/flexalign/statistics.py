@@ -5,8 +5,8 @@ interval here is clustered. All of them return low, estimate and high.
 """
 
 import math
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,11 +19,32 @@ _SMALLEST_TAIL = 2.0**-54
 
 
 class Interval(NamedTuple):
-    """A confidence interval with its estimate."""
+    """A confidence interval with its estimate.
+
+    In a file it stands under two keys, ``NAME`` and ``NAME_ci``; JSON has no infinity, so that an end
+    that is not known is null there.
+    """
 
     low: float
     mean: float
     high: float
+
+    @classmethod
+    def from_json(cls, given: Mapping[str, Any], name: str) -> "Interval":
+        """Read the two keys of a name.
+
+        Raises:
+            KeyError: If a key is missing.
+        """
+        low, high = given[f"{name}_ci"] or (None, None)
+        return cls(
+            -math.inf if low is None else low, given[name], math.inf if high is None else high
+        )
+
+    def to_json(self, name: str) -> dict[str, Any]:
+        """Return the two keys of a name."""
+        ends = [float(end) if math.isfinite(end) else None for end in (self.low, self.high)]
+        return {name: self.mean, f"{name}_ci": ends}
 
 
 def clustered_interval(

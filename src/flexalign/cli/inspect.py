@@ -96,15 +96,10 @@ def inspect(
 def _measure(
     facts: "PairFacts", path: Path, limit: int, batch_size: int, loading: dict[str, Any]
 ) -> "Difference":
-    from flexalign.analysis.difference import measure_difference
-    from flexalign.data import load_traces, split_tokens
-    from flexalign.data.rendering import bind_as_sampled
+    from flexalign.analysis.difference import load_rows, measure_difference
     from flexalign.models.pair import ModelPair
 
-    traces = load_traces(path)
-    traces = traces.select(range(min(limit, len(traces))))
-    bind_as_sampled(facts.tokenizer, traces)
-    rows = list(split_tokens(traces, facts.tokenizer))
+    rows = load_rows(path, facts.tokenizer, limit)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report has said it all
         pair = ModelPair.load(facts.reference.name, facts.aligned.name, **loading)

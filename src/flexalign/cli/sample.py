@@ -162,7 +162,7 @@ def _refuse(options: Mapping[str, object | None], where: str) -> None:
 
 
 def _preview(run: "SampleRun", as_json: bool) -> None:
-    """Show what would be asked."""
+    """Print the first prompts and the number of traces."""
     shown = run.preview(_PREVIEWED)
     if as_json:
         print_json({"prompts": len(run.prompts), "rows": run.total, "preview": shown})

@@ -9,7 +9,6 @@ renders with the tokenizer afterwards (generation, serving, another library) ren
 so that a trained model's folder keeps them. An argument that a call gives itself still wins.
 """
 
-import copy
 import hashlib
 import json
 import re
@@ -430,14 +429,3 @@ def require_all_shown(messages: Messages, rendered: str) -> None:
                 f"the chat template leaves a message of the role {message['role']} out of the "
                 "prompt; put its text into the user's message, or use another template."
             )
-
-
-def copied_with(
-    tokenizer: "PreTrainedTokenizerBase",
-    arguments: Mapping[str, Any] | None,
-    thinking: tuple[str, str] | None = None,
-) -> "PreTrainedTokenizerBase":
-    """Return a copy of a tokenizer whose template has arguments; the tokenizer stays as it is."""
-    bound = copy.deepcopy(tokenizer)
-    bind_template(bound, arguments, thinking)
-    return bound

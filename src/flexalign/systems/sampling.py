@@ -8,8 +8,8 @@
     sample("models/base", "questions.jsonl", "traces.jsonl", SamplingSettings(samples=4))
     sample("url:http://localhost:8000/v1", "questions.jsonl", "traces.jsonl")
 
-A run that broke off goes on where it stopped when the same call is made again; what a run is made
-of stands in the manifest beside its file (`flexalign.data.traces`).
+The same call continues a run that was interrupted. The manifest beside the file records what the run
+consists of (`flexalign.data.traces`).
 """
 
 import json
@@ -60,23 +60,23 @@ def sample(
     Args:
         system: A model's folder or known name, ``model:PATH``, or ``url:http://…``.
         prompts: A file or a saved data set, as `load_prompts` takes it.
-        output: The JSONL file to write, or to go on with.
-        settings: How responses are drawn; one for each prompt at temperature 1 if not given.
+        output: The JSONL file to write or to continue.
+        settings: How responses are sampled; if not given, one for each prompt at temperature 1.
         options: How the system is run: ``dtype`` of a model on this machine; ``model_name``,
             ``api_key``, ``concurrency``, ``timeout_seconds`` and ``attempts`` of a server.
         prompting: A system message for prompts that have none, and, for a model on this machine,
             arguments of the chat template; the rows keep what they were sampled with.
-        limit: Take only the first prompts, this many.
+        limit: Take only this many prompts, the first ones.
         skip_bad_rows: Leave out rows that cannot be used.
         progress: Called with the number of rows in the file after each batch.
 
     Returns:
-        What the finished file holds.
+        A summary of the finished file.
 
     Raises:
-        ConfigError: If the system is not there, or the file belongs to another run.
+        ConfigError: If the system does not exist, or the file belongs to another run.
         DataError: If prompts cannot be read, or a row of the file is damaged.
-        ServingError: If a server cannot be asked.
+        ServingError: If a server cannot be used.
     """
     run = SampleRun(
         system,
@@ -92,11 +92,13 @@ def sample(
 
 
 class SampleRun:
-    """A run of :func:`sample`, checked and not yet begun; see there for its arguments.
+    """A run of :func:`sample`, checked but not begun; the arguments are the same.
 
     Attributes:
+        settings: How responses are sampled.
+        prompts: The prompts.
         total: Rows of the finished file.
-        done: Rows that the file holds already; 0 before :meth:`begin`.
+        done: Rows that the file has already; 0 before :meth:`begin`.
     """
 
     def __init__(
@@ -129,7 +131,7 @@ class SampleRun:
         return [self._generator.render(prompt) for prompt in self.prompts[:count]["prompt"]]
 
     def begin(self) -> int:
-        """Write the manifest, or compare it with the one that is there; return the rows done.
+        """Write the manifest, or compare it with an existing one; return the number of rows done.
 
         Raises:
             ConfigError: If the file belongs to another run.
@@ -145,7 +147,7 @@ class SampleRun:
         return self.done
 
     def finish(self, progress: Callable[[int], None] | None = None) -> TraceSummary:
-        """Make what is missing; see :func:`sample`."""
+        """Sample the missing rows; arguments, result and errors are those of :func:`sample`."""
         return make_traces(
             self.prompts,
             self._output,
@@ -159,21 +161,21 @@ class SampleRun:
 
 
 class _Generator(Protocol):
-    """What answers prompts.
+    """A model or a server that answers prompts.
 
     Attributes:
-        source: What identifies it in a manifest.
-        rendering: What its prompts are rendered with; None where a server does it.
+        source: Its identity in a manifest.
+        rendering: How its prompts are rendered; None if a server does it.
     """
 
     source: dict[str, Any]
     rendering: dict[str, Any] | None
 
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Sequence[Sampled]:
-        """Answer a batch, with a seed for each prompt."""
+        """Answer a batch of prompts; there is a seed for each prompt."""
 
     def render(self, prompt: Prompt) -> str:
-        """The prompt as text, as it is sent."""
+        """Return the prompt as text, as it is sent."""
 
 
 def _system_of(given: str | Path | System) -> System:
@@ -238,7 +240,7 @@ class _SampledModel:
         self.rendering: dict[str, Any] | None = sampling_record(self._tokenizer)
 
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Sequence[Sampled]:
-        """Answer a batch; its first seed seeds all of it."""
+        """Answer a batch of prompts; the first seed seeds the whole batch."""
         options = self._options
         return generate_responses(
             self._backend.model,
@@ -252,16 +254,16 @@ class _SampledModel:
         )
 
     def render(self, prompt: Prompt) -> str:
-        """The text that the model is given."""
+        """Return the text that the model gets."""
         return prompt if isinstance(prompt, str) else plain_prompt(self._tokenizer, prompt)
 
 
 class _SampledServer:
-    """A model behind a server, which has the chat template."""
+    """A server; it applies the chat template."""
 
     def __init__(self, backend: EndpointBackend, system: System, options: SystemOptions) -> None:
         self._backend = backend
-        # A server's only model is looked up, so that the manifest tells whose responses they are.
+        # If no name is given, the server is asked for it: the manifest must name the model.
         name = options.model_name or backend.endpoint.model
         self.source = {"endpoint": system.parts[0], "model": name}
         self.rendering: dict[str, Any] | None = None
@@ -271,5 +273,5 @@ class _SampledServer:
         return self._backend.endpoint.generate(prompts, seeds)
 
     def render(self, prompt: Prompt) -> str:
-        """The prompt as it is sent."""
+        """Return the prompt as it is sent."""
         return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)

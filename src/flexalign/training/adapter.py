@@ -4,6 +4,7 @@ The base stays as it is, and is held once. `adapt` and `bake`, at the end, tell 
 bottom: read the recipe, read what it names, make the run, train it.
 """
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import torch
 from datasets import Dataset, concatenate_datasets
+from datasets.table import InMemoryTable
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import DPOTrainer, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTTrainer
 
 from flexalign.data import (
     Lengths,
@@ -47,7 +49,7 @@ from flexalign.training.events import Events
 from flexalign.training.forward import HeadForm
 from flexalign.training.inputs import read_traces, settle_template
 from flexalign.training.memory import Sizes
-from flexalign.training.models import Parts, Teacher, running_dtype
+from flexalign.training.models import Teacher, TrainingModels, running_dtype
 from flexalign.training.plan import TrainingPlan, plan_memory, plan_steps, sample_rows
 from flexalign.training.recipes import AdaptRecipe, BakeRecipe, Recipe
 from flexalign.training.rows import RenderedPreferences, RenderedRows
@@ -168,6 +170,28 @@ class AdapterDPOTrainer(_AdapterTraining, RenderedPreferences, SealedCheckpoints
             )
         super().__init__(inra, **options)
 
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Compute them once; of several processes all read the file that the first one writes.
+
+        TRL keeps that file beside the data. Rows in memory have a temporary folder in every process,
+        where the others would look for it in vain; here it lies in the output folder for a while.
+        """
+        if self.accelerator.num_processes == 1:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        folder = Path(self.args.output_dir) / "reference-log-probabilities"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed in here
+            folder.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+
+        dataset._get_cache_file_path = lambda fingerprint: str(folder / f"{name}.arrow")
+        computed = super()._precompute_ref_logps(dataset, name, batch_size)
+        rows = Dataset(InMemoryTable(computed.with_format("arrow")[:]))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(folder)
+        return rows
+
     def compute_ref_log_probs(
         self, model: nn.Module, inputs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
@@ -242,14 +266,14 @@ class Adaptation(_AdapterRun):
         model.inra_config = replace(model.inra_config, base=recipe.base)
         return model
 
-    def _parts(self, inra: InRaModel) -> Parts:
+    def _parts(self, inra: InRaModel) -> TrainingModels:
         """Return the student and its teachers: the base stream, and one model more."""
         aligned = load_model(str(self.recipe.aligned), dtype=running_dtype(self.recipe.arguments))
         aligned.eval().requires_grad_(False)
         pair = ModelPair.of(inra.base, aligned, self.tokenizer)
         form = HeadForm.of(inra.base, pair.vocab_size)
         other = HeadForm.of(inner_model(aligned), pair.vocab_size)
-        return Parts(
+        return TrainingModels(
             student=inra.base,
             form=form,
             reference=Teacher(
@@ -290,7 +314,7 @@ class Baking(_AdapterRun):
 
         split = self.data.train_test_split(test_size=recipe.held_out, seed=_SPLIT_SEED)
         with as_student(inra) as dial:
-            parts = Parts(
+            parts = TrainingModels(
                 student=student,
                 form=form,
                 reference=Teacher(dial, None, form, shares_student=False, switch=off),
@@ -462,7 +486,12 @@ def _plan(run: TrainingRun, base: Base, rows: Dataset, lengths: Lengths) -> Trai
         "data": {"path": recipe.data, **lengths.to_json()},
         **steps,
         **plan_memory(
-            arguments, base.config, base.sizes, tokens=longest, aligned_parameters=base.others
+            arguments,
+            base.config,
+            base.sizes,
+            tokens=longest,
+            aligned_parameters=base.others,
+            rows_each=2 if isinstance(arguments, DPOConfig) else 1,
         ),
         "output_state": run.state,
     }
