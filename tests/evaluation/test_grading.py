@@ -93,6 +93,14 @@ def test_tags_can_be_named() -> None:
     assert grade("[THINK]8[/THINK]7", "7", tags=tags).correct
     assert grade("[THINK]7[/THINK]", "7", tags=tags).status == "no_answer"
 
+    opening, final = "<|channel|>analysis<|message|>", "<|channel|>final<|message|>"
+    channels = ThinkingTags(opening, f"<|end|><|start|>assistant{final}")
+    cut = r"\boxed{8}, or \boxed{7}"
+    assert grade(opening + cut, "7", tags=channels).status == "no_answer"
+    assert grade(cut, "7", tags=channels, opened=True).status == "no_answer"
+    assert grade(f"{opening}8{channels.close}7", "7", tags=channels).correct
+    assert grade(f"{final}7", "7", tags=channels).correct
+
 
 @pytest.fixture(scope="module")
 def grader() -> Iterator[Grader]:
