@@ -383,7 +383,7 @@ _LEARNING_RATE = 1e-3
 """For short trainings; the results document uses half of it and more steps."""
 
 _QUESTION_SEED = 10_000
-"""The first seed of the demo's questions; it differs from all seeds of training data."""
+"""Added to the demo's seed for its questions; far from the seeds of training data."""
 
 _THRESHOLD = 0.44
 """The adaptive policy's threshold; ``benchmarks/dial.py`` chose it on other questions."""
