@@ -126,7 +126,8 @@ def load_task(
         data: The folder of the public files, or the file itself; the environment variable
             FLEXALIGN_DATA if not given.
         limit: The number of questions, which are drawn with `seed` and stay in order; if a known
-            name makes its questions, the number that is made. All if not given.
+            name makes its questions, the number that is made. If not given, all questions, or the
+            known name's own number.
         seed: Seed of that draw.
         instruction: The text after every problem; the task's own if not given (none for a file).
 
