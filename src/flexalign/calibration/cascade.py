@@ -72,7 +72,7 @@ def fit_thresholds(cascade: Cascade, efforts: Sequence[float]) -> list[float]:
         efforts: Ascending, from 0 (threshold 0) to 100 (the slow answers' mean tokens).
 
     Returns:
-        One threshold in [0, 1] for each effort, ascending.
+        One threshold in [0, 1] for each effort, non-decreasing.
     """
     sure, slow = cascade.fast.confidence, cascade.slow.tokens
 

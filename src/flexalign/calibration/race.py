@@ -154,11 +154,11 @@ def _read(
     slack = constraint.slack(samples, base)
     deviation = steadied_deviation(slack, constraint.unit)
     error = deviation / math.sqrt(slack.size)
-    held_against = max(deviation, constraint.least_deviation)
+    assumed_deviation = max(deviation, constraint.least_deviation)
     gain = constraint.gain(samples, base)
 
     def standing(shift: float) -> Standing:
-        needed = float(ndtri(1 - level)) * held_against / math.sqrt(rest)
+        needed = float(ndtri(1 - level)) * assumed_deviation / math.sqrt(rest)
         spread = math.hypot(deviation / math.sqrt(rest), error)
         promise = float(ndtr((float(slack.mean()) + shift - needed) / spread))
         return Standing(setting, len(samples.questions), promise, gain)
