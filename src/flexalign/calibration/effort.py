@@ -236,12 +236,14 @@ class Calibration:
                 "flexalign calibrate BASE --adapter ADAPTER --task TASK, or give --lambda or "
                 "--policy."
             )
+
         version = given.get("version")
         if version != VERSION:
             raise ConfigError(
                 f"this adapter's calibration has version {version!r} and this flexalign reads "
                 f"{VERSION}; run flexalign calibrate again."
             )
+
         try:
             points = given["effort"]
             calibration = cls(

@@ -59,7 +59,7 @@ def fit_lambdas(tokens: Mapping[float, float]) -> Points:
             "effort to set; train the adapter on shorter answers, or widen --lambda-range."
         )
     saved = reference - fastest
-    # The quotient first, so that the reference is at exactly 100 whatever its tokens.
+    # The quotient first, so that the reference is at exactly 100 for any tokens.
     return tuple((100 * ((mean - fastest) / saved), kept[mean]) for mean in sorted(kept))
 
 
@@ -144,7 +144,7 @@ def _metrics(
     """Compute the source, the metrics and the change of accuracy of a dial."""
     if isinstance(dial, Adaptive):
         if cascade is None or dial.threshold is None:
-            raise ConfigError("this calibration's efforts are thresholds; give both ways.")
+            raise ConfigError("this calibration's efforts are thresholds; give a cascade.")
         samples = cascade.at(dial.threshold)
         return "simulated", SettingMetrics.of(samples), _change(samples.correct, fixed[0.0])
 

@@ -478,6 +478,7 @@ def _draw_mixtures(
             color="#718096",
             label="chord: a coin between the ends" if number == 0 else None,
         )
+
     if len(points) > 1:
         corners = upper_hull([Point(point.tokens, point.accuracy) for point in points])
         corners.append(Point(max(point.tokens for point in points), corners[-1].accuracy))

@@ -248,7 +248,8 @@ class Sweep:
         It includes hashes, fingerprints, settings and options.
         """
         options = asdict(self.options)
-        kept = ("temperature", "top_p", "max_new_tokens", "gate")
+        kept = ("temperature", "top_p", "max_new_tokens", "gate")  # others do not affect samples
+
         return {
             "systems": [
                 {
@@ -326,6 +327,7 @@ def _check_options(samples: int, options: SystemOptions) -> None:
     for name, value in counts.items():
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}.")
+
     if not 0 <= options.temperature < float("inf"):
         raise ConfigError(
             f"temperature must be a number ≥ 0 (0 is greedy), got {options.temperature}."
@@ -337,6 +339,7 @@ def _check_options(samples: int, options: SystemOptions) -> None:
             f"samples is {samples} at temperature 0, which would write the same response each "
             "time; raise the temperature or take one sample."
         )
+
     if options.engine not in ("local", "vllm"):
         raise ConfigError(f"the engine is local or vllm, not {options.engine!r}.")
 

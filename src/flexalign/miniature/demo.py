@@ -372,7 +372,7 @@ def weigh(answers: JudgedAnswers, fast: JudgedAnswers, slow: JudgedAnswers) -> W
 def _require_same(first: JudgedAnswers, second: JudgedAnswers) -> None:
     if len(first.right) != len(second.right):
         raise DataError(
-            f"{len(first.right)} answers stand beside {len(second.right)}; "
+            f"there are {len(first.right)} and {len(second.right)} answers; "
             "both ends must answer the same questions."
         )
 

@@ -33,6 +33,7 @@ def build_tokenizer(context_tokens: int) -> PreTrainedTokenizerFast:
             pre_tokenizers.Split(Regex(r"</?[a-z]+>|#?[0-9]+|[a-z]+|."), behavior="isolated"),
         ]
     )
+
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
