@@ -453,6 +453,16 @@ class Route:
         return {"policy": "route", **_changed(self)}
 
 
+def way_dial(policy: Adaptive | Route, way: Way) -> Fixed:
+    """Return the dial of a policy's fast or slow answers.
+
+    Example:
+        >>> way_dial(Route(share=0.3), "fast")
+        Fixed(lam=1.0)
+    """
+    return Fixed(policy.fast_lambda if way == "fast" else policy.slow_lambda)
+
+
 def _set_lambdas(policy: Adaptive | Route) -> None:
     for name in ("fast_lambda", "slow_lambda"):
         _set(policy, name, finite_lambda(getattr(policy, name), name))

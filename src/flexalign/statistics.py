@@ -5,8 +5,8 @@ all intervals are clustered by question. All of them return low, estimate and hi
 """
 
 import math
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,6 +21,9 @@ _SMALLEST_TAIL = 2.0**-54
 class Interval(NamedTuple):
     """A confidence interval with its estimate.
 
+    In a file it has two keys, ``NAME`` and ``NAME_ci``; JSON has no infinity, so an unknown end is null
+    there.
+
     Attributes:
         low: The lower end.
         mean: The estimate.
@@ -30,6 +33,23 @@ class Interval(NamedTuple):
     low: float
     mean: float
     high: float
+
+    @classmethod
+    def from_json(cls, given: Mapping[str, Any], name: str) -> "Interval":
+        """Read an interval from its two keys; a null end becomes infinite.
+
+        Raises:
+            KeyError: If a key is missing.
+        """
+        low, high = given[f"{name}_ci"] or (None, None)
+        return cls(
+            -math.inf if low is None else low, given[name], math.inf if high is None else high
+        )
+
+    def to_json(self, name: str) -> dict[str, Any]:
+        """Return the two keys of an interval; an infinite end becomes null."""
+        ends = [float(end) if math.isfinite(end) else None for end in (self.low, self.high)]
+        return {name: self.mean, f"{name}_ci": ends}
 
 
 def clustered_interval(

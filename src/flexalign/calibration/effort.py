@@ -80,19 +80,19 @@ class SettingMetrics:
             KeyError: If a key is missing.
         """
         return cls(
-            _interval(given, "tokens"),
+            Interval.from_json(given, "tokens"),
             given["tokens_p10"],
             given["tokens_p90"],
-            _interval(given, "accuracy"),
+            Interval.from_json(given, "accuracy"),
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
         return {
-            **_figure("tokens", self.tokens),
+            **self.tokens.to_json("tokens"),
             "tokens_p10": self.tokens_p10,
             "tokens_p90": self.tokens_p90,
-            **_figure("accuracy", self.accuracy),
+            **self.accuracy.to_json("accuracy"),
         }
 
 
@@ -158,7 +158,7 @@ class EffortLevel:
             given["line"],
             given["source"],
             SettingMetrics.from_json(given),
-            _interval(given, "accuracy_change"),
+            Interval.from_json(given, "accuracy_change"),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -169,7 +169,7 @@ class EffortLevel:
             "line": self.line,
             "source": self.source,
             **self.metrics.to_json(),
-            **_figure("accuracy_change", self.accuracy_change),
+            **self.accuracy_change.to_json("accuracy_change"),
         }
 
 
@@ -295,15 +295,6 @@ def _pair(given: Sequence[float]) -> tuple[float, float]:
 
 def _pairs(given: Sequence[Sequence[float]]) -> Points:
     return tuple(map(_pair, given))
-
-
-def _interval(given: Mapping[str, Any], name: str) -> Interval:
-    low, high = given[f"{name}_ci"]
-    return Interval(low, given[name], high)
-
-
-def _figure(name: str, value: Interval) -> dict[str, Any]:
-    return {name: value.mean, f"{name}_ci": [value.low, value.high]}
 
 
 # From efforts to settings.

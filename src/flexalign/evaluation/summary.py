@@ -6,7 +6,6 @@ that more were spent. Over several tasks there are two definitions, :func:`token
 """
 
 import json
-import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -101,8 +100,8 @@ class SummaryRow:
             task=given["task"],
             n_questions=given["n_questions"],
             n_samples=given["n_samples"],
-            accuracy=_interval(given, "accuracy"),
-            tokens=_interval(given, "tokens"),
+            accuracy=Interval.from_json(given, "accuracy"),
+            tokens=Interval.from_json(given, "tokens"),
             thinking_tokens=given["thinking_tokens"],
             token_cut=_optional_interval(given, "token_cut"),
             chord_distance=_optional_interval(given, "chord_distance"),
@@ -120,12 +119,12 @@ class SummaryRow:
             "task": self.task,
             "n_questions": self.n_questions,
             "n_samples": self.n_samples,
-            **_figure("accuracy", self.accuracy),
-            **_figure("tokens", self.tokens),
+            **self.accuracy.to_json("accuracy"),
+            **self.tokens.to_json("tokens"),
             "thinking_tokens": self.thinking_tokens,
-            **_figure("token_cut", self.token_cut),
-            **_figure("chord_distance", self.chord_distance),
-            **_figure("hull_distance", self.hull_distance),
+            **_optional_keys("token_cut", self.token_cut),
+            **_optional_keys("chord_distance", self.chord_distance),
+            **_optional_keys("hull_distance", self.hull_distance),
             **{status: getattr(self, status) for status in _STATUSES},
         }
 
@@ -225,24 +224,12 @@ class Summary:
         }
 
 
-def _interval(given: Mapping[str, Any], name: str) -> Interval:
-    """Read a figure with its ``_ci``; a null end is unknown, and becomes infinite."""
-    low, high = given[f"{name}_ci"] or (None, None)
-    return Interval(
-        -math.inf if low is None else low, given[name], math.inf if high is None else high
-    )
-
-
 def _optional_interval(given: Mapping[str, Any], name: str) -> Interval | None:
-    return None if given[name] is None else _interval(given, name)
+    return None if given[name] is None else Interval.from_json(given, name)
 
 
-def _figure(name: str, value: Interval | None) -> dict[str, Any]:
-    """Return the two keys of a figure; JSON has no infinity, so an unknown end becomes null."""
-    if value is None:
-        return {name: None, f"{name}_ci": None}
-    ends = [float(end) if math.isfinite(end) else None for end in (value.low, value.high)]
-    return {name: value.mean, f"{name}_ci": ends}
+def _optional_keys(name: str, value: Interval | None) -> dict[str, Any]:
+    return {name: None, f"{name}_ci": None} if value is None else value.to_json(name)
 
 
 # A summary from samples.

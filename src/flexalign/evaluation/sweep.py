@@ -21,7 +21,13 @@ from flexalign.evaluation.report import write_report
 from flexalign.evaluation.samples import ResultsFolder
 from flexalign.evaluation.summary import Summary, environment, summarise
 from flexalign.evaluation.systems import Cell, settings_of
-from flexalign.evaluation.tasks import Task, TaskSampling, load_task
+from flexalign.evaluation.tasks import (
+    Task,
+    TaskSampling,
+    load_task,
+    sample_warning,
+    unreadable_golds,
+)
 from flexalign.lambdas import Setting, unique_settings
 from flexalign.systems import (
     Answer,
@@ -242,13 +248,42 @@ class Sweep:
             for task in self.tasks
         ]
 
+    def cautions(self) -> list[str]:
+        """Return warnings about the summary, one sentence each."""
+        found = []
+        alone = [
+            system.name
+            for system in self.systems
+            if all(setting.lam != 0 for setting in self.settings_of(system))
+        ]
+        if alone and self.baseline is None and len(self.systems) > 1:
+            found.append(
+                f"{', '.join(alone)}: no λ = 0 there, so that no token cut will be known; name the "
+                "system to hold it against with --baseline."
+            )
+        warnings = (sample_warning(task, self.samples) for task in self.tasks)
+        return found + [warning for warning in warnings if warning is not None]
+
+    def unreadable_golds(self, *, workers: int = 1) -> list[dict[str, str]]:
+        """List the known answers that no response can match, by ``task``, ``question``, ``gold``.
+
+        Args:
+            workers: Number of processes that parse them.
+        """
+        with Grader(workers=workers) as grader:
+            return [
+                {"task": task.name, "question": question.id, "gold": question.gold}
+                for task in self.tasks
+                for question in unreadable_golds(task, grader)
+            ]
+
     def configuration(self) -> dict[str, Any]:
         """Return everything that determines the samples, as JSON.
 
         It includes hashes, fingerprints, settings and options.
         """
         options = asdict(self.options)
-        kept = ("temperature", "top_p", "max_new_tokens", "gate")  # others do not affect samples
+        kept = ("temperature", "top_p", "max_new_tokens", "gate")
 
         return {
             "systems": [
