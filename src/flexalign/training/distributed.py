@@ -95,8 +95,8 @@ def _gather_while_it_runs(module: nn.Module, stack: ExitStack) -> None:
     if not any(map(_is_missing, own)):
         return
 
-    # Gathering is a context, which the hook before a call enters and the hook after it leaves. A
-    # module may call itself, so there is a stack of contexts.
+    # Gathering is a context, which the hook before a call enters and the hook after it leaves. Calls
+    # may be nested, so there is a stack of contexts.
     opened: list[ExitStack] = []
 
     def before(*_: Any) -> None:
