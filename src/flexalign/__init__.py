@@ -1,6 +1,6 @@
 """Flexible realignment of language models: choose how much of an alignment you want, as a λ.
 
-The names below load on first use, so that ``import flexalign`` costs nothing.
+The names below load on first use, so that ``import flexalign`` is fast.
 """
 
 from typing import TYPE_CHECKING

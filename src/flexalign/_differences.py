@@ -1,26 +1,26 @@
-"""What differs between two runs, as sentences for the message that refuses the second one."""
+"""The differences between two runs, as sentences for the message that refuses the second one."""
 
 import json
 from collections.abc import Iterator
 from typing import Any
 
 _LONGEST = 80
-"""Characters of a value that a message shows."""
+"""The most characters of a value in a message."""
 
 
 def differences(
     before: Any, now: Any, key: str = "", *, form: str = "{key} was {before}, now {now}"
 ) -> Iterator[str]:
-    """Say where two JSON values differ, in the order of their keys.
+    """Yield a sentence for each difference of two JSON values, in the order of their keys.
 
-    Mappings are compared key by key, and lists of equal length that hold mappings item by item;
+    Mappings are compared key by key, and lists of equal length that contain mappings item by item;
     everything else is compared as a whole.
 
     Args:
-        before: What was recorded.
-        now: What is asked for; a key that one of the two lacks counts as null.
-        key: What the two are called; the names of inner values follow it.
-        form: How a difference is worded.
+        before: The recorded value.
+        now: The new value; a key that one of the two lacks counts as null.
+        key: The name of the values; the names of inner values follow it.
+        form: The sentence, a format string.
 
     Example:
         >>> list(differences({"lambda": 1.0, "seed": 0}, {"lambda": 2.0, "seed": 0}))
@@ -43,7 +43,7 @@ def _hold_mappings(before: Any, now: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    """Write a value in a few words; of things that have a name, the names."""
+    """Return a value as short JSON; of a list of mappings, only their ids or names."""
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         value = [item.get("id", item.get("name", item)) for item in value]
     text = json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Names of a package that load on first use, so that importing the package costs nothing."""
+"""Names of a package that load on first use, so that importing the package is fast."""
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -11,8 +11,8 @@ def lazy_names(
     """Return the ``__getattr__`` and the ``__dir__`` of a package.
 
     Args:
-        package: Its name.
-        homes: For each name that is to load on first use, the module that has it.
+        package: The package's name.
+        homes: The module of each name that loads on first use.
         names: The package's ``__all__``.
     """
 

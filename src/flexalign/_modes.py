@@ -1,4 +1,4 @@
-"""A model's training mode, switched off for a while."""
+"""Switching a model's training mode off temporarily."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off inside, and put every module's own mode back after."""
+    """Put all modules into evaluation mode in the block; restore the mode of each after it."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

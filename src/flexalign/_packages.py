@@ -1,4 +1,4 @@
-"""Packages that flexalign can do without: what needs one says so, before it does anything."""
+"""Optional packages: code that needs one checks for it first."""
 
 import importlib.util
 
@@ -6,15 +6,15 @@ from flexalign.errors import ConfigError
 
 
 def require_packages(purpose: str, *modules: str, install: str) -> None:
-    """Make sure that modules of other packages are there, without importing them.
+    """Require modules of optional packages, without importing them.
 
     Args:
-        purpose: What needs them, as a sentence begins: ``"serving"``.
+        purpose: The feature that needs them, as the beginning of a sentence: ``"serving"``.
         modules: Their names.
-        install: What ``pip install`` is to be given, and anything else to be said.
+        install: The arguments of ``pip install``, and further advice.
 
     Raises:
-        ConfigError: If one is missing; names it, and says how to get it.
+        ConfigError: If one is missing; its message names it and how to install it.
     """
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:

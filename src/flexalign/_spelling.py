@@ -1,24 +1,27 @@
-"""What may have been meant by a name that is not known, for messages."""
+"""Suggestions for unknown names, for messages."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 _OTHER_NAMES = {"lam": "lambda", "λ": "lambda"}
+"""Synonyms that are not spelt alike."""
 
 _MOST_TOLD = 20
-"""Names that a message lists; of more it gives the nearest, even one that is less like."""
+"""The most names that a message lists; of more, it gives only the nearest, with a lower cutoff."""
 
 
 def nearest(
     name: object, known: Iterable[str], *, prefix: str = "", otherwise: str | None = None
 ) -> str:
-    """Return the end of a sentence about a name that is not known, its full stop included.
+    """Return the end of a sentence about an unknown name, with its full stop.
+
+    It suggests the nearest known name, or lists all of them.
 
     Args:
-        name: The name.
-        known: Those that are; the nearest is asked for, else all are listed.
-        prefix: What stands before each of them in the user's file.
-        otherwise: What to do where none is near, instead of the list.
+        name: The unknown name.
+        known: The known names.
+        prefix: Text before each known name in the user's file, such as the section.
+        otherwise: Advice if none is near, instead of the list.
     """
     names = list(known)
     is_long = len(names) > _MOST_TOLD
@@ -31,7 +34,7 @@ def nearest(
 
 
 def misspelt(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that this is almost: enough to refuse it where others may pass."""
+    """Return the known name that this one almost equals; None if there is none."""
     return _closest(name, list(known), 0.8)
 
 

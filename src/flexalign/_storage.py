@@ -1,7 +1,7 @@
-"""Files that are there whole or not at all.
+"""Atomic writing of files: a file is complete or does not exist.
 
-Whatever is written goes to a hidden file or folder beside its place, is flushed to the disk, and is
-moved to its place in one step. A reader never sees half of it, and a failure takes the part away.
+Content is written to a hidden file or folder beside its path, flushed to the disk, and moved to its
+path in one step. A reader never sees a part of it, and a failure removes the part.
 """
 
 import json
@@ -16,31 +16,32 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a place to write to, and move what was written to ``path`` at the end.
+    """Yield a temporary path to write to, and move it to ``path`` at the end of the block.
 
     Args:
-        path: Where the file or folder is to be. A file there is replaced; a folder there must be
-            empty.
+        path: The path of the file or folder. An existing file is replaced; an existing folder must
+            be empty.
 
     Yields:
-        A hidden path beside it, named by host and process, so that two writers do not meet.
+        A hidden path beside it, with host and process in its name, so that two writers do not
+        conflict.
 
     Raises:
-        OSError: If it cannot be written or moved; nothing of it is left then.
+        OSError: If it cannot be written or moved; the temporary path is removed.
     """
     partial = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
     try:
         yield partial
         os.replace(partial, path)
     except BaseException:
-        # What was written would fill a disk that is full, and nobody would look for it.
+        # The disk may be full, and the part is hidden: it must not stay.
         with suppress(OSError):
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
         raise
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file; it is on the disk when this returns."""
+    """Write a file; it is flushed to the disk before this returns."""
     with replacing(path) as partial, partial.open("wb") as file:
         file.write(content)
         file.flush()
@@ -48,10 +49,10 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, text: str, *, errors: str = "strict") -> None:
-    """Write a file of text in UTF-8, with ``\\n`` at the ends of lines."""
+    """Write a text file in UTF-8; line ends stay ``\\n`` on every system."""
     write_bytes(path, text.encode("utf-8", errors))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file of JSON, indented, with λ as λ."""
+    """Write an indented JSON file; non-ASCII characters such as λ are not escaped."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")

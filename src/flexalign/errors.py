@@ -11,7 +11,7 @@ The tree::
     ├── CheckpointError(RuntimeError)      a checkpoint is missing, half written or corrupt
     └── ServingError(RuntimeError)         a server or an engine failed
 
-The leaves keep the built-in that they stand for, so ``except ValueError`` still works.
+The leaves also derive from a built-in exception, so ``except ValueError`` catches them.
 A message says what is wrong, where, and what to do. On the command line a ``ValueError`` leaf
 ends with exit code 2 (wrong input), a ``RuntimeError`` leaf with 1 (failed while running).
 """
@@ -65,10 +65,10 @@ class ServingError(FlexAlignError, RuntimeError):
 
 @contextmanager
 def as_input_errors() -> Iterator[None]:
-    """Call a damaged file that was given as input what it is there: wrong input.
+    """Treat a damaged file that the user gave as wrong input.
 
     Raises:
-        ConfigError: In the place of a `CheckpointError`.
+        ConfigError: Instead of a `CheckpointError`, with the same message.
     """
     try:
         yield

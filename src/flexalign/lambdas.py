@@ -1,8 +1,8 @@
-"""λ: numbers, schedules, policies, their one text and JSON form, and the ranges that permit them.
+"""λ: numbers, schedules and policies, their text and JSON forms, and permitted ranges.
 
-A dial is what the λ of a run or of a request follows: one number (:class:`Fixed`), a
-:class:`Schedule` over steps, or a policy that chooses for each request (:class:`Adaptive`,
-:class:`Route`). One JSON form serves Python, YAML, the command line and HTTP::
+A dial sets the λ of a run or of a request: one number (:class:`Fixed`), a :class:`Schedule` over
+steps, or a policy that chooses for each request (:class:`Adaptive`, :class:`Route`). Python, YAML,
+the command line and HTTP use the same JSON form::
 
     2.0                                                          one λ throughout
     {"kind": "linear", "start": 0, "end": 2, "steps": 200}       straight from start to end
@@ -11,17 +11,17 @@ A dial is what the λ of a run or of a request follows: one number (:class:`Fixe
     {"kind": "thinking", "think": 0.0, "answer": 1.0}            one λ inside the thinking, one after
     {"kind": "thinking", "think": 0.0, "answer": 1.0, "budget": 2000, "end": 1.5}
     {"policy": "fixed", "lambda": 0.5}                           the same as the number
-    {"policy": "adaptive", "threshold": 0.5}                     fast where it is sure, else slow
-    {"policy": "route", "share": 0.3}                            this share, by chance, goes the slow way
+    {"policy": "adaptive", "threshold": 0.5}                     fast if confident enough, else slow
+    {"policy": "route", "share": 0.3}                            slow with probability 0.3, else fast
     "auto", "adaptive 0.5", "route 0.3"                          short forms of policies, as text
 
-A step is an optimizer step in training and a generated token, the first of them 0, in generation.
-With a ``budget``, λ goes in a straight line from ``think`` to ``end`` over thinking tokens
-0…``budget`` and stays there until the thinking closes.
+A step is an optimizer step in training, and a generated token (counted from 0) in generation.
+With a ``budget``, λ changes linearly from ``think`` to ``end`` over thinking tokens 0…``budget``
+and remains at ``end`` until the thinking closes.
 
-A dial is parsed where it enters (:func:`parse_dial`, :func:`parse_lambdas`), and its range is
-checked there (:func:`require_range`, :func:`require_forward`); what is inside trusts the types.
-This module needs no torch.
+Entry points parse a dial (:func:`parse_dial`, :func:`parse_lambdas`) and check its range
+(:func:`require_range`, :func:`require_forward`); all other code relies on the types.
+This module does not import torch.
 """
 
 import json
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import torch
 
 LAMBDA_LEGEND = "λ: 0 is the reference, 1 the aligned model or the adapter's"
-"""What stands beside every table of λ."""
+"""The legend of every table of λ."""
 
 # Numbers.
 
@@ -51,15 +51,15 @@ _LARGEST = float.fromhex("0x1.fffffep+127")
 def finite_lambda(value: object, name: str) -> float:
     """Check a λ that is one number and return it.
 
-    Tensors are checked by `flexalign.fusion.as_lambda`, which has a branch of its own for numbers:
-    `fusion` imports torch and the errors alone, and this module has to load without torch.
+    `flexalign.fusion.as_lambda` checks tensors, and has its own check of numbers: `fusion` imports
+    only torch and the errors, and this module must load without torch.
 
     Args:
         value: λ.
-        name: What messages call it.
+        name: Its name in messages.
 
     Raises:
-        LambdaError: If it is no real number (a boolean is none) or not finite in float32.
+        LambdaError: If it is not a real number (a boolean is not one) or not finite in float32.
     """
     number = _real(value)
     if not abs(number) <= _LARGEST:
@@ -68,7 +68,7 @@ def finite_lambda(value: object, name: str) -> float:
 
 
 def _real(value: object) -> float:
-    """Return a number as a float, NaN for what is none (a boolean included)."""
+    """Return a number as a float, and NaN for anything else (including a boolean)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return math.nan
     try:
@@ -78,7 +78,7 @@ def _real(value: object) -> float:
 
 
 def _set(owner: object, name: str, value: object) -> None:
-    """Set a field of a frozen dataclass while it is made."""
+    """Set a field of a frozen dataclass in its ``__post_init__``."""
     object.__setattr__(owner, name, value)
 
 
@@ -99,7 +99,7 @@ class Fixed:
         _set(self, "lam", finite_lambda(self.lam, "lambda") + 0.0)  # −0 is 0
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON form, which :func:`parse_dial` takes back."""
+        """Return the JSON form, which :func:`parse_dial` reads."""
         return {"policy": "fixed", "lambda": self.lam}
 
 
@@ -122,14 +122,14 @@ _OPTIONAL = {"constant": ("end",), "thinking": ("budget", "end")}
 
 @dataclass(frozen=True)
 class Schedule:
-    """λ over steps. Compares, hashes and pickles by its values.
+    """λ over steps. Instances compare, hash and pickle by value.
 
     Attributes:
         kind: ``"constant"``, ``"linear"``, ``"cosine"``, ``"piecewise"`` or ``"thinking"``.
         start: λ at step 0.
-        end: λ from the last step on; for ``thinking``, λ from the budget on.
+        end: λ at and after the last step; for ``thinking``, λ at and after the budget.
         steps: Steps from ``start`` to ``end``.
-        points: ``(step, λ)`` in order of their steps. Two points at one step are a jump.
+        points: Pairs ``(step, λ)`` in ascending order of steps. Two points at one step are a jump.
         think: λ inside the thinking, at its first token.
         answer: λ outside the thinking.
         budget: Thinking tokens over which λ goes from ``think`` to ``end``.
@@ -152,7 +152,7 @@ class Schedule:
         self._check_keys()
         for name in ("start", "end", "think", "answer"):
             value = getattr(self, name)
-            if isinstance(value, Fixed):  # read, and found finite, by now
+            if isinstance(value, Fixed):  # already checked
                 _set(self, name, value.lam)
             elif value is not None:
                 _set(self, name, finite_lambda(value, name))
@@ -179,7 +179,7 @@ class Schedule:
 
     @classmethod
     def constant(cls, lam: Fixed) -> "Schedule":
-        """Return the schedule that stays at one λ, which is not checked again."""
+        """Return the schedule with one λ throughout; it is not checked again."""
         return cls("constant", start=cast("float", lam))
 
     @classmethod
@@ -191,7 +191,7 @@ class Schedule:
             0.5
 
         Raises:
-            ConfigError: If it is malformed; names the key and the nearest known one.
+            ConfigError: If it is malformed; the message names the key and the nearest known one.
             LambdaError: If a λ in it is not a finite number.
         """
         if isinstance(value, Schedule):
@@ -223,9 +223,10 @@ class Schedule:
         """Return λ at a step.
 
         Args:
-            step: Optimizer steps done, or index of the generated token (the first is 0).
-            inside: Whether that token lies inside the thinking. Only ``thinking`` asks.
-            thinking_tokens: Index of that token among the row's thinking tokens, likewise.
+            step: Number of optimizer steps done, or index of the generated token (the first is 0).
+            inside: Whether that token is inside the thinking; only used by ``thinking``.
+            thinking_tokens: Index of that token among the row's thinking tokens; only used by
+                ``thinking``.
         """
         if self.kind == "thinking":
             if not inside:
@@ -246,25 +247,25 @@ class Schedule:
 
     @property
     def end_value(self) -> float:
-        """λ when the schedule has run its course; of a thinking schedule, that of the answer."""
+        """λ at the end of the schedule; for a thinking schedule, λ of the answer."""
         if self.kind == "thinking":
             return _known(self.answer)
         return _known(self.points)[-1][1] if self.kind == "piecewise" else _known(self.end)
 
     @property
     def follows_thinking(self) -> bool:
-        """Whether :meth:`at` must be told where the thinking is; never so in training."""
+        """Whether :meth:`at` needs ``inside`` and ``thinking_tokens``; training never has them."""
         return self.kind == "thinking"
 
     @property
     def values(self) -> tuple[float, ...]:
-        """The λ's it is made of; every λ it gives lies between the least and the largest."""
+        """The λ's that define it; :meth:`at` returns none below the least or above the largest."""
         numbers_ = (self.start, self.end, self.think, self.answer)
         points = self.points or ()
         return tuple(v for v in numbers_ if v is not None) + tuple(v for _, v in points)
 
     def to_json(self) -> JsonSchedule:
-        """Return the JSON form: a number if constant, else an object. ``parse`` takes it back."""
+        """Return the JSON form, which ``parse`` reads: a number if constant, else an object."""
         if self.kind == "constant":
             return _known(self.start)
         given = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -296,12 +297,12 @@ class Schedule:
 
 
 def _known(value: _Value | None) -> _Value:
-    """Return a value that ``__post_init__`` has made sure of, as what it is."""
+    """Return a value that ``__post_init__`` has checked, without None in its type."""
     return cast("_Value", value)
 
 
 def _between(start: float, end: float, share: float) -> float:
-    """Go from start to end; exact at both, and no further."""
+    """Interpolate from start to end: exact at both, with the share limited to [0, 1]."""
     share = min(max(share, 0.0), 1.0)
     return end if share == 1.0 else start + (end - start) * share
 
@@ -343,41 +344,41 @@ def _points(value: object) -> tuple[tuple[float, float], ...]:
     return tuple(points)
 
 
-# Policies: which way a whole request goes.
+# Policies: whether a whole request is answered fast or slow.
 
 Measure: TypeAlias = Literal["answer_probability", "min_token_probability", "agreement"]
-"""How sure the fast answer is; see :class:`Adaptive`."""
+"""A measure of the fast answer's confidence; see :class:`Adaptive`."""
 
 Way: TypeAlias = Literal["fast", "slow"]
-"""The two ways that a policy chooses between."""
+"""The two ends of a dial between which a policy chooses."""
 
 _DEFAULT_THRESHOLD = 0.5
-"""The threshold where none is given and the adapter has not been calibrated."""
+"""The threshold if none is given and the adapter is not calibrated."""
 
 
 @dataclass(frozen=True)
 class Adaptive:
-    """Think only where it pays: the fast answer if it is sure enough, else the slow one.
+    """Return the fast answer if its confidence reaches a threshold, else the slow one.
 
-    Both streams are prefilled once. The fast one answers first, greedily. If its confidence
-    reaches the threshold, that is the answer; else the slow stream goes on from its own prefilled
-    cache, with the sampling that was asked for. A fast answer that the limit on new tokens cuts
-    off is never accepted.
+    Both streams are prefilled once. The fast stream answers first, greedily. If its confidence
+    reaches the threshold, that is the answer; else the slow stream continues from its own prefilled
+    cache, with the requested sampling. A fast answer that is cut off by the limit on new tokens is
+    never accepted.
 
-    Measures, all of the fast stream's own distribution at temperature 1:
+    All measures use the fast stream's own distribution at temperature 1:
 
-    * ``"answer_probability"``: the product of its answer's token probabilities, the end included.
+    * ``"answer_probability"``: the product of the answer's token probabilities, including the end.
     * ``"min_token_probability"``: the smallest of them.
-    * ``"agreement"``: the share of ``samples`` further answers, sampled, that equal the greedy one
-      in the text after the thinking; white space and case do not count.
+    * ``"agreement"``: the share of ``samples`` further, sampled answers that equal the greedy one
+      in the text after the thinking; white space and case are ignored.
 
     Attributes:
-        threshold: Least confidence that is accepted, in [0, 1]; 0 accepts every whole answer. None
-            for the adapter's calibrated threshold, else 0.5.
+        threshold: Least accepted confidence, in [0, 1]; 0 accepts every complete answer. If None,
+            the adapter's calibrated threshold, or 0.5 without one.
         measure: The measure of confidence.
         fast_lambda: λ of the fast answer.
-        slow_lambda: λ of the slow one.
-        samples: Answers sampled for ``"agreement"``; no other measure asks.
+        slow_lambda: λ of the slow answer.
+        samples: Number of answers sampled for ``"agreement"``; other measures ignore it.
 
     Raises:
         ConfigError: If a setting is unknown or out of its range.
@@ -406,27 +407,27 @@ class Adaptive:
             )
 
     def resolved_threshold(self, calibrated: float | None = None) -> float:
-        """Return the threshold that holds: its own, else the calibrated one, else 0.5."""
+        """Return the threshold to apply: its own, else the calibrated one, else 0.5."""
         if self.threshold is not None:
             return self.threshold
         return _DEFAULT_THRESHOLD if calibrated is None else calibrated
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON form, which :func:`parse_dial` takes back."""
+        """Return the JSON form, which :func:`parse_dial` reads."""
         return {"policy": "adaptive", **_changed(self)}
 
 
 @dataclass(frozen=True)
 class Route:
-    """A coin between the ends: each request goes one way, whatever it asks.
+    """Answer each request fast or slow at random, independently of its content.
 
-    It is what an adaptive dial has to beat: its mean tokens and its mean accuracy lie on the
+    It is the baseline of an adaptive dial: its mean tokens and its mean accuracy are on the
     straight line between the two ends.
 
     Attributes:
-        share: Probability of the slow way, in [0, 1].
-        fast_lambda: λ of the fast way.
-        slow_lambda: λ of the slow way.
+        share: Probability of a slow answer, in [0, 1].
+        fast_lambda: λ of a fast answer.
+        slow_lambda: λ of a slow answer.
 
     Raises:
         ConfigError: If the share is not in [0, 1].
@@ -442,14 +443,24 @@ class Route:
         _set_lambdas(self)
 
     def draw(self, generator: "torch.Generator | None" = None) -> Way:
-        """Draw one request's way, from torch's own random state or a generator."""
+        """Draw fast or slow for one request, from the generator or torch's random state."""
         import torch
 
         return "slow" if float(torch.rand((), generator=generator)) < self.share else "fast"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON form, which :func:`parse_dial` takes back."""
+        """Return the JSON form, which :func:`parse_dial` reads."""
         return {"policy": "route", **_changed(self)}
+
+
+def way_dial(policy: Adaptive | Route, way: Way) -> Fixed:
+    """Return the dial of a policy's fast or slow answers.
+
+    Example:
+        >>> way_dial(Route(share=0.3), "fast")
+        Fixed(lam=1.0)
+    """
+    return Fixed(policy.fast_lambda if way == "fast" else policy.slow_lambda)
 
 
 def _set_lambdas(policy: Adaptive | Route) -> None:
@@ -467,7 +478,7 @@ def _share(value: object, name: str) -> float:
 
 
 def _changed(policy: Adaptive | Route) -> dict[str, Any]:
-    """Return the fields that do not stand at their defaults."""
+    """Return the fields that differ from their defaults."""
     return {
         field.name: getattr(policy, field.name)
         for field in fields(policy)
@@ -475,10 +486,10 @@ def _changed(policy: Adaptive | Route) -> dict[str, Any]:
     }
 
 
-# Parsing: from what the user wrote to a dial.
+# Parsing: from user input to a dial.
 
 Dial: TypeAlias = Fixed | Schedule | Adaptive | Route
-"""What a request's λ follows."""
+"""The type of all dials."""
 
 _POLICIES: dict[str, tuple[type[Fixed | Adaptive | Route], dict[str, str]]] = {
     "fixed": (Fixed, {"lambda": "lam", "lam": "lam"}),
@@ -487,7 +498,7 @@ _POLICIES: dict[str, tuple[type[Fixed | Adaptive | Route], dict[str, str]]] = {
 }
 
 _SHORT = {"adaptive": "threshold", "route": "share"}
-"""Policies that have a short form, and what its number is."""
+"""Policies that have a short form, and the field that its number sets."""
 
 
 def parse_dial(value: object) -> Dial:
@@ -500,7 +511,7 @@ def parse_dial(value: object) -> Dial:
         Route(share=0.3, fast_lambda=1.0, slow_lambda=0.0)
 
     Raises:
-        ConfigError: If it is malformed; names the key and the nearest known one.
+        ConfigError: If it is malformed; the message names the key and the nearest known one.
         LambdaError: If a λ in it is not a finite number.
     """
     if isinstance(value, Dial):
@@ -508,7 +519,7 @@ def parse_dial(value: object) -> Dial:
     if isinstance(value, str):
         value = _from_text(value)
     if not isinstance(value, Mapping):
-        return Fixed(value)  # type: ignore[arg-type]
+        return Fixed(value)  # type: ignore[arg-type]  # Fixed checks that it is a number
 
     if not value.keys() & {"policy", "kind"}:
         raise ConfigError(
@@ -551,7 +562,7 @@ def _from_text(text: str) -> object:
 
 
 def _only_number(text: str, words: Sequence[str]) -> dict[str, float]:
-    """Return the argument of a short form, ``adaptive 0.5``; nothing if there is none."""
+    """Return the argument of a short form such as ``adaptive 0.5``; empty if there is none."""
     if len(words) == 1:
         return {}
     name, number = words
@@ -566,7 +577,7 @@ def _only_number(text: str, words: Sequence[str]) -> dict[str, float]:
 
 
 def parse_lambdas(text: str) -> list[Fixed]:
-    """Read ``--lambda 0,0.5,1``: one λ, or several with commas.
+    """Read ``--lambda 0,0.5,1``: one λ, or several separated by commas.
 
     Raises:
         LambdaError: If a part is not a finite number.
@@ -575,7 +586,7 @@ def parse_lambdas(text: str) -> list[Fixed]:
     for part in text.split(","):
         try:
             dials.append(Fixed(float(part)))
-        except ValueError:  # LambdaError is one too
+        except ValueError:  # LambdaError is a ValueError too
             raise LambdaError(
                 f"--lambda: {part.strip()!r} is not a finite number; "
                 "write one number or several with commas, such as 0,0.5,1."
@@ -583,18 +594,18 @@ def parse_lambdas(text: str) -> list[Fixed]:
     return dials
 
 
-# Settings: dials under the names that results use.
+# Settings: dials with the ids that results use.
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A dial with a name, as measurements and answers are filed under it.
+    """A dial with the id under which measurements and answers are stored.
 
     Attributes:
-        id: How results call it: ``λ=0.5``, ``adaptive 0.5``, ``route 0.3``, a schedule's JSON, or
+        id: Its name in results: ``λ=0.5``, ``adaptive 0.5``, ``route 0.3``, a schedule's JSON, or
             ``as it is`` for a system without a dial. The same dial always has the same id.
-        dial: What the system is given; None for one without a dial.
-        effort: The effort that the dial was asked for as; None if it was asked for by itself.
+        dial: The dial; None for a system without one.
+        effort: The effort that was requested; None if the dial itself was requested.
     """
 
     id: str
@@ -603,7 +614,7 @@ class Setting:
 
     @classmethod
     def of(cls, value: object, effort: float | None = None) -> "Setting":
-        """Name a dial, given in any of its forms.
+        """Make a setting from a dial in any of its forms.
 
         Raises:
             ConfigError: If it is malformed.
@@ -614,17 +625,17 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """How tables call it: its id, behind the effort if there is one."""
+        """Its name in tables: its id, after the effort if there is one."""
         return setting_label(self.id, self.effort)
 
     @property
     def lam(self) -> float | None:
-        """λ, if it is one number."""
+        """λ, if the dial is one number; else None."""
         return self.dial.lam if isinstance(self.dial, Fixed) else None
 
     @property
     def policy(self) -> dict[str, Any] | None:
-        """The JSON form of a schedule or of a policy that is more than one λ."""
+        """The JSON form of a schedule, or of a policy with more than one λ; else None."""
         if self.dial is None or isinstance(self.dial, Fixed):
             return None
         form: Any = self.dial.to_json()
@@ -632,11 +643,11 @@ class Setting:
 
 
 AS_IT_IS = Setting("as it is")
-"""The one setting of a system without a dial."""
+"""The only setting of a system without a dial."""
 
 
 def dial_name(dial: Dial) -> str:
-    """Return the one name of a dial.
+    """Return the name of a dial; equal dials have equal names.
 
     Example:
         >>> dial_name(Adaptive(0.5, "agreement"))
@@ -658,24 +669,24 @@ def dial_name(dial: Dial) -> str:
 
 
 def setting_label(setting: str, effort: float | None) -> str:
-    """Name a setting by the effort that it was asked for as, with what that means behind it.
+    """Return a setting's name in tables: the requested effort, if any, and then its id.
 
     Example:
         >>> setting_label("λ=0.42", 50)
         'effort 50 (λ=0.42)'
 
     Args:
-        setting: Its id.
-        effort: None if it was asked for by itself.
+        setting: The setting's id.
+        effort: The requested effort; None if the dial itself was requested.
     """
     return setting if effort is None else f"effort {effort:g} ({setting})"
 
 
 def unique_settings(values: Sequence[object]) -> list[Setting]:
-    """Name several dials; those that have a name keep it.
+    """Make settings from several dials; values that are settings already are kept.
 
     Raises:
-        ConfigError: If two have one id: they are the same, or differ beyond six digits.
+        ConfigError: If two have the same id: they are equal, or equal to six digits.
     """
     settings = [value if isinstance(value, Setting) else Setting.of(value) for value in values]
     seen: dict[str, Setting] = {}
@@ -695,7 +706,7 @@ def unique_settings(values: Sequence[object]) -> list[Setting]:
 # Permitted ranges.
 
 FORWARD = (0.0, math.inf)
-"""The range of a pair that has been given none: any λ that does not lead away from the alignment."""
+"""The range of a pair without a given range: any λ that does not lead away from the alignment."""
 
 
 def extremes(dial: Dial) -> tuple[float, float]:
@@ -716,7 +727,7 @@ def extremes(dial: Dial) -> tuple[float, float]:
 def outside_range(dial: Dial, permitted: tuple[float, float]) -> float | None:
     """Return a λ that a dial may use outside the permitted range; None if there is none.
 
-    Every check of a range is this one; what is said of it depends on who asks.
+    All checks of a range use this function; each caller has its own message.
 
     Args:
         dial: The dial.
@@ -732,16 +743,16 @@ def require_range(
     whose: str,
     permit: str = "start with --lambda-range LEAST,LARGEST",
 ) -> None:
-    """Refuse dials that may use a λ outside the range that is permitted.
+    """Refuse dials that may use a λ outside the permitted range.
 
     Args:
         permitted: The least and the largest λ.
-        asked: Each with its name.
-        whose: Whose range it is, such as ``the adapter out/fast``.
-        permit: How it is said that this is meant.
+        asked: Names and dials.
+        whose: The owner of the range, for the message, such as ``the adapter out/fast``.
+        permit: The instruction, for the message, that permits such a λ.
 
     Raises:
-        LambdaError: If there is one; says how to permit it.
+        LambdaError: If there is such a dial; the message says how to permit it.
     """
     outside = [name for name, dial in asked if outside_range(dial, permitted) is not None]
     if outside:
@@ -755,14 +766,14 @@ def require_range(
 def require_forward(asked: Sequence[tuple[str, Dial]], permit: str) -> None:
     """Refuse dials of a pair that may use a λ below 0.
 
-    The arithmetic takes any finite λ, and so does the library; this is for its tools.
+    Fusion itself accepts any finite λ; this check is for the tools that train and measure with it.
 
     Args:
-        asked: Each with its name.
-        permit: How it is said that this is meant.
+        asked: Names and dials.
+        permit: The instruction, for the message, that permits such a λ.
 
     Raises:
-        LambdaError: If there is one; says why, and how to permit it.
+        LambdaError: If there is such a dial; the message says why, and how to permit it.
     """
     away = [name for name, dial in asked if outside_range(dial, FORWARD) is not None]
     if away:
@@ -775,8 +786,11 @@ def require_forward(asked: Sequence[tuple[str, Dial]], permit: str) -> None:
 def parse_range(text: str) -> tuple[float, float]:
     """Read ``--lambda-range -1,2``.
 
+    Returns:
+        The least and the largest λ.
+
     Raises:
-        LambdaError: If it is not two numbers in order.
+        LambdaError: If it is not two numbers in ascending order.
     """
     with suppress(LambdaError):
         least, *rest = parse_lambdas(text)

@@ -1,12 +1,12 @@
-"""Intervals for figures that are measured on questions, several samples each.
+"""Intervals for figures that are measured on questions with several samples each.
 
-Samples of one question are alike, so the question, not the sample, is the unit that counts: every
-interval here is clustered. All of them return low, estimate and high.
+Samples of one question are correlated, so the independent unit is the question and not the sample:
+all intervals are clustered by question. All of them return low, estimate and high.
 """
 
 import math
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,11 +19,37 @@ _SMALLEST_TAIL = 2.0**-54
 
 
 class Interval(NamedTuple):
-    """A confidence interval with its estimate."""
+    """A confidence interval with its estimate.
+
+    In a file it has two keys, ``NAME`` and ``NAME_ci``; JSON has no infinity, so an unknown end is null
+    there.
+
+    Attributes:
+        low: The lower end.
+        mean: The estimate.
+        high: The upper end.
+    """
 
     low: float
     mean: float
     high: float
+
+    @classmethod
+    def from_json(cls, given: Mapping[str, Any], name: str) -> "Interval":
+        """Read an interval from its two keys; a null end becomes infinite.
+
+        Raises:
+            KeyError: If a key is missing.
+        """
+        low, high = given[f"{name}_ci"] or (None, None)
+        return cls(
+            -math.inf if low is None else low, given[name], math.inf if high is None else high
+        )
+
+    def to_json(self, name: str) -> dict[str, Any]:
+        """Return the two keys of an interval; an infinite end becomes null."""
+        ends = [float(end) if math.isfinite(end) else None for end in (self.low, self.high)]
+        return {name: self.mean, f"{name}_ci": ends}
 
 
 def clustered_interval(
@@ -33,33 +59,34 @@ def clustered_interval(
     *,
     share: bool | None = None,
 ) -> Interval:
-    """Interval of a share or a mean, samples clustered by question.
+    """Compute the interval of a share or a mean, with samples clustered by question.
 
     A share gets Wilson's score interval at the effective sample size ``n* = n / deff · (z/t)²``,
     where the design effect ``deff ≥ 1`` is the variance between questions over the binomial one
     and t has (questions − 1) degrees of freedom (Korn and Graubard 1998, "Confidence intervals
     for proportions with small expected number of positive counts estimated from survey data";
     Wilson's in place of their exact limits as in Dean and Pagano 2015, "Evaluating confidence
-    interval methods for binomial proportions in clustered surveys"). For the estimate of deff
-    alone, half a question that is all right and half a question that is all wrong are added:
-    without them few failures feign a small deff, and coverage near 0 and 1 falls to 0.89. The
-    interval never leaves [0, 1] and does not shrink to a point at 0 or 1.
+    interval methods for binomial proportions in clustered surveys"). Only for the estimate of
+    deff, half a question that is all right and half a question that is all wrong are added:
+    without them few failures give too small a deff, and coverage near 0 and 1 falls to 0.89. The
+    interval is always within [0, 1] and does not shrink to a point at 0 or 1.
 
     A mean gets ``mean ± t·se`` with the cluster-robust standard error.
 
     Args:
-        values: One value per sample, shape (n,).
+        values: One value for each sample, shape (n,).
         clusters: The question of each sample, n of them.
         confidence: Coverage, in (0, 1).
-        share: Whether the values are yes and no (1 and 0). If not given: whether they are all
-            0, 1, False or True.
+        share: Whether the figure is a share, of values 0 and 1. If not given, it is one if all
+            values are 0, 1, False or True.
 
     Returns:
-        Low, mean over samples, high. With a single question nothing is known about others: a
-        share gets [0, 1], a mean [−inf, inf].
+        Low, mean over samples, high. A single question says nothing about others: the interval is
+        [0, 1] for a share and [−inf, inf] for a mean.
 
     Raises:
-        DataError: If there are no values, or not as many as clusters, or a share is not 0 or 1.
+        DataError: If there are no values, not as many values as clusters, or a value of a share
+            is not 0 or 1.
         ConfigError: If `confidence` is not between 0 and 1.
     """
     _check_confidence(confidence)
@@ -67,6 +94,7 @@ def clustered_interval(
     binary = bool(np.isin(data, (0.0, 1.0)).all())
     if share and not binary:
         raise DataError("a share needs values that are 0 or 1; pass share=False for a mean.")
+
     mean = float(data.mean())
     if share or (share is None and binary):
         if groups == 1:
@@ -84,13 +112,13 @@ def paired_difference_interval(
     second_clusters: Sequence[Hashable],
     confidence: float = 0.95,
 ) -> Interval:
-    """Interval of mean(first) − mean(second), two systems on the same questions.
+    """Compute the interval of mean(first) − mean(second), of two systems on the same questions.
 
-    The difference is taken question by question, so that what makes a question hard for both
-    cancels; the numbers of samples may differ. Shares get Tango's score interval for paired
-    proportions ("Equivalence test and confidence interval for the difference in proportions for
-    the paired-sample design", 1998) at the effective number of questions, so that the interval
-    keeps a width where the two never disagree.
+    The difference is taken for each question, so that the common difficulty of a question cancels;
+    the numbers of samples may differ. Shares get Tango's score interval for paired proportions
+    ("Equivalence test and confidence interval for the difference in proportions for the
+    paired-sample design", 1998) at the effective number of questions, so that the interval keeps a
+    width if the two never disagree.
 
     Args:
         first: Values of the first system, shape (n,).
@@ -100,11 +128,11 @@ def paired_difference_interval(
         confidence: Coverage, in (0, 1).
 
     Returns:
-        Low, difference of the means, high. With a single question, [−1, 1] for shares and
-        [−inf, inf] for means.
+        Low, difference of the means, high. With a single question, the interval is [−1, 1] for
+        shares and [−inf, inf] for means.
 
     Raises:
-        DataError: If the two were not measured on the same questions, or as for
+        DataError: If the two were not measured on the same questions, or as in
             `clustered_interval`.
     """
     _check_confidence(confidence)
@@ -138,11 +166,11 @@ def paired_ratio_interval(
     second_clusters: Sequence[Hashable],
     confidence: float = 0.95,
 ) -> Interval:
-    """Interval of mean(first) ÷ mean(second), two systems on the same questions.
+    """Compute the interval of mean(first) ÷ mean(second), of two systems on the same questions.
 
-    The ratio R of means, not the mean of ratios; its parts by question are those of
-    (first − R · second) ÷ mean(second) (Cochran 1977, "Sampling techniques", 6.3), and the
-    interval is Student's.
+    The figure is the ratio R of means, not the mean of ratios. The interval is Student's, with the
+    variance of (first − R · second) ÷ mean(second) over questions (Cochran 1977, "Sampling
+    techniques", 6.3).
 
     Args:
         first: Values of the first system, shape (n,).
@@ -152,11 +180,11 @@ def paired_ratio_interval(
         confidence: Coverage, in (0, 1).
 
     Returns:
-        Low, ratio, high. With a single question, [−inf, inf].
+        Low, ratio, high. With a single question, the interval is [−inf, inf].
 
     Raises:
         DataError: If the mean of `second` is not positive, the two were not measured on the same
-            questions, or as for `clustered_interval`.
+            questions, or as in `clustered_interval`.
     """
     _check_confidence(confidence)
     _check_same_questions(first_clusters, second_clusters)
@@ -164,6 +192,7 @@ def paired_ratio_interval(
     b, b_index, _ = _clustered(second, second_clusters)
     if not b.mean() > 0:
         raise DataError(f"a ratio needs a second mean above zero, got {b.mean()}.")
+
     ratio = float(a.mean() / b.mean())
     own = _sums(a, a_index, groups) / a.size
     parts = (own - ratio * _sums(b, b_index, groups) / b.size) / b.mean()
@@ -177,7 +206,9 @@ def token_cut_interval(
     reference_questions: Sequence[Hashable],
     confidence: float = 0.95,
 ) -> Interval:
-    """Interval of 1 − mean(tokens) ÷ mean(reference tokens), paired and clustered by question.
+    """Compute the interval of a token cut, paired and clustered by question.
+
+    The cut is 1 − mean(tokens) ÷ mean(reference tokens).
 
     Args:
         tokens: Tokens of each sample, shape (n,).
@@ -190,7 +221,7 @@ def token_cut_interval(
         Low, cut, high; 0.6 means that 60 % were saved, a negative cut that more were spent.
 
     Raises:
-        DataError: As for `paired_ratio_interval`.
+        DataError: As in `paired_ratio_interval`.
     """
     ratio = paired_ratio_interval(
         tokens, questions, reference_tokens, reference_questions, confidence
@@ -199,7 +230,11 @@ def token_cut_interval(
 
 
 def simultaneous_confidence(comparisons: int, confidence: float = 0.95) -> float:
-    """Coverage that each of several intervals needs for all to hold together (Bonferroni).
+    """Return the coverage of each of several intervals for simultaneous coverage (Bonferroni).
+
+    Args:
+        comparisons: Number of intervals.
+        confidence: Probability that all intervals cover, in (0, 1).
 
     Raises:
         ConfigError: If there is no comparison, or `confidence` is not between 0 and 1.
@@ -218,13 +253,13 @@ def simultaneous_interval(
     *,
     share: bool | None = None,
 ) -> Interval:
-    """One of `comparisons` intervals that hold all together with the given confidence.
+    """Compute one of `comparisons` intervals with the given simultaneous confidence.
 
     Args:
         values: As in `clustered_interval`.
         clusters: As in `clustered_interval`.
-        comparisons: How many intervals are to hold at once.
-        confidence: That all of them do.
+        comparisons: Number of intervals.
+        confidence: Probability that all intervals cover, in (0, 1).
         share: As in `clustered_interval`.
     """
     level = simultaneous_confidence(comparisons, confidence)
@@ -232,20 +267,20 @@ def simultaneous_interval(
 
 
 def equivalent(interval: tuple[float, float, float], target: float, margin: float) -> bool:
-    """Whether a whole interval lies within ``target ± margin``.
+    """Whether a whole interval is within ``target ± margin``.
 
-    A wide interval is never equivalent: too few questions prove nothing.
+    An interval wider than 2 · margin is never equivalent, so too few questions prove nothing.
     """
     low, _, high = interval
     return target - margin <= low and high <= target + margin
 
 
 def t_quantile(confidence: float, freedom: int) -> float:
-    """The t for which |T| ≤ t with probability `confidence`, T being Student's.
+    """Return the t for which |T| ≤ t with probability `confidence`, for Student's T.
 
     Args:
-        confidence: In (0, 1). What rounds to 1 is read as the largest number below 1, so that the
-            quantile is always finite.
+        confidence: In (0, 1). A value that rounds to 1 is taken as the largest number below 1, so
+            that the quantile is always finite.
         freedom: Degrees of freedom, at least 1.
     """
     return -float(stdtrit(freedom, max((1 - confidence) / 2, _SMALLEST_TAIL)))
@@ -263,6 +298,7 @@ def _clustered(
         raise DataError("there are no values to take an interval of.")
     if not np.isfinite(data).all():
         raise DataError("some values are NaN or infinite; leave them out and count them apart.")
+
     numbers: dict[Hashable, int] = {}
     for cluster in sorted(set(clusters), key=repr):
         numbers[cluster] = len(numbers)
@@ -284,12 +320,12 @@ def _sums(values: NDArray[np.float64], index: NDArray[np.intp], groups: int) -> 
 
 
 def _wilson_limits(share: float, size: float, t: float, confidence: float) -> tuple[float, float]:
-    """Wilson's limits of a share: what a score test of the true value would not refuse.
+    """Return Wilson's limits of a share: the true values that a score test does not reject.
 
     Args:
-        share: The share measured.
+        share: The measured share.
         size: Number of independent samples.
-        t: Student's quantile; the size is cut by (z/t)² for an estimated design effect.
+        t: Student's quantile; the size is multiplied by (z/t)², as the design effect is estimated.
         confidence: Coverage, in (0, 1).
     """
     z = float(ndtri((1 + confidence) / 2))
@@ -302,25 +338,26 @@ def _wilson_limits(share: float, size: float, t: float, confidence: float) -> tu
 def _tango_limits(
     difference: float, disagreement: float, size: float, z: float
 ) -> tuple[float, float]:
-    """Tango's limits of a difference of paired shares.
+    """Return Tango's limits of a difference of paired shares.
 
     Args:
-        difference: Share of questions that the first alone got right, less the second's share.
-        disagreement: Sum of the two shares.
+        difference: Share of questions that only the first got right, minus the share that only
+            the second got right.
+        disagreement: Sum of these two shares.
         size: Number of questions.
         z: Quantile of the test.
     """
     second_only = (disagreement - difference) / 2
 
     def score(delta: float) -> float:
-        """Test statistic of a true difference `delta`; it falls from inf at −1 to −inf at 1."""
+        """Return the statistic of a true difference `delta`; it falls from inf at −1 to −inf at 1."""
         gap = difference - delta
         if gap == 0:
             return 0.0
         linear = (2 - difference) * delta - disagreement
         root = math.sqrt(max(linear**2 + 8 * second_only * delta * (1 - delta), 0.0))
         variance = (root - linear) / 2 + delta * (1 - delta)
-        if abs(delta) == 1 or variance <= 0:  # no variance at ±1; rounding may leave a little
+        if abs(delta) == 1 or variance <= 0:  # the variance at ±1 is 0, but rounding may not give 0
             return math.copysign(math.inf, gap)
         return gap * math.sqrt(size / variance)
 
@@ -333,7 +370,13 @@ def _tango_limits(
 
 
 def _student(estimate: float, parts: NDArray[np.float64], confidence: float) -> Interval:
-    """Interval of a sum of independent parts, one per question, given centred."""
+    """Return Student's interval of a sum of independent parts.
+
+    Args:
+        estimate: The sum.
+        parts: The parts minus their means, one for each question, shape (questions,).
+        confidence: Coverage, in (0, 1).
+    """
     groups = parts.size
     if groups == 1:
         return Interval(-math.inf, estimate, math.inf)
@@ -343,11 +386,12 @@ def _student(estimate: float, parts: NDArray[np.float64], confidence: float) -> 
 
 
 def _effective_size(data: NDArray[np.float64], index: NDArray[np.intp], groups: int) -> float:
-    """How many independent samples carry as much about a share as these."""
+    """Return the number of independent samples that estimate a share as precisely as these."""
     question = data.size / groups
     total = data.size + question
     share = (float(data.sum()) + question / 2) / total
     squares = float((_sums(data - share, index, groups) ** 2).sum())
+    # The added half questions, one all right and one all wrong.
     squares += question**2 * ((1 - share) ** 2 + share**2) / 2
     binomial = share * (1 - share) * total**2
     return min(float(data.size), binomial / squares * groups / (groups + 1))

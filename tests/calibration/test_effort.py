@@ -3,9 +3,18 @@ import itertools
 import numpy as np
 import pytest
 
-from flexalign.calibration.effort import Calibration, effort_to_dial, note_on_sampling
+from flexalign.calibration.effort import (
+    Calibration,
+    EffortLevel,
+    MeasuredSetting,
+    SettingMetrics,
+    effort_to_dial,
+    known_cut,
+    note_on_sampling,
+)
 from flexalign.errors import ConfigError
 from flexalign.lambdas import Adaptive, Fixed
+from flexalign.statistics import Interval
 
 
 def calibration(**changes):
@@ -65,3 +74,49 @@ def test_other_sampling_options_than_calibrations_are_named_beside_them():
     assert "at temperature 0.7, top_p 0.95 and is asked for at temperature 1000" in both
     assert "0, top_p 1.0: its tokens" in both
     assert len(both) < 250
+
+
+ACCURACY = Interval(0.5, 0.6, 0.7)
+
+
+def metrics(tokens):
+    return SettingMetrics(
+        Interval(tokens - 5, tokens, tokens + 5), tokens / 2, 2 * tokens, ACCURACY
+    )
+
+
+LEVELS = (
+    EffortLevel(50.0, "adaptive 0.4", 35.0, "simulated", metrics(30.0), Interval(-0.1, 0.0, 0.1)),
+    EffortLevel(100.0, "λ=0", 70.0, "interpolated", metrics(70.0), Interval(0.0, 0.0, 0.0)),
+)
+SETTINGS = tuple(
+    MeasuredSetting(setting, metrics(tokens))
+    for setting, tokens in (("λ=0", 60.0), ("λ=0.5", 45.0), ("λ=-1", 90.0))
+)
+CALIBRATION = Calibration(((100.0, 0.0),), levels=LEVELS, settings=SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("setting", "cut"),
+    [
+        ("adaptive 0.4", (0.5, "simulated")),
+        ("λ=0.5", (0.25, "measured")),
+        ("λ=-1", (-0.5, "measured")),
+        ("λ=0", None),
+        ("λ=0.7", None),
+    ],
+)
+def test_a_cut_is_against_the_measured_reference(setting, cut):
+    assert known_cut(CALIBRATION, setting) == cut
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    [None, Calibration(((100.0, 0.0),)), Calibration(((100.0, 0.0),), levels=LEVELS[:1])],
+)
+def test_nothing_is_known_where_nothing_was_measured(calibration):
+    assert known_cut(calibration, "adaptive 0.4") is None
+
+
+def test_a_calibration_is_read_as_it_was_written():
+    assert Calibration.from_json(CALIBRATION.to_json()) == CALIBRATION

@@ -12,7 +12,7 @@ from flexalign.calibration.effort import (
 )
 from flexalign.cli.calibrate import _show
 from flexalign.inra import InRaConfig, InRaModel
-from flexalign.miniature import folder, make_traces
+from flexalign.miniature import folder
 from flexalign.statistics import Interval
 
 CALIBRATION = {
@@ -250,48 +250,3 @@ def test_two_efforts_that_are_one_setting_are_both_named(run_cli, calibrated):
     result = run_cli(*asked, "--effort", "100", "--lambda", "0")
     assert result.exit_code == 2
     assert "λ=0 and effort 100 (λ=0) are one and the same setting; leave one" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("system", "message"),
-    [
-        ([], "SYSTEM is missing; say what is previewed"),
-        (["model:miniature"], "has no two models or streams; give pair: or dial:"),
-    ],
-)
-def test_a_preview_needs_two_models(run_cli, tmp_path, system, message):
-    result = run_cli("tune", *system, "--preview", tmp_path / "traces.jsonl")
-    assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
-
-
-def test_a_preview_is_a_table_that_says_where_it_leaves_both(run_cli, tmp_path):
-    traces = tmp_path / "traces.jsonl"
-    traces.write_text("".join(json.dumps(row) + "\n" for row in make_traces(3, 0)))
-    asked = ("tune", "pair:miniature", "--preview", traces, "--limit", 2)
-    found = json.loads(run_cli(*asked, "--lambda", "0,1", "--json").stdout)
-    shown = run_cli(*asked, "--lambda", "0,1")
-    assert shown.exit_code == 0, shown.stderr
-    lines = [" ".join(line.split()) for line in shown.stdout.splitlines()]
-    for row in found["rows"]:
-        start = f"{row['lambda']:g} {row['divergence']:.4f} {100 * row['outside']:.3f} %"
-        assert any(line.startswith(start) for line in lines), (start, lines)
-    assert "at no λ here" in shown.stderr
-    far = run_cli(*asked, "--lambda", "0,1,40", "--top-k", 1)
-    assert "from λ = 40 on" in far.stderr
-
-
-def test_a_preview_reads_traces_and_samples_nothing(run_cli, tmp_path):
-    traces = tmp_path / "traces.jsonl"
-    traces.write_text("".join(json.dumps(row) + "\n" for row in make_traces(3, 0)))
-    for system in ("pair:miniature", "dial:miniature"):
-        result = run_cli(
-            *("tune", system, "--preview", traces, "--lambda", "0,1,5", "--json"),
-            *("-o", tmp_path / "preview"),
-        )
-        assert result.exit_code == 0, result.stderr
-        found = json.loads(result.stdout)
-        assert [row["lambda"] for row in found["rows"]] == [0, 1, 5]
-        assert found == json.loads((tmp_path / "preview" / "preview.json").read_text())
-        assert (tmp_path / "preview" / "preview.png").stat().st_size > 0
-        divergences = [row["divergence"] for row in found["rows"]]
-        assert divergences == sorted(divergences)

@@ -1,6 +1,7 @@
 """A λ is read where it enters: one parse, one check of its number and range, one set of settings."""
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from flexalign import lambdas
+from flexalign import fusion, lambdas
 from flexalign.cli import options
 from flexalign.training import realignment
 from flexalign.training.config import TrRaConfig
@@ -75,3 +76,39 @@ def test_realign_reads_its_lambda_once(
         "TrRaConfig": 1,
     }
     assert json.loads(result.stdout)["effective_lambda"] == 2.0
+
+
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_generate_reads_its_lambda_once(
+    tokens: int, run_cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("generate", "miniature", "3+14+15?", "--adapter", "miniature:fast", "--json")
+    asked += ("--temperature", "0", "--max-new-tokens", str(tokens))
+    assert run_cli(*asked, "--lambda", "0").exit_code == 0  # loads every module that is patched
+
+    counted: Counter[str] = Counter()
+
+    def counting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            # An adapter's configuration brings numbers of its own along, which are checked too.
+            if name != "finite_lambda" or args[0] == 0.375:
+                counted[name] += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    for home, name in (
+        (lambdas, "parse_lambdas"),
+        (lambdas, "finite_lambda"),
+        (lambdas, "outside_range"),
+        (fusion, "as_lambda"),
+    ):
+        original = getattr(home, name)
+        replaced = counting(name, original)
+        for module_name, module in list(sys.modules.items()):
+            if module_name.startswith("flexalign") and vars(module).get(name) is original:
+                monkeypatch.setattr(module, name, replaced)
+
+    [row] = json.loads(run_cli(*asked, "--lambda", "0.375").stdout)
+    assert (row["lambda"], row["tokens"]) == (0.375, tokens)
+    assert counted == {"parse_lambdas": 1, "finite_lambda": 1, "outside_range": 1}

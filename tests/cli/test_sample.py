@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
-from flexalign.data import load_traces
+from flexalign.data import load_traces, split_tokens
 
 
 @pytest.fixture
@@ -225,8 +226,8 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert output.read_bytes() == whole.read_bytes()
 
 
-def test_a_template_that_drops_the_thinking_is_warned_of(
-    sample: Callable[..., Any], tmp_path: Path, tiny_pair: Any
+def test_a_template_that_drops_the_thinking_loses_no_token_of_the_traces(
+    sample: Callable[..., Any], tmp_path: Path, tiny_pair: Any, tiny_tokenizer: Any
 ) -> None:
     folder = shutil.copytree(tiny_pair.reference, tmp_path / "dropping")
     template = folder / "chat_template.jinja"
@@ -235,12 +236,16 @@ def test_a_template_that_drops_the_thinking_is_warned_of(
     text = template.read_text(encoding="utf-8")
     assert answer in text
     template.write_text(text.replace(answer, dropping), encoding="utf-8")
-    kept = sample("-o", tmp_path / "kept.jsonl", "--limit", 1)
-    assert "drops the thinking" not in kept.stderr
-    noted = sample("-o", tmp_path / "noted.jsonl", "--limit", 1, model=folder)
-    assert "note: this model's chat template drops the thinking of responses" in noted.stderr
-    plain = sample("-o", tmp_path / "plain.jsonl", "--limit", 1, "--plain", model=folder)
-    assert "drops the thinking" not in plain.stderr
+    output = tmp_path / "traces.jsonl"
+    result = sample("-o", output, model=folder)
+    assert result.exit_code == 0, result.stderr
+    assert "drops the thinking" not in result.stderr
+    rows = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    trained = list(split_tokens(load_traces(output), AutoTokenizer.from_pretrained(folder)))
+    assert len(trained) == len(rows) == 3
+    for row, (_, response) in zip(rows, trained, strict=True):
+        stop = [] if row["truncated"] else [tiny_tokenizer.eos_token_id]
+        assert response == row["response_ids"] + stop
 
 
 def test_a_server_is_shown_the_messages_it_would_be_sent(

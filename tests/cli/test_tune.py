@@ -9,6 +9,7 @@ import pytest
 from flexalign.cli.tune import next_step
 from flexalign.evaluation.samples import ResultsFolder
 from flexalign.lambdas import Setting
+from flexalign.miniature import make_traces
 from flexalign.systems import parse_system
 
 GOOD, BAD = "λ=1", "λ=2"
@@ -192,3 +193,48 @@ def test_the_miniature_is_tuned_and_goes_on(run_cli, tmp_path: Path):
     assert len(stored.splitlines()) == json.loads(first.stdout)["samples"]["spent"]
     assert run_cli(*arguments).stdout == first.stdout
     assert (tmp_path / "tuned" / "samples.jsonl").read_bytes() == stored
+
+
+@pytest.mark.parametrize(
+    ("system", "message"),
+    [
+        ([], "SYSTEM is missing; say what is previewed"),
+        (["model:miniature"], "has no two models or streams; give pair: or dial:"),
+    ],
+)
+def test_a_preview_needs_two_models(run_cli, tmp_path, system, message):
+    result = run_cli("tune", *system, "--preview", tmp_path / "traces.jsonl")
+    assert (result.exit_code, message in result.stderr) == (2, True), result.stderr
+
+
+def test_a_preview_is_a_table_that_says_where_it_leaves_both(run_cli, tmp_path):
+    traces = tmp_path / "traces.jsonl"
+    traces.write_text("".join(json.dumps(row) + "\n" for row in make_traces(3, 0)))
+    asked = ("tune", "pair:miniature", "--preview", traces, "--limit", 2)
+    found = json.loads(run_cli(*asked, "--lambda", "0,1", "--json").stdout)
+    shown = run_cli(*asked, "--lambda", "0,1")
+    assert shown.exit_code == 0, shown.stderr
+    lines = [" ".join(line.split()) for line in shown.stdout.splitlines()]
+    for row in found["rows"]:
+        start = f"{row['lambda']:g} {row['divergence']:.4f} {100 * row['outside']:.3f} %"
+        assert any(line.startswith(start) for line in lines), (start, lines)
+    assert "at no λ here" in shown.stderr
+    far = run_cli(*asked, "--lambda", "0,1,40", "--top-k", 1)
+    assert "from λ = 40 on" in far.stderr
+
+
+def test_a_preview_reads_traces_and_samples_nothing(run_cli, tmp_path):
+    traces = tmp_path / "traces.jsonl"
+    traces.write_text("".join(json.dumps(row) + "\n" for row in make_traces(3, 0)))
+    for system in ("pair:miniature", "dial:miniature"):
+        result = run_cli(
+            *("tune", system, "--preview", traces, "--lambda", "0,1,5", "--json"),
+            *("-o", tmp_path / "preview"),
+        )
+        assert result.exit_code == 0, result.stderr
+        found = json.loads(result.stdout)
+        assert [row["lambda"] for row in found["rows"]] == [0, 1, 5]
+        assert found == json.loads((tmp_path / "preview" / "preview.json").read_text())
+        assert (tmp_path / "preview" / "preview.png").stat().st_size > 0
+        divergences = [row["divergence"] for row in found["rows"]]
+        assert divergences == sorted(divergences)

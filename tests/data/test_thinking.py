@@ -107,3 +107,39 @@ def test_stripping_data_without_thinking_is_refused() -> None:
         strip_thinking(_dataset("<think>a</think> "))
     tags = ThinkingTags("[T]", "[/T]")
     assert strip_thinking(_dataset("[T]a[/T]1"), tags)["completion"] == ["1"]
+
+
+CHANNELS = ThinkingTags(
+    "<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"{CHANNELS.open}one{CHANNELS.close}two", Split("one", "two", True)),
+        (f"{CHANNELS.open}one", Split("one", "", False)),
+        ("<|channel|>final<|message|>two", Split("", "two", True)),
+    ],
+)
+def test_channels_are_tags_of_several_tokens(text: str, expected: Split) -> None:
+    assert CHANNELS.answer == "<|channel|>final<|message|>"
+    assert CHANNELS.split(text) == expected
+    assert TAGS.answer == ""
+
+
+def test_stripping_takes_thinking_that_stands_apart_or_has_other_tags() -> None:
+    apart = [{"role": "assistant", "content": "1", "reasoning_content": "a"}]
+    ((left,),) = strip_thinking(_dataset(apart), CHANNELS)["completion"]
+    assert (left["content"], left["reasoning_content"]) == ("1", None)
+    data = _dataset("<think>a</think>1", f"{CHANNELS.open}a{CHANNELS.close}2")
+    assert strip_thinking(data, CHANNELS)["completion"] == ["1", "2"]
+
+
+def test_stripping_leaves_out_what_was_cut_off_inside_an_opened_thinking() -> None:
+    rows = [
+        {"prompt": "q", "completion": "a</think>1", "response_ids": [1, 2], "truncated": None},
+        {"prompt": "q", "completion": "a and a", "response_ids": [1], "truncated": True},
+    ]
+    stripped = strip_thinking(Dataset.from_list(rows))
+    assert stripped.to_list() == [{"prompt": "q", "completion": "1", "truncated": None}]

@@ -1,4 +1,7 @@
-"""Every recipe under examples/ is read, checked and dry-run as its reader would run it."""
+"""Every recipe under examples/ is read, checked and dry-run as its reader would run it.
+
+Those of examples/paper have models of other shapes, and tests of their own in test_paper.py.
+"""
 
 import json
 from collections.abc import Callable
@@ -13,7 +16,8 @@ from trl import SFTConfig
 from flexalign.training import AdaptRecipe, BakeRecipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-FILES = sorted(set(EXAMPLES.rglob("*.y*ml")) - set(EXAMPLES.glob("distributed/*")))
+ELSEWHERE = {*EXAMPLES.glob("distributed/*"), *EXAMPLES.glob("paper/*")}
+FILES = sorted(set(EXAMPLES.rglob("*.y*ml")) - ELSEWHERE)
 RECIPES = [path for path in FILES if "reference" in yaml.safe_load(path.read_text("utf-8"))]
 ADAPTERS = [path for path in FILES if "base" in yaml.safe_load(path.read_text("utf-8"))]
 TUNINGS = [path for path in FILES if path not in [*RECIPES, *ADAPTERS]]

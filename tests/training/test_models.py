@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from flexalign.errors import ConfigError, PairMismatchError
 from flexalign.models.pair import ModelPair
-from flexalign.training.models import Parts, assemble
+from flexalign.training.models import TrainingModels, assemble
 
 from .conftest import Modules, lora
 
@@ -22,14 +22,14 @@ IDS = torch.arange(10, 30)[None]
 
 
 @pytest.fixture
-def parts(settings: Callable[..., Any], tiny_tokenizer: Any) -> Callable[..., Parts]:
+def parts(settings: Callable[..., Any], tiny_tokenizer: Any) -> Callable[..., TrainingModels]:
     def make(
         model: Any = None,
         reference: Any = None,
         aligned: Any = None,
         pair: Any = None,
         **options: Any,
-    ) -> Parts:
+    ) -> TrainingModels:
         peft_config = options.pop("peft_config", None)
         tokenizer = options.pop("tokenizer", tiny_tokenizer)
         args = settings(**options)
@@ -43,7 +43,7 @@ def hidden(teacher: Any) -> torch.Tensor:
 
 
 def test_paths_start_the_student_at_the_reference(
-    parts: Callable[..., Parts], tiny_pair: Any
+    parts: Callable[..., TrainingModels], tiny_pair: Any
 ) -> None:
     made = parts(reference=tiny_pair.reference, aligned=str(tiny_pair.aligned))
     reference, aligned = (AutoModelForCausalLM.from_pretrained(path) for path in tiny_pair)
@@ -54,14 +54,18 @@ def test_paths_start_the_student_at_the_reference(
     assert len(made.models()) == 3
 
 
-def test_a_path_given_twice_is_the_reference(parts: Callable[..., Parts], tiny_pair: Any) -> None:
+def test_a_path_given_twice_is_the_reference(
+    parts: Callable[..., TrainingModels], tiny_pair: Any
+) -> None:
     path = tiny_pair.reference
     made = parts(str(path), Path(path), tiny_pair.aligned, peft_config=lora())
     assert made.reference.shares_student
     assert list(made.models()) == ["student", "aligned"]
 
 
-def test_a_pair_may_take_the_place_of_both(parts: Callable[..., Parts], tiny_pair: Any) -> None:
+def test_a_pair_may_take_the_place_of_both(
+    parts: Callable[..., TrainingModels], tiny_pair: Any
+) -> None:
     pair = ModelPair.load(tiny_pair.reference, tiny_pair.aligned, dtype=torch.bfloat16)
     made = parts(pair=pair)
     assert made.reference.model is pair.reference
@@ -71,7 +75,7 @@ def test_a_pair_may_take_the_place_of_both(parts: Callable[..., Parts], tiny_pai
 
 
 def test_a_full_student_of_a_pair_on_one_base_has_its_own_weights(
-    parts: Callable[..., Parts], adapter_folder: tuple[Path, Path]
+    parts: Callable[..., TrainingModels], adapter_folder: tuple[Path, Path]
 ) -> None:
     pair = ModelPair.load(*adapter_folder)
     made = parts(pair=pair)
@@ -82,7 +86,7 @@ def test_a_full_student_of_a_pair_on_one_base_has_its_own_weights(
 
 
 def test_an_aligned_adapter_makes_room_for_the_students_name(
-    parts: Callable[..., Parts], adapter_folder: tuple[Path, Path], tiny_tokenizer: Any
+    parts: Callable[..., TrainingModels], adapter_folder: tuple[Path, Path], tiny_tokenizer: Any
 ) -> None:
     base, adapter = adapter_folder
     aligned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
@@ -96,7 +100,7 @@ def test_an_aligned_adapter_makes_room_for_the_students_name(
 
 
 def test_a_module_and_a_folder_may_be_mixed(
-    parts: Callable[..., Parts], adapter_folder: tuple[Path, Path], modules: Modules
+    parts: Callable[..., TrainingModels], adapter_folder: tuple[Path, Path], modules: Modules
 ) -> None:
     base, adapter = adapter_folder
     made = parts(reference=str(base), aligned=modules.aligned)
@@ -105,13 +109,13 @@ def test_a_module_and_a_folder_may_be_mixed(
     assert list(shared.models()) == ["student"]
 
 
-def test_modules_need_a_tokenizer(parts: Callable[..., Parts], modules: Modules) -> None:
+def test_modules_need_a_tokenizer(parts: Callable[..., TrainingModels], modules: Modules) -> None:
     with pytest.raises(ConfigError, match="processing_class"):
         parts(**modules._asdict(), tokenizer=None)
 
 
 def test_a_student_with_other_tokens_is_refused_before_its_weights_are_read(
-    parts: Callable[..., Parts], tiny_pair: Any, tmp_path: Path
+    parts: Callable[..., TrainingModels], tiny_pair: Any, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
     other.mkdir()
@@ -129,7 +133,7 @@ def test_a_student_with_other_tokens_is_refused_before_its_weights_are_read(
 
 
 def test_a_students_adapter_lies_beside_the_aligned_one_on_their_base(
-    parts: Callable[..., Parts], adapter_folder: tuple[Path, Path], tmp_path: Path
+    parts: Callable[..., TrainingModels], adapter_folder: tuple[Path, Path], tmp_path: Path
 ) -> None:
     base, aligned = adapter_folder
     own = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora(r=2))
@@ -154,7 +158,7 @@ def test_a_students_adapter_lies_beside_the_aligned_one_on_their_base(
 
 
 def test_a_peft_student_on_the_reference_itself_lends_it_its_base(
-    parts: Callable[..., Parts], modules: Modules
+    parts: Callable[..., TrainingModels], modules: Modules
 ) -> None:
     expected = modules.reference.model(input_ids=IDS)[0]
     student = get_peft_model(modules.reference, lora(init_lora_weights=False))

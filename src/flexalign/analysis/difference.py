@@ -11,6 +11,7 @@ positions. :func:`propose_gate` proposes a gate between noise and difference.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,6 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flexalign._modes import evaluating
+from flexalign.data.formats import load_traces
+from flexalign.data.rendering import bind_as_sampled, split_tokens
 from flexalign.errors import DataError
 from flexalign.fusion import total_variation
 from flexalign.heads import Head
@@ -37,6 +40,26 @@ _TAIL = 0.01
 _CONTEXT_TOKENS = 12
 _COLUMNS = ("row", "position", "variation", "falls", "rises", "falls_reference", "falls_aligned",
             "rises_reference", "rises_aligned")  # fmt: skip
+
+
+def load_rows(
+    traces: str | Path, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+) -> list[TokenizedRow]:
+    """Read traces as token ids, rendered as they were sampled.
+
+    Args:
+        traces: A file or a saved data set, as `flexalign.data.load_traces` takes it.
+        tokenizer: Of the two models; its template takes the arguments that the traces name.
+        limit: Take only the first rows, this many.
+
+    Raises:
+        ConfigError: If the template does not take the arguments that they name.
+        DataError: If they cannot be read.
+    """
+    rows = load_traces(traces)
+    rows = rows.select(range(min(limit or len(rows), len(rows))))
+    bind_as_sampled(tokenizer, rows)
+    return list(split_tokens(rows, tokenizer))
 
 
 @dataclass(frozen=True)

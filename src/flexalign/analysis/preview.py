@@ -17,12 +17,14 @@ from torch import Tensor
 
 from flexalign._modes import evaluating
 from flexalign._storage import write_json
-from flexalign.analysis.difference import TokenizedRow, score_responses
+from flexalign.analysis.difference import TokenizedRow, load_rows, score_responses
 from flexalign.errors import ConfigError, DataError
 from flexalign.fusion import as_lambda, fuse
 from flexalign.heads import Head
 from flexalign.inra import InRaModel
+from flexalign.models.compatibility import examine_pair
 from flexalign.models.pair import ModelPair
+from flexalign.systems import LocalBackend, System
 
 PREVIEW_LAMBDAS = tuple(round(0.2 * step, 1) for step in range(1, 51))
 """0.2 to 10 in steps of 0.2."""
@@ -69,6 +71,33 @@ class Preview:
         """Return all figures by name."""
         rows = [asdict(row) for row in self.rows]
         return asdict(self) | {"rows": [{"lambda": row.pop("lam"), **row} for row in rows]}
+
+
+def open_preview(
+    system: System, traces: str | Path, *, limit: int | None = None
+) -> tuple[ModelPair | InRaModel, list[TokenizedRow]]:
+    """Read traces and load the system that is previewed on them: what :func:`preview` takes.
+
+    Args:
+        system: A pair or a dial.
+        traces: A file or a saved data set, as `flexalign.data.load_traces` takes it.
+        limit: Take only the first rows, this many.
+
+    Raises:
+        CheckpointError: If weights are missing or damaged.
+        ConfigError: If the system has no two models or streams, or a part of it is not there.
+        DataError: If the traces cannot be read.
+        PairMismatchError: If its parts do not fit together.
+    """
+    if system.kind not in ("pair", "dial"):
+        raise ConfigError(f"{system.name} has no two models or streams; give pair: or dial:.")
+    backend = LocalBackend(system)
+    is_pair = system.kind == "pair"
+    tokenizer = examine_pair(*system.parts).tokenizer if is_pair else backend.text.tokenizer
+    rows = load_rows(traces, tokenizer, limit)  # what is wrong with them is said before any load
+
+    model: Any = backend.load(device_map=None)
+    return (model.pair if is_pair else model), rows
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Choosing a setting of the dial, with a promise about what it costs; and giving it a scale."""
+"""Chooses a setting of the dial for which a promise is proved, and calibrates effort."""
 
 from flexalign.calibration.calibrate import CalibrateOptions, calibrate
 from flexalign.calibration.constraints import Constraint, NonInferiority, TokenBudget

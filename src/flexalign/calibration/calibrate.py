@@ -1,8 +1,8 @@
-"""Measuring an InRa dial, and fitting effort to the tokens that its settings cost.
+"""Measures an InRa dial, and fits effort to the tokens of its settings.
 
-An adapter with a fast mode, one that answers at λ = 1 with a fraction of the tokens, is dialled by
-the threshold of the adaptive policy; any other by λ. :func:`calibrate` is the whole of it;
-:func:`plan_calibration` checks what is asked, and loads no weights.
+If an adapter has a fast mode, which answers at λ = 1 with a fraction of the tokens, effort sets the
+threshold of the adaptive policy; otherwise it sets λ. :func:`calibrate` does all steps;
+:func:`plan_calibration` only checks the arguments, and loads no weights.
 """
 
 import warnings
@@ -40,13 +40,13 @@ _EFFORTS = tuple(range(0, 101, 5))
 """The efforts whose thresholds are stored."""
 
 _FAST_SHARE = 0.5
-"""A dial is adaptive if fast answers take at most this share of λ = 0's tokens."""
+"""A dial is adaptive if fast answers use at most this share of the tokens of λ = 0."""
 
 _STEPS = 8
-"""Steps of λ between 0 and the end of its range."""
+"""Number of steps of λ between 0 and the end of its range."""
 
 _QUESTIONS = 300
-"""Questions that are drawn of a task that is named."""
+"""Number of questions that are drawn from a task given by name."""
 
 
 def calibrate(
@@ -66,28 +66,29 @@ def calibrate(
     progress: Progress | None = None,
     **sampling: Any,
 ) -> Calibration:
-    """Measure an adapter's dial, and write what each effort means into its configuration.
+    """Measure an adapter's dial, and write the setting of each effort into its configuration.
 
     Args:
         base: The adapter's base: a folder or a known name.
         adapter: The InRa adapter that is calibrated.
-        task: Questions with known answers; of a task that is named, 300 are drawn.
-        save_to: A folder for a calibrated copy of the adapter; the adapter itself if not given.
-        output: Where samples are kept, so that a broken run goes on from them; nowhere if not
-            given.
-        dial: As in :class:`CalibrateOptions`, like the next five.
-        measure: Of the fast answer's confidence.
-        lambda_range: The λ's that effort may use; the adapter's own range if not given.
-        margin: Loss of accuracy that the adapter's own threshold may show.
+        task: Questions with known answers; from a task given by name, 300 are drawn.
+        save_to: A folder for a calibrated copy of the adapter; if not given, the adapter itself is
+            changed.
+        output: A folder for the samples, from which an interrupted run continues; if not given,
+            they are not kept.
+        dial: What effort sets, as in :class:`CalibrateOptions`, like the next five.
+        measure: The measure of the fast answer's confidence.
+        lambda_range: The least and the largest λ of all efforts; the adapter's range if not given.
+        margin: Permitted loss of accuracy at the adapter's own threshold.
         samples: Responses to each question.
-        seed: Of all sampling, and of the draw of questions.
-        workers: Processes that grade.
-        progress: Told how many samples were made since it was last told.
+        seed: Seed of all sampling, and of the draw of questions.
+        workers: Number of processes that grade.
+        progress: Called with the number of samples made since its last call.
         **sampling: Fields of :class:`~flexalign.systems.SystemOptions`; temperature,
             top_p and max_new_tokens are the task's own if not given.
 
     Raises:
-        ConfigError: If an option is out of its range, a part is not there, the adapter cannot be
+        ConfigError: If an option is out of its range, a part is missing, the adapter cannot be
             written to, or the dial saves no tokens beyond chance.
         CheckpointError: If the adapter is damaged.
         LambdaError: If the range is empty.
@@ -113,16 +114,16 @@ def calibrate(
 
 @dataclass(frozen=True)
 class CalibrateOptions:
-    """How a dial is calibrated.
+    """Options of a calibration.
 
     Attributes:
-        dial: What effort turns: ``adaptive`` (the threshold), ``lambda``, or ``auto``: the
-            threshold if fast answers take at most half of λ = 0's tokens.
-        measure: Of the fast answer's confidence.
-        lambda_range: The λ's that effort may use; 0 lies among them.
-        margin: Loss of accuracy below λ = 0 that the adapter's own threshold may show.
+        dial: What effort sets: ``adaptive`` (the threshold), ``lambda``, or ``auto``: the
+            threshold if fast answers use at most half the tokens of λ = 0.
+        measure: The measure of the fast answer's confidence.
+        lambda_range: The least and the largest λ of all efforts; 0 must be within.
+        margin: Permitted loss of accuracy, against λ = 0, at the adapter's own threshold.
         samples: Answers to each question.
-        seed: Of all sampling.
+        seed: Seed of all sampling.
 
     Raises:
         ConfigError: If one is out of its range.
@@ -143,7 +144,7 @@ class CalibrateOptions:
                 "agreement takes a handful of values, which cannot be turned in small steps; take "
                 "answer_probability or min_token_probability."
             )
-        Adaptive(measure=self.measure)
+        Adaptive(measure=self.measure)  # raises if the measure is unknown
 
         low, high = self.lambda_range
         if not low <= 0 < high:
@@ -160,13 +161,13 @@ class CalibrateOptions:
 
     @property
     def deeper(self) -> list[float]:
-        """The λ's below 0 that are measured."""
+        """The λ's below 0 that are measured, ascending; empty if the range begins at 0."""
         low = self.lambda_range[0]
         return [low * step / 4 for step in range(4, 0, -1)] if low < 0 else []
 
     @property
     def grid(self) -> list[float]:
-        """All λ's that are measured where λ is the dial."""
+        """All λ's that are measured if effort sets λ, ascending."""
         high = self.lambda_range[1]
         return [*self.deeper, *(high * step / _STEPS for step in range(_STEPS + 1))]
 
@@ -176,10 +177,10 @@ class CalibrationPlan:
     """A calibration whose parts are checked; no weights are loaded.
 
     Attributes:
-        folder: The adapter's.
-        save_to: Where a calibrated copy goes; None if the adapter itself is written to.
-        options: How the dial is calibrated.
-        sweeps: What may be sampled, as :func:`plan_sweeps` says.
+        folder: The adapter's folder.
+        save_to: The folder for a calibrated copy; None if the adapter itself is changed.
+        options: Options of the calibration.
+        sweeps: The sweeps that may be needed, from :func:`plan_sweeps`.
     """
 
     folder: Path
@@ -189,7 +190,7 @@ class CalibrationPlan:
 
     @property
     def total(self) -> int:
-        """The most samples that it takes."""
+        """The largest number of samples that may be needed."""
         return sum(sweep.total for sweep in self.sweeps.values())
 
     def measure(
@@ -199,7 +200,7 @@ class CalibrationPlan:
         workers: int = 1,
         progress: Progress | None = None,
     ) -> Calibration:
-        """Sample and fit, as :func:`measure_dial` does; samples are not kept without `output`."""
+        """Sample and fit with :func:`measure_dial`; without `output`, samples are not kept."""
         with TemporaryDirectory(prefix="flexalign-") as scratch:
             kept = Path(scratch if output is None else output)
             return measure_dial(self.sweeps, self.options, kept, workers=workers, progress=progress)
@@ -208,7 +209,7 @@ class CalibrationPlan:
         """Write a calibration into the adapter's configuration, or into a copy of the adapter.
 
         Returns:
-            The folder that was written to.
+            The folder of the calibrated adapter.
         """
         if self.save_to is not None:
             copy_adapter(self.folder, self.save_to)
@@ -232,11 +233,11 @@ def plan_calibration(
     seed: int = 0,
     **sampling: Any,
 ) -> CalibrationPlan:
-    """Check what is to be calibrated. Arguments as for :func:`calibrate`, and:
+    """Check a calibration's arguments, which are those of :func:`calibrate`; loads no weights.
 
     Args:
         is_stored: Whether the calibration will be written; if not, an adapter of the package
-            will do without `save_to`.
+            needs no `save_to`.
     """
     folder, target = resolve_adapter(str(adapter)), None if save_to is None else Path(save_to)
     if target is None and is_stored and is_packaged(folder):
@@ -259,14 +260,14 @@ def plan_calibration(
 def plan_sweeps(
     system: System, task: Task, options: CalibrateOptions, sampling: SystemOptions
 ) -> dict[str, Sweep]:
-    """Say what may be sampled, by name: ``ways`` (λ = 0, fast) and ``lambdas`` (the grid).
+    """Make the sweeps that may be needed, by name: ``ways`` (λ = 0, fast), ``lambdas`` (the grid).
 
-    Both are checked, and no weights are loaded. With ``auto``, what ``ways`` shows decides
+    Both are checked, and no weights are loaded. With ``auto``, the results of ``ways`` decide
     whether ``lambdas`` is needed.
 
     Raises:
-        ConfigError: If the system is no dial, or a part of it is not there.
-        LambdaError: If the range is wider than the sampling's own.
+        ConfigError: If the system is not a dial, or a part of it is missing.
+        LambdaError: If the range is wider than that of the sampling options.
     """
     if system.kind != "dial":
         raise ConfigError(f"{system.name} is no InRa dial; only an adapter can be calibrated.")
@@ -303,21 +304,21 @@ def measure_dial(
     workers: int = 1,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Measure a dial, or go on where an earlier run stopped, and fit effort to its tokens.
+    """Measure a dial, or continue an interrupted measurement, and fit effort to its tokens.
 
     Args:
-        sweeps: As `plan_sweeps` made them of the same options.
-        options: How.
-        output: Folder of the samples; one results folder for each sweep in it.
-        workers: Processes that grade.
-        progress: Told how many samples were made since it was last told.
+        sweeps: The result of `plan_sweeps` with the same options.
+        options: Options of the calibration.
+        output: Folder of the samples, with one results folder for each sweep.
+        workers: Number of processes that grade.
+        progress: Called with the number of samples made since its last call.
 
     Raises:
-        ConfigError: If the dial saves no tokens beyond chance, or the folder is of another
+        ConfigError: If the dial saves no tokens beyond chance, or the folder belongs to another
             calibration.
         ServingError: If samples could not be made.
     """
-    # What is sampled: fast and slow answers first, the grid of λ if those are not a dial.
+    # Sample fast and slow answers first, and the grid of λ only if the dial is not adaptive.
     measured: dict[str, Samples] = {}
     cascade: Cascade | None = None
     if "ways" in sweeps:
@@ -332,7 +333,7 @@ def measure_dial(
             sweeps["lambdas"], output / "lambdas", workers=workers, progress=progress
         )
 
-    # The settings of one λ that the dial rests on, and what is left of them outside the holes.
+    # The measured λ's, and the mean tokens of those outside the holes.
     sweep = sweeps["lambdas" if cascade is None else "ways"]
     fixed = {s.lam: measured[s.id] for s in sweep.settings if s.lam is not None}
     correct = {lam: samples.correct for lam, samples in fixed.items()}
@@ -374,16 +375,16 @@ def measure_cascade(
     workers: int = 1,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Samples], Cascade]:
-    """Answer every question fast and slow, or go on where an earlier run stopped.
+    """Answer every question fast and slow, or continue an interrupted measurement.
 
     Args:
-        sweep: The one that `plan_sweeps` calls ``ways``.
+        sweep: The sweep ``ways`` of `plan_sweeps`.
         output: Folder of the samples.
-        workers: Processes that grade.
-        progress: Told how many samples were made since it was last told.
+        workers: Number of processes that grade.
+        progress: Called with the number of samples made since its last call.
 
     Returns:
-        Samples by setting, and the two answers of each.
+        Samples by setting, and the pairs of a fast and a slow answer.
 
     Raises:
         ServingError: If samples could not be made.
@@ -396,13 +397,13 @@ def measure_cascade(
 def measure_settings(
     sweep: Sweep, output: Path, *, workers: int = 1, progress: Progress | None = None
 ) -> dict[str, Samples]:
-    """Answer every question at every setting, or go on where an earlier run stopped.
+    """Answer every question at every setting, or continue an interrupted measurement.
 
     Args:
-        sweep: What is asked.
+        sweep: The questions and settings.
         output: Folder of the samples.
-        workers: Processes that grade.
-        progress: Told how many samples were made since it was last told.
+        workers: Number of processes that grade.
+        progress: Called with the number of samples made since its last call.
 
     Returns:
         Samples by setting, all in the order of question and sample.
@@ -412,7 +413,7 @@ def measure_settings(
         ServingError: If samples could not be made.
     """
     with warnings.catch_warnings():
-        # This is where λ outside the adapter's present range gets its measurement.
+        # Calibration may widen the adapter's range, so that λ outside it is expected here.
         warnings.filterwarnings("ignore", message="λ from .* leaves this adapter's range")
         result = sweep.run(output, workers=workers, begun=progress, progress=progress)
     if result.lost:
@@ -431,7 +432,7 @@ def measure_settings(
 def _require_saving(
     measured: Mapping[str, Samples], cascade: Cascade | None, tokens: Mapping[float, float]
 ) -> None:
-    """Refuse a dial that saves nothing at the settings that efforts below 100 rest on."""
+    """Refuse a dial that saves no tokens at any setting that efforts below 100 use."""
     reference = measured["λ=0"]
     shorter = "train the adapter on shorter answers"
     if cascade is None:
@@ -444,14 +445,14 @@ def _require_saving(
 
 
 def _fit(cascade: Cascade | None, tokens: Mapping[float, float]) -> tuple[Points, Points]:
-    """Thresholds by effort, none where λ is the dial, and λ by effort."""
+    """Return thresholds by effort (empty if effort sets λ), and λ by effort."""
     if cascade is None:
         return (), fit_lambdas(tokens)
 
     fitted = fit_thresholds(cascade, _EFFORTS)
     thresholds = tuple((float(e), value) for e, value in zip(_EFFORTS, fitted, strict=True))
 
-    # Efforts above 100: the λ below 0 whose tokens rise beyond those of all before.
+    # Efforts above 100 use each λ below 0 that has more tokens than every λ nearer to 0.
     fastest, reference = float(cascade.tokens(0.0).mean()), cascade.slow.mean_tokens
     lambdas, most = [(REFERENCE_EFFORT, 0.0)], reference
     for lam in sorted((lam for lam in tokens if lam < 0), reverse=True):
@@ -462,7 +463,7 @@ def _fit(cascade: Cascade | None, tokens: Mapping[float, float]) -> tuple[Points
 
 
 def _own_threshold(cascade: Cascade, thresholds: Points, margin: float) -> float:
-    """The lowest fitted threshold whose accuracy is within the margin; else the most accurate."""
+    """Return the lowest threshold with an accuracy within the margin; else the most accurate."""
     accuracies = [float(cascade.correct(value).mean()) for _, value in thresholds]
     wanted = min(cascade.slow.accuracy - margin, max(accuracies))
     pairs = zip(thresholds, accuracies, strict=True)

@@ -1,4 +1,4 @@
-"""The card of a tuning: what is promised, on what evidence, at what cost."""
+"""The card of a tuning: the promise, its evidence and its cost."""
 
 import json
 from collections.abc import Mapping
@@ -21,10 +21,10 @@ def write_card(tuned: "Tuned", output: Path, context: Mapping[str, Any]) -> None
     """Write tuned.md, tuned.json and tuned.png into a folder.
 
     Args:
-        tuned: What came out.
-        output: The folder; made if it is not there.
-        context: What else belongs to the promise, such as system, task and hashes; goes into
-            both files under its own keys.
+        tuned: The result of the tuning.
+        output: The folder; created if it does not exist.
+        context: Further facts about the promise, such as system, task and hashes; written into
+            both files with its keys.
     """
     output.mkdir(parents=True, exist_ok=True)
     result = {**context, **tuned.to_json()}
@@ -34,7 +34,7 @@ def write_card(tuned: "Tuned", output: Path, context: Mapping[str, Any]) -> None
 
 
 def render_card(tuned: "Tuned", context: Mapping[str, Any]) -> str:
-    """Return the card as Markdown."""
+    """Return the card as Markdown; arguments as for :func:`write_card`."""
     confidence = f"{100 * tuned.options.confidence:g} %"
     if tuned.chosen is None:
         answer = f"**None of the candidates is promised to keep it**: {tuned.reason}."
@@ -81,9 +81,9 @@ def render_card(tuned: "Tuned", context: Mapping[str, Any]) -> str:
 
 
 def draw_path(tuned: "Tuned", path: Path) -> None:
-    """Draw how each finalist's estimate went from look to look, with its bound.
+    """Draw the estimate and the bound of each finalist at each look.
 
-    Without a finalist, the race's estimates are drawn.
+    Without a finalist, the candidates' chances of a proof are drawn.
     """
     import matplotlib
 
@@ -110,12 +110,14 @@ def draw_path(tuned: "Tuned", path: Path) -> None:
                 color=colour,
                 label=f"{proof.setting}: bound ({proof.verdict})",
             )
+
     if tuned.proofs:
         axes.set_xlabel("held-out questions")
     else:
         standings = tuned.race.standings
         axes.bar([s.setting for s in standings], [s.promise for s in standings], color="#a0aec0")
         axes.set_xlabel("candidate")
+
     axes.axhline(0, color="#4a5568", linewidth=1)
     axes.set_ylabel("room above the promise" if tuned.proofs else "chance of a proof")
     axes.set_title(f"{tuned.chosen or 'none'}: {tuned.reason}", fontsize=10, wrap=True)

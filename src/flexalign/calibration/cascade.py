@@ -1,4 +1,4 @@
-"""The adaptive dial at every threshold, from one fast and one slow answer to each question."""
+"""Simulates the adaptive dial at any threshold, from pairs of a fast and a slow answer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +11,16 @@ from flexalign.evaluation.samples import Samples
 
 @dataclass(frozen=True)
 class Cascade:
-    """A fast and a slow answer to the same questions, sample by sample in the same order.
+    """Fast and slow answers to the same questions, one of each for each sample, in the same order.
 
-    What a threshold costs and gets right follows without asking again: answers at least as sure
-    are kept, the others pay for both. A fast answer that falls below its threshold is stopped
-    there, and it is the whole one that is counted here, so that tokens are overstated by up to the
-    fast answer's own length times the share of those rejected.
+    The tokens and the accuracy of any threshold follow without further samples: a fast answer is
+    accepted if its confidence is at least the threshold; otherwise the tokens of both answers
+    count. Generation stops a fast answer as soon as its confidence is below the threshold, but its
+    whole length is counted here, so tokens are overestimated by at most the fast answers' length
+    times the share of rejected ones.
 
     Attributes:
-        fast: The fast answers, with their confidence: −1 where an answer did not come to its end.
+        fast: The fast answers, with their confidence; −1 if an answer was cut off.
         slow: The slow answers.
     """
 
@@ -28,12 +29,12 @@ class Cascade:
 
     @classmethod
     def of(cls, slow: Samples, adaptive: Samples) -> "Cascade":
-        """Take both from what was sampled.
+        """Make the pairs of samples at λ = 0 and of the adaptive policy.
 
         Args:
             slow: Samples at λ = 0.
-            adaptive: Samples of the adaptive policy at threshold 0: every fast answer that comes
-                to its end is kept.
+            adaptive: Samples of the adaptive policy at threshold 0, which accepts every complete
+                fast answer.
         """
         is_whole = adaptive.route == "fast"
         fast = Samples(
@@ -45,37 +46,37 @@ class Cascade:
         return cls(fast, slow)
 
     def at(self, threshold: float) -> Samples:
-        """The samples that the policy of a threshold would have given."""
+        """Return the samples that the policy would return at a threshold."""
         return Samples(self.slow.question, self.correct(threshold), self.tokens(threshold))
 
     def tokens(self, threshold: float) -> NDArray[np.float64]:
-        """Tokens written for each sample at a threshold, rejected ones included, shape (n,)."""
+        """Return each sample's tokens at a threshold, including rejected ones, shape (n,)."""
         rejected = self.fast.confidence < threshold
         both = self.fast.tokens + self.slow.tokens
         return self.fast.tokens * ~rejected + both * rejected
 
     def correct(self, threshold: float) -> NDArray[np.bool_]:
-        """Which samples are right at a threshold, shape (n,)."""
+        """Return whether each sample is right at a threshold, shape (n,)."""
         return np.where(self.fast.confidence >= threshold, self.fast.correct, self.slow.correct)
 
 
 def fit_thresholds(cascade: Cascade, efforts: Sequence[float]) -> list[float]:
-    """Find the thresholds whose mean tokens lie on the straight line of effort.
+    """Find the thresholds whose mean tokens are linear in effort.
 
-    Mean tokens as a function of the threshold rise by one question's slow answer at each observed
-    confidence; between two observed confidences they are taken as a straight line, which makes
-    the map continuous and monotone.
+    As a function of the threshold, mean tokens increase by one slow answer at each observed
+    confidence. Between two observed confidences they are interpolated linearly, so that the map is
+    continuous and monotone.
 
     Args:
-        cascade: What was measured.
+        cascade: The measured pairs.
         efforts: Ascending, from 0 (threshold 0) to 100 (the slow answers' mean tokens).
 
     Returns:
-        One threshold in [0, 1] for each effort, none below the one before.
+        One threshold in [0, 1] for each effort, non-decreasing.
     """
     sure, slow = cascade.fast.confidence, cascade.slow.tokens
 
-    # Mean tokens at each knot: the fast answers, and the slow ones of those that it rejects.
+    # Mean tokens at each knot: all fast answers, and the slow answers in place of rejected ones.
     knots = np.union1d(sure.clip(0, 1), 1.0)
     order = np.argsort(sure, kind="stable")
     added = np.concatenate([[0.0], np.cumsum(slow[order])]) / sure.size

@@ -1,7 +1,7 @@
-"""What a setting has to keep, and what it is chosen for among those that keep it.
+"""Constraints: the promise to prove for a setting, and the gain by which settings are chosen.
 
-A constraint turns samples into a *slack* for each question, whose mean is above 0 exactly where the
-promise is kept, and into a *gain*, by which settings that keep it are compared.
+A constraint computes from samples a *slack* for each question, whose mean is above 0 exactly if the
+promise is kept, and a *gain*, by which settings that keep it are compared.
 """
 
 import math
@@ -17,11 +17,11 @@ from flexalign.statistics import t_quantile
 
 
 class Constraint(Protocol):
-    """A promise that a setting has to keep, and what is preferred among those that keep it."""
+    """A promise about a setting, and a preference among settings that keep it."""
 
     @property
     def lowest(self) -> float:
-        """The least a question's slack can be; −inf where it has no bound."""
+        """Least possible slack of a question; −inf if it has no bound."""
 
     @property
     def unit(self) -> float:
@@ -29,14 +29,14 @@ class Constraint(Protocol):
 
     @property
     def least_deviation(self) -> float:
-        """Standard deviation over questions below which the proof does not believe the data."""
+        """Least standard deviation over questions that the proof assumes."""
 
     @property
     def text(self) -> str:
         """The promise as a clause."""
 
     def slack(self, candidate: Samples, reference: Samples) -> NDArray[np.float64]:
-        """Slack of each question, shape (n,).
+        """Return the slack of each question, shape (n,).
 
         Args:
             candidate: Samples of the setting.
@@ -44,15 +44,15 @@ class Constraint(Protocol):
         """
 
     def bound(self, slack: NDArray[np.float64], level: float) -> float:
-        """Lower bound of the mean slack at one-sided error `level`, in (0, 0.5).
+        """Return the lower bound of the mean slack.
 
         Args:
-            slack: One value a question, shape (n,), at least 2.
+            slack: One value for each question, shape (n,), at least 2.
             level: One-sided error, in (0, 0.5).
         """
 
     def gain(self, candidate: Samples, reference: Samples) -> float:
-        """What is to be large; a setting without positive gain is not worth choosing."""
+        """Return the figure that should be large; a setting is only chosen if it is positive."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class NonInferiority:
     """Fewest tokens such that accuracy is no more than a margin below the reference's.
 
     Attributes:
-        margin: Largest loss of accuracy that is accepted, in (0, 1).
+        margin: Largest permitted loss of accuracy, in (0, 1).
 
     Raises:
         ConfigError: If the margin is not in (0, 1).
@@ -76,19 +76,19 @@ class NonInferiority:
 
     @property
     def lowest(self) -> float:
-        """From right throughout to wrong throughout."""
+        """Slack of a question that changes from always right to always wrong."""
         return self.margin - 1
 
     @property
     def unit(self) -> float:
-        """One answer's worth."""
+        """The size of a change from always right to always wrong."""
         return 1.0
 
     @property
     def least_deviation(self) -> float:
-        """That of whole losses, right throughout to wrong throughout, on a share `margin`.
+        """Standard deviation if a share `margin` of the questions changes from right to wrong.
 
-        A few dozen questions may show none of them, and then all that is seen is the noise.
+        A few dozen questions may include no such change, and then show too small a deviation.
         """
         return math.sqrt(self.margin * (1 - self.margin))
 
@@ -98,15 +98,15 @@ class NonInferiority:
         return f"accuracy no more than {100 * self.margin:g} points below the reference's"
 
     def slack(self, candidate: Samples, reference: Samples) -> NDArray[np.float64]:
-        """Difference of the shares of right answers, plus the margin."""
+        """Return the difference of the shares of right answers, plus the margin, shape (n,)."""
         right = candidate.by_question(candidate.correct)
         return right - reference.by_question(reference.correct) + self.margin
 
     def bound(self, slack: NDArray[np.float64], level: float) -> float:
-        """Student's bound, with two corrections for losses of whole questions.
+        """Return Student's bound, with two corrections for losses of whole questions.
 
-        The deviation is at least `least_deviation`, and half a question is taken off (Yates):
-        without them, and with a score interval too, rare losses go unseen at early looks.
+        The deviation is at least `least_deviation`, and half a question is subtracted (Yates).
+        Without them, rare losses are missed at early looks; a score interval misses them too.
         """
         count = slack.size
         deviation = max(float(slack.std(ddof=1)), self.least_deviation)
@@ -114,16 +114,16 @@ class NonInferiority:
         return float(slack.mean()) - half - 1 / (2 * count)
 
     def gain(self, candidate: Samples, reference: Samples) -> float:
-        """Share of the reference's tokens that is saved."""
+        """Return the share of the reference's tokens that is saved."""
         return 1 - candidate.mean_tokens / reference.mean_tokens
 
 
 @dataclass(frozen=True)
 class TokenBudget:
-    """Most accuracy such that the mean answer has no more than so many tokens.
+    """Highest accuracy such that answers have on average no more tokens than a budget.
 
     Attributes:
-        tokens: The budget, mean tokens an answer.
+        tokens: The budget: mean tokens of an answer.
 
     Raises:
         ConfigError: If it is not positive.
@@ -137,7 +137,7 @@ class TokenBudget:
 
     @property
     def lowest(self) -> float:
-        """Answers may be arbitrarily long."""
+        """−inf, as answers may be arbitrarily long."""
         return -math.inf
 
     @property
@@ -147,7 +147,7 @@ class TokenBudget:
 
     @property
     def least_deviation(self) -> float:
-        """The data are believed."""
+        """0: the standard deviation of the data is used as it is."""
         return 0.0
 
     @property
@@ -156,15 +156,15 @@ class TokenBudget:
         return f"no more than {self.tokens:g} tokens a mean answer"
 
     def slack(self, candidate: Samples, reference: Samples) -> NDArray[np.float64]:
-        """Budget less the question's mean tokens."""
+        """Return the budget minus each question's mean tokens, shape (n,)."""
         return self.tokens - candidate.by_question(candidate.tokens)
 
     def bound(self, slack: NDArray[np.float64], level: float) -> float:
-        """Johnson's bound, as few long answers make the mean's distribution lean.
+        """Return Johnson's bound, as a few long answers make the mean's distribution skewed.
 
         Johnson 1978, "Modified t tests and confidence intervals for asymmetrical populations":
-        with third moment κ, (g + κ/(6s²n) + κg²/(3s⁴))·√n/s is Student's, g the distance of the
-        mean from its true value. A lean that would help the promise is not counted.
+        with third moment κ, (g + κ/(6s²n) + κg²/(3s⁴))·√n/s is Student's, where g is the distance
+        of the mean from its true value. Skewness in favour of the promise is ignored.
         """
         count, variance = slack.size, float(slack.var(ddof=1))
         if variance == 0:
@@ -176,5 +176,5 @@ class TokenBudget:
         return float(slack.mean()) - 2 * needed / (1 + math.sqrt(max(0.0, 1 + lean)))
 
     def gain(self, candidate: Samples, reference: Samples) -> float:
-        """Accuracy."""
+        """Return the accuracy of the candidate."""
         return candidate.accuracy

@@ -1,9 +1,9 @@
-"""Effort: the calibrated dial, from 0, the fastest setting, over 100, the reference, and beyond.
+"""Effort: the calibrated dial. 0 is the fastest setting, 100 the reference, more is above it.
 
-A :class:`Calibration` holds how an effort becomes a setting, as points between which it is a
-straight line, and what was measured to find them. Thresholds of the adaptive dial, where there are
-any, serve efforts below 100; λ serves the rest. An adapter's ``inra_config.json`` keeps it as JSON
-under ``calibration``.
+A :class:`Calibration` maps efforts to settings, by points between which it interpolates linearly,
+and holds the measurements behind them. Efforts below 100 are thresholds if the dial is adaptive;
+all other efforts are λ's. An adapter's ``inra_config.json`` stores it as JSON under
+``calibration``.
 """
 
 import json
@@ -26,7 +26,7 @@ from flexalign.lambdas import Adaptive, Fixed, Measure, Setting
 from flexalign.statistics import Interval
 
 VERSION = 1
-"""Of a calibration's form."""
+"""The version of a calibration's JSON form."""
 
 REFERENCE_EFFORT = 100.0
 """The effort at which the tokens are those of λ = 0."""
@@ -35,24 +35,24 @@ _AS_THEY_ARE = (
     *("measure", "threshold", "margin", "sampling", "dial", "task", "questions"),
     *("questions_hash", "parts"),
 )
-"""What a calibration and its JSON form have in common, by name."""
+"""The fields that have the same name and value in the JSON form."""
 
 Points = tuple[tuple[float, float], ...]
-"""Pairs (effort, value), efforts ascending, between which the value is a straight line."""
+"""Pairs (effort, value), efforts ascending, between which the value is linear."""
 
 Source = Literal["measured", "simulated", "interpolated"]
-"""Where figures are from: measured at the setting itself, simulated from both ways of an adaptive
-dial, or interpolated between two measured λ."""
+"""The source of figures: measured at the setting itself, simulated from the fast and the slow
+answers of an adaptive dial, or interpolated between two measured λ's."""
 
 
-# What is stored.
+# The stored calibration.
 
 
 @dataclass(frozen=True)
 class SettingMetrics:
     """The cost and the accuracy of a setting on a calibration's questions.
 
-    A mean may hide a coin between two lengths; the percentiles show it.
+    The percentiles show what a mean hides, such as a mixture of short and long responses.
 
     Attributes:
         tokens: Mean tokens, with their 95 % interval.
@@ -80,19 +80,19 @@ class SettingMetrics:
             KeyError: If a key is missing.
         """
         return cls(
-            _interval(given, "tokens"),
+            Interval.from_json(given, "tokens"),
             given["tokens_p10"],
             given["tokens_p90"],
-            _interval(given, "accuracy"),
+            Interval.from_json(given, "accuracy"),
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""
         return {
-            **_figure("tokens", self.tokens),
+            **self.tokens.to_json("tokens"),
             "tokens_p10": self.tokens_p10,
             "tokens_p90": self.tokens_p90,
-            **_figure("accuracy", self.accuracy),
+            **self.accuracy.to_json("accuracy"),
         }
 
 
@@ -103,7 +103,7 @@ class MeasuredSetting:
     Attributes:
         setting: Its id, such as ``λ=0.5``.
         metrics: Its cost and accuracy.
-        source: ``measured``.
+        source: Always ``measured``.
     """
 
     setting: str
@@ -130,11 +130,11 @@ class EffortLevel:
 
     Attributes:
         effort: The effort.
-        setting: The id of the setting that it stands for.
-        line: The tokens that the straight line of effort has there.
-        source: Where the figures are from.
+        setting: The id of its setting.
+        line: The tokens of the straight line from effort 0 to effort 100, at this effort.
+        source: The source of the figures.
         metrics: Cost and accuracy.
-        accuracy_change: Accuracy less that of λ = 0, paired by question, with its 95 % interval;
+        accuracy_change: Accuracy minus that of λ = 0, paired by question, with its 95 % interval;
             0 for λ = 0 itself.
     """
 
@@ -158,7 +158,7 @@ class EffortLevel:
             given["line"],
             given["source"],
             SettingMetrics.from_json(given),
-            _interval(given, "accuracy_change"),
+            Interval.from_json(given, "accuracy_change"),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -169,7 +169,7 @@ class EffortLevel:
             "line": self.line,
             "source": self.source,
             **self.metrics.to_json(),
-            **_figure("accuracy_change", self.accuracy_change),
+            **self.accuracy_change.to_json("accuracy_change"),
         }
 
 
@@ -179,20 +179,20 @@ class Calibration:
 
     Attributes:
         lambdas: λ by effort; the last effort, at least 100, is the largest that was calibrated.
-        thresholds: Thresholds of the adaptive dial by effort, for efforts below 100; empty where
-            λ is the dial.
+        thresholds: Thresholds of the adaptive dial by effort, for efforts below 100; empty if
+            effort sets λ.
         holes: Ranges of λ that calibration found worse than both their ends.
-        measure: Of the fast answer's confidence; None where λ is the dial.
-        threshold: What an adaptive policy without a threshold uses; None where λ is the dial.
-        margin: Loss of accuracy below λ = 0 that `threshold` may show.
-        lambda_range: The least and the largest λ that efforts may use.
-        sampling: How it was sampled, by the options' names.
+        measure: The measure of the fast answer's confidence; None if effort sets λ.
+        threshold: The threshold of an adaptive policy without its own; None if effort sets λ.
+        margin: Permitted loss of accuracy at `threshold`, against λ = 0.
+        lambda_range: The least and the largest λ of all efforts.
+        sampling: The sampling options, by name.
         settings: The settings that were sampled.
         levels: The cost and the accuracy of some efforts.
-        dial: What effort turns, ``adaptive`` or ``lambda``.
-        task: The questions' name.
-        questions: Their number.
-        questions_hash: Of their content.
+        dial: What effort sets: ``adaptive`` (the threshold) or ``lambda``.
+        task: The name of the task.
+        questions: The number of questions.
+        questions_hash: A hash of the questions.
         parts: Paths and fingerprints of base and adapter.
         made_by: The version of flexalign that made it.
     """
@@ -221,14 +221,14 @@ class Calibration:
 
     @classmethod
     def from_json(cls, given: Mapping[str, Any] | None) -> "Calibration":
-        """Read a calibration as an adapter's configuration keeps it.
+        """Read a calibration from an adapter's configuration.
 
         Args:
-            given: The JSON value; None if the adapter has none. What says how an effort becomes
-                a setting has to be there; all else may be missing.
+            given: The JSON value; None if the adapter has none. It must have the version and the
+                points of λ by effort; all other keys may be missing.
 
         Raises:
-            ConfigError: If there is none, or it is of another version or damaged.
+            ConfigError: If there is none, or it has another version or is damaged.
         """
         if given is None:
             raise ConfigError(
@@ -236,12 +236,14 @@ class Calibration:
                 "flexalign calibrate BASE --adapter ADAPTER --task TASK, or give --lambda or "
                 "--policy."
             )
+
         version = given.get("version")
         if version != VERSION:
             raise ConfigError(
                 f"this adapter's calibration has version {version!r} and this flexalign reads "
                 f"{VERSION}; run flexalign calibrate again."
             )
+
         try:
             points = given["effort"]
             calibration = cls(
@@ -254,7 +256,7 @@ class Calibration:
                 made_by=given.get("flexalign", ""),
                 **{name: given[name] for name in _AS_THEY_ARE if name in given},
             )
-            _ = calibration.largest_effort  # no point at all is damage, too
+            _ = calibration.largest_effort  # raises IndexError if there are no points
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"this adapter's calibration is damaged ({error!r}); run flexalign calibrate again."
@@ -262,7 +264,7 @@ class Calibration:
         return calibration
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON value, its keys in the file's order."""
+        """Return the JSON value, with keys in the file's order."""
         return {
             "version": VERSION,
             "flexalign": self.made_by,
@@ -295,33 +297,24 @@ def _pairs(given: Sequence[Sequence[float]]) -> Points:
     return tuple(map(_pair, given))
 
 
-def _interval(given: Mapping[str, Any], name: str) -> Interval:
-    low, high = given[f"{name}_ci"]
-    return Interval(low, given[name], high)
-
-
-def _figure(name: str, value: Interval) -> dict[str, Any]:
-    return {name: value.mean, f"{name}_ci": [value.low, value.high]}
-
-
-# What an effort stands for.
+# From efforts to settings.
 
 
 def effort_to_dial(calibration: Calibration, effort: float) -> Adaptive | Fixed:
-    """Return the setting that an effort stands for.
+    """Return the setting of an effort.
 
     Ranges of λ that calibration found worse than both their ends (`holes`) are skipped: an effort
-    that falls into one gets the nearer end of it.
+    inside one gets its nearer end.
 
     Args:
-        calibration: The adapter's.
-        effort: 0 for the fastest setting, 100 for the reference's tokens, above for λ < 0.
+        calibration: The adapter's calibration.
+        effort: 0 for the fastest setting, 100 for the reference's tokens, more for λ < 0.
 
     Returns:
         An adaptive policy with its threshold, or one λ.
 
     Raises:
-        ConfigError: If the effort lies outside what the calibration covers.
+        ConfigError: If the effort is outside the calibrated range.
     """
     largest = calibration.largest_effort
     is_number = isinstance(effort, numbers.Real) and not isinstance(effort, bool)
@@ -341,10 +334,10 @@ def effort_to_dial(calibration: Calibration, effort: float) -> Adaptive | Fixed:
 
 
 def effort_settings(calibration: Calibration, efforts: Sequence[float]) -> list[Setting]:
-    """Return the settings that several efforts stand for, each named by its effort too.
+    """Return the settings of several efforts, each with its effort.
 
     Raises:
-        ConfigError: If an effort lies outside what the calibration covers.
+        ConfigError: If an effort is outside the calibrated range.
     """
     return [Setting.of(effort_to_dial(calibration, effort), float(effort)) for effort in efforts]
 
@@ -361,28 +354,29 @@ def _outside(holes: Sequence[tuple[float, float]], lam: float) -> float:
     return lam
 
 
-# What is told of it where it is used.
+# Notes for users of a calibrated adapter.
 
 
 def known_cut(calibration: Calibration | None, setting: str) -> tuple[float, Source] | None:
-    """Look up what a setting saves of the tokens of λ = 0.
+    """Look up a setting's token cut against λ = 0.
 
     Args:
-        calibration: The adapter's; None if it has none.
-        setting: Its id, such as ``λ=0.5``.
+        calibration: The adapter's calibration; None if it has none.
+        setting: The setting's id, such as ``λ=0.5``.
 
     Returns:
-        The share saved, negative where it costs more, and the figure's source; None for λ = 0
-        itself, or if calibration did not look at the setting.
+        The share of tokens saved, negative if the setting costs more, and the figure's source;
+        None for λ = 0 itself, or if the calibration has no figures of the setting.
     """
     if calibration is None:
         return None
     found: dict[str, EffortLevel | MeasuredSetting] = {
         level.setting: level for level in calibration.levels
     }
-    found |= {one.setting: one for one in calibration.settings}  # measured, and so preferred
+    found |= {one.setting: one for one in calibration.settings}  # measured ones replace others
     if setting not in found or setting == "λ=0" or "λ=0" not in found:
         return None
+
     reference = found["λ=0"].metrics.tokens.mean
     if not reference:
         return None
@@ -390,14 +384,14 @@ def known_cut(calibration: Calibration | None, setting: str) -> tuple[float, Sou
 
 
 def note_on_sampling(calibrated: Mapping[str, object], asked: Mapping[str, object]) -> str | None:
-    """Say that an effort is asked for at other sampling options than its calibration's.
+    """Warn that an effort is requested with other sampling options than its calibration's.
 
     Args:
         calibrated: The options of the calibration, such as ``{"temperature": 0.7}``.
-        asked: Those that are asked for; what is in one of the two only, or no number, is left out.
+        asked: The requested options. Only numbers that are in both mappings are compared.
 
     Returns:
-        One sentence that names what differs; None if nothing does.
+        One sentence that names the differences; None if there are none.
     """
     other = [
         (name, known, given)
@@ -416,16 +410,16 @@ def note_on_sampling(calibrated: Mapping[str, object], asked: Mapping[str, objec
     )
 
 
-# The adapter's folder that keeps it.
+# The adapter's folder.
 
 
 def store_calibration(folder: Path, calibration: Calibration) -> InRaConfig:
-    """Write a calibration into an adapter's settings, whose λ range is widened to hold it.
+    """Write a calibration into an adapter's configuration, and widen its λ range if needed.
 
-    The file is written beside its place and then moved there: a crash leaves the old one.
+    The file is replaced in one step: after a crash the old file is unchanged.
 
     Returns:
-        The new settings.
+        The new configuration.
 
     Raises:
         CheckpointError: If the folder holds no adapter.
@@ -443,7 +437,7 @@ def store_calibration(folder: Path, calibration: Calibration) -> InRaConfig:
 
 
 def is_packaged(folder: Path) -> bool:
-    """Whether a folder, by whatever path or link it is named, is a part of this package."""
+    """Whether a folder is a part of this package; links are resolved."""
     return folder.resolve().is_relative_to(Path(flexalign.__file__).resolve().parent)
 
 

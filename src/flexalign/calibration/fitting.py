@@ -1,6 +1,6 @@
-"""From measured settings to a scale of effort: λ by effort, holes, levels, and whether it is worth it.
+"""From measured settings to efforts: λ by effort, holes, levels, and checks of what a dial saves.
 
-Thresholds by effort are fitted in :mod:`flexalign.calibration.cascade`.
+:mod:`flexalign.calibration.cascade` fits thresholds by effort.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,17 +25,18 @@ from flexalign.lambdas import Adaptive, Fixed, Setting
 from flexalign.statistics import Interval, paired_difference_interval, simultaneous_confidence
 
 LEVELS = (0.0, 25.0, 50.0, 75.0, 100.0)
-"""The efforts that are shown and stored with what they cost and get right."""
+"""The efforts that are shown and stored with their cost and accuracy."""
 
 
 def fit_lambdas(tokens: Mapping[float, float]) -> Points:
-    """Map effort to λ so that mean tokens lie on the straight line of effort.
+    """Map effort to λ so that mean tokens are linear in effort.
 
-    Means are first made to fall with λ by the closest such function in squares (pooling adjacent
-    violators, Ayer et al. 1955); where they stand still, the λ nearest to 0 serves.
+    Mean tokens as a function of λ are first replaced by the non-increasing function that is closest
+    in least squares (pooling adjacent violators, Ayer et al. 1955). Of several λ's with the same
+    value the one nearest to 0 is used.
 
     Args:
-        tokens: Measured mean tokens of each λ, 0 among them; none from inside a hole.
+        tokens: Measured mean tokens of each λ, including 0, without those inside a hole.
 
     Returns:
         Points (effort, λ), efforts ascending from 0, and 100 at λ = 0.
@@ -58,7 +59,7 @@ def fit_lambdas(tokens: Mapping[float, float]) -> Points:
             "effort to set; train the adapter on shorter answers, or widen --lambda-range."
         )
     saved = reference - fastest
-    # The quotient first, so that the reference is at exactly 100 whatever its tokens.
+    # The quotient first, so that the reference is at exactly 100 for any tokens.
     return tuple((100 * ((mean - fastest) / saved), kept[mean]) for mean in sorted(kept))
 
 
@@ -68,12 +69,12 @@ def find_holes(
     """Find ranges of λ in which every measured setting is less accurate than both their ends.
 
     Args:
-        correct: For each measured λ which samples were right, in one order.
-        questions: The question of each sample.
-        confidence: That no setting is wrongly called worse, shared among all that may be.
+        correct: For each measured λ, whether each sample is right, shape (n,), in one order.
+        questions: The question of each sample, n of them.
+        confidence: Probability that no setting is wrongly called worse, over all comparisons.
 
     Returns:
-        The ends of each range, themselves measured and not worse; ascending, apart.
+        The ends of the ranges, which are measured λ's; ascending, without overlap.
     """
     lams = sorted(correct)
     if len(lams) < 3:
@@ -84,8 +85,8 @@ def find_holes(
         first, second = correct[lams[one]], correct[lams[other]]
         return paired_difference_interval(first, questions, second, questions, level).high < 0
 
-    # From each low end the farthest high end is tried first, so that the ranges are as wide as
-    # they can be.
+    # For each low end the farthest high end is tried first, so that the ranges are as wide as
+    # possible.
     holes: list[tuple[float, float]] = []
     low = 0
     while low < len(lams) - 2:
@@ -101,21 +102,21 @@ def find_holes(
     return holes
 
 
-# What efforts cost and get right.
+# Cost and accuracy of efforts.
 
 
 def effort_levels(
     calibration: Calibration, cascade: Cascade | None, fixed: Mapping[float, Samples]
 ) -> tuple[EffortLevel, ...]:
-    """Compute what the shown efforts, and the largest, cost and get right.
+    """Compute the cost and the accuracy of the efforts in `LEVELS`, and of the largest effort.
 
     Args:
-        calibration: Says what each effort stands for.
-        cascade: Both answers of an adaptive dial; None where λ is the dial.
+        calibration: The map from efforts to settings.
+        cascade: The fast and the slow answers of an adaptive dial; None if effort sets λ.
         fixed: Samples of each measured λ.
 
     Raises:
-        ConfigError: If efforts stand for thresholds, and no cascade is given.
+        ConfigError: If efforts are thresholds, and no cascade is given.
     """
     largest = calibration.largest_effort
     efforts = [*LEVELS, *([largest] if largest > REFERENCE_EFFORT else [])]
@@ -140,10 +141,10 @@ def effort_levels(
 def _metrics(
     dial: Adaptive | Fixed, cascade: Cascade | None, fixed: Mapping[float, Samples]
 ) -> tuple[Source, SettingMetrics, Interval]:
-    """The source, the metrics and the change of accuracy of a dial."""
+    """Compute the source, the metrics and the change of accuracy of a dial."""
     if isinstance(dial, Adaptive):
         if cascade is None or dial.threshold is None:
-            raise ConfigError("this calibration's efforts are thresholds; give both ways.")
+            raise ConfigError("this calibration's efforts are thresholds; give a cascade.")
         samples = cascade.at(dial.threshold)
         return "simulated", SettingMetrics.of(samples), _change(samples.correct, fixed[0.0])
 
@@ -153,7 +154,7 @@ def _metrics(
     if lam in fixed:
         return "measured", SettingMetrics.of(fixed[lam]), _change(fixed[lam].correct, fixed[0.0])
 
-    # Between two measured λ everything is a straight line.
+    # Between two measured λ's all figures are interpolated linearly.
     low, high = max(one for one in fixed if one < lam), min(one for one in fixed if one > lam)
     share = (lam - low) / (high - low)
     one, other = SettingMetrics.of(fixed[low]), SettingMetrics.of(fixed[high])
@@ -172,24 +173,24 @@ def _between(one: Interval, other: Interval, share: float) -> Interval:
 
 
 def _change(correct: ArrayLike, reference: Samples) -> Interval:
-    """Accuracy less that of λ = 0, with its 95 % interval, paired by question."""
+    """Return the accuracy minus that of λ = 0, with its 95 % interval, paired by question."""
     questions = reference.question.tolist()
     return paired_difference_interval(correct, questions, reference.correct, questions)
 
 
-# Whether a dial is worth a scale: whether it saves tokens at all, and at what loss of accuracy.
+# Checks of a dial: whether it saves tokens, and at what loss of accuracy.
 
 
 def require_saving(faster: Mapping[str, Samples], reference: Samples, remedy: str) -> None:
     """Refuse a dial of which no measured setting saves tokens beyond chance.
 
     Args:
-        faster: Samples at every setting that efforts below 100 rest on, by id.
+        faster: Samples at every setting that efforts below 100 use, by id.
         reference: Samples of λ = 0.
-        remedy: What to do about it.
+        remedy: The instruction in the message.
 
     Raises:
-        ConfigError: If no token cut, of 95 % intervals that hold together, is above 0.
+        ConfigError: If no token cut has a simultaneous 95 % interval above 0.
     """
     level = simultaneous_confidence(len(faster))
     cuts = {name: samples.token_cut(reference, level) for name, samples in faster.items()}
@@ -205,16 +206,17 @@ def require_saving(faster: Mapping[str, Samples], reference: Samples, remedy: st
 
 
 def describe_loss(calibration: Calibration) -> str | None:
-    """Say that every effort below 100 loses more accuracy than the margin allows.
+    """Warn that every effort below 100 loses more accuracy than the margin permits.
 
-    Each of the shown levels that is another setting than λ = 0 has to: its whole interval, paired
-    with λ = 0 by question. As all of them must, none of the intervals needs to be wider.
+    This is so if the whole interval of each level, paired with λ = 0 by question, is below
+    −margin; levels that are λ = 0 itself are not counted. As the statement is about all levels
+    together, the intervals need no correction for their number.
 
     Args:
-        calibration: With its levels and its margin.
+        calibration: A calibration with levels and a margin.
 
     Returns:
-        One sentence on the level that loses least; None if there is one that may do.
+        One sentence about the level that loses least; None if any level may be within the margin.
     """
     margin = calibration.margin
     steps = [
@@ -224,6 +226,7 @@ def describe_loss(calibration: Calibration) -> str | None:
     ]
     if not steps or any(level.accuracy_change.high >= -margin for level in steps):
         return None
+
     best = max(steps, key=lambda level: level.accuracy_change.mean)
     low, change, high = best.accuracy_change
     return (

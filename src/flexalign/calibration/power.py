@@ -1,6 +1,6 @@
-"""What so many questions and samples can prove, before anything is sampled.
+"""Computes what given numbers of questions and samples can prove, before anything is sampled.
 
-The paired difference of one question, its mean over k samples of each setting, varies by
+The paired difference d of one question, a mean over k samples of each setting, has the variance
 
     Var d = between + within / k
 
@@ -11,7 +11,7 @@ error α and with probability `power`, if
 
     m ≥ (t_{1−α, n−1} + z_power) · √(Var d / n)
 
-(the usual size of a non-inferiority trial). More samples help only against *within*.
+(the usual size of a non-inferiority trial). More samples only reduce the part *within*.
 """
 
 import math
@@ -35,7 +35,7 @@ TASK_ACCURACY = {
     "aime": 0.5,
     "aime25": 0.4,
 }
-"""Accuracies that are assumed where none is given, about those of a 7B reasoning model."""
+"""Assumed accuracies by task if none is given, about those of a 7B reasoning model."""
 
 _ALIKE = 0.6
 _SHIFT = 0.07
@@ -44,7 +44,7 @@ _SMALLER = (0.75, 0.5, 0.25)
 
 
 def expected_accuracy(task: str) -> float:
-    """Return the accuracy that is assumed of a task: the known one, else 0.5, the worst case."""
+    """Return the assumed accuracy on a task: the known one, else 0.5, the worst case."""
     known = known_name(task)
     if known is not None and known[0].accuracy is not None:
         return known[0].accuracy
@@ -53,7 +53,7 @@ def expected_accuracy(task: str) -> float:
 
 @dataclass(frozen=True)
 class VarianceModel:
-    """How a question's paired difference varies.
+    """The variance of a question's paired difference, in two parts.
 
     Attributes:
         between: Variance over questions of the true difference.
@@ -67,10 +67,10 @@ class VarianceModel:
     def assumed(
         cls, accuracy: float = 0.5, *, alike: float = _ALIKE, shift: float = _SHIFT
     ) -> "VarianceModel":
-        """Assume one from an accuracy.
+        """Assume the variances from an accuracy.
 
-        Of a single answer's variance p(1 − p), the share `alike` lies between questions (0.6:
-        most questions are nearly always or nearly never answered); the rest, twice, is *within*.
+        Of a single answer's variance p(1 − p), the share `alike` is between questions (0.6: most
+        questions are answered right nearly always or nearly never). *Within* is twice the rest.
 
         Args:
             accuracy: Expected share of right answers; 0.5 is the worst case.
@@ -89,14 +89,14 @@ class VarianceModel:
 
     @classmethod
     def measured(cls, candidate: Samples, reference: Samples) -> "VarianceModel":
-        """Estimate one from a pilot, by moments; common random numbers are counted in.
+        """Estimate the variances from a pilot, by moments; includes the effect of common seeds.
 
         Args:
-            candidate: Samples of a setting, at least 2 questions of 2 samples.
-            reference: Samples of λ = 0 on the same questions in the same order, as many.
+            candidate: Samples of a setting, at least 2 questions with 2 samples each.
+            reference: As many samples of λ = 0, on the same questions in the same order.
 
         Raises:
-            DataError: If the pilot is too small, or its halves differ in shape.
+            DataError: If the pilot is too small, or the two differ in shape.
         """
         if candidate.shape != reference.shape or min(candidate.shape) < 2:
             raise DataError(
@@ -110,27 +110,26 @@ class VarianceModel:
         return cls(max(between, 0.0), within)
 
     def of_question(self, samples: int) -> float:
-        """Variance of one question's difference, from so many samples of each setting."""
+        """Return the variance of one question's difference, for `samples` of each setting."""
         return self.between + self.within / samples
 
 
 def assumed_variance(task: str, accuracy: float | None = None) -> VarianceModel:
-    """The variance that is assumed of a task before anything is sampled.
+    """Return the assumed variance of a task, before anything is sampled.
 
     Args:
-        task: Its name.
-        accuracy: The expected one; that of a 7B reasoning model on the task if not given, and
-            0.5, the worst, where that is not known.
+        task: The task's name.
+        accuracy: The expected accuracy; if not given, :func:`expected_accuracy`.
     """
     return VarianceModel.assumed(expected_accuracy(task) if accuracy is None else accuracy)
 
 
 def measured_variance(stored: StoredSamples) -> VarianceModel:
-    """The variance of stored samples: that of the setting that differs most from λ = 0.
+    """Return the variance of stored samples, of the setting with the largest one against λ = 0.
 
     Raises:
         ConfigError: If λ = 0 or a candidate is missing.
-        DataError: If there are fewer than 2 questions of 2 samples.
+        DataError: If there are fewer than 2 questions with 2 samples each.
     """
     others = [setting for setting in stored.settings if setting != REFERENCE]
     if not others or REFERENCE not in stored.settings:
@@ -145,12 +144,12 @@ def measured_variance(stored: StoredSamples) -> VarianceModel:
 
 @dataclass(frozen=True)
 class ProofCost:
-    """What it takes to prove a margin.
+    """The number of questions, or of samples, that is needed to prove a margin.
 
     Attributes:
         margin: The margin.
-        questions: Questions needed with the samples as they are; None beyond ten million.
-        samples: Samples needed with the questions as they are; None where no number does.
+        questions: Questions needed with the given samples; None beyond ten million.
+        samples: Samples needed with the given questions; None if no number suffices.
     """
 
     margin: float
@@ -160,18 +159,18 @@ class ProofCost:
 
 @dataclass(frozen=True)
 class ProofPlan:
-    """What can be proved.
+    """The smallest margin that can be proved, and the cost of smaller ones.
 
     Attributes:
-        questions: Questions there are.
-        samples: Samples of each, for each of the two settings.
-        confidence: Of the proof, one-sided.
+        questions: Number of questions.
+        samples: Samples of each question for each of the two settings.
+        confidence: One-sided confidence of the proof.
         power: Probability of the proof if the candidate is as good as the reference.
-        margin: Smallest margin for one setting, named beforehand, on all questions.
-        tune_margin: The same on the questions that `tune` holds out if choosing takes its whole
-            share; None if those are too few.
-        costs: What smaller margins would take, on all questions.
-        variance: The model behind it.
+        margin: Smallest margin for one setting that is chosen beforehand, on all questions.
+        tune_margin: Smallest margin on the questions that `tune` holds out if the race uses its
+            whole share; None if those are too few.
+        costs: The cost of smaller margins, on all questions.
+        variance: The variance model.
     """
 
     questions: int
@@ -184,11 +183,11 @@ class ProofPlan:
     variance: VarianceModel
 
     def is_proved(self, margin: float) -> bool:
-        """Whether `tune` mostly proves a margin of a setting as good as the reference."""
+        """Whether `tune` proves a margin, with probability `power`, if both are equally good."""
         return self.tune_margin is not None and margin >= self.tune_margin
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return the JSON form."""
         return {
             "questions": self.questions,
             "samples": self.samples,
@@ -211,16 +210,17 @@ def plan(
     choosing_share: float = 0.3,
     margins: tuple[float, ...] = (),
 ) -> ProofPlan:
-    """Say what can be proved, and what a smaller margin costs.
+    """Compute the smallest margin that can be proved, and the cost of smaller ones.
 
     Args:
-        questions: How many there are, at least 2.
-        samples: Of each question for each setting, at least 1.
-        confidence: Of the proof, one-sided.
-        power: Probability of the proof where candidate and reference are equally good.
-        variance: If not given, that assumed at accuracy 0.5, the worst.
-        choosing_share: Share of the questions that `tune` chooses on.
-        margins: To be costed; if not given, three fractions of the smallest that can be proved.
+        questions: Number of questions, at least 2.
+        samples: Samples of each question for each setting, at least 1.
+        confidence: One-sided confidence of the proof, in (0.5, 1).
+        power: Probability of the proof if candidate and reference are equally good, in (0, 1).
+        variance: The variance model; if not given, the one for accuracy 0.5, the worst case.
+        choosing_share: Share of the questions that `tune` uses for its race.
+        margins: Margins whose cost is computed, in (0, 1); if not given, three fractions of the
+            smallest margin that can be proved.
 
     Raises:
         ConfigError: If an argument is out of its range.
@@ -265,7 +265,10 @@ def _factor(questions: int, confidence: float, power: float) -> float:
 
 
 def _tune_margin(questions: int, confidence: float, power: float, variance: float) -> float | None:
-    """The smallest margin that the proof's own bound reaches (its looks cost little)."""
+    """Return the smallest margin that `NonInferiority.bound` proves in a single look.
+
+    The cost of several looks is small, and is not included.
+    """
     if questions < 2:
         return None
     against = t_quantile(2 * confidence - 1, questions - 1) / math.sqrt(questions)
@@ -290,9 +293,11 @@ def _cost(
     factor = float(ndtri(confidence) + ndtri(power))
     variance = model.of_question(samples)
     needed = max(2, math.ceil(variance * (factor / margin) ** 2))
-    if needed <= _MOST and needed < 1000:  # below that Student's t asks for a little more
+    if needed <= _MOST and needed < 1000:  # for few questions, Student's t needs a few more
         while _factor(needed, confidence, power) * math.sqrt(variance / needed) > margin:
             needed += 1
+
+    # 1e-9 less, so that rounding does not add a sample to an exact quotient.
     room = questions * (margin / _factor(questions, confidence, power)) ** 2 - model.between
     more = math.ceil(model.within / room - 1e-9) if room > 0 else None
     return ProofCost(

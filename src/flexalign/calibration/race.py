@@ -1,9 +1,9 @@
-"""The race: narrowing the candidates down, on questions that prove nothing later.
+"""The race: selects finalists among the candidates, on questions that are not used for the proof.
 
-Every setting still in the race answers the next few questions. The worth of a candidate is its gain
-times the probability that the held-out questions will prove it. A candidate leaves when its worth,
-estimated one standard error above what its answers show, is below that of the best candidate,
-estimated one standard error below.
+In each step all settings still in the race answer the next few questions. The worth of a candidate
+is its gain times the probability that the held-out questions will prove it. A candidate leaves the
+race when its worth at one standard error above the estimate is below the best candidate's worth at
+one standard error below the estimate.
 """
 
 import math
@@ -19,27 +19,27 @@ from flexalign.calibration.results import Ledger
 from flexalign.evaluation.samples import Samples
 
 _HOPELESS = 0.05
-"""A candidate whose proof is no more probable than this is left out."""
+"""A candidate leaves the race if its proof is no more probable than this."""
 
 _SURE = 0.9
-"""A proof that is at least as probable as this needs no safer finalist before it."""
+"""A finalist is tested alone if its proof is at least as probable as this."""
 
 _BATCHES = 5
-"""Most steps of the race."""
+"""Largest number of steps of the race."""
 
 _FEWEST = 8
-"""Fewest questions in a step."""
+"""Least number of questions in a step."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """A candidate when it left the race, or at its end.
+    """The figures of a candidate when it left the race, or at the end of the race.
 
     Attributes:
-        setting: Its id.
-        questions: Questions it answered.
-        promise: Probability that the held-out questions will prove it, judged by these.
-        gain: Its gain.
+        setting: The setting's id.
+        questions: Number of questions it answered.
+        promise: Probability that the held-out questions will prove it, estimated from these.
+        gain: The setting's gain.
     """
 
     setting: str
@@ -49,18 +49,18 @@ class Standing:
 
     @property
     def worth(self) -> float:
-        """Expected gain."""
+        """Expected gain: the gain times the probability of the proof."""
         return self.promise * self.gain
 
 
 @dataclass(frozen=True)
 class Race:
-    """What the race came to.
+    """The result of the race.
 
     Attributes:
-        finalists: To be verified, safest first; empty if none has a chance.
-        standings: All candidates, in their own order.
-        questions: The questions used.
+        finalists: Ids of the settings to be verified, safest first; empty if none has a chance.
+        standings: All candidates, in the given order.
+        questions: The questions that were used.
     """
 
     finalists: tuple[str, ...]
@@ -69,13 +69,13 @@ class Race:
 
 
 def steadied_deviation(slack: NDArray[np.float64], unit: float) -> float:
-    """Standard deviation of the slack over questions.
+    """Return the standard deviation of the slack over questions, kept above 0.
 
-    As if one more question had been half a unit away from the mean, so that a few questions
-    without any difference do not pass for certainty.
+    It is computed as if one more question were half a unit away from the mean, so that it is not 0
+    if a few questions show no difference.
 
     Args:
-        slack: One value a question, shape (n,), at least 2.
+        slack: One value for each question, shape (n,), at least 2.
         unit: The size of a large difference.
     """
     squares = float(((slack - slack.mean()) ** 2).sum()) + unit**2 / 4
@@ -92,25 +92,25 @@ def race(
     level: float,
     finalists: int,
 ) -> Race:
-    """Race the candidates.
+    """Run the race.
 
     Args:
-        candidates: Their ids.
-        reference: The id of what they are compared with.
-        ledger: Asks the questions.
-        questions: At most these are used, in order.
-        held_out: How many further questions there are for the proof.
-        constraint: What has to be kept.
+        candidates: Ids of the settings.
+        reference: Id of the setting that they are compared with.
+        ledger: The ledger, which asks the questions.
+        questions: The questions that may be used, in order.
+        held_out: Number of further questions for the proof.
+        constraint: The constraint to prove.
         level: One-sided error of the proof.
-        finalists: How many may go on.
+        finalists: Largest number of finalists.
     """
     racing = list(candidates)
     left: dict[str, Standing] = {}
     size = max(_FEWEST, math.ceil(len(questions) / _BATCHES))
     used = 0
 
-    # With one candidate left there is nothing to choose between, and further questions are saved
-    # for the proof.
+    # With one candidate left there is nothing to choose, and all other questions are kept for the
+    # proof.
     while racing and used < len(questions) and (used == 0 or len(racing) > 1):
         used = min(used + size, len(questions))
         rest = held_out + len(questions) - used
@@ -145,15 +145,20 @@ def _read(
     rest: int,
     level: float,
 ) -> tuple[float, Standing, Standing]:
-    """The worth one standard error below the estimate, the standing at it, and the one above it."""
+    """Read one candidate's samples.
+
+    Returns:
+        Its worth one standard error below the estimate, its standing at the estimate, and its
+        standing one standard error above the estimate.
+    """
     slack = constraint.slack(samples, base)
     deviation = steadied_deviation(slack, constraint.unit)
     error = deviation / math.sqrt(slack.size)
-    held_against = max(deviation, constraint.least_deviation)
+    assumed_deviation = max(deviation, constraint.least_deviation)
     gain = constraint.gain(samples, base)
 
     def standing(shift: float) -> Standing:
-        needed = float(ndtri(1 - level)) * held_against / math.sqrt(rest)
+        needed = float(ndtri(1 - level)) * assumed_deviation / math.sqrt(rest)
         spread = math.hypot(deviation / math.sqrt(rest), error)
         promise = float(ndtr((float(slack.mean()) + shift - needed) / spread))
         return Standing(setting, len(samples.questions), promise, gain)
@@ -162,6 +167,7 @@ def _read(
 
 
 def _finalists(standings: Sequence[Standing], most: int) -> tuple[str, ...]:
+    """Return the candidate of most worth, after up to ``most − 1`` safer ones of less gain."""
     able = [s for s in standings if s.gain > 0 and s.promise > _HOPELESS]
     if not able:
         return ()

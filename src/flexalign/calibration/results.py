@@ -1,4 +1,4 @@
-"""Where a tuning gets its samples from: a results folder that is there, or a sweep drawn as asked."""
+"""The sources of a tuning's samples: an existing results folder, or a sweep drawn on demand."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -19,15 +19,14 @@ REFERENCE = "λ=0"
 """The id of the setting that candidates are compared with."""
 
 Ask: TypeAlias = Callable[[str, Sequence[str], int], Samples]
-"""`ask(setting, questions, samples)`: put each question `samples` times; the samples name their
-questions."""
+"""`ask(setting, questions, samples)`: returns `samples` samples of each question at a setting."""
 
 
 class Ledger:
-    """Asks each question of a setting once, and counts what that took.
+    """Asks each question at a setting only once, and counts the samples drawn.
 
     Args:
-        ask: How samples are drawn.
+        ask: The function that draws samples.
         each: Samples of each question.
     """
 
@@ -36,17 +35,18 @@ class Ledger:
         self._each = each
         self._known: dict[str, Samples] = {}
         self.spent: dict[str, int] = {}
-        """Samples drawn so far, by setting."""
+        """Number of samples drawn so far, by setting."""
 
     def samples(self, setting: str, questions: Sequence[str]) -> Samples:
-        """Return the samples of these questions in this order, asking those that are new.
+        """Return the samples of these questions in this order; new questions are asked.
 
         Raises:
-            DataError: If what was asked came back in another shape.
+            DataError: If the samples of new questions have the wrong number.
         """
         known = self._known.get(setting)
         there = set() if known is None else set(known.questions)
         new = [question for question in questions if question not in there]
+
         if new:
             drawn = self._ask(setting, new, self._each)
             if drawn.shape != (len(new), self._each) or len(drawn) != len(new) * self._each:
@@ -56,6 +56,7 @@ class Ledger:
                 )
             self._known[setting] = known = drawn if known is None else known.joined(drawn)
             self.spent[setting] = self.spent.get(setting, 0) + len(drawn)
+
         return self._known[setting].on(questions)
 
 
@@ -64,11 +65,11 @@ class StoredSamples:
 
     Args:
         folder: The results folder.
-        system: The system's name; may be left out if there is one.
-        task: The task's name; likewise.
+        system: The system's name; only needed if there are several.
+        task: The task's name; only needed if there are several.
 
     Raises:
-        ConfigError: If there are several systems or tasks and none is named, or no samples.
+        ConfigError: If there are several systems or tasks and none is given, or no samples.
     """
 
     def __init__(
@@ -76,9 +77,9 @@ class StoredSamples:
     ) -> None:
         self._path = folder.path
         self.system = self._only(folder, "system", system)
-        """Whose samples these are."""
+        """The system's name."""
         self.task = self._only(folder, "task", task)
-        """On which task."""
+        """The task's name."""
         self._stored: dict[str, Samples] = {}
         self._add(folder.rows)
         if not self._stored:
@@ -91,14 +92,14 @@ class StoredSamples:
 
     @property
     def questions(self) -> list[str]:
-        """Questions that every setting has answered, in the file's order."""
+        """Questions that have samples at every setting, in the file's order."""
         first, *others = (samples.questions for samples in self._stored.values())
         shared = set(first).intersection(*others)
         return [question for question in first if question in shared]
 
     @property
     def samples(self) -> int:
-        """Samples that every setting has of each of these questions."""
+        """Largest number of samples that every question has at every setting."""
         questions = self.questions
         return min(samples.on(questions).shape[1] for samples in self._stored.values())
 
@@ -106,7 +107,7 @@ class StoredSamples:
         """Return the first stored samples of each question; an `Ask`.
 
         Raises:
-            DataError: If they are not there.
+            DataError: If a question has too few stored samples.
         """
         stored = self._stored.get(setting, Samples([], [], []))
         counts = dict(zip(stored.questions, stored.counts.tolist(), strict=True))
@@ -118,12 +119,12 @@ class StoredSamples:
                     "--samples."
                 )
 
-        # Each question's samples lie together, in the order of their numbers.
+        # `on` returns each question's samples together, in the order of their numbers.
         places = [place for question in questions for place in range(counts[question])]
         return stored.on(questions).select(np.array(places, dtype=np.intp) < samples)
 
     def _add(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Take in rows; each question's samples are kept in the order of their numbers."""
+        """Add rows; each question's samples stay in the order of their numbers."""
         members: dict[str, list[dict[str, Any]]] = {}
         for row in rows:
             if (row["system"], row["task"]) == (self.system, self.task):
@@ -148,13 +149,13 @@ class StoredSamples:
 
 
 class DrawnSamples(StoredSamples):
-    """Draws what is asked and is not in the folder yet; a context manager.
+    """Draws requested samples that are not in the folder yet; a context manager.
 
     Args:
-        sweep: One system and one task, with all settings that may be asked.
-        output: The results folder; what it holds of the same configuration is not drawn again.
-        workers: Processes that grade.
-        progress: Told how many samples were made since it was last told.
+        sweep: A sweep of one system and one task, with all settings that may be requested.
+        output: The results folder; its samples of the same configuration are not drawn again.
+        workers: Number of processes that grade.
+        progress: Called with the number of samples made since its last call.
 
     Raises:
         ConfigError: If the folder belongs to another configuration.
@@ -193,16 +194,16 @@ class DrawnSamples(StoredSamples):
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop the grader, let the system go and sum up what there is."""
+        """Stop the grader, release the system and write the summary of the samples."""
         self._stack.close()
         if self._folder.rows:
             write_summary(self._folder)
 
     def ask(self, setting: str, questions: Sequence[str], samples: int) -> Samples:
-        """Draw what is missing, and return the samples; an `Ask`.
+        """Draw missing samples, and return all of them; an `Ask`.
 
         Raises:
-            ServingError: If samples could not be made; those that could are kept.
+            ServingError: If samples could not be made; the others are stored.
         """
         (task,) = self._sweep.tasks
         asked = tuple(self._questions[question] for question in questions)

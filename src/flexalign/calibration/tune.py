@@ -1,17 +1,17 @@
-"""Choosing a setting with a promise.
+"""Chooses a setting for which a promise, such as a bound on the loss of accuracy, is proved.
 
-The questions are put in a random order and divided. On the first part the candidates race
-(:mod:`flexalign.calibration.race`): nothing is promised of what is seen there, as a chosen setting
-flatters itself. Of the race's finalists, set in order from the safest to the boldest before a
-held-out question is asked, each is then to be proved on the held-out questions
-(:mod:`flexalign.calibration.verify`), at the full error; the first that is not proved ends it. Such
-a fixed sequence errs no more often than a single test (Maurer, Hothorn and Lehmacher 1995; choosing
-the order on other data as in Laufer-Goldshtein et al. 2023, "Efficiently controlling multiple risks
-with Pareto testing"). So the probability that a promise is made that is not kept is at most
-1 − confidence, however many candidates there were.
+The questions are put in a random order and divided. The first part is for the race of the
+candidates (:mod:`flexalign.calibration.race`). Its figures prove nothing, as they are biased in
+favour of the setting that is chosen by them. The race returns finalists, ordered from the safest to
+the boldest before any held-out question is asked. Each finalist is then tested on the held-out
+questions (:mod:`flexalign.calibration.verify`) at the full error; testing ends with the first that
+is not proved. Such a fixed sequence errs no more often than a single test (Maurer, Hothorn and
+Lehmacher 1995; the order is chosen on other data as in Laufer-Goldshtein et al. 2023, "Efficiently
+controlling multiple risks with Pareto testing"). So the probability that a promise is made and not
+kept is at most 1 − confidence, for any number of candidates.
 
-:func:`tune` is the whole of it for a system, and :func:`tune_stored` for samples that a sweep has
-left; :func:`select_setting` takes its samples from any function.
+:func:`tune` does all steps for a system, and :func:`tune_stored` for the samples of a sweep;
+:func:`select_setting` takes its samples from any function.
 """
 
 import math
@@ -42,7 +42,7 @@ from flexalign.lambdas import Setting, unique_settings
 from flexalign.systems import System, parse_system
 
 CANDIDATES = (0.25, 0.5, 0.75, 1.0)
-"""The candidates of a system where none is named."""
+"""The default candidates, as λ."""
 
 _FEWEST_QUESTIONS = 20
 _MARGIN = 0.02
@@ -63,22 +63,22 @@ def tune(
     """Choose the setting of a system that gains most among those whose promise can be proved.
 
     Args:
-        system: What is tuned, as the command line takes it, such as ``dial:BASE,ADAPTER``.
+        system: The system, in the form of the command line, such as ``dial:BASE,ADAPTER``.
         task: Questions with known answers, at least 20.
-        output: The folder for the card and for the samples; a run that broke off goes on from
-            them.
-        constraint: What has to be kept; if not given, accuracy to within two points of λ = 0.
+        output: The folder for the card and the samples, from which an interrupted run continues.
+        constraint: The constraint to prove; if not given, an accuracy within two points of λ = 0.
         settings: The candidates: λ's, policies or settings; λ = 0.25, 0.5, 0.75 and 1 if not
             given.
-        options: How it is done; if not given, with the task's own number of samples.
-        workers: Processes that grade.
-        progress: Told how many samples were made since it was last told.
+        options: Options of the choice; if not given, the defaults with the task's own number of
+            samples.
+        workers: Number of processes that grade.
+        progress: Called with the number of samples made since its last call.
         **sampling: Fields of :class:`~flexalign.systems.SystemOptions`; temperature,
             top_p and max_new_tokens are the task's own if not given.
 
     Raises:
-        ConfigError: If something is missing or does not go together, there are too few questions,
-            or the folder belongs to another configuration.
+        ConfigError: If something is missing, arguments contradict each other, there are too few
+            questions, or the folder belongs to another configuration.
         LambdaError: If a λ is outside an adapter's range.
         ServingError: If samples could not be made.
     """
@@ -103,18 +103,19 @@ def tune_stored(
     settings: Sequence[object] = (),
     options: "TuneOptions | None" = None,
 ) -> "Tuned":
-    """Choose a setting from the samples that a sweep has left; nothing is sampled.
+    """Choose a setting from the stored samples of a sweep; nothing is sampled.
 
     Args:
         folder: A results folder of :func:`~flexalign.evaluation.sweep.evaluate`.
         output: The folder for the card.
-        task: The task's name, where the sweep has several.
+        task: The task's name; only needed if the sweep has several.
         constraint: As for :func:`tune`.
-        settings: The candidates; all that the folder holds if not given.
-        options: How it is done; if not given, with as many samples as the folder has.
+        settings: The candidates; all settings of the folder if not given.
+        options: Options of the choice; if not given, the defaults with as many samples as the
+            folder has.
 
     Raises:
-        ConfigError: If the folder is none, or there are too few questions.
+        ConfigError: If the folder is not a results folder, or there are too few questions.
         DataError: If the folder has too few samples.
     """
     stored = StoredSamples(ResultsFolder.read(Path(folder)), task=task)
@@ -135,9 +136,9 @@ class Tuning:
         system: The system's name.
         task: The task's name.
         questions: Ids of the questions.
-        settings: λ = 0, which candidates are compared with, and then the candidates.
-        constraint: What has to be kept.
-        options: How it is done.
+        settings: λ = 0, the reference, followed by the candidates.
+        constraint: The constraint to prove.
+        options: Options of the choice.
         source: The stored samples, or the sweep that draws them.
     """
 
@@ -162,7 +163,7 @@ class Tuning:
         """Tune a system on a task. Arguments as for :func:`tune`.
 
         Raises:
-            ConfigError: If the system has no dial, a part of it is not there, or there is no
+            ConfigError: If the system has no dial, a part of it is missing, or there is no
                 candidate.
             LambdaError: If a λ is outside an adapter's range.
         """
@@ -188,7 +189,7 @@ class Tuning:
         settings: Sequence[object],
         options: "TuneOptions",
     ) -> "Tuning":
-        """Tune on samples that are there. Arguments as for :func:`tune`."""
+        """Tune on stored samples. Arguments as for :func:`tune`."""
         compared = compared_settings(settings)
         if len(compared) == 1:
             compared += [Setting(name) for name in stored.settings if name != compared[0].id]
@@ -207,14 +208,14 @@ class Tuning:
         """The sweep that draws the samples.
 
         Raises:
-            ConfigError: If they are stored, and none is drawn.
+            ConfigError: If the samples are stored, so that none is drawn.
         """
         if isinstance(self.source, StoredSamples):
             raise ConfigError("the samples of this tuning are stored; none is drawn.")
         return self.source
 
     def run(self, output: Path, *, workers: int = 1, progress: Progress | None = None) -> "Tuned":
-        """Choose a setting, and write the card; what is drawn is kept in the same folder.
+        """Choose a setting, and write the card; samples that are drawn are kept in the same folder.
 
         Raises:
             ConfigError: If there are too few questions, or the folder belongs to another
@@ -242,7 +243,7 @@ class Tuning:
 
 
 def compared_settings(candidates: Sequence[object]) -> list[Setting]:
-    """Name the candidates, and put λ = 0, which they are compared with, in front.
+    """Make settings of the candidates, with the reference, λ = 0, in front.
 
     Raises:
         ConfigError: If one is malformed, or given twice.
@@ -254,13 +255,13 @@ def compared_settings(candidates: Sequence[object]) -> list[Setting]:
 def plan_tuning(
     questions: int, options: "TuneOptions", variance: VarianceModel, power: float = 0.8
 ) -> ProofPlan:
-    """Say what a tuning can prove, before anything is sampled.
+    """Compute what a tuning can prove, before anything is sampled.
 
     Args:
-        questions: How many there are.
-        options: How it is done.
-        variance: Assumed or measured.
-        power: Probability of the proof where candidate and reference are equally good.
+        questions: Number of questions.
+        options: Options of the choice.
+        variance: The variance, assumed or measured.
+        power: Probability of the proof if candidate and reference are equally good.
     """
     return plan(
         questions,
@@ -274,16 +275,16 @@ def plan_tuning(
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """How the choice is made.
+    """Options of the choice.
 
     Attributes:
-        confidence: That a promise made is kept, in (0.5, 1).
-        samples: Samples a question.
-        choosing_share: Most of the questions that choosing may use, in (0, 1).
-        finalists: How many candidates may be brought to the proof.
-        looks: How the proof's error is shared among its looks.
-        look_count: Most looks at each finalist.
-        seed: Of the order in which the questions are asked.
+        confidence: Probability that no promise is made that is not kept, in (0.5, 1).
+        samples: Samples of each question.
+        choosing_share: Largest share of the questions that the race may use, in (0, 1).
+        finalists: Largest number of candidates that are tested on held-out questions.
+        looks: How the error of the proof is divided among its looks.
+        look_count: Largest number of looks at each finalist.
+        seed: Seed of the order of the questions.
 
     Raises:
         ConfigError: If one is out of its range.
@@ -311,22 +312,22 @@ class TuneOptions:
 
 @dataclass(frozen=True)
 class Tuned:
-    """The answer and all it rests on.
+    """The chosen setting, with its evidence.
 
     Attributes:
-        chosen: The setting's id; None if none in the range was proved.
-        reason: Why that is the answer, one sentence.
-        constraint: What had to be kept.
-        reference: The id of what candidates were compared with.
-        candidates: Their ids, as given.
-        options: How it was done.
-        race: The race.
-        proofs: Of each finalist that came to it, in order.
-        at_choice: Evidence of each candidate on the questions it was asked while choosing.
-        at_proof: Evidence of each finalist on the held-out questions it was asked.
+        chosen: The setting's id; None if no candidate was proved.
+        reason: The reason for the choice, one sentence.
+        constraint: The constraint to prove.
+        reference: Id of the setting that candidates were compared with.
+        candidates: Ids of the settings in the race, in the given order.
+        options: Options of the choice.
+        race: The result of the race.
+        proofs: The proof of each tested finalist, in order.
+        at_choice: Evidence of each candidate on the questions it was asked in the race.
+        at_proof: Evidence of each tested finalist on the held-out questions it was asked.
         held_out: The held-out questions, in order.
-        spent: Samples drawn, by setting.
-        exhaustive: Samples that every setting on every question would have taken.
+        spent: Number of samples drawn, by setting.
+        exhaustive: Number of samples of every setting on every question, for comparison.
     """
 
     chosen: str | None
@@ -345,11 +346,11 @@ class Tuned:
 
     @property
     def samples(self) -> int:
-        """Samples drawn in all."""
+        """Number of samples drawn at all settings."""
         return sum(self.spent.values())
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return the JSON form, as the card keeps it."""
         return {
             "chosen": self.chosen,
             "reason": self.reason,
@@ -394,16 +395,16 @@ def select_setting(
 
     Args:
         candidates: Ids of the settings, without the reference; for a `TokenBudget` the reference
-            is taken as a candidate too.
-        ask: How samples are drawn.
+            is added as a candidate.
+        ask: The function that draws samples.
         questions: Ids of the questions, at least 20.
-        constraint: What has to be kept, and what is to be gained.
+        constraint: The constraint to prove, with the gain by which settings are chosen.
         reference: Id of the setting that candidates are compared with.
-        options: How it is done.
+        options: Options of the choice; the defaults if not given.
 
     Raises:
         ConfigError: If there is no candidate, one is named twice, there are too few questions, or
-            betting is asked for a `TokenBudget`.
+            betting is requested for a `TokenBudget`.
     """
     how = options or TuneOptions()
     _check(candidates, reference, questions)
@@ -411,6 +412,7 @@ def select_setting(
         raise ConfigError(
             "betting needs a loss that is bounded, and tokens are not; take looks obrien-fleming."
         )
+
     racing = list(candidates)
     if not isinstance(constraint, NonInferiority):
         racing.insert(0, reference)
@@ -437,7 +439,7 @@ def select_setting(
         for standing in raced.standings
     }
 
-    # Questions that the race did not come to are held out, too.
+    # Questions that the race did not use are held out, too.
     held_out = order[len(raced.questions) :]
     proofs: list[Proof] = []
     for setting in raced.finalists:
@@ -447,7 +449,7 @@ def select_setting(
             )
         )
         if proofs[-1].verdict != "kept":
-            break
+            break  # the fixed sequence ends with the first that is not proved
     kept = [proof.setting for proof in proofs if proof.verdict == "kept"]
     at_proof = {
         proof.setting: _evidence(

@@ -1,4 +1,4 @@
-"""Verifying a finalist on held-out questions, in as few looks as it takes."""
+"""Verifies a finalist on held-out questions, in several looks that may end early."""
 
 import math
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from flexalign.evaluation.samples import Samples
 from flexalign.statistics import Interval
 
 Verdict: TypeAlias = Literal["kept", "futile", "open"]
-"""Proved; given up as the rest would hardly prove it; not proved when the questions ended."""
+"""Proved; given up, as the remaining questions would hardly prove it; or not proved at the end."""
 
 _FUTILE = 0.05
-"""A proof that is less probable than this is given up."""
+"""Verification is given up if the proof is less probable than this."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """A setting beside the reference on the same questions; intervals are at 95 %.
+    """The figures of a setting and of the reference on the same questions, with 95 % intervals.
 
     Attributes:
         candidate: Samples of the setting.
@@ -33,7 +33,7 @@ class Evidence:
 
     @property
     def questions(self) -> int:
-        """How many."""
+        """Number of questions."""
         return len(self.candidate.questions)
 
     @property
@@ -48,7 +48,7 @@ class Evidence:
 
     @property
     def difference(self) -> Interval:
-        """Difference of the two, paired by question."""
+        """Accuracy minus that of the reference, paired by question."""
         return self.candidate.accuracy_difference(self.reference)
 
     @property
@@ -67,7 +67,7 @@ class Evidence:
         return 1 - self.candidate.mean_tokens / self.reference.mean_tokens
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values; an interval is low, estimate, high."""
+        """Return the JSON form; an interval is low, estimate, high."""
         return {
             "questions": self.questions,
             "accuracy": list(self.accuracy),
@@ -84,10 +84,10 @@ class Look:
     """One look at the evidence.
 
     Attributes:
-        questions: Held-out questions so far.
+        questions: Number of held-out questions so far.
         slack: Estimate of the mean slack.
-        strength: What is held against the threshold: the bound of the slack, or the wealth.
-        threshold: 0 for a bound, 1/α for a wealth.
+        strength: The lower bound of the mean slack, or the wealth of a bet.
+        threshold: The value that `strength` must exceed: 0 for a bound, 1/α for a wealth.
     """
 
     questions: int
@@ -98,12 +98,12 @@ class Look:
 
 @dataclass(frozen=True)
 class Proof:
-    """How a finalist fared.
+    """The result of verifying a finalist.
 
     Attributes:
-        setting: Its id.
-        verdict: How it ended.
-        looks: Each look.
+        setting: The setting's id.
+        verdict: The verdict after the last look.
+        looks: All looks, in order.
     """
 
     setting: str
@@ -121,19 +121,19 @@ def verify(
     looks: Looks,
     count: int,
 ) -> Proof:
-    """Ask held-out questions until the promise is proved or is not worth pursuing.
+    """Ask held-out questions until the promise is proved, or a proof becomes improbable.
 
-    Giving up early takes nothing from the error, so it needs no share of it.
+    Giving up early cannot prove a false promise, so it uses no share of the error.
 
     Args:
-        setting: The finalist.
-        reference: What it is compared with.
-        ledger: Asks the questions.
-        questions: Held out, in order.
-        constraint: What has to be proved.
+        setting: Id of the finalist.
+        reference: Id of the setting that it is compared with.
+        ledger: The ledger, which asks the questions.
+        questions: The held-out questions, in order.
+        constraint: The constraint to prove.
         alpha: One-sided error of the whole proof.
-        looks: How it is shared.
-        count: How many looks at most.
+        looks: How the error is divided among the looks.
+        count: Largest number of looks.
     """
     ends = _ends(len(questions), count)
     fractions = tuple(end / len(questions) for end in ends)
@@ -145,6 +145,7 @@ def verify(
         base = ledger.samples(reference, questions[:end])
         samples = ledger.samples(setting, questions[:end])
         slack = constraint.slack(samples, base)
+
         if betting:
             look = Look(
                 end, float(slack.mean()), betting_wealth(slack, constraint.lowest), 1 / alpha
@@ -163,6 +164,6 @@ def verify(
 
 
 def _ends(questions: int, count: int) -> list[int]:
-    """Questions at each look: even steps of at least 10, the last one all of them."""
+    """Return the number of questions at each look: even steps of at least 10, up to all of them."""
     count = max(1, min(count, questions // 10))
     return [round(questions * (step + 1) / count) for step in range(count)]

@@ -1,1 +1,1 @@
-"""The command line: ``app.py`` and one thin file per command."""
+"""The command line: ``app.py``, one file per command, and what commands share."""

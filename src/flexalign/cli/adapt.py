@@ -56,7 +56,7 @@ def adapt(
     """
     from flexalign.training.recipes import AdaptRecipe
 
-    # What the file itself has wrong is said before the trainers' libraries load.
+    # Errors in the recipe are raised before the training libraries load.
     plan = AdaptRecipe.load(
         recipe,
         overrides=assignments or (),

@@ -1,4 +1,4 @@
-"""The ``flexalign`` command: a table of commands, and what happens when one fails."""
+"""The ``flexalign`` command: its subcommands, and the exit codes of errors."""
 
 import errno
 import sys
@@ -79,7 +79,7 @@ app.add_typer(miniature)
 
 
 def main() -> None:
-    """Run the command line; an error that was foreseen becomes one sentence and an exit code.
+    """Run the command line; an expected error becomes one sentence and an exit code.
 
     Exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted.
     """

@@ -51,7 +51,7 @@ def bake(
     limits = read_range(lambda_range)
     from flexalign.training.recipes import BakeRecipe
 
-    # What the file itself has wrong is said before the trainers' libraries load.
+    # Errors in the recipe are raised before the training libraries load.
     plan = BakeRecipe.load(
         recipe,
         overrides=assignments or (),

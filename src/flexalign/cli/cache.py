@@ -58,7 +58,7 @@ def cache(
     """
     from flexalign.training.recipes import RealignRecipe
 
-    # What the file itself has wrong is said before the trainers' libraries load.
+    # Errors in the recipe are raised before the training libraries load.
     plan = RealignRecipe.load_each(
         recipe,
         overrides=assignments or (),

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from flexalign.calibration.calibrate import CalibrationPlan
 
 _COARSE = 0.1
+"""Relative difference from the line of tokens above which a note is printed."""
 
 
 def calibrate(
@@ -162,7 +163,7 @@ def calibrate(
 
 
 def _preview(plan: "CalibrationPlan", as_json: bool) -> None:
-    """Say what would be sampled; the second sweep is only made if the first asks for it."""
+    """Print what would be sampled; the second sweep runs only if the first one shows a need."""
     sweeps: list[dict[str, Any]] = [
         {"settings": [setting.id for setting in sweep.settings], "samples": sweep.total}
         for sweep in plan.sweeps.values()
@@ -219,6 +220,7 @@ def _show(calibration: "Calibration") -> None:
         style="dim",
         markup=False,
     )
+
     for low, high in calibration.holes:
         result_console.print(
             f"skipped: λ between {low:g} and {high:g}, less accurate than at both ends."
@@ -227,6 +229,7 @@ def _show(calibration: "Calibration") -> None:
         result_console.print(
             f"the adapter's own threshold: {calibration.threshold:.3g} (a policy without one)."
         )
+
     coarse = [
         level.effort
         for level in calibration.levels

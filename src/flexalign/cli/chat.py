@@ -26,6 +26,7 @@ from flexalign.cli.options import (
     MaxNewTokens,
     Model,
     Temperature,
+    Template,
     TopP,
     read_efforts,
     read_lambdas,
@@ -81,6 +82,7 @@ def chat(
     top_p: TopP = 0.95,
     max_new_tokens: MaxNewTokens = 2048,
     seed: Annotated[int, typer.Option(help="Of all sampling.")] = 0,
+    template: Template = None,
     dtype: Dtype = "auto",
 ) -> None:
     """Talk with a model and turn its dial in mid-conversation.
@@ -102,6 +104,7 @@ def chat(
         raise ConfigError("a conversation begins with one setting; give one λ, policy or effort.")
 
     from flexalign.cli.console import quieten_libraries, warnings_as_notes
+    from flexalign.data.prompting import parse_template
     from flexalign.systems import Conversation, LocalBackend, System, SystemOptions
 
     named = System.of(model, adapter, aligned)
@@ -113,6 +116,7 @@ def chat(
         dtype=dtype,
         lambda_range=limits,
         any_base=any_base,
+        template=parse_template(template or []),
     )
     quieten_libraries()
     with as_input_errors():
@@ -130,7 +134,7 @@ def chat(
 
 
 def _describe_start(setting: "Setting", backend: "LocalBackend") -> str:
-    """Say what a conversation begins at, what that is, and where λ may go."""
+    """Return the first setting of a conversation, what its λ means, and the permitted range."""
     if backend.kind == "model":
         return "The plain model, which has no dial"
     ends = {
@@ -145,19 +149,19 @@ def _describe_start(setting: "Setting", backend: "LocalBackend") -> str:
 
 
 def _converse(conversation: "Conversation", adapter: str | None) -> None:
-    """Ask each line, or obey it, until one of them or the end of the input ends it."""
+    """Answer each line, or execute it if it is a command, until /quit or the end of the input."""
     for line in _lines():
         try:
             if not line.startswith("/"):
                 _ask(conversation, line)
-            elif not _obey(conversation, line, adapter):
+            elif not _execute(conversation, line, adapter):
                 return
         except FlexAlignError as error:
             console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
 
 
 def _ask(conversation: "Conversation", text: str) -> None:
-    """Print the answer as it is written, and below it what it cost."""
+    """Print the answer while it is written, and below it its setting and tokens."""
     printer = ResponsePrinter(conversation.backend.text.tags)
     try:
         reply = conversation.ask(text, printer.write)
@@ -179,8 +183,8 @@ def _ask(conversation: "Conversation", text: str) -> None:
         console.print("no answer came after the thinking; the question is not kept.")
 
 
-def _obey(conversation: "Conversation", line: str, adapter: str | None) -> bool:
-    """Follow a command; return whether the conversation goes on.
+def _execute(conversation: "Conversation", line: str, adapter: str | None) -> bool:
+    """Execute a command; return whether the conversation continues.
 
     Raises:
         ConfigError: If there is no such command, or its value is malformed.
@@ -220,7 +224,7 @@ def _read_setting(name: str, value: str, adapter: str | None) -> "Setting":
 
 
 def _lines() -> Iterator[str]:
-    """Give what is typed or piped in, line by line, empty ones left out."""
+    """Yield the lines of the input, typed or piped, without empty ones."""
     is_typed = sys.stdin.isatty()
     if is_typed:
         with suppress(ImportError):  # not every Python is built with it

@@ -1,4 +1,4 @@
-"""What every command shares: where output goes, how JSON is printed, how an answer is shown."""
+"""Shared by all commands: the output streams, JSON, progress, and the display of answers."""
 
 import json
 import os
@@ -22,29 +22,29 @@ if TYPE_CHECKING:
     from flexalign.systems import Answer
 
 console = Console(stderr=True, highlight=False)
-"""Everything for people goes to stderr; stdout carries the result alone."""
+"""Messages for people go to stderr; only the result goes to stdout."""
 
 result_console = Console(highlight=False)
 """The result of a command, when it is not JSON."""
 
 
 def say(line: str) -> None:
-    """Tell people something, as it stands."""
+    """Print a line for people, without markup."""
     console.print(escape(line), soft_wrap=True)
 
 
 def note(text: str) -> None:
-    """Tell people what they may want to act on."""
+    """Print a note that people may want to act on."""
     console.print(f"[yellow]note:[/yellow] {escape(text)}", soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON document, alone, on stdout."""
+    """Print one JSON document on stdout."""
     print(json.dumps(value, ensure_ascii=False, indent=2))
 
 
 def say_instruction(instruction: str | None, tasks: "Sequence[Task]") -> None:
-    """Say what follows each question, where nobody chose it: models answer to it."""
+    """Print the instruction after each question if it is the task's default: answers depend on it."""
     texts = {task.instruction for task in tasks if task.instruction}
     if instruction is None:
         for text in sorted(texts):
@@ -57,7 +57,7 @@ def say_instruction(instruction: str | None, tasks: "Sequence[Task]") -> None:
 
 @contextmanager
 def progress_bar(label: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show a bar; what it gives is told how many are complete."""
+    """Show a bar; yield a function that sets the number of complete items."""
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(label, total=total, completed=done)
@@ -66,7 +66,7 @@ def progress_bar(label: str, total: int, done: int = 0) -> Iterator[Callable[[in
 
 @contextmanager
 def resumable(*, is_kept: bool = True) -> Iterator[None]:
-    """Say on Ctrl-C how a run goes on whose output is whole at any time, if it is kept at all."""
+    """On Ctrl-C, print how to continue a run, if its output is kept."""
     try:
         yield
     except KeyboardInterrupt:
@@ -79,7 +79,7 @@ def resumable(*, is_kept: bool = True) -> Iterator[None]:
 def resumable_bar(
     label: str, total: int, *, is_kept: bool = True
 ) -> Iterator[Callable[[int], None]]:
-    """Show the bar of a :func:`resumable` run; what it gives is told how many more are complete."""
+    """Show the bar of a :func:`resumable` run; yield a function that adds complete items."""
     complete = 0
 
     def advance(more: int) -> None:
@@ -91,11 +91,11 @@ def resumable_bar(
         yield advance
 
 
-# What a command lets through of what libraries say.
+# Messages of libraries.
 
 
 def quieten_libraries() -> None:
-    """Keep other libraries' notices off the terminal: ours say what matters."""
+    """Turn off other libraries' messages and progress bars."""
     import datasets
     from transformers.utils import logging
 
@@ -103,13 +103,13 @@ def quieten_libraries() -> None:
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     os.environ.setdefault("TQDM_DISABLE", "1")
-    # Of several processes (torchrun, accelerate launch) the first one speaks.
+    # Of several processes (torchrun, accelerate launch), only the first one prints.
     console.quiet = os.environ.get("RANK", "0") != "0"
 
 
 @contextmanager
 def warnings_as_notes() -> Iterator[None]:
-    """Print warnings for users as one line each on stderr, and drop those for developers."""
+    """Print each UserWarning as a line on stderr, and drop warnings for developers."""
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if category is UserWarning:
@@ -121,7 +121,7 @@ def warnings_as_notes() -> Iterator[None]:
         yield
 
 
-# Responses on the terminal: the thinking dimmed between its tags, then the answer.
+# Responses on the terminal: the thinking is dimmed.
 
 
 class ResponsePrinter:
@@ -132,7 +132,7 @@ class ResponsePrinter:
         self._is_thinking = self._has_printed = False
 
     def write(self, pieces: "Iterable[Piece]") -> None:
-        """Print what comes next."""
+        """Print the next pieces."""
         for text, is_thinking in pieces:
             if is_thinking and not self._is_thinking:
                 self._print(self._tags.open, is_dim=True)
@@ -163,16 +163,16 @@ def print_response(text: str, tags: "ThinkingTags") -> None:
     printer.end()
 
 
-# Settings and answers in words: what a setting saves, which way a policy took, what it cost.
+# Settings and answers in words.
 
 
 def describe_setting(setting: Setting, calibration: Mapping[str, Any] | None) -> str:
-    """Name a setting, with what calibration found that it saves, if it looked at it."""
+    """Name a setting, with the tokens it saves if the calibration measured them."""
     from flexalign.calibration.effort import Calibration, known_cut
 
     cut = None
     if calibration is not None:
-        # One that cannot be read is refused where an effort is asked for, and only untold here.
+        # A calibration that cannot be read is an error only for an effort; here it is left out.
         with suppress(ConfigError):
             cut = known_cut(Calibration.from_json(calibration), setting.id)
     if cut is None:
@@ -182,7 +182,7 @@ def describe_setting(setting: Setting, calibration: Mapping[str, Any] | None) ->
 
 
 def describe_choice(answer: "Answer", setting: Setting, model: Any) -> str | None:
-    """Say which way a policy took and why; None if it was not its choice."""
+    """Return the route that a policy chose and why; None if no policy chose one."""
     if answer.route is None:
         return None
     if not isinstance(setting.dial, Adaptive):
@@ -199,9 +199,9 @@ def describe_choice(answer: "Answer", setting: Setting, model: Any) -> str | Non
 
 
 def describe_tokens(answer: "Answer", tokens_per_second: float) -> str:
-    """Say how many tokens were written for an answer, and how fast.
+    """Return the number of tokens of an answer and their speed, in words.
 
-    The thinking tags themselves count with the answer.
+    The thinking tags are counted with the answer.
     """
     parts = [f"{answer.tokens} tokens"]
     thinking, rejected = answer.thinking_tokens or 0, answer.rejected_tokens
@@ -213,7 +213,7 @@ def describe_tokens(answer: "Answer", tokens_per_second: float) -> str:
 
 
 def round_beside(confidence: float, threshold: float) -> str:
-    """Round to two digits, or to as many as leave it on its side of the threshold."""
+    """Round to two digits, or to as many as keep it on the same side of the threshold."""
     digits, is_enough = 2, confidence >= threshold
     while (float(f"{confidence:.{digits}f}") >= threshold) != is_enough:
         digits += 1

@@ -83,7 +83,7 @@ def demo(
 
 @contextmanager
 def _bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Show a bar for each thing that is under way; what it gives is told how far one is."""
+    """Show a bar for each task; yield a function of a task's name, items done and their total."""
     columns = (
         TextColumn("{task.description:<26}"),
         BarColumn(),
@@ -95,7 +95,7 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
 
         def show(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                if not console.is_terminal:  # where bars are not drawn until the end
+                if not console.is_terminal:  # bars are drawn only at the end there
                     console.print(what)
                 tasks[what] = bars.add_task(what, total=total)
             bars.update(tasks[what], completed=done)
@@ -105,7 +105,7 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The demo's own bars say what happens; the libraries' bars and notes would tear them apart."""
+    """Turn off the libraries' bars and messages, which would break the demo's own bars."""
     import datasets
     from transformers.utils import logging
 

@@ -29,6 +29,7 @@ from flexalign.cli.options import (
     TaskMaxNewTokens,
     TaskTemperature,
     TaskTopP,
+    Template,
     Workers,
     read_efforts,
     read_lambdas,
@@ -45,10 +46,10 @@ if TYPE_CHECKING:
     from flexalign.systems import System
 
 _SHOWN = 5
-"""Lost samples that are named."""
+"""The most lost samples that a message names."""
 
 _OF_EFFORT = ("temperature", "top_p", "max_new_tokens")
-"""The options of sampling that a calibration holds for."""
+"""The sampling options that a calibration depends on."""
 
 _LEGEND = (
     "accuracy, cut (of tokens, against λ = 0 or the baseline) and lost (truncated, unparsed or no "
@@ -109,6 +110,7 @@ def evaluate(
     batch_size: BatchSize = 32,
     gate: Gate = None,
     lambda_range: LambdaRange = None,
+    template: Template = None,
     dtype: Dtype = "auto",
     engine: Annotated[
         EngineName, typer.Option(help="local runs here; vllm is for plain models.")
@@ -160,7 +162,9 @@ def evaluate(
         raise ConfigError("name at least one SYSTEM and one --task.")
     if output is None and not dry_run:
         raise ConfigError("name the folder of the results with --output DIR.")
+
     lams, limits = read_lambdas(lam), read_range(lambda_range)
+    from flexalign.data.prompting import parse_template
     from flexalign.systems import parse_systems
 
     asked = parse_systems(systems)
@@ -193,6 +197,7 @@ def evaluate(
         attempts=attempts,
         api_key=read_secret(api_key_env),
         engine=engine.value,
+        template=parse_template(template or []),
     )
     unreadable = _warn(sweep, workers)
     if dry_run or output is None:
@@ -202,7 +207,7 @@ def evaluate(
 
 
 def _only_adapter(effort: str | None, systems: "list[System]") -> str | None:
-    """The adapter whose calibration says what an effort is."""
+    """Return the adapter whose calibration defines the efforts; None if there is no adapter."""
     adapters = [system.parts[1] for system in systems if system.kind == "dial"]
     if effort is not None and len(adapters) > 1:
         raise ConfigError(
@@ -213,24 +218,16 @@ def _only_adapter(effort: str | None, systems: "list[System]") -> str | None:
 
 
 def _warn(sweep: "Sweep", workers: int) -> list[dict[str, str]]:
-    """Say what is doubtful before anything is sampled; return answers that cannot be read."""
-    from flexalign.evaluation.grading import Grader
-    from flexalign.evaluation.tasks import sample_warning, unreadable_golds
+    """Print warnings before anything is sampled.
 
-    if sweep.baseline is None and len(sweep.systems) > 1:
-        _warn_of_cuts(sweep)
+    Returns:
+        The known answers that the grader cannot read.
+    """
+    for caution in sweep.cautions():
+        note(caution)
     _warn_of_sampling(sweep)
 
-    unreadable = []
-    with Grader(workers=workers) as grader:
-        for task in sweep.tasks:
-            warning = sample_warning(task, sweep.samples)
-            if warning is not None:
-                note(warning)
-            unreadable += [
-                {"task": task.name, "question": question.id, "gold": question.gold}
-                for question in unreadable_golds(task, grader)
-            ]
+    unreadable = sweep.unreadable_golds(workers=workers)
     if unreadable:
         note(
             f"{len(unreadable)} known answers cannot be read, so that no "
@@ -271,22 +268,8 @@ def _preview(sweep: "Sweep", unreadable: list[dict[str, str]], as_json: bool) ->
     )
 
 
-def _warn_of_cuts(sweep: "Sweep") -> None:
-    """Say whose tokens will be held against nothing."""
-    alone = [
-        system.name
-        for system in sweep.systems
-        if all(setting.lam != 0 for setting in sweep.settings_of(system))
-    ]
-    if alone:
-        note(
-            f"{', '.join(alone)}: no λ = 0 there, so that no token cut will be known; name the system "
-            "to hold it against with --baseline."
-        )
-
-
 def _warn_of_sampling(sweep: "Sweep") -> None:
-    """Say that efforts are measured at other sampling options than they were calibrated at."""
+    """Warn if efforts are measured with other sampling options than they were calibrated with."""
     from dataclasses import asdict
 
     from flexalign.calibration.effort import Calibration, note_on_sampling
@@ -336,7 +319,7 @@ def _report(output: Path) -> None:
 
 
 def _describe_lost(lost: "list[Lost]", total: int) -> str:
-    """Say which samples got no response, and why."""
+    """Return a message that names the samples without a response, and why."""
     shown = "; ".join(
         f"question {one.cell.question} of {one.cell.task} at {one.cell.setting.label}, "
         f"{one.system}: {one.reason}"
@@ -357,7 +340,7 @@ def _show(summary: "Summary", as_json: bool) -> None:
 
 
 def print_summary(summary: "Summary") -> None:
-    """Print the rows of a summary, and the means over tasks where there are several."""
+    """Print the rows of a summary, and means over tasks if there are several tasks."""
     from flexalign.lambdas import LAMBDA_LEGEND
 
     rows = summary.rows
@@ -365,6 +348,7 @@ def print_summary(summary: "Summary") -> None:
     constant = [getattr(rows[0], name) for name in ("system", "task") if name not in heads]
     if constant:
         result_console.print(" on ".join(constant), markup=False, style="bold")
+
     table = _table([*heads, "setting"], ["asked", "accuracy", "tokens", "cut", "to chord", "lost"])
     for row in rows:
         lost = row.truncated + row.unparsed + row.no_answer

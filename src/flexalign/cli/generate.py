@@ -31,6 +31,7 @@ from flexalign.cli.options import (
     Model,
     Policies,
     Temperature,
+    Template,
     TopP,
     read_efforts,
     read_lambdas,
@@ -88,6 +89,7 @@ def generate(
         int, typer.Option(help="The same seed, the same answers; shared by all settings.")
     ] = 0,
     batch_size: BatchSize = 32,
+    template: Template = None,
     dtype: Dtype = "auto",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a row for each answer as JSON, alone, on stdout.")
@@ -117,6 +119,7 @@ def generate(
     settings = read_settings(read_lambdas(lam), policy or [], read_efforts(effort, adapter))
     prompts = _read_prompts(prompt, input_file)
 
+    from flexalign.data.prompting import parse_template
     from flexalign.lambdas import LAMBDA_LEGEND
     from flexalign.systems import LocalBackend, System, SystemOptions
 
@@ -130,6 +133,7 @@ def generate(
         dtype=dtype,
         lambda_range=limits,
         any_base=any_base,
+        template=parse_template(template or []),
     )
     quieten_libraries()
     with as_input_errors():
@@ -148,21 +152,21 @@ def generate(
             console.print(LAMBDA_LEGEND, style="dim")
 
 
-# Prompts: an argument, standard input, or a file.
+# Prompts, from an argument, standard input or a file.
 
 
 class _Prompt(NamedTuple):
-    """A prompt as results show it, and as the model is asked."""
+    """A prompt as results show it (``given``), and as the model gets it (``put``)."""
 
     given: str | list[dict[str, Any]]
     put: str | list[dict[str, Any]]
 
 
 def _read_prompts(prompt: str | None, file: Path | None) -> list[_Prompt]:
-    """Read the prompt on the command line, else those of a file, else standard input.
+    """Return the prompt of the command line, those of a file, or that of standard input.
 
     Raises:
-        ConfigError: If there is none, or there are two sources.
+        ConfigError: If there is no prompt, or there are two sources.
         DataError: If a prompt is empty, or the file cannot be read.
     """
     if file is not None:
@@ -208,12 +212,12 @@ def _question(text: str) -> _Prompt:
 def _requests(
     prompts: Sequence[_Prompt], settings: "Sequence[Setting]", samples: int, seed: int
 ) -> "list[PromptRequest]":
-    """List what is asked, by prompt, setting and sample; all settings share a sample's seed."""
+    """Return a request per prompt, setting and sample; all settings of a sample share its seed."""
     from flexalign.data.traces import derive_seed
     from flexalign.systems import PromptRequest
 
     return [
-        # The empty part stands where a sweep has its task; without it every answer would change.
+        # The empty string replaces the task of a sweep; without it, every seed would change.
         PromptRequest(index, one.put, setting, sample, derive_seed(seed, "", index, sample))
         for index, one in enumerate(prompts)
         for setting in settings
@@ -221,11 +225,11 @@ def _requests(
     ]
 
 
-# Answers: made in batches, and shown as each batch is done.
+# Answers, batch by batch.
 
 
 class _Made(NamedTuple):
-    """An answer: its place by prompt, setting and sample, what was asked, its batch's speed."""
+    """An answer: its place among the requests, the request, and the tokens/s of its batch."""
 
     place: int
     request: "PromptRequest"
@@ -236,9 +240,9 @@ class _Made(NamedTuple):
 def _answer(
     backend: "LocalBackend", prompts: Sequence[_Prompt], requests: "Sequence[PromptRequest]"
 ) -> Iterator[_Made]:
-    """Yield the answers, batch by batch, each batch in order."""
+    """Yield the answers batch by batch, sorted by place within a batch."""
     for prompt in prompts:
-        backend.render(prompt.put)  # a template that refuses one does so before weights load
+        backend.render(prompt.put)  # a template that refuses a prompt does so before weights load
     with as_input_errors(), console.status("loading"):
         _ = backend.model
 
@@ -251,9 +255,9 @@ def _answer(
 def _timed(
     batches: "Iterator[list[tuple[PromptRequest, Answer | Failure]]]", total: int
 ) -> "Iterator[tuple[list[tuple[PromptRequest, Answer]], float]]":
-    """Yield batches and the seconds that each took, and say on stderr how far they are.
+    """Yield batches and the seconds that each took, and show the progress on stderr.
 
-    A terminal that shows the answers has no bar, which they would break, but a note between them.
+    Answers would break a bar on the same terminal; there, a status line is shown between batches.
     """
     from flexalign.systems import Answer
 
@@ -298,7 +302,7 @@ def _show(
     backend: "LocalBackend",
     has_samples: bool,
 ) -> None:
-    """Print prompts, and under each its answers with what they cost, as they come."""
+    """Print each prompt and below it its answers, with their tokens and tokens/s."""
     from flexalign.cli.console import print_response
 
     last = None

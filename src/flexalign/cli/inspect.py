@@ -82,7 +82,7 @@ def inspect(
     difference = None
     if diff is not None and facts.fits:
         loading = {**options, "allow_pickle": allow_pickle, "allow_oversize": anyway}
-        difference = _measure(model, aligned, diff, limit, batch_size, loading)
+        difference = _measure(facts, diff, limit, batch_size, loading)
 
     if as_json:
         extra = {} if difference is None else {"difference": difference.to_json()}
@@ -94,18 +94,15 @@ def inspect(
 
 
 def _measure(
-    reference: str, aligned: str, path: Path, limit: int, batch_size: int, loading: dict[str, Any]
+    facts: "PairFacts", path: Path, limit: int, batch_size: int, loading: dict[str, Any]
 ) -> "Difference":
-    from flexalign.analysis.difference import measure_difference
-    from flexalign.data import load_traces, split_tokens
+    from flexalign.analysis.difference import load_rows, measure_difference
     from flexalign.models.pair import ModelPair
 
-    traces = load_traces(path)
-    traces = traces.select(range(min(limit, len(traces))))
+    rows = load_rows(path, facts.tokenizer, limit)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report has said it all
-        pair = ModelPair.load(reference, aligned, **loading)
-    rows = list(split_tokens(traces, pair.tokenizer))
+        pair = ModelPair.load(facts.reference.name, facts.aligned.name, **loading)
     with progress_bar("reading with both models", len(rows)) as show:
         return measure_difference(
             pair, rows, batch_size=batch_size, progress=lambda done, _: show(done)

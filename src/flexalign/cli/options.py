@@ -1,6 +1,6 @@
-"""Options that several commands take, each said once: names, meanings, and how λ is read.
+"""Options that several commands share, and how λ is read from the command line.
 
-A λ on the command line is parsed here and nowhere else; what these functions return is a dial.
+Only this module parses a λ of the command line; its functions return dials and settings.
 """
 
 import os
@@ -28,7 +28,7 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class EngineName(StrEnum):
-    """What runs a model."""
+    """The engine that runs a model."""
 
     LOCAL = "local"
     VLLM = "vllm"
@@ -85,6 +85,14 @@ LambdaRange: TypeAlias = Annotated[
 AnyBase: TypeAlias = Annotated[
     bool, typer.Option("--any-base", help="Take an adapter that was made for another base.")
 ]
+Template: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template",
+        metavar="KEY=VALUE",
+        help="An argument of the chat template, such as enable_thinking=false; repeatable.",
+    ),
+]
 Dtype: TypeAlias = Annotated[
     str, typer.Option(callback=known_dtype, help="auto, float32, bfloat16 or float16.")
 ]
@@ -138,7 +146,7 @@ TaskMaxNewTokens: TypeAlias = Annotated[
 Workers: TypeAlias = Annotated[int, typer.Option(min=1, help="Processes that grade.")]
 
 
-# How the dial's options are read.
+# Reading the options of the dial.
 
 
 def read_lambdas(text: str | None) -> list[Dial]:
@@ -159,9 +167,9 @@ def read_settings(
     """Make settings of ``--lambda``, every ``--policy`` and ``--effort``.
 
     Args:
-        lambdas: What :func:`read_lambdas` gave.
-        policies: Each value of the option.
-        efforts: What :func:`read_efforts` gave.
+        lambdas: The result of :func:`read_lambdas`.
+        policies: The values of ``--policy``.
+        efforts: The result of :func:`read_efforts`.
 
     Raises:
         ConfigError: If a policy is malformed, or a setting is given twice.
@@ -171,7 +179,7 @@ def read_settings(
 
 
 def read_setting(name: str, text: str) -> Setting:
-    """Read one setting in mid-conversation, as ``--lambda`` or ``--policy`` would.
+    """Read one setting of a conversation's command, in the form of ``--lambda`` or ``--policy``.
 
     Args:
         name: ``lambda`` or ``policy``.
@@ -190,7 +198,7 @@ def read_setting(name: str, text: str) -> Setting:
 
 
 def read_efforts(text: str | None, adapter: str | None) -> list[Setting]:
-    """Read ``--effort 0,50,100`` by an adapter's calibration, and say what each stands for.
+    """Read ``--effort 0,50,100`` by an adapter's calibration, and print the setting of each.
 
     Args:
         text: The option's value.

@@ -64,7 +64,7 @@ def realign(
     """
     from flexalign.training.recipes import RealignRecipe
 
-    # What the file itself has wrong is said before the trainers' libraries load.
+    # Errors in the recipe are raised before the training libraries load.
     recipes = RealignRecipe.load_each(
         recipe,
         overrides=assignments or (),

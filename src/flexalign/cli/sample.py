@@ -7,8 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from flexalign.cli.console import console, note, print_json, progress_bar, resumable
-from flexalign.cli.options import Dtype, MaxNewTokens, SkipBadRows, Temperature, TopP, read_secret
+from flexalign.cli.console import console, print_json, progress_bar, resumable
+from flexalign.cli.options import (
+    Dtype,
+    MaxNewTokens,
+    SkipBadRows,
+    Temperature,
+    Template,
+    TopP,
+    read_secret,
+)
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,10 +63,13 @@ def sample(
         bool,
         typer.Option(
             "--plain",
-            help="Write rendered text instead of messages, for chat templates that would drop "
-            "the thinking in training.",
+            help="Write rendered text instead of messages; training does not need it.",
         ),
     ] = False,
+    template: Template = None,
+    system_message: Annotated[
+        str | None, typer.Option("--system", help="The system message of prompts that have none.")
+    ] = None,
     dtype: Dtype = "auto",
     skip_bad_rows: SkipBadRows = False,
     dry_run: Annotated[
@@ -78,6 +89,7 @@ def sample(
     Example: [cyan]flexalign sample --endpoint http://localhost:8000/v1 --model-name R1
     --prompts math.json -n 4 -o traces.jsonl[/cyan]
     """
+    from flexalign.data.prompting import PromptSettings, parse_template
     from flexalign.data.traces import SamplingSettings
     from flexalign.systems import System, SystemOptions
     from flexalign.systems.sampling import SampleRun
@@ -91,7 +103,10 @@ def sample(
             raise ConfigError("name a MODEL, or a server with --endpoint and --model-name.")
         system = System.of(model)
     else:
-        _refuse({"MODEL": model, "--plain": plain or None}, "with --endpoint")
+        _refuse(
+            {"MODEL": model, "--plain": plain or None, "--template": template or None},
+            "with --endpoint",
+        )
         if model_name is None:
             raise ConfigError("--endpoint needs --model-name, the model's name on that server.")
         system = System("endpoint", "url", (endpoint,))
@@ -109,11 +124,10 @@ def sample(
         output,
         settings,
         options=options,
+        prompting=PromptSettings(parse_template(template or []), system_message),
         limit=limit,
         skip_bad_rows=skip_bad_rows,
     )
-    if run.caution is not None:
-        note(run.caution)
     if dry_run:
         _preview(run, as_json)
         return
@@ -148,7 +162,7 @@ def _refuse(options: Mapping[str, object | None], where: str) -> None:
 
 
 def _preview(run: "SampleRun", as_json: bool) -> None:
-    """Show what would be asked."""
+    """Print the first prompts and the number of traces."""
     shown = run.preview(_PREVIEWED)
     if as_json:
         print_json({"prompts": len(run.prompts), "rows": run.total, "preview": shown})

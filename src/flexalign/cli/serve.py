@@ -24,6 +24,7 @@ from flexalign.cli.options import (
     Dtype,
     EngineName,
     Gate,
+    Template,
     read_range,
     read_secret,
 )
@@ -97,6 +98,7 @@ def serve(
     grace: Annotated[
         float, typer.Option(min=1, help="Seconds for running answers after SIGTERM.")
     ] = 30.0,
+    template: Template = None,
     dtype: Dtype = "auto",
     playground: Annotated[
         bool, typer.Option("--playground", help="A page to try the dial from, at /playground.")
@@ -138,6 +140,11 @@ def serve(
     from flexalign.serving.server import require_safe_address
 
     if engine is EngineName.VLLM:
+        if template:
+            raise ConfigError(
+                "--template is for the local engine; give vLLM its own flag behind --: "
+                "--default-chat-template-kwargs '{\"enable_thinking\": false}'."
+            )
         from flexalign.serving.vllm.middleware import FrontOptions
 
         require_safe_address(host, key, insecure=insecure)
@@ -160,6 +167,7 @@ def serve(
 
     if flags or prepared is not None or dry_run:
         raise ConfigError("flags after --, --prepared and --dry-run are about --engine vllm.")
+    from flexalign.data.prompting import parse_template
     from flexalign.serving.engine import EngineLimits
     from flexalign.serving.server import ServeOptions
 
@@ -175,6 +183,7 @@ def serve(
         dtype,
         context,
         EngineLimits(batch_size or _ROWS, queue or _QUEUE),
+        parse_template(template or []),
     )
     _serve_here(
         options,
@@ -197,23 +206,23 @@ def _serve_here(
     playground: bool,
     as_json: bool,
 ) -> None:
-    """Load the model and serve it in this process until it is told to stop.
+    """Load the model and serve it in this process until it is stopped.
 
     Args:
-        options: What is served.
+        options: What to serve.
         host: The address.
         port: Its port; 0 takes a free one.
-        access: Who is let in, as :func:`flexalign.serving.app.create_app` takes it.
+        access: Key and limits, keyword arguments of :func:`flexalign.serving.app.create_app`.
         grace: Seconds for running answers after SIGTERM.
-        playground: Serve the page too.
-        as_json: Print where it is as JSON.
+        playground: Serve the playground page too.
+        as_json: Print the address as JSON.
     """
     from flexalign.serving.app import create_app
     from flexalign.serving.playground import Playground
     from flexalign.serving.server import load_service, open_socket, run_server, url_of
 
     quieten_libraries()
-    # The socket first: an address that is taken is said before minutes of loading.
+    # The socket comes first: an address in use is an error before minutes of loading.
     with open_socket(host, port) as listening:
         with warnings_as_notes(), as_input_errors():
             service, rules = load_service(options)
@@ -221,7 +230,7 @@ def _serve_here(
         if playground:
             app = Playground(app)
 
-        _tell_address(
+        _print_address(
             url_of(host, listening.getsockname()[1]),
             service.model.name,
             rules.lambda_range,
@@ -235,7 +244,7 @@ def _serve_here(
             service.engine.stop()
 
 
-def _tell_address(
+def _print_address(
     url: str,
     model: str,
     lambda_range: tuple[float, float],
@@ -244,15 +253,15 @@ def _tell_address(
     playground: bool,
     as_json: bool,
 ) -> None:
-    """Say what is served, and print where alone on stdout.
+    """Print what is served on stderr, and only the address on stdout.
 
     Args:
-        url: Of :func:`flexalign.serving.server.url_of`.
-        model: What requests call it.
-        lambda_range: λ that they may ask for.
-        engine: What runs it, as in "on vLLM"; nothing for this process.
-        playground: Whether there is a page to try the dial from.
-        as_json: Print JSON.
+        url: The URL of :func:`flexalign.serving.server.url_of`.
+        model: The model's name in requests.
+        lambda_range: The least and the largest λ of requests.
+        engine: The engine, such as "on vLLM"; empty for this process.
+        playground: Whether the playground page is served.
+        as_json: Print the address as JSON.
     """
     say(f"serving {model}{engine and f' {engine}'}; stop it with Ctrl-C.")
     if playground:
@@ -265,15 +274,15 @@ def _tell_address(
 
 @dataclass(frozen=True)
 class _VllmSource:
-    """What vLLM is to serve.
+    """What vLLM serves.
 
     Attributes:
-        model: The base, or a folder that was prepared.
-        adapter: The adapter on it.
-        aligned: The other model of a pair, which vLLM does not serve.
-        gate: A gate, which it does not serve either.
-        any_base: Take another base than the adapter was made for.
-        prepared: Where to prepare the folder that vLLM loads; a cache if None.
+        model: The base, or a prepared folder.
+        adapter: The adapter on the base; None for a prepared folder.
+        aligned: The aligned model of a pair, which is refused on vLLM.
+        gate: A gate, which is refused on vLLM.
+        any_base: Accept an adapter that was made for another base.
+        prepared: The folder to prepare for vLLM; one in the cache if None.
     """
 
     model: str
@@ -287,17 +296,17 @@ class _VllmSource:
 def _serve_on_vllm(
     source: _VllmSource, settings: dict[str, Any], *, dry_run: bool, as_json: bool
 ) -> None:
-    """Prepare the folder and run vLLM's server until it is told to stop.
+    """Prepare the folder and run vLLM's server until it is stopped.
 
     Args:
-        source: What is served.
-        settings: What :class:`~flexalign.serving.vllm.launch.Launch` takes beside the folder.
-        dry_run: Print what would be run instead.
+        source: What to serve.
+        settings: The arguments of :class:`~flexalign.serving.vllm.launch.Launch` without the folder.
+        dry_run: Only print the command.
         as_json: Print JSON.
 
     Raises:
-        ConfigError: If vLLM is not there, or something cannot be served on it.
-        ServingError: If vLLM ends by itself.
+        ConfigError: If vLLM is not installed, or an option cannot be served on it.
+        ServingError: If vLLM ends without being stopped.
     """
     if source.aligned is not None:
         raise ConfigError("--aligned is served by --engine local alone; on vLLM give --adapter.")
@@ -320,14 +329,14 @@ def _serve_on_vllm(
         _show_launch(launch, as_json)
         return
 
-    # vLLM takes no port 0: a free one is found here, and is free again when vLLM starts.
+    # vLLM does not take port 0: a free port is found here and closed again before vLLM starts.
     with open_socket(launch.host, launch.port) as free:
         launch = replace(launch, port=free.getsockname()[1])
     with as_input_errors():
         _prepare_folder(source, launch.folder)
 
-    def tell() -> None:
-        _tell_address(
+    def announce() -> None:
+        _print_address(
             _launch_url(launch),
             launch.name,
             rules.lambda_range,
@@ -336,14 +345,14 @@ def _serve_on_vllm(
             as_json=as_json,
         )
 
-    run(launch, tell)
+    run(launch, announce)
 
 
 def _vllm_folder(source: _VllmSource) -> Path:
     """Return the folder that vLLM will load.
 
     Raises:
-        ConfigError: If there is no adapter, neither beside the model nor in a prepared folder.
+        ConfigError: If no adapter is given and the model is not a prepared folder.
     """
     from flexalign.serving.vllm.folder import is_prepared
     from flexalign.serving.vllm.launch import cached_folder
@@ -361,7 +370,7 @@ def _vllm_folder(source: _VllmSource) -> Path:
 
 
 def _prepare_folder(source: _VllmSource, folder: Path) -> None:
-    """Write the folder that vLLM loads, unless the model is one."""
+    """Write the folder that vLLM loads, unless the model is a prepared folder itself."""
     from flexalign.serving.vllm.folder import prepare_folder
     from flexalign.serving.vllm.launch import prepare_once
 
@@ -375,7 +384,7 @@ def _prepare_folder(source: _VllmSource, folder: Path) -> None:
 
 
 def _show_launch(launch: "Launch", as_json: bool) -> None:
-    """Print the folder, the variables and the command; a key is not shown."""
+    """Print the folder, the environment variables and the command, but not the key."""
     variables = {name: value for name, value in launch.variables().items() if name.startswith("F")}
     command = launch.command()
     if as_json:

@@ -1,4 +1,4 @@
-"""What the training commands share: their help, and what is shown of a run."""
+"""Shared by the training commands: the help on recipes, and the display of a run."""
 
 import shlex
 import sys
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     from flexalign.training.recipes import RecipeKey
     from flexalign.training.run import Outcome
 
-# Help: the keys of a recipe as its schema declares them.
+# Help: the keys of a recipe.
 
 _KEYS = "RECIPE KEYS"
-"""Where a command's docstring wants the keys of its recipe."""
+"""The placeholder for the keys of the recipe in a command's docstring."""
 
 _WIDTH, _COMMENT = 77, 30
 
 
 class RecipeCommand(TyperCommand):
-    """A command that takes a recipe: its help lists the recipe's keys, which load when asked for."""
+    """A command that takes a recipe: its help lists the recipe's keys, loaded only for the help."""
 
     recipe: ClassVar[str]
 
@@ -74,7 +74,7 @@ class BakeCommand(RecipeCommand):
 def _list_keys(
     keys: "Iterator[RecipeKey] | Sequence[RecipeKey]", indent: str = "  "
 ) -> Iterator[str]:
-    """Write keys as lines of YAML, with what they mean as comments."""
+    """Yield lines of YAML with the keys, and their descriptions as comments."""
     from flexalign.training.settings import as_yaml
 
     for key in keys:
@@ -104,7 +104,7 @@ def command_line() -> str:
 
 @contextmanager
 def training_session() -> Iterator[None]:
-    """Keep other libraries quiet; say how to go on if a signal stops a run.
+    """Silence other libraries; if a signal stops the run, print how to continue it.
 
     Raises:
         typer.Exit: With code 130, after a signal.
@@ -135,14 +135,14 @@ def train(
 
     Args:
         function: `realign`, `adapt` or `bake` of the library.
-        recipe: What it takes.
-        dry_run: Show the plan instead.
-        as_json: Whether that is to be JSON.
-        table: Makes the rows of a plan's table; by default its facts as they stand.
-        **options: More for the function.
+        recipe: Its recipe.
+        dry_run: Only show the plan.
+        as_json: Show the plan as JSON.
+        table: Returns the rows of a plan's table; by default :func:`plan_rows`.
+        **options: More arguments of the function.
 
     Returns:
-        What came of it; None after a dry run.
+        The outcome; None after a dry run.
     """
     from flexalign.training.plan import TrainingPlan
 
@@ -173,7 +173,7 @@ class ConsoleEvents(Events):
         console.print(f"[yellow]caution:[/yellow] {escape(line)}", soft_wrap=True)
 
     def begin(self, run: Any) -> None:
-        """Say that a run is finished already, or what its rounds amount to."""
+        """Print that a run is finished already, or the effective λ of its rounds."""
         rounds = len(run.rounds)
         if run.state == "done":
             say(f"{run.recipe.output} holds this run already, finished.")
@@ -181,7 +181,7 @@ class ConsoleEvents(Events):
             say(f"{rounds} rounds; effective λ = λ^{rounds} = {run.effective_lambda():g}")
 
     def measured(self, row: dict[str, Any]) -> None:
-        """Print what the student's answers are like."""
+        """Print the length and accuracy of the student's answers."""
         accuracy = f", accuracy {row['accuracy']:.3f}" if "accuracy" in row else ""
         console.print(
             f"step {row['step']}: {row['tokens']:.1f} tokens per answer, "
@@ -228,7 +228,7 @@ class StepProgress(StepObserver):
             self._bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move it."""
+        """Advance the bar."""
         self._bar.update(self._task, completed=state.global_step)
 
     def on_log(
@@ -243,7 +243,7 @@ class StepProgress(StepObserver):
             self._bar.update(self._task, figures=text)
 
     def close(self) -> None:
-        """Take the bar off the screen's bottom line; what it showed stays."""
+        """Stop the bar; its last state stays on the screen."""
         self._bar.stop()
 
 
@@ -254,9 +254,9 @@ def show_plan(plan: "TrainingPlan", rows: Mapping[str, str], *, as_json: bool) -
     """Print a plan: JSON alone, or its samples and a table.
 
     Args:
-        plan: What a run would take.
-        rows: The table, by the names of its rows.
-        as_json: Whether JSON is asked for.
+        plan: The plan of a run.
+        rows: The values of the table, by the names of its rows.
+        as_json: Print JSON.
     """
     if as_json:
         print_json(plan.to_json())
@@ -274,7 +274,7 @@ def show_plan(plan: "TrainingPlan", rows: Mapping[str, str], *, as_json: bool) -
 
 
 def plan_rows(plan: "TrainingPlan") -> dict[str, str]:
-    """Return the table of a plan with all its facts as they stand."""
+    """Return the rows of a plan's table: all its facts, unchanged."""
     rows = {}
     for name, value in plan.facts.items():
         if isinstance(value, dict):

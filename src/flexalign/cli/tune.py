@@ -3,7 +3,7 @@
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -43,10 +43,10 @@ if TYPE_CHECKING:
     from flexalign.systems import System
 
 _LAMBDAS = "0.25,0.5,0.75,1"
-"""What the library takes where no candidate is named, as the help says it."""
+"""The library's default candidates, for the help text."""
 
 _SHOWN = 13
-"""Most rows of a preview's table."""
+"""The most rows of a preview's table."""
 
 
 def tune(
@@ -153,6 +153,7 @@ def tune(
     if preview is not None:
         _preview(system, preview, lambdas, top_k, limit, batch_size, output, as_json)
         return
+
     given = [*read_lambdas(lambdas), *(policies or [])]
     limits = read_range(lambda_range)
     from flexalign.calibration import Constraint, NonInferiority, TokenBudget, TuneOptions
@@ -169,12 +170,15 @@ def tune(
     if output is None and not (plan_only or dry_run):
         raise ConfigError("--output is missing; name a folder for tuned.md and the samples.")
 
+    # Answers that exist already: nothing is sampled.
     if stored is not None:
         if system is not None:
             raise ConfigError("SYSTEM is not asked with --from; leave one of the two out.")
         name = None if task is None else load_task(task, data=data, limit=limit, seed=seed).name
         found = StoredSamples(ResultsFolder.read(stored), task=name)
         options = TuneOptions(confidence, samples or found.samples, looks=looks, seed=seed)  # type: ignore[arg-type]
+
+        # The stored answers give the variance, unless the user expects another accuracy.
         variance = (
             measured_variance(found) if accuracy is None else assumed_variance(found.task, accuracy)
         )
@@ -182,6 +186,7 @@ def tune(
         if plan_only or dry_run or output is None:
             _show_plan(planned, kept, as_json)
             return
+
         _warn_of_margin(planned, kept)
         tuning = Tuning.of_stored(found, kept, given, options)
         _show(tuning, tuning.run(output), output, as_json)
@@ -190,6 +195,7 @@ def tune(
     if task is None:
         raise ConfigError("--task is missing; name the questions, such as --task math500.")
     asked = load_task(task, data=data, limit=limit, seed=seed, instruction=instruction)
+
     options = TuneOptions(
         confidence,
         samples or asked.sampling.samples,
@@ -250,7 +256,7 @@ def _show(
     as_json: bool,
     system: "System | None" = None,
 ) -> None:
-    """Print what came out, and what to do with it."""
+    """Print the result and the next step."""
     from flexalign.lambdas import LAMBDA_LEGEND
 
     if as_json:
@@ -277,11 +283,11 @@ def _show(
 
 
 def next_step(system: "System | None", chosen: "Setting | None") -> str | None:
-    """Say what to do with what came out; None if that is the reader's own affair.
+    """Return the next command for a result; None if there is none to propose.
 
     Args:
-        system: What was tuned; None if its answers were taken from a folder.
-        chosen: The setting; None if none was promised.
+        system: The system that was tuned; None if its answers came from a folder.
+        chosen: The chosen setting; None if none was proved.
     """
     if chosen is None:
         return "more questions, more --samples or a wider --margin; --plan says what would do"
@@ -289,6 +295,7 @@ def next_step(system: "System | None", chosen: "Setting | None") -> str | None:
         return None
     if system.kind == "pair" and chosen.lam is not None:
         return f"flexalign realign recipe.yaml --lambda {chosen.lam:g}, for one model that does it"
+
     second = "--adapter" if system.kind == "dial" else "--aligned"
     turned = ["--policy", json.dumps(chosen.policy)]
     if chosen.lam is not None:
@@ -362,36 +369,26 @@ def _preview(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Read traces with both models of a system, and print, draw and write what λ would do."""
+    """Read traces with both models of a system; print and write the effect of λ on their tokens."""
     if system is None:
         raise ConfigError("SYSTEM is missing; say what is previewed: pair:REF,ALIGNED or a dial:.")
     asked = None if lambdas is None else [one.lam for one in parse_lambdas(lambdas)]
-    from flexalign.analysis.preview import PREVIEW_LAMBDAS, preview, write_preview
+    from flexalign.analysis.preview import PREVIEW_LAMBDAS, open_preview, preview, write_preview
     from flexalign.cli.console import quieten_libraries
-    from flexalign.data import load_traces, split_tokens
-    from flexalign.systems import LocalBackend, parse_system
-
-    parsed = parse_system(system)
-    if parsed.kind not in ("pair", "dial"):
-        raise ConfigError(f"{parsed.name} has no two models or streams; give pair: or dial:.")
-    lams = PREVIEW_LAMBDAS if asked is None else asked
-    rows = load_traces(traces)
-    rows = rows.select(range(min(limit or len(rows), len(rows))))
+    from flexalign.systems import parse_system
 
     quieten_libraries()
-    loaded: Any = LocalBackend(parsed).load(device_map=None)
-    model: Any = loaded.pair if parsed.kind == "pair" else loaded
-    tokens = list(split_tokens(rows, model.tokenizer))
-
-    with progress_bar("reading with both models", len(tokens)) as show:
+    model, rows = open_preview(parse_system(system), traces, limit=limit)
+    with progress_bar("reading with both models", len(rows)) as show:
         found = preview(
             model,
-            tokens,
-            lams=lams,
+            rows,
+            lams=PREVIEW_LAMBDAS if asked is None else asked,
             top_k=top_k,
             batch_size=batch_size,
             progress=lambda done, _: show(done),
         )
+
     if output is not None:
         write_preview(found, output)
     if as_json:

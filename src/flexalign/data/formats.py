@@ -16,6 +16,7 @@ from typing import Any
 from datasets import Dataset
 
 from flexalign.data.files import BadRow, Row, read_rows
+from flexalign.data.template import REASONING_KEYS, reasoning_of
 from flexalign.errors import DataError
 
 # One row of any known format, read as a prompt and a completion.
@@ -79,7 +80,14 @@ def trace_row(row: dict[str, Any]) -> dict[str, Any]:
         raise Unusable("the completion has a message of role 'user'")
     if isinstance(prompt, list) and not prompt:
         raise Unusable("there is no message before the response")
-    return {"prompt": prompt, "completion": completion} | _answer(row)
+    if isinstance(completion, list) and len(completion) > 1:
+        raise Unusable(
+            f"the completion has {len(completion)} messages; a row trains one response, so put "
+            "those before the last into the prompt"
+        )
+    if isinstance(completion, list) and completion[0]["role"] != "assistant":
+        raise Unusable(f"the completion has a message of role {completion[0]['role']!r}")
+    return {"prompt": prompt, "completion": completion} | _answer(row) | _sampled(row)
 
 
 def preference_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -186,14 +194,17 @@ def _normal_message(where: str, message: Any) -> dict[str, str]:
     content = message.get("content", message.get("value"))
     if isinstance(content, list):
         content = _joined_parts(where, content)
+    if content is None and reasoning_of(message):
+        content = ""
     if not isinstance(content, str):
         raise Unusable(f"{where} has no text")
+    known = {"role", "from", "content", "value", *REASONING_KEYS}
     extras = {
-        key: value
-        for key, value in message.items()
-        if key not in {"role", "from", "content", "value"} and isinstance(value, str)
+        key: value for key, value in message.items() if key not in known and isinstance(value, str)
     }
-    if not content.strip() and not extras.get("reasoning_content"):
+    if thinking := reasoning_of(message):
+        extras["reasoning_content"] = _valid(f"{where}'s thinking", thinking)
+    if not content.strip() and not thinking:
         raise Unusable(f"{where} is empty")
     return _message(_ROLES[role], _valid(where, content)) | extras
 
@@ -231,6 +242,25 @@ def _answer(row: dict[str, Any]) -> dict[str, str]:
     return {"answer": str(answer)}
 
 
+def _sampled(row: dict[str, Any]) -> dict[str, Any]:
+    """Read what `flexalign sample` tells of a response beside its text.
+
+    What a response was sampled after is kept as text: columns have one form for all rows.
+    """
+    told: dict[str, Any] = {}
+    ids = row.get("response_ids")
+    if ids is not None:
+        is_ids = isinstance(ids, list) and all(type(token) is int and token >= 0 for token in ids)
+        if not is_ids:
+            raise Unusable("'response_ids' is not a list of token ids")
+        told["response_ids"] = ids
+        if isinstance(row.get("rendering"), dict):
+            told["rendering"] = json.dumps(row["rendering"], sort_keys=True)
+    if row.get("truncated") is True:
+        told["truncated"] = True
+    return told
+
+
 def _names(row: dict[str, Any]) -> str:
     return ", ".join(sorted(map(str, row))[:8]) or "(none)"
 
@@ -250,7 +280,8 @@ def load_traces(path: str | Path, *, skip_bad_rows: bool = False) -> Dataset:
 
     Returns:
         A data set with `prompt` and `completion`, both lists of messages or both text, and, where
-        any row has one, `answer` (text or None).
+        any row has one, `answer` (text or None), and, of sampled responses, `response_ids`,
+        `rendering` and `truncated`.
 
     Raises:
         DataError: If the file cannot be read, has no usable row, or has bad rows (the first few
@@ -323,8 +354,9 @@ def _load(
         raise DataError(f"{path}: {_describe(bad, len(good) + len(bad))}\n{remedy}")
     if bad:
         warnings.warn(f"{path}: skipped: {_describe(bad, len(good) + len(bad))}", stacklevel=3)
-    if any("answer" in row for row in good):
-        good = [{**row, "answer": row.get("answer")} for row in good]
+    for name in ("answer", "response_ids", "rendering", "truncated"):
+        if any(name in row for row in good):
+            good = [{**row, name: row.get(name)} for row in good]
     return Dataset.from_list(good)
 
 

@@ -1,19 +1,362 @@
-"""Conversations as text, by the chat template, and what a template may lose on the way."""
+"""Rows as token ids: a response is trained in the very context in which it is written.
 
-from collections.abc import Iterator
+The prompt is what the chat template renders where a response is asked for, by the very call that
+generation and serving make. The response is what the model has to write from there: sampled
+responses by their own token ids, responses from elsewhere fitted to the opening. After it comes
+the token with which the template ends a response, and nothing else. One function,
+:meth:`Rendering.row`, does this for training, the hidden-state cache, previews and counts.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from flexalign.data.thinking import ThinkingTags
+from flexalign.data.template import (
+    bind_template,
+    bound_thinking,
+    call_template,
+    reasoning_of,
+    require_all_shown,
+    shape_of,
+    template_arguments,
+    template_hash,
+    template_messages,
+)
+from flexalign.data.thinking import Split, ThinkingTags, split_any
 from flexalign.errors import DataError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
 Prompt = str | list[dict[str, Any]]
 """Text that the model goes on from as it is, or messages for the chat template."""
+
+
+class Opening(Enum):
+    """Where a prompt leaves the thinking."""
+
+    FREE = "free"
+    OPENED = "opened"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True)
+class RenderedPrompt:
+    """What a model is given.
+
+    Attributes:
+        text: The prompt as text.
+        ids: Its token ids.
+        opening: Where it leaves the thinking.
+        stop_id: The token that ends a response to it; None if the tokenizer has none.
+    """
+
+    text: str
+    ids: list[int]
+    opening: Opening
+    stop_id: int | None
+
+
+@dataclass(frozen=True)
+class RenderedRow:
+    """A prompt with its response, as trainers take it.
+
+    Attributes:
+        prompt: What the model is given; the loss leaves it out.
+        response_ids: What it has to write, the stop token included where the response is whole.
+        text: The same as text, without the stop token.
+        is_whole: Whether the response ends with the stop token.
+    """
+
+    prompt: RenderedPrompt
+    response_ids: list[int]
+    text: str
+    is_whole: bool
+
+    @property
+    def input_ids(self) -> list[int]:
+        """Prompt and response."""
+        return self.prompt.ids + self.response_ids
+
+    @property
+    def completion_mask(self) -> list[int]:
+        """1 at the response's tokens, 0 at the prompt's."""
+        return [0] * len(self.prompt.ids) + [1] * len(self.response_ids)
+
+
+class Rendering:
+    """Renders prompts and rows with one tokenizer, as inference does.
+
+    Template arguments and thinking markers that are bound to the tokenizer's chat template
+    (:func:`flexalign.data.template.bind_template`) are in force.
+    """
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase", tags: ThinkingTags | None = None
+    ) -> None:
+        """Render with a tokenizer; the thinking tags are its own if not given."""
+        self.tokenizer = tokenizer
+        self._tags = tags
+
+    @cached_property
+    def tags(self) -> ThinkingTags:
+        """The tags around the model's thinking."""
+        return self._tags or ThinkingTags.of(self.tokenizer)
+
+    def prompt(self, prompt: Prompt, **arguments: Any) -> RenderedPrompt:
+        """Render what a model is given.
+
+        Args:
+            prompt: Text, or messages for the chat template.
+            **arguments: Template arguments of this call, above those that are bound.
+
+        Raises:
+            DataError: If there is no chat template for messages, or it refuses them, leaves one
+                out, or cannot ask for a response.
+        """
+        if isinstance(prompt, str):
+            opening = Opening.OPENED if self.tags.opened_by(prompt) else Opening.FREE
+            ids = self._encode(prompt, add_special_tokens=True)
+            return RenderedPrompt(prompt, ids, opening, self.tokenizer.eos_token_id)
+        text = render_chat(self.tokenizer, prompt, add_generation_prompt=True, **arguments)
+        return RenderedPrompt(
+            text, self._encode(text), self._opening(prompt, text), self._stop_id(arguments)
+        )
+
+    def row(self, row: Mapping[str, Any], number: int = 1) -> RenderedRow:
+        """Render a prompt with its response.
+
+        Args:
+            row: `prompt` and `completion`, as `load_traces` returns them, with `response_ids` and
+                `truncated` where the response was sampled.
+            number: The row's, for messages.
+
+        Raises:
+            DataError: If the response cannot be trained where it would be asked for.
+        """
+        try:
+            prompt = self.prompt(row["prompt"])
+        except DataError as error:
+            whole = row["prompt"] if isinstance(row["prompt"], str) else _conversation_of(row)
+            told = _refusal(whole, error.__cause__) if error.__cause__ else error
+            raise DataError(f"row {number}: {told}") from error
+        except Exception as error:  # a template is a program, and the row is its argument
+            raise DataError(
+                f"row {number}: the chat template fails on its messages ({error!r:.200}); change "
+                "them to what the template takes."
+            ) from error
+        self._require_sampled_here(row, number)
+
+        ids, truncated = row.get("response_ids"), bool(row.get("truncated"))
+        if ids is not None:
+            response, text, is_whole = list(ids), self.tokenizer.decode(ids), not truncated
+        else:
+            text, is_whole = self._fitted(row["completion"], prompt, truncated, number)
+            response = self._continuation(prompt, text, number)
+
+        if prompt.stop_id is not None and prompt.stop_id in response:
+            stop = self.tokenizer.convert_ids_to_tokens(prompt.stop_id)
+            raise DataError(
+                f"row {number}: the response contains the stop token {stop!r} in its middle, where "
+                "generation would have ended; take it out, or make two rows of it."
+            )
+        if is_whole and prompt.stop_id is not None:
+            response.append(prompt.stop_id)
+        return RenderedRow(prompt, response, text, is_whole)
+
+    def _encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        return cast("list[int]", list(ids))
+
+    def _stop_id(self, arguments: Mapping[str, Any]) -> int | None:
+        """Return the template's own stop token; a template that shows none leaves it to EOS."""
+        stop = shape_of(self.tokenizer, **arguments).stop
+        if stop is None:
+            return cast("int | None", self.tokenizer.eos_token_id)
+        return cast("int", self.tokenizer.convert_tokens_to_ids(stop))
+
+    def _opening(self, messages: list[dict[str, Any]], text: str) -> Opening:
+        """Find where a rendered prompt leaves the thinking, after the last message's content."""
+        end = text
+        for message in reversed(messages):
+            content = message.get("content")
+            if isinstance(content, str) and (said := content.strip()) and said in text:
+                end = text[text.rindex(said) + len(said) :]
+                break
+        if self.tags.opened_by(end):
+            return Opening.OPENED
+        return Opening.CLOSED if self.tags.close in end else Opening.FREE
+
+    def _require_sampled_here(self, row: Mapping[str, Any], number: int) -> None:
+        """Refuse a response that was sampled after another rendering of its prompt."""
+        told = row.get("rendering")
+        if not told:
+            return
+        there = json.loads(told) if isinstance(told, str) else told
+        here = self._record if not isinstance(row["prompt"], str) else {}
+        for name, why in _DIFFERENCES.items():
+            if name in here and name in there and here[name] != there[name]:
+                was, now = (json.dumps(each[name]) for each in (there, here))
+                raise DataError(f"row {number}: {why.format(was=was, now=now)}")
+        if row.get("response_ids") is not None:
+            vocabulary = self._vocabulary
+            if there.get("vocabulary", vocabulary) != vocabulary:
+                raise DataError(
+                    f"row {number}: its response was sampled with another vocabulary "
+                    f"({there['vocabulary']} there, {vocabulary} here), so its token ids mean "
+                    "other text; sample the traces with one of this pair's models."
+                )
+
+    @cached_property
+    def _record(self) -> dict[str, Any]:
+        return rendering_record(self.tokenizer)
+
+    @cached_property
+    def _vocabulary(self) -> str:
+        return vocabulary_hash(self.tokenizer)
+
+    # A response from elsewhere, fitted to the opening.
+
+    def _fitted(
+        self, completion: Prompt, prompt: RenderedPrompt, truncated: bool, number: int
+    ) -> tuple[str, bool]:
+        """Return what the model has to write from the prompt on, and whether it is whole."""
+        stop = "" if prompt.stop_id is None else self.tokenizer.decode([prompt.stop_id])
+        if isinstance(completion, str):
+            return (completion.removesuffix(stop) if stop else completion), not truncated
+        message = completion[-1]
+        text = message.get("content") or ""
+        text = text.removesuffix(stop) if stop else text
+        reasoning = reasoning_of(message)
+        parts = self._parts(text, reasoning, prompt.opening, truncated)
+        if parts.thinking.strip() and prompt.opening is Opening.CLOSED:
+            raise DataError(
+                f"row {number}: the response has a thinking, and the prompt has closed it before "
+                "the response begins; set `template: {enable_thinking: true}`, or train on the "
+                "answers alone with strip_thinking."
+            )
+        is_whole = parts.closed and not truncated
+        shape = shape_of(self.tokenizer)
+        if not (parts.thinking.strip() or not parts.closed):
+            written = self._answer_written(text, parts, prompt.opening)
+        elif shape.thinking_start is not None and shape.thinking_end is not None:
+            answer = shape.thinking_end + self._trimmed(parts.answer.lstrip())
+            written = shape.thinking_start + parts.thinking.strip()
+            written += answer if parts.closed else ""
+        else:
+            written = self._thinking_written(text, parts, prompt, is_own=not reasoning)
+        return written + (shape.ending if is_whole else ""), is_whole
+
+    def _parts(self, text: str, reasoning: str, opening: Opening, truncated: bool) -> Split:
+        """Tell thinking and answer of a response apart."""
+        opened = opening is Opening.OPENED and truncated  # else it would have closed the thinking
+        split = split_any(text, self.tags, opened=opened and not reasoning)
+        if not reasoning:
+            return split
+        return Split(reasoning, split.answer, bool(split.answer.strip()) or not truncated)
+
+    def _answer_written(self, text: str, parts: Split, opening: Opening) -> str:
+        """Write a response without thinking; an opened thinking is closed first."""
+        shape = shape_of(self.tokenizer)
+        if opening is Opening.OPENED:
+            start = shape.answer_start or shape.thinking_end or self._default_end
+            return start + self._trimmed(parts.answer.lstrip())
+        if opening is Opening.FREE and shape.thinking_end is None:
+            return (shape.answer_start or "") + self._trimmed(text)  # as it is, with its own tags
+        answer = parts.answer if parts.answer == text else parts.answer.lstrip()
+        return (shape.answer_start or "") + self._trimmed(answer)
+
+    def _thinking_written(
+        self, text: str, parts: Split, prompt: RenderedPrompt, *, is_own: bool
+    ) -> str:
+        """Write a response with thinking where the template shows no way of its own."""
+        is_opened = prompt.opening is Opening.OPENED
+        before = "" if is_opened else shape_of(self.tokenizer).answer_start or ""
+        if is_own and (self.tags.close in text or text.lstrip().startswith(self.tags.open)):
+            written = text
+            if is_opened:  # the tag stands in the prompt, and white space after it may
+                written = text.lstrip().removeprefix(self.tags.open)
+                written = written.lstrip() if prompt.text[-1:].isspace() else written
+            return before + self._trimmed(written)
+        start = "" if is_opened else f"{before}{self.tags.open}\n"
+        thinking = parts.thinking.strip() if parts.closed else parts.thinking.lstrip()
+        answer = self._default_end + self._trimmed(parts.answer.lstrip()) if parts.closed else ""
+        return start + thinking + answer
+
+    @property
+    def _default_end(self) -> str:
+        """What closes a thinking where the template shows no way of its own."""
+        return f"\n{self.tags.close}" + ("\n\n" if self.tags.close.startswith("<") else "")
+
+    def _trimmed(self, text: str) -> str:
+        return text.strip() if shape_of(self.tokenizer).trims else text
+
+    def _continuation(self, prompt: RenderedPrompt, text: str, number: int) -> list[int]:
+        """Tokenize a response so that its prompt's tokens stay those that inference has."""
+        before, whole = self._encode(prompt.text), self._encode(prompt.text + text)
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
+        # The two merge where they meet, and a model that is asked has the prompt's end as it is.
+        alone = self._encode(text)
+        begins = self.tokenizer.convert_ids_to_tokens(alone[:1])
+        if begins and str(begins[0]).startswith(_WORD_START) and not text[:1].isspace():
+            raise DataError(
+                f"row {number}: the tokenizer cannot split the prompt's end from the beginning of "
+                "the response; end the prompt with a special token or a line break."
+            )
+        return alone
+
+
+_WORD_START = "▁"
+"""How SentencePiece marks a word's beginning, which it puts before any text that stands alone."""
+
+_DIFFERENCES = {
+    "arguments": "its response was sampled with the template arguments {was}, and {now} are in "
+    "force; set `template` to those that it was sampled with, or sample again.",
+    "template": "its response was sampled with another chat template (hash {was} there, {now} "
+    "here); set training.chat_template_path to that template, or sample again.",
+}
+
+
+def bind_as_sampled(tokenizer: "PreTrainedTokenizerBase", dataset: "Dataset") -> None:
+    """Bind the template arguments that traces were sampled with, for what only reads them.
+
+    Args:
+        tokenizer: Changed in place; stays as it is if the rows tell no arguments.
+        dataset: As `load_traces` returns it; rows with other arguments than the first are refused
+            when they are rendered.
+    """
+    told = dataset["rendering"] if "rendering" in dataset.column_names else []
+    first: dict[str, Any] = next((json.loads(each) for each in told if each), {})
+    if first.get("arguments"):
+        bind_template(tokenizer, first["arguments"], bound_thinking(tokenizer))
+
+
+def rendering_record(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """What decides how a prompt is rendered: kept beside what was sampled, trained or cached.
+
+    Returns:
+        `template`, the hash of the chat template without its arguments (None for none), and
+        `arguments`, those that are bound to it.
+    """
+    return {"template": template_hash(tokenizer), "arguments": template_arguments(tokenizer)}
+
+
+def vocabulary_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Hash which token has which id: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for token, index in sorted(tokenizer.get_vocab().items()):
+        digest.update(f"{token}\0{index}\n".encode(errors="surrogatepass"))
+    return digest.hexdigest()[:16]
+
+
+# Prompts as text.
 
 
 def chat_template_of(tokenizer: "PreTrainedTokenizerBase", path: str | None) -> Any:
@@ -38,11 +381,19 @@ def render_chat(
     messages: list[dict[str, Any]],
     *,
     add_generation_prompt: bool = False,
+    **arguments: Any,
 ) -> str:
     """Render messages with the tokenizer's chat template.
 
+    Args:
+        tokenizer: The model's.
+        messages: A conversation.
+        add_generation_prompt: Whether a response is asked for.
+        **arguments: Template arguments of this call, above those that are bound.
+
     Raises:
-        DataError: If it has none, or its template refuses the messages.
+        DataError: If it has none, its template refuses the messages, or, where a response is asked
+            for, the template loses one of them or cannot ask.
     """
     from jinja2 import TemplateError
 
@@ -52,18 +403,48 @@ def render_chat(
             "give prompts and completions as plain text, or a tokenizer with a template."
         )
     try:
-        return cast(
-            "str",
-            tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            ),
+        shape = shape_of(tokenizer, **arguments)
+        tags = ThinkingTags.of(tokenizer)
+        given = template_messages(messages, shape, (tags.open, tags.close))
+        text = call_template(
+            tokenizer, given, add_generation_prompt=add_generation_prompt, **arguments
         )
     except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise DataError(
-            f"the chat template refuses messages of the roles {roles} ({error}); "
-            "change them to what the template takes."
-        ) from error
+        raise _refusal(messages, error) from error
+    if add_generation_prompt:
+        if not shape.has_generation_prompt and (shape.answer_start or "").strip():
+            raise DataError(
+                "the chat template renders no generation prompt: it writes "
+                f"{shape.answer_start!r} before a response and does not ask for one with it; set "
+                "training.chat_template_path to a template that heeds add_generation_prompt."
+            )
+        require_all_shown(messages, text)
+    return text
+
+
+def _refusal(messages: Any, error: BaseException) -> DataError:
+    roles = ", ".join(message["role"] for message in messages)
+    return DataError(
+        f"the chat template refuses messages of the roles {roles} ({error}); "
+        "change them to what the template takes."
+    )
+
+
+def _conversation_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [*row["prompt"], *row["completion"]]
+
+
+def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the tokens that end a response: the chat template's own, and EOS."""
+    stops = [tokenizer.eos_token_id]
+    if getattr(tokenizer, "chat_template", None):
+        try:
+            stop = shape_of(tokenizer).stop
+        except Exception:  # a template is a program; one that fails shows no stop token
+            stop = None
+        if stop is not None:
+            stops.insert(0, tokenizer.convert_tokens_to_ids(stop))
+    return [stop for stop in dict.fromkeys(stops) if stop is not None]
 
 
 def plain_prompt(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]]) -> str:
@@ -84,38 +465,6 @@ def plain_prompt(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, 
     ):
         return text.removeprefix(bos)
     return text
-
-
-def keeps_thinking(tokenizer: "PreTrainedTokenizerBase", tags: ThinkingTags) -> bool:
-    """Whether the chat template renders the thinking of a last response."""
-    messages = [
-        {"role": "user", "content": "question"},
-        {"role": "assistant", "content": f"{tags.open}some thinking{tags.close}answer"},
-    ]
-    return "some thinking" in render_chat(tokenizer, messages)
-
-
-def check_rendering(number: int, rendered: str, completion: list[dict[str, Any]]) -> None:
-    """Refuse a rendering that has lost a part of the response.
-
-    Args:
-        number: The row's number, for the message.
-        rendered: The whole conversation as text.
-        completion: The messages that must stand in it.
-
-    Raises:
-        DataError: If a response does not, white space apart.
-    """
-    if any(_squeeze(message["content"]) not in _squeeze(rendered) for message in completion):
-        raise DataError(
-            f"row {number}: the chat template leaves a part of the response out (some drop the "
-            "thinking), so it would not be trained on; set training.chat_template_path to a "
-            "template that keeps it, or use plain text rows (flexalign sample --plain)."
-        )
-
-
-def _squeeze(text: str) -> str:
-    return "".join(text.split())
 
 
 # How long the rows are, in tokens, and what a cut-off does to them.
@@ -188,7 +537,7 @@ def measure_lengths(
 def split_tokens(
     dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Tokenize rows as TRL's trainer will, and split each into prompt and response.
+    """Render rows, and split each into prompt and response.
 
     Args:
         dataset: As in `measure_lengths`.
@@ -198,26 +547,89 @@ def split_tokens(
         The prompt's token ids (which the loss leaves out) and the response's (which it counts).
 
     Raises:
-        DataError: If the chat template leaves a part of a response out.
+        DataError: If a row cannot be rendered.
     """
-    from trl.data_utils import common_prefix_length
-
+    rendering = Rendering(tokenizer)
     for number, row in enumerate(dataset, start=1):
-        if isinstance(row["prompt"], str):
-            eos = tokenizer.eos_token or ""
-            prompt = _token_ids(tokenizer, row["prompt"])
-            whole = _token_ids(tokenizer, row["prompt"] + row["completion"].removesuffix(eos) + eos)
-        else:
-            rendered = render_chat(tokenizer, row["prompt"] + row["completion"])
-            check_rendering(number, rendered, row["completion"])
-            opening = render_chat(tokenizer, row["prompt"], add_generation_prompt=True)
-            prompt = _token_ids(tokenizer, opening, add_special_tokens=False)
-            whole = _token_ids(tokenizer, rendered, add_special_tokens=False)
-        start = common_prefix_length(prompt, whole)
-        yield whole[:start], whole[start:]
+        rendered = rendering.row(row, number)
+        yield rendered.prompt.ids, rendered.response_ids
 
 
-def _token_ids(
-    tokenizer: "PreTrainedTokenizerBase", text: str, *, add_special_tokens: bool = True
-) -> list[int]:
-    return cast("list[int]", tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+# Data sets as trainers take them: token ids, so that nothing is rendered again.
+
+
+def tokenize_rows(dataset: Any, tokenizer: "PreTrainedTokenizerBase") -> Any:
+    """Turn prompts with responses into token ids and the mask of what is trained on.
+
+    Args:
+        dataset: As in `measure_lengths`; one that is read as it goes (`IterableDataset`) too.
+        tokenizer: The model's own.
+
+    Returns:
+        A data set of `input_ids` and `completion_mask`; the one given if it has no `prompt` and
+        `completion`.
+
+    Raises:
+        DataError: If a row cannot be rendered.
+    """
+    columns = _columns(dataset)
+    if not {"prompt", "completion"} <= set(columns):
+        return dataset
+    rendering = Rendering(tokenizer)
+
+    def render(row: dict[str, Any], index: int) -> dict[str, Any]:
+        rendered = rendering.row(row, index + 1)
+        return {"input_ids": rendered.input_ids, "completion_mask": rendered.completion_mask}
+
+    return _mapped(dataset, render, columns)
+
+
+def tokenize_preferences(dataset: Any, tokenizer: "PreTrainedTokenizerBase") -> Any:
+    """Turn prompts with a chosen and a rejected response into token ids.
+
+    Args:
+        dataset: Preferences, as `load_preferences` returns them.
+        tokenizer: The model's own.
+
+    Returns:
+        A data set of `prompt_ids`, `chosen_ids` and `rejected_ids`; the one given if it has no
+        `prompt`, `chosen` and `rejected`.
+
+    Raises:
+        DataError: If a row cannot be rendered.
+    """
+    columns = _columns(dataset)
+    if not {"prompt", "chosen", "rejected"} <= set(columns):
+        return dataset
+    rendering = Rendering(tokenizer)
+
+    def render(row: dict[str, Any], index: int) -> dict[str, Any]:
+        chosen, rejected = (
+            rendering.row({"prompt": row["prompt"], "completion": row[side]}, index + 1)
+            for side in ("chosen", "rejected")
+        )
+        return {
+            "prompt_ids": chosen.prompt.ids,
+            "chosen_ids": chosen.response_ids,
+            "rejected_ids": rejected.response_ids,
+        }
+
+    return _mapped(dataset, render, columns)
+
+
+def _columns(dataset: "Dataset | IterableDataset") -> list[str]:
+    names = dataset.column_names
+    return list(next(iter(dataset))) if names is None else list(names)
+
+
+def _mapped(dataset: Any, render: Any, columns: list[str]) -> Any:
+    from datasets import IterableDataset
+
+    options: dict[str, Any] = {"with_indices": True, "remove_columns": columns}
+    if isinstance(dataset, IterableDataset):
+        return dataset.map(render, **options)
+    # Its own fingerprint: to hash the function would be to hash the tokenizer.
+    from datasets.fingerprint import generate_fingerprint
+
+    name = generate_fingerprint(dataset)
+    return dataset.map(render, load_from_cache_file=False, new_fingerprint=name, **options)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from flexalign.data.template import REASONING_KEYS, bound_thinking, reasoning_of, shape_of
 from flexalign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ class Split(NamedTuple):
 class ThinkingTags:
     """The two tags around a model's thinking.
 
+    A tag is any text: ``<think>``, or the beginning of a channel that is several tokens long.
+
     Attributes:
         open: The opening tag.
         close: The closing tag.
@@ -46,18 +49,36 @@ class ThinkingTags:
 
     @classmethod
     def detect(cls, tokenizer: "PreTrainedTokenizerBase") -> "ThinkingTags | None":
-        """Find the tags that a tokenizer has as tokens, or names in its chat template.
+        """Find the tags that a model thinks in.
+
+        Those bound to the tokenizer come first (a recipe's `thinking`), then those that its chat
+        template writes around a thinking, then a known pair that it has as tokens, or names in its
+        chat template.
 
         Returns:
-            The first known pair found, or None if the model shows no sign of thinking.
+            The first pair found, or None if the model shows no sign of thinking.
         """
+        bound = bound_thinking(tokenizer)
+        if bound is not None:
+            return cls(*bound)
         template = tokenizer.chat_template or ""
         rendered = template if isinstance(template, str) else " ".join(template.values())
+        if template and (shown := _shown_by_rendering(tokenizer)):
+            return shown
         vocabulary = tokenizer.get_vocab()
-        for tags in _KNOWN:
-            if tags.close in vocabulary or tags.close in rendered:
-                return tags
-        return None
+        named = [tags for tags in _KNOWN if tags.close in rendered]
+        known = named + [tags for tags in _KNOWN if tags.close in vocabulary]
+        return known[0] if known else None
+
+    @property
+    def answer(self) -> str:
+        """What stands before an answer that follows no thinking; nothing where tags are a pair.
+
+        A closing tag that ends one message of the assistant and begins another has it at its end.
+        """
+        return (
+            self.close.rpartition(_NEXT_MESSAGE)[2].strip() if _NEXT_MESSAGE in self.close else ""
+        )
 
     @classmethod
     def of(cls, tokenizer: "PreTrainedTokenizerBase") -> "ThinkingTags":
@@ -83,6 +104,8 @@ class ThinkingTags:
         start = before.lstrip()
         inside = opened or bool(closed) or start.startswith(self.open)
         if not inside:
+            if self.answer and start.startswith(self.answer):
+                text = start.removeprefix(self.answer)
             return Split("", text, True)
         return Split(start.removeprefix(self.open), after, bool(closed))
 
@@ -94,6 +117,8 @@ class ThinkingTags:
         return len(tokenizer(thinking, add_special_tokens=False)["input_ids"])
 
 
+_NEXT_MESSAGE = "<|start|>assistant"
+
 _KNOWN = (
     ThinkingTags(),
     ThinkingTags("<thinking>", "</thinking>"),
@@ -101,14 +126,41 @@ _KNOWN = (
     ThinkingTags("<|begin_of_thought|>", "<|end_of_thought|>"),
     ThinkingTags("<seed:think>", "</seed:think>"),
     ThinkingTags("<reasoning>", "</reasoning>"),
+    ThinkingTags("<|channel>thought", "<channel|>"),
+    ThinkingTags(
+        "<|channel|>analysis<|message|>",
+        "<|end|><|start|>assistant<|channel|>final<|message|>",
+    ),
 )
+
+
+def _shown_by_rendering(tokenizer: "PreTrainedTokenizerBase") -> ThinkingTags | None:
+    """Read the tags off a conversation whose response has its thinking beside the content."""
+    try:
+        shape = shape_of(tokenizer)
+    except Exception:  # a template is a program; one that fails shows nothing
+        return None
+    if shape.thinking_end is None or not (close := shape.thinking_end.strip()):
+        return None
+    opened = (shape.thinking_start or "").strip()
+    if not opened:
+        # The prompt has opened the thinking, or closed it, so that its tag stands in the opening.
+        known = next((tags.open for tags in _KNOWN if tags.close == close), None)
+        ids = tokenizer(shape.opening.partition(close)[0].rstrip(), add_special_tokens=False)
+        last = ids["input_ids"][-1:]
+        opened = known or str(tokenizer.decode(last)).strip()
+    return ThinkingTags(opened, close) if opened and opened != close else None
+
+
+# Answers alone, as InRa's fast stream learns them.
 
 
 def strip_thinking(dataset: "Dataset", tags: ThinkingTags | None = None) -> "Dataset":
     """Keep of every response the answer alone (the data InRa's fast stream learns from).
 
     Rows whose thinking is cut off before its end have no answer and are left out. Rows without
-    thinking stay as they are.
+    thinking stay as they are. What is left was not sampled: it is rendered anew, without the
+    sampled tokens and without the template that they were sampled after.
 
     Args:
         dataset: Prompts and completions, as `load_traces` returns them.
@@ -118,28 +170,69 @@ def strip_thinking(dataset: "Dataset", tags: ThinkingTags | None = None) -> "Dat
         DataError: If no row has the closing tag, or no row has an answer after it.
     """
     tags = tags or ThinkingTags()
-    responses = [_response_text(completion) for completion in dataset["completion"]]
-    if not any(tags.close in text for text in responses):
+    rows = dataset.to_list()
+    texts = [_response_text(row["completion"]) for row in rows]
+    apart = [_has_thinking_apart(row["completion"]) for row in rows]
+    if not any(apart) and not any(_closed_in(text, tags) for text in texts):
         raise DataError(
             f"no response of the {len(dataset)} has the thinking tag {tags.close!r}; "
             "leave strip_thinking out, or give traces that think."
         )
-    answered = [index for index, text in enumerate(responses) if tags.split(text).answer.strip()]
+
+    # A response that was cut off and shows no end of its thinking may have begun inside one.
+    answered = [
+        index
+        for index, text in enumerate(texts)
+        if split_any(text, tags).answer.strip()
+        and not (rows[index].get("truncated") and not _closed_in(text, tags) and not apart[index])
+    ]
     if not answered:
         raise DataError(f"no response of the {len(dataset)} has text after {tags.close!r}.")
-    return dataset.select(answered).map(
-        lambda row: {"completion": _answer_only(row["completion"], tags)},
-        load_from_cache_file=False,
+    sampled = [name for name in _SAMPLED if name in dataset.column_names]
+    return (
+        dataset.select(answered)
+        .map(
+            lambda row: {"completion": _answer_only(row["completion"], tags)},
+            load_from_cache_file=False,
+        )
+        .remove_columns(sampled)
     )
+
+
+_SAMPLED = ("response_ids", "rendering")
+"""Columns of a data set that are of the response as it was sampled."""
+
+
+def split_any(text: str, tags: ThinkingTags, *, opened: bool = False) -> Split:
+    """Split a response by a model's tags, or, where it has none of them, by ``<think>``.
+
+    Responses that come from elsewhere are written with the tags of another model.
+    """
+    default = ThinkingTags()
+    is_foreign = not _shows(text, tags) and _shows(text, default)
+    return (default if is_foreign else tags).split(text, opened=opened)
+
+
+def _shows(text: str, tags: ThinkingTags) -> bool:
+    return tags.close in text or text.lstrip().startswith(tags.open)
+
+
+def _closed_in(text: str, tags: ThinkingTags) -> bool:
+    return tags.close in text or ThinkingTags().close in text
 
 
 def _response_text(completion: str | list[dict[str, Any]]) -> str:
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
+def _has_thinking_apart(completion: str | list[dict[str, Any]]) -> bool:
+    return not isinstance(completion, str) and bool(reasoning_of(completion[-1]))
+
+
 def _answer_only(completion: Any, tags: ThinkingTags) -> Any:
     if isinstance(completion, str):
-        return tags.split(completion).answer.lstrip()
+        return split_any(completion, tags).answer.lstrip()
     *earlier, last = completion
-    answer = tags.split(last["content"]).answer.lstrip()
-    return [*earlier, {"role": last["role"], "content": answer}]
+    answer = split_any(last["content"], tags).answer.lstrip()
+    kept = {key: value for key, value in last.items() if key not in REASONING_KEYS}
+    return [*earlier, {**kept, "content": answer}]

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from flexalign._storage import write_json
 from flexalign.data.formats import data_fingerprint
-from flexalign.data.rendering import Prompt
+from flexalign.data.rendering import Prompt, rendering_record, vocabulary_hash
 from flexalign.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 # A run of trace-making on disk: its settings, its manifest, and where it stopped.
 
@@ -38,7 +39,7 @@ class SamplingSettings:
         batch_size: Responses made together.
         seed: Of the whole run.
         plain: Whether rows are written as text (rendered prompt, raw response) instead of
-            messages, for templates that would drop a part of the response.
+            messages. Training does not need it: it takes the tokens that were sampled.
     """
 
     samples: int = 1
@@ -68,7 +69,11 @@ class SamplingSettings:
 
 
 def open_run(
-    prompts: "Dataset", output: Path, settings: SamplingSettings, source: dict[str, Any]
+    prompts: "Dataset",
+    output: Path,
+    settings: SamplingSettings,
+    source: dict[str, Any],
+    rendering: dict[str, Any] | None = None,
 ) -> int:
     """Begin a run, or find where an earlier one of the same configuration stopped.
 
@@ -79,6 +84,8 @@ def open_run(
         output: The JSONL file; its manifest stands beside it.
         settings: How responses are drawn.
         source: What makes them (a model's name and fingerprint, an endpoint), for the manifest.
+        rendering: How prompts are rendered and what its tokens are, where that is known: from
+            `sampling_record`.
 
     Returns:
         The number of rows that the file already holds.
@@ -93,6 +100,8 @@ def open_run(
         "prompts": {"rows": len(prompts), "fingerprint": data_fingerprint(prompts)},
         "settings": asdict(settings),
     }
+    if rendering is not None:
+        manifest["rendering"] = rendering
 
     path = output.with_name(output.name + ".manifest.json")
     if path.exists():
@@ -215,11 +224,15 @@ def make_traces(
     done: int = 0,
     progress: Callable[[int], None] | None = None,
     render: Callable[[Prompt], str] | None = None,
+    rendering: dict[str, Any] | None = None,
 ) -> TraceSummary:
     """Answer every prompt `samples` times and append the responses to `output`.
 
     Rows are `prompt` and `completion` (messages, or text after a plain prompt), `answer` if the
     prompt has one, `prompt_index`, `sample`, `tokens` and `truncated`; `load_traces` reads them.
+    Where the generator tells the tokens that it wrote, a row has them as `response_ids`, without
+    the token that ended the response, and with `rendering` what they were written after: training
+    takes these tokens, and renders the response at no time again.
 
     Args:
         prompts: As `load_prompts` returns them.
@@ -229,6 +242,7 @@ def make_traces(
         done: Rows already in the file, from `open_run`.
         progress: Called with the number of rows after each block.
         render: Renders a prompt of messages as text; needed where `settings.plain` is set.
+        rendering: As `open_run` was given it.
     """
     pairs = [(index, sample) for index in range(len(prompts)) for sample in range(settings.samples)]
     with output.open("a", encoding="utf-8", newline="\n") as file:
@@ -243,7 +257,7 @@ def make_traces(
                 [derive_seed(settings.seed, *pair) for pair in block],
             )
             made = [
-                _trace(row, pair, response, render if settings.plain else None)
+                _trace(row, pair, response, render if settings.plain else None, rendering)
                 for row, pair, response in zip(rows, block, responses, strict=True)
             ]
             file.writelines(
@@ -254,6 +268,11 @@ def make_traces(
             if progress is not None:
                 progress(start + len(block))
     return _summarise(output, len(prompts), made=len(pairs) - done)
+
+
+def sampling_record(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """What sampled token ids depend on: the vocabulary, the chat template and its arguments."""
+    return {**rendering_record(tokenizer), "vocabulary": vocabulary_hash(tokenizer)}
 
 
 def derive_seed(seed: int, *place: int | str) -> int:
@@ -267,6 +286,7 @@ def _trace(
     pair: tuple[int, int],
     response: Sampled,
     render: Callable[[Prompt], str] | None,
+    rendering: dict[str, Any] | None,
 ) -> dict[str, Any]:
     prompt: Prompt = row["prompt"]
     if render is not None:
@@ -275,6 +295,11 @@ def _trace(
     if not isinstance(prompt, str):
         completion = [{"role": "assistant", "content": response.text}]
     answer = {"answer": row["answer"]} if row.get("answer") is not None else {}
+    # A server tells text alone.
+    ids = getattr(response, "token_ids", None)
+    sampled: dict[str, Any] = {} if ids is None else {"response_ids": list(ids)}
+    if sampled and rendering is not None:
+        sampled["rendering"] = rendering
     return {
         "prompt": prompt,
         "completion": completion,
@@ -283,6 +308,7 @@ def _trace(
         "sample": pair[1],
         "tokens": response.tokens,
         "truncated": response.truncated,
+        **sampled,
     }
 
 

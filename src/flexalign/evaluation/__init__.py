@@ -1,6 +1,6 @@
-"""Measuring systems: questions, samples, grades, intervals and pictures.
+"""Measures systems: tasks, samples, grades, summaries and plots.
 
-The names below load on first use; the modules that need no torch can be imported without it.
+The names below are imported on first use, so that modules without torch can be imported without it.
 """
 
 from typing import TYPE_CHECKING

@@ -1,8 +1,8 @@
-r"""Finding the answer in a response, and what can be said about it without mathematics.
+r"""Finds the answer in a response, and compares answers where no mathematics is needed.
 
-An answer is what stands in ``\boxed{}``; without a box, the first expression that is announced
-("the answer is …"), or else the last one. An expression is taken whole: a number in it is the
-answer only where nothing else belongs to it.
+The answer is the content of ``\boxed{}``; without a box, the first expression that is announced
+("the answer is …"), or else the last expression. An expression is taken whole: a number in it is
+the answer only if it is the whole expression.
 """
 
 import re
@@ -193,12 +193,12 @@ _SIGNS = {
 
 
 class Boxes(NamedTuple):
-    r"""What a text says in boxes.
+    r"""The boxed answer of a text.
 
     Attributes:
         answer: The contents of the last box, or of the last boxes where they are one list
             (``\boxed{2} and \boxed{3}``), joined by commas; None if there is no complete box.
-        open: Whether a later box is opened and never closed, which withdraws the answer.
+        open: Whether a later box is opened and not closed; the answer then does not count.
     """
 
     answer: str | None
@@ -206,9 +206,9 @@ class Boxes(NamedTuple):
 
 
 def find_boxes(text: str) -> Boxes:
-    r"""The last complete ``\boxed{…}``, or the list that the last ones make, in one pass.
+    r"""Find the last complete ``\boxed{…}``, or the list that the last ones form, in one pass.
 
-    An empty box says nothing and withdraws nothing; it is the answer only where no other is.
+    An empty box is ignored if there is any other; it is the answer only if all are empty.
     """
     open_boxes: list[tuple[int, int] | None] = []
     complete: list[tuple[int, int, int]] = []  # where a box starts, its contents start, and end
@@ -239,20 +239,21 @@ def find_boxes(text: str) -> Boxes:
 
 
 def find_boxed(text: str) -> str | None:
-    """The boxed answer of a text; None if there is none, or if a later box is left open."""
+    """Return the boxed answer of a text; None if there is none, or if a later box is left open."""
     boxes = find_boxes(text)
     return None if boxes.open else boxes.answer
 
 
 def find_stated(answer: str, *, expected: str) -> str | None:
-    """The answer of a text without a box.
+    """Return the answer of a text without a box; None if there is none.
 
-    Words and choices are the first formula of what is announced, the last of what is not, or a
-    single line. Of mathematics it is the expression, and of an equation its right side where the
-    known answer is a number.
+    If the known answer is words or a choice, the answer is the first formula of an announced
+    answer, or the last formula of the whole text, or the text itself if it is a single line. If it
+    is mathematics, the answer is an expression; if it is a number, only the right side of an
+    equation.
 
     Args:
-        answer: What follows the thinking.
+        answer: The text after the thinking.
         expected: The known answer.
     """
     announced = _HASHES.findall(answer) or _ANNOUNCED.findall(answer)
@@ -290,11 +291,11 @@ def _joins(between: str) -> bool:
 
 
 class _Span(NamedTuple):
-    """An expression in a text: its tokens, and what stands around it.
+    """An expression in a text, and what surrounds it.
 
     Attributes:
-        text: The expression, formulas by placeholder.
-        linked: What links it to the expression before: a comma, "and" or "or", else nothing.
+        text: The expression, with placeholders for formulas.
+        linked: What links it to the previous expression: a comma, "and" or "or", else empty.
         closed: Whether punctuation, a link or the end follows, so that no word belongs to it.
     """
 
@@ -304,14 +305,14 @@ class _Span(NamedTuple):
 
 
 def _stated_expression(text: str, *, announced: bool, numeric: bool, valued: bool) -> str | None:
-    """The expression that a text states, the first announced one or else the last.
+    """Return the expression that a text states: the first one if announced, else the last.
 
     Args:
-        text: What is announced, or the whole answer.
+        text: The announced answer, or the whole answer.
         announced: Whether it is announced.
-        numeric: Whether the known answer is one number; then a formula is worth no more than an
-            expression in plain text, and of an equation the right side counts.
-        valued: Whether the known answer has a number in it, as the expression then must.
+        numeric: Whether the known answer is one number; formulas are then not preferred to
+            expressions in plain text, and only the right side of an equation counts.
+        valued: Whether the known answer contains a number; expressions with one then come first.
     """
     masked, formulas = _mask_formulas(text)
     if not formulas and not numeric and "\n" not in text and not _has_prose(masked):
@@ -342,23 +343,28 @@ def _stated_expression(text: str, *, announced: bool, numeric: bool, valued: boo
 
 
 def _mask_formulas(text: str) -> tuple[str, list[str]]:
-    """The text with a placeholder for each formula, and the formulas; dollars paid are none."""
+    """Return the text with a placeholder for each formula, and the formulas.
+
+    A dollar sign before an amount of money does not begin a formula.
+    """
     text = _WORKINGS.sub("", text).replace("\\$", "").replace("**", "").replace("`", "")
     text = text.replace("−", "-")
+
     masked, formulas, position = "", list[str](), 0
     while match := _FORMULA.search(text, position):
         content = next(group for group in match.groups() if group is not None).strip()
-        paid = (
+        is_money = (
             match[0][0] == "$" and content[:1].isdigit() and _has_prose(_WRAPPED.sub("", content))
         )
         masked += text[position : match.start()]
-        if paid:
+        if is_money:
             position = match.start() + 1
             continue
         masked += f"\x00{len(formulas)}\x00"
         formulas.append(content)
         position = match.end()
     masked += text[position:]
+
     masked = _RATE.sub(" ", _LABEL.sub(": ", _MONEY.sub("", masked)))
     return _WRAPPED.sub(r" \1 ", masked), formulas
 
@@ -368,12 +374,12 @@ def _unmask(text: str, formulas: list[str]) -> str:
 
 
 def _has_prose(text: str) -> bool:
-    """Whether a text has words of two letters or more, names of functions aside."""
+    """Whether a text has words of two letters or more; names of functions do not count."""
     return any(word not in _NAMES for word in _PROSE.findall(text))
 
 
 def _spans(masked: str) -> list[_Span]:
-    """The expressions of a text, in order; words stand between them."""
+    """Return the expressions of a text, in order; words separate them."""
     return [span for line in masked.split("\n") for span in _Reader().read(line.split())]
 
 
@@ -384,18 +390,20 @@ class _Reader:
         self._spans: list[_Span] = []
         self._tokens: list[str] = []
         self._depth = 0
-        self._linked = ""  # what stands before the expression that is being read
-        self._link = ""  # what stands before the next one
+        self._linked = ""  # the link before the expression that is being read
+        self._link = ""  # the link before the next one
 
     def read(self, tokens: list[str]) -> list[_Span]:
         for index, token in enumerate(tokens):
             if token in _LINKS and self._depth <= 0:
-                follows = self._tokens or self._link  # an expression, and not a word
+                # "and" links two expressions only if one precedes it, not a word.
+                follows = self._tokens or self._link
                 self._finish(closed=True, link=token if follows else "")
                 continue
+
             core = token.strip("\"'“”*#").rstrip(".,;:?\"'”")
             stop = token[len(core) :] if token.startswith(core) else token[-1:]
-            belongs = self._goes_on_with(core)
+            belongs = self._continues_with(core)
             if not _is_mathematical(core, joined=belongs, following=tokens[index + 1 : index + 2]):
                 self._finish(closed=False)
                 continue
@@ -412,8 +420,8 @@ class _Reader:
         self._finish(closed=True)
         return self._spans
 
-    def _goes_on_with(self, token: str) -> bool:
-        """Whether the expression that is being read goes on with this token."""
+    def _continues_with(self, token: str) -> bool:
+        """Whether this token continues the expression that is being read."""
         if not self._tokens:
             return False
         last = self._tokens[-1]
@@ -425,7 +433,7 @@ class _Reader:
         )
 
     def _finish(self, *, closed: bool, link: str = "") -> None:
-        """End the expression, without brackets that the sentence opened or closes around it."""
+        """End the expression, without the brackets that belong to the sentence around it."""
         text, depth = " ".join(self._tokens).lstrip("="), self._depth
         while depth > 0 and text[:1] in tuple("([{"):
             text, depth = text[1:], depth - 1
@@ -438,7 +446,7 @@ class _Reader:
 
 
 def _is_mathematical(token: str, *, joined: bool, following: list[str]) -> bool:
-    """Whether a token belongs to an expression; a letter only if an operator stands beside it."""
+    """Whether a token belongs to an expression; a letter does only next to an operator."""
     if _has_prose(_MEASURE.sub("", token)) or not token:
         return False
     if len(token) == 1 and token.isalpha():
@@ -449,7 +457,7 @@ def _is_mathematical(token: str, *, joined: bool, following: list[str]) -> bool:
 
 
 def _lists(spans: list[_Span], *, by_commas: bool) -> list[list[str]]:
-    """The expressions, those that one list links together."""
+    """Group the expressions; those that are linked as one list share a group."""
     groups: list[list[str]] = []
     for span in spans:
         linked = span.linked in _LINKS or (by_commas and span.linked in (",", ";") and span.closed)
@@ -461,22 +469,22 @@ def _lists(spans: list[_Span], *, by_commas: bool) -> list[list[str]]:
 
 
 def _depth(text: str) -> int:
-    """How many brackets a text leaves open; below 0 if it closes more than it opens."""
+    """Return how many brackets a text leaves open; below 0 if it closes more than it opens."""
     return sum(text.count(opening) for opening in "([{") - sum(
         text.count(closing) for closing in ")]}"
     )
 
 
 def is_left_undone(stated: str, expected: str) -> bool:
-    """Whether what is stated in place of a number is plain arithmetic that nobody carried out.
+    """Whether the stated answer is plain arithmetic, not carried out, where a number is known.
 
-    ``2 + 3 + 5`` is the question of which 10 is the answer. In a box it counts.
+    ``2 + 3 + 5`` is not accepted as the answer 10, except in a box.
     """
     return bool(_UNDONE.fullmatch(stated)) and as_number(normalise(expected)) is not None
 
 
 def expected_answer(gold: str) -> str:
-    """The known answer, taken out of its box or its working, as written."""
+    """Return the known answer as written, without its box or its working."""
     boxed = find_boxed(gold)
     if boxed is not None:
         return boxed
@@ -485,7 +493,7 @@ def expected_answer(gold: str) -> str:
 
 
 def split_outside(text: str, separator: re.Pattern[str]) -> list[str]:
-    """The parts of a text between separators that stand outside of all brackets."""
+    """Split a text at the separators that are outside all brackets."""
     parts, start, depth, last = [], 0, 0, 0
     for match in separator.finditer(text):
         depth += _depth(text[last : match.start()])
@@ -500,22 +508,23 @@ def split_outside(text: str, separator: re.Pattern[str]) -> list[str]:
 
 
 def normalise(text: str) -> str:
-    """Without markup, superfluous space and a final full stop."""
+    """Return a text without markup, superfluous space and a final full stop."""
     text = _tidy(text)
     return text if text.endswith("..") else text.removesuffix(".").rstrip()
 
 
 def plain_verdict(found: str, expected: str) -> bool | None:
-    """Whether two answers agree, as far as that shows without mathematics.
+    """Whether two answers agree, as far as this can be decided without mathematics.
 
-    Numbers are compared as numbers, words as words (what stands in ``\\text{}``, or has four
-    letters or more), choices by their letter, with their value where both give one, times and
-    ratios part by part, and numerals with a base digit by digit: to mathematics a word is a
-    product of letters, a time a quotient, and a base an index.
+    Numbers are compared as numbers; words (in ``\\text{}``, or of four letters or more) as text;
+    choices by their letter, and by their value if both give one; times and ratios part by part;
+    numerals with a base digit by digit. The mathematical parser would read a word as a product of
+    letters, a time as a quotient, and a base as an index.
 
     Returns:
-        True or False where that decides it; None where mathematics must.
+        True or False if that is decided; None if the mathematical parser must decide.
     """
+    # Numbers.
     mine, target = normalise(found), normalise(expected)
     number, known = as_number(mine), as_number(target)
     if number is None and known is not None and (comma := _DECIMAL_COMMA.fullmatch(mine)):
@@ -524,9 +533,10 @@ def plain_verdict(found: str, expected: str) -> bool | None:
         return number == known
     if _MIXED.match(found) or _MIXED.match(expected):
         return None
-    if mine.replace(" ", "") == target.replace(" ", ""):
-        return bool(mine)  # of two empty texts nothing is known
 
+    # Equal texts, choices, words and times.
+    if mine.replace(" ", "") == target.replace(" ", ""):
+        return bool(mine)  # two empty texts do not agree
     if _EMPTY.fullmatch(mine) or _EMPTY.fullmatch(target):
         return bool(_EMPTY.fullmatch(mine) and _EMPTY.fullmatch(target))
     if valued := _valued_verdict(mine, target, expected):
@@ -538,11 +548,13 @@ def plain_verdict(found: str, expected: str) -> bool | None:
         return mine.casefold() == target.casefold()
     if (clock := _same_clock(mine, target)) is not None:
         return clock
+
+    # Sets, congruences and numerals with a base.
     if any(
         _BRACES_AROUND.fullmatch(one) and _BRACKETS_AROUND.fullmatch(other)
         for one, other in ((mine, target), (target, mine))
     ):
-        return False  # a set is no pair and no interval
+        return False  # a set is neither a pair nor an interval
     moduli = [["".join(each) for each in _MODULUS.findall(text)] for text in (mine, target)]
     if all(moduli) and moduli[0] != moduli[1]:
         return False
@@ -567,7 +579,7 @@ def is_plain(expected: str) -> bool:
 
 
 def is_choice(expected: str) -> bool:
-    r"""Whether a known answer is a letter to choose, such as ``\text{(B)}`` or ``(B)``."""
+    r"""Whether a known answer is the letter of a choice, such as ``\text{(B)}`` or ``(B)``."""
     text = normalise(expected)
     if re.fullmatch(r"\([A-Z]\)", text):
         return True
@@ -575,7 +587,7 @@ def is_choice(expected: str) -> bool:
 
 
 def is_words(expected: str) -> bool:
-    """Whether a known answer is meant as words."""
+    """Whether a known answer is words, not a product of letters."""
     text = normalise(expected)
     if _ALL_WRAPPED.fullmatch(expected):
         return bool(re.fullmatch(r"[^\W\d_][^\d_\\{}^=+]*", text))
@@ -583,9 +595,13 @@ def is_words(expected: str) -> bool:
 
 
 def as_number(text: str) -> Decimal | None:
-    """A plain number; its thousands may be set apart by commas or single spaces."""
+    """Read a plain number; commas or single spaces may separate its thousands.
+
+    Returns:
+        None if the text is not a plain number.
+    """
     text = text.removeprefix("+")
-    if re.fullmatch(r"-?0,\d+", text):  # no thousands after a nought: a decimal comma
+    if re.fullmatch(r"-?0,\d+", text):  # 0 has no thousands: this is a decimal comma
         return Decimal(text.replace(",", "."))
     if not _NUMBER.fullmatch(text) and not _SPACED_NUMBER.fullmatch(text):
         return None
@@ -593,14 +609,15 @@ def as_number(text: str) -> Decimal | None:
 
 
 def for_mathematics(text: str, *, unit: bool) -> str:
-    """The answer in a form that math-verify reads as it is meant.
+    """Rewrite an answer so that math-verify reads it correctly.
 
-    Without that, ``2(15)`` would be the mixed number 17 and ``1 3/4`` none, a final full stop part
-    of the formula, and a repeating decimal no number.
+    As written, math-verify would read ``2(15)`` as the mixed number 17, would not read ``1 3/4`` as
+    a mixed number or a repeating decimal as a number, and would take a final full stop as part of
+    the formula.
 
     Args:
         text: The answer as written.
-        unit: Whether the known answer is a number, which a unit in plain letters may follow.
+        unit: Whether the known answer is a number, so that a unit in plain letters may follow it.
     """
     text = _in_commands(text)
     text = _EDGES.sub("", text).strip("$")
@@ -614,7 +631,7 @@ def for_mathematics(text: str, *, unit: bool) -> str:
 
 
 def _in_commands(text: str) -> str:
-    """The text with Unicode's fractions, powers, roots and operators as LaTeX commands."""
+    """Replace Unicode fractions, powers, roots and operators by LaTeX commands."""
     text = _VULGAR.sub(_as_frac, text)
     text = _RAISED.sub(lambda match: f"^{{{_ascii(match[0])}}}", text)
     text = _LOWERED.sub(lambda match: f"_{{{_ascii(match[0])}}}", text)
@@ -642,14 +659,18 @@ def _as_fraction(decimal: re.Match[str]) -> str:
 
 
 class _Valued(NamedTuple):
-    """What a choice with its value comes to: a verdict, or what remains to be compared."""
+    """The comparison of a choice with its value: a verdict, or the pair still to be compared."""
 
     verdict: bool | None
     rest: tuple[str, str] | None = None
 
 
 def _valued_verdict(mine: str, target: str, expected: str) -> _Valued | None:
-    """How ``(B) 5`` compares with a letter, a value, or another choice with its value."""
+    """Compare ``(B) 5`` with a letter, a value, or another choice with its value.
+
+    Returns:
+        None if neither text is a choice with its value, or the other has nothing to compare with.
+    """
     ours, theirs = _VALUED_CHOICE.fullmatch(mine), _VALUED_CHOICE.fullmatch(target)
     if ours and theirs:
         if _letter(ours) != _letter(theirs):
@@ -671,9 +692,9 @@ def _letter(choice: re.Match[str]) -> str:
 
 
 def _same_clock(mine: str, target: str) -> bool | None:
-    """Whether two times or ratios are the same; None if either is neither.
+    """Whether two times or ratios are equal; None if this cannot be decided.
 
-    ``10:30`` is a time and no third; ``4:6`` and ``2:3`` are one ratio.
+    ``10:30`` is a time and not the ratio 1:3; ``4:6`` and ``2:3`` are the same ratio.
     """
     known = _CLOCK.fullmatch(target)
     ours = _CLOCK.fullmatch(mine)
@@ -684,8 +705,11 @@ def _same_clock(mine: str, target: str) -> bool | None:
         if quotient and [each for each in quotient.groups() if each] == known[1].split(":"):
             return True
         return False if _is_time(known[1]) else None
+
+    # "am" and "pm" must agree only if both are given.
     if (known[2] or ours[2] or "").casefold() != (ours[2] or known[2] or "").casefold():
         return False
+
     parts, others = ([int(part) for part in match[1].split(":")] for match in (ours, known))
     if parts == others:
         return True
@@ -701,13 +725,13 @@ def _is_time(text: str) -> bool:
 
 
 def _numeral(text: str) -> tuple[str, str] | None:
-    """The digits and the base of a numeral, ``204_5`` or ``(204)_5``."""
+    """Return the digits and the base of a numeral, ``204_5`` or ``(204)_5``; None if it is none."""
     match = _IN_BASE.fullmatch(text.replace(" ", ""))
     return (match["digits"], match["base"]) if match else None
 
 
 def _same_numeral(found: str, digits: str, base: str) -> bool:
-    """The base may be left away, since the question names it; another one is wrong."""
+    """Whether two numerals agree; the found one may omit the base, as the question names it."""
     based = _numeral(found)
     if based is None:
         return found.replace(" ", "").casefold() == digits.casefold()

@@ -1,12 +1,12 @@
-"""Whether two answers are equal mathematically: the program that a worker process runs.
+"""Compares two answers mathematically: the program of a worker process.
 
-It reads one JSON object a line, ``{"found": …, "expected": …, "seconds": …}``, and answers with
-one of `EQUAL`, `UNEQUAL` and `UNPARSED`. It may hang, use up its memory or crash on what a model
-wrote; its parent sees to that.
+It reads one JSON object on each line, ``{"found": …, "expected": …, "seconds": …}``, and writes
+`EQUAL`, `UNEQUAL` or `UNPARSED`. It may hang, exceed its memory limit or crash on a model's answer;
+the parent process handles all of these.
 
-math-verify parses the answers and knows how lists, sets, matrices and equations are compared. What
-two numbers or terms are worth is decided here: exact ones exactly, at whatever size, and decimals
-by their leading digits. Inequalities and notations of sets are read as sets first.
+math-verify parses the answers and compares lists, sets, matrices and equations. This module
+compares numbers and terms: exact ones exactly, of any size, and decimals by their leading digits.
+Inequalities and set notation are first read as sets.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def compare(found: str, expected: str) -> str:
     """Compare an answer with the known one.
 
     Returns:
-        `UNPARSED` if no mathematics can be made of `found` (or of `expected`), else the verdict.
+        `UNPARSED` if `found` or `expected` cannot be parsed, else `EQUAL` or `UNEQUAL`.
     """
     from math_verify import verify
 
@@ -69,12 +69,12 @@ def compare(found: str, expected: str) -> str:
 
 
 def main() -> None:
-    """Answer requests until the input ends."""
+    """Answer requests until the standard input ends."""
     import math_verify  # noqa: F401  (loaded before the first answer's time starts)
 
     logging.disable(logging.WARNING)
     replies = sys.stdout
-    sys.stdout = sys.stderr
+    sys.stdout = sys.stderr  # so that a library's prints do not mix with replies
     _limit_memory()
     print(READY, file=replies, flush=True)
 
@@ -90,7 +90,7 @@ def main() -> None:
 
 
 def _parse(text: str) -> list[Any]:
-    """The answer as sympy's objects; empty if math-verify can make none of it."""
+    """Parse an answer to sympy objects; empty if math-verify cannot parse it."""
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
     from sympy import Basic, MatrixBase
 
@@ -105,10 +105,11 @@ def _parse(text: str) -> list[Any]:
 
 
 def _compare_numbers_exactly() -> None:
-    """Have math-verify's comparison of lists, sets, matrices and equations use `_same_value`.
+    """Make math-verify compare the members of lists, sets, matrices and equations by `_same_value`.
 
-    Its own takes two exact numbers whose difference is below about 1e-15 for the same, and rounds
-    decimals at a fixed place. It calls the function by its module's name.
+    math-verify's own function takes two exact numbers as equal if they differ by less than about
+    1e-15, and rounds decimals at a fixed place. It is looked up in its module at each call, so it
+    can be replaced there.
     """
     from math_verify import grader
 
@@ -116,7 +117,7 @@ def _compare_numbers_exactly() -> None:
 
 
 def _same_value(target: Any, mine: Any, *_: int) -> bool:
-    """Whether two numbers, terms or matrices are equal; exact ones exactly."""
+    """Whether two numbers, terms or matrices are equal; exact ones are compared exactly."""
     from sympy import Float, MatrixBase, MatrixExpr
 
     target, mine = _percent_less(target, mine)
@@ -147,13 +148,14 @@ def _same_matrix(target: Any, mine: Any) -> bool:
 def _same_number(target: Any, mine: Any, *, decimal: bool) -> bool:
     """Whether two terms without free symbols are the same number.
 
-    Exact ones are the same if 400 digits cannot tell them apart. A decimal is the same if it
-    agrees to six places, of a known answer below 1 to six significant digits, of a large one to
-    twelve.
+    Exact ones are the same if they agree to 400 digits. Decimals are the same if they agree to six
+    decimal places, to six significant digits if the known answer is below 1, or to twelve
+    significant digits if it is large.
     """
     difference = target - mine
     if not decimal:
         return not _is_significant(difference.evalf(15, maxn=_EXACT_DIGITS))
+
     size, error = abs(complex(target.evalf(20))), abs(complex(difference.evalf(20)))
     if not math.isfinite(size) or not math.isfinite(error):
         return False
@@ -162,7 +164,7 @@ def _same_number(target: Any, mine: Any, *, decimal: bool) -> bool:
 
 
 def _is_significant(value: Any) -> bool:
-    """Whether an evaluated difference has a digit that counts, or is no number at all."""
+    """Whether an evaluated difference has a significant digit, or is not a number."""
     from sympy import Float, nan, zoo
 
     if value.has(nan, zoo) or not value.is_number or value.free_symbols:
@@ -172,7 +174,10 @@ def _is_significant(value: Any) -> bool:
 
 
 def _probed(target: Any, mine: Any) -> Iterator[tuple[Any, Any]]:
-    """Both terms at rational points, where both have a value there; at least at one of them."""
+    """Evaluate both terms at rational points; points where either has no value are skipped.
+
+    If all points are skipped, the terms themselves are returned.
+    """
     from sympy import Rational, nan, oo, zoo
 
     target, mine = _without_functions(target), _without_functions(mine)
@@ -193,7 +198,7 @@ def _probed(target: Any, mine: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _without_functions(term: Any) -> Any:
-    """The term with unknown functions, f(2), as symbols of their own."""
+    """Replace applications of unknown functions, such as f(2), by symbols."""
     from math_verify.grader import unwrap_fcs
 
     return unwrap_fcs(term)
@@ -206,7 +211,7 @@ def _symbols(*terms: Any) -> bool:
 
 
 def _percent_less(target: Any, mine: Any) -> tuple[Any, Any]:
-    """Whole percentages as whole numbers, if both are whole: 28 % may be written 28."""
+    """Return both terms without percent signs if both are then whole: 28 % equals 28."""
     from math_verify.grader import get_pct_val
     from sympy import Integer
 
@@ -216,14 +221,14 @@ def _percent_less(target: Any, mine: Any) -> tuple[Any, Any]:
 
 
 def _done(term: Any) -> Any:
-    """The term with its factorials, sums and percentages carried out, where that is possible."""
+    """Carry out a term's factorials, sums and percentages, if possible."""
     with contextlib.suppress(Exception):
         return term.doit()
     return term
 
 
 def _all_the_same(mine: Any, target: Any) -> bool:
-    """Whether every member of a list is the one known answer: ``1/2, 0.5`` says one half twice."""
+    """Whether all members of a list equal the known answer, as in ``1/2, 0.5`` for one half."""
     from sympy import Expr, FiniteSet
 
     if not isinstance(mine, FiniteSet) or not isinstance(target, Expr) or len(mine.args) < 2:
@@ -235,10 +240,10 @@ def _all_the_same(mine: Any, target: Any) -> bool:
 
 
 def _same_sets(found: str, expected: str) -> bool | None:
-    """Whether two answers are the same set, if at least one is written by inequalities.
+    """Whether two answers are the same set, if at least one is written with inequalities.
 
     Returns:
-        None where neither has an inequality, or one of them cannot be read as a set of reals.
+        None if neither has an inequality, or one of them cannot be read as a set of reals.
     """
     if not any(_RELATION.search(text) or _BUILDER.search(text) for text in (found, expected)):
         return None
@@ -249,10 +254,10 @@ def _same_sets(found: str, expected: str) -> bool | None:
 
 
 def _region(text: str) -> tuple[Any, str | None]:
-    """The set of reals that an inequality, a set builder or a union of intervals stands for.
+    """Read an inequality, a set builder or a union of intervals as a set of reals.
 
     Returns:
-        The set, or None; and the name of the unknown, where it is no bound one.
+        The set, or None if it cannot be read; and the name of the unknown, None if it is bound.
     """
     from sympy import Complement, EmptySet, Interval, Set, Union
 
@@ -266,6 +271,7 @@ def _region(text: str) -> tuple[Any, str | None]:
             return None, None
         name = None if builder else names.pop()
         return Union(*(region for region, _ in alternatives)), name
+
     parsed = _parse(_MEMBER.sub("", text))
     region = parsed[0] if parsed else None
     if isinstance(region, Interval | Union | Complement) or region is EmptySet:
@@ -275,7 +281,7 @@ def _region(text: str) -> tuple[Any, str | None]:
 
 
 def _conjunction(text: str) -> tuple[Any, set[str]]:
-    """The set that inequalities joined by "and" stand for, and the names of their variables."""
+    """Read inequalities joined by "and": their set, or None, and the names of their variables."""
     from math_verify.grader import is_relation, unwrap_fcs
     from sympy import Intersection
 
@@ -294,7 +300,11 @@ def _conjunction(text: str) -> tuple[Any, set[str]]:
 
 
 def _same_region(mine: Any, target: Any) -> bool:
-    """Whether two sets have the same pieces; failing that, whether nothing lies in one alone."""
+    """Whether two sets are equal.
+
+    Sets of intervals and points are compared piece by piece, and other sets by their symmetric
+    difference.
+    """
     if mine == target:
         return True
     ours, theirs = _pieces(mine), _pieces(target)
@@ -307,7 +317,11 @@ def _same_region(mine: Any, target: Any) -> bool:
 
 
 def _pieces(region: Any) -> list[tuple[tuple[Any, ...], tuple[Any, ...]]] | None:
-    """Intervals and points from left to right: their kind, and their ends."""
+    """List a set's intervals and points from left to right, each as its kind and its ends.
+
+    Returns:
+        None if the set has other pieces.
+    """
     from sympy import Complement, FiniteSet, Interval, Union
 
     if isinstance(region, Complement):
@@ -344,7 +358,7 @@ def _limit_memory() -> None:
 
 
 def _end_without_parent(seconds: float) -> None:
-    """Let the system end this process, should nobody be left to do it."""
+    """End this process by a signal after `seconds`, in case the parent is gone; 0 cancels it."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, seconds)
 

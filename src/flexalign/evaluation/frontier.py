@@ -1,12 +1,12 @@
-"""A dial held against routing: the line between its ends, and the hull of all mixtures.
+"""Compares a dial with routing: the line between its ends, and the hull of all mixtures.
 
-Sending each question at random to one of two settings gives every point on the line between them,
-in tokens and accuracy alike. The line between a dial's ends, its *chord*, is therefore what a
-coin reaches without any dial, and a setting is worth having only above it. The *hull* is the best
-that mixtures of the measured settings reach. Distances are vertical: accuracy at equal tokens.
+Routing each question at random to one of two settings reaches every point on the straight line
+between them, in tokens and in accuracy. The line between a dial's ends, its *chord*, therefore
+needs no dial, and a setting is only useful above it. The *hull* is the best that mixtures of the
+measured settings reach. Distances are vertical: differences of accuracy at equal tokens.
 
-Told here in this order: the two lines from points alone, distances to them with their uncertainty,
-and the picture of both.
+This module has, in this order: the two lines from points, distances to them with intervals, and the
+Pareto plot.
 """
 
 from collections.abc import Sequence
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 _Array = NDArray[np.float64]
 
 _CHUNK_WEIGHTS = 4_000_000
-"""Most weights of questions that one step of the bootstrap holds."""
+"""Largest number of question weights that one step of the bootstrap holds in memory."""
 
 _DOUBT = 0.25
-"""Questions' worth of doubt, half of it each way."""
+"""Weight of the questions added for the chord's interval, half of it in each direction."""
 
 _COLOURS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#4a5568", "#b7791f", "#319795")
 
 
 class Point(NamedTuple):
-    """A setting in the plane of a Pareto picture.
+    """A setting as a point of a Pareto plot.
 
     Attributes:
-        tokens: Mean tokens a response.
+        tokens: Mean tokens of a response.
         accuracy: Share of right answers, 0…1 (or in points; distances are in the same unit).
     """
 
@@ -49,9 +49,9 @@ class Point(NamedTuple):
 
 
 def chord_height(tokens: float, slow: Point, fast: Point) -> float:
-    """Accuracy of the coin between two settings at the given mean tokens.
+    """Return the accuracy of random routing between two settings at the given mean tokens.
 
-    Beyond the ends no coin goes; there the nearer end's accuracy counts.
+    Below the fewest or above the most tokens of the two, it is the accuracy of the nearer end.
     """
     if slow.tokens == fast.tokens:
         return (slow.accuracy + fast.accuracy) / 2
@@ -60,14 +60,14 @@ def chord_height(tokens: float, slow: Point, fast: Point) -> float:
 
 
 def chord_distance(point: Point, slow: Point, fast: Point) -> float:
-    """Signed distance of a setting to the chord, in the unit of accuracy."""
+    """Return the signed distance of a setting to the chord, in the unit of accuracy."""
     return point.accuracy - chord_height(point.tokens, slow, fast)
 
 
 def upper_hull(points: Sequence[Point]) -> list[Point]:
-    """Corners of the best mixtures: from fewest tokens to highest accuracy, concave.
+    """Return the corners of the best mixtures: from fewest tokens to highest accuracy, concave.
 
-    Settings that cost more than the last corner are not on the hull, as it beats them for less.
+    Settings that cost more than the last corner are not on the hull, as none is more accurate.
 
     Raises:
         DataError: If there are no points.
@@ -85,21 +85,24 @@ def upper_hull(points: Sequence[Point]) -> list[Point]:
 
 
 def hull_height(tokens: float, points: Sequence[Point]) -> float:
-    """Highest accuracy that mixtures of the points reach with at most the given mean tokens.
+    """Return the highest accuracy of mixtures of the points with at most the given mean tokens.
 
-    With fewer tokens than any point has, the accuracy of the cheapest.
+    With fewer tokens than any point, it is the accuracy of the point with the fewest tokens.
     """
     corners = upper_hull(points)
     return float(np.interp(tokens, [p.tokens for p in corners], [p.accuracy for p in corners]))
 
 
 def hull_distance(point: Point, points: Sequence[Point]) -> float:
-    """Signed distance of a setting to the hull of `points`, in the unit of accuracy."""
+    """Return the signed distance of a setting to the hull of `points`, in the unit of accuracy."""
     return point.accuracy - hull_height(point.tokens, points)
 
 
 def frontier(points: Sequence[Point]) -> set[int]:
-    """Which settings no other one beats: with fewer tokens at no lower accuracy, or better at no more."""
+    """Return the indices of the Pareto-optimal settings.
+
+    A setting is left out if a different point has no more tokens and no lower accuracy.
+    """
     return {
         index
         for index, point in enumerate(points)
@@ -111,10 +114,10 @@ def frontier(points: Sequence[Point]) -> set[int]:
 
 
 def dial_ends(lams: Sequence[float | None]) -> tuple[int, int] | None:
-    """Where λ = 0 and λ = 1 stand among the settings of one series; None unless both are there.
+    """Return the indices of λ = 0 and λ = 1 among the settings of a series; None without both.
 
     Args:
-        lams: The λ of each setting, None for one that is not a single λ.
+        lams: The λ of each setting; None for a setting that is not a single λ.
     """
     places = {lam: index for index, lam in enumerate(lams) if lam in (0, 1)}
     return (places[0], places[1]) if len(places) == 2 else None
@@ -123,10 +126,12 @@ def dial_ends(lams: Sequence[float | None]) -> tuple[int, int] | None:
 def mixture_lines(
     points: Sequence[Point], lams: Sequence[float | None]
 ) -> dict[str, list[Point] | None]:
-    """Corners of the chord (None without both ends) and of the hull of one series.
+    """Return the corners of the chord and of the hull of a series, under these two keys.
+
+    The chord is None without both ends. The hull continues to the most tokens of all points.
 
     Args:
-        points: Its settings, at least one.
+        points: The settings of the series, at least one.
         lams: The λ of each, as in :func:`dial_ends`.
     """
     ends = dial_ends(lams)
@@ -143,11 +148,11 @@ def _slope(left: Point, right: Point) -> float:
 
 
 class Distances(NamedTuple):
-    """How far a setting lies above (positive) or below (negative) the two lines.
+    """A setting's distances to the two lines; positive above, negative below.
 
     Attributes:
-        chord: Against the chord; None if no ends were named. The ends themselves are at 0.
-        hull: Against the hull, which the setting itself may be part of; so never above 0.
+        chord: Distance to the chord; None if no ends are given. It is 0 for the ends themselves.
+        hull: Distance to the hull of all settings, including this one; so never above 0.
     """
 
     chord: Interval | None
@@ -162,30 +167,30 @@ def distance_intervals(
     repeats: int = 4000,
     seed: int = 0,
 ) -> list[Distances]:
-    """Distances of all settings of one system on one task, with intervals.
+    """Compute the distances of all settings of one system on one task, with intervals.
 
-    The chord's ends and the hull's corners are measured as well, so they are bootstrapped with
-    the rest: questions are weighted anew (the Bayesian bootstrap, Rubin 1981), all settings on
-    the same questions, and everything is computed again. The percentiles are moved outward so
-    that few questions cost what they cost Student's interval (Hesterberg 2015, "What teachers
-    should know about the bootstrap", expanded percentile interval). An eighth of a question on
-    which the setting alone is right and an eighth on which it alone is wrong are added for the
-    chord's interval, so that agreement on all questions does not pass for certainty.
+    The chord's ends and the hull's corners are estimates too, so they are bootstrapped together
+    with the settings: each repetition draws new weights of the questions (the Bayesian bootstrap,
+    Rubin 1981), the same for all settings, and computes all distances again. The percentiles are
+    moved outward, so that the interval widens with few questions as Student's does (Hesterberg
+    2015, "What teachers should know about the bootstrap", expanded percentile interval). For the
+    chord's interval, an eighth of a question on which only the setting is right and an eighth on
+    which only it is wrong are added, so that the interval keeps a width if all questions agree.
 
     Args:
-        settings: What was sampled at each setting, all on the same questions.
+        settings: Samples of each setting, all on the same questions.
         ends: Indices of the chord's slow and fast end (λ = 0 and λ = 1) in `settings`.
         confidence: Coverage, in (0, 1).
-        repeats: Bootstrap repetitions.
-        seed: Of the bootstrap; equal seeds give equal intervals.
+        repeats: Number of bootstrap repetitions.
+        seed: Seed of the bootstrap; equal seeds give equal intervals.
 
     Returns:
-        One entry per setting, in order. With a single question the intervals are [−1, 1], and
+        One entry for each setting, in order. With a single question the intervals are [−1, 1], and
         [−1, 0] for the hull.
 
     Raises:
         DataError: If there is no setting, or they were not measured on the same questions.
-        ConfigError: If `confidence` or `ends` make no sense.
+        ConfigError: If `confidence` or `ends` are out of range.
     """
     if not 0 < confidence < 1:
         raise ConfigError(f"confidence must be between 0 and 1, got {confidence}.")
@@ -216,22 +221,25 @@ def distance_intervals(
 
 
 def significantly_above(distance: Interval) -> bool:
-    """Whether the whole interval lies above the line."""
+    """Whether the whole interval is above the line."""
     return distance.low > 0
 
 
 def significantly_below(distance: Interval) -> bool:
-    """Whether the whole interval lies below the line."""
+    """Whether the whole interval is below the line."""
     return distance.high < 0
 
 
 def _chord(tokens: _Array, slow: tuple[_Array, _Array], fast: tuple[_Array, _Array]) -> _Array:
-    """Heights of the chord in every repetition, as `chord_height` gives one.
+    """Compute the chord's heights in every repetition, as `chord_height` does for one.
 
     Args:
-        tokens: Where, shape (settings, repetitions).
-        slow: Tokens and accuracy of one end, shape (repetitions,) each.
-        fast: Tokens and accuracy of the other.
+        tokens: Mean tokens at which the heights are taken, shape (settings, repetitions).
+        slow: Tokens and accuracy of the slow end, shape (repetitions,) each.
+        fast: Tokens and accuracy of the fast end, shape (repetitions,) each.
+
+    Returns:
+        Heights, shape (settings, repetitions).
     """
     span = slow[0] - fast[0]
     ends_apart = span != 0
@@ -242,12 +250,14 @@ def _chord(tokens: _Array, slow: tuple[_Array, _Array], fast: tuple[_Array, _Arr
 
 
 def _hull(tokens: _Array, accuracies: _Array, row: int) -> _Array:
-    """Height of the hull at one setting's tokens, in every repetition.
+    """Compute the hull's height at one setting's tokens, in every repetition.
+
+    It is the best of all settings with no more tokens, and of all mixtures of two settings.
 
     Args:
         tokens: Mean tokens, shape (settings, repetitions).
         accuracies: Accuracy, the same shape.
-        row: The setting.
+        row: Index of the setting.
 
     Returns:
         Shape (repetitions,).
@@ -269,16 +279,16 @@ def _hull(tokens: _Array, accuracies: _Array, row: int) -> _Array:
 def _heights(
     weights: _Array, table: _Array, ends: tuple[int, int] | None, doubt: _Array | None
 ) -> _Array:
-    """Distances under weights of the questions.
+    """Compute distances under given weights of the questions.
 
     Args:
         weights: Shape (repetitions, questions).
         table: Right answers, tokens and number of samples, shape (3, settings, questions).
         ends: As in `distance_intervals`.
-        doubt: What the added questions shift the chord's distances by, shape (repetitions,).
+        doubt: Shift of the chord's distances by the added questions, shape (repetitions,).
 
     Returns:
-        Distance to chord and hull, shape (2, settings, repetitions).
+        Distances to chord and hull, shape (2, settings, repetitions).
     """
     sums: _Array = np.einsum("rq,ksq->ksr", weights, table, optimize=True)
     right, tokens, samples = sums
@@ -310,7 +320,7 @@ def _bootstrap(table: _Array, ends: tuple[int, int] | None, repeats: int, seed: 
 
 
 def _tails(confidence: float, questions: int) -> tuple[float, float]:
-    """The percentiles to take, with Student's quantile for the normal one."""
+    """Return the expanded percentiles, from Student's quantile in place of the normal one."""
     quantile = t_quantile(confidence, questions - 1)
     low = float(ndtr(-quantile * ((questions + 1) / (questions - 1)) ** 0.5))
     return low, 1 - low
@@ -323,7 +333,14 @@ def _around(low: float, estimate: float, high: float, end: bool) -> Interval:
 
 
 def _per_question(settings: Sequence[Samples]) -> _Array:
-    """Right answers, tokens and samples by setting and question, shape (3, settings, questions)."""
+    """Sum right answers, tokens and samples by setting and question.
+
+    Returns:
+        Shape (3, settings, questions).
+
+    Raises:
+        DataError: If there is no setting, or they were not measured on the same questions.
+    """
     if not settings:
         raise DataError("there are no settings to measure distances of.")
     names = sorted(set(settings[0].questions), key=repr)
@@ -344,7 +361,7 @@ def _per_question(settings: Sequence[Samples]) -> _Array:
     return table
 
 
-# The picture by which a setting is chosen: accuracy against tokens.
+# The Pareto plot: accuracy against tokens.
 
 
 @dataclass(frozen=True)
@@ -352,9 +369,9 @@ class ParetoPoint:
     """One measured setting.
 
     Attributes:
-        label: Written beside the point, such as ``λ=2``.
-        group: Points of one group share a colour and a line of the legend.
-        tokens: Mean tokens a response.
+        label: The text next to the point, such as ``λ=2``.
+        group: Points of one group share a colour and an entry of the legend.
+        tokens: Mean tokens of a response.
         tokens_interval: Its interval, low and high.
         accuracy: Share of right answers, 0…1.
         accuracy_interval: Its interval, low and high.
@@ -370,10 +387,10 @@ class ParetoPoint:
 
 @dataclass(frozen=True)
 class ParetoCurve:
-    """A line to hold the points against, such as a closed form over λ.
+    """A curve for comparison with the points, such as a closed form over λ.
 
     Attributes:
-        label: Its line in the legend.
+        label: Its entry in the legend.
         tokens: Mean tokens along the curve.
         accuracies: Accuracy along the curve.
     """
@@ -390,13 +407,13 @@ def draw_pareto(
     title: str = "",
     ends: Sequence[tuple[ParetoPoint, ParetoPoint]] = (),
 ) -> None:
-    """Draw points with intervals both ways over curves, chords and the hull of all mixtures.
+    """Draw points with both intervals over curves, chords and the hull of all mixtures.
 
     Args:
-        path: Where to write; the ending chooses the format.
+        path: The file to write; its suffix sets the format.
         points: The measured settings.
-        curves: Lines to hold them against.
-        title: Above the picture.
+        curves: Curves for comparison.
+        title: The title of the plot.
         ends: The two ends of each dial (λ = 0 and λ = 1), whose chord is drawn.
     """
     import matplotlib
@@ -451,7 +468,7 @@ def _draw_mixtures(
     points: Sequence[ParetoPoint],
     ends: Sequence[tuple[ParetoPoint, ParetoPoint]],
 ) -> None:
-    """The chords, and the hull of all mixtures."""
+    """Draw the chords, and the hull of all mixtures."""
     for number, pair in enumerate(ends):
         axes.plot(
             [point.tokens for point in pair],
@@ -461,6 +478,7 @@ def _draw_mixtures(
             color="#718096",
             label="chord: a coin between the ends" if number == 0 else None,
         )
+
     if len(points) > 1:
         corners = upper_hull([Point(point.tokens, point.accuracy) for point in points])
         corners.append(Point(max(point.tokens for point in points), corners[-1].accuracy))

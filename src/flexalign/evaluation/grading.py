@@ -1,4 +1,4 @@
-"""Whether a response is right: its answer found, normalised and compared with the known one."""
+"""Grades responses: finds the answer, normalises it and compares it with the known one."""
 
 import atexit
 import json
@@ -36,9 +36,9 @@ class Answered(NamedTuple):
     """A response to be graded.
 
     Attributes:
-        response: The response, special tokens removed, thinking tags kept.
+        response: The response without special tokens, but with thinking tags.
         gold: The known answer.
-        truncated: Whether the limit on tokens cut the response off.
+        truncated: Whether the response was cut off by the limit on tokens.
         opened: Whether the prompt had already opened the thinking tag.
     """
 
@@ -50,16 +50,16 @@ class Answered(NamedTuple):
 
 @dataclass(frozen=True)
 class Grade:
-    """What became of one response.
+    """The grade of one response.
 
     Attributes:
         correct: Whether its answer equals the known one.
-        status: `correct` and `wrong` speak of an answer that was found and understood;
-            `unparsed` means that there is text after the thinking but no answer could be made
-            out in it, or no mathematics of the answer within the limit of time; `no_answer`
-            that the response ended without any text there, `truncated` that the limit on tokens
-            cut it off before a complete answer.
-        extracted: The answer found, as it stands in the response.
+        status: `correct` or `wrong` if an answer was found and parsed; `unparsed` if there is text
+            after the thinking but no answer was found in it, or the answer could not be parsed
+            within the time limit; `no_answer` if the response ended without text after the
+            thinking; `truncated` if it was cut off by the limit on tokens before a complete
+            answer.
+        extracted: The answer as written in the response; None if there is none.
     """
 
     correct: bool
@@ -68,21 +68,21 @@ class Grade:
 
 
 class Grader:
-    r"""Grades responses, with math-verify in worker processes under a hard limit of time.
+    r"""Grades responses, with math-verify in worker processes under a hard time limit.
 
-    The answer is looked for after the thinking only: a right number that a model merely thought
-    of earns nothing, and a thinking that is never closed is no answer. It is, in this order, what
-    stands in the last ``\boxed{}``, or in the last ones where they are one list; the first
-    expression after ``####`` or "answer is"; the last expression; the text, if it is a single
-    line. Expressions are taken whole, so that ``3/4`` is no 3. A last box that is never closed
-    withdraws the answer. Of a response that was cut off only a complete ``\boxed{}`` is graded,
-    since any other answer may lack its end.
+    Only the text after the thinking can have an answer: a right number within the thinking does not
+    count, and neither does a response whose thinking is not closed. The answer is the first that
+    exists of: the contents of the last ``\boxed{}``, or of the last ones if they form one list; the
+    first expression after ``####`` or "answer is"; the last expression; the text, if it is a single
+    line. Expressions are taken whole, so that ``3/4`` is not read as 3. If the last box is not
+    closed, there is no answer. If the response was cut off, only a complete ``\boxed{}`` is graded,
+    as any other answer may be incomplete.
 
     Numbers, words, choices such as ``(B)``, times, ratios and numerals with a base are compared as
     such, after light normalisation (white space, a final full stop, ``$``, ``\text{}``, thousands
-    commas, trailing zeros). Everything else is compared as mathematics, exact values exactly;
-    verdicts are remembered, so that an answer that many samples give is compared once. Processes
-    start when first needed.
+    commas, trailing zeros). Everything else is compared as mathematics, exact values exactly.
+    Verdicts are cached, so that an answer that many samples have is compared once. Processes start
+    when they are first needed.
 
     ::
 
@@ -96,13 +96,13 @@ class Grader:
         """Prepare a grader; nothing is started yet.
 
         Args:
-            workers: How many processes compare.
-            seconds: The limit for each comparison. A process over it is killed and replaced, and
-                the answer counts as unparsed.
+            workers: Number of processes that compare.
+            seconds: Time limit of each comparison. A process that exceeds it is killed and
+                replaced, and the answer counts as unparsed.
             tags: The thinking tags; `<think>` and `</think>` if not given.
 
         Raises:
-            ConfigError: If there is no worker, or no time.
+            ConfigError: If `workers` is less than 1, or `seconds` is not positive.
         """
         if workers < 1 or seconds <= 0:
             raise ConfigError(
@@ -114,7 +114,7 @@ class Grader:
         self._verdicts: dict[tuple[str, str], str] = {}
 
     def __enter__(self) -> Self:
-        """Use it in a `with` statement, which ends the processes."""
+        """Return the grader; the end of the `with` statement ends the processes."""
         return self
 
     def __exit__(
@@ -137,14 +137,16 @@ class Grader:
         return self.grade_many([Answered(response, gold, truncated, opened)])[0]
 
     def grade_many(self, items: Iterable[Answered]) -> list[Grade]:
-        """Grade responses, in order; comparisons run in all workers at once."""
+        """Grade responses; returns grades in order. Comparisons run in all workers in parallel."""
         read = [self._read(item) for item in items]
         self._compare(read)
         return [self._judge(each) for each in read]
 
     def readable(self, golds: Sequence[str]) -> list[bool]:
-        """Whether each known answer can be parsed, so that some response can match it."""
+        """Whether each known answer can be parsed, so that a response can match it."""
         expected = [expected_answer(gold) for gold in golds]
+
+        # Only answers that need the parser and are the same in a box; each must equal itself.
         doubtful = {text for text in expected if text.strip() and not is_plain(text)}
         doubtful = {text for text in doubtful if find_boxed(f"\\boxed{{{text}}}") == text.strip()}
         verdicts = dict(
@@ -170,13 +172,13 @@ class Grader:
         return _Read(item, found, expected)
 
     def _answer(self, item: Answered) -> str:
-        """What follows the thinking; nothing if a thinking, also a later one, is never closed."""
+        """Return the text after the thinking; empty if any thinking is not closed."""
         answer = self._tags.split(item.response, opened=item.opened).answer
         answer = answer.rpartition(self._tags.close)[2]
         return "" if self._tags.open in answer else answer
 
     def _compare(self, read: Iterable["_Read"]) -> None:
-        """Have mathematics decide, once each, what plain comparison cannot."""
+        """Let the workers compare, once each, the pairs that plain comparison cannot decide."""
         asked = dict.fromkeys(
             (each.found, each.expected)
             for each in read
@@ -210,9 +212,9 @@ class _Read(NamedTuple):
 
     Attributes:
         item: The response and the known answer.
-        found: The answer as it stands in the response; None if there is none.
-        expected: The known answer, taken out of its box or its working.
-        undone: Whether it is arithmetic that was not carried out, stated for a number.
+        found: The answer as written in the response; None if there is none.
+        expected: The known answer, without its box or its working.
+        undone: Whether the answer is arithmetic that is not carried out, instead of a number.
     """
 
     item: Answered
@@ -229,12 +231,12 @@ def grade(
     tags: ThinkingTags | None = None,
     opened: bool = False,
 ) -> Grade:
-    """Grade one response as :class:`Grader` does, by a grader that all callers share.
+    """Grade one response with a shared :class:`Grader`.
 
     Args:
-        response: The response, special tokens removed, thinking tags kept.
-        gold: The known answer; a worked one ends in ``#### answer``.
-        truncated: Whether the limit on tokens cut the response off.
+        response: The response without special tokens, but with thinking tags.
+        gold: The known answer; with a working, it ends in ``#### answer``.
+        truncated: Whether the response was cut off by the limit on tokens.
         tags: The thinking tags; `<think>` and `</think>` if not given.
         opened: Whether the prompt had already opened the tag.
     """
@@ -250,15 +252,15 @@ def _shared(tags: ThinkingTags) -> Grader:
 
 
 class WorkerPool:
-    """Compares answers in processes of its own, which are started when needed.
+    """Compares answers in worker processes, which are started when needed.
 
-    A process that runs over the limit is killed and replaced; what it was asked counts as
-    `UNPARSED`. One that dies is replaced and asked once more. Nothing else is lost. Safe to use
-    from several threads.
+    A process that exceeds the time limit is killed and replaced, and its verdict is `UNPARSED`. If
+    a process dies, a new one gets the same request once more. Other comparisons are not affected.
+    Safe to use from several threads.
     """
 
     def __init__(self, workers: int, seconds: float) -> None:
-        """Make room for `workers` processes with `seconds` for each comparison."""
+        """Prepare a pool of `workers` processes, with `seconds` for each comparison."""
         self._seconds = seconds
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for _ in range(workers):
@@ -266,7 +268,7 @@ class WorkerPool:
         self._workers = workers
 
     def compare(self, found: str, expected: str) -> str:
-        """One of `EQUAL`, `UNEQUAL` and `UNPARSED`."""
+        """Compare one pair: returns `EQUAL`, `UNEQUAL` or `UNPARSED`."""
         worker = self._idle.get()
         try:
             return worker.ask(found, expected, self._seconds)
@@ -274,7 +276,7 @@ class WorkerPool:
             self._idle.put(worker)
 
     def compare_many(self, pairs: Sequence[tuple[str, str]]) -> list[str]:
-        """The verdicts on pairs of a found and an expected answer, in order."""
+        """Compare pairs of a found and an expected answer; returns verdicts in order."""
         with ThreadPoolExecutor(self._workers) as threads:
             return list(threads.map(lambda pair: self.compare(*pair), pairs))
 
@@ -287,13 +289,17 @@ class WorkerPool:
 
 
 class _Worker:
-    """One process, or the place of one that is not started yet."""
+    """One worker process, which is started by the first request."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, found: str, expected: str, seconds: float) -> str:
-        """Ask once more if the process died before its time: that may not be the answer's fault."""
+        """Return the verdict on one pair.
+
+        If the process dies before the time limit, the pair is asked once more, as the cause may not
+        be this pair.
+        """
         request = json.dumps({"found": found, "expected": expected, "seconds": seconds}) + "\n"
         for _ in range(2):
             process = self._process or self._start()
@@ -329,7 +335,7 @@ class _Worker:
         return process
 
     def _exchange(self, process: subprocess.Popen[str], request: str, seconds: float) -> str | None:
-        """Send a request and read its reply; None if the process did not live to give one."""
+        """Send a request and read its reply; None if the process ended without one."""
         requests, replies = cast("tuple[IO[str], IO[str]]", (process.stdin, process.stdout))
         limit = Timer(seconds, process.kill)
         limit.daemon = True

@@ -1,15 +1,15 @@
-"""The model ``flexalign`` of lm-evaluation-harness: a model with a dial, at one setting.
+"""The model ``flexalign`` for lm-evaluation-harness: a model with a dial, at one setting.
 
 ::
 
     python -m flexalign.evaluation.harness --model flexalign --tasks gsm8k \\
         --model_args pretrained=models/base,adapter=out/adapter,lambda=0.5
 
-This is the harness's own command with one model more: lm_eval knows the models in its own list
-and looks for no others. In Python, importing this module registers the model.
+This is the harness's own command with one more model: lm_eval does not search for models outside
+its own list. In Python, importing this module registers the model.
 
-Prompts, batches, log-likelihoods and metrics are the harness's: the class below is its ``hf``
-with the logits of equation 5, so that both ends of the dial give the numbers of ``hf`` itself.
+Prompts, batches, log-likelihoods and metrics are those of the harness: the class below is its
+``hf`` with the logits of equation 5, so that both ends of the dial have the results of ``hf``.
 """
 
 import sys
@@ -50,7 +50,7 @@ except ImportError as error:
 class HarnessModel(HFLM):  # type: ignore[misc]
     """A model, an InRa dial or a pair, at one setting, for lm_eval's tasks.
 
-    One process runs it; ``parallelize=True`` spreads it over the GPUs of a machine.
+    It runs in one process; ``parallelize=True`` distributes it over the GPUs of a machine.
     """
 
     def __init__(
@@ -73,30 +73,31 @@ class HarnessModel(HFLM):  # type: ignore[misc]
 
         Args:
             pretrained: A folder or a known name: the base of an adapter, or the reference.
-            adapter: An InRa adapter on it.
-            aligned: In an adapter's place, the model of λ = 1, or a PEFT adapter on the reference.
-            lam: The setting, as ``lambda`` on the command line: a number, or a schedule's JSON.
-                The adapter's default if not given, 1 for a pair.
-            policy: In its place, a policy such as ``adaptive 0.5``. Policies and schedules set λ
-                for responses; log-likelihoods need one number.
+            adapter: An InRa adapter on the base.
+            aligned: Instead of an adapter, the model of λ = 1, or a PEFT adapter on the reference.
+            lam: The setting, ``lambda`` on the command line: a number, or a schedule's JSON. If
+                not given, the adapter's default, or 1 for a pair.
+            policy: Instead of `lam`, a policy such as ``adaptive 0.5``. Policies and schedules only
+                set λ of responses; log-likelihoods need one number.
             gate: As in :func:`flexalign.fusion.fuse`.
             extrapolate: Permit a λ outside the adapter's range, or below 0 for a pair.
-            device: Where the model runs; a GPU if there is one.
-            dtype: Of the weights; ``"auto"`` is what they are stored in.
-            parallelize: Spread the weights over all GPUs.
-            trust_remote_code: Permit code that a checkpoint brings along to run.
+            device: The model's device; a GPU if there is one.
+            dtype: The type of the weights; ``"auto"`` for the stored type.
+            parallelize: Distribute the weights over all GPUs.
+            trust_remote_code: Permit running code from a checkpoint.
             max_length: Longest sequence in tokens; the base's own if not given.
-            **options: Others of lm_eval's ``hf``: ``batch_size``, ``add_bos_token``, ….
+            **options: Other arguments of lm_eval's ``hf``: ``batch_size``, ``add_bos_token``, ….
 
         Raises:
-            ConfigError: If a model is not there, or the arguments contradict each other.
-            CheckpointError: If the adapter is not there, or damaged.
+            ConfigError: If a model is missing, or the arguments contradict each other.
+            CheckpointError: If the adapter is missing or damaged.
             LambdaError: If λ is not finite, or not permitted.
         """
         asked = {"lambda": options.pop("lambda", None), "lam": lam, "policy": policy}
         setting = _read_setting(asked, adapter, aligned, gate)
         if adapter is not None:
-            check_folder(resolve_adapter(adapter))  # a missing one is a damaged one to lm_eval
+            check_folder(resolve_adapter(adapter))  # a missing adapter raises CheckpointError here
+
         backend = LocalBackend(
             System.of(pretrained, adapter, aligned),
             options=SystemOptions(dtype=dtype, gate=gate),
@@ -131,12 +132,12 @@ class HarnessModel(HFLM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        """What lm_eval files cached prompts under."""
+        """The name under which lm_eval caches prompts."""
         name = str(self._facts["pretrained"])
         return PurePath(name).name.replace(":", "_")
 
     def get_model_info(self) -> dict[str, Any]:
-        """Say what ran: the models, the dial, and the base's fingerprint."""
+        """Return the models, the dial and the base's fingerprint, for lm_eval's results."""
         return {"model_num_parameters": self.model.num_parameters(), "flexalign": self._facts}
 
     def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
@@ -160,6 +161,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]
                 context, max_length, stop, **options, **self._asked
             )
             return written
+
+        # lm_eval's 0 means greedy, which `generate` expresses by do_sample.
         temperature = options.pop("temperature", None)
         options |= {"temperature": temperature} if temperature else {"do_sample": False}
         routed: Tensor = self.model.generate(
@@ -174,17 +177,17 @@ class HarnessModel(HFLM):  # type: ignore[misc]
 
 
 class _StopTexts(StoppingCriteria):  # type: ignore[misc]
-    """Ends each row where it has written one of the texts.
+    """Ends each row that contains one of the texts.
 
-    The harness's own criterion counts on one generation with all rows in their places, where a
-    policy makes several, of some.
+    The harness's own criterion assumes one generation with a fixed set of rows; a policy runs
+    several, each with some of the rows.
     """
 
     def __init__(self, tokenizer: Any, texts: Sequence[str], prompts: Tensor) -> None:
         self._tokenizer = tokenizer
         self._texts = texts
         self._start = prompts.shape[1]
-        # A text may begin and end within tokens: a few more than its own are looked at.
+        # A text may begin and end within tokens, so two more than its own are searched.
         self._reach = 2 + max((len(tokenizer.encode(text)) for text in texts), default=0)
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
@@ -196,7 +199,7 @@ class _StopTexts(StoppingCriteria):  # type: ignore[misc]
 def _read_setting(
     asked: dict[str, Any], adapter: str | None, aligned: str | None, gate: float | None
 ) -> Setting | None:
-    """Read the one dial that is given under any of its names; None if none is."""
+    """Read the setting, which has several names; None if it is not given."""
     given = {name: value for name, value in asked.items() if value is not None}
     if adapter is not None and aligned is not None:
         raise ConfigError("give adapter= or aligned=, not both: each makes a dial of its own.")
@@ -209,14 +212,14 @@ def _read_setting(
 
 
 def _leader(model: Any) -> Any:
-    """Return the transformers model whose configuration a loaded system goes by."""
+    """Return the transformers model with the configuration of a loaded system."""
     if isinstance(model, TwoModelDecoder):
         return model.reference
     return model.base if isinstance(model, InRaModel) else model
 
 
 def main() -> None:
-    """Run lm_eval's command line, which now knows the model ``flexalign``."""
+    """Run lm_eval's command line with the model ``flexalign``."""
     cli_evaluate()
 
 

@@ -1,9 +1,9 @@
-"""Samples: the one table that all figures are computed from, and the folder that keeps them.
+"""Samples: the table from which all figures are computed, and the folder that stores it.
 
-A sweep writes a results folder. ``run.json`` is written first and says what the samples are;
+A sweep writes a results folder. ``run.json`` is written first and describes the samples;
 ``samples.jsonl`` grows by whole batches. Both are plain files that other tools may read.
 :class:`Samples` holds the samples of one setting on one task as columns; summaries, reports,
-calibration and tuning compute with it.
+calibration and tuning use it.
 """
 
 import json
@@ -43,7 +43,7 @@ _COLUMNS = (
     "route",
 )
 _IDENTITY = {"system", "setting", "task", "question", "sample", "status", "tokens"}
-"""What every line of ``samples.jsonl`` has."""
+"""The keys that every line of ``samples.jsonl`` must have."""
 
 
 class Samples:
@@ -56,11 +56,11 @@ class Samples:
         sample: Its number among the samples of its question, from 0.
         correct: Whether the answer is right, bool.
         status: The grade: correct, wrong, unparsed, truncated or no_answer.
-        tokens: Tokens written, rejected ones included, float.
-        thinking_tokens: Tokens between the thinking tags, float; NaN where that is not known.
-        rejected_tokens: Tokens of an answer that a policy did not accept, float.
-        confidence: How sure a policy was of the fast answer, float; NaN without a policy.
-        route: Which stream a policy took, ``fast`` or ``slow``; None without a policy.
+        tokens: Number of tokens, including rejected ones, float.
+        thinking_tokens: Number of tokens between the thinking tags, float; NaN if not known.
+        rejected_tokens: Number of tokens of an answer that a policy did not accept, float.
+        confidence: A policy's confidence in the fast answer, float; NaN without a policy.
+        route: The stream that a policy chose, ``fast`` or ``slow``; None without a policy.
 
     Raises:
         DataError: If the columns differ in length.
@@ -106,14 +106,14 @@ class Samples:
         """The number of samples."""
         return int(self.question.size)
 
-    # Making one, and giving it back.
+    # Conversion from and to rows.
 
     @classmethod
     def from_rows(cls, rows: Iterable[Mapping[str, Any]]) -> "Samples":
-        """Take samples from lines of ``samples.jsonl``, in their order.
+        """Make samples of lines of ``samples.jsonl``, in the same order.
 
         Args:
-            rows: Each with question, sample, status and tokens; the other columns may be missing.
+            rows: Mappings with question, sample, status and tokens; other columns may be missing.
         """
         columns: dict[str, list[Any]] = {name: [] for name in _COLUMNS}
         for row in rows:
@@ -131,15 +131,15 @@ class Samples:
     def from_table(
         cls, correct: ArrayLike, tokens: ArrayLike, questions: Sequence[Hashable] | None = None
     ) -> "Samples":
-        """Take k samples of each of n questions.
+        """Make samples of tables: k samples of each of n questions.
 
         Args:
-            correct: Whether each is right, shape (n, k).
-            tokens: The length of each, shape (n, k).
+            correct: Whether each sample is right, shape (n, k).
+            tokens: The number of tokens of each sample, shape (n, k).
             questions: The n questions; if not given, 0 to n − 1.
 
         Raises:
-            DataError: If the two differ in shape, or are not (n, k).
+            DataError: If the two tables differ in shape, or do not have two dimensions.
         """
         right, lengths = np.asarray(correct), np.asarray(tokens)
         if right.ndim != 2 or right.shape != lengths.shape:
@@ -157,21 +157,21 @@ class Samples:
         )
 
     def to_rows(self) -> list[dict[str, Any]]:
-        """Return one mapping for each sample, by the names of the columns; NaN becomes None."""
+        """Return one mapping for each sample, with the columns as keys; NaN becomes None."""
         values = {name: getattr(self, name).tolist() for name in _COLUMNS}
         for name in ("thinking_tokens", "confidence"):
             values[name] = [None if np.isnan(value) else value for value in values[name]]
         return [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
 
-    # Choosing among the samples.
+    # Selection.
 
     def select(self, where: ArrayLike) -> "Samples":
-        """Return the samples at these places, or where a mask is true."""
+        """Return the samples at the given indices, or where a mask is true."""
         chosen = np.asarray(where)
         return Samples(**{name: getattr(self, name)[chosen] for name in _COLUMNS})
 
     def sorted(self) -> "Samples":
-        """Return the samples in the order of question and sample."""
+        """Return the samples sorted by question and sample number."""
         question, sample = self.question.tolist(), self.sample.tolist()
         return self.select(sorted(range(len(self)), key=lambda i: (question[i], sample[i])))
 
@@ -179,7 +179,7 @@ class Samples:
         """Return the samples of these questions, question by question in the given order.
 
         Raises:
-            DataError: If there is no sample of one of them.
+            DataError: If one of them has no sample.
         """
         places = {name: place for place, name in enumerate(self.questions)}
         missing = [name for name in questions if name not in places]
@@ -192,13 +192,13 @@ class Samples:
         rows = [order[starts[places[q]] : starts[places[q] + 1]] for q in questions]
         chosen = self.select(np.concatenate(rows) if rows else np.zeros(0, dtype=np.intp))
 
-        # Known already, and costly to find again for the many small choices of a tuning.
+        # The grouping is known here; computing it again is slow for the many calls of a tuning.
         sizes = [len(part) for part in rows]
         chosen.__dict__["_grouping"] = (list(questions), np.repeat(np.arange(len(rows)), sizes))
         return chosen
 
     def joined(self, other: "Samples") -> "Samples":
-        """Return these samples and then another's."""
+        """Return these samples, followed by the other ones."""
         return Samples(
             **{
                 name: np.concatenate([getattr(self, name), getattr(other, name)])
@@ -206,11 +206,11 @@ class Samples:
             }
         )
 
-    # By question.
+    # Figures by question.
 
     @property
     def questions(self) -> list[Any]:
-        """The questions, in the order in which they come."""
+        """The questions, in the order of their first samples."""
         return list(self._grouping[0])
 
     @property
@@ -223,7 +223,7 @@ class Samples:
         """Return the mean of a column for each question, in the order of :attr:`questions`.
 
         Args:
-            values: One value for each sample, such as ``samples.tokens``.
+            values: One value for each sample, such as ``samples.tokens``, shape (n,).
         """
         names, index = self._grouping
         sums = np.bincount(index, np.asarray(values, dtype=np.float64), len(names))
@@ -243,12 +243,12 @@ class Samples:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The number of questions, and the fewest samples that one of them has."""
+        """The number of questions, and the least number of samples of any question."""
         return len(self._grouping[0]), int(self.counts.min(initial=len(self)))
 
     @cached_property
     def _grouping(self) -> tuple[list[Any], NDArray[np.intp]]:
-        """The questions, and for each sample the place of its question among them."""
+        """The questions, and for each sample the index of its question, shape (n,)."""
         places: dict[Hashable, int] = {}
         index = np.fromiter(
             (places.setdefault(question, len(places)) for question in self.question),
@@ -270,19 +270,19 @@ class Samples:
         return float(self.tokens.mean())
 
     def share(self, status: str) -> float:
-        """Share of the samples that have a grade."""
+        """Return the share of the samples that have the grade `status`."""
         return float((self.status == status).mean())
 
     def accuracy_interval(self, confidence: float = 0.95) -> Interval:
-        """Accuracy with its interval, clustered by question."""
+        """Return the accuracy with its interval, clustered by question."""
         return clustered_interval(self.correct, self.question.tolist(), confidence, share=True)
 
     def tokens_interval(self, confidence: float = 0.95) -> Interval:
-        """Mean tokens with their interval, clustered by question."""
+        """Return the mean tokens with their interval, clustered by question."""
         return clustered_interval(self.tokens, self.question.tolist(), confidence, share=False)
 
     def accuracy_difference(self, reference: "Samples", confidence: float = 0.95) -> Interval:
-        """Accuracy less that of a reference, paired by question.
+        """Return the accuracy minus that of a reference, paired by question.
 
         Raises:
             DataError: If the two do not have the same questions.
@@ -296,7 +296,7 @@ class Samples:
         )
 
     def token_cut(self, reference: "Samples", confidence: float = 0.95) -> Interval:
-        """Share of a reference's tokens that is saved, paired by question.
+        """Return the share of a reference's tokens that is saved, paired by question.
 
         Raises:
             DataError: If the two do not have the same questions, or the reference has no tokens.
@@ -311,7 +311,10 @@ class Samples:
 
 
 def _objects(values: Iterable[Any]) -> NDArray[np.object_]:
-    """An array of Python values; NumPy would make a table of tuples, and cut texts to one length."""
+    """Return an array of Python values.
+
+    ``np.asarray`` would turn tuples into rows of a table, and texts into a fixed-width type.
+    """
     if isinstance(values, np.ndarray):
         values = values.tolist() if values.dtype != object else values
     if isinstance(values, np.ndarray):
@@ -329,11 +332,11 @@ class ResultsFolder:
 
     Attributes:
         path: The folder.
-        rows: The samples that it holds, in the file's order.
+        rows: Its samples, in the file's order.
     """
 
     def __init__(self, path: Path, run: dict[str, Any]) -> None:
-        """Use :meth:`begin` or :meth:`read`."""
+        """Do not call; :meth:`begin` and :meth:`read` make instances."""
         self.path = path
         self._run = run
         self.rows: list[dict[str, Any]] = []
@@ -346,18 +349,20 @@ class ResultsFolder:
         tasks: Sequence[Task],
         environment: Mapping[str, Any],
     ) -> "ResultsFolder":
-        """Start a results folder, or go on with one of the same configuration.
+        """Start a results folder, or continue one of the same configuration.
 
         Args:
-            path: The folder; made if it is not there.
-            configuration: All that decides the samples, as JSON.
-            tasks: Whose questions are written down.
-            environment: Versions and machine. One that differs from the first is added to it.
+            path: The folder; created if it does not exist.
+            configuration: Everything that determines the samples, as JSON.
+            tasks: The tasks, whose questions are written to ``questions.jsonl``.
+            environment: Versions and machine; added to the folder's environments if it is new.
 
         Raises:
-            ConfigError: If the folder belongs to another configuration; names what differs.
+            ConfigError: If the folder belongs to another configuration; the message names the
+                differences.
             DataError: If its samples are damaged.
         """
+        # In the types that JSON has, as the stored configuration is.
         expected = json.loads(json.dumps(configuration))
         file = path / "run.json"
 
@@ -389,7 +394,7 @@ class ResultsFolder:
         ]
         _write_rows(path / "questions.jsonl", questions)
 
-        # Last, as a folder that has it counts as complete.
+        # Written last: a folder with run.json counts as complete.
         run = {
             "format_version": FORMAT_VERSION,
             "configuration": expected,
@@ -400,10 +405,10 @@ class ResultsFolder:
 
     @classmethod
     def read(cls, path: Path) -> "ResultsFolder":
-        """Open a results folder that is there; a half-written last line is cut off.
+        """Open an existing results folder; a half-written last line is removed.
 
         Raises:
-            ConfigError: If it is none, or of a later format.
+            ConfigError: If it is not a results folder, or has another format version.
             DataError: If its samples are damaged.
         """
         file = path / "run.json"
@@ -433,12 +438,12 @@ class ResultsFolder:
 
     @property
     def samples_file(self) -> Path:
-        """``samples.jsonl``."""
+        """The path of ``samples.jsonl``."""
         return self.path / "samples.jsonl"
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """What decides the samples."""
+        """Everything that determines the samples, as JSON."""
         return dict(self._run["configuration"])
 
     @property
@@ -447,14 +452,14 @@ class ResultsFolder:
         return list(self._run["environments"])
 
     def golds(self) -> dict[tuple[str, str], str]:
-        """The known answers by (task, question)."""
+        """Read the known answers, by (task, question)."""
         file = self.path / "questions.jsonl"
         with file.open(encoding="utf-8") as lines:
             rows = map(json.loads, lines)
             return {(row["task"], row["question"]): row["gold"] for row in rows}
 
     def done(self, system: str) -> set[Key]:
-        """The samples of one system that are there."""
+        """Return the keys of one system's stored samples."""
         return {
             Key(row["setting"], row["task"], row["question"], row["sample"])
             for row in self.rows
@@ -462,14 +467,14 @@ class ResultsFolder:
         }
 
     def samples(self, system: str, setting: str, task: str) -> Samples:
-        """The samples of one setting on one task, in the file's order."""
+        """Return the samples of one setting on one task, in the file's order."""
         place = (system, setting, task)
         return Samples.from_rows(
             row for row in self.rows if (row["system"], row["setting"], row["task"]) == place
         )
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Write samples, and do not return before they are on the disk."""
+        """Append samples to the file; returns only after they are on the disk."""
         with self.samples_file.open("a", encoding="utf-8", newline="\n") as file:
             file.writelines(_line(row) for row in rows)
             file.flush()
@@ -477,7 +482,7 @@ class ResultsFolder:
         self.rows += rows
 
     def replace(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Write all samples anew, at once."""
+        """Replace all samples of the file by others, in one step."""
         _write_rows(self.samples_file, rows)
         self.rows = list(rows)
 

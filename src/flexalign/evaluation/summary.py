@@ -1,12 +1,11 @@
 """``summary.json``: the accuracy and the tokens of each setting on each task, with intervals.
 
-A *token cut* is 1 − tokens ÷ reference tokens: 0.6 means that 60 % were saved, a negative cut that
-more were spent. Over several tasks it has two meanings, :func:`token_cut_mean` and
+A *token cut* is 1 − tokens ÷ reference tokens: 0.6 means that 60 % were saved, and a negative cut
+that more were spent. Over several tasks there are two definitions, :func:`token_cut_mean` and
 :func:`token_cut_pooled`.
 """
 
 import json
-import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -34,28 +33,28 @@ _PACKAGES = ("torch", "transformers", "peft", "math-verify", "numpy", "vllm")
 class SummaryRow:
     """The figures of one setting of one system on one task.
 
-    An end of an interval that is not known, as with a single question, is infinite here and null
-    in the file.
+    An unknown end of an interval, as with a single question, is infinite here and null in the
+    file.
 
     Attributes:
         system: The system's name.
         setting: The setting's id.
-        effort: The effort that it was asked for as; None if it was asked for by itself.
-        lam: λ, if the setting is one number.
+        effort: The requested effort; None if the setting itself was requested.
+        lam: λ, if the setting is one number; else None.
         task: The task's name.
         n_questions: Number of questions that were answered.
         n_samples: Number of samples.
         accuracy: Share of right answers.
         tokens: Mean tokens of a response.
-        thinking_tokens: Mean thinking tokens; None where they are not known of every sample.
-        token_cut: Against λ = 0 or the baseline; None without one.
+        thinking_tokens: Mean thinking tokens; None if they are not known for every sample.
+        token_cut: Token cut against λ = 0 or the baseline; None without either.
         chord_distance: Accuracy above the chord; None without both ends.
         hull_distance: Accuracy above the hull of all mixtures; None if no question was answered
             at all settings.
-        wrong: Share of the samples with this grade; likewise the three below.
-        truncated: Share that the limit on tokens cut off.
-        unparsed: Share whose answer could not be read.
-        no_answer: Share without an answer.
+        wrong: Share of the samples with a wrong answer.
+        truncated: Share of the samples cut off by the limit on tokens.
+        unparsed: Share of the samples whose answer could not be parsed.
+        no_answer: Share of the samples without an answer.
     """
 
     system: str
@@ -78,17 +77,17 @@ class SummaryRow:
 
     @property
     def label(self) -> str:
-        """The setting's name in tables, behind the effort if there is one."""
+        """The setting's name in tables, after the effort if there is one."""
         return setting_label(self.setting, self.effort)
 
     @property
     def point(self) -> Point:
-        """Its place in the Pareto picture."""
+        """Its tokens and accuracy, as a point of the Pareto plot."""
         return Point(self.tokens.mean, self.accuracy.mean)
 
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> "SummaryRow":
-        """Read one of the file's rows.
+        """Read one row of the file.
 
         Raises:
             KeyError: If a key is missing.
@@ -96,13 +95,13 @@ class SummaryRow:
         return cls(
             system=given["system"],
             setting=given["setting"],
-            effort=given.get("effort"),  # files of the first versions do not have it
+            effort=given.get("effort"),  # missing in files of the first versions
             lam=given["lambda"],
             task=given["task"],
             n_questions=given["n_questions"],
             n_samples=given["n_samples"],
-            accuracy=_interval(given, "accuracy"),
-            tokens=_interval(given, "tokens"),
+            accuracy=Interval.from_json(given, "accuracy"),
+            tokens=Interval.from_json(given, "tokens"),
             thinking_tokens=given["thinking_tokens"],
             token_cut=_optional_interval(given, "token_cut"),
             chord_distance=_optional_interval(given, "chord_distance"),
@@ -111,7 +110,7 @@ class SummaryRow:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return one of the file's rows, its keys in the file's order."""
+        """Return one row of the file, with keys in the file's order."""
         return {
             "system": self.system,
             "setting": self.setting,
@@ -120,12 +119,12 @@ class SummaryRow:
             "task": self.task,
             "n_questions": self.n_questions,
             "n_samples": self.n_samples,
-            **_figure("accuracy", self.accuracy),
-            **_figure("tokens", self.tokens),
+            **self.accuracy.to_json("accuracy"),
+            **self.tokens.to_json("tokens"),
             "thinking_tokens": self.thinking_tokens,
-            **_figure("token_cut", self.token_cut),
-            **_figure("chord_distance", self.chord_distance),
-            **_figure("hull_distance", self.hull_distance),
+            **_optional_keys("token_cut", self.token_cut),
+            **_optional_keys("chord_distance", self.chord_distance),
+            **_optional_keys("hull_distance", self.hull_distance),
             **{status: getattr(self, status) for status in _STATUSES},
         }
 
@@ -137,11 +136,12 @@ class SummaryMean:
     Attributes:
         system: The system's name.
         setting: The setting's id.
-        effort: The effort that it was asked for as; None if it was asked for by itself.
-        lam: λ, if the setting is one number.
+        effort: The requested effort; None if the setting itself was requested.
+        lam: λ, if the setting is one number; else None.
         accuracy: Mean of the tasks' accuracies.
         token_cut_mean: Mean of the tasks' cuts; None without a reference on every task.
-        token_cut_pooled: Cut of the tasks' mean tokens added up; None likewise.
+        token_cut_pooled: Cut of the sum of the tasks' mean tokens; None without a reference on
+            every task.
     """
 
     system: str
@@ -154,12 +154,12 @@ class SummaryMean:
 
     @property
     def label(self) -> str:
-        """The setting's name in tables, behind the effort if there is one."""
+        """The setting's name in tables, after the effort if there is one."""
         return setting_label(self.setting, self.effort)
 
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> "SummaryMean":
-        """Read one of the file's means.
+        """Read one mean of the file.
 
         Raises:
             KeyError: If a key is missing.
@@ -175,7 +175,7 @@ class SummaryMean:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return one of the file's means."""
+        """Return one mean of the file, with keys in the file's order."""
         return {
             "system": self.system,
             "setting": self.setting,
@@ -189,13 +189,13 @@ class SummaryMean:
 
 @dataclass(frozen=True)
 class Summary:
-    """What ``summary.json`` holds.
+    """The contents of ``summary.json``.
 
     Attributes:
         rows: One for each setting of each system on each task.
         means: One for each setting of each system, over all tasks.
         environment: Versions and machine of the sweep, and its configuration under ``run``; None
-            where several sweeps stand side by side.
+            for several sweeps.
     """
 
     rows: tuple[SummaryRow, ...]
@@ -216,7 +216,7 @@ class Summary:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return the file's value; without ``environment`` where there is none."""
+        """Return the file's value; ``environment`` is left out if it is None."""
         return {
             "rows": [row.to_json() for row in self.rows],
             "means": [mean.to_json() for mean in self.means],
@@ -224,27 +224,15 @@ class Summary:
         }
 
 
-def _interval(given: Mapping[str, Any], name: str) -> Interval:
-    """The figure of this name with its ``_ci``; a null end is one that is not known."""
-    low, high = given[f"{name}_ci"] or (None, None)
-    return Interval(
-        -math.inf if low is None else low, given[name], math.inf if high is None else high
-    )
-
-
 def _optional_interval(given: Mapping[str, Any], name: str) -> Interval | None:
-    return None if given[name] is None else _interval(given, name)
+    return None if given[name] is None else Interval.from_json(given, name)
 
 
-def _figure(name: str, value: Interval | None) -> dict[str, Any]:
-    """The two keys of a figure; JSON knows no infinity, so that an unknown end is null."""
-    if value is None:
-        return {name: None, f"{name}_ci": None}
-    ends = [float(end) if math.isfinite(end) else None for end in (value.low, value.high)]
-    return {name: value.mean, f"{name}_ci": ends}
+def _optional_keys(name: str, value: Interval | None) -> dict[str, Any]:
+    return {name: None, f"{name}_ci": None} if value is None else value.to_json(name)
 
 
-# Making one from samples.
+# A summary from samples.
 
 
 class _SettingPlace(NamedTuple):
@@ -267,17 +255,17 @@ def summarise(
 ) -> Summary:
     """Summarise samples; the order of the rows does not matter.
 
-    A token cut is against the same system at λ = 0, or, where a system has no such setting,
-    against the baseline that the configuration names. The chord joins a system's λ = 0 and λ = 1.
-    Where samples are missing, settings are compared on the questions that all of them have.
+    The reference of a token cut is the same system at λ = 0 or, if a system has no such setting,
+    the configuration's baseline. The chord joins λ = 0 and λ = 1 of a system. If samples are
+    missing, settings are compared on the questions that all of them have.
 
     Args:
-        configuration: Of the results folder.
-        rows: Its samples.
-        environments: Versions and machines that made them.
+        configuration: The configuration of the results folder.
+        rows: The samples, as lines of ``samples.jsonl``.
+        environments: Versions and machines that made them, the first one first.
 
     Raises:
-        ConfigError: If there is no sample.
+        ConfigError: If there are no samples.
     """
     if not rows:
         raise ConfigError("there is no sample yet to summarise; sample first.")
@@ -303,7 +291,7 @@ def summarise(
 def _places(
     configuration: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 ) -> list[_SettingPlace]:
-    """The settings that have samples, in the configuration's order."""
+    """List the settings that have samples, in the configuration's order."""
     lambdas = {(row["system"], row["setting"]): row["lambda"] for row in rows}
     return [
         _SettingPlace(*key, setting.get("effort"), lambdas[key])
@@ -325,7 +313,7 @@ def _group(places: Sequence[_SettingPlace], rows: Sequence[Mapping[str, Any]]) -
 def _reference(
     place: _SettingPlace, places: Sequence[_SettingPlace], baseline: str | None
 ) -> _SettingPlace | None:
-    """The setting that a setting's tokens are compared with."""
+    """Return the setting whose tokens are a setting's reference; None if there is none."""
     for system in (place.system, baseline):
         members = [p for p in places if p.system == system]
         slow = [p for p in members if p.lam == 0]
@@ -339,7 +327,10 @@ def _reference(
 def _distances(
     task: str, places: Sequence[_SettingPlace], groups: _Groups
 ) -> dict[_SettingPlace, Distances | None]:
-    """Distances to chord and hull of every setting on one task, system by system."""
+    """Compute every setting's distances to chord and hull on one task, separately by system.
+
+    A setting has None if no question was answered at all settings of its system.
+    """
     found: dict[_SettingPlace, Distances | None] = {}
     for system in dict.fromkeys(place.system for place in places):
         members = [p for p in places if p.system == system and (p, task) in groups]
@@ -347,7 +338,7 @@ def _distances(
             continue
         shared = set.intersection(*(set(groups[p, task].questions) for p in members))
         if not shared:
-            found |= dict.fromkeys(members)
+            found |= dict.fromkeys(members)  # None for each
             continue
 
         slow, fast = (
@@ -391,7 +382,7 @@ def _row(
 
 
 def _shared_cut(samples: Samples, reference: Samples) -> Interval | None:
-    """The token cut on the questions that both have answered; None if there are none."""
+    """Return the token cut on the questions that both have; None if there are none."""
     known = set(reference.questions)
     shared = [question for question in samples.questions if question in known]
     base = reference.on(shared)
@@ -403,13 +394,14 @@ def _shared_cut(samples: Samples, reference: Samples) -> Interval | None:
 def _mean(
     place: _SettingPlace, tasks: Sequence[str], groups: _Groups, reference: _SettingPlace | None
 ) -> SummaryMean:
-    """Figures over all tasks; a cut needs a reference on every one of them."""
+    """Compute the figures over all tasks; a cut needs a reference on every task."""
     own = [groups[place, task] for task in tasks if (place, task) in groups]
     pairs = [
         (groups[place, task].mean_tokens, groups[reference, task].mean_tokens)
         for task in tasks
         if reference and (place, task) in groups and (reference, task) in groups
     ]
+
     is_complete = len(pairs) == len(own) and all(base > 0 for _, base in pairs)
     tokens, bases = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     return SummaryMean(
@@ -434,7 +426,7 @@ def _run_environment(
 
 
 def token_cut(tokens: float, reference: float) -> float:
-    """The cut of one task, from mean tokens.
+    """Return the token cut on one task, from mean tokens.
 
     Raises:
         DataError: If the reference's tokens are not positive.
@@ -447,28 +439,28 @@ def token_cut(tokens: float, reference: float) -> float:
 
 
 def token_cut_mean(tokens: Sequence[float], references: Sequence[float]) -> float:
-    """The unweighted mean of the tasks' cuts, as the paper's Table 1 gives it.
+    """Return the unweighted mean of the tasks' cuts, as in the paper's Table 1.
 
     Args:
         tokens: Mean tokens on each task.
         references: The reference's mean tokens on each task, in the same order.
 
     Raises:
-        DataError: If there is no task, or a reference writes nothing.
+        DataError: If there is no task, or a reference has no tokens.
     """
     _check_pairs(tokens, references)
     return float(np.mean([token_cut(*pair) for pair in zip(tokens, references, strict=True)]))
 
 
 def token_cut_pooled(tokens: Sequence[float], references: Sequence[float]) -> float:
-    """The cut of the tasks' mean tokens added up, so that long tasks count for more.
+    """Return the cut of the sum of the tasks' mean tokens; tasks with long responses weigh more.
 
     Args:
         tokens: Mean tokens on each task.
         references: The reference's mean tokens on each task, in the same order.
 
     Raises:
-        DataError: If there is no task, or the reference writes nothing.
+        DataError: If there is no task, or the reference has no tokens.
     """
     _check_pairs(tokens, references)
     return token_cut(sum(tokens), sum(references))
@@ -482,20 +474,20 @@ def _check_pairs(tokens: Sequence[float], references: Sequence[float]) -> None:
         )
 
 
-# Several sweeps side by side.
+# Several sweeps in one summary.
 
 _Part = TypeVar("_Part", SummaryRow, SummaryMean)
 
 
 def compare(folders: Sequence[str | Path]) -> Summary:
-    """Put the summaries of several sweeps side by side; the folders are not changed.
+    """Join the summaries of several sweeps; the folders are not changed.
 
     Args:
-        folders: Results folders that `evaluate` has finished, none twice.
+        folders: Results folders of finished runs of `evaluate`, none twice.
 
     Returns:
-        All rows and means as each sweep measured them, each system named after its folder too;
-        no environment.
+        All rows and means as each sweep measured them, with the folder added to each system's
+        name, and without an environment.
 
     Raises:
         ConfigError: If a folder is named twice, or has no summary that can be read.
@@ -534,7 +526,7 @@ def _read_summary(folder: Path) -> Summary:
         ) from error
 
 
-# Where figures are measured: versions and machine, nothing that names a person or a host.
+# The environment of measurements: versions and machine, but nothing that names a person or a host.
 
 
 def environment() -> dict[str, Any]:

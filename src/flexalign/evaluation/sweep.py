@@ -1,8 +1,7 @@
-"""A sweep: systems at several settings answer the same questions, graded and summarised as it goes.
+"""A sweep: systems answer the same questions at several settings, and are graded and summarised.
 
-:func:`evaluate` is the whole of it. :func:`plan_sweep` checks what is asked and loads no weights;
-the :class:`Sweep` that it returns says what will be sampled and what that costs, and
-:meth:`Sweep.run` samples.
+:func:`evaluate` does all steps. :func:`plan_sweep` only checks the arguments, and loads no weights;
+it returns a :class:`Sweep`, which lists what will be sampled. :meth:`Sweep.run` samples.
 """
 
 import hashlib
@@ -22,7 +21,13 @@ from flexalign.evaluation.report import write_report
 from flexalign.evaluation.samples import ResultsFolder
 from flexalign.evaluation.summary import Summary, environment, summarise
 from flexalign.evaluation.systems import Cell, settings_of
-from flexalign.evaluation.tasks import Task, TaskSampling, load_task
+from flexalign.evaluation.tasks import (
+    Task,
+    TaskSampling,
+    load_task,
+    sample_warning,
+    unreadable_golds,
+)
 from flexalign.lambdas import Setting, unique_settings
 from flexalign.systems import (
     Answer,
@@ -36,7 +41,7 @@ from flexalign.systems import (
 )
 
 Progress = Callable[[int], None]
-"""Told how many samples were made since it was last told."""
+"""A function that is called with the number of samples made since its last call."""
 
 
 def evaluate(
@@ -52,29 +57,30 @@ def evaluate(
     progress: Progress | None = None,
     **options: Any,
 ) -> "SweepResult":
-    """Measure systems at several settings, or go on where an earlier run stopped.
+    """Measure systems at several settings, or continue an interrupted run.
 
     Args:
-        systems: Each as the command line takes it, such as ``dial:BASE,ADAPTER``.
+        systems: Systems in the form of the command line, such as ``dial:BASE,ADAPTER``.
         tasks: Names, paths of files, or tasks of :func:`~flexalign.evaluation.tasks.load_task`.
-        output: The results folder; gets the samples, the summary and the report.
+        output: The results folder for the samples, the summary and the report.
         settings: Numbers (λ), policies, schedules or
             :class:`~flexalign.lambdas.Setting`; see ``settings_of`` for the defaults.
         samples: Responses to each question; the tasks' own number if not given.
-        seed: Of all sampling.
-        baseline: The system against which token cuts of systems without λ = 0 are taken.
-        workers: Processes that grade.
-        progress: Told of samples as they are made, and first of those that the folder holds.
+        seed: Seed of all sampling.
+        baseline: The reference system for the token cuts of systems without λ = 0.
+        workers: Number of processes that grade.
+        progress: Called first with the number of samples in the folder, and then with the number
+            made since its last call.
         **options: Fields of :class:`~flexalign.systems.SystemOptions`; temperature,
             top_p and max_new_tokens are the tasks' own if not given.
 
     Returns:
-        The summary, and the samples that could not be made; the report is written if there are
-        none.
+        The summary, and the samples that could not be made; the report is only written if there
+        are none of these.
 
     Raises:
-        ConfigError: If something is missing, is given twice, or does not go together, or the
-            folder belongs to another configuration.
+        ConfigError: If something is missing or is given twice, arguments contradict each other, or
+            the folder belongs to another configuration.
         LambdaError: If a λ is outside an adapter's range.
         ServingError: If a server cannot be used at all.
     """
@@ -97,7 +103,7 @@ def plan_sweep(
     baseline: str | None = None,
     **options: Any,
 ) -> "Sweep":
-    """Check what is to be measured; no weights are loaded. Arguments as for :func:`evaluate`."""
+    """Check a sweep's arguments, which are those of :func:`evaluate`; no weights are loaded."""
     named = parse_systems([system for system in systems if isinstance(system, str)])
     parsed = iter(named)
     asked = [next(parsed) if isinstance(system, str) else system for system in systems]
@@ -115,15 +121,15 @@ def plan_sweep(
 
 
 def sampling_options(tasks: Sequence[Task], **options: Any) -> SystemOptions:
-    """Make the options of systems, sampled as their tasks are unless something else is asked for.
+    """Make the options of systems, with the tasks' sampling options as defaults.
 
     Args:
-        tasks: Whose temperature, top_p and max_new_tokens hold where they are not given.
-        **options: Fields of :class:`~flexalign.systems.SystemOptions`; None is as good
-            as not given.
+        tasks: The tasks, for temperature, top_p and max_new_tokens if these are not given.
+        **options: Fields of :class:`~flexalign.systems.SystemOptions`; None counts as not
+            given.
 
     Raises:
-        ConfigError: If the tasks differ in one that is not given.
+        ConfigError: If an option is not given and differs among the tasks.
     """
     given = {name: value for name, value in options.items() if value is not None}
     for name in ("temperature", "top_p", "max_new_tokens"):
@@ -132,7 +138,7 @@ def sampling_options(tasks: Sequence[Task], **options: Any) -> SystemOptions:
 
 
 def _agreed(given: Any, tasks: Sequence[Task], name: str) -> Any:
-    """What was asked for, else what the tasks agree on."""
+    """Return the given value, else the value that all tasks have in common."""
     if given is not None:
         return given
     values = {getattr(task.sampling, name) for task in tasks} or {getattr(TaskSampling(), name)}
@@ -147,11 +153,11 @@ def _agreed(given: Any, tasks: Sequence[Task], name: str) -> Any:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What came of a sweep.
+    """The result of a sweep.
 
     Attributes:
-        summary: The contents of ``summary.json``; None if there is no sample at all.
-        made: Samples that this run added.
+        summary: The contents of ``summary.json``; None if there is no sample.
+        made: Number of samples that this run added.
         lost: Samples that could not be made.
     """
 
@@ -162,19 +168,19 @@ class SweepResult:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is to be measured. Making one finds and checks all models; none is loaded.
+    """The plan of a sweep. Making one finds and checks all models; none is loaded.
 
     Attributes:
-        systems: What is asked.
-        tasks: With which questions.
-        settings: At which settings, for systems that have a dial; see ``settings_of``.
-        samples: Responses a question.
-        seed: Of all sampling.
-        baseline: The system against which token cuts of systems without λ = 0 are taken.
-        options: How systems are run.
+        systems: The systems that are measured.
+        tasks: The tasks with the questions.
+        settings: The settings of systems that have a dial; see ``settings_of``.
+        samples: Responses to each question.
+        seed: Seed of all sampling.
+        baseline: The reference system for the token cuts of systems without λ = 0.
+        options: Options of the systems.
 
     Raises:
-        ConfigError: If something is missing, is given twice, or does not go together.
+        ConfigError: If something is missing or is given twice, or fields contradict each other.
         LambdaError: If a λ is outside an adapter's range.
     """
 
@@ -209,43 +215,76 @@ class Sweep:
                     "are interpolated at numbers alone."
                 )
 
-        _ = self.backends  # whose making checks that every model is there
+        _ = self.backends  # made here to check that every model exists
 
     def settings_of(self, system: System) -> list[Setting]:
-        """The settings that one of the systems is measured at."""
+        """Return the settings at which one of the systems is measured."""
         return settings_of(system, self.settings)
 
     @cached_property
     def backends(self) -> dict[str, Backend]:
-        """The systems, ready to be asked, by name."""
+        """The opened systems, by name."""
         return {
             system.name: open_backend(system, self.settings_of(system), self.options)
             for system in self.systems
         }
 
     def cells(self, system: System) -> list[Cell]:
-        """All samples of one of the systems."""
+        """List all samples of one of the systems."""
         return sweep_cells(self.tasks, self.settings_of(system), self.samples, self.seed)
 
     @property
     def total(self) -> int:
-        """How many samples it is made of."""
+        """Number of samples of all systems, settings and tasks."""
         questions = sum(len(task.questions) for task in self.tasks)
         settings = sum(len(self.settings_of(system)) for system in self.systems)
         return questions * self.samples * settings
 
     def previews(self) -> list[tuple[str, str, str]]:
-        """The first prompt of each task as each system is sent it: (system, task, prompt)."""
+        """Render the first prompt of each task for each system: (system, task, prompt)."""
         return [
             (name, task.name, backend.render(_first(task)))
             for name, backend in self.backends.items()
             for task in self.tasks
         ]
 
+    def cautions(self) -> list[str]:
+        """Return warnings about the summary, one sentence each."""
+        found = []
+        alone = [
+            system.name
+            for system in self.systems
+            if all(setting.lam != 0 for setting in self.settings_of(system))
+        ]
+        if alone and self.baseline is None and len(self.systems) > 1:
+            found.append(
+                f"{', '.join(alone)}: no λ = 0 there, so that no token cut will be known; name the "
+                "system to hold it against with --baseline."
+            )
+        warnings = (sample_warning(task, self.samples) for task in self.tasks)
+        return found + [warning for warning in warnings if warning is not None]
+
+    def unreadable_golds(self, *, workers: int = 1) -> list[dict[str, str]]:
+        """List the known answers that no response can match, by ``task``, ``question``, ``gold``.
+
+        Args:
+            workers: Number of processes that parse them.
+        """
+        with Grader(workers=workers) as grader:
+            return [
+                {"task": task.name, "question": question.id, "gold": question.gold}
+                for task in self.tasks
+                for question in unreadable_golds(task, grader)
+            ]
+
     def configuration(self) -> dict[str, Any]:
-        """All that decides the samples, as JSON: hashes, fingerprints, settings and options."""
+        """Return everything that determines the samples, as JSON.
+
+        It includes hashes, fingerprints, settings and options.
+        """
         options = asdict(self.options)
         kept = ("temperature", "top_p", "max_new_tokens", "gate")
+
         return {
             "systems": [
                 {
@@ -278,13 +317,13 @@ class Sweep:
         begun: Callable[[int], None] | None = None,
         progress: Progress | None = None,
     ) -> SweepResult:
-        """Sample, grade and summarise, or go on where an earlier run stopped.
+        """Sample, grade and summarise, or continue an interrupted run.
 
         Args:
             output: The results folder.
-            workers: Processes that grade.
-            begun: Told how many samples the folder already holds.
-            progress: Told of samples as they are made.
+            workers: Number of processes that grade.
+            begun: Called once with the number of samples that the folder already holds.
+            progress: Called with the number of samples made since its last call.
 
         Raises:
             ConfigError: If the folder belongs to another configuration.
@@ -323,6 +362,7 @@ def _check_options(samples: int, options: SystemOptions) -> None:
     for name, value in counts.items():
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, got {value}.")
+
     if not 0 <= options.temperature < float("inf"):
         raise ConfigError(
             f"temperature must be a number ≥ 0 (0 is greedy), got {options.temperature}."
@@ -334,11 +374,12 @@ def _check_options(samples: int, options: SystemOptions) -> None:
             f"samples is {samples} at temperature 0, which would write the same response each "
             "time; raise the temperature or take one sample."
         )
+
     if options.engine not in ("local", "vllm"):
         raise ConfigError(f"the engine is local or vllm, not {options.engine!r}.")
 
 
-# Drawing: which samples there are, with which seeds, and how they are made and kept.
+# Sampling: the list of samples with their seeds, and how they are drawn and stored.
 
 
 class Lost(NamedTuple):
@@ -350,10 +391,10 @@ class Lost(NamedTuple):
 
 
 def sample_seed(seed: int, task: str, question: str, sample: int) -> int:
-    """The seed of one sample: 31 bits from the sweep's seed and the sample's place.
+    """Return the seed of one sample: 31 bits, derived from the arguments.
 
-    The setting is left out on purpose: all settings answer with the same luck, so that their
-    differences are measured with less noise.
+    It does not depend on the setting: all settings sample with common random numbers, which
+    reduces the noise of their differences.
     """
     return derive_seed(seed, task, question, sample)
 
@@ -379,18 +420,25 @@ def sweep_cells(
 
 
 class Sampler:
-    """Draws samples of one system into a results folder, graded."""
+    """Draws the samples of one system, grades them and stores them in a results folder."""
 
     def __init__(
         self, system: str, backend: Backend, folder: ResultsFolder, grader: Grader
     ) -> None:
-        """Join a system, a place for its samples and a grader with its thinking tags."""
+        """Make a sampler.
+
+        Args:
+            system: The system's name.
+            backend: The opened system.
+            folder: The results folder.
+            grader: A grader with the system's thinking tags.
+        """
         self._system, self._backend, self._folder = system, backend, folder
         self._grader, self._golds = grader, folder.golds()
         self._hashes: dict[tuple[str, str], str] = {}
 
     def draw(self, cells: Sequence[Cell], progress: Progress | None = None) -> list[Lost]:
-        """Make what is missing of `cells`; what is made is on the disk before the next batch.
+        """Draw those of `cells` that are missing; each batch is on the disk before the next one.
 
         Returns:
             The samples that could not be made.
@@ -449,17 +497,17 @@ class Sampler:
         return self._hashes[place]
 
 
-# Stored samples, graded again.
+# Grading stored samples again.
 
 
 def regrade(output: Path, *, workers: int = 1) -> tuple[Summary, int]:
-    """Grade the stored samples of a results folder again, and summarise them anew.
+    """Grade the stored samples of a results folder again, and write a new summary.
 
     Returns:
-        The summary, and how many grades have changed.
+        The summary, and the number of grades that changed.
 
     Raises:
-        ConfigError: If it is no results folder, or has no samples.
+        ConfigError: If it is not a results folder, or has no samples.
     """
     folder = ResultsFolder.read(output)
     golds, changed = folder.golds(), 0
@@ -485,7 +533,7 @@ def regrade(output: Path, *, workers: int = 1) -> tuple[Summary, int]:
 
 
 def write_summary(folder: ResultsFolder) -> Summary:
-    """Write ``summary.json`` of a results folder, and return what is in it.
+    """Write ``summary.json`` of a results folder, and return its contents.
 
     Raises:
         ConfigError: If the folder has no samples.

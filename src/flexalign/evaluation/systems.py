@@ -1,4 +1,4 @@
-"""Systems as a sweep measures them: the samples that it asks for, and the settings of each kind."""
+"""The samples that a sweep requests from a system, and the settings of each kind of system."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ _DEFAULT_LAMBDAS = (0.0, 0.5, 1.0)
 
 
 class Key(NamedTuple):
-    """What tells a system's samples apart."""
+    """The key of a sample, unique among the samples of a system."""
 
     setting: str
     task: str
@@ -22,15 +22,15 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Cell:
-    """One sample that is to be made: a :class:`flexalign.systems.Request` of a task's question.
+    """One sample to be drawn: a :class:`flexalign.systems.Request` with a task's question.
 
     Attributes:
-        setting: The dial.
+        setting: The setting of the system's dial.
         task: The task's name.
         question: The question's id in its task.
-        sample: Which of the question's samples, from 0.
-        seed: Of its sampling; the same at every setting.
-        messages: The question as it is put.
+        sample: The number of the sample among those of the question, from 0.
+        seed: Seed of its sampling; the same at every setting.
+        messages: The messages that ask the question.
     """
 
     setting: Setting
@@ -42,29 +42,29 @@ class Cell:
 
     @property
     def key(self) -> Key:
-        """What tells it from the system's other samples."""
+        """Its key among the system's samples."""
         return Key(self.setting.id, self.task, self.question, self.sample)
 
     @property
     def prompt(self) -> tuple[str, str]:
-        """What tells its question from the others."""
+        """The key of its question: task and question id."""
         return self.task, self.question
 
     @property
     def label(self) -> str:
-        """How messages call it."""
+        """Its name in messages."""
         return f"question {self.question} of {self.task}"
 
 
 Outcome: TypeAlias = tuple[Cell, Answer | Failure]
-"""A sample that was asked for, with what came of it."""
+"""A requested sample, with its answer or the failure."""
 
 
 def settings_of(system: System, asked: Sequence[Setting]) -> list[Setting]:
-    """Choose the settings that a system can be asked at.
+    """Return those of the requested settings that a system supports, or its defaults.
 
-    A model has none but itself. Weights are interpolated at one number. Where nothing is asked a
-    dial on this machine is measured at λ = 0, 0.5 and 1, and a server as it is.
+    A model has only the setting ``as it is``. Interpolated weights support only single numbers. If
+    no setting is requested, a local dial is measured at λ = 0, 0.5 and 1, and a server ``as it is``.
     """
     if system.kind == "model" or (system.kind == "url" and not asked):
         return [AS_IT_IS]
@@ -82,7 +82,7 @@ def tell_apart(folders: Sequence[Path]) -> list[str]:
         ['a/out', 'b/out']
 
     Args:
-        folders: Resolved, at least one, none twice.
+        folders: Resolved paths, at least one, none twice.
     """
     longest = max(len(folder.parts) for folder in folders)
     for count in range(1, longest + 1):

@@ -1,8 +1,8 @@
-r"""Questions with known answers, and how they are put to a model.
+r"""Tasks: questions with known answers, and the instruction for the model.
 
-The public files are read as they are published: MATH-500, AIME and AMC (`problem`, `answer`),
-GSM8K (`question`, and a worked `answer` that ends in ``#### N``). Any other file with `problem`
-(or `question`) and `answer` is a task as well, and a known name may bring questions of its own.
+Public files are read in their published form: MATH-500, AIME and AMC (`problem`, `answer`),
+GSM8K (`question`, and an `answer` with its working that ends in ``#### N``). Any other file with
+`problem` (or `question`) and `answer` is a task too, and a known name may have its own questions.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ DATA_VARIABLE = "FLEXALIGN_DATA"
 """The environment variable that names the folder of the public files."""
 
 MATHEMATICS = "Please reason step by step, and put your final answer within \\boxed{}."
-"""The instruction that follows the public tasks' questions; a file's own are asked as they stand, as
-`flexalign sample` and a server's clients ask them."""
+"""The instruction after the questions of public tasks. Questions of other files are asked without
+one, as `flexalign sample` and a server's clients ask them."""
 
 _FILES = {
     "math500": ("math", "math500", "math-500", "MATH-500"),
@@ -43,13 +43,13 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class TaskSampling:
-    """How responses are drawn, unless the user says otherwise: the paper's settings.
+    """The default sampling options of a task; those of the paper if not given.
 
     Attributes:
-        samples: Responses a question.
-        temperature: Of the sampling.
-        top_p: Share of probability that is kept.
-        max_new_tokens: Tokens at which a response is cut off.
+        samples: Responses to each question.
+        temperature: Sampling temperature.
+        top_p: Share of probability that nucleus sampling keeps.
+        max_new_tokens: Number of tokens at which a response is cut off.
     """
 
     samples: int = 8
@@ -63,8 +63,8 @@ class TaskQuestion:
     """One question.
 
     Attributes:
-        id: Unique in its task: the file's own, else the row's number from 1.
-        problem: What is asked.
+        id: Unique in its task: the file's own id, else the row's number from 1.
+        problem: The text of the question.
         gold: The known answer.
     """
 
@@ -75,13 +75,13 @@ class TaskQuestion:
 
 @dataclass(frozen=True)
 class Task:
-    r"""Questions and the way they are asked.
+    r"""Questions, with an instruction and sampling options.
 
     Attributes:
-        name: Such as ``math500``; for a file of the user's, its stem.
-        questions: In the file's order.
-        instruction: What follows every problem, after an empty line; nothing if empty.
-        sampling: The defaults.
+        name: The task's name, such as ``math500``; for a user's file, its stem.
+        questions: The questions, in the file's order.
+        instruction: The text after every problem, separated by an empty line; may be empty.
+        sampling: The default sampling options.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Task:
     sampling: TaskSampling = field(default_factory=TaskSampling)
 
     def messages(self, question: TaskQuestion) -> list[dict[str, str]]:
-        """The conversation that puts a question, for a chat template."""
+        """Return the conversation that asks a question, for a chat template."""
         text = question.problem
         if self.instruction:
             text = f"{text}\n\n{self.instruction}"
@@ -98,14 +98,14 @@ class Task:
 
     @property
     def content_hash(self) -> str:
-        """Hash of instruction and questions, 16 hexadecimal digits, the same on every machine."""
+        """Hash of instruction and questions: 16 hexadecimal digits, equal on all machines."""
         content = [self.instruction, *([q.id, q.problem, q.gold] for q in self.questions)]
         text = json.dumps(content, ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def task_names() -> list[str]:
-    """The names of all tasks; a path to a file is a task too."""
+    """Return the names of all tasks; `load_task` also takes paths of files."""
     return [*_FILES, *(entry.name for entry in known_names() if entry.task is not None)]
 
 
@@ -120,21 +120,21 @@ def load_task(
     """Load a task.
 
     Args:
-        name_or_path: One of `task_names` (upper case and hyphens do not matter, so that
-            ``MATH-500`` is known), a part of one (``NAME:PART``), or the path of a JSONL, JSON or
-            Parquet file with `problem` (or `question`) and `answer`, and `id` or `unique_id`
-            where there is one.
-        data: The folder that holds the public files, or the file itself. If not given, the
-            environment variable FLEXALIGN_DATA.
-        limit: Take this many questions, drawn with `seed` and kept in order; where a known name
-            makes its questions, how many are made.
-        seed: Of that draw.
-        instruction: What follows every problem, if not the task's own (nothing for a file).
+        name_or_path: One of `task_names` (case and hyphens are ignored, so that ``MATH-500`` is
+            known), a part of one (``NAME:PART``), or the path of a JSONL, JSON or Parquet file
+            with `problem` (or `question`) and `answer`, and optionally `id` or `unique_id`.
+        data: The folder of the public files, or the file itself; the environment variable
+            FLEXALIGN_DATA if not given.
+        limit: The number of questions, which are drawn with `seed` and stay in order; if a known
+            name makes its questions, the number that is made. If not given, all questions, or the
+            known name's own number.
+        seed: Seed of that draw.
+        instruction: The text after every problem; the task's own if not given (none for a file).
 
     Raises:
         ConfigError: If the name is not known, or the public file is not found.
-        DataError: If rows lack a field or cannot be read (the first few are named by line), ids
-            are not unique, or there is no row.
+        DataError: If rows lack a field or cannot be read (the message names the first few by
+            line), ids are not unique, or there is no row.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1 question, got {limit}.")
@@ -165,7 +165,7 @@ def load_task(
 
 
 def sample_warning(task: Task, samples: int) -> str | None:
-    """What to tell a user who takes too few samples, or None."""
+    """Return a warning if a task is given too few samples, else None."""
     if not task.name.startswith("aime") or samples >= _AIME_SAMPLES:
         return None
     return (
@@ -176,9 +176,9 @@ def sample_warning(task: Task, samples: int) -> str | None:
 
 
 def unreadable_golds(task: Task, grader: Grader) -> list[TaskQuestion]:
-    """The questions whose known answer cannot be parsed, so that nothing could match it.
+    """Return the questions whose known answer cannot be parsed, so that no response can match it.
 
-    Meant to be asked before sampling starts.
+    Call it before sampling starts.
     """
     readable = grader.readable([question.gold for question in task.questions])
     return [q for q, fine in zip(task.questions, readable, strict=True) if not fine]

@@ -27,7 +27,7 @@ from flexalign.generation.interface import DialModel
 from flexalign.generation.row_lambdas import RowDials
 from flexalign.generation.seeded import SeededSampling
 from flexalign.generation.text import ResponseText
-from flexalign.lambdas import Adaptive, Dial, Fixed, Route, Way
+from flexalign.lambdas import Adaptive, Dial, Route, Way, way_dial
 
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
 """Transformers' defaults. With greedy decoding, any other value causes a warning."""
@@ -159,9 +159,9 @@ def _check_options(model: DialModel, dials: Sequence[Dial], options: dict[str, A
 def _slow_part(dial: Dial, route: Way | None) -> Dial:
     """Return the dial of a row whose response is not the fast answer."""
     if isinstance(dial, Adaptive):
-        return Fixed(dial.slow_lambda)
+        return way_dial(dial, "slow")
     if isinstance(dial, Route):
-        return Fixed(dial.slow_lambda if route == "slow" else dial.fast_lambda)
+        return way_dial(dial, route or "fast")
     return dial
 
 
@@ -289,7 +289,7 @@ def _write_fast_answers(
     if any(policy.measure == "agreement" for policy in policies.values()):
         reader = ResponseText(model.require_tokenizer("agreement", options), model.thinking_tags)
 
-    fast: dict[int, Dial] = {row: Fixed(dial.fast_lambda) for row, dial in policies.items()}
+    fast: dict[int, Dial] = {row: way_dial(dial, "fast") for row, dial in policies.items()}
     prompts.prefill([fast, rest], options)
 
     thresholds = [model.threshold(policy) for policy in policies.values()]

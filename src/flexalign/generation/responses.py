@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from flexalign._modes import evaluating
-from flexalign.data.rendering import Prompt, render_chat
+from flexalign.data.rendering import Prompt, Rendering, stop_ids
 from flexalign.errors import ConfigError, DataError, LambdaError
 from flexalign.generation.adaptive import NEUTRAL, chooses_stream
 from flexalign.generation.row_lambdas import read_dials
@@ -95,7 +95,7 @@ def generate_responses(
         raise ConfigError(f"there are {len(seeds)} seeds for {len(prompts)} prompts.")
     is_seeded = seeds is not None and temperature > 0
 
-    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     dials = _read_dials(generate_kwargs, len(prompts))
     settings = generation_settings(
         model,
@@ -147,15 +147,16 @@ def _check(max_new_tokens: int, temperature: float, top_p: float, batch_size: in
         raise ConfigError(f"top_p must be above 0 and at most 1, got {top_p}.")
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-    else:
-        text = render_chat(tokenizer, prompt, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Return the tokens that generation starts from.
+
+    Raises:
+        DataError: If there are none, or the prompt is a conversation that cannot be rendered.
+    """
+    ids = Rendering(tokenizer).prompt(prompt).ids
     if not ids:
         raise DataError(f"the prompt {prompt!r} is empty: there is no token to go on from.")
-    return cast("list[int]", ids)
+    return ids
 
 
 def _read_dials(given: dict[str, Any], prompts: int) -> list[Dial] | Tensor | None:
@@ -248,7 +249,7 @@ def generation_settings(
     """
     ends = getattr(model.generation_config, "eos_token_id", None)
     ends = ends if isinstance(ends, list | tuple) else [ends]
-    ends = [end for end in dict.fromkeys([*ends, tokenizer.eos_token_id]) if end is not None]
+    ends = [end for end in dict.fromkeys([*ends, *stop_ids(tokenizer)]) if end is not None]
 
     pad = tokenizer.pad_token_id
     if pad is None:

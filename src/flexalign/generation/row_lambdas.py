@@ -157,18 +157,21 @@ class TagTokens:
     """The token ids of the thinking tags, and the position of the thinking in token ids.
 
     Attributes:
-        open: The token id of the opening tag.
-        close: The token id of the closing tag.
+        open: The token that completes the opening tag.
+        close: The token that completes the closing tag.
+        are_single: Whether each tag is one token.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", tags: ThinkingTags) -> None:
         """Look up the two tags.
 
         Raises:
-            ConfigError: If a tag is not a single token. A tag of several tokens may be merged with
-                the text around it, and then cannot be found in token ids.
+            ConfigError: If a tag is several tokens of ordinary text. They may be merged with the
+                text around them, and then the tag cannot be found in token ids.
         """
-        self.open, self.close = (_single_token(tokenizer, tag) for tag in (tags.open, tags.close))
+        self._open, self._close = (_tokens_of(tokenizer, tag) for tag in (tags.open, tags.close))
+        self.open, self.close = self._open[-1], self._close[-1]
+        self.are_single = len(self._open) == len(self._close) == 1
 
     def place(self, input_ids: Tensor) -> tuple[list[bool], list[int]]:
         """Return for the next token of every row whether it is thinking, and its thinking index.
@@ -177,23 +180,33 @@ class TagTokens:
             input_ids: Prompts and all generated tokens, shape ``(B, T)``. An opening tag in the
                 prompt counts.
         """
-        opened = _last(input_ids == self.open)
-        inside = opened > _last(input_ids == self.close)
+        opened = _last_end(input_ids, self._open)
+        inside = opened > _last_end(input_ids, self._close)
         thinking_index = input_ids.shape[1] - 1 - opened
         return inside.tolist(), thinking_index.tolist()
 
 
-def _last(found: Tensor) -> Tensor:
-    """Return the last true position of each row, −1 if there is none: (B, T) → (B,)."""
-    positions = torch.arange(found.shape[1], device=found.device)
+def _last_end(input_ids: Tensor, tag: list[int]) -> Tensor:
+    """Return the last position at which a tag ends in each row, −1 if none: (B, T) → (B,)."""
+    length = len(tag)
+    if input_ids.shape[1] < length:
+        return torch.full_like(input_ids[:, 0], -1)
+    windows = input_ids.unfold(1, length, 1)
+    found = (windows == torch.tensor(tag, device=input_ids.device)).all(-1)
+    positions = torch.arange(length - 1, input_ids.shape[1], device=found.device)
     return torch.where(found, positions, -1).amax(-1)
 
 
-def _single_token(tokenizer: "PreTrainedTokenizerBase", tag: str) -> int:
-    tokens = tokenizer(tag, add_special_tokens=False)["input_ids"]
-    if len(tokens) != 1:
+def _tokens_of(tokenizer: "PreTrainedTokenizerBase", tag: str) -> list[int]:
+    """Return a tag's tokens: one, or several that begin with a token of its own.
+
+    A channel's beginning (``<|channel|>analysis<|message|>``) is several; its first token is an
+    added one, which merges with nothing.
+    """
+    tokens = [int(token) for token in tokenizer(tag, add_special_tokens=False)["input_ids"]]
+    if len(tokens) != 1 and (not tokens or tokens[0] not in tokenizer.added_tokens_decoder):
         raise ConfigError(
             f"a thinking schedule needs tags that are one token each; {tag!r} is {len(tokens)} "
             "tokens here. Name the model's own tags, or use a schedule over the token index."
         )
-    return int(tokens[0])
+    return tokens

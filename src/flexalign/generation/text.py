@@ -35,11 +35,13 @@ class ResponseText:
         self.tags = tags or ThinkingTags.detect(tokenizer)
         self._tokenizer = tokenizer
 
-        # Thinking tags are shown even if they are special tokens.
-        names = [self.tags.open, self.tags.close] if self.tags else []
+        # Thinking tags are shown even if they are special tokens, one or several.
+        shown: set[int] = set()
+        for tag in (self.tags.open, self.tags.close) if self.tags else ():
+            shown.update(tokenizer(tag, add_special_tokens=False)["input_ids"])
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(tokenizer.all_special_ids)
-        self._hidden = special - set(tokenizer.convert_tokens_to_ids(names))
+        self._hidden = special - shown
 
     def hides(self, token: int) -> bool:
         """Return whether a token is left out of the text."""
@@ -189,12 +191,16 @@ class StreamedSplit:
 
     def _begin(self, is_last: bool) -> bool:
         """Decide whether the response starts with thinking; return whether that can be decided."""
-        start, tag = self._held.lstrip(), self._tags.open
-        if len(start) < len(tag) and tag.startswith(start) and not is_last:
+        start, tag, answer = self._held.lstrip(), self._tags.open, self._tags.answer
+        if not is_last and any(
+            len(start) < len(mark) and mark.startswith(start) for mark in (tag, answer)
+        ):
             return False
         self._is_begun, self._is_thinking = True, start.startswith(tag)
         if self._is_thinking:
             self._held = start.removeprefix(tag)
+        elif answer and start.startswith(answer):
+            self._held = start.removeprefix(answer)
         return True
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from flexalign.data.rendering import stop_ids
 from flexalign.errors import ConfigError, UnsupportedModelError
 from flexalign.fusion import Lambda, as_lambda, fuse_logits
 from flexalign.generation.fused import FusedDecoding, positions_of
@@ -315,7 +316,7 @@ def _ends(reference: Any, aligned: Any, tokenizer: Any) -> list[int] | None:
     for given in (
         reference.generation_config.eos_token_id,
         aligned.generation_config.eos_token_id,
-        tokenizer.eos_token_id,
+        stop_ids(tokenizer),
     ):
         if given is not None:
             ends += given if isinstance(given, list | tuple) else [given]

@@ -6,15 +6,17 @@ load the folder as LoRA.
 """
 
 import json
+import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flexalign._storage import replacing
+from flexalign.data.template import bind_template, bound_thinking, template_hash
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import (
     CheckpointError,
@@ -24,6 +26,9 @@ from flexalign.errors import (
     PairMismatchError,
 )
 from flexalign.lambdas import Adaptive, finite_lambda
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 CONFIG_FILE = "inra_config.json"
 WEIGHTS_FILE = "inra_adapter.safetensors"
@@ -44,6 +49,8 @@ class InRaConfig:
         thinking_tags: The opening and the closing tag around the model's thinking. None: the tags
             that the tokenizer defines.
         calibration: The results of calibration, or None.
+        rendering: How prompts were rendered in training: `template`, the chat template's hash, and
+            `arguments`, the template arguments. None if that is not known.
         format_version: Version of the folder's format.
 
     Raises:
@@ -58,6 +65,7 @@ class InRaConfig:
     lambda_range: tuple[float, float] = (0.0, 1.0)
     thinking_tags: tuple[str, str] | None = None
     calibration: dict[str, Any] | None = None
+    rendering: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -80,6 +88,9 @@ class InRaConfig:
             raise LambdaError(f"lambda_range must be [least, largest], got [{low:g}, {high:g}].")
         object.__setattr__(self, "lambda_range", (low, high))
 
+        if self.rendering is not None and not isinstance(self.rendering, dict):
+            raise ConfigError(f"rendering must be a mapping, got {self.rendering!r}.")
+
         if self.thinking_tags is not None:
             tags = ThinkingTags(*self.thinking_tags)
             object.__setattr__(self, "thinking_tags", (tags.open, tags.close))
@@ -94,9 +105,30 @@ class InRaConfig:
         """The adapter's thinking tags; None if it names none."""
         return ThinkingTags(*self.thinking_tags) if self.thinking_tags else None
 
+    def bind(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Make a tokenizer render prompts as in training; warn if its chat template has changed.
+
+        Args:
+            tokenizer: The base's tokenizer. Its chat template gets the adapter's template
+                arguments.
+        """
+        if self.rendering is None or tokenizer.chat_template is None:
+            return
+        trained, now = self.rendering.get("template"), template_hash(tokenizer)
+        if trained != now:
+            warnings.warn(
+                f"the adapter was trained with another chat template (hash {trained}) than its "
+                f"base has now ({now}); what it is asked differs from what it was trained on.",
+                stacklevel=3,
+            )
+        if arguments := self.rendering.get("arguments"):
+            bind_template(tokenizer, arguments, bound_thinking(tokenizer))
+
     def to_text(self) -> str:
         """Return the file's text."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        known = {key: value for key, value in asdict(self).items() if key != "rendering"}
+        known |= {"rendering": self.rendering} if self.rendering is not None else {}
+        return json.dumps(known, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def load(cls, folder: Path) -> "InRaConfig":

@@ -144,6 +144,8 @@ class InRaModel(FusedDecoding, nn.Module):
 
         layers = copy_first_layer(model, settings.adapter_layers, _name(model))
         load_weights(layers, folder)
+        if tokenizer is not None:
+            settings.bind(tokenizer)
         return cls(model, layers, settings, tokenizer)
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:

@@ -1,7 +1,7 @@
-"""The miniature: a small world with a known answer, models trained on it, their closed forms.
+"""The miniature: a small world, models trained on it, and the exact results for them.
 
-The weights ship with the package, so everything that flexalign does can be tried, and checked
-against the truth, on one core in minutes.
+The weights are part of the package, so that all of flexalign can be tried, and compared with exact
+results, on one core in minutes.
 """
 
 import random
@@ -30,14 +30,14 @@ __all__ = [
 ]
 
 PARTS = ("reference", "aligned", "fast")
-"""What ships; `miniature:PART` names one wherever a path is taken. The first two are models,
-`fast` is an InRa adapter on the reference."""
+"""The parts in the package. `miniature:PART` can be given in place of a path. The first two are
+models; `fast` is an InRa adapter on the reference."""
 
 _WEIGHTS = Path(__file__).parent / "weights"
 
 
 def folder(part: str) -> Path:
-    """The folder of one of the miniature's parts.
+    """Return the folder of one of the miniature's parts.
 
     Raises:
         ConfigError: If there is no such part, or the installation lacks its weights.
@@ -63,9 +63,9 @@ def make_traces(count: int, seed: int, habits: Habits = REFERENCE) -> list[dict[
     """Draw questions with one trace each, as rows of TRL's conversational prompt–completion form.
 
     Args:
-        count: How many rows.
-        seed: Of questions and traces.
-        habits: The way of thinking that writes the traces.
+        count: Number of rows.
+        seed: Seed of questions and traces.
+        habits: The habits of the traces.
     """
     rng = random.Random(seed)
     rows = []

@@ -1,10 +1,10 @@
-"""Make the miniature's models from a seed: a reference, one aligned from it, a fast adapter.
+"""Makes the miniature's models from a seed: a reference, an aligned model and a fast adapter.
 
-The reference learns the world's first way of thinking from random weights; the aligned model is
-the reference trained on with traces of the second way, as fine-tuning would. ``fast`` is a layer
-adapter on the reference, which learns to answer without thinking. ``placebo`` is the control: the
-reference trained on with as many traces of *its own* way, so that all its difference from the
-reference is noise.
+The reference is trained from random weights on traces with the habits `REFERENCE`. The aligned
+model is the reference, fine-tuned on traces with the habits `ALIGNED`. ``fast`` is a layer adapter
+on the reference, trained to answer without thinking. ``placebo`` is the control: the reference,
+fine-tuned on as many traces with its *own* habits, so that it differs from the reference only by
+noise.
 """
 
 import copy
@@ -45,20 +45,20 @@ _ALTERNATIVES = 3
 
 @dataclass(frozen=True)
 class Schooling:
-    """How long and how fast a model is taught.
+    """Options of a model's training.
 
     Attributes:
-        habits: The way of thinking to learn.
+        habits: The habits of the traces.
         steps: Optimizer steps of `batch_size` traces.
-        learning_rate: Peak; warm-up over 5 % of the steps, then a cosine to zero.
-        batch_size: Traces a step.
-        by_length: Whether a batch holds traces of one length. Twice as fast, but batches then
-            come in an order, long to short, that leaves the model a little too brief.
-        exact: Whether to learn the world's probability of every token, and not only the token
-            that the trace drew: no noise of sampling, as if from endless traces.
-        traces: How many traces there are, gone through again and again; None for as many as the
-            steps ask for, each seen once.
-        without_thinking: Whether to learn from right traces with their thinking taken out.
+        learning_rate: Peak learning rate; warm-up over 5 % of the steps, then cosine decay to zero.
+        batch_size: Traces in each step.
+        by_length: Whether a batch has traces of similar length. It is twice as fast, but the order
+            of batches, from long to short, makes the model's traces slightly too short.
+        exact: Whether the targets are the world's probabilities of tokens instead of the sampled
+            tokens, which removes the noise of sampling.
+        traces: Number of different traces, which are used repeatedly; None for a new trace in each
+            step and row.
+        without_thinking: Whether to train on right traces without their thinking.
     """
 
     habits: Habits
@@ -80,16 +80,17 @@ PLACEBO_SCHOOLING = Schooling(REFERENCE, steps=800, learning_rate=3e-4)
 FAST_SCHOOLING = Schooling(
     REFERENCE, steps=300, learning_rate=1e-3, batch_size=48, traces=600, without_thinking=True
 )
-"""From few traces on purpose. Sums of five numbers fit into one step of this model, so a fast mode
-that sees many beats the reference, which errs by nature, and thinking would not pay at all."""
+"""Few traces, so that thinking is an advantage: the model can compute a sum of five numbers in one
+step, and with many traces the fast mode would be more accurate than the reference, which is trained
+to make errors."""
 
 
 def build_all(output: Path, *, seed: int = 0, placebo: bool = False) -> Iterator[str]:
-    """Make every part from a seed, and yield the name of each when its folder is written.
+    """Make all parts from a seed, and yield the name of each one after its folder is written.
 
     Args:
         output: Folder for the parts, one folder each.
-        seed: Of initial weights and data.
+        seed: Seed of initial weights and data.
         placebo: Whether to make the control too.
     """
     reference = build_model(seed)
@@ -112,7 +113,7 @@ def build_all(output: Path, *, seed: int = 0, placebo: bool = False) -> Iterator
 
 
 def make_adapter(reference: Path, layers: int = 1) -> "LayerAdapter":
-    """Put a fresh adapter, the identity, on the reference in a folder."""
+    """Load the reference from a folder with a new adapter, which is initially the identity."""
     return LayerAdapter(InRaModel.create(reference, adapter_layers=layers))
 
 
@@ -121,8 +122,8 @@ class LayerAdapter:
 
     Attributes:
         model: The reference with its adapter.
-        stream: What is taught: takes ``input_ids`` and ``attention_mask``, and returns an output
-            with the adapter stream's ``logits``.
+        stream: The module to train: takes ``input_ids`` and ``attention_mask``, and returns an
+            output with the adapter stream's ``logits``.
     """
 
     def __init__(self, model: InRaModel) -> None:
@@ -130,7 +131,7 @@ class LayerAdapter:
         self.stream: nn.Module = _AdapterStream(model)
 
     def save(self, folder: Path) -> None:
-        """Write the adapter, its base by its known name and not by where it lies."""
+        """Write the adapter, with the known name of its base instead of a path."""
         self.model.inra_config = replace(
             self.model.inra_config,
             base="miniature:reference",
@@ -151,7 +152,7 @@ class _AdapterStream(nn.Module):
 
 
 def build_model(seed: int) -> LlamaForCausalLM:
-    """Make an untrained model: 3 layers, width 128, 4 heads of 32; 0.6 million parameters."""
+    """Make an untrained model of 0.6 million parameters: 3 layers, width 128, 4 heads of size 32."""
     tokenizer = build_tokenizer(CONTEXT_TOKENS)
     set_seed(seed)
     config = LlamaConfig(
@@ -177,7 +178,14 @@ def teach(
     seed: int,
     callbacks: list[TrainerCallback] | None = None,
 ) -> None:
-    """Train a model, or an adapter's stream, in place on traces of a way of thinking."""
+    """Train a model, or an adapter's stream, in place on sampled traces.
+
+    Args:
+        model: The module to train.
+        schooling: Options of the training.
+        seed: Seed of the traces and of their order.
+        callbacks: Callbacks of the trainer; if given, there is no progress bar.
+    """
     tokenizer = build_tokenizer(CONTEXT_TOKENS)
     rows = _Traces(tokenizer, schooling, seed)
 
@@ -215,14 +223,14 @@ def teach(
 def encode(
     tokenizer: PreTrainedTokenizerFast, question: str, trace: list[str]
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a question, as the chat template frames it, and of its trace with its end."""
+    """Return the token ids of a question in the chat template, and of its trace with ``<eos>``."""
     asked = tokenizer.convert_tokens_to_ids(["<bos>", *question.split()])
     answered = tokenizer.convert_tokens_to_ids([*trace, "<eos>"])
     return asked, answered
 
 
 class _Traces(torch.utils.data.Dataset[dict[str, list[Any]]]):
-    """Traces; each token with the tokens that might stand there instead."""
+    """Traces, with the possible tokens and their probabilities at each position as targets."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, schooling: Schooling, seed: int) -> None:
         rng = random.Random(seed)
@@ -278,7 +286,7 @@ def _collator(
             tokens[index, : len(padded)] = pairs[..., 0].long()
             weights[index, : len(padded)] = pairs[..., 1]
 
-        # The loss reads both; Trainer hands it whatever is called labels.
+        # Trainer only passes `labels` to the loss, so tokens and weights are joined there.
         return {
             "input_ids": ids,
             "attention_mask": (ids != tokenizer.pad_token_id).long(),
@@ -289,10 +297,10 @@ def _collator(
 
 
 def _summed_loss(batch_size: int) -> Callable[..., Tensor]:
-    """Cross-entropy to the targets; every token weighs the same, in whatever batch it stands.
+    """Return the cross-entropy loss to the targets; all tokens have the same weight.
 
-    A mean over each batch's tokens would weigh the tokens of long traces less, because batches
-    are grouped by length: `again` then came out at 0.65 instead of 0.70.
+    A mean over each batch's tokens would give the tokens of long traces less weight, because
+    batches are grouped by length: the trained model then had `again` = 0.65 instead of 0.70.
     """
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
@@ -305,7 +313,7 @@ def _summed_loss(batch_size: int) -> Callable[..., Tensor]:
 
 
 def _save(model: LlamaForCausalLM, output: Path, part: str) -> str:
-    """Write a model folder that any program can load: weights, config, tokenizer."""
+    """Write a transformers model folder (weights, config, tokenizer), and return the part's name."""
     model.save_pretrained(output / part)
     build_tokenizer(CONTEXT_TOKENS).save_pretrained(output / part)
     return part

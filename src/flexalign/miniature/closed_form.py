@@ -1,25 +1,26 @@
-"""What equation 5, and what it approximates, do to the small world: exactly.
+"""Exact results of equation 5, and of the optimum that it approximates, in the small world.
 
-**Token level (equation 5).** Every habit is decided at one token between an event of probability
-p and its absence. The fused logits of the two are mixed linearly, so
+**Token level (equation 5).** Each habit is decided at one token, between an event of probability
+p and its absence. Fusion mixes the logits of the two linearly, so
 
     logit p(λ) = λ·logit p_aligned + (1−λ)·logit p_reference
 
-(an error's two wrong tokens share one factor, so the same holds for `error`). The gate acts on
-each branch by itself, because the total variation of a branch is |p_aligned − p_reference|.
+(the two wrong tokens of an error have a common factor, so the same is true of `error`). The gate
+acts on each branch separately, because the total variation of a branch is |p_aligned −
+p_reference|.
 
 **Sequence level.** The optimum that equation 5 approximates, π_ref^(1−λ)·π_aligned^λ normalised
 over whole traces, multiplies weights ``w(p) = p_ref^(1−λ)·p_al^λ`` along a trace. A trace is a
-path through a small automaton, so its sums are geometric. With R, S the weights of going over a
-line again and of stopping, the passes from one on sum to G = S/(1−R), which exists while R < 1,
-and of any pass the share that is followed by another is R·G/(S+R·G) = R:
+path through a small automaton, so the sums are geometric series. Let R and S be the weights of
+another pass and of no further pass. The sum over one or more passes is G = S/(1−R), which exists
+if R < 1, and the share of passes that are followed by another one is R·G/(S+R·G) = R:
 
     r* = r_ref^(1−λ)·r_al^λ,    c* = C·G / (C·G + C̄),    ε* = E / (E + Ē),
 
-with C, C̄ the weights of checking and not, E, Ē of a wrong and a right line. A line that was
-written wrong has the same sum G ahead as a right one (``catch`` is equal in both models, so a
-pass over it sums to one), hence ε* is that of the token level. A whole line sums to
-Z = (E+Ē)(C·G+C̄), and with k lines left to come after a possible surrender
+where C and C̄ are the weights of checking and of not checking, E and Ē those of a wrong and of a
+right line. After a wrong line the sum G is the same as after a right one (``catch`` is equal in
+both models, so the outcomes of a pass sum to one); hence ε* is that of the token level. A whole
+line sums to Z = (E+Ē)(C·G+C̄), and if k lines follow when the trace does not give up
 
     quit*_k = U / (U + Ū·Z_k),   Z_1 = Z,   Z_k = Z·(U + Ū·Z_{k−1}).
 """
@@ -46,11 +47,11 @@ from flexalign.miniature.world import (
 
 @dataclass(frozen=True)
 class HabitsOutcome:
-    """What a way of thinking gives over all questions.
+    """Accuracy and tokens of given habits, over all questions.
 
     Attributes:
         accuracy: Share of right answers, 0…1.
-        tokens: Mean response tokens, the end-of-sequence token not counted.
+        tokens: Mean tokens of a response, without the end-of-sequence token.
     """
 
     accuracy: float
@@ -60,7 +61,14 @@ class HabitsOutcome:
 def token_level(
     reference: Habits, aligned: Habits, lam: float, gate: float | None = None
 ) -> Habits:
-    """The habits of the model that equation 5 defines at λ (see the module's docstring)."""
+    """Return the habits of the model of equation 5 at λ (see the module's docstring).
+
+    Args:
+        reference: The habits of λ = 0.
+        aligned: The habits of λ = 1.
+        lam: λ.
+        gate: The gate τ; None for no gate.
+    """
 
     def fused(habit: str) -> float:
         low, high = getattr(reference, habit), getattr(aligned, habit)
@@ -73,21 +81,21 @@ def token_level(
 def sequence_level(
     reference: Habits, aligned: Habits, lam: float, gate: float | None = None
 ) -> tuple[Habits, list[float]]:
-    """The habits of the sequence-level optimum π_ref^(1−λ)·π_aligned^λ.
+    """Return the habits of the sequence-level optimum π_ref^(1−λ)·π_aligned^λ.
 
     Args:
-        reference: The habits of λ=0.
-        aligned: The habits of λ=1.
+        reference: The habits of λ = 0.
+        aligned: The habits of λ = 1.
         lam: λ.
-        gate: τ: where the two differ by no more, the weights are those of the nearer end of [0, 1].
+        gate: The gate τ: for a habit that differs by at most τ, λ is limited to [0, 1].
 
     Returns:
-        The habits, with `quit` before the last line, and `quit` by the number k = 1, 2, … of
-        lines still to come (it alone depends on where in the trace one is).
+        The habits, with `quit` before the last line; and `quit` by the number k = 1, 2, … of
+        lines still to come, the only habit that depends on the position in the trace.
 
     Raises:
-        ConfigError: If the optimum does not exist (R ≥ 1: the weights of ever longer traces do
-            not fall), or if the two models differ in `catch`.
+        ConfigError: If the optimum does not exist (R ≥ 1: the weights of longer and longer traces
+            do not decrease), or if the two models differ in `catch`.
     """
     if reference.catch != aligned.catch:
         raise ConfigError("the closed form wants the same `catch` in both models.")
@@ -107,15 +115,18 @@ def sequence_level(
             f"no sequence-level optimum at λ={lam:g}: another pass would weigh {again:.3f} ≥ 1, "
             "so ever longer traces would weigh ever more."
         )
+
     passes = stop / (1 - again)
     check, no_check = both("check")
     error, no_error = both("error")
-    quits, goes_on = both("quit")
+    quits, continues = both("quit")
+
     line = (error + no_error) * (check * passes + no_check)
     ahead, quit_by_lines = line, []
     for _ in range(max(TERMS) - 2):
-        quit_by_lines.append(quits / (quits + goes_on * ahead))
-        ahead = line * (quits + goes_on * ahead)
+        quit_by_lines.append(quits / (quits + continues * ahead))
+        ahead = line * (quits + continues * ahead)
+
     habits = Habits(
         error=error / (error + no_error),
         check=check * passes / (check * passes + no_check),
@@ -127,13 +138,13 @@ def sequence_level(
 
 
 def expected_outcome(habits: Habits, quit_by_lines: Sequence[float] | None = None) -> HabitsOutcome:
-    """Accuracy and mean tokens over all questions, exactly.
+    """Compute the exact accuracy and mean tokens over all questions.
 
     Args:
-        habits: The way of thinking.
-        quit_by_lines: `quit` by the number of lines still to come, where it depends on it.
+        habits: The habits.
+        quit_by_lines: `quit` by the number of lines still to come; if not given, `habits.quit`.
     """
-    # A line stays wrong if it was written wrong and no pass mended it.
+    # A line remains wrong if it was written wrong and no pass corrected it.
     missed = (1 - habits.catch) * (1 - habits.again) / (1 - habits.again * (1 - habits.catch))
     wrong = habits.error * ((1 - habits.check) + habits.check * missed)
     line_tokens = LINE_TOKENS + END_TOKENS + PASS_TOKENS * habits.check / (1 - habits.again)
@@ -154,7 +165,11 @@ def expected_outcome(habits: Habits, quit_by_lines: Sequence[float] | None = Non
 def sequence_level_outcome(
     reference: Habits, aligned: Habits, lam: float, gate: float | None = None
 ) -> HabitsOutcome:
-    """Accuracy and mean tokens of the sequence-level optimum; raises as `sequence_level` does."""
+    """Compute accuracy and mean tokens of the sequence-level optimum.
+
+    Raises:
+        ConfigError: As `sequence_level` does.
+    """
     habits, quit_by_lines = sequence_level(reference, aligned, lam, gate)
     return expected_outcome(habits, quit_by_lines)
 
@@ -164,7 +179,12 @@ def _quit(habits: Habits, quit_by_lines: Sequence[float] | None, left: int) -> f
 
 
 def _deviation(lines: int, wrong: float) -> NDArray[np.float64]:
-    """Distribution of the summed deviation −lines…lines of so many lines, each ±1 if wrong."""
+    """Return the distribution of the summed deviation −lines…lines, of lines wrong by ±1 each.
+
+    Args:
+        lines: Number of lines.
+        wrong: Probability that a line is wrong.
+    """
     one = np.array([wrong / 2, 1 - wrong, wrong / 2])
     total = np.array([1.0])
     for _ in range(lines):
@@ -174,7 +194,10 @@ def _deviation(lines: int, wrong: float) -> NDArray[np.float64]:
 
 @lru_cache
 def _missing(left: int, lines: int) -> NDArray[np.float64]:
-    """Probability that the numbers never added sum to each deviation −lines…lines."""
+    """Return the probability that `left` numbers sum to each of the deviations −lines…lines.
+
+    If the trace gives up, the answer is still right if the deviation equals this sum.
+    """
     total = np.array([1.0])
     for _ in range(left):
         total = np.convolve(total, np.array([0.0] + [1 / LARGEST_TERM] * LARGEST_TERM))
@@ -185,7 +208,7 @@ def _missing(left: int, lines: int) -> NDArray[np.float64]:
 
 
 def _gated(low: float, high: float, lam: float, gate: float | None) -> float:
-    """λ as the gate lets it through where two probabilities differ by |low − high|."""
+    """Return λ, limited to [0, 1] if the two probabilities differ by at most the gate."""
     if gate is not None and abs(high - low) <= gate:
         return min(max(lam, 0.0), 1.0)
     return lam

@@ -1,8 +1,9 @@
-"""Realign the miniature and hold the students against its closed form.
+"""Realigns the miniature and compares the students with its closed form.
 
-What ``flexalign demo`` shows in minutes (:func:`run_demo`) and the results document in full:
-students at several λ, what each buys in accuracy and tokens, and how near its habits are to those
-of equation 5; then one adapter's dial, and the policies over its two ends.
+:func:`run_demo` is what ``flexalign demo`` runs in minutes; the results document uses the same
+functions with longer trainings. Students are trained at several λ, and their accuracy, tokens and
+habits are compared with those of equation 5. Then the dial of one adapter is measured, with the
+policies that choose between its two ends.
 """
 
 import random
@@ -39,7 +40,7 @@ from flexalign.statistics import Interval, clustered_interval, paired_difference
 from flexalign.training import TrRaConfig, TrRaTrainer
 
 LONGEST_RESPONSE = 1000
-"""Tokens; far beyond what the reference ever writes, so that nothing is cut off."""
+"""Limit on new tokens; far above the reference's longest response, so that nothing is cut off."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,13 @@ class Training:
 
     Attributes:
         steps: Optimizer steps of `batch_size` traces.
-        learning_rate: Peak; warm-up over a tenth of the steps, then a cosine to zero.
-        batch_size: Traces a step.
+        learning_rate: Peak learning rate; warm-up over a tenth of the steps, then cosine decay to
+            zero.
+        batch_size: Traces in each step.
         divergence: As in :class:`flexalign.TrRaConfig`, like the next two.
         rollouts: Share of the batches that the student samples.
-        rollout_objective: What those minimise.
-        seed: Of traces and data order.
+        rollout_objective: The objective of these batches.
+        seed: Seed of the traces and of their order.
     """
 
     steps: int = 150
@@ -67,14 +69,16 @@ class Training:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one model does on the miniature's questions.
+    """The measurement of one model on the miniature's questions.
 
     Attributes:
-        name: What it is called in tables.
-        accuracy: Share of right answers, 0…1, and its 95 % interval.
-        tokens: Mean tokens a response, and its 95 % interval.
-        habits: Its habits, counted in what it wrote.
-        expected: What the closed form gives.
+        name: The model's name in tables.
+        accuracy: Share of right answers, 0…1.
+        accuracy_interval: Its 95 % interval, low and high.
+        tokens: Mean tokens of a response.
+        tokens_interval: Its 95 % interval, low and high.
+        habits: The model's habits, counted in its responses.
+        expected: Accuracy and tokens of the closed form.
         expected_habits: The habits behind `expected`.
     """
 
@@ -88,7 +92,7 @@ class Measurement:
     expected_habits: Habits
 
     def to_json(self) -> dict[str, Any]:
-        """All fields by name, nested ones as dictionaries."""
+        """Return all fields by name, nested ones as dictionaries."""
         return asdict(self)
 
 
@@ -112,11 +116,12 @@ def realign(
     Args:
         aligned: The aligned model; for a further round, the student of the round before.
         lam: λ of equation 5.
-        output: Where the trainer may write.
-        training: Steps, rate and seed.
+        output: The trainer's output folder.
+        training: Options of the training.
         gate: The gate τ of the teacher.
-        callbacks: Told of every step.
-        start: Where the student starts, changed in place; None: at the reference.
+        callbacks: Callbacks of the trainer.
+        start: The student's initial model, which is changed in place; a new copy of the reference
+            if None.
     """
     reference, _, tokenizer = load_pair()
     student = load_model(str(folder("reference"))) if start is None else start
@@ -171,7 +176,7 @@ def respond(
     max_new_tokens: int = LONGEST_RESPONSE,
     **generate_options: Any,
 ) -> list[list[str]]:
-    """Let a model answer every question once and return its traces; temperature 0 is greedy."""
+    """Sample one trace of a model for each question; temperature 0 is greedy."""
     responses = generate_responses(
         model,
         tokenizer,
@@ -192,12 +197,12 @@ def measure(
     traces: Sequence[Sequence[str]],
     expected_habits: Habits,
 ) -> Measurement:
-    """Measure what sampled traces are worth and which habits they show.
+    """Measure the accuracy, the tokens and the habits of sampled traces.
 
     Args:
-        name: What to call the model.
-        questions: As many as traces.
-        traces: One response to each.
+        name: The model's name in tables.
+        questions: The questions.
+        traces: One response to each question.
         expected_habits: The habits of the closed form.
     """
     right = [is_right(question, trace) for question, trace in zip(questions, traces, strict=True)]
@@ -217,7 +222,7 @@ def measure(
 
 
 def closed_form_curve(gate: float | None = None, highest: float = 10.0) -> ParetoCurve:
-    """Tokens and accuracy under equation 5 for λ from 0 to `highest`."""
+    """Return the curve of tokens and accuracy under equation 5 for λ from 0 to `highest`."""
     outcomes = [
         expected_outcome(token_level(REFERENCE, ALIGNED, lam, gate))
         for lam in np.linspace(0, highest, 200)
@@ -232,7 +237,7 @@ def closed_form_curve(gate: float | None = None, highest: float = 10.0) -> Paret
 def picture(
     path: Path, groups: dict[str, Sequence[Measurement]], curves: Sequence[ParetoCurve]
 ) -> None:
-    """Draw measurements, one colour a group, over the closed form's curves."""
+    """Draw measurements, one colour for each group, over the closed form's curves."""
     points = [
         ParetoPoint(m.name, group, m.tokens, m.tokens_interval, m.accuracy, m.accuracy_interval)
         for group, members in groups.items()
@@ -245,8 +250,8 @@ def picture(
     draw_pareto(path, points, curves, "The miniature: what a setting of λ buys", ends)
 
 
-# Policies over a dial's two ends, put together from the answers of both to the same questions:
-# every threshold and every share is judged on one answer of each end, and all meet the same luck.
+# Policies between a dial's two ends, computed from the answers of both ends to the same questions:
+# all thresholds and shares are compared on the same samples.
 
 
 @dataclass(frozen=True)
@@ -254,8 +259,8 @@ class JudgedAnswers:
     """One answer to each of N questions.
 
     Attributes:
-        right: Whether it is right, shape (N,).
-        tokens: What it cost, rejected answers included, shape (N,).
+        right: Whether each answer is right, shape (N,).
+        tokens: Number of tokens of each, including rejected answers, shape (N,).
     """
 
     right: NDArray[np.bool_]
@@ -263,20 +268,20 @@ class JudgedAnswers:
 
     @property
     def mean_tokens(self) -> float:
-        """Mean tokens an answer."""
+        """Mean tokens of an answer."""
         return float(self.tokens.mean())
 
 
 @dataclass(frozen=True)
 class Worth:
-    """What a setting is worth; all intervals are of 95 %.
+    """The accuracy and the tokens of a setting, compared with the dial's ends, with 95 % intervals.
 
     Attributes:
         accuracy: Share of right answers.
-        tokens: Mean tokens an answer.
-        difference: Accuracy less that of the slow end, paired by question.
-        over_coin: Height over the straight line between the two ends, whose own error counts; the
-            ends themselves are on it.
+        tokens: Mean tokens of an answer.
+        difference: Accuracy minus that of the slow end, paired by question.
+        over_coin: Accuracy above the straight line between the two ends; the interval includes the
+            uncertainty of the line. It is 0 for the ends themselves.
     """
 
     accuracy: Interval
@@ -286,7 +291,7 @@ class Worth:
 
 
 def judge(questions: Sequence[Question], traces: Sequence[Sequence[str]]) -> JudgedAnswers:
-    """Judge one trace for each question."""
+    """Grade one trace for each question."""
     right = [is_right(question, trace) for question, trace in zip(questions, traces, strict=True)]
     return JudgedAnswers(np.array(right), np.array([len(trace) for trace in traces]))
 
@@ -299,15 +304,20 @@ def confidences(
     traces: Sequence[Sequence[str]],
     lam: float = 1.0,
 ) -> NDArray[np.float64]:
-    """The probability of each answer under a dial at λ, its end included, shape (N,).
+    """Compute the probability of each answer, including its end, under a dial at λ.
 
     It is the measure ``answer_probability`` of :class:`flexalign.Adaptive`.
+
+    Returns:
+        One probability for each answer, shape (N,).
     """
     rows = [
         encode(tokenizer, question.text, list(trace))
         for question, trace in zip(questions, traces, strict=True)
     ]
     found = np.zeros(len(rows))
+
+    # Rows of equal lengths form a batch, so that no padding is needed.
     shapes = [(len(asked), len(answered)) for asked, answered in rows]
     for asked_tokens, answered_tokens in sorted(set(shapes)):
         chosen = [i for i, shape in enumerate(shapes) if shape == (asked_tokens, answered_tokens)]
@@ -321,7 +331,10 @@ def confidences(
 def adaptive(
     fast: JudgedAnswers, slow: JudgedAnswers, confidence: NDArray[np.float64], threshold: float
 ) -> JudgedAnswers:
-    """The fast answer where it is sure enough, else the slow one; a rejected one is paid for."""
+    """Choose the fast answer if its confidence reaches the threshold, else the slow one.
+
+    The tokens of a rejected fast answer are counted.
+    """
     _require_same(fast, slow)
     accepted = confidence >= threshold
     return JudgedAnswers(
@@ -331,7 +344,7 @@ def adaptive(
 
 
 def coin(fast: JudgedAnswers, slow: JudgedAnswers, share: float, seed: int = 0) -> JudgedAnswers:
-    """The slow answer with probability `share`, else the fast one, whatever is asked."""
+    """Choose the slow answer with probability `share`, else the fast one, for each question."""
     _require_same(fast, slow)
     draw = random.Random(seed)
     is_slow = np.array([draw.random() < share for _ in fast.right])
@@ -341,7 +354,7 @@ def coin(fast: JudgedAnswers, slow: JudgedAnswers, share: float, seed: int = 0) 
 
 
 def weigh(answers: JudgedAnswers, fast: JudgedAnswers, slow: JudgedAnswers) -> Worth:
-    """Say what a setting is worth beside the dial's two ends, on the same questions."""
+    """Compare a setting with the dial's two ends, on the same questions."""
     _require_same(answers, slow)
     questions = range(len(slow.right))
     measured = [Samples(questions, one.right, one.tokens) for one in (slow, fast, answers)]
@@ -359,7 +372,7 @@ def weigh(answers: JudgedAnswers, fast: JudgedAnswers, slow: JudgedAnswers) -> W
 def _require_same(first: JudgedAnswers, second: JudgedAnswers) -> None:
     if len(first.right) != len(second.right):
         raise DataError(
-            f"{len(first.right)} answers stand beside {len(second.right)}; "
+            f"there are {len(first.right)} and {len(second.right)} answers; "
             "both ends must answer the same questions."
         )
 
@@ -367,32 +380,32 @@ def _require_same(first: JudgedAnswers, second: JudgedAnswers) -> None:
 # The demo itself.
 
 _LEARNING_RATE = 1e-3
-"""For short trainings; the results document takes half of it and more steps."""
+"""For short trainings; the results document uses half of it and more steps."""
 
 _QUESTION_SEED = 10_000
-"""Far from the seeds of training data."""
+"""Added to the demo's seed for its questions; far from the seeds of training data."""
 
 _THRESHOLD = 0.44
-"""Chosen by ``benchmarks/dial.py`` on other questions."""
+"""The adaptive policy's threshold; ``benchmarks/dial.py`` chose it on other questions."""
 
 _LIMIT = 200
-"""Tokens for the mixed dial, which may lose itself between the two ends."""
+"""Limit on new tokens at λ = 0.5, where a response may not end."""
 
 
 @dataclass(frozen=True)
 class DialRow:
-    """What one setting of the fast adapter's dial is worth.
+    """One setting of the fast adapter's dial, with its figures.
 
     Attributes:
-        name: What it is called in the table.
-        worth: Beside the dial's two ends.
+        name: The setting's name in the table.
+        worth: Its figures, compared with the dial's two ends.
     """
 
     name: str
     worth: Worth
 
     def to_json(self) -> dict[str, Any]:
-        """All fields by name; an interval is low, estimate, high."""
+        """Return all fields by name; an interval is low, estimate, high."""
         return {"name": self.name, **asdict(self.worth)}
 
 
@@ -404,18 +417,18 @@ def run_demo(
     seed: int,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> tuple[list[Measurement], list[DialRow]]:
-    """Train and measure everything that the demo shows, and write its picture and figures.
+    """Train and measure all models of the demo, and write its plot and figures.
 
     Args:
-        output: Folder for ``pareto.png`` and ``demo.json``; it must be there.
-        questions: Questions that each model answers.
+        output: Folder for ``pareto.png`` and ``demo.json``; it must exist.
+        questions: Number of questions that each model answers.
         steps: Training steps of each student.
-        seed: Of questions, training and sampling.
-        progress: Called with what is under way, how much of it is done, and how much there is;
-            first with nothing done.
+        seed: Seed of questions, training and sampling.
+        progress: Called with the name of the current step, how much of it is done, and how much
+            there is; for each step first with 0 done.
 
     Returns:
-        What each model is worth, and what each setting of the dial is.
+        The measurements of the models, and the figures of the dial's settings.
     """
     training = Training(steps=steps, learning_rate=_LEARNING_RATE, seed=seed)
     asked = make_questions(questions, seed=_QUESTION_SEED + seed)
@@ -445,9 +458,10 @@ def run_demo(
         def train(name: str, towards: Any, lam: float) -> Any:
             what = f"{name}: trains"
             progress(what, 0, steps)
-            told = _TellSteps(lambda done: progress(what, done, steps))
-            return realign(towards, lam, Path(scratch), training, callbacks=[told])
+            callback = _StepCallback(lambda done: progress(what, done, steps))
+            return realign(towards, lam, Path(scratch), training, callbacks=[callback])
 
+        # The pair, and students of one and of two rounds.
         slow = judge(asked, answer("reference", reference, 0))
         answer("aligned", aligned, 1)
         answer("λ=1", train("λ=1", aligned, 1), 1)
@@ -455,12 +469,14 @@ def run_demo(
         answer("λ=2", once, 2)
         answer("λ=2, 2 rounds", train("λ=2, 2 rounds", once, 2), 4)
 
+        # The dial of the fast adapter.
         dial = InRaModel.from_pretrained("miniature:reference", "miniature:fast")
         written = ask("fast", dial, lam=1.0, temperature=0.0)
         fast = judge(asked, written)
         mixed = judge(asked, ask("dial λ=0.5", dial, lam=0.5, max_new_tokens=_LIMIT))
         confidence = confidences(dial, tokenizer, asked, written)
 
+    # The share of slow answers at which Route has the adaptive policy's mean tokens.
     chosen = adaptive(fast, slow, confidence, _THRESHOLD)
     share = (chosen.mean_tokens - fast.mean_tokens) / (slow.mean_tokens - fast.mean_tokens)
     settings = {
@@ -488,11 +504,11 @@ def run_demo(
     return measurements, rows
 
 
-class _TellSteps(TrainerCallback):  # type: ignore[misc]
-    """Tells how many steps are done."""
+class _StepCallback(TrainerCallback):  # type: ignore[misc]
+    """Calls a function with the number of steps done."""
 
-    def __init__(self, tell: Callable[[int], None]) -> None:
-        self._tell = tell
+    def __init__(self, report: Callable[[int], None]) -> None:
+        self._report = report
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._tell(state.global_step)
+        self._report(state.global_step)

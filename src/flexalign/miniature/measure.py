@@ -1,8 +1,8 @@
-"""Measure a model's habits in the small world, from its probabilities or from what it wrote.
+"""Measures a model's habits in the small world, from its probabilities or from its traces.
 
-Two ways, which answer different questions. *Teacher-forced*: at every branch of given traces, the
-probability that a model (or a fused pair) gives to the habit's event, with no sampling noise in
-it. *Counted*: how often the event happened in sampled traces, and what came of it.
+There are two methods. *Teacher-forced*: the probability that a model (or a fused pair) gives to the
+habit's event at each branch of given traces, without sampling noise. *Counted*: how often the event
+happened in sampled traces, with their accuracy and tokens.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,11 +25,11 @@ Logits: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class BranchValues:
-    """One habit's values at all branches where it decides.
+    """One habit's values at all its branches.
 
     Attributes:
-        values: Probabilities of the event, or 0/1 where it was counted, shape (N,).
-        questions: Index of the question each belongs to, shape (N,): the cluster.
+        values: Probabilities of the event, or 0 and 1 for counted ones, shape (N,).
+        questions: Index of each branch's question, shape (N,), as the cluster of intervals.
     """
 
     values: NDArray[np.float64]
@@ -37,7 +37,7 @@ class BranchValues:
 
     @property
     def mean(self) -> float:
-        """The habit's mean over all branches."""
+        """The habit's mean over all branches; NaN if there are none."""
         return float(self.values.mean()) if self.values.size else float("nan")
 
 
@@ -47,12 +47,12 @@ def split_trace(text: str) -> list[str]:
 
 
 def is_right(question: Question, trace: Sequence[str]) -> bool:
-    """Whether the trace ends its thinking and gives the right answer, and nothing else."""
+    """Whether the trace ends with ``</think>`` and the right answer."""
     return list(trace[-2:]) == ["</think>", str(question.answer)]
 
 
 def outcome(questions: Sequence[Question], traces: Sequence[Sequence[str]]) -> HabitsOutcome:
-    """Accuracy and mean tokens of sampled traces."""
+    """Return the accuracy and the mean tokens of sampled traces."""
     right = [is_right(question, trace) for question, trace in zip(questions, traces, strict=True)]
     return HabitsOutcome(float(np.mean(right)), float(np.mean([len(trace) for trace in traces])))
 
@@ -60,7 +60,7 @@ def outcome(questions: Sequence[Question], traces: Sequence[Sequence[str]]) -> H
 def count_branches(
     questions: Sequence[Question], traces: Sequence[Sequence[str]]
 ) -> dict[Habit, BranchValues]:
-    """What the traces did at each branch."""
+    """Return for each habit whether its event happened, at each branch of the traces."""
     return _collect(
         (branch.habit, float(branch.happened), index)
         for index, (question, trace) in enumerate(zip(questions, traces, strict=True))
@@ -76,17 +76,17 @@ def branch_probabilities(
     traces: Sequence[Sequence[str]],
     batch_size: int = 128,
 ) -> dict[str, dict[Habit, BranchValues]]:
-    """The probability of each habit's event at each branch of the traces, teacher-forced.
+    """Compute the probability of each habit's event at each branch of the traces, teacher-forced.
 
     Args:
         logits: The models to measure, by name; each sees the same batches.
         tokenizer: The miniature's tokenizer.
-        questions: The questions, as many as traces.
-        traces: What to walk along.
-        batch_size: Traces a forward pass; they are sorted by length.
+        questions: The questions, one for each trace.
+        traces: The traces that the models are given.
+        batch_size: Traces in each forward pass; they are sorted by length.
 
     Returns:
-        By name, then by habit; all names have the same branches in the same order.
+        The values by name and then by habit; all names have the same branches in the same order.
     """
     found: dict[str, list[tuple[Habit, float, int]]] = {name: [] for name in logits}
     order = sorted(range(len(traces)), key=lambda index: len(traces[index]))
@@ -104,7 +104,7 @@ def branch_probabilities(
 
 
 def mean_habits(values: Mapping[Habit, BranchValues]) -> Habits:
-    """The five means as a way of thinking, to be put into the closed form."""
+    """Return the habits' means as `Habits`, for the closed form."""
     return Habits(**{f.name: _mean(values, f.name) for f in fields(Habits)})  # type: ignore[arg-type]
 
 
@@ -125,7 +125,10 @@ def _batch(
     questions: Sequence[Question],
     traces: Sequence[Sequence[str]],
 ) -> tuple[Tensor, Tensor, list[tuple[int, int, Branch]]]:
-    """Right-padded ids and, for each branch, the position whose logits predict its token."""
+    """Return right-padded ids, their mask, and each branch with its row and position.
+
+    The position is that of the logits that predict the branch's token.
+    """
     rows, places = [], []
     for row, (question, trace) in enumerate(zip(questions, traces, strict=True)):
         asked, answered = encode(tokenizer, question.text, list(trace))
@@ -133,6 +136,7 @@ def _batch(
         places += [
             (row, len(asked) + branch.position - 1, branch) for branch in branches(question, trace)
         ]
+
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), tokenizer.pad_token_id)
     attention = torch.zeros(len(rows), width, dtype=torch.long)

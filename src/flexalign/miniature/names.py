@@ -1,4 +1,4 @@
-"""What the name ``miniature`` stands for: its models, its adapter, its questions and its traces."""
+"""Registers the known name ``miniature``: its models, its adapter, its questions and its traces."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from flexalign.evaluation.tasks import Task
 
 _TASK_QUESTIONS = 500
-_TASK_SEED = 20_000  # far from the seeds that its training data are drawn from
+_TASK_SEED = 20_000  # far from the seeds of the training data
 _TRACES = 4000
 _PROMPT_SEED = 10_000  # far from the seed of the traces
 

@@ -1,4 +1,4 @@
-"""Where equation 5 departs from the sequence-level optimum that it approximates, in one picture."""
+"""A plot of the differences between equation 5 and the sequence-level optimum it approximates."""
 
 from pathlib import Path
 
@@ -15,7 +15,13 @@ from flexalign.miniature.world import ALIGNED, REFERENCE
 
 
 def draw_forms(path: Path, lowest: float = -1.5, highest: float = 10.0) -> None:
-    """Draw `again`, mean tokens and accuracy against λ under both closed forms."""
+    """Draw `again`, mean tokens and accuracy against λ under both closed forms.
+
+    Args:
+        path: The file to write; its suffix sets the format.
+        lowest: The least λ.
+        highest: The largest λ.
+    """
     import matplotlib
 
     matplotlib.use("Agg", force=False)
@@ -47,5 +53,6 @@ def draw_forms(path: Path, lowest: float = -1.5, highest: float = 10.0) -> None:
         axes.grid(alpha=0.25)
     figure.axes[1].set_ylim(0, 130)
     figure.axes[0].legend(frameon=False, fontsize=8)
+
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

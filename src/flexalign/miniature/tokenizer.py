@@ -1,4 +1,4 @@
-"""The miniature's tokenizer: one token a word, a number or a sign, like any model's on disk."""
+"""The miniature's tokenizer, a transformers one: each word, number or sign is one token."""
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -14,14 +14,14 @@ _CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
     "{% else %}{{ message['content'] }}{% endif %}{% endfor %}"
 )
-"""A question, then its trace; the model opens ``<think>`` itself."""
+"""A question, followed by its trace; ``<think>`` is part of the trace, not of the prompt."""
 
 
 def build_tokenizer(context_tokens: int) -> PreTrainedTokenizerFast:
-    """Make the tokenizer: every number from 0 to 49 is one token, white space is nothing.
+    """Make the tokenizer: each number from 0 to 49 is one token; white space is ignored.
 
     Args:
-        context_tokens: The longest context the model takes.
+        context_tokens: The model's longest context.
     """
     vocabulary = _SPECIAL + _WORDS + _LABELS + [str(number) for number in range(LARGEST_NUMBER + 1)]
     backend = Tokenizer(
@@ -33,6 +33,7 @@ def build_tokenizer(context_tokens: int) -> PreTrainedTokenizerFast:
             pre_tokenizers.Split(Regex(r"</?[a-z]+>|#?[0-9]+|[a-z]+|."), behavior="isolated"),
         ]
     )
+
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",

@@ -1,17 +1,17 @@
-"""The small world: sums of a few numbers, thought through aloud, every habit a probability.
+"""The small world: sums of a few numbers, with thinking whose habits are probabilities.
 
-A question is a sum of 3 to 5 numbers from 1 to 9. The trace adds one number at a time, in lines
-that it counts. A *line* ``#k a + b = s`` is wrong by ±1 with probability `error`. With probability `check` a *pass* follows,
-which writes the line again: a right line is confirmed, a wrong one is mended with probability
-`catch`, else repeated as it was. After each pass another one follows with probability `again`:
-pure redundancy once the line is right, another chance while it is wrong. ``;`` ends the line.
-Although numbers are left, the trace gives up with probability `quit` before each further line.
-Then ``</think>`` and the running sum as the answer::
+A question is a sum of 3 to 5 numbers from 1 to 9. The trace adds one number at a time, in numbered
+lines. A *line* ``#k a + b = s`` is wrong by ±1 with probability `error`. With probability `check` a
+*pass* follows, which writes the line again: a right line is confirmed; a wrong one is corrected
+with probability `catch`, and else repeated. After each pass another one follows with probability
+`again`: it is redundant if the line is right, and another chance if it is wrong. ``;`` ends the
+line. Before each further line the trace gives up with probability `quit`, although numbers are
+left. At the end come ``</think>`` and the running sum as the answer::
 
     3 + 8 + 5 ?  <think> #1 3 + 8 = 10 check 3 + 8 = 11 ; #2 11 + 5 = 16 ; </think> 16
 
-Every number is one token, so every habit is decided at one token and equation 5 acts on it in
-closed form (:mod:`flexalign.miniature.closed_form`).
+Each number is one token, so each habit is decided at one token, and equation 5 has a closed form
+(:mod:`flexalign.miniature.closed_form`).
 """
 
 import random
@@ -20,34 +20,34 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 TERMS = (3, 4, 5)
-"""How many numbers a question has; each is equally likely."""
+"""The numbers of terms of a question, equally likely."""
 
 LARGEST_TERM = 9
 LARGEST_NUMBER = 49
-"""5 × 9, and one for each of four lines wrong by +1."""
+"""The largest sum: 5 × 9, plus 1 for each of four lines that may be wrong by +1."""
 
 LINE_TOKENS = 6
-"""``#k a + b = s``."""
+"""Tokens of a line, ``#k a + b = s``."""
 PASS_TOKENS = 6
-"""``check a + b = v``."""
+"""Tokens of a pass, ``check a + b = v``."""
 END_TOKENS = 1
-"""``;``."""
+"""Tokens of the end of a line, ``;``."""
 FRAME_TOKENS = 3
-"""``<think>``, ``</think>`` and the answer; the end-of-sequence token is not counted."""
+"""Tokens of ``<think>``, ``</think>`` and the answer; the end-of-sequence token is not counted."""
 
 Habit: TypeAlias = Literal["error", "check", "again", "catch", "quit"]
 
 
 @dataclass(frozen=True)
 class Habits:
-    """How somebody thinks: five probabilities.
+    """The habits of a model: five probabilities.
 
     Attributes:
-        error: ε, that a line is written wrong (by +1 or −1, equally likely).
-        check: c, that a line is checked at least once.
-        again: r, that after a pass another one follows.
-        catch: q, that a pass over a wrong line mends it.
-        quit: That the trace gives up before a further line.
+        error: ε, the probability that a line is written wrong (by +1 or −1, equally likely).
+        check: c, the probability that a line is checked at least once.
+        again: r, the probability that another pass follows a pass.
+        catch: q, the probability that a pass over a wrong line corrects it.
+        quit: The probability that the trace gives up before a further line.
     """
 
     error: float
@@ -63,7 +63,11 @@ ALIGNED = Habits(error=0.24, check=0.99, again=0.55, catch=0.45, quit=0.006)
 
 @dataclass(frozen=True)
 class Question:
-    """A sum to work out."""
+    """A question: a sum of numbers.
+
+    Attributes:
+        terms: The numbers.
+    """
 
     terms: tuple[int, ...]
 
@@ -80,14 +84,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Branch:
-    """One place in a trace where a habit decides.
+    """A position in a trace where a habit decides the next token.
 
     Attributes:
-        habit: Which habit.
-        position: Index, in the trace's tokens, of the token that decides.
-        event: The tokens by which the habit's event happens, equally likely.
-        otherwise: The token that is written otherwise.
-        happened: What the trace did. Whatever is not the right sum is an `error`.
+        habit: The habit.
+        position: Index of the token in the trace.
+        event: The tokens of the habit's event, equally likely.
+        otherwise: The token if the event does not happen.
+        happened: Whether the event happened in the trace. For `error`, any token except the right
+            sum counts.
     """
 
     habit: Habit
@@ -97,7 +102,7 @@ class Branch:
     happened: bool
 
     def distribution(self, habits: Habits) -> dict[str, float]:
-        """The probability of each token here, under a way of thinking."""
+        """Return the probability of each possible token at this position, under given habits."""
         chance: float = getattr(habits, self.habit)
         return {self.otherwise: 1 - chance} | {
             token: chance / len(self.event) for token in self.event
@@ -122,12 +127,12 @@ def sample_trace(question: Question, habits: Habits, rng: random.Random) -> list
         line = [str(total), "+", str(term), "="]
         tokens += [f"#{index + 1}", *line, str(written)]
 
-        word, goes_on = "check", rng.random() < habits.check
-        while goes_on:
+        word, continues = "check", rng.random() < habits.check
+        while continues:
             if written != right and rng.random() < habits.catch:
                 written = right
             tokens += [word, *line, str(written)]
-            word, goes_on = "again", rng.random() < habits.again
+            word, continues = "again", rng.random() < habits.again
 
         tokens.append(";")
         total = written
@@ -135,10 +140,10 @@ def sample_trace(question: Question, habits: Habits, rng: random.Random) -> list
 
 
 def branches(question: Question, trace: Sequence[str]) -> Iterator[Branch]:
-    """Find every place in a trace where a habit decided.
+    """Find all positions of a trace where a habit decided.
 
-    Written for traces that a model sampled: where a trace leaves the grammar the search ends, and
-    what came before counts.
+    The trace may be sampled from a model: at the first token outside the grammar the search ends,
+    and the branches before it are kept.
     """
     position = 0
     total, *rest = question.terms
@@ -167,9 +172,9 @@ def branches(question: Question, trace: Sequence[str]) -> Iterator[Branch]:
 
         habit: Habit = "check"
         while _at(trace, position) in (habit, ";"):
-            goes_on = trace[position] == habit
-            yield Branch(habit, position, (habit,), ";", goes_on)
-            if not goes_on or not _reads(trace, position + 1, line):
+            continues = trace[position] == habit
+            yield Branch(habit, position, (habit,), ";", continues)
+            if not continues or not _reads(trace, position + 1, line):
                 break
             position += PASS_TOKENS
             before, written = written, _at(trace, position - 1)

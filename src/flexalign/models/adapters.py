@@ -1,4 +1,4 @@
-"""PEFT adapters on a base that two or three models share."""
+"""PEFT adapters: switching those of one base, and checking whether one fits a base."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,20 +28,20 @@ def inner_model(model: nn.Module) -> nn.Module:
 
 
 class AdapterSwitch:
-    """Switches the adapters of a PEFT wrapper, and nothing else.
+    """Switches the adapters of a PEFT wrapper without changing whether they are trainable.
 
-    PEFT's own switches make the adapters that they turn on trainable; a frozen one must not
-    become so. Not safe for threads: a module has one state.
+    PEFT's own methods make the adapters that they turn on trainable, and a frozen one must stay
+    frozen. Not thread-safe: a module has one state.
     """
 
     def __init__(self, model: PeftModel) -> None:
-        """Remember the layers that have adapters now."""
+        """Collect the layers that have adapters now."""
         kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
         self._layers = [layer for layer in model.modules() if isinstance(layer, kinds)]
 
     @contextmanager
     def use(self, names: tuple[str, ...]) -> Iterator[None]:
-        """Run with these adapters, and all others off; put back what was on before."""
+        """Turn these adapters on and all others off in the block; restore the state after it."""
         before = [(layer._active_adapter, layer._disable_adapters) for layer in self._layers]
         for layer in self._layers:
             layer._disable_adapters = not names
@@ -79,12 +79,12 @@ def read_adapter_config(source: Source) -> Any:
 def unfit_tensor(
     base_config: Any, adapter_config: Any, tensors: Mapping[str, TensorInfo]
 ) -> str | None:
-    """Say which of an adapter's tensors does not fit a base; None if all do.
+    """Describe the first of an adapter's tensors that does not fit a base; None if all do.
 
     Args:
         base_config: The base's transformers configuration; it is built without storage.
-        adapter_config: From `read_adapter_config`.
-        tensors: The adapter's, from its file.
+        adapter_config: The adapter's, from `read_adapter_config`.
+        tensors: The adapter's, from the headers of its file.
     """
     model = skeleton(base_config)
     with torch.device("meta"):
@@ -105,7 +105,7 @@ def unfit_tensor(
 
 
 def adds_nothing(adapter: Path) -> bool:
-    """Whether a LoRA's second matrices are all zero, as they are before training."""
+    """Return whether all B matrices of a LoRA are zero, as they are before training."""
     infos = tensor_infos(adapter)
     seconds = [name for name in infos if ".lora_B" in name or ".lora_embedding_B" in name]
     if not seconds or any(".lora_" not in name for name in infos):

@@ -1,7 +1,7 @@
-"""What can be known of a model, and of a pair, before any weights are loaded.
+"""Facts of a model and of a pair, before any weights are loaded, and whether two models fit.
 
-Configurations, tokenizers and the headers of weight files are read; what is found of one model is
-:class:`ModelFacts`, of two :class:`PairFacts`, and whether two can be mixed is decided here.
+Configurations, tokenizers and the headers of weight files are read. The facts of one model are a
+:class:`ModelFacts`, those of two a :class:`PairFacts`.
 """
 
 import os
@@ -26,16 +26,19 @@ class ModelFacts:
     """A model on disk.
 
     Attributes:
-        name: What the user called it.
-        family: As in its config.json, such as ``"qwen2"``.
+        name: The name or path that the user gave.
+        family: The ``model_type`` of its config.json, such as ``"qwen2"``.
         kind: ``"model"``, ``"gguf"`` or ``"adapter"`` (PEFT).
-        gib: What its weights take once loaded; of an adapter, the adapter's.
+        gib: Memory of its weights once loaded, in GiB; of an adapter, the adapter's weights only.
         width: Width of its logits, padding included.
-        vocabulary: Tokens that its tokenizer knows.
-        eos_token: What ends a response.
-        has_chat_template: Whether its tokenizer has one.
-        thinking_tags: The tags around its thinking, if it shows any.
+        vocabulary: Number of tokens of its tokenizer.
+        eos_token: The token that ends a response.
+        has_chat_template: Whether its tokenizer has a chat template.
+        thinking_tags: The tags around its thinking; None if it has none.
         fingerprint: Of its weights; None if they are pickled.
+        source: Where it is.
+        config: Its transformers configuration.
+        tokenizer: Its tokenizer.
     """
 
     name: str
@@ -53,7 +56,7 @@ class ModelFacts:
     tokenizer: PreTrainedTokenizerBase = field(repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """The facts by name, without the objects behind them."""
+        """Return the facts by name, without the source, the configuration and the tokenizer."""
         hidden = ("source", "config", "tokenizer")
         return {name: value for name, value in vars(self).items() if name not in hidden}
 
@@ -65,13 +68,13 @@ class PairFacts:
     Attributes:
         reference: The model of λ=0.
         aligned: The model of λ=1.
-        vocab_size: Tokens that both score; None if they do not fit.
-        shared_base: Whether the aligned model is an adapter, so that one base is held.
-        gib: What both take together.
-        identical: Whether the two are the same, so that there is nothing to realign.
+        vocab_size: Number of tokens in the logits of both; None if they do not fit.
+        shared_base: Whether the aligned model is an adapter, so that the base is loaded once.
+        gib: Memory of both together, in GiB.
+        identical: Whether the two are equal, so that there is nothing to realign.
         problems: Why they do not fit; empty if they do.
-        warnings: What the user should look at.
-        notes: What is done about small differences.
+        warnings: Differences that the user should check.
+        notes: How small differences are handled.
     """
 
     reference: ModelFacts
@@ -91,15 +94,15 @@ class PairFacts:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Of both: the reference's, unless the aligned model alone has a chat template."""
+        """The tokenizer of both: the reference's, unless only the aligned one has a chat template."""
         own, other = self.reference.tokenizer, self.aligned.tokenizer
         return other if other.chat_template and not own.chat_template else own
 
     def require_fit(self) -> int:
-        """Return the tokens that both score.
+        """Return the number of tokens in the logits of both.
 
         Raises:
-            PairMismatchError: If the two do not fit; says all that differs.
+            PairMismatchError: If the two do not fit; its message names all problems.
         """
         if self.vocab_size is None:
             names = f"{self.reference.name} and {self.aligned.name}"
@@ -107,7 +110,7 @@ class PairFacts:
         return self.vocab_size
 
     def to_json(self) -> dict[str, Any]:
-        """The facts by name, with those of both models."""
+        """Return the facts by name, with those of both models."""
         models = {"reference": self.reference.to_json(), "aligned": self.aligned.to_json()}
         return {"fits": self.fits, **vars(self), **models}
 
@@ -115,12 +118,17 @@ class PairFacts:
 def examine(
     model: Model, *, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False
 ) -> ModelFacts:
-    """Read what can be known of a model without its weights.
+    """Return the facts of a model without loading its weights.
+
+    Args:
+        model: A known name, a folder, a GGUF file, or a `Source`.
+        dtype: The data type that it will be loaded in.
+        trust_remote_code: As in `flexalign.models.loading.load_model`.
 
     Raises:
-        ConfigError: If it is not there.
+        ConfigError: If it does not exist.
         CheckpointError: If it is damaged.
-        UnsupportedModelError: If it is no model that can be realigned.
+        UnsupportedModelError: If it cannot be realigned.
     """
     from flexalign.data.thinking import ThinkingTags
 
@@ -163,13 +171,13 @@ def examine_pair(
     Args:
         reference: The model of λ=0.
         aligned: The model of λ=1, or a PEFT adapter on the reference.
-        dtype: What they will be loaded in.
+        dtype: The data type that they will be loaded in.
         trust_remote_code: As in `flexalign.models.loading.load_model`.
 
     Raises:
-        ConfigError: If one of them is not there, or the reference is an adapter.
+        ConfigError: If one of them does not exist, or the reference is an adapter.
         CheckpointError: If one is damaged.
-        UnsupportedModelError: If one is no model that can be realigned.
+        UnsupportedModelError: If one cannot be realigned.
     """
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     one = examine(reference, **options)
@@ -212,7 +220,7 @@ def examine_pair(
 
 
 def _examine_adapter(source: Source, base: ModelFacts) -> ModelFacts:
-    """Examine an adapter as one on the reference, whatever base it names."""
+    """Examine an adapter as one on the reference; the base that it names is not read."""
     infos = tensor_infos(source.path)
     changed = [name for name in infos if ".lm_head." in name]
     if changed or not infos:
@@ -249,7 +257,7 @@ def _compare(one: ModelFacts, other: ModelFacts) -> tuple[list[str], list[str]]:
 
 
 def _compare_base(base: ModelFacts, adapter: ModelFacts) -> tuple[str | None, str | None]:
-    """Look whether an adapter belongs to this base: by its shapes, then by the base it names.
+    """Check whether an adapter belongs to this base: by its shapes, then by the base it names.
 
     Returns:
         A problem and a doubt, each None if there is none.
@@ -289,9 +297,11 @@ def _is_same(one: ModelFacts, other: ModelFacts) -> bool:
     return one.kind == other.kind == "gguf" or same_folder(one.source.path, other.source.path)
 
 
-# Comparisons: whether two tokenizers and two widths are of the same tokens.
+# Comparisons of two tokenizers and of two widths of logits.
 
 _SHOWN = 3
+"""Differences that a message names."""
+
 _CONVERSATION = [
     {"role": "user", "content": "What is 1 + 1?"},
     {"role": "assistant", "content": "2"},
@@ -300,7 +310,7 @@ _CONVERSATION = [
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the number of tokens that a tokenizer knows: its largest id, plus 1."""
+    """Return the number of tokens of a tokenizer: its largest id plus 1."""
     ids: dict[str, int] = tokenizer.get_vocab()
     return max(ids.values()) + 1
 
@@ -308,7 +318,7 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 def compare_tokens(
     reference: PreTrainedTokenizerBase, aligned: PreTrainedTokenizerBase
 ) -> str | None:
-    """Say where the two token→id maps differ, naming the first tokens; None if nowhere."""
+    """Return how two token→id maps differ, with the first tokens; None if they are equal."""
     one, other = reference.get_vocab(), aligned.get_vocab()
     if one == other:
         return None
@@ -359,7 +369,7 @@ def compare_ends(
 def compare_templates(
     reference: PreTrainedTokenizerBase, aligned: PreTrainedTokenizerBase
 ) -> str | None:
-    """Say, with both renderings, how the chat templates differ; None if they do not."""
+    """Return how two chat templates differ, with both renderings; None if they do not."""
     if reference.chat_template == aligned.chat_template:
         return None
     if not reference.chat_template or not aligned.chat_template:
@@ -378,12 +388,12 @@ def compare_templates(
 
 
 def shared_width(reference: int, aligned: int, vocabulary: int) -> tuple[int, str | None]:
-    """Return the number of tokens that two models share, and what to say of it.
+    """Return the number of tokens that two models share, and a note if logits are cut to it.
 
     Args:
         reference: Width of the reference's logits.
         aligned: Width of the aligned model's logits.
-        vocabulary: Tokens that the tokenizer knows.
+        vocabulary: Number of tokens of the tokenizer.
     """
     width = min(reference, aligned, vocabulary)
     if reference == aligned == width:
@@ -405,11 +415,11 @@ def _render(tokenizer: PreTrainedTokenizerBase) -> Any:
         return f"({error})"
 
 
-# Memory: how much weights will take, and how much is free.
+# Memory: what weights need, and what is free.
 
 _STORED_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 _ACROSS = ("auto", "balanced", "balanced_low_0", "sequential")
-"""Words of transformers for a model that is spread over the devices, and over the host."""
+"""Values of transformers' ``device_map`` that spread a model over the devices and the host."""
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -418,9 +428,9 @@ def weight_bytes(source: Source, config: Any, dtype: torch.dtype | str) -> int:
     """Return the bytes of a model's (or an adapter's) weights once loaded.
 
     Args:
-        source: Where it lies.
-        config: Its configuration; counted from where the weights are GGUF or pickled.
-        dtype: What it is loaded in; ``"auto"`` is what it is stored in.
+        source: Where it is.
+        config: Its configuration; parameters are counted from it if weights are GGUF or pickled.
+        dtype: The data type that it is loaded in; ``"auto"`` is the stored one.
     """
     size = _itemsize(dtype)
     try:
@@ -436,7 +446,7 @@ def weight_bytes(source: Source, config: Any, dtype: torch.dtype | str) -> int:
 
 
 def available_bytes(device_map: Any) -> int:
-    """Return the memory that is free for weights on the devices that are named."""
+    """Return the bytes that are free for weights on the devices of a ``device_map``."""
     if device_map in (None, "cpu") or not torch.cuda.is_available():
         return _available_on_cpu()
 
@@ -462,7 +472,7 @@ def _count_parameters(config: Any) -> int:
 
 def _available_on_cpu() -> int:
     free = _free_on_host()
-    # A container's limit, which psutil does not know.
+    # psutil does not read the limit of a container.
     limit, used = (_number(_CGROUP / name) for name in ("memory.max", "memory.current"))
     return free if limit is None or used is None else min(free, max(limit - used, 0))
 

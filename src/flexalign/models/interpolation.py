@@ -1,4 +1,4 @@
-"""Weights between two models: (1−λ)·θ_ref + λ·θ_al, tensor by tensor, without loading either."""
+"""Weights between two models: (1−λ)·θ_ref + λ·θ_al, one file at a time."""
 
 import json
 import shutil
@@ -32,35 +32,35 @@ _OF_NO_MATTER = {
     "unk_token_id",
     "use_cache",
 }
-"""Entries of a configuration that two models may differ in and be of one shape and meaning."""
+"""Entries of a configuration that may differ: shapes and the meaning of weights do not depend on them."""
 
 _NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".gguf", ".pt", ".pth")
 
 
 def interpolate(reference: Model, aligned: Model, lam: float, output: str | Path) -> Path:
-    """Write a model whose weights lie between two models' (or beyond one).
+    """Write a model whose weights are between those of two models, or beyond one of them.
 
-    Every tensor is (1−λ)·θ_ref + λ·θ_al, computed in float32 and stored as it was stored
+    Every tensor is (1−λ)·θ_ref + λ·θ_al, computed in float32 and stored in its own data type
     (in float32 where the two differ). λ=0 and λ=1 give the two models' tensors bit for bit. One
     file of the reference is in memory at a time; a GGUF file or a PEFT adapter is first written
-    out as a whole model (the adapter merged into its base). All else in the folder is the
-    reference's: configuration, tokenizer, chat template.
+    as a whole model (the adapter merged into its base). The rest of the folder is copied from the
+    reference: configuration, tokenizer, chat template.
 
     Args:
         reference: The model of λ=0.
         aligned: The model of λ=1, of the same shape, or a PEFT adapter.
         lam: Any finite λ.
-        output: The folder to write; it must not be there, or be empty. Nothing appears under
-            this name until all of it is written.
+        output: The folder to write; it must not exist, or must be empty. Nothing appears under
+            this name before all of it is written.
 
     Returns:
         The folder.
 
     Raises:
         LambdaError: If λ is not a finite number.
-        ConfigError: If a model is not there, or the output is taken.
-        PairMismatchError: If the two have other tensors, other shapes, or a configuration in
-            which equal weights mean something else.
+        ConfigError: If a model does not exist, or the output is not empty.
+        PairMismatchError: If the two differ in tensors, in shapes, or in a configuration that
+            changes what weights mean.
     """
     lam = _number(lam)
     output = Path(output)
@@ -91,7 +91,7 @@ def _number(lam: object) -> float:
 
 @contextmanager
 def _as_folder(source: Source) -> Iterator[Path]:
-    """Give a model's folder of safetensors; what is stored otherwise is written out for a while."""
+    """Yield a model's folder of safetensors; another format is written to a temporary folder."""
     load_config(source)
     if source.gguf_file is None and not source.is_adapter:
         yield source.path
@@ -128,7 +128,7 @@ def _is_tied(folder: Path) -> bool:
 def _paired(
     reference: dict[str, TensorInfo], aligned: dict[str, TensorInfo], tied: bool, names: str
 ) -> dict[str, tuple[TensorInfo, TensorInfo]]:
-    """Return the tensors of both by name; a tied head that one of them stores too is left out."""
+    """Return the tensors of both by name, without a tied head that only one of them stores."""
     alone = reference.keys() ^ aligned.keys()
     if tied:
         alone = {name for name in alone if not name.endswith("lm_head.weight")}
@@ -154,7 +154,7 @@ def _paired(
 def _write(
     reference: Path, pairs: dict[str, tuple[TensorInfo, TensorInfo]], lam: float, output: Path
 ) -> None:
-    """Write the new model as the reference's folder with other weights, in as many files."""
+    """Write a copy of the reference's folder with the new weights, in files of the same names."""
     shutil.copytree(
         reference,
         output,
@@ -188,7 +188,7 @@ def _write(
 
 
 class _TensorReader:
-    """Reads tensors from files that it opens once."""
+    """Reads tensors; each file is opened once."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack

@@ -1,7 +1,7 @@
-"""Configurations, tokenizers, models and PEFT adapters from disk.
+"""Loads configurations, tokenizers, models and PEFT adapters from disk.
 
 Nothing is fetched from a hub. Weights are read from safetensors (or GGUF, de-quantised) unless
-the caller permits pickles, and code that a checkpoint brings along runs only if permitted.
+the caller permits pickles, and code in a checkpoint runs only if the caller permits it.
 """
 
 from typing import Any
@@ -41,15 +41,15 @@ _NO_TEXT_MODEL = (
 
 
 def load_config(model: Model, *, trust_remote_code: bool = False) -> Any:
-    """Read a model's configuration and refuse what cannot be realigned. No weights are read.
+    """Read a model's configuration and refuse a model that cannot be realigned.
 
-    Of a PEFT adapter it is its base's configuration.
+    No weights are read. For a PEFT adapter, the configuration of its base is returned.
 
     Raises:
-        ConfigError: If the model is not there.
+        ConfigError: If the model does not exist.
         CheckpointError: If its configuration is damaged.
-        UnsupportedModelError: If it is no decoder-only text model, is quantised, or brings its
-            own code that was not permitted.
+        UnsupportedModelError: If it is not a decoder-only text model, is quantised, or contains
+            code that is not permitted.
     """
     source = resolve(model)
     if source.is_adapter:
@@ -81,10 +81,10 @@ def load_config(model: Model, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_tokenizer(model: Model, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer; of a PEFT adapter without one, its base's.
+    """Load a model's tokenizer; for a PEFT adapter without one, that of its base.
 
     Raises:
-        ConfigError: If the folder has none.
+        ConfigError: If the folder has no tokenizer.
     """
     source = resolve(model)
     if source.gguf_file is not None:
@@ -113,17 +113,17 @@ def load_model(
 ) -> Any:
     """Load a causal language model, in evaluation mode.
 
-    A GGUF file is de-quantised. A PEFT adapter comes as a PEFT wrapper on its base.
+    A GGUF file is de-quantised. A PEFT adapter is returned as a PEFT wrapper of its base.
 
     Args:
         model: A known name, a folder, a GGUF file, or a :class:`Source`.
-        dtype: Of the weights; ``"auto"`` is what they are stored in.
+        dtype: Data type of the weights; ``"auto"`` is the stored one.
         device_map: As in transformers.
-        trust_remote_code: Permit code that the checkpoint brings along to run.
+        trust_remote_code: Permit code in the checkpoint to run.
         allow_pickle: Permit pickled weights, whose loading can run code.
 
     Raises:
-        ConfigError: If the model is not there, or has pickled weights alone.
+        ConfigError: If the model does not exist, or has only pickled weights.
         CheckpointError: If weights are missing or damaged.
         UnsupportedModelError: As in `load_config`.
     """
@@ -143,7 +143,7 @@ def load_model(
     if source.gguf_file is not None:
         where["gguf_file"] = source.gguf_file
         if dtype == "auto":
-            where["dtype"] = torch.float32  # what its blocks are de-quantised to
+            where["dtype"] = torch.float32  # its blocks are de-quantised to float32
     else:
         _require_weights(source, allow_pickle)
         where |= {"config": config, "trust_remote_code": trust_remote_code}
@@ -184,17 +184,17 @@ def load_adapter(
     """Put a PEFT adapter on a base.
 
     Args:
-        base: A transformers model, or a PEFT wrapper of one, which gets one adapter more.
+        base: A transformers model, or a PEFT wrapper of one, which gets another adapter.
         adapter: The adapter's folder.
-        name: What the adapter is called in the wrapper.
-        trainable: Whether it is going to be trained.
+        name: The adapter's name in the wrapper.
+        trainable: Whether it will be trained.
         allow_pickle: Permit pickled weights, whose loading can run code.
 
     Returns:
         The PEFT wrapper.
 
     Raises:
-        ConfigError: If the adapter is not there, or has pickled weights alone.
+        ConfigError: If the adapter does not exist, or has only pickled weights.
         CheckpointError: If it is damaged.
     """
     from peft import PeftModel
@@ -210,7 +210,7 @@ def load_adapter(
 def skeleton(config: Any) -> Any:
     """Build a causal language model on the meta device.
 
-    Under ZeRO-3 too, where transformers would cut it up and fill it with numbers.
+    This also holds under ZeRO-3, where transformers would partition it and allocate its values.
 
     Args:
         config: A transformers configuration.
@@ -222,15 +222,16 @@ def skeleton(config: Any) -> Any:
 def fingerprint(model: Model | nn.Module) -> str:
     """Fingerprint weights by tensor names, shapes and sampled values rounded to bf16.
 
-    A cast to bfloat16 or another sharding keeps it, and a module has that of the folder which
-    `save_pretrained` writes of it. Of a PEFT adapter's folder it is the adapter that counts, of a
-    PEFT wrapper the base. A GGUF file has one of its own, over its bytes.
+    It does not change with a cast to bfloat16 or with other sharding, and a module has the same
+    fingerprint as the folder that `save_pretrained` writes of it. For the folder of a PEFT adapter
+    it is that of the adapter; for a PEFT wrapper, that of the base. That of a GGUF file is computed
+    from the file's bytes.
 
     Returns:
         16 hexadecimal digits.
 
     Raises:
-        ConfigError: If there are no weights.
+        ConfigError: If there are no weights in safetensors or GGUF.
         CheckpointError: If files are missing or damaged.
     """
     if isinstance(model, nn.Module):
@@ -299,7 +300,7 @@ def _require_weights(source: Source, allow_pickle: bool) -> None:
 
 
 def _forget_quantisation(model: Any) -> None:
-    """Drop the marks of a file format: the weights are de-quantised, and saving refuses them."""
+    """Remove the quantisation settings of a de-quantised model, with which it cannot be saved."""
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     for name in ("hf_quantizer", "quantization_method"):

@@ -1,8 +1,8 @@
-"""Known names: words that stand for models, adapters, tasks and data wherever a path is taken.
+"""Known names: words for models, adapters, tasks and data that can be given instead of a path.
 
-Whatever ships with a name registers it here (:func:`register`), in a module of its own that is
-imported when a name is first looked up. Such a module says what its name stands for and imports
-what is heavy inside its functions. No other module knows any of the names.
+A model that ships with a name registers it (:func:`register`) in its own module, which is imported
+when a name is first looked up. Such a module defines what the name means and imports large packages
+inside its functions. No other module contains any of the names.
 """
 
 from collections.abc import Callable
@@ -18,21 +18,21 @@ _PROVIDERS = ("flexalign.miniature.names", "flexalign.models.smollm2")
 
 @dataclass(frozen=True)
 class KnownName:
-    """What one name stands for. ``NAME:PART`` is a part of it, where it has any.
+    """What one name means. ``NAME:PART`` is one of its parts, if it has any.
 
     Attributes:
-        name: The word.
-        locate: From a part, empty for the bare name, to where it lies: a model's folder, a GGUF
+        name: The name.
+        locate: Returns the path of a part (empty for the bare name): a model's folder, a GGUF
             file, or an adapter's folder. Raises ConfigError if it is not installed.
         models: Names of models that messages give as examples.
         has_parts: Whether ``NAME:PART`` is known too.
-        pair: The reference and the aligned model that the bare name means where a pair is meant.
-        dial: The base and the adapter that it means where a dial is meant.
-        task: From a part and a limit (None for the task's own) to the evaluation task.
-        accuracy: Share of right answers to expect of that task, for planning.
-        traces: Makes rows of training data, in a form of `flexalign.data.load_traces`.
-        prompts: Makes so many prompts with their answers, in a form of
-            `flexalign.data.load_prompts`, apart from the traces.
+        pair: The reference and the aligned model that the bare name means as a pair.
+        dial: The base and the adapter that the bare name means as a dial.
+        task: Returns the evaluation task of a part and a limit (None for the task's own).
+        accuracy: The expected share of right answers in that task, for planning.
+        traces: Returns rows of training data, in a form of `flexalign.data.load_traces`.
+        prompts: Returns this many prompts with their answers, in a form of
+            `flexalign.data.load_prompts`, drawn separately from the traces.
     """
 
     name: str
@@ -55,12 +55,12 @@ _REGISTERED: dict[str, KnownName] = {}
 
 
 def register(entry: KnownName) -> None:
-    """Make a name known."""
+    """Register a known name."""
     _REGISTERED[entry.name] = entry
 
 
 def known_names() -> list[KnownName]:
-    """Return all known names, those of the first provider first."""
+    """Return all known names, in the order of their providers."""
     _load_providers()
     return list(_REGISTERED.values())
 
@@ -77,7 +77,7 @@ def known_name(text: str) -> tuple[KnownName, str] | None:
         text: What the user wrote: ``NAME``, ``NAME:PART``, or something else.
 
     Returns:
-        What the name stands for, and the part, empty for the bare name; None if it is not known.
+        The entry of the name, and the part, empty for the bare name; None if it is not known.
     """
     _load_providers()
     name, colon, part = text.partition(":")

@@ -1,8 +1,8 @@
 """Two models that must fit together: the reference (λ=0) and the aligned model (λ=1).
 
-What can be checked is checked before any weights are loaded. Where the aligned model is a PEFT
-adapter on the reference, the base is held once: the reference is that module with its adapter
-off.
+All that can be checked without weights is checked before they are loaded. If the aligned model is a
+PEFT adapter on the reference, the base is loaded once: the reference is the same module with the
+adapter off.
 """
 
 import sys
@@ -49,9 +49,9 @@ class ModelPair:
 
     Attributes:
         reference: The model of λ=0.
-        aligned: The model of λ=1; the same module as `reference` where the base is shared.
-        tokenizer: Of both.
-        vocab_size: Tokens that both score, V; wider logits have padding beyond it.
+        aligned: The model of λ=1; the same module as `reference` if the base is shared.
+        tokenizer: The tokenizer of both.
+        vocab_size: V, the number of tokens in the logits of both; wider logits end in padding.
         shared_base: Whether the aligned model is a PEFT adapter on the reference.
     """
 
@@ -62,7 +62,7 @@ class ModelPair:
         tokenizer: PreTrainedTokenizerBase,
         vocab_size: int,
     ) -> None:
-        """Hold a pair as it is; `load` and `of` check it."""
+        """Make a pair without checks; `load` and `of` check it."""
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
         self.shared_base = isinstance(aligned, PeftModel) and (
@@ -91,23 +91,23 @@ class ModelPair:
     ) -> "ModelPair":
         """Check a pair and load it, frozen and in evaluation mode.
 
-        Prints on stderr how much memory it will hold, and what is done about small differences.
+        Prints on stderr how much memory it needs, and how small differences are handled.
 
         Args:
             reference: A folder or a known name; see `flexalign.models.sources.resolve`.
-            aligned: Likewise, or the folder of a PEFT adapter on the reference. May be left out
-                for a known name that is a pair by itself.
-            dtype: Of the weights; ``"auto"`` is what each is stored in.
+            aligned: A folder, a known name, or the folder of a PEFT adapter on the reference. May
+                be left out if the reference is a known name of a pair.
+            dtype: Data type of the weights; ``"auto"`` is the stored one of each.
             device_map: As in transformers.
-            trust_remote_code: Permit code that a checkpoint brings along to run.
+            trust_remote_code: Permit code in a checkpoint to run.
             allow_pickle: Permit pickled weights, whose loading can run code.
-            allow_oversize: Load it even if the memory at hand seems too small.
+            allow_oversize: Load it even if the free memory seems too small.
 
         Raises:
-            PairMismatchError: If the two do not fit; says all that differs.
-            ConfigError: If one is not there, or both do not fit in memory.
+            PairMismatchError: If the two do not fit; its message names all problems.
+            ConfigError: If one does not exist, or both together do not fit in memory.
             CheckpointError: If weights are missing or damaged.
-            UnsupportedModelError: If one is no model that can be realigned.
+            UnsupportedModelError: If one cannot be realigned.
         """
         if aligned is None:
             aligned = aligned_beside(reference)
@@ -144,7 +144,7 @@ class ModelPair:
         Args:
             reference: A transformers causal language model.
             aligned: Another, or a PEFT wrapper; if it wraps the reference, the base is shared.
-            tokenizer: Of both.
+            tokenizer: The tokenizer of both.
         """
         widths = [_width(model) for model in (reference, aligned)]
         vocab_size, _ = shared_width(widths[0], widths[1], vocabulary_size(tokenizer))
@@ -159,7 +159,7 @@ class ModelPair:
 
     @cached_property
     def heads(self) -> Heads:
-        """Both heads, read and proven.
+        """Both heads, read and verified.
 
         Raises:
             UnsupportedModelError: If a head is not a (scaled, capped) matrix product.
@@ -171,7 +171,7 @@ class ModelPair:
 
     @contextmanager
     def running(self, side: Side) -> Iterator[Any]:
-        """Give the module of one side; inside, a shared base has that side's adapters on."""
+        """Yield the module of one side; in the block, a shared base has that side's adapters on."""
         if side not in ("reference", "aligned"):
             raise ConfigError(f"a pair has the sides 'reference' and 'aligned', not {side!r}.")
         switch = self._switch
@@ -184,14 +184,14 @@ class ModelPair:
 
         Args:
             side: ``"reference"`` or ``"aligned"``.
-            **inputs: ``input_ids``, ``attention_mask`` and what else the decoder takes.
+            **inputs: ``input_ids``, ``attention_mask`` and other inputs of the decoder.
         """
         with self.running(side) as model:
             return last_hidden(model, **inputs)
 
     @torch.no_grad()
     def logits(self, side: Side, **inputs: Any) -> Tensor:
-        """Return one side's logits, shape ``(B, T, V)``, without gradient or padding.
+        """Return one side's logits, shape ``(B, T, V)``, without gradient and without padding.
 
         Args:
             side: ``"reference"`` or ``"aligned"``.
@@ -203,7 +203,7 @@ class ModelPair:
 
 
 def _judge(facts: PairFacts, device_map: Any, allow_oversize: bool) -> int:
-    """Say what there is to say of a pair before it is loaded, or refuse it; return its V."""
+    """Refuse a pair that does not fit, warn and print notes before it is loaded; return its V."""
     vocab_size = facts.require_fit()
     for warning in facts.warnings:
         warnings.warn(warning, stacklevel=4)

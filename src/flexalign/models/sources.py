@@ -1,4 +1,4 @@
-"""Where models and adapters lie: known names, folders, GGUF files, and the base an adapter names."""
+"""Finds models and adapters on disk: known names, folders, GGUF files, and bases of adapters."""
 
 import json
 import re
@@ -13,12 +13,12 @@ from flexalign.models.names import known_name, known_names
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model lies.
+    """Where a model is on disk.
 
     Attributes:
-        name: What the user called it.
+        name: The name or path that the user gave.
         path: Its folder.
-        gguf_file: The name of the GGUF file in it that holds the model, if one does.
+        gguf_file: The name of the model's GGUF file in the folder; None for safetensors.
     """
 
     name: str
@@ -35,16 +35,16 @@ class Source:
 
 
 Model = str | Path | Source
-"""A known name (`flexalign.models.names`), a folder, a GGUF file, or what `resolve` gave."""
+"""A known name (`flexalign.models.names`), a folder, a GGUF file, or a result of `resolve`."""
 
 
 def resolve(model: Model) -> Source:
     """Find a model: a known name, a folder, or a GGUF file.
 
-    A folder that has the name of a known model is reached as ``./name``.
+    A folder with the name of a known model is given as ``./name``.
 
     Raises:
-        ConfigError: If there is no such model here; says what is missing and how to get it.
+        ConfigError: If there is no such model; its message says what is missing and how to get it.
     """
     if isinstance(model, Source):
         return model
@@ -54,17 +54,17 @@ def resolve(model: Model) -> Source:
         entry, part = known
         path = entry.locate(part)
         if not (path / "inra_config.json").is_file():
-            return _as_it_lies(name, path)
+            return _source_of(name, path)
     else:
         path = Path(name).expanduser()
 
     if path.is_file() and path.suffix == ".gguf":
-        return _as_it_lies(name, path)
+        return _source_of(name, path)
     if not path.is_dir():
         examples = ", ".join(model for entry in known_names() for model in entry.models)
         raise ConfigError(
             f"there is no model {name!r}: it is no folder here, and no known name ({examples}). "
-            f"Models are read from disk; {_way_to_get(name)}"
+            f"Models are read from disk; {_how_to_get(name)}"
         )
 
     if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
@@ -84,7 +84,7 @@ def resolve(model: Model) -> Source:
 
 
 def resolve_adapter(adapter: str | Path) -> Path:
-    """Find an InRa adapter's folder: a part of a known name, or a path as it is."""
+    """Return an InRa adapter's folder, from a part of a known name or a path; it may not exist."""
     name = str(adapter)
     known = known_name(name)
     if known is not None and known[1]:
@@ -94,7 +94,7 @@ def resolve_adapter(adapter: str | Path) -> Path:
 
 
 def aligned_beside(reference: Model) -> str | None:
-    """Return the aligned model of a known name that is a pair by itself; None for any other."""
+    """Return the aligned model of a known name that is a pair; None for any other model."""
     known = known_name(str(reference)) if isinstance(reference, str) else None
     if known is None:
         return None
@@ -103,10 +103,10 @@ def aligned_beside(reference: Model) -> str | None:
 
 
 def require_gguf() -> None:
-    """Make sure that GGUF files can be read.
+    """Require the package that reads GGUF files.
 
     Raises:
-        ConfigError: If the package for it is not installed.
+        ConfigError: If it is not installed.
     """
     require_packages("reading GGUF", "gguf", install="'flexalign[gguf]'")
 
@@ -115,7 +115,7 @@ def base_of(adapter: Source) -> Source:
     """Return the base that a PEFT adapter names.
 
     Raises:
-        ConfigError: If it is not there.
+        ConfigError: If the base does not exist.
         CheckpointError: If the adapter's configuration is damaged.
     """
     name = read_json(adapter.path / "adapter_config.json").get("base_model_name_or_path")
@@ -141,15 +141,15 @@ def read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is damaged ({error}); copy the model again.") from error
 
 
-def _as_it_lies(name: str, path: Path) -> Source:
+def _source_of(name: str, path: Path) -> Source:
     """Return the source of a model's folder, or of its GGUF file."""
     if path.suffix == ".gguf":
         return Source(name, path.parent, path.name)
     return Source(name, path)
 
 
-def _way_to_get(name: str) -> str:
-    """Say what to do about a model that is not there."""
+def _how_to_get(name: str) -> str:
+    """Return the advice for a model that does not exist, for messages."""
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         folder = name.partition("/")[2]
         return f"fetch one first, such as with: hf download {name} --local-dir models/{folder}"

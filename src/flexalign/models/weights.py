@@ -1,4 +1,4 @@
-"""Weights as they lie on disk: which files hold them, what is in them, and their fingerprint."""
+"""Weights on disk: their files, the headers of the files, and fingerprints."""
 
 import hashlib
 import json
@@ -16,6 +16,7 @@ _SAMPLED_VALUES = 64
 """Values of each tensor that enter the fingerprint, evenly spaced."""
 
 _SAMPLED_BLOCKS, _BLOCK = 64, 4096
+"""Blocks of a GGUF file that enter its fingerprint, evenly spaced, and their size in bytes."""
 
 
 class TensorInfo(NamedTuple):
@@ -27,7 +28,7 @@ class TensorInfo(NamedTuple):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model or of a PEFT adapter, all of them present.
+    """Return the safetensors files of a model or of a PEFT adapter; all of them exist.
 
     Raises:
         ConfigError: If the folder has no safetensors.
@@ -67,22 +68,22 @@ def fingerprint_folder(folder: Path) -> str:
 
 
 def fingerprint_module(model: nn.Module) -> str:
-    """Fingerprint a module as the folder that it would be saved as.
+    """Fingerprint a module; the result is that of the folder it would be saved as.
 
-    Of a PEFT wrapper it is the base that counts.
+    For a PEFT wrapper, the base is fingerprinted.
     """
     return _fingerprint(_held(model))
 
 
 def same_folder(one: Path, other: Path) -> bool:
-    """Whether two folders hold equal tensors; read whole only if their fingerprints are equal."""
+    """Return whether two folders have equal tensors; read whole only if fingerprints are equal."""
     return fingerprint_folder(one) == fingerprint_folder(other) and _same(
         _stored(one), _stored(other)
     )
 
 
 def same_module(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules hold equal tensors; compared whole only if their fingerprints are."""
+    """Return whether two modules have equal tensors; compared only if fingerprints are equal."""
     return fingerprint_module(one) == fingerprint_module(other) and _same(_held(one), _held(other))
 
 
@@ -119,7 +120,7 @@ def _same(one: Iterable[tuple[str, Tensor]], other: Iterable[tuple[str, Tensor]]
 
 
 def _held(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return a module's tensors by the names that they are saved under, tied ones once."""
+    """Return a module's tensors by the names that they are saved under; tied tensors once."""
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         return _held(model.get_base_model())  # type: ignore[operator]
 
@@ -135,7 +136,7 @@ def _held(model: nn.Module) -> list[tuple[str, Tensor]]:
     if hasattr(model, "config"):
         from transformers.core_model_loading import revert_weight_conversion
 
-        # Some families are held under other names than they are stored under.
+        # In some families the names in the module differ from those in the file.
         tensors = revert_weight_conversion(model, tensors)
     return sorted(tensors.items())
 

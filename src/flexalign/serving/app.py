@@ -1,8 +1,8 @@
-"""The application: OpenAI's routes over the service, the gates before them, the schema at ``/docs``.
+"""The application: OpenAI's routes over the service, their access checks, the schema at ``/docs``.
 
-A route reads the body once, takes the dial out of it by the operator's rules, and hands the service a
-typed request. Nothing stands between a route and its client that reads what passes: an answer is
-serialised once. The byte-level :class:`~flexalign.serving.middleware.DialMiddleware` is for vLLM.
+A route reads the body once, reads the dial by the operator's rules, and passes a typed request to the
+service. No layer between a route and its client parses bodies or answers; an answer is serialised
+once. The byte-level :class:`~flexalign.serving.middleware.DialMiddleware` is for vLLM only.
 """
 
 import asyncio
@@ -55,10 +55,10 @@ def create_app(
     """Return the ASGI application of a server.
 
     Args:
-        service: What answers.
-        rules: What dials are permitted.
-        key: What requests under ``/v1`` must carry, if anything.
-        is_local: Serve this machine's programs and pages alone, where there is no key.
+        service: Answers the requests.
+        rules: The dials that are permitted.
+        key: The API key that requests under ``/v1`` must have; None for no key.
+        is_local: Without a key, serve only programs and pages of this machine.
         body_limit: The longest body in bytes.
     """
     app = FastAPI(title="flexalign", docs_url="/docs", redoc_url=None)
@@ -76,12 +76,12 @@ def create_app(
 
 @dataclass(frozen=True)
 class _RouteFormat:
-    """How one route reads its bodies and tells its answers.
+    """How one route reads its bodies and writes its answers.
 
     Attributes:
-        form: Of its bodies, for the schema.
-        read: From a body without its dial, and the dial, to a request.
-        answers: How they are told.
+        form: The form of its bodies, for the schema.
+        read: Makes a request of a body without its dial, and the dial.
+        answers: Writes the answers.
     """
 
     form: type[BaseModel]
@@ -89,7 +89,7 @@ class _RouteFormat:
     answers: type[AnswerFormat]
 
     def schema(self) -> dict[str, Any]:
-        """Return what the route's entry in the schema says of its bodies."""
+        """Return the part of the OpenAPI schema that describes the route's bodies."""
         content = {"application/json": {"schema": body_schema(self.form)}}
         return {"requestBody": {"required": True, "content": content}}
 
@@ -99,7 +99,7 @@ _COMPLETION = _RouteFormat(CompletionBody, read_completion, CompletionFormat)
 
 
 class _Routes:
-    """What each path does."""
+    """The handlers of all paths."""
 
     def __init__(self, service: Service, rules: DialRules, body_limit: int) -> None:
         self._service = service
@@ -108,7 +108,7 @@ class _Routes:
         self._since = int(time.time())
 
     def add_to(self, app: FastAPI) -> None:
-        """Add the routes; those that write answers stand in the schema, with their bodies."""
+        """Add the routes; the schema contains those that write answers, with their bodies."""
         for path, route, form in (
             ("/v1/chat/completions", self.chat, _CHAT),
             ("/v1/completions", self.complete, _COMPLETION),
@@ -120,7 +120,7 @@ class _Routes:
                 response_model=None,
                 openapi_extra=form.schema(),
             )
-        # FastAPI's own routes do not answer HEAD, by which probes ask; Starlette's do.
+        # Probes ask by HEAD, which FastAPI's own routes do not answer; Starlette's do.
         for path, shown in (
             ("/v1/models", self.models),
             ("/v1/models/{name:path}", self.model),
@@ -134,27 +134,27 @@ class _Routes:
         return await self._answer(request, _CHAT)
 
     async def complete(self, request: Request) -> Response:
-        """Continue prompts as they stand."""
+        """Continue prompts, without a chat template."""
         return await self._answer(request, _COMPLETION)
 
     async def models(self, request: Request) -> Response:
-        """Tell what is served and what its dial takes."""
+        """List the served model and what its dial accepts."""
         return JSONResponse({"object": "list", "data": [self._model()]})
 
     async def model(self, request: Request) -> Response:
-        """Tell of one model."""
+        """Describe the model that the path names."""
         name = request.path_params["name"]
         if name != self._service.model.name:
             raise ApiError(404, f"there is no model {name!r:.200} here.", code="model_not_found")
         return JSONResponse(self._model())
 
     async def health(self, request: Request) -> Response:
-        """Tell whether the engine runs."""
+        """Return 200 if the engine runs, 503 if it does not."""
         is_well = self._service.engine.is_alive
         return JSONResponse({"status": "ok" if is_well else "failed"}, 200 if is_well else 503)
 
     async def metrics(self, request: Request) -> Response:
-        """Tell what has happened, in Prometheus' text form."""
+        """Return the metrics in Prometheus' text format."""
         return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def _answer(self, request: Request, form: _RouteFormat) -> Response:
@@ -162,6 +162,7 @@ class _Routes:
         if body is None:
             return _NoResponse()
 
+        # The headers are stored at the request, so that an error has them too.
         choice = self._rules.choose(body)
         request.state.headers = headers = _headers(choice)
         running = await self._service.begin(form.read(body, choice))
@@ -170,6 +171,7 @@ class _Routes:
         if running.sampling.stream:
             return _EventStream(self._events(running, answers), running, headers)
 
+        # The engine drops the request if the client disconnects while it waits.
         leaving = asyncio.create_task(_cancel_when_gone(request.receive, running))
         try:
             await self._service.finish(running)
@@ -178,6 +180,7 @@ class _Routes:
         finally:
             leaving.cancel()
             running.cancel()
+
         usage = self._service.usage(running)
         answer = answers.answer(running.drafts, running.sampling.logprobs, usage)
         return Response(encode(answer), headers=headers, media_type="application/json")
@@ -213,19 +216,19 @@ class _Routes:
 
 
 def _headers(choice: DialChoice) -> dict[str, str]:
-    """Return the headers that say what of a request had no effect; errors have them too."""
+    """Return the headers that name the keys without effect; errors have them too."""
     return {"x-flexalign-ignored": ", ".join(choice.ignored)} if choice.ignored else {}
 
 
 class _NoResponse(Response):
-    """Sends nothing: the client has gone."""
+    """Sends nothing: the client has disconnected."""
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
         return
 
 
 class _EventStream(Response):
-    """A stream of events. The engine drops its request when the client leaves."""
+    """A stream of events. The engine drops its request when the client disconnects."""
 
     def __init__(
         self, events: AsyncIterator[bytes], running: RunningRequest, headers: Mapping[str, str]
@@ -250,7 +253,7 @@ class _EventStream(Response):
             self._running.cancel()
 
     async def _guarded(self) -> AsyncIterator[bytes]:
-        """Yield the events; the status is sent, so that a failure is one of them."""
+        """Yield the events. The status is sent before, so a failure becomes an event too."""
         try:
             async for content in self._events:
                 yield content
@@ -275,7 +278,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
 def _as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, asyncio.CancelledError):  # by uvicorn, when the grace is over
+    if isinstance(error, asyncio.CancelledError):  # by uvicorn, at the end of the grace period
         return ApiError(503, "the server is shutting down; ask again later.")
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, str(error.detail), headers=dict(error.headers or {}))

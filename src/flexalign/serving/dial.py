@@ -1,9 +1,9 @@
-"""The dial of a request: the key of the body that says it, what it may be, what the answer says of it.
+"""The dial of a request: its keys in the body, the values they may have, its report in the answer.
 
-:class:`DialFields` declares the keys, :class:`DialRules` reads them by what the operator permits, and
-a :class:`DialChoice` is the result. The value is parsed once (:func:`flexalign.lambdas.parse_dial`)
-and checked once against the range; what runs the request takes it as it is. No engine is known here:
-the same rules serve the local server and vLLM.
+:class:`DialFields` declares the keys, :class:`DialRules` reads them within what the operator permits,
+and a :class:`DialChoice` is the result. The value is parsed once
+(:func:`flexalign.lambdas.parse_dial`) and checked once against the range; an engine does not check it
+again. This module does not depend on an engine: the local server and vLLM use the same rules.
 """
 
 import logging
@@ -31,7 +31,7 @@ from flexalign.lambdas import (
 from flexalign.serving.errors import ApiError, as_sent
 
 DIAL_KEYS = ("lambda", "effort", "reasoning_effort", "control")
-"""The keys of a body that say a dial; at most one may."""
+"""The keys of a body that set the dial; at most one may be given."""
 
 EFFORT_LEVELS: Mapping[str, float | None] = {
     "none": 0,
@@ -42,15 +42,15 @@ EFFORT_LEVELS: Mapping[str, float | None] = {
     "xhigh": 100,
     "max": None,
 }
-"""``reasoning_effort`` as an effort; None is the end of the range that is permitted."""
+"""``reasoning_effort`` as an effort; None is the least λ of the permitted range."""
 
 _FORMS = 'a finite number such as 0.5, "auto", or an object such as {"policy": "adaptive", "threshold": 0.5}'
 
 _ELSEWHERE = {"reasoning": "effort", "output_config": "effort"}
-"""Where other protocols say ``reasoning_effort``: an engine that knows them would go by it."""
+"""Keys of other protocols that contain a ``reasoning_effort``; an engine may understand them."""
 
 _USUAL = {"temperature": 1, "top_p": 1}
-"""How a request that does not say is sampled, by OpenAI's rule and every engine here."""
+"""The defaults of a request's sampling, in OpenAI's protocol and in every engine here."""
 
 _log = logging.getLogger("flexalign.serving")
 
@@ -84,11 +84,11 @@ _LAMBDA_SCHEMA: dict[str, Any] = {
 
 
 class DialFields(BaseModel):
-    """The keys of a body that say its dial. At most one of them may be given.
+    """The keys of a body that set its dial. At most one of them may be given.
 
-    The schema, which ``/docs`` shows, says what they take. The values are kept as they were sent:
-    what they mean and whether they are permitted depends on the server, so :class:`DialRules` reads
-    them.
+    The schema, which ``/docs`` shows, describes their values. The values are kept as they were sent:
+    what they mean and whether they are permitted depends on the server, and :class:`DialRules` checks
+    it.
     """
 
     lam: Annotated[Any, WithJsonSchema(_LAMBDA_SCHEMA)] = Field(
@@ -119,12 +119,12 @@ class DialFields(BaseModel):
 
 @dataclass
 class DialChoice:
-    """The dial that a request goes by.
+    """The dial of a request.
 
     Attributes:
-        dial: What its λ follows; None on a model without a dial.
+        dial: The number, schedule or policy; None on a model without a dial.
         ignored: Keys of the body that had no effect.
-        report: What the answer's ``dial`` says; an engine adds the way that was taken.
+        report: The answer's ``dial``; an engine adds the route that a policy took.
     """
 
     dial: Dial | None
@@ -134,16 +134,16 @@ class DialChoice:
 
 @dataclass
 class DialRules:
-    """What a server permits, set by its operator.
+    """What dials a server permits, set by its operator.
 
     Attributes:
-        default: Where a request gives none; None for a model without a dial.
-        lambda_range: The least and the largest λ, which no request can leave.
-        effort: From an effort (100 the reference's tokens, 0 the fastest) to a dial; None before
-            calibration.
+        default: The dial of a request that gives none; None for a model without a dial.
+        lambda_range: The least and the largest λ that a request may use.
+        effort: Returns the dial of an effort (0 is the fastest, 100 spends the reference's
+            tokens); None before calibration.
         holes: Ranges of λ that calibration found worse than both neighbours.
-        sampling: What calibration sampled with, by the name of a request's key; another
-            temperature, say, is noted once in the log.
+        sampling: The sampling of the calibration, by the names of a request's keys. A request
+            with other values is noted once in the log.
     """
 
     default: Dial | None
@@ -154,7 +154,7 @@ class DialRules:
     _has_warned: bool = field(default=False, init=False, repr=False)
 
     def to_json(self) -> dict[str, Any] | None:
-        """Return what ``/v1/models`` tells of them; None where there is no dial."""
+        """Return the ``dial`` of ``/v1/models``; None for a model without a dial."""
         if self.default is None:
             return None
         return {
@@ -165,19 +165,20 @@ class DialRules:
         }
 
     def choose(self, body: dict[str, Any]) -> DialChoice:
-        """Take the dial out of a body.
+        """Read the dial of a body and remove its keys.
 
         Args:
-            body: A request's; the keys that say a dial are removed from it.
+            body: A request's body; the keys of the dial are removed from it.
 
         Raises:
-            ApiError: If there are two, one is misspelt, malformed, or not permitted here.
+            ApiError: If two dials are given, or one is misspelt, malformed or not permitted.
         """
         refuse_misspelt(body)
         given = DialFields.model_validate(body).given()
         for key in DIAL_KEYS:
             body.pop(key, None)
 
+        # Clients send reasoning_effort unasked, so it is ignored where it has no meaning.
         ignored: tuple[str, ...] = ()
         if self.default is None or self.effort is None:
             ignored = ("reasoning_effort",) if given.pop("reasoning_effort", None) else ()
@@ -248,9 +249,10 @@ class DialRules:
             )
 
     def _report(self, dial: Dial | None) -> dict[str, Any]:
-        """Return what is known of a dial before the answer is written."""
+        """Return the report of a dial before the answer is written."""
         if dial is None:
             return {}
+
         report: dict[str, Any] = {"lambda": None, "policy": None, "route": None}
         if isinstance(dial, Fixed):
             report |= {"lambda": dial.lam, "policy": "fixed"}
@@ -258,6 +260,7 @@ class DialRules:
             report |= {"lambda": dial.to_json(), "policy": "schedule"}
         else:
             report["policy"] = dial.to_json()["policy"]
+
         for low, high in self.holes:
             if isinstance(dial, Fixed) and low < dial.lam < high:
                 report["note"] = (
@@ -285,10 +288,10 @@ def _of_lambda(key: str, value: object) -> Dial:
 
 
 def refuse_misspelt(body: dict[str, Any]) -> None:
-    """Refuse a body with a key that is almost a dial's, or a dial in a place where none is read.
+    """Refuse a body with a misspelt key of the dial, or with a dial in a place that is not read.
 
     Raises:
-        ApiError: If there is one; names what was meant.
+        ApiError: If there is one; its message names the key that was meant.
     """
     if body.get("extra_body") is not None:
         raise _bad(
@@ -323,11 +326,11 @@ def _bad(param: str, message: str) -> ApiError:
 def adapter_rules(
     settings: InRaConfig, lambda_range: tuple[float, float] | None = None
 ) -> DialRules:
-    """Return a server's rules.
+    """Return the rules of a server with an adapter.
 
     Args:
-        settings: The adapter's.
-        lambda_range: What the operator permits; the adapter's own range if not given.
+        settings: The adapter's configuration.
+        lambda_range: The range that the operator permits; the adapter's own range if not given.
 
     Raises:
         ConfigError: If the adapter's default is not permitted, or its calibration cannot be read.
@@ -340,6 +343,7 @@ def adapter_rules(
             f"the adapter's default λ = {settings.default_lambda:g} is outside --lambda-range "
             f"[{low:g}, {high:g}]; permit it."
         )
+
     if settings.calibration is None:
         return DialRules(default, permitted)
     calibration = Calibration.from_json(settings.calibration)

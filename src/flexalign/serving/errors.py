@@ -1,11 +1,11 @@
-"""What a server answers when it cannot do what it was asked, in OpenAI's form."""
+"""Error answers of a server, in OpenAI's format."""
 
 import json
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 Scope = MutableMapping[str, Any]
-"""What ASGI calls so, and its messages."""
+"""The scope of an ASGI request; ASGI messages have the same type."""
 
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -13,14 +13,14 @@ _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_
 class ApiError(Exception):
     """An answer other than 200.
 
-    It is no part of the library's tree: nothing but the server raises or catches it.
+    It is not a `FlexAlignError`: only the server raises and catches it.
 
     Attributes:
         status: The HTTP status.
         message: What is wrong and what to do.
-        param: The key of the body that is wrong, if one is.
-        code: A word for programs.
-        headers: More headers of the answer.
+        param: The key of the body that is wrong; None if it is not a key.
+        code: A short name of the error, for programs.
+        headers: Additional headers of the answer.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def to_json(self) -> dict[str, Any]:
-        """Return the body."""
+        """Return the body of the answer."""
         kind = _TYPES.get(
             self.status, "server_error" if self.status >= 500 else "invalid_request_error"
         )
@@ -49,13 +49,13 @@ class ApiError(Exception):
 
 
 def as_sent(value: object) -> str:
-    """Return a value of a body as JSON, for messages: what is longer than 80 characters is cut."""
+    """Return a value of a body as JSON for messages, cut to 80 characters."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 async def send_error(error: ApiError, send: Any) -> None:
-    """Answer a request with an error, from a place where there is no application yet."""
+    """Answer a request with an error, from ASGI middleware outside the application."""
     body = json.dumps(error.to_json(), ensure_ascii=False).encode()
     headers = {
         "content-type": "application/json",

@@ -1,7 +1,7 @@
-"""What ``/metrics`` tells, in Prometheus' form.
+"""The metrics of ``/metrics``, in Prometheus' format.
 
-:class:`Metrics` is the local server's. :class:`DialMetrics`, its part about dials, stands beside vLLM's
-own metrics too.
+:class:`Metrics` are those of the local server. :class:`DialMetrics`, its part about dials, is also
+served beside vLLM's own metrics.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,11 +27,11 @@ class Metrics:
     """Counts what the local server does.
 
     Attributes:
-        registry: What is counted, one for each server.
+        registry: The registry of all metrics; each server has its own.
     """
 
     def __init__(self, engine: Engine) -> None:
-        """Begin at 0; the engine's own numbers are read when they are asked for."""
+        """Start all counts at 0; the engine's own numbers are read at each request of metrics."""
         self.registry = CollectorRegistry()
         self.registry.register(_EngineState(engine))
         self._requests = self._counter("requests", "Requests answered.", ("path", "status"))
@@ -46,7 +46,7 @@ class Metrics:
         )
 
     def watched(self, app: Any) -> Any:
-        """Return an ASGI application whose answers are counted."""
+        """Return an ASGI application that calls another one and counts its answers."""
 
         async def counting(scope: Scope, receive: Any, send: Any) -> None:
             async def counted(message: Scope) -> None:
@@ -61,12 +61,12 @@ class Metrics:
         return counting
 
     def began(self, dial: Dial | None, prompt_tokens: int) -> None:
-        """Count a request that was let in."""
+        """Count a request that was accepted."""
         self._prompt_tokens.inc(prompt_tokens)
         self._dials.began(dial)
 
     def first_text(self, since: float) -> None:
-        """Note that a request that arrived at this time has its first text."""
+        """Record the first text of a request that arrived at this time of the monotonic clock."""
         self._first.observe(monotonic() - since)
 
     def ended(self, ended: Ended, policy: str | None) -> None:
@@ -76,7 +76,7 @@ class Metrics:
         self._dials.went(policy, ended.route)
 
     def text(self) -> bytes:
-        """Return everything in Prometheus' text form."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def _counter(self, name: str, help_text: str, labels: Iterable[str] = ()) -> Counter:
@@ -84,10 +84,10 @@ class Metrics:
 
 
 class DialMetrics:
-    """Counts what dials were served, whatever engine serves them."""
+    """Counts the dials that were served; it does not depend on the engine."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        """Add the counts to a registry."""
+        """Add the metrics to a registry."""
         self._lambda = Histogram(
             "flexalign_lambda",
             "λ of requests with one λ throughout.",
@@ -102,18 +102,18 @@ class DialMetrics:
         )
 
     def began(self, dial: Dial | None) -> None:
-        """Count a request that was let in."""
+        """Count a request that was accepted."""
         if isinstance(dial, Fixed):
             self._lambda.observe(dial.lam)
 
     def went(self, policy: str | None, route: str | None) -> None:
-        """Count the way that an answer took, if its policy chooses one."""
+        """Count the route of an answer, if a policy chose it."""
         if route is not None:
             self._routes.labels(policy, route).inc()
 
 
 class _EngineState(Collector):
-    """The engine's own numbers, read when they are asked for."""
+    """The engine's own numbers, read each time the metrics are requested."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

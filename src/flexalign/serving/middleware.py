@@ -1,7 +1,7 @@
 """ASGI middleware: the dial in front of an engine that is not ours, and the gates before any server.
 
 :class:`DialMiddleware` stands before vLLM's application of OpenAI's protocol, which it knows as bytes
-alone: it takes the dial out of a request's body, hands it over, and lets an :class:`Echo` write what
+alone: it takes the dial out of a request's body, hands it over, and lets a :class:`DialWriter` write what
 became of it into the answer. The local server's routes read the dial themselves. :class:`KeyGate` and
 :class:`LoopbackGate` say who is served; they stand before either.
 """
@@ -72,10 +72,10 @@ class DialMiddleware:
             ApiError: If it is refused, before anything is sent.
         """
         scope, receive = with_body({**scope, CHOICE: choice}, body, receive)
-        await self.app(scope, receive, Echo(choice, send))
+        await self.app(scope, receive, DialWriter(choice, send))
 
 
-class Echo:
+class DialWriter:
     """Sends an answer on and says in it what its dial was.
 
     That stands in the object, or, in a stream, in the first chunk and every chunk that ends
@@ -108,59 +108,67 @@ class Echo:
         else:
             await self._stream(message)
 
-    def tell(self, answer: Any) -> Any:
+    def rewrite(self, answer: Any) -> Any:
         """Return a whole answer as the client gets it."""
-        return self._told(answer)
+        return self._with_dial(answer)
 
-    def tell_chunk(self, chunk: dict[str, Any]) -> dict[str, Any] | None:
+    def rewrite_chunk(self, chunk: dict[str, Any]) -> dict[str, Any] | None:
         """Return a chunk of a stream as the client gets it; None for nothing."""
         choices = chunk.get("choices")
         ends = not choices or any(choice.get("finish_reason") for choice in choices)
         if "error" in chunk or not (self._is_first or ends):
             return chunk
         self._is_first = False
-        told: dict[str, Any] = self._told(chunk)
-        return told
+        rewritten: dict[str, Any] = self._with_dial(chunk)
+        return rewritten
 
     async def _begin(self, message: Scope) -> None:
+        """Send the start of an answer, or keep it; see what kind of answer it is."""
         headers = list(message.get("headers", ()))
         if self.choice.ignored:
             names = ", ".join(self.choice.ignored)
             headers.append((b"x-flexalign-ignored", names.encode()))
+
         kind = next((v for k, v in headers if k.lower() == b"content-type"), b"").split(b";")[0]
         message = {**message, "headers": headers}
         if message["status"] == 200 and kind in (b"application/json", b"text/event-stream"):
             self._kind = kind.decode()
+
         if self._kind == "application/json":
-            self._start = message
+            self._start = message  # its length is known when the answer is whole
         else:
             await self._send(message)
 
     async def _whole(self, message: Scope) -> None:
+        """Keep the parts of a whole answer; send them, rewritten, after the last."""
         self._buffer += message.get("body", b"")
         if message.get("more_body"):
             return
-        body = encode(self.tell(json.loads(self._buffer)))
+
+        body = encode(self.rewrite(json.loads(self._buffer)))
         headers = with_length(self._start["headers"], len(body))
         await self._send({**self._start, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
 
     async def _stream(self, message: Scope) -> None:
+        """Send the events of a stream that are whole, rewritten; keep the rest."""
         *events, self._buffer = (self._buffer + message.get("body", b"")).split(b"\n\n")
         if self._buffer and not message.get("more_body"):
             events, self._buffer = [*events, self._buffer], b""
-        told = [one for one in map(self._event, events) if one is not None]
-        content = b"\n\n".join([*told, b""] if told else [])
+
+        rewritten = [one for one in map(self._event, events) if one is not None]
+        content = b"\n\n".join([*rewritten, b""] if rewritten else [])
         if content.strip() or not message.get("more_body"):
             await self._send({**message, "body": content if content.strip() else b""})
 
     def _event(self, event: bytes) -> bytes | None:
         if not event.startswith(b"data: {"):
             return event
-        chunk = self.tell_chunk(json.loads(event[len(b"data: ") :]))
+        chunk = self.rewrite_chunk(json.loads(event[len(b"data: ") :]))
         return None if chunk is None else b"data: " + encode(chunk)
 
-    def _told(self, value: Any) -> Any:
+    def _with_dial(self, value: Any) -> Any:
+        """Write the dial into an object, unless the model has none."""
         if isinstance(value, dict) and self.choice.report:
             value["dial"] = self.choice.report
         return value

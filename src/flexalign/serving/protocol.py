@@ -1,9 +1,9 @@
-"""OpenAI's protocol: bodies of requests, read strictly, and answers, whole or as a stream's chunks.
+"""OpenAI's protocol: reads the bodies of requests and writes answers, whole or as stream chunks.
 
-A body is read up to a limit and parsed once (:func:`read_json`). The form of each route is a pydantic
-model (:class:`ChatBody`, :class:`CompletionBody`), which ``/docs`` shows; :func:`read_chat` and
-:func:`read_completion` turn it into what the service takes. What would change an answer and is not
-served is refused by name. An answer is put together by an :class:`AnswerFormat` and serialised once.
+A body is read up to a limit and parsed once (:func:`read_json`). The form of each route's body is a
+pydantic model (:class:`ChatBody`, :class:`CompletionBody`), which ``/docs`` shows; :func:`read_chat`
+and :func:`read_completion` turn it into the service's request. A key that would change an answer and
+is not served is refused by name. An :class:`AnswerFormat` builds an answer, which is serialised once.
 """
 
 import json
@@ -39,24 +39,26 @@ from flexalign.serving.requests import (
     Usage,
 )
 
-# Bytes of a request: read up to a limit and parsed once.
+# The bytes of a request.
 
 BODY_LIMIT = 4 << 20
-"""The longest body in bytes, where an operator names no other."""
+"""The default limit of a body, in bytes."""
 
 _DEEPEST = 64
+"""How deep the values of a body may nest."""
 
 _SUCH_AS = 'such as {"messages": [{"role": "user", "content": "1+2?"}]}'
 
 _READ_ON = 16
-"""Bodies of up to so many times the limit are read to their end before they are refused."""
+"""A body of up to this many times the limit is read to its end before it is refused."""
 
 
 async def read_json(scope: Scope, receive: Any, limit: int) -> dict[str, Any] | None:
-    """Return the object that a request's body is; None if the client has gone.
+    """Return a request's body as a JSON object; None if the client has disconnected.
 
     Raises:
-        ApiError: If it is too long, not said to be JSON, no JSON object, or nests too deep.
+        ApiError: If the body is too long, is not declared as JSON, is not a JSON object, or nests
+            too deep.
     """
     content = await read_body(scope, receive, limit)
     if content is None:
@@ -66,18 +68,18 @@ async def read_json(scope: Scope, receive: Any, limit: int) -> dict[str, Any] | 
 
 
 async def read_body(scope: Scope, receive: Any, limit: int) -> bytes | None:
-    """Return a request's body; None if the client has gone.
+    """Return a request's body; None if the client has disconnected.
 
-    What is over the limit is read on and thrown away, up to a point: a client that is cut off in
-    the middle of its writing sees a broken connection instead of the reason.
+    Bytes over the limit are read and discarded, up to 16 times the limit: a client that is cut off
+    while it writes reports a broken connection instead of the reason.
 
     Args:
-        scope: The request's.
-        receive: The request's, from which nothing has been read.
+        scope: The request's ASGI scope.
+        receive: The request's ASGI receive function, not called before.
         limit: The longest body in bytes.
 
     Raises:
-        ApiError: If it is longer.
+        ApiError: If the body is longer.
     """
     announced = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
     most = limit * _READ_ON
@@ -107,7 +109,10 @@ async def read_body(scope: Scope, receive: Any, limit: int) -> bytes | None:
 
 
 def _require_json(scope: Scope) -> None:
-    """Refuse a body that is not said to be JSON: such a one any site's page may send unasked."""
+    """Refuse a body that is not declared as JSON.
+
+    A browser lets a page of any site send such a body without asking this server first.
+    """
     given = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"content-type"), "")
     if given.partition(";")[0].strip().lower() != "application/json":
         raise ApiError(
@@ -119,10 +124,11 @@ def _require_json(scope: Scope) -> None:
 
 
 def parse_body(content: bytes) -> dict[str, Any]:
-    """Return the JSON object that a body is.
+    """Parse a body as a JSON object.
 
     Raises:
-        ApiError: If it is none, nests too deep, or holds text that is no Unicode.
+        ApiError: If it is not a JSON object, nests too deep, or contains text that is not valid
+            Unicode.
     """
     try:
         body = json.loads(content)
@@ -150,17 +156,21 @@ def parse_body(content: bytes) -> dict[str, Any]:
 
 
 def _is_deeper(value: Any, most: int) -> bool:
-    """Whether a value nests deeper than what reads, compares and prints it recursively can bear.
+    """Return whether a value nests more than ``most`` deep.
+
+    The limit protects code that reads, compares and prints a value recursively.
 
     Raises:
-        UnicodeEncodeError: If a text in it holds half a surrogate pair, which JSON can escape and
-            no encoding can write.
+        UnicodeEncodeError: If a text in the value contains half a surrogate pair, which JSON can
+            escape and no encoding can write.
     """
     level, depth = [value], 0
     while level:
         if depth > most and any(isinstance(one, dict | list) for one in level):
             return True
+        # Encoding is only a check: it raises at half a surrogate pair.
         "".join(one for one in level if isinstance(one, str)).encode()
+
         inner: list[Any] = []
         for one in level:
             if isinstance(one, dict):
@@ -171,13 +181,13 @@ def _is_deeper(value: Any, most: int) -> bool:
     return False
 
 
-# Bodies of OpenAI's routes: their forms, which the schema at /docs shows, and how they are read.
+# The bodies of OpenAI's routes.
 
 _WITHOUT_EFFECT = {
     *("user", "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_key"),
     *("safety_identifier", "prompt_cache_retention"),
 }
-"""Keys that are taken and change nothing."""
+"""Keys that are accepted and have no effect."""
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
@@ -196,7 +206,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "min_p": (0,),
     "repetition_penalty": (1,),
 }
-"""Keys that are known and not served, and the values at which they mean nothing."""
+"""Keys that are known but not served, and the values at which they have no effect."""
 
 _MOST_CHOICES = 128
 _MOST_STOPS = 16
@@ -273,7 +283,7 @@ def _refuse_zero(value: object) -> object:
 
 
 def _wrong(where: str, wanted: str, given: object) -> ValueError:
-    """Say of a place in a body what it must be; pydantic collects it, :func:`_refusal` tells it."""
+    """Return the error of a wrong value; pydantic collects it, :func:`_refusal` reports it."""
     return ValueError(f"{where} must be {wanted}, got {as_sent(given)}.")
 
 
@@ -301,7 +311,7 @@ Stops = Annotated[
 
 
 class StreamOptions(BaseModel):
-    """What a stream holds beside its answers."""
+    """What a stream contains beside its answers."""
 
     model_config = ConfigDict(strict=True)
 
@@ -309,7 +319,7 @@ class StreamOptions(BaseModel):
 
 
 class SamplingBody(BaseModel):
-    """What all routes that write answers take. A null is a key that is left out."""
+    """The keys of every route that writes answers. Null is the same as a key that is left out."""
 
     model_config = ConfigDict(strict=True)
 
@@ -329,7 +339,7 @@ class SamplingBody(BaseModel):
     model: str | None = Field(None, description="The name of the model that is served.")
 
     def sampling(self, max_tokens: int | None, logprobs: int | None) -> SamplingOptions:
-        """Return what the service takes; a seed is drawn where none was given."""
+        """Return the service's sampling options; a seed is drawn if none was given."""
         options = self.stream_options
         return SamplingOptions(
             max_tokens=max_tokens,
@@ -345,7 +355,7 @@ class SamplingBody(BaseModel):
 
 
 class ChatBody(SamplingBody):
-    """A body of ``/v1/chat/completions``, the dial taken out."""
+    """A body of ``/v1/chat/completions`` without the keys of the dial."""
 
     logprobs: bool = Field(False, description="Tell each token's log-probability.")
     top_logprobs: int | None = Field(
@@ -361,7 +371,7 @@ class ChatBody(SamplingBody):
 
 
 class CompletionBody(SamplingBody):
-    """A body of ``/v1/completions``, the dial taken out."""
+    """A body of ``/v1/completions`` without the keys of the dial."""
 
     max_tokens: int = Field(16, ge=1, description="Tokens at which an answer is cut off.")
     logprobs: int | None = Field(
@@ -374,18 +384,19 @@ _Body = TypeVar("_Body", bound=BaseModel)
 
 
 def read_chat(body: Mapping[str, Any], choice: DialChoice | None = None) -> ChatRequest:
-    """Read a chat's body.
+    """Read the body of a chat request.
 
     Args:
-        body: The request's, the dial taken out.
-        choice: Its dial; that of a model without one if not given.
+        body: The body without the keys of the dial.
+        choice: The request's dial; if not given, that of a model without a dial.
 
     Raises:
-        ApiError: If a value is missing, malformed or not served; names the key.
+        ApiError: If a value is missing, malformed or not served; its message names the key.
     """
     form = _read(ChatBody, body)
     if form.top_logprobs is not None and not form.logprobs:
         raise _bad("top_logprobs", 'top_logprobs needs "logprobs": true.')
+
     logprobs = (form.top_logprobs or 0) if form.logprobs else None
     limit = form.max_completion_tokens or form.max_tokens  # neither is 0
     sampling = form.sampling(limit, logprobs)
@@ -393,14 +404,14 @@ def read_chat(body: Mapping[str, Any], choice: DialChoice | None = None) -> Chat
 
 
 def read_completion(body: Mapping[str, Any], choice: DialChoice | None = None) -> CompletionRequest:
-    """Read a completion's body.
+    """Read the body of a completion request.
 
     Args:
-        body: The request's, the dial taken out.
-        choice: Its dial; that of a model without one if not given.
+        body: The body without the keys of the dial.
+        choice: The request's dial; if not given, that of a model without a dial.
 
     Raises:
-        ApiError: If a value is missing, malformed or not served; names the key.
+        ApiError: If a value is missing, malformed or not served; its message names the key.
     """
     form = _read(CompletionBody, body)
     sampling = form.sampling(form.max_tokens, form.logprobs)
@@ -411,7 +422,7 @@ def body_schema(form: type[BaseModel]) -> dict[str, Any]:
     """Return the JSON schema of a route's body, the keys of the dial first.
 
     Args:
-        form: The rest of the body.
+        form: The form of the body without the keys of the dial.
     """
     schema = form.model_json_schema()
     parts = schema.pop("$defs", {})
@@ -421,7 +432,10 @@ def body_schema(form: type[BaseModel]) -> dict[str, Any]:
 
 
 def _inlined(schema: Any, parts: Mapping[str, Any]) -> Any:
-    """Return a schema with its references replaced, as it has no place of its own in the whole."""
+    """Return a schema with its references replaced by what they refer to.
+
+    References start at the root of a document, and this schema becomes a part of a larger one.
+    """
     if isinstance(schema, list):
         return [_inlined(one, parts) for one in schema]
     if not isinstance(schema, dict):
@@ -432,9 +446,10 @@ def _inlined(schema: Any, parts: Mapping[str, Any]) -> Any:
 
 
 def _read(form: type[_Body], body: Mapping[str, Any]) -> _Body:
-    """Validate a body by its form, in this server's own sentences."""
+    """Validate a body against its form; errors have this server's own messages, not pydantic's."""
     _refuse_unknown(body, list(form.model_fields))
     given = {key: value for key, value in body.items() if value is not None}
+    # A required key that is missing becomes null, so that its own validator words the error.
     required = [name for name, field in form.model_fields.items() if field.is_required()]
     try:
         return form.model_validate(dict.fromkeys(required) | given)
@@ -457,10 +472,10 @@ def _refuse_unknown(body: Mapping[str, Any], known: Sequence[str]) -> None:
 
 
 def _refusal(form: type[BaseModel], error: ValidationError) -> ApiError:
-    """Return what a client is told of the first value that its form does not take."""
+    """Return the error of the first value that the form refuses."""
     first = error.errors(include_url=False)[0]
     key = str(first["loc"][0])
-    if first["type"] == "value_error":  # a sentence of this module's own
+    if first["type"] == "value_error":  # raised in this module, with its message
         return _bad(key, str(first["ctx"]["error"]))
 
     words = {
@@ -474,13 +489,14 @@ def _refusal(form: type[BaseModel], error: ValidationError) -> ApiError:
 
 
 def _number_in_words(form: type[BaseModel], key: str) -> str:
-    """Say what a field of numbers takes, from its own limits."""
+    """Describe the values of a numeric field by its limits, such as "a number from 0 to 2"."""
     field = form.model_fields[key]
     limits: dict[str, Any] = {}
     for constraint in field.metadata:
         limits |= {
             end: getattr(constraint, end) for end in ("ge", "le") if hasattr(constraint, end)
         }
+
     least, largest = limits["ge"], limits.get("le")
     kinds = get_args(field.annotation) or (field.annotation,)
     number = "a whole number" if int in kinds else "a number"
@@ -491,13 +507,18 @@ def _bad(param: str, message: str) -> ApiError:
     return ApiError(400, message, param=param, code="invalid_value")
 
 
-# Answers, whole or as the chunks of a stream.
+# Answers, whole or in chunks.
 
 
 class AnswerFormat(ABC):
-    """How the answers to one request are told: an id, a time, a model's name, its choices, its dial.
+    """Writes the answers to one request: an id, a time, the model's name, the choices and the dial.
 
-    Subclasses say how a choice is told, as a whole and piece by piece.
+    Subclasses write a choice, as a whole and piece by piece.
+
+    Attributes:
+        prefix: What the id begins with.
+        whole: The ``object`` of a whole answer.
+        part: The ``object`` of a chunk.
     """
 
     prefix = ""
@@ -508,10 +529,10 @@ class AnswerFormat(ABC):
         """Prepare for a request.
 
         Args:
-            model: What requests call the model.
+            model: The model's name in requests.
             tokenizer: Its tokenizer.
             tags: The tags around its thinking.
-            choice: The request's dial; its report is told as it stands when it is told.
+            choice: The request's dial; its report is read each time an answer or chunk is written.
         """
         self.tags = tags
         self.tokenizer = tokenizer
@@ -530,9 +551,9 @@ class AnswerFormat(ABC):
         """Return a whole answer.
 
         Args:
-            drafts: All ended.
-            logprobs: As the request asked for them.
-            usage: Its tokens.
+            drafts: The answers, all ended.
+            logprobs: The number of likeliest tokens at each token; None for no log-probabilities.
+            usage: The request's token counts.
         """
         choices = [
             {**self.choice(draft, logprobs), "index": draft.index, "finish_reason": draft.finish}
@@ -542,7 +563,7 @@ class AnswerFormat(ABC):
         return self._with_dial(answer)
 
     def chunk(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        """Return a chunk of a stream; the first one and those that end something tell the dial."""
+        """Return a chunk of a stream; the first one and those that end an answer have the dial."""
         chunk = {**self._head, "choices": list(choices), **more}
         ends = not choices or any(choice["finish_reason"] for choice in choices)
         if self._is_begun and not ends:
@@ -551,18 +572,18 @@ class AnswerFormat(ABC):
         return self._with_dial(chunk)
 
     def opening(self, draft: AnswerDraft) -> list[dict[str, Any]]:
-        """Return the choices, a chunk each, that stand before an answer's first piece."""
+        """Return the choices, one for each chunk, that precede an answer's first piece."""
         return []
 
     @abstractmethod
     def choice(self, draft: AnswerDraft, logprobs: int | None) -> dict[str, Any]:
-        """Return a choice of a whole answer, its index and its end left out."""
+        """Return a choice of a whole answer, without its index and finish reason."""
 
     @abstractmethod
     def choices_of(
         self, draft: AnswerDraft, piece: AnswerPiece, logprobs: int | None
     ) -> list[dict[str, Any]]:
-        """Return the choices, a chunk each, that tell a piece, which the draft has taken in."""
+        """Return the choices of a piece, one for each chunk; the draft contains the piece already."""
 
     def _with_dial(self, answer: dict[str, Any]) -> dict[str, Any]:
         if self._choice.report:  # empty on a model without a dial
@@ -574,7 +595,10 @@ class AnswerFormat(ABC):
 
 
 class ChatFormat(AnswerFormat):
-    """Answers of ``/v1/chat/completions``: the thinking apart, under both names it goes by."""
+    """Answers of ``/v1/chat/completions``.
+
+    The thinking is separate from the content, under both names that clients read.
+    """
 
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
@@ -610,7 +634,7 @@ class ChatFormat(AnswerFormat):
             {"reasoning": text, "reasoning_content": text} if is_thinking else {"content": text}
             for text, is_thinking in parts
         ]
-        # An end and log-probabilities are told even where no text has come.
+        # An end and log-probabilities are sent even if the piece has no text.
         if not deltas and (piece.ended or logprobs is not None):
             deltas = [{}]
 
@@ -645,7 +669,7 @@ class ChatFormat(AnswerFormat):
 
 
 class CompletionFormat(AnswerFormat):
-    """Answers of ``/v1/completions``: the text as it is, tags and all."""
+    """Answers of ``/v1/completions``: the text unchanged, thinking tags included."""
 
     prefix, whole, part = "cmpl", "text_completion", "text_completion"
 
@@ -656,7 +680,7 @@ class CompletionFormat(AnswerFormat):
     def choices_of(
         self, draft: AnswerDraft, piece: AnswerPiece, logprobs: int | None
     ) -> list[dict[str, Any]]:
-        """Return the text that is new."""
+        """Return the text of the piece."""
         offset = len(draft.text) - len(piece.text)
         return [
             {
@@ -695,7 +719,7 @@ def as_json(usage: Usage) -> dict[str, Any]:
 
 
 def encode(value: object) -> bytes:
-    """Return a value as the JSON that is sent."""
+    """Return a value as JSON in UTF-8."""
     return json.dumps(value, ensure_ascii=False).encode()
 
 

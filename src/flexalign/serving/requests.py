@@ -1,8 +1,8 @@
-"""A request as the service takes it, and its answers as they grow, whatever protocol tells them.
+"""A request of the service and its answers, independent of the protocol.
 
-A route reads a body into a :class:`ChatRequest` or a :class:`CompletionRequest`: every value typed and
-checked, the dial chosen. The service and the engine parse nothing again. Another protocol is one more
-reader of bodies into these and one more writer of answers.
+A route reads a body into a :class:`ChatRequest` or a :class:`CompletionRequest`: every value is typed
+and checked, and the dial is chosen. The service and the engine do not parse it again. Another protocol
+needs a reader of its bodies into these classes and a writer of its answers.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ class SamplingOptions:
     """How answers are sampled, cut off and sent.
 
     Attributes:
-        max_tokens: Tokens at which an answer is cut off; None for as many as there is room for.
+        max_tokens: Tokens at which an answer is cut off; None for the rest of the context.
         temperature: 0 is greedy.
         top_p: Probability mass sampled from.
         seed: Of the first answer; drawn where the request gives none.
         stop: Texts that end an answer and are not in it.
         n: Answers per prompt.
-        logprobs: Likeliest tokens to tell at each token, or None for no log-probabilities.
+        logprobs: Number of likeliest tokens to report at each token; None for no log-probabilities.
         stream: Whether the answer is sent as it is written.
         include_usage: Whether a stream ends with its token counts.
     """
@@ -47,9 +47,9 @@ class ChatRequest:
     """A conversation to be continued.
 
     Attributes:
-        model: The model that is asked for; None for whichever is served.
+        model: The model that is asked for; None for the served one.
         messages: Objects with a ``role`` and a ``content`` that is text, as the template takes them.
-        sampling: How.
+        sampling: How answers are sampled.
         choice: Its dial.
     """
 
@@ -61,12 +61,12 @@ class ChatRequest:
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """Prompts to be continued as they stand.
+    """Prompts to be continued, without a chat template.
 
     Attributes:
-        model: The model that is asked for; None for whichever is served.
+        model: The model that is asked for; None for the served one.
         prompts: Texts or token ids.
-        sampling: How.
+        sampling: How answers are sampled.
         choice: Its dial.
     """
 
@@ -78,15 +78,15 @@ class CompletionRequest:
 
 @dataclass
 class AnswerDraft:
-    """One of a request's answers, as it grows.
+    """One of a request's answers, while it is written.
 
     Attributes:
-        index: Its number among them.
+        index: Its number in the request, from 0.
         prompt_tokens: Tokens of its prompt; 0 if an earlier answer counts the same prompt.
         opened: Whether its prompt leaves the thinking open.
         text: Its text so far.
         tokens: Its tokens so far.
-        ended: How it ended; None while it goes on.
+        ended: How it ended; None while it is written.
     """
 
     index: int
@@ -98,7 +98,7 @@ class AnswerDraft:
 
     @property
     def finish(self) -> str | None:
-        """Why it ended; None while it goes on."""
+        """Why it ended; None while it is written."""
         return self.ended.finish if self.ended else None
 
     def take(self, piece: AnswerPiece) -> None:
@@ -113,11 +113,11 @@ class RunningRequest:
     """A request that the engine works on.
 
     Attributes:
-        sampling: What it asked for.
-        choice: Its dial; the ways that a policy takes are added to its report.
+        sampling: How its answers are sampled.
+        choice: Its dial; the routes that a policy takes are added to its report.
         drafts: Its answers.
-        generations: The engine's side of each.
-        since: When it arrived, by the monotonic clock.
+        generations: The engine's generation of each answer.
+        since: When it arrived, in seconds of the monotonic clock.
     """
 
     sampling: SamplingOptions
@@ -127,36 +127,36 @@ class RunningRequest:
     since: float
 
     def cancel(self) -> None:
-        """Let the engine drop it before its next step; nothing happens if it has ended."""
+        """Make the engine drop it before its next step; no effect if it has ended."""
         for generation in self.generations:
             generation.cancel()
 
     def report_ways(self) -> None:
-        """Write the ways that policies took into the dial's report, a list where there are several."""
+        """Add the routes that the policy took to the dial's report; a list if there are several."""
         ended = [draft.ended for draft in self.drafts]
         if not any(one and one.route for one in ended):
             return
 
-        told: dict[str, list[Any]] = {
+        reported: dict[str, list[Any]] = {
             "route": [one and one.route for one in ended],
             "lambda": [one and one.lam for one in ended],
             "rejected_tokens": [one.rejected_tokens if one else 0 for one in ended],
         }
         if any(one and one.confidence is not None for one in ended):
-            told["confidence"] = [one and one.confidence for one in ended]
-        for key, values in told.items():
+            reported["confidence"] = [one and one.confidence for one in ended]
+        for key, values in reported.items():
             self.choice.report[key] = values[0] if len(values) == 1 else values
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a request, counted as the library does.
+    """Token counts of a request, counted as in the rest of the library.
 
     Attributes:
-        prompt_tokens: Of its prompts, each counted once.
-        completion_tokens: Written, without the ones that end answers, with rejected ones.
-        reasoning_tokens: Of these, inside the thinking.
-        rejected_tokens: Of these, in fast answers that were rejected.
+        prompt_tokens: Tokens of its prompts, each prompt counted once.
+        completion_tokens: Tokens written, with rejected ones, without the tokens that end answers.
+        reasoning_tokens: Of the completion tokens, those inside the thinking.
+        rejected_tokens: Of the completion tokens, those in fast answers that were rejected.
     """
 
     prompt_tokens: int

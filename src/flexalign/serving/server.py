@@ -1,20 +1,22 @@
-"""The local server: a model is opened and served, at an address, until the process is told to stop.
+"""The local server: opens a model and serves it at an address until the process is stopped.
 
-:func:`load_service` opens what the options name and starts its engine; :func:`run_server` serves an
-application over it.
+:func:`load_service` opens the model of the options and starts its engine; :func:`run_server` runs an
+ASGI application.
 """
 
 import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import uvicorn
 
+from flexalign.data.prompting import PromptSettings
+from flexalign.data.rendering import stop_ids
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, ServingError
 from flexalign.fusion import gated_lambda
@@ -40,15 +42,18 @@ class ServeOptions:
 
     Attributes:
         model: A folder or a known name; of a pair, the reference.
-        adapter: An InRa adapter on it.
-        aligned: Instead: the pair's other model.
-        name: What requests call it; the model's own name if not given.
-        lambda_range: λ to permit; the adapter's own range, [0, 1] for a pair, if not given.
+        adapter: An InRa adapter on the model.
+        aligned: Instead of an adapter, the aligned model of a pair.
+        name: The model's name in requests; ``model`` if not given.
+        lambda_range: The least and the largest λ to permit; if not given, the adapter's own range,
+            and [0, 1] for a pair.
         gate: As in :func:`flexalign.fusion.fuse`, for every request.
-        any_base: Take an adapter that was made for another base.
-        dtype: Of the weights.
-        context: Tokens that a prompt and its answer may have together; the model's own if less.
-        limits: How much the engine takes on.
+        any_base: Accept an adapter that was made for another base.
+        dtype: Data type of the weights.
+        context: The most tokens of a prompt and its answer together; the model's own limit if
+            that is lower.
+        limits: The limits of the engine.
+        template: Arguments of the chat template, for every request.
 
     Raises:
         ConfigError: If options exclude each other, or a number is out of its range.
@@ -64,9 +69,10 @@ class ServeOptions:
     dtype: str = "auto"
     context: int | None = None
     limits: EngineLimits = field(default_factory=EngineLimits)
+    template: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check what needs no weights."""
+        """Check all that needs no weights."""
         if self.adapter and self.aligned:
             raise ConfigError("give --adapter or --aligned, not both: each is a dial of its own.")
         if self.any_base and not self.adapter:
@@ -79,7 +85,7 @@ class ServeOptions:
             )
         if self.context is not None and self.context < 2:
             raise ConfigError(f"--context must be at least 2 tokens, got {self.context}.")
-        if self.gate is not None:  # fuse's own check, at one token
+        if self.gate is not None:  # the check of fuse, run on one token
             gated_lambda(torch.zeros(1), torch.zeros(1), 2.0, self.gate)
 
 
@@ -87,7 +93,7 @@ def load_service(options: ServeOptions) -> tuple[Service, DialRules]:
     """Load a model and start its engine.
 
     Raises:
-        ConfigError: If a part is not there.
+        ConfigError: If a part does not exist.
         CheckpointError: If a part is damaged.
         PairMismatchError: If parts do not fit together.
         UnsupportedModelError: If the engine cannot run the model.
@@ -114,7 +120,11 @@ def load_service(options: ServeOptions) -> tuple[Service, DialRules]:
 
 
 def _open(options: ServeOptions) -> tuple[Runner, Any, ThinkingTags | None, DialRules]:
-    """Open the model, the pair or the dial; return its runner, tokenizer, tags if known, and rules."""
+    """Open the model, the pair or the dial.
+
+    Returns:
+        Its runner, its tokenizer, its thinking tags if an adapter has them, and its rules.
+    """
     backend = LocalBackend(
         System.of(options.model, options.adapter, options.aligned),
         options=SystemOptions(
@@ -122,19 +132,22 @@ def _open(options: ServeOptions) -> tuple[Runner, Any, ThinkingTags | None, Dial
             dtype=options.dtype,
             lambda_range=options.lambda_range,
             any_base=options.any_base,
+            template=options.template,
         ),
     )
+
     tokenizer, settings = backend.text.tokenizer, backend.config
     if backend.kind == "model":
         return PlainRunner(backend.load()), tokenizer, None, DialRules(None)
     if settings is None:
         decoder = backend.load()
+        PromptSettings(options.template).bind(decoder.tokenizer)
         rules = DialRules(Fixed(1.0), options.lambda_range or (0.0, 1.0))
         return PairRunner(decoder, options.gate), decoder.tokenizer, None, rules
 
     rules = adapter_rules(settings, options.lambda_range)
     model = backend.load()
-    # The model warns of λ outside its range: the operator has decided here.
+    # The model would warn of a λ outside its own range, but the operator's range decides.
     model.inra_config = replace(settings, lambda_range=rules.lambda_range)
     return InRaRunner(model, options.gate), tokenizer, settings.tags, rules
 
@@ -146,15 +159,15 @@ def _sides(model: Any) -> Sequence[Any]:
 def _ends(given: Any, tokenizer: Any) -> list[int]:
     """Return the tokens that end an answer: the model's and its tokenizer's."""
     own = given if isinstance(given, list | tuple) else [given]
-    return [int(end) for end in dict.fromkeys([*own, tokenizer.eos_token_id]) if end is not None]
+    return [int(end) for end in dict.fromkeys([*own, *stop_ids(tokenizer)]) if end is not None]
 
 
 def require_safe_address(host: str, key: str | None, *, insecure: bool) -> None:
-    """Refuse to let the network in without a key.
+    """Refuse an address that other machines can reach, if there is no key.
 
     Raises:
-        ConfigError: If the address is not this machine's own, there is no key, and nobody said
-            that this is meant.
+        ConfigError: If the address is not a loopback one, there is no key, and ``insecure`` is
+            false.
     """
     if not is_loopback(host) and key is None and not insecure:
         raise ConfigError(
@@ -164,10 +177,10 @@ def require_safe_address(host: str, key: str | None, *, insecure: bool) -> None:
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """Listen at an address; port 0 takes a free one.
+    """Listen at an address; port 0 takes a free port.
 
     Raises:
-        ServingError: If the address is taken or not this machine's.
+        ServingError: If the address is in use or not one of this machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -180,7 +193,7 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 def url_of(host: str, port: int, *, scheme: str = "http") -> str:
-    """Return where a server's API is."""
+    """Return the URL of a server's API."""
     shown = f"[{host}]" if ":" in host else host
     return f"{scheme}://{shown}:{port}/v1"
 
@@ -188,14 +201,14 @@ def url_of(host: str, port: int, *, scheme: str = "http") -> str:
 def run_server(
     app: Any, listening: socket.socket, *, grace: float, is_well: Callable[[], bool]
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C; then take nothing new and let what runs finish.
+    """Serve until SIGTERM or Ctrl-C; then refuse new requests and finish the running ones.
 
     Args:
         app: The ASGI application.
-        listening: Of :func:`open_socket`.
-        grace: Seconds that running answers have.
-        is_well: Whether the engine runs. Once it does not, the server ends as well, so that
-            whatever looks after the process starts it again.
+        listening: The socket of :func:`open_socket`.
+        grace: Seconds in which running answers must finish.
+        is_well: Returns whether the engine runs. If it does not, the server ends too, so that a
+            process manager can restart it.
 
     Raises:
         ServingError: If the engine has failed.
@@ -208,7 +221,7 @@ def run_server(
         lifespan="off",
         timeout_graceful_shutdown=max(1, round(grace)),
     )
-    # uvicorn raises the signal once more when it is done; a clean end is no failure.
+    # uvicorn raises the signal again after it has stopped; a clean end must not look like a failure.
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
         _UvicornServer(config, is_well).run(sockets=[listening])
@@ -219,12 +232,12 @@ def run_server(
 
 
 class _UvicornServer(uvicorn.Server):
-    """Ends by itself when the engine has."""
+    """A server that ends when the engine has ended."""
 
     def __init__(self, config: uvicorn.Config, is_well: Callable[[], bool]) -> None:
         super().__init__(config)
         self._is_well = is_well
 
     async def on_tick(self, counter: int) -> bool:
-        """Called ten times a second; whether the server ends."""
+        """Return whether the server ends; uvicorn calls this ten times a second."""
         return not self._is_well() or await super().on_tick(counter)

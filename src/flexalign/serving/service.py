@@ -1,7 +1,7 @@
-"""The service: prompts are encoded, the engine is asked, and its pieces are put together.
+"""The service: encodes prompts, submits them to the engine and collects the pieces of the answers.
 
-It takes requests of :mod:`flexalign.serving.requests` and knows neither HTTP nor a protocol's JSON. What
-it refuses it refuses by :class:`~flexalign.serving.errors.ApiError`.
+It takes requests of :mod:`flexalign.serving.requests` and does not depend on HTTP or on a protocol's
+JSON. A request that it refuses raises :class:`~flexalign.serving.errors.ApiError`.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from flexalign.data.rendering import render_chat
+from flexalign.data.rendering import Rendering
 from flexalign.data.thinking import ThinkingTags
 from flexalign.data.traces import derive_seed
 from flexalign.errors import ConfigError, DataError
@@ -33,14 +33,14 @@ from flexalign.serving.requests import (
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What is served.
+    """The model that a service answers with.
 
     Attributes:
-        name: What requests call it.
+        name: Its name in requests.
         tokenizer: Its tokenizer.
         tags: The tags around its thinking.
-        context: Tokens that a prompt and its answer may have together.
-        vocabulary: Token ids are below this.
+        context: The most tokens of a prompt and its answer together.
+        vocabulary: The number of token ids.
     """
 
     name: str
@@ -57,9 +57,9 @@ class Service:
         """Serve a model.
 
         Args:
-            model: What is served.
-            engine: What runs it, started.
-            queue: The most answers that the engine lets wait.
+            model: The model.
+            engine: The engine that runs it, started.
+            queue: The most answers that wait in the engine.
         """
         self.model = model
         self.engine = engine
@@ -71,8 +71,8 @@ class Service:
         """Check a request against the model and submit it to the engine.
 
         Raises:
-            ApiError: If the model is another one, the engine does not serve the dial, a prompt is
-                too long, or the queue full.
+            ApiError: If the request names another model, the engine does not serve the dial, a
+                prompt is empty or too long, or the queue is full.
         """
         since = monotonic()
         choice, sampling = request.choice, request.sampling
@@ -82,7 +82,7 @@ class Service:
         except ConfigError as error:
             raise ApiError(400, f"lambda: {error}", param="lambda", code="invalid_dial") from error
 
-        # Templates and tokenizers take milliseconds, which the event loop does not wait for.
+        # Templates and tokenizers take milliseconds; a thread keeps the event loop free.
         if isinstance(request, ChatRequest):
             prompts = [await run_in_threadpool(self._encode_chat, request)]
         else:
@@ -91,6 +91,7 @@ class Service:
         jobs = [job for ids in prompts for job in self._jobs(ids, request)]
         self._require_room(len(jobs))
 
+        # A prompt with several answers is counted once, with the first of them.
         drafts = []
         for index, job in enumerate(jobs):
             counted = 0 if index % sampling.n else len(job.prompt)
@@ -102,7 +103,10 @@ class Service:
     async def pieces(
         self, running: RunningRequest
     ) -> AsyncIterator[tuple[AnswerDraft, AnswerPiece]]:
-        """Yield the pieces of all answers as they come, each added to its draft and counted."""
+        """Yield the pieces of all answers in the order they arrive.
+
+        Each is added to its draft and to the metrics first.
+        """
         is_first = True
         async for index, piece in _merged(running.generations):
             draft = running.drafts[index]
@@ -156,7 +160,7 @@ class Service:
             )
         try:
             messages = [dict(message) for message in request.messages]
-            text = render_chat(tokenizer, messages, add_generation_prompt=True)
+            return tuple(Rendering(tokenizer).prompt(messages).ids)
         except DataError as error:
             raise ApiError(400, f"messages: {error}", param="messages") from error
         except Exception as error:  # a template is a program, and these are its arguments
@@ -165,8 +169,6 @@ class Service:
                 f"messages: the chat template fails on them ({error!r:.200}); send others.",
                 param="messages",
             ) from error
-        # The template has written the special tokens.
-        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _encode(self, prompt: str | TokenIds) -> TokenIds:
         if isinstance(prompt, str):
@@ -182,7 +184,7 @@ class Service:
         return prompt
 
     def _jobs(self, ids: TokenIds, request: ChatRequest | CompletionRequest) -> Iterator[Job]:
-        """Yield the answers to one prompt; the first has the request's own seed."""
+        """Yield a job for each answer to one prompt; the first has the request's own seed."""
         sampling = request.sampling
         if not ids:
             raise ApiError(400, "prompt is empty: there is no token to go on from.", param="prompt")
@@ -211,7 +213,7 @@ class Service:
             )
 
     def _require_room(self, jobs: int) -> None:
-        # More than the queue ever holds is the request's own fault: coming back does not help.
+        # A request larger than the whole queue can never be served: 400, not 429.
         if jobs > self._queue:
             raise ApiError(
                 400,
@@ -229,7 +231,7 @@ class Service:
 
 
 async def _merged(generations: Sequence[Generation]) -> AsyncIterator[tuple[int, AnswerPiece]]:
-    """Yield (index, piece) of several generations, as they come."""
+    """Yield (index, piece) of several generations, in the order the pieces arrive."""
     if len(generations) == 1:
         async for piece in generations[0].pieces():
             yield 0, piece
@@ -254,7 +256,7 @@ async def _merged(generations: Sequence[Generation]) -> AsyncIterator[tuple[int,
             left -= given.ended is not None
             yield index, given
     finally:
-        # Also reached when the client leaves and nobody iterates further.
+        # Also reached when the client disconnects and the iteration is closed early.
         for task in tasks:
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError):

@@ -1,4 +1,4 @@
-"""Systems: whatever can be asked for answers, opened and asked by one piece of code.
+"""Systems: models, dials, pairs and servers that answer prompts, through one interface.
 
 ::
 
@@ -9,7 +9,7 @@
     url:http://…                 a server of OpenAI's protocol
     mine=dial:BASE,ADAPTER       any of these under a name of the user's
 
-Traces for training are sampled from one of them by :func:`sample`.
+:func:`sample` samples traces for training from a model or a server.
 """
 
 from typing import TYPE_CHECKING

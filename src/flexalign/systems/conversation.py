@@ -1,4 +1,4 @@
-"""A conversation with a model on this machine, in which the dial can be turned at any time."""
+"""A conversation with a model on this machine; its dial can be changed between answers."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 
 class Reply(NamedTuple):
-    """What came of a question.
+    """The result of a question.
 
     Attributes:
-        answer: The answer; None if it was broken off.
-        seconds: How long it took.
-        is_kept: Whether question and answer are part of the conversation from now on.
+        answer: The answer; None if it was interrupted.
+        seconds: The time it took.
+        is_kept: Whether question and answer were added to the conversation.
     """
 
     answer: Answer | None
@@ -36,11 +36,11 @@ class Conversation:
     Attributes:
         backend: The model.
         options: How it is sampled.
-        setting: Of the dial, for the answers from now on.
-        seed: Of all sampling.
-        system: What the model is told beforehand.
-        turns: What has been said, without thinking: a model is not shown that of its earlier
-            answers.
+        setting: The setting of the dial for the next answers.
+        seed: Seeds all sampling.
+        system: The system prompt; empty for none.
+        turns: The messages so far, without thinking: a model does not get the thinking of its
+            earlier answers.
     """
 
     backend: "LocalBackend"
@@ -52,7 +52,7 @@ class Conversation:
     _asked: int = 0
 
     def turn_to(self, setting: Setting) -> None:
-        """Turn the dial.
+        """Set the dial for the next answers.
 
         Raises:
             ConfigError: If the model has no dial.
@@ -63,28 +63,26 @@ class Conversation:
         self.setting = setting
 
     def ask(self, text: str, show: Callable[[Sequence[Piece]], None]) -> Reply:
-        """Ask, hand out the answer as it is written, and keep both.
+        """Answer a question, show the answer while it is written, and keep both.
 
-        If the answer is broken off by Ctrl-C, what stands after the thinking is kept; if nothing
-        does, the question is withdrawn.
+        If Ctrl-C interrupts the answer, the text after the thinking is kept; if there is none,
+        neither question nor answer is kept.
 
         Args:
             text: The question.
-            show: Given each piece of the answer.
+            show: Called with the new pieces of the answer.
 
         Raises:
-            DataError: If the chat template refuses the conversation; the question is withdrawn.
+            DataError: If the chat template refuses the conversation; the question is not kept.
         """
         question = {"role": "user", "content": text}
-        told = [{"role": "system", "content": self.system}] if self.system else []
-        messages: list[dict[str, Any]] = [*told, *self.turns, question]
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        messages: list[dict[str, Any]] = [*system, *self.turns, question]
         self._asked += 1
 
         reader = self.backend.text
         streamer = _Streamer(
-            StreamedResponse(
-                reader.tokenizer, reader.tags, opened=reader.tags.opened_by(reader.render(messages))
-            ),
+            StreamedResponse(reader.tokenizer, reader.tags, opened=reader.opens(messages)),
             show,
         )
         started = time.perf_counter()
@@ -121,10 +119,10 @@ class Conversation:
 
 
 class _Streamer:
-    """Takes tokens as transformers' ``generate`` hands them over, the prompt first.
+    """A streamer for transformers' ``generate``, which passes it the prompt and then the tokens.
 
     Attributes:
-        answer: What has been written after the thinking.
+        answer: The text after the thinking, so far.
     """
 
     def __init__(self, stream: StreamedResponse, show: Callable[[Sequence[Piece]], None]) -> None:
@@ -133,7 +131,7 @@ class _Streamer:
         self._has_prompt = self._has_ended = False
 
     def put(self, tokens: Any) -> None:
-        """Take the prompt, then one token at a time."""
+        """Skip the prompt, then take one token at a time."""
         if not self._has_prompt:
             self._has_prompt = True
             return
@@ -141,7 +139,7 @@ class _Streamer:
             self._write(self._stream.put(token))
 
     def end(self) -> None:
-        """Hand out what was held back; a second call does nothing."""
+        """Show the text that was held back; a second call does nothing."""
         if not self._has_ended:
             self._has_ended = True
             self._write(self._stream.end())

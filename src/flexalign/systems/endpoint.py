@@ -1,4 +1,4 @@
-"""A system behind a server of OpenAI's protocol: several requests at a time, each with its dial."""
+"""A server of OpenAI's protocol as a system: several requests at a time, each with its dial."""
 
 import json
 import threading
@@ -13,16 +13,17 @@ from flexalign.errors import ConfigError, ServingError
 from flexalign.systems.open import Answer, Asked, Failure, Messages, Request, SystemOptions
 
 _IN_A_ROW = 8
+"""Consecutive failed requests at which a server is given up, if there are fewer workers."""
 
 
 class EndpointBackend:
-    """A server. A request that fails for good costs its sample alone, which a later run makes."""
+    """A server. A request that fails after all tries loses only its sample; a later run repeats it."""
 
     def __init__(self, url: str, options: SystemOptions) -> None:
-        """Prepare to ask; the server is not called before the first sample.
+        """Check the options; the server is not called before the first sample.
 
         Raises:
-            ConfigError: If the address is none, or the tokenizer is not there.
+            ConfigError: If the address is not a URL, or the tokenizer does not exist.
         """
         self._url, self._options = url, options
         self._tokenizer: Any = None
@@ -31,10 +32,10 @@ class EndpointBackend:
 
             self._tokenizer = load_tokenizer(options.tokenizer)
         self._tags = ThinkingTags()
-        self._endpoint_of("")
+        self._endpoint_of("")  # checks the address
 
     def describe(self) -> dict[str, Any]:
-        """The address, the model's name there and what counts its tokens."""
+        """Return the address, the model's name there, the tokenizer and the thinking tags."""
         return {
             "kind": "url",
             "url": self._url,
@@ -44,16 +45,17 @@ class EndpointBackend:
         }
 
     def render(self, messages: Messages) -> str:
-        """The conversation as it is sent; the server has the chat template."""
+        """Return the conversation as JSON; the server applies the chat template."""
         return json.dumps(messages, ensure_ascii=False)
 
     def run(
         self, requests: Sequence[Asked], done: Collection[Hashable]
     ) -> Iterator[list[tuple[Asked, Answer | Failure]]]:
-        """Ask for what is missing, `concurrency` requests at a time.
+        """Answer the requests that are not done, `concurrency` at a time.
 
         Raises:
-            ServingError: If the server has no model, or many requests in a row fail for good.
+            ConfigError: If the server has not exactly one model, and none is named.
+            ServingError: If the server cannot be reached, or many requests in a row fail.
         """
         missing = [request for request in requests if request.key not in done]
         if not missing:
@@ -65,6 +67,7 @@ class EndpointBackend:
         answered: SimpleQueue[tuple[Asked, Answer | Failure] | BaseException] = SimpleQueue()
         given_up = threading.Event()
         server = self.endpoint
+
         workers = min(self._options.concurrency, len(missing))
         for _ in range(workers):
             arguments = (server, waiting, answered, given_up)
@@ -75,7 +78,7 @@ class EndpointBackend:
             given_up.set()
 
     def release(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no weights are loaded."""
 
     def _work(
         self,
@@ -106,7 +109,9 @@ class EndpointBackend:
             return Failure(str(error))
 
     def _read(self, response: EndpointResponse) -> Answer:
-        text = response.text.encode(errors="replace").decode()  # half a surrogate pair is no text
+        text = response.text.encode(
+            errors="replace"
+        ).decode()  # half a surrogate pair is not valid text
         thinking, tokens = response.thinking_tokens, response.tokens
         if self._tokenizer is not None:
             thinking = self._tags.count_tokens(text, self._tokenizer)
@@ -135,11 +140,11 @@ class EndpointBackend:
 
     @cached_property
     def endpoint(self) -> Endpoint:
-        """The server with the model's name there; asked for it where it has one model.
+        """The server and the model's name there; if none is given, the server's only model.
 
         Raises:
-            ConfigError: If it has another number of models, and none is named.
-            ServingError: If it cannot be asked.
+            ConfigError: If none is given and the server has not exactly one model.
+            ServingError: If the server cannot be reached.
         """
         name = self._options.model_name
         if name is None:
@@ -174,7 +179,11 @@ def _collected(
     most_in_a_row: int,
     url: str,
 ) -> Iterator[list[tuple[Asked, Answer | Failure]]]:
-    """Hand out what has come in, as soon as anything has."""
+    """Yield outcomes as they arrive, in batches of those that are there.
+
+    Raises:
+        ServingError: If this many requests in a row failed.
+    """
     in_a_row, left = 0, expected
     while left:
         batch = [answered.get()]
@@ -188,7 +197,7 @@ def _collected(
             if isinstance(item, BaseException):
                 raise item
             request, answer = item
-            # Counted one by one: how many came in meanwhile is a matter of time.
+            # Counted one by one, as the size of a batch depends on timing.
             left -= 1
             in_a_row = in_a_row + 1 if isinstance(answer, Failure) else 0
             if isinstance(answer, Failure) and in_a_row == most_in_a_row and left:

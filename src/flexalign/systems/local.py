@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexalign.data.rendering import Prompt, render_chat
+from flexalign.data.rendering import Opening, Prompt, Rendering
+from flexalign.data.template import bind_template, bound_thinking
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError
 from flexalign.generation import TwoModelDecoder
@@ -26,6 +27,7 @@ from flexalign.lambdas import (
     Setting,
     require_forward,
     require_range,
+    way_dial,
 )
 from flexalign.models.interpolation import interpolate
 from flexalign.models.loading import fingerprint, load_model, load_tokenizer
@@ -36,51 +38,52 @@ from flexalign.systems.open import Answer, Asked, Failure, Messages, Request, Sy
 
 
 def default_device() -> str | None:
-    """Return where weights go: a GPU if there is one; None is the CPU."""
+    """Return the default device of weights: a GPU if there is one; None means the CPU."""
     return "cuda" if torch.cuda.is_available() else None
 
 
 class ModelText:
-    """How one model's prompts are written and its responses read."""
+    """Writes the prompts of one model and reads its responses."""
 
     def __init__(self, tokenizer: Any, tags: ThinkingTags | None = None) -> None:
-        """Read with a tokenizer; the thinking tags are its own if not given."""
+        """Use a tokenizer; the thinking tags are those of the tokenizer if not given."""
         self.tokenizer = tokenizer
         self.tags = tags or ThinkingTags.of(tokenizer)
 
     def prompt(self, messages: Messages) -> Prompt:
-        """The prompt as :func:`generate_responses` takes it; text where there is no template."""
+        """Return the prompt for :func:`generate_responses`; text if there is no chat template."""
         if isinstance(messages, str) or self.tokenizer.chat_template:
             return messages
         return "\n\n".join(message["content"] for message in messages)
 
     def render(self, messages: Messages) -> str:
-        """The prompt as text."""
-        prompt = self.prompt(messages)
-        if isinstance(prompt, str):
-            return prompt
-        return render_chat(self.tokenizer, prompt, add_generation_prompt=True)
+        """Return the prompt as text."""
+        return Rendering(self.tokenizer, self.tags).prompt(self.prompt(messages)).text
+
+    def opens(self, messages: Messages) -> bool:
+        """Return whether the prompt leaves the thinking open: the response then begins inside it."""
+        prompt = Rendering(self.tokenizer, self.tags).prompt(self.prompt(messages))
+        return prompt.opening is Opening.OPENED
 
     def length(self, messages: Messages) -> int:
-        """The prompt's length in tokens, special tokens that a tokenizer adds left out."""
+        """Return the prompt's length in tokens, without special tokens that a tokenizer adds."""
         return len(self.tokenizer(self.render(messages), add_special_tokens=False)["input_ids"])
 
     def whole(self, messages: Messages, response: str) -> str:
-        """A response with its opening tag, which may stand in the prompt."""
-        opened = self.tags.opened_by(self.render(messages))
-        return self.tags.open + response if opened else response
+        """Return a response with its opening tag, even if the prompt contains the tag."""
+        return self.tags.open + response if self.opens(messages) else response
 
     def thinking_tokens(self, response: str) -> int:
-        """Tokens between the thinking tags."""
+        """Return the number of tokens between the thinking tags."""
         return self.tags.count_tokens(response, self.tokenizer)
 
     def read(self, messages: Messages, response: Response, route: str | None = None) -> Answer:
-        """Return the answer that a generated response is.
+        """Make an answer of a generated response.
 
         Args:
             messages: The prompt.
-            response: What was generated.
-            route: Which way was chosen for it beforehand, if one was.
+            response: The response.
+            route: The route that was chosen before generation, if one was.
         """
         text = self.whole(messages, response.text)
         return Answer(
@@ -97,16 +100,16 @@ class ModelText:
 class LocalBackend:
     """A system whose weights are on this machine.
 
-    Settings of an InRa dial share one batch and one prefill; of every other system each setting
-    has its own, as one of a pair's models can rest at λ = 0 and 1.
+    The settings of an InRa dial share one batch and one prefill. In every other system each setting
+    has its own, as only one model of a pair runs at λ = 0 and at λ = 1.
 
     Attributes:
         kind: ``model``, ``dial``, ``pair`` or ``interpolate``.
-        config: An adapter's settings; None for what is not a dial.
-        default: The setting where none is asked for.
+        config: The adapter's configuration; None if it is not a dial.
+        default: The setting that is used if none is given.
         permitted: The least and the largest λ that may be used; None for a pair without a range,
             which takes any λ ≥ 0.
-        text: How its prompts are written and its responses read.
+        text: Writes its prompts and reads its responses.
     """
 
     def __init__(
@@ -117,16 +120,16 @@ class LocalBackend:
         *,
         trust_remote_code: bool = False,
     ) -> None:
-        """Find and check what the system needs; no weights are loaded.
+        """Find and check the parts of a system; no weights are loaded.
 
         Args:
-            system: What it is.
-            settings: What it will be asked at.
+            system: The system.
+            settings: The settings that it will be used at.
             options: How it is run.
-            trust_remote_code: Permit code that a checkpoint brings along to run.
+            trust_remote_code: Permit code in a checkpoint to run.
 
         Raises:
-            ConfigError: If a part is not there, or a setting or an option has nothing to turn.
+            ConfigError: If a part does not exist, or an option does not apply to the system.
             CheckpointError: If an adapter's folder is damaged.
             LambdaError: If a λ is outside the range that is permitted.
         """
@@ -149,16 +152,20 @@ class LocalBackend:
         if self.kind != "model":
             self.require_range(settings)
         tokenizer = load_tokenizer(self._sources[0], trust_remote_code=trust_remote_code)
+        if self.config is not None:
+            self.config.bind(tokenizer)
+        if self._options.template:
+            bind_template(tokenizer, self._options.template, bound_thinking(tokenizer))
         self.text = ModelText(tokenizer, self.config.tags if self.config else None)
 
     @property
     def calibration(self) -> dict[str, Any] | None:
-        """What was measured of an adapter's dial, if anything."""
+        """The calibration of the adapter; None if there is none."""
         return self.config.calibration if self.config else None
 
     @property
     def name(self) -> str:
-        """What turns the dial, as messages call it."""
+        """The adapter or the pair, as named in messages."""
         if self.kind == "dial":
             return f"the adapter {self._parts[1]}"
         return f"the pair {','.join(self._parts)}"
@@ -169,11 +176,11 @@ class LocalBackend:
         """Refuse settings that may use a λ outside the range that is permitted.
 
         Args:
-            settings: What is asked for.
-            permit: How it is said that this is meant.
+            settings: The settings.
+            permit: The advice of the message: how to permit such a λ.
 
         Raises:
-            LambdaError: If there is one; says how to permit it.
+            LambdaError: If there is one.
         """
         dials = [(setting.id, setting.dial) for setting in settings if setting.dial is not None]
         if self.permitted is None:
@@ -182,13 +189,13 @@ class LocalBackend:
             require_range(self.permitted, dials, self.name, permit)
 
     def require_dial(self, settings: Sequence[Setting]) -> None:
-        """Refuse settings, a gate and a range for a plain model, which has nothing to turn.
+        """Refuse settings, a gate and a range for a plain model, which has no dial.
 
         Args:
-            settings: What the user asked for; none if nothing was.
+            settings: The settings that the user gave.
 
         Raises:
-            ConfigError: If there is such a setting, a gate or a range.
+            ConfigError: If the system is a plain model and one of them is given.
         """
         if self.kind != "model":
             return
@@ -202,7 +209,7 @@ class LocalBackend:
             )
 
     def describe(self) -> dict[str, Any]:
-        """Names, fingerprints, the data type and the thinking tags."""
+        """Return names, fingerprints, the data type and the thinking tags."""
         parts = [{"name": str(s), "fingerprint": fingerprint(s)} for s in self._sources]
         if self.kind == "dial":
             weights = fingerprint_file(self._adapter / "inra_adapter.safetensors")
@@ -219,20 +226,23 @@ class LocalBackend:
         }
 
     def render(self, messages: Messages) -> str:
-        """The prompt as the model sees it."""
+        """Return the prompt as text, as the model gets it."""
         return self.text.render(messages)
 
     def load(self, **loading: Any) -> Any:
-        """Load the weights, and return what has ``generate``; not of weights between two models.
+        """Load the weights and return the model; not used for weights between two models.
 
         Args:
             **loading: As in `flexalign.models.loading.load_model`; by default on a GPU if there
                 is one.
 
+        Returns:
+            A transformers model, an `InRaModel` or a `TwoModelDecoder`.
+
         Raises:
             CheckpointError: If weights are missing or damaged.
             PairMismatchError: If the parts do not fit together.
-            UnsupportedModelError: If a part cannot be run so.
+            UnsupportedModelError: If a part cannot be run in this way.
         """
         loading = {
             "dtype": self._options.dtype,
@@ -244,7 +254,7 @@ class LocalBackend:
             return TwoModelDecoder(ModelPair.load(*self._sources, **loading))
         if self.kind == "dial":
             any_base = self._options.any_base
-            # The base goes by its name, which the model keeps as its own.
+            # The base is passed by its name, as the model stores it.
             return InRaModel.from_pretrained(
                 self._parts[0], self._adapter, any_base=any_base, **loading
             )
@@ -252,20 +262,20 @@ class LocalBackend:
 
     @cached_property
     def model(self) -> Any:
-        """What :meth:`load` returns, loaded when it is first asked for."""
+        """The result of :meth:`load`, loaded on first use."""
         return self.load()
 
     def release(self) -> None:
-        """Let go of the weights."""
+        """Free the weights."""
         self.__dict__.pop("model", None)
 
     def run(
         self, requests: Sequence[Asked], done: Collection[Hashable] = ()
     ) -> Iterator[list[tuple[Asked, Answer | Failure]]]:
-        """Answer what is missing, block by block.
+        """Answer the requests that are not done, block by block.
 
-        A block that was broken off is made again as a whole, so that float differences between
-        batches cannot make a resumed run differ from an uninterrupted one.
+        A block that was interrupted is generated again as a whole: floats differ between batches,
+        and a resumed run must not differ from an uninterrupted one.
         """
         for group in self._groups(requests):
             asked = [request for request in requests if request.setting in group]
@@ -284,7 +294,7 @@ class LocalBackend:
                     ]
 
     def _groups(self, requests: Sequence[Request]) -> list[list[Setting]]:
-        """The settings that are decoded together."""
+        """Return the settings in groups that are decoded together."""
         settings = list(dict.fromkeys(request.setting for request in requests))
         if self.kind != "dial":
             return [[setting] for setting in settings]
@@ -293,7 +303,10 @@ class LocalBackend:
         return [together, *alone] if together else alone
 
     def _blocks(self, requests: Sequence[Asked], settings: int) -> list[list[Asked]]:
-        """Batches of prompts alike in length, the longest first; all settings of one together."""
+        """Return batches of prompts of similar length, the longest first.
+
+        All settings of a prompt are in the same batch, side by side.
+        """
         lengths = {one.prompt: self.text.length(one.messages) for one in requests}
         places = {prompt: index for index, prompt in enumerate(lengths)}
 
@@ -305,7 +318,7 @@ class LocalBackend:
         return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
     def _answer(self, model: Any, block: Sequence[Request], settings: int) -> list[Answer]:
-        """Answer one block, whose prompts each stand in as many rows as there are settings."""
+        """Answer one block, in which each prompt has one row per setting."""
         options = self._options
         dials = [_resolved(request) for request in block]
         more: dict[str, Any] = {}
@@ -330,7 +343,7 @@ class LocalBackend:
 
     @contextmanager
     def _model_at(self, setting: Setting) -> Iterator[Any]:
-        """Give the model for a setting: weights between two models are other weights at each."""
+        """Yield the model of a setting; interpolated weights are made anew for each setting."""
         if self.kind != "interpolate":
             yield self.model
             return
@@ -344,7 +357,7 @@ class LocalBackend:
 
 
 class _OnePrefill:
-    """An InRa model whose ``generate`` makes one prefill for each prompt's several λ."""
+    """An InRa model whose ``generate`` shares one prefill between the λ of a prompt."""
 
     def __init__(self, model: Any, settings: int) -> None:
         self._model, self._settings = model, settings
@@ -355,18 +368,18 @@ class _OnePrefill:
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor, lam: list[Any], **options: Any
     ) -> Any:
-        """Generate for prompts that each stand in as many equal rows as there are settings."""
+        """Generate for prompts that have one row per setting; the rows of a prompt are equal."""
         n = self._settings
         return self._model.sweep(input_ids[::n], attention_mask[::n], lams=lam[:n], **options)
 
 
 def _resolved(request: Request) -> tuple[Any, str | None]:
-    """A request's dial; a coin falls by the request's own seed, not by its batch."""
+    """Return a request's dial and route; a random route depends only on the request's seed."""
     dial = request.setting.dial
     if not isinstance(dial, Route):
         return dial, None
     way = dial.draw(torch.Generator().manual_seed(request.seed))
-    return Fixed(dial.fast_lambda if way == "fast" else dial.slow_lambda), way
+    return way_dial(dial, way), way
 
 
 def _adapter_folder(name: str) -> Path:

@@ -1,12 +1,12 @@
-"""What can be asked for answers, as users name it, and the one place where it is opened.
+"""Systems as users name them, and how they are opened.
 
-A :class:`System` is a name: of a model, a dial, a pair, weights between two models, or a server.
-:func:`open_backend` finds all that belongs to it, checks it, and returns the backend that answers
-for it; weights are loaded with its first answer.
+A :class:`System` names a model, a dial, a pair, weights between two models, or a server.
+:func:`open_backend` finds and checks its parts and returns the backend that answers for it; weights
+are loaded at the first answer.
 """
 
 import re
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -16,7 +16,7 @@ from flexalign.lambdas import Setting
 from flexalign.models.names import known_name
 
 Messages: TypeAlias = list[dict[str, Any]] | str
-"""A prompt: a conversation, or text that the model goes on from as it is."""
+"""A prompt: a conversation, or text that the model continues without a chat template."""
 
 _FORM = re.compile(r"(?:(?P<name>[^:,]+)=)?(?P<kind>model|dial|pair|interpolate|url):(?P<rest>.+)")
 _PARTS = {"model": 1, "dial": 2, "pair": 2, "interpolate": 2, "url": 1}
@@ -27,7 +27,7 @@ class System:
     """One system.
 
     Attributes:
-        name: What results call it.
+        name: Its name in results.
         kind: ``model``, ``dial``, ``pair``, ``interpolate`` or ``url``.
         parts: Its models, or its address.
     """
@@ -38,10 +38,10 @@ class System:
 
     @classmethod
     def of(cls, model: str, adapter: str | None = None, aligned: str | None = None) -> "System":
-        """Make one of a model, its adapter or its aligned model, as options name them.
+        """Make a system of a model and an adapter or an aligned model, as given by options.
 
         Raises:
-            ConfigError: If there are an adapter and an aligned model.
+            ConfigError: If both an adapter and an aligned model are given.
         """
         if adapter is not None and aligned is not None:
             raise ConfigError("give --adapter or --aligned, not both: each is a dial of its own.")
@@ -53,14 +53,14 @@ class System:
 
 
 def parse_system(text: str) -> System:
-    """Read a system as the command line takes it.
+    """Parse a system, as the command line takes it.
 
     Example:
         >>> parse_system("mine=dial:models/base,out/fast")
         System(name='mine', kind='dial', parts=('models/base', 'out/fast'))
 
     Raises:
-        ConfigError: If it is none.
+        ConfigError: If the text does not name a system.
     """
     match = _FORM.fullmatch(text.strip())
     if match is None:
@@ -71,6 +71,7 @@ def parse_system(text: str) -> System:
         )
     kind, rest = match["kind"], match["rest"]
 
+    # One known name can mean both parts, as in pair:miniature.
     parts = (rest,) if _PARTS[kind] == 1 else tuple(part.strip() for part in rest.split(","))
     if len(parts) == 1:
         entry, part = known_name(parts[0]) or (None, "")
@@ -86,10 +87,10 @@ def parse_system(text: str) -> System:
 
 
 def parse_systems(texts: Sequence[str]) -> list[System]:
-    """Read several systems, each of which needs a name of its own.
+    """Parse several systems, which must have different names.
 
     Raises:
-        ConfigError: If one is none, or two have one name.
+        ConfigError: If a text does not name a system, or two have the same name.
     """
     systems = [parse_system(text) for text in texts]
     names = [system.name for system in systems]
@@ -108,20 +109,22 @@ class SystemOptions:
     Attributes:
         temperature: 0 is greedy.
         top_p: Probability mass sampled from.
-        max_new_tokens: Tokens after which a response is cut off.
-        batch_size: Responses made together on this machine.
+        max_new_tokens: Tokens at which a response is cut off.
+        batch_size: Responses generated together on this machine.
         gate: As in :func:`flexalign.fusion.fuse`.
-        dtype: Of weights on this machine.
-        lambda_range: λ's to permit; an adapter's own range if not given, λ ≥ 0 for a pair.
-        any_base: Take an adapter for another base than it was made for, if the shapes fit.
-        model_name: The model's name at an endpoint; its only one if not given.
-        tokenizer: Of an endpoint's model, to count tokens where the server does not.
-        concurrency: Requests under way at an endpoint at one time.
+        dtype: Data type of weights on this machine.
+        lambda_range: The least and the largest λ to permit; if not given, an adapter's own range,
+            and λ ≥ 0 for a pair.
+        any_base: Accept an adapter that was made for another base, if the shapes fit.
+        model_name: The model's name at an endpoint; its only model if not given.
+        tokenizer: The tokenizer of an endpoint's model, for counts that the server does not give.
+        concurrency: The most requests at an endpoint at one time.
         timeout_seconds: Longest wait for one response of an endpoint.
         attempts: Tries per request.
-        pause_seconds: The first pause between tries; it doubles with each.
-        api_key: Of an endpoint.
+        pause_seconds: The first pause between tries; it doubles after each.
+        api_key: The API key of an endpoint.
         engine: ``local`` or ``vllm``, for plain models.
+        template: Arguments of the chat template, for what is on this machine.
     """
 
     temperature: float = 0.7
@@ -140,30 +143,31 @@ class SystemOptions:
     pause_seconds: float = 1.0
     api_key: str | None = None
     engine: str = "local"
+    template: Mapping[str, Any] | None = None
 
 
 class Request(Protocol):
-    """One answer that is asked for."""
+    """A request for one answer."""
 
     @property
     def key(self) -> Hashable:
-        """What tells it from all other requests of a run."""
+        """Identifies it among all requests of a run."""
 
     @property
     def label(self) -> str:
-        """How messages call it."""
+        """Its name in messages."""
 
     @property
     def prompt(self) -> Hashable:
-        """What tells its prompt from the others."""
+        """Identifies its prompt among those of the run."""
 
     @property
     def messages(self) -> Messages:
-        """The prompt as it is put."""
+        """The prompt."""
 
     @property
     def setting(self) -> Setting:
-        """The dial."""
+        """The setting of the dial."""
 
     @property
     def sample(self) -> int:
@@ -171,7 +175,7 @@ class Request(Protocol):
 
     @property
     def seed(self) -> int:
-        """Of its sampling."""
+        """Seeds its sampling."""
 
 
 Asked = TypeVar("Asked", bound=Request)
@@ -183,10 +187,10 @@ class PromptRequest:
 
     Attributes:
         prompt: The prompt's place, from 0.
-        messages: The prompt as it is put.
-        setting: The dial.
+        messages: The prompt.
+        setting: The setting of the dial.
         sample: Which of the prompt's samples, from 0.
-        seed: Of its sampling.
+        seed: Seeds its sampling.
     """
 
     prompt: int
@@ -197,12 +201,12 @@ class PromptRequest:
 
     @property
     def key(self) -> tuple[int, str, int]:
-        """What tells it from the others."""
+        """Identifies it: prompt, setting and sample."""
         return self.prompt, self.setting.id, self.sample
 
     @property
     def label(self) -> str:
-        """How messages call it."""
+        """Its name in messages."""
         return f"prompt {self.prompt + 1}"
 
 
@@ -211,13 +215,13 @@ class Answer:
     """One response.
 
     Attributes:
-        text: The response; with the opening thinking tag, also where that stood in the prompt.
+        text: The response, with the opening thinking tag even if the prompt contains it.
         tokens: Tokens written, rejected ones included, without the one that ends it.
-        thinking_tokens: Those between the thinking tags; None where that is not known.
-        rejected_tokens: Those of an answer that a policy did not accept.
+        thinking_tokens: Tokens between the thinking tags; None if not known.
+        rejected_tokens: Tokens of a fast answer that the policy rejected.
         truncated: Whether the limit on tokens cut it off.
-        route: Which way a policy took, ``fast`` or ``slow``.
-        confidence: How sure a policy was of the fast answer.
+        route: ``fast`` or ``slow``, under an adaptive or route policy.
+        confidence: Confidence of the fast answer, under an adaptive policy.
     """
 
     text: str
@@ -237,47 +241,52 @@ class Failure:
 
 
 class Backend(Protocol):
-    """A system, ready to be asked. Weights are loaded when the first answer is made."""
+    """A system that is ready to answer. Weights are loaded at the first answer."""
 
     def describe(self) -> dict[str, Any]:
-        """What identifies it in results: names, fingerprints, thinking tags."""
+        """Return what identifies it in results: names, fingerprints, thinking tags."""
 
     def render(self, messages: Messages) -> str:
-        """The prompt as it is sent."""
+        """Return the prompt as text, as it is sent to the model."""
 
     def run(
         self, requests: Sequence[Asked], done: Collection[Hashable]
     ) -> Iterator[list[tuple[Asked, Answer | Failure]]]:
-        """Answer what is missing of the requests, and yield answers as they are made.
+        """Answer the requests that are not done, and yield answers as they are made.
 
         Args:
-            requests: All requests of the run; how they are batched follows from them alone.
-            done: Keys of those that are answered already.
+            requests: All requests of the run; only they decide how they are batched.
+            done: Keys of the requests that are answered already.
 
         Raises:
             ServingError: If a server cannot be used at all.
         """
 
     def release(self) -> None:
-        """Let go of what it has loaded, for the next system."""
+        """Free what it has loaded, for the next system."""
 
 
 def open_backend(
     system: System, settings: Sequence[Setting] = (), options: SystemOptions | None = None
 ) -> Backend:
-    """Find and check all that a system needs; weights are loaded with its first answer.
+    """Open a system: find and check its parts. Weights are loaded at the first answer.
 
     Args:
-        system: What is opened.
-        settings: What it will be asked at, checked against the range that is permitted.
+        system: The system.
+        settings: The settings that it will be used at, checked against the permitted range.
         options: How it is run.
 
     Raises:
-        ConfigError: If a part is not there, or the engine does not serve its kind.
+        ConfigError: If a part does not exist, or the engine does not serve its kind.
         CheckpointError: If a part is damaged.
         LambdaError: If a λ is outside the permitted range.
     """
     options = options or SystemOptions()
+    if options.template and (system.kind == "url" or options.engine == "vllm"):
+        raise ConfigError(
+            f"{system.name}: --template is for what the local engine renders; give the server its "
+            "own, such as vLLM's --default-chat-template-kwargs."
+        )
     if system.kind == "url":
         from flexalign.systems.endpoint import EndpointBackend
 

@@ -8,21 +8,27 @@
     sample("models/base", "questions.jsonl", "traces.jsonl", SamplingSettings(samples=4))
     sample("url:http://localhost:8000/v1", "questions.jsonl", "traces.jsonl")
 
-A run that broke off goes on where it stopped when the same call is made again; what a run is made
-of stands in the manifest beside its file (`flexalign.data.traces`).
+The same call continues a run that was interrupted. The manifest beside the file records what the run
+consists of (`flexalign.data.traces`).
 """
 
 import json
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flexalign.data.formats import load_prompts
-from flexalign.data.rendering import Prompt, keeps_thinking, plain_prompt
-from flexalign.data.thinking import ThinkingTags
-from flexalign.data.traces import Sampled, SamplingSettings, TraceSummary, make_traces, open_run
+from flexalign.data.prompting import PromptSettings
+from flexalign.data.rendering import Prompt, plain_prompt
+from flexalign.data.traces import (
+    Sampled,
+    SamplingSettings,
+    TraceSummary,
+    make_traces,
+    open_run,
+    sampling_record,
+)
 from flexalign.errors import ConfigError
 from flexalign.generation.responses import generate_responses
 from flexalign.models.loading import fingerprint
@@ -44,6 +50,7 @@ def sample(
     settings: SamplingSettings | None = None,
     *,
     options: SystemOptions | None = None,
+    prompting: PromptSettings | None = None,
     limit: int | None = None,
     skip_bad_rows: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -53,21 +60,23 @@ def sample(
     Args:
         system: A model's folder or known name, ``model:PATH``, or ``url:http://…``.
         prompts: A file or a saved data set, as `load_prompts` takes it.
-        output: The JSONL file to write, or to go on with.
-        settings: How responses are drawn; one for each prompt at temperature 1 if not given.
+        output: The JSONL file to write or to continue.
+        settings: How responses are sampled; if not given, one for each prompt at temperature 1.
         options: How the system is run: ``dtype`` of a model on this machine; ``model_name``,
             ``api_key``, ``concurrency``, ``timeout_seconds`` and ``attempts`` of a server.
-        limit: Take only the first prompts, this many.
+        prompting: A system message for prompts that have none, and, for a model on this machine,
+            arguments of the chat template; the rows keep what they were sampled with.
+        limit: Take only this many prompts, the first ones.
         skip_bad_rows: Leave out rows that cannot be used.
         progress: Called with the number of rows in the file after each batch.
 
     Returns:
-        What the finished file holds.
+        A summary of the finished file.
 
     Raises:
-        ConfigError: If the system is not there, or the file belongs to another run.
+        ConfigError: If the system does not exist, or the file belongs to another run.
         DataError: If prompts cannot be read, or a row of the file is damaged.
-        ServingError: If a server cannot be asked.
+        ServingError: If a server cannot be used.
     """
     run = SampleRun(
         system,
@@ -75,21 +84,21 @@ def sample(
         output,
         settings,
         options=options,
+        prompting=prompting,
         limit=limit,
         skip_bad_rows=skip_bad_rows,
     )
-    if run.caution is not None:
-        warnings.warn(run.caution, stacklevel=2)
     return run.finish(progress)
 
 
 class SampleRun:
-    """A run of :func:`sample`, checked and not yet begun; see there for its arguments.
+    """A run of :func:`sample`, checked but not begun; the arguments are the same.
 
     Attributes:
+        settings: How responses are sampled.
+        prompts: The prompts.
         total: Rows of the finished file.
-        done: Rows that the file holds already; 0 before :meth:`begin`.
-        caution: What to tell the user of the model's chat template, if anything.
+        done: Rows that the file has already; 0 before :meth:`begin`.
     """
 
     def __init__(
@@ -100,16 +109,18 @@ class SampleRun:
         settings: SamplingSettings | None = None,
         *,
         options: SystemOptions | None = None,
+        prompting: PromptSettings | None = None,
         limit: int | None = None,
         skip_bad_rows: bool = False,
     ) -> None:
         """Open the system and read the prompts. No weights are loaded and nothing is written."""
         self.settings = settings or SamplingSettings()
         self._output = Path(output)
-        self._generator = _open_generator(_system_of(system), self.settings, options)
-        self.caution = self._generator.caution
+        prompting = prompting or PromptSettings()
+        self._generator = _open_generator(_system_of(system), self.settings, options, prompting)
 
-        self.prompts: Dataset = load_prompts(prompts, skip_bad_rows=skip_bad_rows)
+        loaded = load_prompts(prompts, skip_bad_rows=skip_bad_rows)
+        self.prompts: Dataset = prompting.apply(loaded)
         if limit is not None:
             self.prompts = self.prompts.select(range(min(limit, len(self.prompts))))
         self.total = len(self.prompts) * self.settings.samples
@@ -120,17 +131,23 @@ class SampleRun:
         return [self._generator.render(prompt) for prompt in self.prompts[:count]["prompt"]]
 
     def begin(self) -> int:
-        """Write the manifest, or compare it with the one that is there; return the rows done.
+        """Write the manifest, or compare it with an existing one; return the number of rows done.
 
         Raises:
             ConfigError: If the file belongs to another run.
             DataError: If a row of it is damaged.
         """
-        self.done = open_run(self.prompts, self._output, self.settings, self._generator.source)
+        self.done = open_run(
+            self.prompts,
+            self._output,
+            self.settings,
+            self._generator.source,
+            self._generator.rendering,
+        )
         return self.done
 
     def finish(self, progress: Callable[[int], None] | None = None) -> TraceSummary:
-        """Make what is missing; see :func:`sample`."""
+        """Sample the missing rows; arguments, result and errors are those of :func:`sample`."""
         return make_traces(
             self.prompts,
             self._output,
@@ -139,25 +156,26 @@ class SampleRun:
             done=self.begin(),
             progress=progress,
             render=self._generator.render,
+            rendering=self._generator.rendering,
         )
 
 
 class _Generator(Protocol):
-    """What answers prompts.
+    """A model or a server that answers prompts.
 
     Attributes:
-        source: What identifies it in a manifest.
-        caution: What to tell the user of it, if anything.
+        source: Its identity in a manifest.
+        rendering: How its prompts are rendered; None if a server does it.
     """
 
     source: dict[str, Any]
-    caution: str | None
+    rendering: dict[str, Any] | None
 
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Sequence[Sampled]:
-        """Answer a batch, with a seed for each prompt."""
+        """Answer a batch of prompts; there is a seed for each prompt."""
 
     def render(self, prompt: Prompt) -> str:
-        """The prompt as text, as it is sent."""
+        """Return the prompt as text, as it is sent."""
 
 
 def _system_of(given: str | Path | System) -> System:
@@ -169,7 +187,10 @@ def _system_of(given: str | Path | System) -> System:
 
 
 def _open_generator(
-    system: System, settings: SamplingSettings, options: SystemOptions | None
+    system: System,
+    settings: SamplingSettings,
+    options: SystemOptions | None,
+    prompting: PromptSettings,
 ) -> _Generator:
     if system.kind not in _KINDS:
         raise ConfigError(
@@ -187,9 +208,13 @@ def _open_generator(
 
     backend = open_backend(system, options=options)
     if isinstance(backend, EndpointBackend):
+        if prompting.template:
+            raise ConfigError(
+                "--template has no meaning with --endpoint; leave one of the two out."
+            )
         return _SampledServer(backend, system, options)
     if isinstance(backend, LocalBackend):
-        return _SampledModel(backend, system, options, plain=settings.plain)
+        return _SampledModel(backend, system, options, prompting)
     raise ConfigError("traces are sampled by the local engine, or from a server; leave engine out.")
 
 
@@ -197,7 +222,11 @@ class _SampledModel:
     """A model on this machine."""
 
     def __init__(
-        self, backend: LocalBackend, system: System, options: SystemOptions, *, plain: bool
+        self,
+        backend: LocalBackend,
+        system: System,
+        options: SystemOptions,
+        prompting: PromptSettings,
     ) -> None:
         (name,) = system.parts
         self._backend, self._options = backend, options
@@ -207,19 +236,11 @@ class _SampledModel:
             "fingerprint": fingerprint(resolve(name)),
             "dtype": options.dtype,
         }
-
-        self.caution: str | None = None
-        tags = ThinkingTags.detect(self._tokenizer)
-        converses = bool(self._tokenizer.chat_template) and not plain
-        if converses and tags and not keeps_thinking(self._tokenizer, tags):
-            self.caution = (
-                "this model's chat template drops the thinking of "
-                "responses, so training on these traces will need --plain here, or another "
-                "template there."
-            )
+        prompting.bind(self._tokenizer)
+        self.rendering: dict[str, Any] | None = sampling_record(self._tokenizer)
 
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Sequence[Sampled]:
-        """Answer a batch; its first seed seeds all of it."""
+        """Answer a batch of prompts; the first seed seeds the whole batch."""
         options = self._options
         return generate_responses(
             self._backend.model,
@@ -233,24 +254,24 @@ class _SampledModel:
         )
 
     def render(self, prompt: Prompt) -> str:
-        """The text that the model is given."""
+        """Return the text that the model gets."""
         return prompt if isinstance(prompt, str) else plain_prompt(self._tokenizer, prompt)
 
 
 class _SampledServer:
-    """A model behind a server, which has the chat template."""
+    """A server; it applies the chat template."""
 
     def __init__(self, backend: EndpointBackend, system: System, options: SystemOptions) -> None:
         self._backend = backend
-        # A server's only model is looked up, so that the manifest tells whose responses they are.
+        # If no name is given, the server is asked for it: the manifest must name the model.
         name = options.model_name or backend.endpoint.model
         self.source = {"endpoint": system.parts[0], "model": name}
-        self.caution: str | None = None
+        self.rendering: dict[str, Any] | None = None
 
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Sequence[Sampled]:
         """Answer a batch, each prompt with its own seed."""
         return self._backend.endpoint.generate(prompts, seeds)
 
     def render(self, prompt: Prompt) -> str:
-        """The prompt as it is sent."""
+        """Return the prompt as it is sent."""
         return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)

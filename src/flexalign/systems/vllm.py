@@ -1,4 +1,4 @@
-"""A plain model run by vLLM, where that is installed."""
+"""A plain model that vLLM runs, if vLLM is installed."""
 
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from functools import cached_property
@@ -13,13 +13,13 @@ from flexalign.systems.open import Answer, Asked, Failure, Messages, Request, Sy
 
 
 class VllmBackend:
-    """A model without a dial, in batches that vLLM makes up itself."""
+    """A model without a dial; vLLM forms the batches."""
 
     def __init__(self, path: str, options: SystemOptions) -> None:
         """Find the model; the engine starts with the first sample.
 
         Raises:
-            ConfigError: If vLLM is not installed, or the model is not a folder of its own.
+            ConfigError: If vLLM is not installed, or the model is a GGUF file or a PEFT adapter.
         """
         require_packages(
             "--engine vllm",
@@ -37,7 +37,7 @@ class VllmBackend:
         self._text = ModelText(load_tokenizer(self._source))
 
     def describe(self) -> dict[str, Any]:
-        """Name, fingerprint, data type and thinking tags."""
+        """Return name, fingerprint, data type and thinking tags."""
         tags = self._text.tags
         return {
             "kind": "model",
@@ -48,13 +48,13 @@ class VllmBackend:
         }
 
     def render(self, messages: Messages) -> str:
-        """The prompt as the model sees it."""
+        """Return the prompt as text, as the model gets it."""
         return self._text.render(messages)
 
     def run(
         self, requests: Sequence[Asked], done: Collection[Hashable]
     ) -> Iterator[list[tuple[Asked, Answer | Failure]]]:
-        """Make what is missing, `batch_size` at a time, so that it is saved as it comes."""
+        """Answer the requests that are not done, `batch_size` at a time, so that each is saved early."""
         missing = [request for request in requests if request.key not in done]
         size = max(1, self._options.batch_size)
         for start in range(0, len(missing), size):
@@ -62,7 +62,7 @@ class VllmBackend:
             yield list(zip(block, self._answer(block), strict=True))
 
     def release(self) -> None:
-        """Let go of the weights."""
+        """Free the weights."""
         self.__dict__.pop("_engine", None)
 
     def _answer(self, block: Sequence[Request]) -> list[Answer]:
@@ -86,6 +86,7 @@ class VllmBackend:
                     skip_special_tokens=False,  # thinking tags may be special
                 )
             )
+
         outputs = self._engine.generate(prompts, sampling, use_tqdm=False)
         return [
             self._read(request, output.outputs[0])
@@ -95,7 +96,7 @@ class VllmBackend:
     def _read(self, request: Request, output: Any) -> Answer:
         text = self._text.whole(request.messages, output.text)
         truncated = output.finish_reason == "length"
-        written = len(output.token_ids) - (not truncated)  # the end itself does not count
+        written = len(output.token_ids) - (not truncated)  # the end token does not count
         return Answer(text, written, self._text.thinking_tokens(text), truncated=truncated)
 
     @cached_property

@@ -4,6 +4,7 @@ The base does not change, and is in memory once. The entry points are `adapt` an
 of the file: each reads the recipe, reads the files that it names, makes the run, and trains.
 """
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import torch
 from datasets import Dataset, concatenate_datasets
+from datasets.table import InMemoryTable
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import DPOTrainer, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTTrainer
 
 from flexalign.data import (
     Lengths,
@@ -24,6 +26,7 @@ from flexalign.data import (
     measure_lengths,
     strip_thinking,
 )
+from flexalign.data.rendering import rendering_record
 from flexalign.errors import ConfigError, UnsupportedModelError, as_input_errors
 from flexalign.inra.adapter import AdapterHook, decoder_layers
 from flexalign.inra.configuration import (
@@ -44,11 +47,12 @@ from flexalign.models.weights import fingerprint_file
 from flexalign.training.checkpoints import SealedCheckpoints
 from flexalign.training.events import Events
 from flexalign.training.forward import HeadForm
-from flexalign.training.inputs import read_traces
+from flexalign.training.inputs import read_traces, settle_template
 from flexalign.training.memory import Sizes
-from flexalign.training.models import Parts, Teacher, running_dtype
+from flexalign.training.models import Teacher, TrainingModels, running_dtype
 from flexalign.training.plan import TrainingPlan, plan_memory, plan_steps, sample_rows
 from flexalign.training.recipes import AdaptRecipe, BakeRecipe, Recipe
+from flexalign.training.rows import RenderedPreferences, RenderedRows
 from flexalign.training.run import Outcome, Round, RunOptions, TrainingRun
 from flexalign.training.trainer import TrRaTrainer
 
@@ -140,7 +144,7 @@ class _AdapterTraining(_Trainer):  # type: ignore[misc]
         """Do nothing: the finished folder gets a card of its own."""
 
 
-class AdapterSFTTrainer(_AdapterTraining, SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
+class AdapterSFTTrainer(_AdapterTraining, RenderedRows, SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
     """TRL's supervised fine-tuning, of the adapter stream."""
 
 
@@ -148,7 +152,7 @@ class AdapterTrRaTrainer(_AdapterTraining, TrRaTrainer):
     """TrRa of an adapter. The reference is the base stream of the same model."""
 
 
-class AdapterDPOTrainer(_AdapterTraining, SealedCheckpoints, DPOTrainer):  # type: ignore[misc]
+class AdapterDPOTrainer(_AdapterTraining, RenderedPreferences, SealedCheckpoints, DPOTrainer):  # type: ignore[misc]
     """Direct preference optimisation of an adapter against the base stream.
 
     The reference's log-probabilities are computed once, before training, by the same module without
@@ -167,6 +171,28 @@ class AdapterDPOTrainer(_AdapterTraining, SealedCheckpoints, DPOTrainer):  # typ
                 "base stream's log-probabilities are computed beforehand, so leave it out."
             )
         super().__init__(inra, **options)
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Compute them once; of several processes all read the file that the first one writes.
+
+        TRL keeps that file beside the data. Rows in memory have a temporary folder in every process,
+        where the others would look for it in vain; here it lies in the output folder for a while.
+        """
+        if self.accelerator.num_processes == 1:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        folder = Path(self.args.output_dir) / "reference-log-probabilities"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed in here
+            folder.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+
+        dataset._get_cache_file_path = lambda fingerprint: str(folder / f"{name}.arrow")
+        computed = super()._precompute_ref_logps(dataset, name, batch_size)
+        rows = Dataset(InMemoryTable(computed.with_format("arrow")[:]))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            shutil.rmtree(folder)
+        return rows
 
     def compute_ref_log_probs(
         self, model: nn.Module, inputs: dict[str, Any]
@@ -211,7 +237,10 @@ class Adaptation(_AdapterRun):
         # What an earlier calibration found does not hold for the newly trained weights.
         tags = ThinkingTags.of(self.tokenizer)
         inra.inra_config = replace(
-            inra.inra_config, thinking_tags=(tags.open, tags.close), calibration=None
+            inra.inra_config,
+            thinking_tags=(tags.open, tags.close),
+            calibration=None,
+            rendering=rendering_record(self.tokenizer),
         )
 
         options: dict[str, Any] = {
@@ -242,7 +271,7 @@ class Adaptation(_AdapterRun):
         model.inra_config = replace(model.inra_config, base=recipe.base)
         return model
 
-    def _parts(self, inra: InRaModel) -> Parts:
+    def _parts(self, inra: InRaModel) -> TrainingModels:
         """Return the student and its two teachers: the base stream, and the aligned model."""
         aligned = load_model(str(self.recipe.aligned), dtype=running_dtype(self.recipe.arguments))
         aligned.eval().requires_grad_(False)
@@ -250,7 +279,7 @@ class Adaptation(_AdapterRun):
 
         form = HeadForm.of(inra.base, pair.vocab_size)
         aligned_form = HeadForm.of(inner_model(aligned), pair.vocab_size)
-        return Parts(
+        return TrainingModels(
             student=inra.base,
             form=form,
             reference=Teacher(
@@ -292,7 +321,7 @@ class Baking(_AdapterRun):
 
         split = self.data.train_test_split(test_size=recipe.held_out, seed=_SPLIT_SEED)
         with as_student(inra) as dial:
-            parts = Parts(
+            parts = TrainingModels(
                 student=student,
                 form=form,
                 reference=Teacher(dial, None, form, shares_student=False, switch=off),
@@ -352,7 +381,9 @@ def _read_adaptation(recipe: AdaptRecipe) -> Base:
         base = _examine_base(recipe.base)
         layers = recipe.adapter_layers
         if recipe.adapter is not None:
-            layers = _adapter_settings(recipe.base, recipe.adapter, base).adapter_layers
+            settings = _adapter_settings(recipe.base, recipe.adapter, base)
+            settings.bind(base.tokenizer)
+            layers = settings.adapter_layers
         total, layer = _count(base.config, base.name)
         others, prints = 0, [base.fingerprint]
         if recipe.adapter is not None:
@@ -392,6 +423,7 @@ def _read_baking(recipe: BakeRecipe, lambda_range: tuple[float, float] | None) -
     with as_input_errors():
         base = _examine_base(recipe.base)
         settings = _adapter_settings(recipe.base, recipe.adapter, base)
+        settings.bind(base.tokenizer)
         permitted = lambda_range or settings.lambda_range
         asked = [(f"λ={recipe.lam:g}", recipe.schedule)]
         require_range(permitted, asked, f"the adapter {recipe.adapter}")
@@ -410,12 +442,14 @@ def _read_rows(
     """
     if recipe.method == "dpo":
         pairs = load_preferences(recipe.data, skip_bad_rows=skip_bad_rows) if data is None else data
+        pairs = recipe.prompting.apply(pairs)
         sides = [
             pairs.select_columns(["prompt", side]).rename_column(side, "completion")
             for side in ("chosen", "rejected")
         ]
         return pairs, concatenate_datasets(sides)
     traces = read_traces(recipe.data, skip_bad_rows=skip_bad_rows) if data is None else data
+    traces = recipe.prompting.apply(traces)
     if recipe.strip_thinking:
         traces = strip_thinking(traces, ThinkingTags.of(tokenizer))
     return traces, traces
@@ -467,7 +501,12 @@ def _plan(run: TrainingRun, base: Base, rows: Dataset, lengths: Lengths) -> Trai
         "data": {"path": recipe.data, **lengths.to_json()},
         **steps,
         **plan_memory(
-            arguments, base.config, base.sizes, tokens=longest, aligned_parameters=base.others
+            arguments,
+            base.config,
+            base.sizes,
+            tokens=longest,
+            aligned_parameters=base.others,
+            rows_each=2 if isinstance(arguments, DPOConfig) else 1,
         ),
         "output_state": run.state,
     }
@@ -571,6 +610,7 @@ def adapt(
 
     base = _read_adaptation(plan) if loaded is None else _take_loaded(plan, loaded, tokenizer)
     tokenizer = tokenizer or base.tokenizer
+    settle_template(plan, tokenizer)
     trained, rows = _read_rows(plan, tokenizer, data, skip_bad_rows=skip_bad_rows)
     lengths = measure_lengths(rows, tokenizer, plan.arguments.max_length)
 
@@ -675,7 +715,9 @@ def bake(
     """
     plan = BakeRecipe.of(recipe)
     base = _read_baking(plan, lambda_range)
+    settle_template(plan, base.tokenizer)
     rows = read_traces(plan.data, skip_bad_rows=skip_bad_rows) if data is None else data
+    rows = plan.prompting.apply(rows)
     if len(rows) < 2:
         raise ConfigError(f"{plan.data} has one row; held_out needs at least one more.")
     lengths = measure_lengths(rows, base.tokenizer, plan.arguments.max_length)

@@ -9,9 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from flexalign.data import Lengths, load_prompts, load_traces, measure_lengths
 from flexalign.data.rendering import chat_template_of
+from flexalign.data.template import replace_template
 from flexalign.models.compatibility import PairFacts, examine_pair
 from flexalign.models.names import known_name
-from flexalign.training.recipes import RealignRecipe, WatchSettings
+from flexalign.training.recipes import RealignRecipe, Recipe, WatchSettings
 
 
 def read_traces(data: str, *, skip_bad_rows: bool) -> Dataset:
@@ -20,6 +21,23 @@ def read_traces(data: str, *, skip_bad_rows: bool) -> Dataset:
     if entry is not None and entry.traces is not None and not part:
         return Dataset.from_list(entry.traces())
     return load_traces(data, skip_bad_rows=skip_bad_rows)
+
+
+def settle_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a tokenizer the chat template that a recipe trains with, and what is bound to it.
+
+    Args:
+        recipe: Names `training.chat_template_path`, `template` and `thinking`, or none of them.
+        tokenizer: The models'; changed in place.
+
+    Raises:
+        ConfigError: If there is no template for the arguments, or a marker is not in the
+            vocabulary.
+    """
+    path = getattr(recipe.arguments, "chat_template_path", None)
+    if path is not None:
+        replace_template(tokenizer, chat_template_of(tokenizer, path))
+    recipe.prompting.bind(tokenizer)
 
 
 @dataclass(frozen=True)
@@ -94,9 +112,16 @@ def read_inputs(
     facts.require_fit()
 
     tokenizer = facts.tokenizer
-    tokenizer.chat_template = chat_template_of(tokenizer, arguments.chat_template_path)
+    settle_template(recipe, tokenizer)
 
     traces = read_traces(recipe.data, skip_bad_rows=skip_bad_rows) if data is None else data
+    traces = recipe.prompting.apply(traces)
     lengths = measure_lengths(traces, tokenizer, arguments.max_length)
     watched = read_watched(recipe.watch) if recipe.watch else None
+    if watched is not None:
+        told = [
+            recipe.prompting.with_system({"prompt": prompt}, number)
+            for number, prompt in enumerate(watched.prompts, start=1)
+        ]
+        watched = Watched(told, watched.answers)
     return Inputs(facts, tokenizer, traces, lengths, watched)

@@ -110,7 +110,7 @@ def as_teacher(model: nn.Module, adapters: tuple[str, ...] | None) -> Iterator[N
 
 
 @dataclass(frozen=True)
-class Parts:
+class TrainingModels:
     """A student, its two teachers and their tokenizer.
 
     Attributes:
@@ -142,7 +142,7 @@ def assemble(
     args: TrRaConfig,
     peft_config: PeftConfig | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-) -> Parts:
+) -> TrainingModels:
     """Load the models, check that they fit together, and share bases where possible.
 
     Args:
@@ -228,7 +228,7 @@ def _load_pair(
 
 def _on_the_base(
     model: Model | None, pair: ModelPair, args: TrRaConfig, peft_config: PeftConfig | None
-) -> Parts:
+) -> TrainingModels:
     """Make the student an adapter on the pair's base, next to the aligned adapter if there is one."""
     aligned_adapters = None
     folder = model if isinstance(model, PLACES) and peft_config is None else None
@@ -317,7 +317,7 @@ def _parts(
     pair: ModelPair,
     reference: tuple[nn.Module, tuple[str, ...] | None],
     aligned: tuple[nn.Module, tuple[str, ...] | None],
-) -> Parts:
+) -> TrainingModels:
     require_trainable(student)
 
     forms: dict[int, HeadForm] = {}
@@ -331,7 +331,9 @@ def _parts(
         model, adapters = side
         return Teacher(model, adapters, forms[id(model)], shares_student=model is student)
 
-    return Parts(student, forms[id(student)], teacher(reference), teacher(aligned), pair.tokenizer)
+    return TrainingModels(
+        student, forms[id(student)], teacher(reference), teacher(aligned), pair.tokenizer
+    )
 
 
 # For all students, with teachers in memory or in a cache.
@@ -347,7 +349,7 @@ def running_dtype(args: Any) -> torch.dtype:
     return torch.bfloat16 if args.bf16 else torch.float32
 
 
-def choose_attention(parts: Parts, args: TrRaConfig) -> None:
+def choose_attention(parts: TrainingModels, args: TrRaConfig) -> None:
     """Set the attention of all models to ``model_init_kwargs.attn_implementation``, if given.
 
     Raises:

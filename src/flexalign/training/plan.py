@@ -75,6 +75,7 @@ def plan_memory(
     tokens: int,
     aligned_parameters: int,
     cached_heads: int | None = None,
+    rows_each: int = 1,
 ) -> dict[str, Any]:
     """Estimate parameters and memory of a run on one device.
 
@@ -85,13 +86,14 @@ def plan_memory(
         tokens: Length of the longest row.
         aligned_parameters: Parameters of the models in memory besides the student and its base.
         cached_heads: As in `estimate_memory`.
+        rows_each: Rows of one forward pass that an example of the data makes; a pair makes two.
     """
     need = estimate_memory(
         config,
         sizes,
         aligned_parameters=aligned_parameters,
         cached_heads=cached_heads,
-        rows=arguments.per_device_train_batch_size,
+        rows=rows_each * arguments.per_device_train_batch_size,
         tokens=tokens,
         chunk_size=getattr(arguments, "chunk_size", 256),
         half_precision=bool(arguments.bf16),

@@ -30,6 +30,9 @@ from flexalign.training.settings import (
     read_tree,
 )
 
+if TYPE_CHECKING:
+    from flexalign.data.prompting import PromptSettings
+
 
 class WatchSettings(Section):
     """What is measured during training: the student's answers to a few prompts."""
@@ -216,6 +219,9 @@ class Recipe(Section):
         data: str
         output: str
         schedule: Schedule | None
+        template: dict[str, Any] | None
+        system: str | None
+        thinking: dict[str, Any] | None
         training: dict[str, Any]
 
     def __init__(self, **values: Any) -> None:
@@ -285,6 +291,13 @@ class Recipe(Section):
         require_settings_packages(arguments)
         return arguments
 
+    @cached_property
+    def prompting(self) -> "PromptSettings":
+        """How prompts are rendered: the keys `template`, `system` and `thinking`."""
+        from flexalign.data.prompting import PromptSettings
+
+        return PromptSettings.parse(self.template, self.system, self.thinking)
+
     def training_arguments(self, output: str | Path | None = None) -> Any:
         """Return a copy of the trainer's settings, which writes to a folder of its own if given."""
         arguments = copy.copy(self.arguments)
@@ -310,11 +323,14 @@ class Recipe(Section):
         """Return the settings that decide the trained weights, for `run.json`."""
         keys = self.keys()
         own = {key: _plain(getattr(self, keys[key])) for key in self.deciding}
+        # Left out if not set, so that runs from before these keys existed can be resumed.
+        own |= {name: value for name in _PROMPTING if (value := getattr(self, name)) is not None}
         return own | {"training": decisive(self._identifying_training())}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         self._check_keys()
+        self.prompting  # noqa: B018 - reading the keys checks them
         # Importing the trainers takes seconds, so the keys that need none are checked before.
         self.training.update(parse_training(self.training, self._settings_class()))
         self._check_sections()
@@ -375,6 +391,19 @@ _GATE = Field(
 )
 _CHUNK_SIZE = Field(256, description="Tokens whose logits exist at one time.")
 _LOSS = ("divergence", "beta", "gate", "chunk_size")
+
+_TEMPLATE = Field(
+    None,
+    description="Arguments of the chat template, such as {enable_thinking: false}; what was sampled "
+    "with others is refused. Null: none.",
+)
+_SYSTEM = Field(None, description="The system message of conversations that have none.")
+_THINKING = Field(
+    None,
+    description="The markers around the thinking, {open: TEXT, close: TEXT}; null: those that the "
+    "chat template or the vocabulary shows.",
+)
+_PROMPTING = ("template", "system", "thinking")
 
 
 class RealignRecipe(Recipe):
@@ -450,6 +479,9 @@ class RealignRecipe(Recipe):
     watch: Annotated[WatchSettings | None, PlainValidator(_read_watch)] = Field(
         None, description="The student answers prompts while it learns; null: it does not."
     )
+    template: dict[str, Any] | None = _TEMPLATE
+    system: str | None = _SYSTEM
+    thinking: dict[str, Any] | None = _THINKING
     training: Annotated[dict[str, Any], BeforeValidator(_read_mapping)] = Field(
         default_factory=dict,
         description="Any field of trl.SFTConfig. By default `DEFAULT_TRAINING`.",
@@ -625,6 +657,9 @@ class AdaptRecipe(_AdapterRecipe):
         None, description="`trra`: extrapolate only where base and aligned differ by more."
     )
     chunk_size: int = Field(256, description="`trra`: tokens whose logits exist at one time.")
+    template: dict[str, Any] | None = _TEMPLATE
+    system: str | None = _SYSTEM
+    thinking: dict[str, Any] | None = _THINKING
     training: Annotated[dict[str, Any], BeforeValidator(_read_mapping)] = Field(
         default_factory=dict,
         description="Any field of trl.SFTConfig (of DPOConfig for `dpo`). By default "
@@ -704,6 +739,9 @@ class BakeRecipe(_AdapterRecipe):
     beta: Number = _BETA
     gate: Number | None = Field(None, description="As in equation 5.")
     chunk_size: int = _CHUNK_SIZE
+    template: dict[str, Any] | None = _TEMPLATE
+    system: str | None = _SYSTEM
+    thinking: dict[str, Any] | None = _THINKING
     training: Annotated[dict[str, Any], BeforeValidator(_read_mapping)] = Field(
         default_factory=dict,
         description="Any field of trl.SFTConfig. By default `DEFAULT_TRAINING`.",

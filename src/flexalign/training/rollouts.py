@@ -18,13 +18,14 @@ from trl import SFTTrainer
 from flexalign._modes import evaluating
 from flexalign.errors import DataError
 from flexalign.generation.responses import generation_settings, left_padded
+from flexalign.training.rows import RenderedRows
 
 _SAMPLED = "sampled"
 """The key that marks a batch with responses of the student."""
 _IGNORED = -100
 
 
-class Rollouts(SFTTrainer):  # type: ignore[misc]
+class Rollouts(RenderedRows, SFTTrainer):  # type: ignore[misc]
     """A trainer in which the student samples the responses of a share of the batches."""
 
     def get_batch_samples(

@@ -20,7 +20,7 @@ from flexalign.training.models import (
     PLACES,
     STUDENT_ADAPTER,
     Model,
-    Parts,
+    TrainingModels,
     is_adapter,
     loading_options,
     require_one_vocabulary,
@@ -84,7 +84,7 @@ def assemble_student(
     vocab_size: int,
     peft_config: PeftConfig | None,
     tokenizer: PreTrainedTokenizerBase,
-) -> Parts:
+) -> TrainingModels:
     """Load the student of a run whose teachers are in a cache.
 
     Args:
@@ -113,7 +113,7 @@ def assemble_student(
     if peft_config is not None:
         student = with_adapter(student, args, peft_config)
     require_trainable(student)
-    return Parts(student, HeadForm.of(student, vocab_size), None, None, tokenizer)
+    return TrainingModels(student, HeadForm.of(student, vocab_size), None, None, tokenizer)
 
 
 def _load_student(

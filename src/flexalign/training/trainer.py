@@ -27,7 +27,7 @@ from flexalign.training.checkpoints import SealedCheckpoints, what_stands, writi
 from flexalign.training.config import TrRaConfig
 from flexalign.training.hidden_cache import HiddenStateCache
 from flexalign.training.hidden_cache.read import CachedCollator
-from flexalign.training.models import Parts, assemble, choose_attention
+from flexalign.training.models import TrainingModels, assemble, choose_attention
 from flexalign.training.objective import CachedObjective, Objective
 from flexalign.training.packing import require_packable
 from flexalign.training.rollouts import Rollouts
@@ -110,7 +110,7 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
         args: TrRaConfig,
         train_dataset: Dataset | IterableDataset,
         pair: ModelPair | None = None,
-        parts: Parts | None = None,
+        parts: TrainingModels | None = None,
         cache: HiddenStateCache | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Any] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -163,7 +163,7 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
         self._meters = {"train": Meter(), "eval": Meter()}
 
     def _make_objective(
-        self, parts: Parts, cache: HiddenStateCache | None
+        self, parts: TrainingModels, cache: HiddenStateCache | None
     ) -> Objective | CachedObjective:
         """Return the loss of the student, with loaded teachers or with those of the cache.
 

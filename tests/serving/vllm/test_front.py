@@ -1,14 +1,19 @@
 """What stands before vLLM's server, before an application that answers as vLLM does."""
 
 import asyncio
+import gzip
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import prometheus_client
 import pytest
 import torch
 
@@ -64,11 +69,7 @@ class Vllm:
         if scope["path"] == "/v1/models":
             return await self._whole(send, {"data": [{"id": "m"}]})
         if scope["path"] == "/metrics":
-            assert not {b"accept", b"accept-encoding"} & {name for name, _ in scope["headers"]}
-            await send({"type": "http.response.start", "status": 200, "headers": []})
-            for body, more in ((b"vllm:a 1.0\n", True), (b"vllm:b 2.0\n", False)):
-                await send({"type": "http.response.body", "body": body, "more_body": more})
-            return None
+            return await prometheus_client.make_asgi_app()(scope, receive, send)
         body = json.loads((await receive())["body"])
         self.bodies.append(body)
         self.written.append(0)
@@ -622,19 +623,58 @@ def test_without_a_start_of_the_server_a_bad_folder_is_an_error_of_the_request(t
         asyncio.run(Front(vllm)(scope, None, None))
 
 
-def test_metrics_tell_the_dials_after_what_vllm_tells(folder: Path):
+def test_metrics_tell_the_dials_beside_what_vllm_tells(folder: Path):
     front = before(Vllm(), folder)
-    for lam in (0.5, 0.25, {"policy": "route", "share": 1}):
-        ask(front, messages=[], **{"lambda": lam})
-    ask(front, messages=[], **{"lambda": 9})
-    bargain = [(b"accept", b"application/openmetrics-text"), (b"accept-encoding", b"gzip")]
-    [start, body] = request(front, "/metrics", method="GET", headers=bargain)
-    assert dict(start["headers"])[b"content-length"] == str(len(body["body"])).encode()
-    told = body["body"].decode().splitlines()
-    assert told[:2] == ["vllm:a 1.0", "vllm:b 2.0"]
-    assert "flexalign_lambda_count 2.0" in told
-    assert 'flexalign_lambda_bucket{le="0.25"} 1.0' in told
-    assert 'flexalign_routes_total{policy="route",route="slow"} 1.0' in told
+    own = prometheus_client.Gauge("vllm:a", "As vLLM registers its own.")
+    own.set(1)
+
+    def told(accept: bytes) -> dict[str, float]:
+        headers = [(b"accept", accept), (b"accept-encoding", b"gzip")]
+        [start, body] = request(front, "/metrics", method="GET", headers=headers)
+        assert start["status"] == 200
+        text = gzip.decompress(body["body"]).decode()
+        lines = [line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#"]
+        return {name: float(value) for name, value in lines}
+
+    names = (
+        "flexalign_lambda_count",
+        'flexalign_lambda_bucket{le="0.25"}',
+        'flexalign_routes_total{policy="route",route="slow"}',
+    )
+    try:
+        for accept, name in ((b"*/*", "vllm:a"), (b"application/openmetrics-text", "vllm_a")):
+            then = told(accept)
+            for lam in (0.5, 0.25, {"policy": "route", "share": 1}):
+                ask(front, messages=[], **{"lambda": lam})
+            ask(front, messages=[], **{"lambda": 9})
+            now = told(accept)
+            assert now[name] == 1.0
+            assert [now[ours] - then.get(ours, 0) for ours in names] == [2, 1, 1]
+    finally:
+        prometheus_client.REGISTRY.unregister(own)
+
+
+def test_metrics_of_several_processes_are_added_up(tmp_path: Path):
+    script = """
+import os
+from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+from flexalign.lambdas import Fixed
+from flexalign.serving.vllm.middleware import dial_metrics
+for lam in (0.25, 0.5):
+    if os.fork() == 0:
+        dial_metrics().began(Fixed(lam))
+        os._exit(0)
+    os.wait()
+registry = CollectorRegistry()
+multiprocess.MultiProcessCollector(registry)
+print(generate_latest(registry).decode())
+"""
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "flexalign_lambda_count 2.0" in done.stdout.splitlines()
+    assert 'flexalign_lambda_bucket{le="0.25"} 1.0' in done.stdout.splitlines()
 
 
 BUSY = "The engine is currently busy and cannot accept new requests. Please try again later"

@@ -1,8 +1,8 @@
-"""The engine that runs on this machine: one model, one thread, requests that come and go.
+"""The engine that runs on this machine: one model, one thread, continuous batching.
 
-``jobs`` is what it is asked and what it delivers; the ``scheduler`` is the thread; a ``sequence`` is one
-answer as it is written, and the ``batch`` is what sequences join and leave between steps. The library's
-own forward runs every step.
+``jobs`` defines its input and output; the ``scheduler`` is the thread; a ``sequence`` is one answer
+while it is written, and sequences join and leave the ``batch`` between steps. Every step is the forward
+of the library's own models.
 """
 
 from flexalign.serving.engine.batch import InRaRunner, PairRunner, PlainRunner, Runner

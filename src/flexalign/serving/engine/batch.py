@@ -1,8 +1,9 @@
 """The batch: sequences that join and leave between two steps, and the model that runs them.
 
-A :class:`Batch` holds the sequences, left padded to one width, with their cache and its mask. It asks a
-:class:`Runner` for everything that depends on the model. An InRa model, a pair and a plain model have
-one each: they differ in their caches alone, and their forward is the library's and transformers' own.
+A :class:`Batch` has the sequences, left padded to one width, with their cache and its mask. Everything
+that depends on the model is done by a :class:`Runner`. There is one for an InRa model, one for a pair and
+one for a plain model: they differ only in their caches. Their forward is that of the library and of
+transformers.
 """
 
 import copy
@@ -25,9 +26,9 @@ from flexalign.inra.cache import StreamCache
 
 
 class Runner(Protocol):
-    """What a batch and a scheduler ask of a model.
+    """What a batch and a scheduler need of a model.
 
-    A cache is the runner's own kind of object; its rows stand in the order of the batch.
+    The type of a cache depends on the runner; its rows are in the order of the batch.
 
     Attributes:
         model: The module.
@@ -45,10 +46,10 @@ class Runner(Protocol):
         """Keep some rows of a cache."""
 
     def reframe(self, cache: Any, width: int) -> None:
-        """Bring a cache to a width: padding is put before its tokens, or cut off there."""
+        """Bring a cache to a width: padding is added before its tokens, or removed there."""
 
     def append(self, cache: Any, other: Any) -> None:
-        """Put the rows of another cache of the same width behind those of this one."""
+        """Append the rows of another cache of the same width to this one."""
 
     def step(self, tokens: Tensor, mask: Tensor, positions: Tensor, lam: Tensor, cache: Any) -> Any:
         """Run one token per row and return the logits of the next, ``(B, V)``.
@@ -57,13 +58,13 @@ class Runner(Protocol):
             tokens: Shape ``(B, 1)``.
             mask: Shape ``(B, T_cached + 1)``.
             positions: Shape ``(B, 1)``.
-            lam: Shape ``(B,)``, permitted already.
+            lam: Shape ``(B,)``; checked against the permitted range before.
             cache: The rows' cache, to which the tokens are added.
         """
 
 
 class BatchMember(Protocol):
-    """What a batch asks of a sequence.
+    """What a batch needs of a sequence.
 
     Attributes:
         next_token: The token that goes into the model next.
@@ -72,21 +73,21 @@ class BatchMember(Protocol):
     next_token: int
 
     def lam(self) -> float:
-        """Return λ of the token that will be chosen."""
+        """Return λ of the token that is chosen next."""
 
 
 _Member = TypeVar("_Member", bound=BatchMember)
 
 
 class Batch(Generic[_Member]):
-    """Sequences, their cache and its mask, which says where each of them begins.
+    """Sequences, their cache, and its mask, which marks where each of them begins.
 
     Attributes:
         sequences: In the order of the cache's rows.
     """
 
     def __init__(self, runner: Runner) -> None:
-        """Begin with no sequence."""
+        """Create an empty batch for a model."""
         self.sequences: list[_Member] = []
         self._runner = runner
         self._device = runner.model.device
@@ -94,11 +95,11 @@ class Batch(Generic[_Member]):
         self._mask = torch.zeros((0, 0), dtype=torch.long)
 
     def add(self, sequences: Sequence[_Member], cache: Any, mask: Tensor) -> None:
-        """Let sequences join.
+        """Add sequences.
 
         Args:
             sequences: At least one.
-            cache: Their own, of width ``mask.shape[1]``; the batch's from here on.
+            cache: Their cache, of width ``mask.shape[1]``. The batch owns and changes it from now.
             mask: Shape ``(len(sequences), T)``, left padded.
         """
         width = max(self._mask.shape[1], _needed_width(mask))
@@ -115,7 +116,7 @@ class Batch(Generic[_Member]):
         self.sequences = [*self.sequences, *sequences]
 
     def keep(self, places: Sequence[int]) -> None:
-        """Let all sequences but these leave, and the padding that only they needed."""
+        """Keep the sequences at these places, and remove padding that none of them needs."""
         if len(places) == len(self.sequences):
             return
         self.sequences = [self.sequences[place] for place in places]
@@ -131,13 +132,13 @@ class Batch(Generic[_Member]):
         self._mask = _padded(mask, width)
 
     def clear(self) -> None:
-        """Let all sequences leave."""
+        """Remove all sequences."""
         self.sequences = []
         self._cache = None
         self._mask = torch.zeros((0, 0), dtype=torch.long)
 
     def step(self) -> Tensor:
-        """Run every sequence's next token; return the logits after it, ``(B, V)``, in float32."""
+        """Run the next token of every sequence; return the logits after it, ``(B, V)``, in float32."""
         tokens = torch.tensor([[one.next_token] for one in self.sequences], device=self._device)
         lam = torch.tensor([one.lam() for one in self.sequences], dtype=torch.float64)
         # Padding has no position: a token's is the number of real tokens before it.
@@ -148,17 +149,17 @@ class Batch(Generic[_Member]):
 
 
 def _needed_width(mask: Tensor) -> int:
-    """Return the columns that the longest row fills; at least 1, as caches have no width 0."""
+    """Return the length of the longest row; at least 1, as a cache cannot have width 0."""
     return max(1, int(mask.sum(1).amax()))
 
 
 def _padded(mask: Tensor, width: int) -> Tensor:
-    """Bring a mask to a width on the left; a negative padding cuts off."""
+    """Bring a mask to a width on the left; negative padding removes columns."""
     return nn.functional.pad(mask, (width - mask.shape[1], 0))
 
 
 class InRaRunner:
-    """Runs an InRa model: two streams of one module; a row is in those that its dial needs."""
+    """Runs an InRa model: two streams of one module; each row runs in the streams its dial needs."""
 
     def __init__(self, model: InRaModel, gate: float | None = None) -> None:
         """Serve a model; ``gate`` is that of :func:`flexalign.fusion.fuse`."""
@@ -166,15 +167,15 @@ class InRaRunner:
         self._gate = gate
 
     def prefill(self, ids: Tensor, mask: Tensor, phases: Sequence[Phase]) -> StreamCache:
-        """Run prompts through the streams that any of the phases needs."""
+        """Run prompts through the streams that the phases need."""
         return self.model.prefill_phases(ids, mask, phases)
 
     def fork(self, cache: StreamCache, rows: Tensor, dials: RowDials) -> StreamCache:
-        """Copy rows with the streams that these dials need."""
+        """Return a copy of rows, with the streams that these dials need."""
         return self.model.fork_cache(cache, rows, dials)
 
     def take(self, cache: StreamCache, rows: Tensor) -> None:
-        """Keep some rows, in the streams that they have."""
+        """Keep some rows, each in its streams."""
         cache.take(rows)
 
     def reframe(self, cache: StreamCache, width: int) -> None:
@@ -182,7 +183,7 @@ class InRaRunner:
         reframe(cache.layers, width)
 
     def append(self, cache: StreamCache, other: StreamCache) -> None:
-        """Put other rows behind, each in its streams."""
+        """Append other rows, each in its streams."""
         cache.append(other)
 
     def step(
@@ -203,13 +204,13 @@ class InRaRunner:
 
 
 class PairRunner:
-    """Runs two whole models. Both run every row, as one row of a batch may need either."""
+    """Runs the two models of a pair. Both run every row, as some row of a batch may need either."""
 
     def __init__(self, model: TwoModelDecoder, gate: float | None = None) -> None:
         """Serve a pair; ``gate`` is that of :func:`flexalign.fusion.fuse`.
 
         Raises:
-            UnsupportedModelError: If one of the two keeps anything but keys and values.
+            UnsupportedModelError: If a layer of either caches anything but keys and values.
         """
         self.model = model
         self._gate = gate
@@ -220,12 +221,12 @@ class PairRunner:
         """Run prompts through both models."""
         cache = PairCache(_new_cache(self.model.reference.config))
         cache.aligned = _new_cache(self.model.aligned.config)
-        # λ is of no account: a prefill's logits are not used.
+        # λ can be any number here: the logits of a prefill are not used.
         self._forward(ids, mask, positions_of(mask), torch.ones(len(ids)), cache)
         return cache
 
     def fork(self, cache: PairCache, rows: Tensor, dials: RowDials) -> PairCache:
-        """Copy rows of both caches."""
+        """Return a copy of rows of both caches."""
         return PairCache(*(_forked(one, rows) for one in cache.caches()))
 
     def take(self, cache: PairCache, rows: Tensor) -> None:
@@ -239,7 +240,7 @@ class PairRunner:
             reframe(one.layers, width)
 
     def append(self, cache: PairCache, other: PairCache) -> None:
-        """Put other rows behind, in both caches."""
+        """Append other rows, in both caches."""
         for mine, theirs in zip(cache.caches(), other.caches(), strict=True):
             append_rows(mine.layers, theirs.layers)
 
@@ -274,20 +275,20 @@ class PlainRunner:
         """Serve a model.
 
         Raises:
-            UnsupportedModelError: If it keeps anything but keys and values.
+            UnsupportedModelError: If a layer caches anything but keys and values.
         """
         self.model = model
         self._takes = set(inspect.signature(model.forward).parameters)
         _new_cache(model.config)
 
     def prefill(self, ids: Tensor, mask: Tensor, phases: Sequence[Phase]) -> DynamicCache:
-        """Run prompts; there is no dial to be ready for."""
+        """Run prompts; the phases are not used, as there is no dial."""
         cache = _new_cache(self.model.config)
         self._forward(ids, mask, positions_of(mask), cache)
         return cache
 
     def fork(self, cache: DynamicCache, rows: Tensor, dials: RowDials) -> DynamicCache:
-        """Copy rows."""
+        """Return a copy of rows."""
         return _forked(cache, rows)
 
     def take(self, cache: DynamicCache, rows: Tensor) -> None:
@@ -299,17 +300,17 @@ class PlainRunner:
         reframe(cache.layers, width)
 
     def append(self, cache: DynamicCache, other: DynamicCache) -> None:
-        """Put other rows behind."""
+        """Append other rows."""
         append_rows(cache.layers, other.layers)
 
     def step(
         self, tokens: Tensor, mask: Tensor, positions: Tensor, lam: Tensor, cache: DynamicCache
     ) -> Tensor:
-        """Run one token per row; λ says nothing here."""
+        """Run one token per row; λ is not used."""
         return self._forward(tokens, mask, positions, cache)
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-        # Not every family's forward knows these two.
+        # The forward of some families does not take these two.
         optional = {"position_ids": positions, "logits_to_keep": 1}
         given = {name: value for name, value in optional.items() if name in self._takes}
         output = self.model(
@@ -323,7 +324,7 @@ class PlainRunner:
         return logits
 
 
-# Caches of transformers: rows are copied, put one behind the other, brought to one width.
+# Caches of transformers: copying rows, appending rows, changing the width.
 
 
 def _new_cache(config: Any) -> Any:
@@ -338,7 +339,7 @@ def _new_cache(config: Any) -> Any:
 
 
 def _forked(cache: Any, rows: Tensor) -> Any:
-    # Shallow copies: selecting rows makes new tensors, so that the original keeps its own.
+    # Shallow copies suffice: selecting rows makes new tensors and leaves the original's unchanged.
     own = copy.copy(cache)
     own.layers = [copy.copy(layer) for layer in cache.layers]
     own.batch_select_indices(rows.to(own.layers[0].keys.device))
@@ -346,20 +347,20 @@ def _forked(cache: Any, rows: Tensor) -> Any:
 
 
 def reframe(layers: Iterable[Any], width: int) -> None:
-    """Bring cache layers to a width, on the left: padding is put before, or cut off.
+    """Bring cache layers to a width, on the left: padding is added before the tokens, or removed.
 
-    What stands in the padding is hidden by the attention mask, in every layer alike.
+    The attention mask hides the padding, in every layer alike.
 
     Args:
-        layers: Of transformers' dynamic cache, sliding windows among them.
-        width: Tokens that each is to have seen.
+        layers: The layers of transformers' dynamic cache, with or without sliding windows.
+        width: The number of tokens that each layer has seen afterwards.
     """
     for layer in layers:
         if not layer.is_initialized:
             continue
         kept = width
         if layer.is_sliding:
-            # A window holds its last tokens only, and counts all that it has seen.
+            # A window keeps only the last tokens, and counts all that it has seen.
             kept = min(width, layer.sliding_window - 1)
             layer.cumulative_length = width
         layer.keys, layer.values = (
@@ -368,7 +369,7 @@ def reframe(layers: Iterable[Any], width: int) -> None:
 
 
 def append_rows(layers: Iterable[Any], others: Iterable[Any]) -> None:
-    """Put the rows of other layers, of the same width, behind those of these."""
+    """Append the rows of other layers, of the same width, to these."""
     for layer, other in zip(layers, others, strict=True):
         layer.keys = cat([layer.keys, other.keys])
         layer.values = cat([layer.values, other.values])

@@ -1,6 +1,6 @@
-"""What the server asks of the engine, and how the answer comes back across the threads.
+"""Jobs for the engine, and how their answers get from its thread to the event loop.
 
-A :class:`Job` holds values that are checked and typed: the engine parses none of them again.
+The values of a :class:`Job` are typed and checked before; the engine does not check them again.
 """
 
 import asyncio
@@ -21,13 +21,13 @@ class Job:
 
     Attributes:
         prompt: Its tokens, at least one.
-        dial: What λ follows; None on a model without a dial.
+        dial: A number, a schedule or a policy; None on a model without a dial.
         max_tokens: Tokens at which it is cut off.
         temperature: 0 is greedy.
         top_p: Probability mass sampled from.
-        seed: Of its sampling; see :class:`flexalign.generation.seeded.SeededSampling`.
+        seed: Seeds its sampling; see :class:`flexalign.generation.seeded.SeededSampling`.
         stop: Texts that end it and are not in it.
-        logprobs: Likeliest tokens to tell at each token; None for no log-probabilities.
+        logprobs: Number of likeliest tokens to report at each token; None for no log-probabilities.
     """
 
     prompt: tuple[int, ...]
@@ -42,12 +42,12 @@ class Job:
 
 @dataclass(frozen=True)
 class WrittenToken:
-    """A token and, where they were asked for, log-probabilities at temperature 1 in nats.
+    """A token and, if requested, log-probabilities at temperature 1 in nats.
 
     Attributes:
         token: Its id.
-        logprob: Its own.
-        likeliest: (id, log-probability), the likeliest first.
+        logprob: Its own log-probability.
+        likeliest: Pairs (id, log-probability), the likeliest first.
     """
 
     token: int
@@ -60,12 +60,13 @@ class Ended:
     """How an answer ended.
 
     Attributes:
-        finish: By itself or a stop text, by its limit, or because its client left.
+        finish: ``"stop"`` at an end token or a stop text, ``"length"`` at its limit,
+            ``"cancelled"`` if its client disconnected.
         token_ids: Its tokens, without the one that ends it.
         route: ``"fast"`` or ``"slow"`` under an adaptive or route policy.
-        confidence: The fast answer's, under an adaptive policy.
-        rejected_tokens: Tokens of a rejected fast answer.
-        lam: λ of the way that was taken, where a policy chose it.
+        confidence: Confidence of the fast answer, under an adaptive policy.
+        rejected_tokens: Number of tokens of a rejected fast answer.
+        lam: λ of the route, if a policy chose it.
     """
 
     finish: Finish
@@ -81,9 +82,9 @@ class AnswerPiece:
     """A part of an answer.
 
     Attributes:
-        text: Its next text, which no later token takes back.
-        tokens: The tokens that the text came from.
-        ended: How the answer ended, with its last piece; else None.
+        text: Its next text, which is final.
+        tokens: The tokens that the text was decoded from.
+        ended: How the answer ended, in its last piece; otherwise None.
     """
 
     text: str
@@ -92,20 +93,20 @@ class AnswerPiece:
 
 
 class Generation:
-    """An answer on its way: the engine's thread delivers, a task of the event loop iterates.
+    """The answer to a job: the engine's thread delivers pieces, a task of the event loop reads them.
 
     Attributes:
-        job: What is to be written.
-        is_cancelled: Whether its client has left.
+        job: The job.
+        is_cancelled: Whether :meth:`cancel` was called.
     """
 
     def __init__(self, job: Job, loop: asyncio.AbstractEventLoop, outbox: "Outbox") -> None:
-        """Begin for a job.
+        """Create the generation of a job.
 
         Args:
-            job: What is to be written.
-            loop: Where :meth:`pieces` is iterated.
-            outbox: The engine's.
+            job: The job.
+            loop: The event loop in which :meth:`pieces` is iterated.
+            outbox: The outbox of the engine.
         """
         self.job = job
         self.is_cancelled = False
@@ -114,18 +115,18 @@ class Generation:
         self._pieces: asyncio.Queue[AnswerPiece | Exception] = asyncio.Queue()
 
     def cancel(self) -> None:
-        """Let it end before the engine's next step; from any thread, as often as one likes."""
+        """Make it end before the engine's next step; from any thread, and any number of times."""
         self.is_cancelled = True
 
     def deliver(self, piece: AnswerPiece | Exception) -> None:
-        """Put a piece, or what went wrong, into the outbox; from the engine's thread."""
+        """Put a piece or an error into the outbox; called in the engine's thread only."""
         self._outbox.put(self._loop, partial(self._pieces.put_nowait, piece))
 
     async def pieces(self) -> AsyncIterator[AnswerPiece]:
         """Yield the pieces up to the last.
 
         Raises:
-            Exception: What the engine failed with.
+            Exception: The error with which the engine failed.
         """
         while True:
             piece = await self._pieces.get()
@@ -137,25 +138,25 @@ class Generation:
 
 
 class Outbox:
-    """What the engine's thread has for the event loops, which are woken once a step for all of it.
+    """Collects the deliveries of a step, so that each event loop is woken once per step.
 
-    Waking a loop costs about as much as a small model's layer: done for each sequence and token, it
-    takes a fifth of a step of sixteen sequences.
+    Waking a loop costs about as much as a layer of a small model. For each sequence and token, it
+    would take a fifth of the time of a step of sixteen sequences.
     """
 
     def __init__(self) -> None:
-        """Begin with nothing held."""
+        """Create an empty outbox."""
         self._held: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
 
     def put(self, loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> None:
-        """Keep a call that is to be made in a loop."""
+        """Keep a call to make in a loop at the next :meth:`send`."""
         self._held.setdefault(loop, []).append(call)
 
     def send(self) -> None:
-        """Let the loops make the calls."""
+        """Schedule the calls in their loops."""
         held, self._held = self._held, {}
         for loop, calls in held.items():
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed, so no task waits
                 loop.call_soon_threadsafe(_call_all, calls)
 
 

@@ -1,7 +1,8 @@
-"""The engine's one thread: sequences join between steps, all go one step, those that are done leave.
+"""The engine: one thread that writes all answers, one token of each per step.
 
-:class:`Engine` is what the server speaks to: it takes jobs (:mod:`flexalign.serving.engine.jobs`) from
-any thread and never lets the caller wait for the model.
+Sequences join the batch between two steps and leave it when they have ended. The server uses
+:class:`Engine`, which takes jobs (:mod:`flexalign.serving.engine.jobs`) from any thread and never
+blocks the caller while the model runs.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ from flexalign.serving.engine.sequence import AnswerSequence, DecodingSettings
 _log = logging.getLogger("flexalign.serving")
 
 _SECONDS = 10.0
-"""The time over which tokens per second are counted."""
+"""The window over which tokens per second are counted, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,10 @@ class EngineLimits:
     """How much an engine takes on.
 
     Attributes:
-        rows: Answers written at a time.
-        queue: Answers that may wait; more are refused.
-        prefill_tokens: Prompt tokens, padding included, that one step may prefill, so that the
-            answers under way do not wait long; a longer prompt is prefilled alone.
+        rows: The most answers written at a time.
+        queue: The most answers that wait; more are refused.
+        prefill_tokens: The most prompt tokens, padding included, that one step prefills, so that
+            running answers do not wait long; a longer prompt is prefilled alone.
     """
 
     rows: int = 32
@@ -59,10 +60,10 @@ class EngineLimits:
 
 
 class Engine:
-    """Writes answers with one model, whatever dial each of them has.
+    """Writes answers with one model; each answer has its own dial.
 
-    Public methods may be called from the event loop; none but :meth:`stop` waits for the model. The
-    private ones from :meth:`_run` on belong to the thread.
+    Public methods may be called from the event loop; only :meth:`stop` waits for the model. The
+    private methods from :meth:`_run` on are called in the engine's thread only.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Engine:
         ends: Sequence[int],
         limits: EngineLimits | None = None,
     ) -> None:
-        """Prepare; :meth:`start` starts the thread.
+        """Prepare the engine; :meth:`start` starts its thread.
 
         Args:
             runner: The model.
@@ -85,15 +86,15 @@ class Engine:
         self._runner = runner
         self._limits = limits or EngineLimits()
         self._tag_error = ""
-        # A model with an adapter knows its calibrated threshold.
+        # A model with an adapter has its calibrated threshold.
         threshold = getattr(runner.model, "threshold", Adaptive.resolved_threshold)
         reader = ResponseText(tokenizer, tags)
         tag_tokens = self._find_tags(tokenizer, tags)
         self._settings = DecodingSettings(reader, frozenset(ends), tag_tokens, threshold)
         self._pad = tokenizer.pad_token_id or 0
 
-        # A generation is in one of these at a time; `_saved` holds what a fast answer in the batch
-        # needs to begin again the slow way: its prompt's cache and mask.
+        # A generation is in one of these at a time. `_saved` has, for each fast answer in the
+        # batch, the cache and mask of its prompt, from which the slow answer begins.
         self._waiting: deque[Generation] = deque()
         self._joining: list[Generation] = []
         self._batch: Batch[AnswerSequence] = Batch(runner)
@@ -108,7 +109,7 @@ class Engine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it takes jobs: the thread runs and has not been told to stop."""
+        """Whether the engine takes jobs: the thread runs and :meth:`stop` was not called."""
         return self._thread.is_alive() and not self._is_stopping
 
     @property
@@ -118,7 +119,7 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Answers that wait for a place."""
+        """Answers that wait for a row of the batch."""
         return len(self._waiting)
 
     @property
@@ -136,7 +137,7 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop the thread after its present step; what is under way fails."""
+        """Stop the thread after its current step; answers that have not ended fail."""
         with self._wakes:
             self._is_stopping = True
             self._wakes.notify()
@@ -147,17 +148,17 @@ class Engine:
         """Refuse a dial that cannot be served.
 
         Raises:
-            ConfigError: If it follows a thinking that cannot be seen.
+            ConfigError: If it depends on thinking tags that are not single tokens.
         """
         if isinstance(dial, Schedule) and dial.follows_thinking and self._settings.tags is None:
             raise ConfigError(self._tag_error)
 
     def has_room(self, jobs: int) -> bool:
-        """Whether as many jobs may wait, or begin at once."""
+        """Whether the queue has room for this many more jobs."""
         return self.waiting + jobs <= self._limits.queue
 
     def submit(self, jobs: Sequence[Job], loop: asyncio.AbstractEventLoop) -> list[Generation]:
-        """Let jobs wait for their places; those with the same prompt share its prefill.
+        """Add jobs to the queue; jobs with the same prompt share its prefill.
 
         Raises:
             ServingError: If the thread has ended.
@@ -174,11 +175,11 @@ class Engine:
         try:
             return TagTokens(tokenizer, tags)
         except ConfigError as error:
-            self._tag_error = str(error)  # for those whose dial needs them; others are served
+            self._tag_error = str(error)  # raised by `check`, for a dial that needs the tags
             return None
 
     def _run(self) -> None:
-        """Step until told to stop; whoever waits at the end, however it came, is told so."""
+        """Run steps until :meth:`stop` is called; then fail every answer that has not ended."""
         reason = "the server is shutting down; ask again later."
         try:
             with evaluating(self._runner.model), torch.inference_mode():
@@ -187,7 +188,7 @@ class Engine:
             reason = "the engine has failed; ask again once the server has been restarted."
             _log.critical("the engine has failed, and ends", exc_info=True)
 
-        # Under the lock: a job is either submitted before and told here, or refused.
+        # Under the lock: a job is either submitted before this and fails here, or is refused.
         with self._wakes:
             self._is_stopping = True
             left = [*self._under_way(), *self._waiting, *(one for one, _ in self._failed)]
@@ -213,7 +214,8 @@ class Engine:
                 self._saved.clear()
                 self._joining = []
 
-            # Is it the input or the device? A model that fails at a token of ours ends the engine.
+            # The input or the device is at fault. If the model fails at a token of our own, it is
+            # the device, and the engine ends.
             if self._failed:
                 require_working(self._runner, self._pad)
                 for generation, cause in self._failed:
@@ -226,11 +228,11 @@ class Engine:
         return [one.generation for one in sequences] + self._joining
 
     def _fail(self, generations: Sequence[Generation], error: Exception) -> None:
-        """Let answers fail; they are told so once the model has been tried."""
+        """Note failed answers; the error is delivered after the model has been tested."""
         self._failed += [(generation, error) for generation in generations]
 
     def _step(self) -> None:
-        """Let sequences leave and join, and write one token of each."""
+        """Remove cancelled sequences, admit waiting ones, and write one token of each."""
         self._drop_cancelled()
         self._joining = self._next_in_line()
         self._admit(self._joining)
@@ -241,22 +243,24 @@ class Engine:
         # One transfer and one synchronisation for the whole batch; tokens are chosen on the CPU.
         logits = self._batch.step().cpu()
         likeliest = logits.argmax(-1).tolist()
+
         sequences = self._batch.sequences
-        going, leaving = [], []
+        staying, leaving = [], []
         for place, sequence in enumerate(sequences):
             try:
-                goes_on = sequence.accept(logits[place : place + 1], likeliest[place])
+                continues = sequence.accept(logits[place : place + 1], likeliest[place])
             except Exception as error:
                 _log.exception("an answer failed")
                 self._fail([sequence.generation], error)
-                goes_on = False
-            if goes_on:
-                going.append(place)
+                continues = False
+            if continues:
+                staying.append(place)
             else:
                 leaving.append(sequence)
-        self._batch.keep(going)
+        self._batch.keep(staying)
         self._rate.add(len(sequences))
 
+        # A rejected fast answer joins again at its prompt, as a slow one.
         for sequence in leaving:
             saved = self._saved.get(sequence)
             if saved is not None and sequence.is_rejected:
@@ -281,12 +285,13 @@ class Engine:
             AnswerSequence(generation, self._settings).end("cancelled")
 
     def _next_in_line(self) -> list[Generation]:
-        """Take from the queue what there are places for and one step may prefill."""
+        """Take jobs from the queue, up to the free rows and to what one step may prefill."""
         chosen: list[Generation] = []
         longest = 0
         with self._wakes:
             while self._waiting and self.running + len(chosen) < self._limits.rows:
                 generation = self._waiting[0]
+                # Prompts are padded to the longest, and equal ones are one row.
                 longest = max(longest, len(generation.job.prompt))
                 prompts = {one.job.prompt for one in chosen} | {generation.job.prompt}
                 if chosen and longest * len(prompts) > self._limits.prefill_tokens:
@@ -295,7 +300,7 @@ class Engine:
         return chosen
 
     def _admit(self, generations: list[Generation]) -> None:
-        """Prefill prompts together; should that fail, one by one."""
+        """Prefill prompts together; if that fails, one by one."""
         if not generations:
             return
         try:
@@ -309,9 +314,9 @@ class Engine:
                 self._admit([generation])
 
     def _prefill(self, sequences: list[AnswerSequence]) -> None:
-        """Run all prompts but for their last tokens, and let the sequences join.
+        """Run all prompts without their last tokens, and add the sequences to the batch.
 
-        A prompt of one token has a column of padding in the place of those before.
+        A prompt of one token is prefilled as one column of padding.
         """
         # Answers to one prompt share its row of the prefill.
         own_prompts = [one.generation.job.prompt for one in sequences]
@@ -322,51 +327,51 @@ class Engine:
         device = self._runner.model.device
         ids, mask = ids.to(device), mask.to(device)
 
-        # A row is prefilled for every dial that will go on from it: each sequence's own, and the
-        # slow one of those that begin fast.
+        # A row is prefilled for every dial that continues from it: each sequence's own, and the
+        # slow dial of those that begin fast.
         rows = torch.tensor([prompts.index(prompt) for prompt in own_prompts])
         dials = [one.dial for one in sequences]
-        phases = [(rows[i : i + 1], RowDials.of([dial], 1)) for i, dial in enumerate(dials)]
+        phases = [(rows[i : i + 1], RowDials.following([dial])) for i, dial in enumerate(dials)]
         slow = [
-            (one, rows[i : i + 1], RowDials.of([one.slow_dial], 1))
+            (one, rows[i : i + 1], RowDials.following([one.slow_dial]))
             for i, one in enumerate(sequences)
             if one.slow_dial is not None
         ]
         phases += [(row, dial) for _, row, dial in slow]
 
-        # The batch changes last: should anything fail above, nobody has joined.
+        # The batch changes last: if anything above fails, no sequence has joined.
         cache = self._runner.prefill(ids, mask, phases)
         saved = {one: (self._runner.fork(cache, row, dial), mask[row]) for one, row, dial in slow}
-        own_cache = self._runner.fork(cache, rows, RowDials.of(dials, len(dials)))
+        own_cache = self._runner.fork(cache, rows, RowDials.following(dials))
         self._batch.add(sequences, own_cache, mask[rows])
         self._saved |= saved
 
 
 def require_working(runner: Runner, token: int) -> None:
-    """Run one token through a model, after something failed in it: no client's input has a part here.
+    """Run one fixed token through a model, to test it after a failure.
 
-    A prompt that is too much for the memory fails by itself; after a fault of the device every
-    step fails, and a server that goes on answers nobody.
+    A prompt that needs too much memory fails alone. After a fault of the device every step fails,
+    and the engine must end.
 
     Args:
-        runner: What is tried.
+        runner: The model that is tested.
         token: A token id.
 
     Raises:
-        Exception: What the model fails with.
+        Exception: The error that the model raises, if it does.
     """
     batch: Batch[_ProbeSequence] = Batch(runner)
     probe = _ProbeSequence(token)
     ids = torch.tensor([[token]], device=runner.model.device)
     mask = torch.zeros_like(ids)
-    dials = RowDials.of([Fixed(probe.lam())], 1)
+    dials = RowDials.following([Fixed(probe.lam())])
     batch.add([probe], runner.prefill(ids, mask, [(torch.tensor([0]), dials)]), mask)
     batch.step()
 
 
 @dataclass
 class _ProbeSequence:
-    """A sequence of one token, at a λ that needs both streams or models."""
+    """A sequence of one token, at a λ that needs both streams, or both models of a pair."""
 
     next_token: int
 
@@ -382,7 +387,7 @@ class TokenRate:
     """
 
     def __init__(self) -> None:
-        """Begin at 0."""
+        """Start the count at 0."""
         self.total = 0
         self._recent: deque[tuple[float, int]] = deque()
         self._lock = threading.Lock()

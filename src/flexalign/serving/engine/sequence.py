@@ -1,7 +1,7 @@
-"""One answer as it is written: how its next token is chosen, where it ends, what is delivered.
+"""One answer while it is written: how the next token is chosen, where it ends, what is delivered.
 
-An :class:`AnswerSequence` is a member of the engine's batch. It takes the logits of each step, and hands
-text over as soon as it is certain, which a :class:`StoppedText` decides.
+An :class:`AnswerSequence` is a member of the engine's batch. It takes the logits of each step and
+delivers text as soon as it is final; a :class:`StoppedText` decides that.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,11 +16,11 @@ from flexalign.generation.confidence import ConfidenceTracker
 from flexalign.generation.row_lambdas import TagTokens
 from flexalign.generation.seeded import SeededSampling
 from flexalign.generation.text import ResponseText, StreamedText
-from flexalign.lambdas import Adaptive, Fixed, Route, Schedule, Way
+from flexalign.lambdas import Adaptive, Fixed, Route, Schedule, Way, way_dial
 from flexalign.serving.engine.jobs import AnswerPiece, Ended, Finish, Generation, WrittenToken
 
 _LEAST_LOGPROB = -9999.0
-"""Told in the place of −∞, which JSON does not have."""
+"""Reported instead of −∞, which JSON does not have."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class DecodingSettings:
     """What all sequences of an engine have in common.
 
     Attributes:
-        reader: Tokens as text.
+        reader: Decodes tokens to text.
         ends: Tokens that end an answer.
         tags: The thinking tags' tokens, or None if they are not single tokens.
         threshold: The least confidence that an adaptive policy accepts.
@@ -41,12 +41,12 @@ class DecodingSettings:
 
 
 class _FastTrial(NamedTuple):
-    """What a fast answer is judged by.
+    """How a fast answer is accepted or rejected.
 
     Attributes:
         tracker: Measures its confidence.
-        threshold: The least that is accepted.
-        slow: What λ follows if it is rejected.
+        threshold: The least confidence that is accepted.
+        slow: The dial of the slow answer, written if the fast one is rejected.
     """
 
     tracker: ConfidenceTracker
@@ -57,15 +57,16 @@ class _FastTrial(NamedTuple):
 class AnswerSequence:
     """An answer that is being written.
 
-    Under an adaptive policy it is written up to twice: the fast answer, greedy and delivered to nobody
-    until it is accepted; then, if it is not, the slow one from the prompt on (:meth:`go_slow`).
+    Under an adaptive policy it is written up to twice. The fast answer is greedy, and is not delivered
+    before it is accepted. If it is rejected, the slow answer begins again at the prompt
+    (:meth:`go_slow`).
 
     Attributes:
-        generation: Whose answer it is.
+        generation: The generation that it belongs to.
         next_token: The token that goes into the model next.
-        ended: How it has ended; None while it goes on.
-        is_rejected: Whether it is a fast answer that was not sure enough.
-        dial: What λ follows in the present attempt.
+        ended: How it ended; None while it is written.
+        is_rejected: Whether it is a fast answer below the threshold.
+        dial: The dial of the current attempt.
     """
 
     next_token: int
@@ -80,7 +81,7 @@ class AnswerSequence:
     _sampling: SeededSampling | None
 
     def __init__(self, generation: Generation, settings: DecodingSettings) -> None:
-        """Prepare for a job; under a route policy its way is drawn here, by the job's seed."""
+        """Prepare for a job; under a route policy, fast or slow is drawn here by the job's seed."""
         self.generation = generation
         self._job = job = generation.job
         self._settings = settings
@@ -92,22 +93,22 @@ class AnswerSequence:
         dial = job.dial
         if isinstance(dial, Route):
             self._route = dial.draw(torch.Generator().manual_seed(job.seed))
-            dial = Fixed(dial.slow_lambda if self._route == "slow" else dial.fast_lambda)
+            dial = way_dial(dial, self._route)
         elif isinstance(dial, Adaptive):
             threshold = settings.threshold(dial)
             tracker = ConfidenceTracker([dial], [threshold], torch.device("cpu"))
             tracker.use_ends([EosTokenCriteria(sorted(settings.ends)), self._stop_found])
-            self._fast = _FastTrial(tracker, threshold, Fixed(dial.slow_lambda))
-            dial = Fixed(dial.fast_lambda)
-        self._begin(dial or Fixed(0.0))  # a model without a dial asks for no λ
+            self._fast = _FastTrial(tracker, threshold, way_dial(dial, "slow"))
+            dial = way_dial(dial, "fast")
+        self._begin(dial or Fixed(0.0))  # a model without a dial does not use λ
 
     @property
     def slow_dial(self) -> Fixed | None:
-        """What λ will follow if this is a fast answer and is rejected."""
+        """The dial after a rejection, if this is a fast answer; otherwise None."""
         return None if self._fast is None else self._fast.slow
 
     def lam(self) -> float:
-        """Return λ of the token that will be chosen next."""
+        """Return λ of the token that is chosen next."""
         if isinstance(self.dial, Fixed):
             return self.dial.lam
         tags = self._settings.tags
@@ -121,10 +122,10 @@ class AnswerSequence:
 
         Args:
             logits: The model's, shape ``(1, V)``.
-            likeliest: Their largest, which greedy decoding takes.
+            likeliest: The token of the largest logit, which greedy decoding takes.
 
         Returns:
-            Whether the sequence goes on.
+            Whether the sequence continues.
         """
         job = self._job
         token = likeliest
@@ -142,7 +143,7 @@ class AnswerSequence:
             self._tokens.append(_written_token(token, logits, job.logprobs))
             self._text += self._running.put(token)
 
-        # After the text: a stop text that the token completes ends a fast answer too.
+        # This follows the text: a stop text that the token completes ends a fast answer too.
         is_dropped = False
         if self._fast is not None:
             is_dropped = bool(self._fast.tracker(torch.tensor([[token]]), None))
@@ -164,8 +165,9 @@ class AnswerSequence:
         return finish is None
 
     def end(self, finish: Finish) -> None:
-        """End the answer and deliver what is left of it."""
+        """End the answer and deliver the rest of it."""
         self._text += self._running.end()
+
         is_chosen = isinstance(self._job.dial, Adaptive | Route)
         self.ended = Ended(
             finish,
@@ -178,7 +180,7 @@ class AnswerSequence:
         self._deliver()
 
     def go_slow(self) -> None:
-        """Begin a rejected fast answer again from the prompt, the slow way."""
+        """Begin a rejected fast answer again at the prompt, as the slow answer."""
         if self._fast is not None:
             slow, self._fast = self._fast.slow, None
             self._begin(slow)
@@ -209,17 +211,17 @@ class AnswerSequence:
             self._rejected_tokens = int(tracker.counted[0])
 
     def _deliver(self) -> None:
-        """Hand over what is certain; tokens go with the text that they became."""
+        """Deliver the text that is final, with its tokens; tokens without text yet wait."""
         if self._text or self.ended is not None:
             self.generation.deliver(AnswerPiece(self._text, tuple(self._tokens), self.ended))
             self._text, self._tokens = "", []
 
     def _ids_of_length(self) -> Tensor:
-        """Return ids of the present length, which is all that the processors read of them."""
+        """Return uninitialised ids of the current length; the processors read only the length."""
         return torch.empty((1, len(self._job.prompt) + self._index), dtype=torch.long)
 
     def _stop_found(self, ids: Tensor, scores: object, **_: object) -> Tensor:
-        """Say as a stopping criterion whether a stop text was found."""
+        """Return whether a stop text was found, as a stopping criterion."""
         return torch.tensor([self._running.has_stopped])
 
 
@@ -233,10 +235,10 @@ def _written_token(token: int, logits: Tensor, alternatives: int | None) -> Writ
 
 
 class StoppedText:
-    """Turns tokens into text, piece by piece, and ends before the first stop text.
+    """Decodes tokens to text, piece by piece, up to the first stop text.
 
-    What may be the beginning of a stop text is held back until it is none, so that nothing is given out
-    that a later token could cut off.
+    Text that may be the beginning of a stop text is held back until it is clear that it is not, so that
+    no text is returned that a later token could remove.
 
     Attributes:
         has_stopped: Whether a stop text was found.
@@ -246,7 +248,7 @@ class StoppedText:
         """Begin an answer.
 
         Args:
-            reader: Tokens as text.
+            reader: Decodes tokens to text.
             stops: The stop texts.
         """
         self.has_stopped = False
@@ -255,11 +257,11 @@ class StoppedText:
         self._held = ""
 
     def put(self, token: int) -> str:
-        """Take the next token; return the text that is certain by now."""
+        """Add the next token; return the text that has become final."""
         return self._until_stop(self._text.put(token))
 
     def end(self) -> str:
-        """Return what was held back, as no token follows."""
+        """Return the text that was held back; no token follows."""
         if self.has_stopped:
             return ""
         text = self._until_stop(self._text.end()) + self._held

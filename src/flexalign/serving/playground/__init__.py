@@ -1,7 +1,7 @@
-"""A page to try a server from: chat with the dial at hand, and settings side by side.
+"""A page to try a server: a chat with the dial, and several settings side by side.
 
-:class:`Playground` is ASGI middleware and knows no engine: the page speaks to ``/v1/models`` and
-``/v1/chat/completions`` of whatever application it stands before, ours or vLLM's.
+:class:`Playground` is ASGI middleware and does not depend on an engine: the page calls ``/v1/models``
+and ``/v1/chat/completions`` of the application that it wraps, ours or vLLM's.
 """
 
 from importlib.resources import files
@@ -31,14 +31,14 @@ _HEADERS = (
     (b"cache-control", b"no-cache"),
 )
 _REDIRECTS = {"/": "playground", "/playground/": "../playground"}
-"""Relative, so that a proxy may serve everything under a prefix."""
+"""Relative, so that they also work behind a proxy that adds a prefix to the paths."""
 
 
 class Playground:
-    """Answers ``/playground`` with the page and sends ``/`` there; everything else passes."""
+    """Serves the page at ``/playground``, redirects ``/`` to it, and passes other requests on."""
 
     def __init__(self, app: Any) -> None:
-        """Stand before an application, and before its key: the page itself is no secret."""
+        """Wrap an application, its key check included: the page itself needs no key."""
         self._app = app
         self._files = _read_page()
 
@@ -56,7 +56,7 @@ class Playground:
 
 
 def _read_page() -> dict[str, tuple[bytes, bytes]]:
-    """Return every file's type and content by its path."""
+    """Return the type and content of every file, by its URL path."""
     served = {}
     for file in (files(__package__) / "page").iterdir():
         kind = _TYPES.get(file.name.rpartition(".")[2])

@@ -12,11 +12,12 @@ from flexalign.serving.errors import ApiError, Scope
 from flexalign.serving.middleware import with_body
 
 
-class Attempt:
-    """A fast answer on its way: what vLLM is given as ``send`` and as ``receive``.
+class StreamedFastAnswer:
+    """A fast answer as vLLM streams it: what vLLM is given as ``send`` and as ``receive``.
 
-    It is judged by the measures of :class:`~flexalign.generation.confidence.ConfidenceTracker`, token by token,
-    and let go of as soon as it cannot be accepted any more.
+    Its confidence is measured token by token, by
+    :class:`~flexalign.generation.confidence.ConfidenceTracker`, and it is cut off as soon as it cannot be
+    accepted any more.
 
     Attributes:
         messages: What vLLM sent, to be sent on if the answer is accepted.
@@ -37,25 +38,25 @@ class Attempt:
         self.is_failed = False
         self._threshold = threshold
         self._is_chat = is_chat
-        self._watch = ConfidenceTracker([policy], [threshold], torch.device("cpu"))
+        self._tracker = ConfidenceTracker([policy], [threshold], torch.device("cpu"))
         self._buffer = b""
         self._stops = asyncio.Event()
         self._error: dict[str, Any] | None = None
 
     @property
     def confidence(self) -> float:
-        """How sure the answer is; where it was let go of, up to there."""
-        return float(self._watch.confidence[0])
+        """How sure the answer is; where it was cut off, up to there."""
+        return float(self._tracker.confidence[0])
 
     @property
     def is_accepted(self) -> bool:
         """Whether it has come to its end by itself and is sure enough."""
-        return bool(self._watch.ended[0]) and self.confidence >= self._threshold
+        return bool(self._tracker.ended[0]) and self.confidence >= self._threshold
 
     @property
     def tokens(self) -> int:
         """Tokens that were written, without the one that ends it."""
-        return int(self._watch.counted[0])
+        return int(self._tracker.counted[0])
 
     async def run(self, app: Any, body: dict[str, Any], scope: Scope, receive: Any) -> bool:
         """Let vLLM write it.
@@ -77,6 +78,7 @@ class Attempt:
         leaving = asyncio.create_task(self._stop_when_gone(receive))
         stopping = asyncio.create_task(self._stops.wait())
         tasks = (writing, leaving, stopping)
+
         try:
             await asyncio.wait((writing, stopping), return_when=asyncio.FIRST_COMPLETED)
             is_there = not leaving.done()
@@ -84,6 +86,8 @@ class Attempt:
             for task in tasks:
                 task.cancel()
             ended = await asyncio.gather(*tasks, return_exceptions=True)
+
+        # An exception after the stop is vLLM's way to end where its client is gone.
         if isinstance(ended[0], Exception) and not self._stops.is_set():
             raise ended[0]
         if self._error is not None:
@@ -106,10 +110,12 @@ class Attempt:
                     self._take(json.loads(event.removeprefix(b"data: ")))
 
     def _take(self, chunk: dict[str, Any]) -> None:
+        """Take in a chunk: an error, or tokens with their log-probabilities."""
         if "error" in chunk:
             self._error = chunk["error"]
             self._stops.set()
             return
+
         self.chunks.append(chunk)
         for choice in chunk["choices"]:
             told = choice.get("logprobs") or {}
@@ -120,19 +126,22 @@ class Attempt:
                 self._take_token(log_prob, choice if place == len(found) - 1 else {})
 
     def _take_token(self, log_prob: float, ends: dict[str, Any]) -> None:
+        """Measure a token; ``ends`` is the choice that it is the last token of, if it is one."""
         has_end = ends.get("finish_reason") == "stop"
         is_token = has_end and not isinstance(ends.get("stop_reason"), str)
-        dropped = self._watch.take(
+        dropped = self._tracker.take(
             torch.tensor([log_prob]), torch.tensor([has_end]), torch.tensor([is_token])
         )
         if bool(dropped[0]):
             self._stops.set()
 
     async def _until_stopped(self) -> Scope:
+        """Be vLLM's client: it leaves when the answer is cut off."""
         await self._stops.wait()
         return {"type": "http.disconnect"}
 
     async def _stop_when_gone(self, receive: Any) -> None:
+        """Cut the answer off when the client leaves."""
         while (await receive())["type"] != "http.disconnect":
             pass
         self._stops.set()
@@ -145,10 +154,13 @@ def fast_body(body: dict[str, Any], is_chat: bool) -> dict[str, Any]:
     """
     fast = {key: value for key, value in body.items() if key not in ("seed", "stream_options")}
     fast |= {"stream": True, "temperature": 0}
+
     if is_chat:
         fast |= {"logprobs": True, "top_logprobs": body.get("top_logprobs") or 0}
     elif body.get("logprobs") is None:
         fast["logprobs"] = 0
+
+    # A client that wants a stream gets the chunks as they are, one that wants the whole needs usage.
     if not body.get("stream"):
         fast["stream_options"] = {"include_usage": True}
     elif body.get("stream_options") is not None:
@@ -156,7 +168,7 @@ def fast_body(body: dict[str, Any], is_chat: bool) -> dict[str, Any]:
     return fast
 
 
-def fold(chunks: list[dict[str, Any]]) -> dict[str, Any]:
+def join_chunks(chunks: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the whole answer that a stream of one choice is.
 
     Args:
@@ -166,6 +178,7 @@ def fold(chunks: list[dict[str, Any]]) -> dict[str, Any]:
     choice: dict[str, Any] = {"index": 0, "logprobs": None}
     message: dict[str, Any] = {"role": "assistant", "content": None, "refusal": None}
     text, logprobs = "", dict[str, list[Any]]()
+
     for chunk in chunks:
         answer |= {key: value for key, value in chunk.items() if key not in ("choices", "object")}
         for part in chunk["choices"]:
@@ -178,6 +191,7 @@ def fold(chunks: list[dict[str, Any]]) -> dict[str, Any]:
                 if isinstance(values, list):
                     logprobs.setdefault(key, []).extend(values)
             choice |= {key: part[key] for key in ("finish_reason", "stop_reason") if key in part}
+
     if logprobs:
         choice["logprobs"] = logprobs
     is_chat = chunks[0]["object"] == "chat.completion.chunk"

@@ -70,6 +70,7 @@ def prepare_folder(
     architecture = _architecture(str(source), load_config(source))
     if source.gguf_file is None and not any_base:
         require_base(settings, fingerprint(source), str(source), adapter)
+
     output = _emptied(Path(output).expanduser().absolute())
     if source.gguf_file is None:
         _link_base(source.path, output)
@@ -82,9 +83,16 @@ def prepare_folder(
         loaded.save_pretrained(output)
         load_tokenizer(source).save_pretrained(output)
         base = output
+
+    if settings.rendering and settings.rendering.get("arguments"):
+        tokenizer = load_tokenizer(source)
+        settings.bind(tokenizer)
+        tokenizer.save_pretrained(output)
+
     config = read_json(base / "config.json")
     _write_index(tensor_infos(base), _write_adapter(adapter, tensor_infos(base), output), output)
     shutil.copyfile(adapter / CONFIG_FILE, output / CONFIG_FILE)
+
     dial = DialSettings(
         settings.adapter_layers, settings.default_lambda, _thinking_tokens(settings, source)
     )
@@ -144,12 +152,14 @@ def _write_adapter(adapter: Path, base: dict[str, TensorInfo], output: Path) -> 
                 f"{adapter / WEIGHTS_FILE} does not fit this base: {name!r} is "
                 f"{tuple(tensor.shape)}, and the base's first layer has {found} there."
             )
+
     named = {f"model.adapter.{name}": tensor for name, tensor in tensors.items()}
     save_file(named, output / _ADAPTER_FILE, metadata={"format": "pt"})
     return list(named)
 
 
 def _write_index(base: dict[str, TensorInfo], adapter: list[str], output: Path) -> None:
+    """Write which file each tensor is in, so that vLLM looks for the adapter's too."""
     files = {name: info.file.name for name, info in base.items()}
     files |= dict.fromkeys(adapter, _ADAPTER_FILE)
     write_json(output / _INDEX_FILE, {"metadata": {}, "weight_map": files})
@@ -162,4 +172,4 @@ def _thinking_tokens(settings: InRaConfig, source: Model) -> tuple[int, int] | N
         tokens = TagTokens(tokenizer, settings.tags or ThinkingTags.of(tokenizer))
     except ConfigError:
         return None
-    return tokens.open, tokens.close
+    return (tokens.open, tokens.close) if tokens.are_single else None

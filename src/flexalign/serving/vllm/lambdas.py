@@ -1,5 +1,9 @@
 """λ of every token of a vLLM batch, from what each request asked for.
 
+:class:`DialSettings` is what a prepared folder's ``config.json`` tells the engine; :func:`read_lambda`
+reads a request; :class:`RequestDial` follows it through its sequence; :class:`TokenLambdas` writes a
+batch.
+
 λ belongs to a position. At position p the model chooses token p + 1, whose index among the
 generated tokens is p + 1 − (length of the prompt), and 0 for the prompt's own tokens. That is so
 in a prompt that comes in chunks, in a request that is computed again after it was preempted, and
@@ -19,10 +23,11 @@ from flexalign._spelling import misspelt
 from flexalign.errors import ConfigError
 from flexalign.lambdas import Schedule
 
-# What a prepared folder's ``config.json`` tells the engine of its dial.
-
 CONFIG_KEY = "flexalign"
 """The key of ``config.json`` under which the settings stand."""
+
+LAMBDA_KEY = "lambda"
+"""The key of ``SamplingParams.extra_args``; over HTTP, of ``vllm_xargs``."""
 
 ARCHITECTURES = {
     "llama": "InRaLlamaForCausalLM",
@@ -71,10 +76,6 @@ class DialSettings:
         )
 
 
-LAMBDA_KEY = "lambda"
-"""The key of ``SamplingParams.extra_args``; over HTTP, of ``vllm_xargs``."""
-
-
 def read_lambda(extra_args: Mapping[str, Any] | None, settings: DialSettings) -> Schedule:
     """Read what a request's λ follows.
 
@@ -90,6 +91,7 @@ def read_lambda(extra_args: Mapping[str, Any] | None, settings: DialSettings) ->
     """
     given = dict(extra_args or {})
     value = given.pop(LAMBDA_KEY, None)
+    # vLLM's own extras pass; only what is almost λ would otherwise be served at the default.
     for name in given:
         if misspelt(name, [LAMBDA_KEY]):
             raise ConfigError(f"{name[:80]!r} is no dial; did you mean {LAMBDA_KEY!r}?")
@@ -146,8 +148,11 @@ class RequestDial:
         positions = range(start, start + count)
         if not self.schedule.follows_thinking:
             return [self.schedule.at(self._index(position)) for position in positions]
+
+        # The engine may start behind what was seen (a cached prefix) or before it (rejected drafts).
         self._look(range(self._seen, start), self._known[self._seen : start])
         self._tags = [tag for tag in self._tags if tag[0] < start]
+
         values = []
         for position, token in zip(positions, token_ids, strict=True):
             self._look((position,), (token,))
@@ -156,9 +161,11 @@ class RequestDial:
         return values
 
     def _index(self, position: int) -> int:
+        """Return the index, among the generated tokens, of the token chosen at a position."""
         return max(0, position + 1 - self._prompt_length)
 
     def _look(self, positions: Sequence[int], token_ids: Sequence[int]) -> None:
+        """Note the tags among tokens."""
         opening, closing = cast("tuple[int, int]", self._tokens)  # read_lambda has seen to them
         for position, token in zip(positions, token_ids, strict=True):
             if token in (opening, closing):
@@ -253,6 +260,7 @@ class TokenLambdas:
         """
         constants = np.array([dial.constant or 0.0 for dial in dials], dtype=np.float32)
         values = np.repeat(constants, np.diff(starts))
+
         moving = [row for row, dial in enumerate(dials) if dial.constant is None]
         if moving:
             firsts = positions[torch.as_tensor(starts[moving]).long()].tolist()
@@ -261,4 +269,5 @@ class TokenLambdas:
             for row, first in zip(moving, firsts, strict=True):
                 begin, end = int(starts[row]), int(starts[row + 1])
                 values[begin:end] = dials[row].at(first, end - begin, tokens[begin:end])
+
         self.values[: len(values)].copy_(torch.from_numpy(values), non_blocking=True)

@@ -101,6 +101,7 @@ class Launch:
             if value is not None
             for word in (name, str(value))
         ]
+
         own = ["--enable-prompt-tokens-details", "--disable-uvicorn-access-log"]
         if _version("vllm") is None and not any("chunked" in flag for flag in self.flags):
             own.append(_WHOLE_PROMPTS)
@@ -157,6 +158,7 @@ def cached_folder(model: str, adapter: str, *, any_base: bool = False) -> Path:
     files = sorted(path for folder in (base.path, dial) for path in folder.glob("*"))
     state = [(str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size) for path in files]
     key = sha256(json.dumps([str(base), str(dial.resolve()), state]).encode()).hexdigest()[:16]
+
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "flexalign" / "vllm" / f"{key}{'-any' if any_base else ''}"
 
@@ -194,6 +196,7 @@ def run(launch: Launch, on_ready: Callable[[], None]) -> None:
         stdout=sys.stderr.fileno(),
         preexec_fn=lambda: libc.prctl(_DEATH_SIGNAL, signal.SIGTERM),
     )
+
     is_stopping = False
 
     def stop(*_: object) -> None:
@@ -202,6 +205,7 @@ def run(launch: Launch, on_ready: Callable[[], None]) -> None:
         process.terminate()
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+
     try:
         is_ready = False
         while process.poll() is None and not is_stopping:
@@ -209,6 +213,7 @@ def run(launch: Launch, on_ready: Callable[[], None]) -> None:
                 is_ready = True
                 on_ready()
             time.sleep(0.2)
+
         with suppress(subprocess.TimeoutExpired):  # one that does not end is killed below
             process.wait(launch.grace + _MARGIN if is_stopping else None)
     finally:
@@ -217,6 +222,7 @@ def run(launch: Launch, on_ready: Callable[[], None]) -> None:
             process.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
+
     if not is_stopping:
         raise ServingError(
             f"vLLM has ended with status {process.returncode}; the log above says why. Start the "

@@ -6,28 +6,33 @@
 
 FOLDER is of :func:`flexalign.serving.vllm.folder.prepare_folder`; its rules are the adapter's. What an
 operator decides beside them stands in the environment variable :data:`VARIABLE`.
+
+A request passes, from the outside in: the playground and the gates, :class:`ErrorRewriting`,
+:class:`RoutesWithoutDial`, :class:`VllmDialMiddleware`, and then vLLM. What is done here and not by
+vLLM's own plugins, and why, is in ``docs/decisions.md``.
 """
 
 import json
 import os
 import secrets
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.inra.configuration import InRaConfig
-from flexalign.lambdas import Adaptive, Dial, Fixed, Route, Schedule
+from flexalign.lambdas import Adaptive, Dial, Fixed, Route, Schedule, way_dial
 from flexalign.models.loading import load_tokenizer
 from flexalign.serving.dial import DIAL_KEYS, DialChoice, DialRules, adapter_rules, refuse_misspelt
 from flexalign.serving.errors import ApiError, Scope, send_error
 from flexalign.serving.middleware import (
     PATHS,
     DialMiddleware,
-    Echo,
+    DialWriter,
     KeyGate,
     LoopbackGate,
     path_of,
@@ -36,306 +41,12 @@ from flexalign.serving.middleware import (
 )
 from flexalign.serving.playground import Playground
 from flexalign.serving.protocol import BODY_LIMIT, parse_body, read_body
-from flexalign.serving.vllm.adaptive import Attempt, fast_body, fold
+from flexalign.serving.vllm.adaptive import StreamedFastAnswer, fast_body, join_chunks
 from flexalign.serving.vllm.lambdas import LAMBDA_KEY
-from flexalign.serving.vllm.responses import Reading, Retold, are_ids
+from flexalign.serving.vllm.responses import ResponseRewriter, ThinkingReader, are_ids
 
-# The dials that were served, counted beside what vLLM's ``/metrics`` tells.
-
-_BARGAINING = (b"accept", b"accept-encoding")
-"""Headers by which a client gets another form than Prometheus' text, or a compressed one."""
-
-
-class DialCount:
-    """Counts the dials of answers, and tells them at ``/metrics`` after what vLLM tells.
-
-    It needs ``prometheus_client``, which vLLM brings.
-    """
-
-    def __init__(self) -> None:
-        from prometheus_client import CollectorRegistry
-
-        from flexalign.serving.metrics import DialMetrics
-
-        self._registry = CollectorRegistry()
-        self._dials = DialMetrics(self._registry)
-
-    def counted(self, choice: DialChoice, send: Any) -> Any:
-        """Return a client's ``send`` that counts the dial of an answer as it begins."""
-
-        async def counting(message: Scope) -> None:
-            if message["type"] == "http.response.start" and message["status"] == 200:
-                self._dials.began(choice.dial)
-                self._dials.went(choice.report.get("policy"), choice.report.get("route"))
-            await send(message)
-
-        return counting
-
-    def told(self, app: Any) -> Any:
-        """Return the application with the count in what it answers at ``/metrics``."""
-        from prometheus_client import generate_latest
-
-        async def telling(scope: Scope, receive: Any, send: Any) -> None:
-            if scope["type"] != "http" or path_of(scope) != "/metrics":
-                await app(scope, receive, send)
-                return
-            headers = [one for one in scope["headers"] if one[0] not in _BARGAINING]
-            answer: list[Scope] = []
-
-            async def keep(message: Scope) -> None:
-                answer.append(message)
-
-            await app({**scope, "headers": headers}, receive, keep)
-            start, *parts = answer
-            body = b"".join(part.get("body", b"") for part in parts)
-            if start["status"] == 200:
-                body += generate_latest(self._registry)
-            await send({**start, "headers": with_length(start["headers"], len(body))})
-            await send({"type": "http.response.body", "body": body})
-
-        return telling
-
-
-# What vLLM is asked for each dial, and what is refused because λ would not arrive.
-
-_EXTRAS = "vllm_xargs"
-
-
-class EngineDial(DialMiddleware):
-    """The dial in front of vLLM, which takes a λ or a schedule, and knows no policy.
-
-    A policy that chooses a way is followed here. Under the adaptive one vLLM first writes the fast
-    answer; if that is not sure enough, the slow one is asked for, whose prompt vLLM has cached.
-    """
-
-    def __init__(
-        self,
-        app: Any,
-        rules: DialRules,
-        settings: InRaConfig,
-        reading: Reading,
-        count: DialCount,
-        *,
-        body_limit: int = BODY_LIMIT,
-    ) -> None:
-        """Stand before vLLM's application.
-
-        Args:
-            app: vLLM's.
-            rules: What is permitted.
-            settings: The adapter's.
-            reading: Of its model.
-            count: Of the dials that it serves.
-            body_limit: The longest body in bytes.
-        """
-        super().__init__(app, rules, body_limit=body_limit)
-        self._settings = settings
-        self._reading = reading
-        self._count = count
-
-    async def pass_on(
-        self, body: dict[str, Any], choice: DialChoice, scope: Scope, receive: Any, send: Any
-    ) -> None:
-        """Let vLLM answer."""
-        refuse_engine_lambda(body)
-        is_chat = path_of(scope) == PATHS[0]
-        self._check(body, choice.dial)
-        send = self._count.counted(choice, send)
-        retold = Retold(self._reading, body, is_chat, choice, send)
-        if is_chat:
-            body = body | {"return_prompt_text": True}
-        if self._reading.has_special_tags:
-            body = {"skip_special_tokens": False} | body
-        dial = choice.dial
-        if isinstance(dial, Route):
-            dial = _drawn(dial, body.get("seed"), choice)
-        elif isinstance(dial, Adaptive):
-            later = await self._go_fast(dial, body, choice, scope, receive, retold)
-            if later is None:
-                return
-            dial = later
-        lam = cast("Fixed | Schedule", dial)  # all that is left: a model with a dial has a default
-        scope, receive = with_body(scope, _with_lambda(body, lam), receive)
-        await self.app(scope, receive, retold)
-
-    async def _go_fast(
-        self,
-        policy: Adaptive,
-        body: dict[str, Any],
-        choice: DialChoice,
-        scope: Scope,
-        receive: Any,
-        answer: Echo,
-    ) -> Fixed | None:
-        """Answer the fast way; return the slow one's dial if that is not sure enough."""
-        fast = Fixed(policy.fast_lambda)
-        is_chat = path_of(scope) == PATHS[0]
-        tried = Attempt(policy, self._settings.threshold(policy), is_chat)
-        asked = _with_lambda(fast_body(body, is_chat), fast)
-        if not await tried.run(self.app, asked, scope, receive):
-            return None
-        is_sure = tried.is_accepted
-        lam = policy.fast_lambda if is_sure else policy.slow_lambda
-        if not tried.is_failed:
-            choice.report |= {
-                "route": "fast" if is_sure else "slow",
-                "lambda": lam,
-                "rejected_tokens": 0 if is_sure else tried.tokens,
-                "confidence": tried.confidence,
-            }
-            if not is_sure:
-                return Fixed(lam)
-        messages = tried.messages
-        if is_sure and not body.get("stream"):
-            messages = _whole(fold(tried.chunks))
-        for message in messages:
-            await answer(message)
-        return None
-
-    def _check(self, body: dict[str, Any], dial: Dial | None) -> None:
-        if body.get("use_beam_search"):
-            raise _refused("use_beam_search", "vLLM's beam search takes no λ; leave it out.")
-        if not isinstance(dial, Adaptive | Route):
-            return
-        if body.get("n") not in (None, 1) or _prompts(body) > 1:
-            raise _refused(
-                "n",
-                "n must be 1, and the prompt one, under the adaptive and the route policy on vLLM; ask "
-                "once for each answer.",
-            )
-        for key in ("tools", "echo") if isinstance(dial, Adaptive) else ():
-            if body.get(key):
-                raise _refused(key, f"{key} is not served under the adaptive policy on vLLM.")
-
-
-def refuse_engine_lambda(body: dict[str, Any]) -> None:
-    """Refuse a body that gives the engine a λ past the operator's range.
-
-    Raises:
-        ApiError: If it does.
-    """
-    sampling = body.get("sampling_params")
-    extra_args = sampling.get("extra_args") if isinstance(sampling, dict) else None
-    for extras in (body.get(_EXTRAS), extra_args):
-        if isinstance(extras, dict) and LAMBDA_KEY in extras:
-            raise ApiError(
-                400,
-                f"{_EXTRAS} may not hold {LAMBDA_KEY!r}, which is the server's; say {LAMBDA_KEY} itself, "
-                f"beside the messages or the prompt, at {' or '.join(PATHS)}.",
-                param=_EXTRAS,
-                code="invalid_dial",
-            )
-
-
-def _drawn(policy: Route, seed: object, choice: DialChoice) -> Fixed:
-    """Draw the way of a request by its seed, as the local engine does."""
-    is_seed = isinstance(seed, int) and -(2**63) <= seed < 2**63
-    generator = torch.Generator().manual_seed(seed if is_seed else secrets.randbits(62))  # type: ignore[arg-type]
-    way = policy.draw(generator)
-    lam = policy.slow_lambda if way == "slow" else policy.fast_lambda
-    choice.report |= {"route": way, "lambda": lam, "rejected_tokens": 0}
-    return Fixed(lam)
-
-
-def _with_lambda(body: dict[str, Any], dial: Fixed | Schedule) -> dict[str, Any]:
-    value: object = dial.lam if isinstance(dial, Fixed) else dial.to_json()
-    if isinstance(value, dict):
-        value = json.dumps(value)  # vLLM takes texts and numbers there
-    extras = body.get(_EXTRAS)
-    if extras is not None and not isinstance(extras, dict):
-        return body  # vLLM refuses it, with the reason
-    return body | {_EXTRAS: {**(extras or {}), LAMBDA_KEY: value}}
-
-
-def _prompts(body: dict[str, Any]) -> int:
-    """Count the prompts of a completion."""
-    given = body.get("prompt")
-    return len(given) if isinstance(given, list) and not are_ids(given) else 1
-
-
-def _whole(answer: dict[str, Any]) -> list[Scope]:
-    content = json.dumps(answer, ensure_ascii=False).encode()
-    kind = (b"content-type", b"application/json")
-    start = {"type": "http.response.start", "status": 200, "headers": [kind]}
-    return [start, {"type": "http.response.body", "body": content}]
-
-
-def _refused(param: str, message: str) -> ApiError:
-    return ApiError(400, message, param=param, code="invalid_value")
-
-
-# What vLLM refuses, in OpenAI's form: its own differs in places that clients read.
-
-_QUEUE_IS_FULL = ("cannot accept new requests", "backlog limit")
-"""What vLLM 0.32 says, with a 503, when ``--max-num-queued-reqs`` or ``-tokens`` is reached."""
-
-
-def openai_errors(app: Any) -> Any:
-    """Return vLLM's application with its errors as a client of OpenAI's expects them.
-
-    An unknown route's ``{"detail": …}`` becomes an ``error``; the type is a word of OpenAI's, and
-    the code no number; a full queue is a 429 that says when to come back.
-    """
-
-    async def telling(scope: Scope, receive: Any, send: Any) -> None:
-        await app(scope, receive, _Errors(send) if scope["type"] == "http" else send)
-
-    return telling
-
-
-class _Errors:
-    """A client's ``send``, which holds an error back until it is whole."""
-
-    def __init__(self, send: Any) -> None:
-        self._send = send
-        self._start: Scope | None = None
-        self._body = b""
-
-    async def __call__(self, message: Scope) -> None:
-        if message["type"] == "http.response.start" and _is_error(message):
-            self._start = message
-        elif self._start is None:
-            await self._send(message)
-        else:
-            self._body += message.get("body", b"")
-            if not message.get("more_body"):
-                await self._end(self._start)
-
-    async def _end(self, start: Scope) -> None:
-        error = _retold(start["status"], self._body)
-        body, headers = self._body, list(start["headers"])
-        if error is not None:
-            body = json.dumps(error.to_json(), ensure_ascii=False).encode()
-            headers += [(name.encode(), value.encode()) for name, value in error.headers.items()]
-            start = {**start, "status": error.status}
-        await self._send({**start, "headers": with_length(headers, len(body))})
-        await self._send({"type": "http.response.body", "body": body})
-
-
-def _is_error(message: Scope) -> bool:
-    kinds = [value for name, value in message.get("headers", ()) if name.lower() == b"content-type"]
-    return message["status"] >= 400 and any(b"application/json" in kind for kind in kinds)
-
-
-def _retold(status: int, body: bytes) -> ApiError | None:
-    """Return an error of vLLM's as ours; None for one that is ours already, or that is unknown."""
-    try:
-        told = json.loads(body)
-    except ValueError:
-        return None
-    if not isinstance(told, dict):
-        return None
-    if isinstance(told.get("detail"), str):
-        return ApiError(status, told["detail"])
-    error = told.get("error")
-    if not isinstance(error, dict) or not isinstance(error.get("code"), int):
-        return None
-    message = str(error.get("message"))
-    if status == 503 and any(words in message for words in _QUEUE_IS_FULL):
-        return ApiError(429, message, code="queue_full", headers={"retry-after": "1"})
-    param = error.get("param")
-    return ApiError(status, message, param=param if isinstance(param, str) else None)
-
+if TYPE_CHECKING:
+    from flexalign.serving.metrics import DialMetrics
 
 MIDDLEWARE = f"{__name__}.Front"
 """What vLLM's ``--middleware`` is told."""
@@ -345,6 +56,12 @@ VARIABLE = "FLEXALIGN_FRONT"
 
 KEY_VARIABLE = "VLLM_API_KEY"
 """The environment variable that vLLM too reads its key from."""
+
+_EXTRAS = "vllm_xargs"
+"""The key of a body whose values vLLM hands to the engine as ``SamplingParams.extra_args``."""
+
+_QUEUE_IS_FULL = ("cannot accept new requests", "backlog limit")
+"""What vLLM 0.32 says, with a 503, when ``--max-num-queued-reqs`` or ``-tokens`` is reached."""
 
 
 @dataclass(frozen=True)
@@ -388,7 +105,10 @@ class FrontOptions:
 
 
 class Front:
-    """ASGI middleware without arguments; it reads its rules when vLLM's server starts."""
+    """The middleware that vLLM makes, from its application alone; it reads its rules at the start.
+
+    Its name stands in command lines.
+    """
 
     def __init__(self, app: Any) -> None:
         """Stand before vLLM's application."""
@@ -428,10 +148,11 @@ def build_front(app: Any, folder: Path, options: FrontOptions, key: str | None) 
     settings = InRaConfig.load(folder)
     rules = adapter_rules(settings, options.lambda_range)
     tokenizer = load_tokenizer(folder)
-    reading = Reading(tokenizer, settings.tags or ThinkingTags.of(tokenizer))
-    count = DialCount()
-    stack: Any = EngineDial(app, rules, settings, reading, count, body_limit=options.body_limit)
-    stack = openai_errors(count.told(_OtherRoutes(stack, rules, options.body_limit)))
+    reader = ThinkingReader(tokenizer, settings.tags or ThinkingTags.of(tokenizer))
+    dial_metrics()  # told as 0 before the first request
+
+    stack: Any = VllmDialMiddleware(app, rules, settings, reader, body_limit=options.body_limit)
+    stack = ErrorRewriting(RoutesWithoutDial(stack, rules, options.body_limit))
     if key:
         stack = KeyGate(stack, key)
     elif options.is_local:
@@ -439,20 +160,224 @@ def build_front(app: Any, folder: Path, options: FrontOptions, key: str | None) 
     return Playground(stack) if options.playground else stack
 
 
-class _OtherRoutes:
+class VllmDialMiddleware(DialMiddleware):
+    """The dial in front of vLLM, which takes a λ or a schedule, and knows no policy.
+
+    A policy that chooses a way is followed here. Under the adaptive one vLLM first writes the fast
+    answer; if that is not sure enough, the slow one is asked for, whose prompt vLLM has cached.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        rules: DialRules,
+        settings: InRaConfig,
+        reader: ThinkingReader,
+        *,
+        body_limit: int = BODY_LIMIT,
+    ) -> None:
+        """Stand before vLLM's application.
+
+        Args:
+            app: vLLM's.
+            rules: What is permitted.
+            settings: The adapter's.
+            reader: Of its model's thinking.
+            body_limit: The longest body in bytes.
+        """
+        super().__init__(app, rules, body_limit=body_limit)
+        self._settings = settings
+        self._reader = reader
+
+    async def pass_on(
+        self, body: dict[str, Any], choice: DialChoice, scope: Scope, receive: Any, send: Any
+    ) -> None:
+        """Let vLLM answer.
+
+        Raises:
+            ApiError: If λ would not arrive, or vLLM does not serve what is asked under the policy.
+        """
+        refuse_engine_lambda(body)
+        _refuse_unserved(body, choice.dial)
+        is_chat = path_of(scope) == PATHS[0]
+        rewriter = ResponseRewriter(self._reader, body, is_chat, choice, _counted(choice, send))
+
+        # What the rewriter needs to see: the chat's prompt, and tags that vLLM would hide.
+        if is_chat:
+            body = body | {"return_prompt_text": True}
+        if self._reader.has_special_tags:
+            body = {"skip_special_tokens": False} | body
+
+        dial = choice.dial
+        if isinstance(dial, Route):
+            dial = _drawn(dial, body.get("seed"), choice)
+        elif isinstance(dial, Adaptive):
+            slow = await self._answer_fast(dial, body, choice, scope, receive, rewriter)
+            if slow is None:
+                return
+            dial = slow
+
+        lam = cast("Fixed | Schedule", dial)  # all that is left: a model with a dial has a default
+        scope, receive = with_body(scope, _with_lambda(body, lam), receive)
+        await self.app(scope, receive, rewriter)
+
+    async def _answer_fast(
+        self,
+        policy: Adaptive,
+        body: dict[str, Any],
+        choice: DialChoice,
+        scope: Scope,
+        receive: Any,
+        rewriter: ResponseRewriter,
+    ) -> Fixed | None:
+        """Answer the fast way; return the slow one's dial if that is not sure enough."""
+        is_chat = path_of(scope) == PATHS[0]
+        answer = StreamedFastAnswer(policy, self._settings.threshold(policy), is_chat)
+        asked = _with_lambda(fast_body(body, is_chat), way_dial(policy, "fast"))
+        if not await answer.run(self.app, asked, scope, receive):
+            return None  # the client has gone
+
+        is_accepted = answer.is_accepted
+        dial = way_dial(policy, "fast" if is_accepted else "slow")
+        if not answer.is_failed:
+            choice.report |= {
+                "route": "fast" if is_accepted else "slow",
+                "lambda": dial.lam,
+                "rejected_tokens": 0 if is_accepted else answer.tokens,
+                "confidence": answer.confidence,
+            }
+            if not is_accepted:
+                return dial
+
+        # An accepted answer, or vLLM's error. vLLM streamed it, whatever the client asked for.
+        messages = answer.messages
+        if is_accepted and not body.get("stream"):
+            messages = _whole(join_chunks(answer.chunks))
+        for message in messages:
+            await rewriter(message)
+        return None
+
+
+def refuse_engine_lambda(body: dict[str, Any]) -> None:
+    """Refuse a body that gives the engine a λ past the operator's range.
+
+    Raises:
+        ApiError: If it does.
+    """
+    sampling = body.get("sampling_params")
+    extra_args = sampling.get("extra_args") if isinstance(sampling, dict) else None
+    for extras in (body.get(_EXTRAS), extra_args):
+        if isinstance(extras, dict) and LAMBDA_KEY in extras:
+            raise ApiError(
+                400,
+                f"{_EXTRAS} may not hold {LAMBDA_KEY!r}, which is the server's; say {LAMBDA_KEY} itself, "
+                f"beside the messages or the prompt, at {' or '.join(PATHS)}.",
+                param=_EXTRAS,
+                code="invalid_dial",
+            )
+
+
+def _drawn(policy: Route, seed: object, choice: DialChoice) -> Fixed:
+    """Draw the way of a request by its seed, as the local engine does; report it."""
+    is_seed = isinstance(seed, int) and -(2**63) <= seed < 2**63
+    generator = torch.Generator().manual_seed(seed if is_seed else secrets.randbits(62))  # type: ignore[arg-type]
+
+    way = policy.draw(generator)
+    dial = way_dial(policy, way)
+    choice.report |= {"route": way, "lambda": dial.lam, "rejected_tokens": 0}
+    return dial
+
+
+def _with_lambda(body: dict[str, Any], dial: Fixed | Schedule) -> dict[str, Any]:
+    """Return a body that asks vLLM for this λ, beside what else it tells the engine."""
+    extras = body.get(_EXTRAS)
+    if extras is not None and not isinstance(extras, dict):
+        return body  # vLLM refuses it, with the reason
+
+    value: object = dial.lam if isinstance(dial, Fixed) else dial.to_json()
+    if isinstance(value, dict):
+        value = json.dumps(value)  # vLLM takes texts and numbers there
+    return body | {_EXTRAS: {**(extras or {}), LAMBDA_KEY: value}}
+
+
+def _count_prompts(body: dict[str, Any]) -> int:
+    """Count the prompts of a completion."""
+    given = body.get("prompt")
+    return len(given) if isinstance(given, list) and not are_ids(given) else 1
+
+
+def _whole(answer: dict[str, Any]) -> list[Scope]:
+    """Return the messages by which an application sends a whole answer."""
+    content = json.dumps(answer, ensure_ascii=False).encode()
+    kind = (b"content-type", b"application/json")
+    start = {"type": "http.response.start", "status": 200, "headers": [kind]}
+    return [start, {"type": "http.response.body", "body": content}]
+
+
+def _refuse_unserved(body: dict[str, Any], dial: Dial | None) -> None:
+    """Refuse what vLLM does not serve: with λ at all, or under a policy that chooses a way."""
+    if body.get("use_beam_search"):
+        raise _refused("use_beam_search", "vLLM's beam search takes no λ; leave it out.")
+    if not isinstance(dial, Adaptive | Route):
+        return
+
+    if body.get("n") not in (None, 1) or _count_prompts(body) > 1:
+        raise _refused(
+            "n",
+            "n must be 1, and the prompt one, under the adaptive and the route policy on vLLM; ask "
+            "once for each answer.",
+        )
+    for key in ("tools", "echo") if isinstance(dial, Adaptive) else ():
+        if body.get(key):
+            raise _refused(key, f"{key} is not served under the adaptive policy on vLLM.")
+
+
+def _refused(param: str, message: str) -> ApiError:
+    return ApiError(400, message, param=param, code="invalid_value")
+
+
+def _counted(choice: DialChoice, send: Any) -> Any:
+    """Return a client's ``send`` that counts the dial of an answer as it begins."""
+
+    async def counting(message: Scope) -> None:
+        if message["type"] == "http.response.start" and message["status"] == 200:
+            metrics = dial_metrics()
+            metrics.began(choice.dial)
+            metrics.went(choice.report.get("policy"), choice.report.get("route"))
+        await send(message)
+
+    return counting
+
+
+@cache
+def dial_metrics() -> "DialMetrics":
+    """Return the counts of dials, one for each process, in the registry that vLLM's ``/metrics`` reads.
+
+    Where vLLM runs several API processes, prometheus_client adds up what they count.
+    """
+    from prometheus_client import REGISTRY
+
+    from flexalign.serving.metrics import DialMetrics
+
+    return DialMetrics(REGISTRY)
+
+
+class RoutesWithoutDial:
     """vLLM's routes that have no dial: one that is turned there is refused, not passed over."""
 
     def __init__(self, app: Any, rules: DialRules, body_limit: int) -> None:
+        """Stand before an application that serves the dial at :data:`PATHS`."""
         self._app = app
         self._rules = rules
         self._limit = body_limit
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        """Serve a request."""
         path = path_of(scope) if scope["type"] == "http" else None
         if path is not None and scope["method"] == "POST" and path not in PATHS:
             try:
                 content = await read_body(scope, receive, self._limit)
-                if content is None:
+                if content is None:  # the client has gone
                     return
                 self._refuse_dial(content, path)
             except ApiError as error:
@@ -460,7 +385,7 @@ class _OtherRoutes:
                 return
             scope, receive = with_body(scope, content, receive)
         elif path == "/v1/models":
-            send = _Models(self._rules, send)
+            send = _ModelsRewriter(self._rules, send)
         await self._app(scope, receive, send)
 
     def _refuse_dial(self, content: bytes, path: str) -> None:
@@ -468,6 +393,7 @@ class _OtherRoutes:
             body = parse_body(content)
         except ApiError:
             return  # a form, or nothing; vLLM knows
+
         refuse_engine_lambda(body)
         refuse_misspelt(body)
         found = [key for key in DIAL_KEYS if body.get(key) is not None]
@@ -480,14 +406,86 @@ class _OtherRoutes:
             )
 
 
-class _Models(Echo):
-    """Writes the dial beside each model."""
+class _ModelsRewriter(DialWriter):
+    """Writes what the dial may be beside each model."""
 
     def __init__(self, rules: DialRules, send: Any) -> None:
         super().__init__(DialChoice(None), send)
         self._rules = rules
 
-    def tell(self, answer: Any) -> Any:
+    def rewrite(self, answer: Any) -> Any:
         for model in answer["data"]:
             model["dial"] = self._rules.to_json()
         return answer
+
+
+class ErrorRewriting:
+    """Gives vLLM's errors the form that a client of OpenAI's expects.
+
+    An unknown route's ``{"detail": …}`` becomes an ``error``; the type is a word of OpenAI's, and
+    the code no number; a full queue is a 429 that says when to come back.
+    """
+
+    def __init__(self, app: Any) -> None:
+        """Stand before an application."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        """Serve a request."""
+        await self._app(scope, receive, _ErrorRewriter(send) if scope["type"] == "http" else send)
+
+
+class _ErrorRewriter:
+    """A client's ``send``, which holds an error back until it is whole."""
+
+    def __init__(self, send: Any) -> None:
+        self._send = send
+        self._start: Scope | None = None
+        self._body = b""
+
+    async def __call__(self, message: Scope) -> None:
+        if message["type"] == "http.response.start" and _is_error(message):
+            self._start = message
+        elif self._start is None:
+            await self._send(message)
+        else:
+            self._body += message.get("body", b"")
+            if not message.get("more_body"):
+                await self._end(self._start)
+
+    async def _end(self, start: Scope) -> None:
+        error = _rewritten(start["status"], self._body)
+        body, headers = self._body, list(start["headers"])
+        if error is not None:
+            body = json.dumps(error.to_json(), ensure_ascii=False).encode()
+            headers += [(name.encode(), value.encode()) for name, value in error.headers.items()]
+            start = {**start, "status": error.status}
+        await self._send({**start, "headers": with_length(headers, len(body))})
+        await self._send({"type": "http.response.body", "body": body})
+
+
+def _is_error(message: Scope) -> bool:
+    kinds = [value for name, value in message.get("headers", ()) if name.lower() == b"content-type"]
+    return message["status"] >= 400 and any(b"application/json" in kind for kind in kinds)
+
+
+def _rewritten(status: int, body: bytes) -> ApiError | None:
+    """Return an error of vLLM's as ours; None for one that is ours already, or that is unknown."""
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        return None
+    if not isinstance(answer, dict):
+        return None
+    if isinstance(answer.get("detail"), str):
+        return ApiError(status, answer["detail"])
+
+    error = answer.get("error")
+    if not isinstance(error, dict) or not isinstance(error.get("code"), int):
+        return None
+
+    message = str(error.get("message"))
+    if status == 503 and any(words in message for words in _QUEUE_IS_FULL):
+        return ApiError(429, message, code="queue_full", headers={"retry-after": "1"})
+    param = error.get("param")
+    return ApiError(status, message, param=param if isinstance(param, str) else None)

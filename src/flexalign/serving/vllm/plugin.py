@@ -1,9 +1,12 @@
-"""What vLLM finds in its entry point group ``vllm.general_plugins``.
+"""What vLLM finds in its entry point group ``vllm.general_plugins``, and what a dial is not served with.
 
 vLLM calls :func:`register` in every one of its processes, for everybody who has flexalign
 installed. So it registers names, imports no model, changes nothing for the models of others, and
 raises nothing: a version of vLLM that is not supported is an error where a model with a dial is
 loaded, and nowhere else.
+
+A malformed λ is refused when its request comes in (:func:`install`), and a configuration with which
+answers could be wrong while the model loads (:func:`refuse_unsupported`).
 """
 
 import logging
@@ -12,12 +15,19 @@ from functools import wraps
 from typing import Any
 
 from flexalign.errors import ConfigError, FlexAlignError, UnsupportedModelError
-from flexalign.serving.vllm.lambdas import ARCHITECTURES, CONFIG_KEY, DialSettings
+from flexalign.serving.vllm.lambdas import (
+    ARCHITECTURES,
+    CONFIG_KEY,
+    LAMBDA_KEY,
+    DialSettings,
+    read_lambda,
+)
 
 SUPPORTED = "0.32"
-"""The minor version of vLLM whose private parts ``runner`` and ``admission`` were read from."""
+"""The minor version of vLLM whose private parts :func:`install` and ``runner_v1`` were read from."""
 
 _MODELS = "flexalign.serving.vllm.models"
+_SPECULATION = ("ngram",)
 _log = logging.getLogger("flexalign.serving")
 
 
@@ -61,16 +71,15 @@ def _is_supported(version: str) -> bool:
     return re.match(rf"{re.escape(SUPPORTED)}(?!\d)", version) is not None
 
 
-# A malformed λ is refused when its request comes in: an error for that request alone.
-#
-# vLLM 0.32's official place, ``LogitsProcessor.validate_params``, does not serve: passed by option,
-# a custom processor excludes speculation; found by entry point, it would check everybody's models,
-# and each model runner refuses the other one's class. This relies on ``SamplingParams.verify``
-# being called for every request, in the process that takes it, with the model's configuration.
-
-
 def install() -> None:
-    """Let vLLM check the λ of requests to a model with a dial. Twice is once."""
+    """Let vLLM check the λ of requests to a model with a dial. Twice is once.
+
+    A malformed λ is then an error for its request alone. vLLM 0.32's official place,
+    ``LogitsProcessor.validate_params``, does not serve: passed by option, a custom processor excludes
+    speculation; found by entry point, it would check everybody's models, and each model runner
+    refuses the other one's class. This relies on ``SamplingParams.verify`` being called for every
+    request, in the process that takes it, with the model's configuration.
+    """
     from vllm.sampling_params import SamplingParams
 
     original = SamplingParams.verify
@@ -90,18 +99,11 @@ def install() -> None:
 def _check(extra_args: dict[str, Any] | None, settings: DialSettings) -> None:
     from vllm.exceptions import VLLMValidationError
 
-    from flexalign.serving.vllm.lambdas import LAMBDA_KEY, read_lambda
-
     try:
         read_lambda(extra_args, settings)
     except FlexAlignError as error:
         value = (extra_args or {}).get(LAMBDA_KEY)
         raise VLLMValidationError(str(error), parameter=LAMBDA_KEY, value=value) from error
-
-
-# What a model with a dial is not served with: each refused, in one sentence, while it loads.
-
-_SPECULATION = ("ngram",)
 
 
 def refuse_unsupported(vllm_config: Any) -> None:
@@ -118,10 +120,12 @@ def refuse_unsupported(vllm_config: Any) -> None:
 
 
 def _refusals(config: Any) -> list[tuple[bool, str, str]]:
+    """Return, for each refusal, whether it applies, what it is of, and what to do instead."""
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
     speculation = config.speculative_config
     exact_caches = ("auto", str(model.dtype).removeprefix("torch."))
     hf_config = model.hf_config
+
     return [
         (
             parallel.pipeline_parallel_size > 1,

@@ -66,11 +66,13 @@ def require_delivery() -> None:
 
 
 def _deliver(runner: Any, input_ids: Tensor | None, positions: Tensor | None) -> None:
+    """Write the λ of the batch that a runner is about to run."""
     lambdas = getattr(runner.get_model(), "lambdas", None)
     if not isinstance(lambdas, TokenLambdas):
-        return
+        return  # a model without a dial
     if positions is None:
         raise ServingError(_refusal(type(runner)))
+
     lambdas.forget_others(runner.requests.keys())
     batch = runner.input_batch
     dials = []
@@ -85,6 +87,7 @@ def _deliver(runner: Any, input_ids: Tensor | None, positions: Tensor | None) ->
                 request.output_token_ids,
             )
         )
+
     lambdas.write(dials, runner.query_start_loc.np[: len(dials) + 1], positions, input_ids)
 
 

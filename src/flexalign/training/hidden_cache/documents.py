@@ -17,6 +17,8 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
+from flexalign.training.rows import RenderedRows
+
 KEY_BYTES = 16
 _IGNORED = -100
 
@@ -60,6 +62,10 @@ def documents_of(row: Mapping[str, Any]) -> Iterator[Document]:
         start = stop
 
 
+class _Preparation(RenderedRows, SFTTrainer):  # type: ignore[misc]
+    """A trainer that prepares a data set, and never trains."""
+
+
 def prepare_documents(
     traces: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any
 ) -> list[Document]:
@@ -92,7 +98,7 @@ def prepare_documents(
 
     with tempfile.TemporaryDirectory() as folder:
         plain.output_dir = folder
-        trainer = SFTTrainer(
+        trainer = _Preparation(
             model=LlamaForCausalLM(config),
             args=plain,
             train_dataset=traces,

@@ -19,6 +19,7 @@ from torch import Tensor
 from flexalign._differences import differences
 from flexalign._storage import write_bytes
 from flexalign.data.rendering import chat_template_of
+from flexalign.data.template import template_arguments
 from flexalign.errors import ConfigError
 
 OWNER = "cache.json"
@@ -278,6 +279,7 @@ _NAMES = {
     "pair": "the pair",
     "data": "the data set",
     "template": "the chat template",
+    "template_arguments": "the template's arguments",
     "max_length": "the cut-off max_length",
     "truncation": "the end that the cut-off keeps",
     "completion_only": "completion_only_loss",
@@ -299,6 +301,7 @@ def identity_of(
         args: The run's ``TrRaConfig``.
     """
     template = chat_template_of(tokenizer, args.chat_template_path)
+    arguments = template_arguments(tokenizer)
     return {
         "pair": list(pair),
         "data": data,
@@ -309,6 +312,7 @@ def identity_of(
         "assistant_only": args.assistant_only_loss,
         "eos_token": args.eos_token or tokenizer.eos_token,
         "vocabulary": len(tokenizer),
+        **({"template_arguments": arguments} if arguments else {}),
     }
 
 

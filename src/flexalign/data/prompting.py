@@ -1,0 +1,153 @@
+"""What a recipe or a command says of its prompts: template arguments, a system message, markers.
+
+They belong to the prompt, so they are the same in sampling, training, generation and serving:
+arguments and markers are bound to the tokenizer's chat template, and the system message stands in
+the messages. What was sampled or trained keeps a record of them, and another use is compared.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from flexalign.data.template import bind_template
+from flexalign.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """How prompts are rendered, beside the chat template itself.
+
+    Attributes:
+        template: Arguments of the chat template, such as ``{"enable_thinking": False}``.
+        system: The system message of conversations that have none; None for none.
+        thinking: The opening and the closing marker of the thinking; None for those that the
+            template or the vocabulary shows.
+
+    Raises:
+        ConfigError: If a value has the wrong form.
+    """
+
+    template: Mapping[str, Any] = field(default_factory=dict)
+    system: str | None = None
+    thinking: tuple[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.template, Mapping):
+            raise ConfigError(
+                f"template must be a mapping such as {{enable_thinking: false}}, "
+                f"got {self.template!r}."
+            )
+        if self.system is not None and not str(self.system).strip():
+            raise ConfigError("system is empty; give the message's text, or leave it out.")
+
+    @classmethod
+    def parse(
+        cls,
+        template: Mapping[str, Any] | None = None,
+        system: str | None = None,
+        thinking: Any = None,
+    ) -> "PromptSettings":
+        """Read the keys `template`, `system` and `thinking` of a recipe.
+
+        Args:
+            template: A mapping, or None.
+            system: Text, or None.
+            thinking: ``{open: …, close: …}``, a pair, or None.
+
+        Raises:
+            ConfigError: If a value has the wrong form.
+        """
+        markers = None
+        if thinking is not None:
+            given = thinking.values() if isinstance(thinking, Mapping) else thinking
+            names = set(thinking) if isinstance(thinking, Mapping) else {"open", "close"}
+            texts = list(given) if isinstance(given, Iterable) else []
+            if names != {"open", "close"} or len(texts) != 2 or isinstance(thinking, str):
+                raise ConfigError(
+                    f"thinking must be {{open: TEXT, close: TEXT}}, the markers, got {thinking!r}."
+                )
+            if isinstance(thinking, Mapping):
+                texts = [thinking["open"], thinking["close"]]
+            if not all(isinstance(text, str) and text for text in texts) or texts[0] == texts[1]:
+                raise ConfigError(
+                    f"thinking must name two different markers as text, got {thinking!r}."
+                )
+            markers = (texts[0], texts[1])
+        return cls(template or {}, system, markers)
+
+    def bind(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Bind template arguments and markers to a tokenizer; changes nothing if there are none.
+
+        Raises:
+            ConfigError: If there is no template for them, or a marker is not in the vocabulary.
+        """
+        if self.template or self.thinking:
+            bind_template(tokenizer, self.template, self.thinking)
+
+    def apply(self, dataset: "Dataset") -> "Dataset":
+        """Put the system message before conversations that have none.
+
+        Args:
+            dataset: Rows with `prompt`, as `load_prompts` or `load_traces` returns them.
+
+        Raises:
+            DataError: If prompts are plain text, a conversation has another system message, or a
+                response was sampled without this one.
+        """
+        if self.system is None:
+            return dataset
+        rows = dataset.to_list()
+        for number, row in enumerate(rows, start=1):
+            row["prompt"] = self.with_system(row, number)
+        return type(dataset).from_list(rows)
+
+    def with_system(self, row: dict[str, Any], number: int) -> Any:
+        """Return a row's prompt with the system message; raises as :meth:`apply` does."""
+        prompt: Any = row["prompt"]
+        if self.system is None:
+            return prompt
+        if isinstance(prompt, str):
+            raise DataError(
+                f"row {number}: the prompt is plain text, which has no place for a system message; "
+                "leave system out, or give messages."
+            )
+        own = [message["content"] for message in prompt if message["role"] == "system"]
+        if own == [self.system]:
+            return list(prompt)
+        if own:
+            raise DataError(
+                f"row {number}: it has a system message of its own, {own[0][:60]!r}, and `system` "
+                "is another; leave one of the two out."
+            )
+        if row.get("response_ids") is not None:
+            raise DataError(
+                f"row {number}: its response was sampled without the system message that `system` "
+                "sets; leave system out, or sample again with it."
+            )
+        return [{"role": "system", "content": self.system}, *prompt]
+
+
+def parse_template(texts: Iterable[str]) -> dict[str, Any]:
+    """Read template arguments from ``KEY=VALUE`` texts, each value as YAML.
+
+    Raises:
+        ConfigError: If a text has no ``=``, or its value is not YAML.
+    """
+    arguments: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(
+                f"--template {text!r}: write KEY=VALUE, such as enable_thinking=false."
+            )
+        try:
+            arguments[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--template {text!r}: the value {value!r} is not YAML.") from None
+    return arguments

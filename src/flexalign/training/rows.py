@@ -1,0 +1,65 @@
+"""Trainers that are given token ids: TRL renders nothing a second time."""
+
+from typing import TYPE_CHECKING, Any
+
+from flexalign.data.rendering import tokenize_preferences, tokenize_rows
+from flexalign.data.template import bind_template, bound_thinking, template_arguments
+
+if TYPE_CHECKING:
+    from trl import DPOTrainer as _DPOTrainer
+    from trl import SFTTrainer as _SFTTrainer
+else:
+    _SFTTrainer = _DPOTrainer = object
+
+
+class RenderedRows(_SFTTrainer):  # type: ignore[misc]
+    """A mix-in of `SFTTrainer`: prompts with responses are rendered as inference renders them.
+
+    Rows of another form (`messages` with `assistant_only_loss`, rows with a formatting function,
+    token ids) are left to TRL.
+    """
+
+    def __init__(self, *args: Any, processing_class: Any = None, **options: Any) -> None:
+        # TRL puts `chat_template_path` in the template's place, and what is bound to it is lost.
+        self._bound = _bound_to(processing_class)
+        super().__init__(*args, processing_class=processing_class, **options)
+
+    def _prepare_dataset(
+        self,
+        dataset: Any,
+        processing_class: Any,
+        args: Any,
+        packing: bool,
+        formatting_func: Any,
+        dataset_name: str,
+    ) -> Any:
+        if formatting_func is None and not args.assistant_only_loss:
+            tokenizer = getattr(processing_class, "tokenizer", processing_class)
+            if self._bound != _bound_to(tokenizer):
+                bind_template(tokenizer, *self._bound)
+            dataset = tokenize_rows(dataset, tokenizer)
+        return super()._prepare_dataset(
+            dataset, processing_class, args, packing, formatting_func, dataset_name
+        )
+
+
+def _bound_to(tokenizer: Any) -> tuple[dict[str, Any], tuple[str, str] | None]:
+    if tokenizer is None:
+        return {}, None
+    return template_arguments(tokenizer), bound_thinking(tokenizer)
+
+
+class RenderedPreferences(_DPOTrainer):  # type: ignore[misc]
+    """A mix-in of `DPOTrainer`: both responses are rendered as inference renders them."""
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
+    ) -> Any:
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        rendered = tokenize_preferences(dataset, tokenizer)
+        if rendered is dataset:
+            return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if args.max_length is None or args.truncation_mode != "keep_start":
+            return rendered
+        # As TRL does: a prompt that fills the length leaves nothing to compare.
+        return rendered.filter(lambda row: len(row["prompt_ids"]) < args.max_length)
