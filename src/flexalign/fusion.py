@@ -1,13 +1,13 @@
-"""Equation 5 of the paper, in its one home: of logits and of hidden states.
+"""Equation 5 of the paper, for logits and for hidden states.
 
 The realigned distribution of a token is ``softmax(λ·aligned + (1−λ)·reference)`` over the logits
 of two models (arXiv 2506.12704, equation 5; token-level DeRa). Training, decoding, serving and
-evaluation are different ways of feeding it. This module imports torch and the errors alone and
-knows nothing of models, tokenizers or devices.
+evaluation all call this module. It imports only torch and the errors, and does not depend on
+models, tokenizers or devices.
 
-λ is checked where it enters. :func:`fuse` is the entry for one call; who fuses token after token
-checks λ once by :func:`as_lambda` and then calls :func:`fuse_logits` or :func:`fuse_hidden`, which
-trust it.
+:func:`fuse` checks its arguments and is for single calls. Code that fuses at every token checks λ
+once with :func:`as_lambda` and then calls :func:`fuse_logits` or :func:`fuse_hidden`, which do not
+check it.
 """
 
 import math
@@ -23,7 +23,7 @@ Lambda: TypeAlias = float | Tensor
 """One λ for everything, or a tensor that broadcasts over the leading dimensions."""
 
 _ORDINARY_LOGIT = 1e30
-"""Magnitude that no logit of a model has; beyond it lie the values that mask a token."""
+"""Larger in magnitude than any logit of a model. Values that mask a token lie beyond it."""
 
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -60,7 +60,7 @@ def as_gate(gate: float) -> float:
     """Check a gate, a total variation in [0, 1], and return it.
 
     Raises:
-        ConfigError: If it is anything else; booleans are refused as in :func:`as_lambda`.
+        ConfigError: If it is not a number in [0, 1]; booleans are refused as in :func:`as_lambda`.
     """
     if isinstance(gate, bool) or not isinstance(gate, numbers.Real) or not 0 <= gate <= 1:
         raise ConfigError(f"the gate must be a number in [0, 1] (a total variation), got {gate!r}.")
@@ -71,9 +71,9 @@ def fuse(reference: Tensor, aligned: Tensor, lam: Lambda, gate: float | None = N
     """Fuse two models' logits: ``λ·aligned + (1−λ)·reference`` (equation 5).
 
     λ=0 gives the reference and λ=1 the aligned logits exactly; between them it interpolates,
-    above 1 it extrapolates, below 0 it moves away from the aligned model. For any other λ a token
-    that either model masks (−inf, or the minimum of its dtype) is masked with −inf. The result is
-    never NaN for inputs without NaN.
+    above 1 it extrapolates, below 0 it moves away from the aligned model. For a λ other than 0 and
+    1, a token that either model masks (−inf, or the minimum of its dtype) is masked with −inf. The
+    result has no NaN if the inputs have none.
 
     Args:
         reference: Logits of the reference model, shape ``(..., V)``.
@@ -81,7 +81,8 @@ def fuse(reference: Tensor, aligned: Tensor, lam: Lambda, gate: float | None = N
         lam: A number, or a tensor of shape ``(B,)``, ``(B, T)`` or any other that broadcasts,
             aligned from the left, over the leading dimensions.
         gate: τ in [0, 1]. If given, λ outside [0, 1] is used only at positions where the total
-            variation between the two distributions exceeds τ; elsewhere the nearer end of [0, 1].
+            variation between the two distributions exceeds τ. At all other positions the nearer
+            end of [0, 1] is used.
 
     Returns:
         Fused logits, shape ``(..., V)``, in float32, or in the inputs' own precision where that
@@ -105,8 +106,8 @@ def fuse_logits(
 ) -> Tensor:
     """Fuse two models' logits as :func:`fuse` does, without its checks.
 
-    For callers inside that fuse at every token: the shapes are one, and λ has been through
-    :func:`as_lambda`. Arguments and result are those of :func:`fuse`.
+    For internal callers that fuse at every token. The two shapes must be equal, and λ must have
+    been checked by :func:`as_lambda`. Arguments and result are those of :func:`fuse`.
 
     Raises:
         LambdaError: If λ does not broadcast over the leading dimensions.
@@ -127,11 +128,11 @@ def fuse_logits(
     else:
         weight = _over_leading_dimensions(lam, reference).to(dtype).unsqueeze(-1)
 
-    # lerp and not r + λ(a − r): its two branches are exact at both ends.
+    # lerp instead of r + λ(a − r), because it is exact at both ends.
     if _is_ordinary(reference, floors[0]) and _is_ordinary(aligned, floors[1]):
         return _bounded(torch.lerp(reference, aligned, weight))
 
-    # Something is masked. Where λ is 0 or 1 the other model's mask does not count.
+    # A token is masked. Where λ is 0 or 1, the other model's mask has no effect.
     fused = _bounded(torch.lerp(_ordinary(reference), _ordinary(aligned), weight))
     fused = fused.masked_fill((reference <= floors[0]) | (aligned <= floors[1]), -math.inf)
     fused = torch.where(weight == 0, reference, fused)
@@ -139,11 +140,11 @@ def fuse_logits(
 
 
 def gated_lambda(reference: Tensor, aligned: Tensor, lam: Lambda, gate: float) -> Lambda:
-    """Return the λ that the gate lets through at each position.
+    """Return the λ that the gate permits at each position.
 
-    Extrapolation multiplies every difference between the two models, noise included. The gate
-    keeps a λ outside [0, 1] only where they really differ: where their total variation exceeds
-    the gate. Elsewhere the nearer end of [0, 1] is taken. λ has been checked.
+    Extrapolation multiplies every difference between the two models, including noise. The gate
+    permits a λ outside [0, 1] only where their total variation exceeds it. At all other positions
+    the nearer end of [0, 1] is used. λ must have been checked.
 
     Args:
         reference: Logits, shape ``(..., V)``.
@@ -170,17 +171,18 @@ def gated_lambda(reference: Tensor, aligned: Tensor, lam: Lambda, gate: float) -
 
 
 def total_variation(reference: Tensor, aligned: Tensor) -> Tensor:
-    """Half the L1 distance between the two distributions: shape ``(...)`` from ``(..., V)``."""
+    """Return half the L1 distance between the two distributions of logits: ``(..., V)`` → ``(...)``."""
     dtype = _working_dtype(reference, aligned)
     difference = torch.softmax(reference.to(dtype), -1) - torch.softmax(aligned.to(dtype), -1)
     return 0.5 * difference.abs().sum(-1)
 
 
 def fuse_hidden(reference: Tensor, aligned: Tensor, lam: Lambda) -> Tensor:
-    """Fuse two hidden states before the one linear head that both have: equation 5, exactly.
+    """Fuse two hidden states before the linear head that both models share.
 
-    That holds where :func:`flexalign.heads.can_mix_hidden` says so. λ has been checked, and nothing
-    is read back from the device, so that the call can be captured in a graph.
+    The result is equation 5 exactly if :func:`flexalign.heads.can_mix_hidden` returns True. λ must
+    have been checked. Nothing is read back from the device, so the call can be captured in a CUDA
+    graph.
 
     Args:
         reference: The reference's final hidden states, shape ``(..., H)``.
@@ -188,8 +190,8 @@ def fuse_hidden(reference: Tensor, aligned: Tensor, lam: Lambda) -> Tensor:
         lam: As in :func:`fuse`, finite.
 
     Returns:
-        Shape ``(..., H)``, in float32, or in the inputs' own precision where that is higher; at
-        λ=0 and λ=1 the values of one side exactly. It may share storage with an input there.
+        Shape ``(..., H)``, in float32, or in the inputs' own precision if that is higher. At λ=0
+        and λ=1 it has the exact values of one input, and may share its storage.
     """
     dtype = _working_dtype(reference, aligned)
     if isinstance(lam, float):
@@ -201,11 +203,11 @@ def fuse_hidden(reference: Tensor, aligned: Tensor, lam: Lambda) -> Tensor:
 
 
 def concatenate_hidden(reference_hidden: Tensor, aligned_hidden: Tensor, lam: Lambda) -> Tensor:
-    """Scale and join two hidden states so that ONE head product gives the fused logits.
+    """Scale and concatenate two hidden states so that one head product gives the fused logits.
 
-    With linear heads, ``[(1−λ)·h_ref, λ·h_al] @ [W_ref, W_al]ᵀ`` is equation 5: the two products
-    and the mix become one matrix product over the joined width. The training loss does so where
-    the two models have heads of their own. λ has been checked.
+    With linear heads, ``[(1−λ)·h_ref, λ·h_al] @ [W_ref, W_al]ᵀ`` is equation 5: one matrix product
+    over the joined width replaces two products and their mixture. The training loss uses this if
+    the two models have different heads. λ must have been checked.
 
     Args:
         reference_hidden: Shape ``(..., H_ref)``.
@@ -223,7 +225,11 @@ def concatenate_hidden(reference_hidden: Tensor, aligned_hidden: Tensor, lam: La
 
 
 def per_position(lam: Lambda, hidden: Tensor) -> Lambda:
-    """Return λ as a number, or as one value per position of ``hidden``: ``(..., H)`` → ``(N,)``.
+    """Check λ; return it as a number, or with one value per position of ``hidden``, ``(N,)``.
+
+    Args:
+        lam: As in :func:`fuse`.
+        hidden: Hidden states, shape ``(..., H)``, with N positions.
 
     Raises:
         LambdaError: As in :func:`fuse`.
@@ -239,12 +245,12 @@ def _working_dtype(reference: Tensor, aligned: Tensor) -> torch.dtype:
 
 
 def _floor(logits: Tensor) -> float:
-    """Return the value at and below which a logit counts as masked: half its dtype's minimum."""
+    """Return the largest value of a masked logit: half the minimum of the dtype."""
     return 0.5 * torch.finfo(logits.dtype).min
 
 
 def _is_ordinary(logits: Tensor, floor: float) -> bool:
-    """Say whether nothing is masked, infinite or NaN, as in nearly every call."""
+    """Return whether no logit is masked, infinite or NaN, which is so in nearly all calls."""
     if logits.numel() == 0:
         return True
     bound = min(_ORDINARY_LOGIT, -floor)
@@ -253,18 +259,18 @@ def _is_ordinary(logits: Tensor, floor: float) -> bool:
 
 
 def _ordinary(logits: Tensor) -> Tensor:
-    """Bound the logits so that no difference of two of them overflows."""
+    """Clamp the logits so that no difference of two of them overflows."""
     return logits.clamp(-_ORDINARY_LOGIT, _ORDINARY_LOGIT)
 
 
 def _bounded(logits: Tensor) -> Tensor:
-    """Keep what an enormous λ made infinite representable."""
+    """Clamp, in place, logits that a very large λ made infinite to the dtype's finite range."""
     limits = torch.finfo(logits.dtype)
     return logits.clamp_(limits.min, limits.max)
 
 
 def _over_leading_dimensions(lam: Tensor, logits: Tensor) -> Tensor:
-    """Shape λ, aligned from the left, so that it broadcasts over ``logits.shape[:-1]``."""
+    """Reshape λ, aligned from the left, so that it broadcasts over ``logits.shape[:-1]``."""
     leading = logits.shape[:-1]
     shaped = lam.to(logits.device).reshape(lam.shape + (1,) * max(0, len(leading) - lam.ndim))
     if shaped.ndim > len(leading) or any(

@@ -1,9 +1,9 @@
-"""What turns a last hidden state into logits, exactly.
+"""The head of a language model: the function from the last hidden state to logits.
 
 A head is ``softcap·tanh(scale·(h·Wᵀ + b)/softcap)``: a matrix product in most families, a scaled
-one in Granite and Cohere, a capped one in Gemma 2. :meth:`Head.of` reads the numbers from a model
-and proves them on the spot, so that a family with some other head is refused and not approximated.
-:func:`last_hidden` runs the rest of the model: all that comes before the head.
+one in Granite and Cohere, a capped one in Gemma 2. :meth:`Head.of` reads the parameters from a
+model and compares the result with the model's logits, so that a model with another kind of head is
+refused and not approximated. :func:`last_hidden` runs the model up to the head.
 """
 
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 
 _PROBE_TOKENS = 7
 _PROBE_TOLERANCE = 1e-5
-"""Relative to the largest logit; in half precision two units in the last place are wider."""
+"""Relative to the largest logit. In half precision, two units in the last place are permitted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,8 +31,8 @@ class Head:
     Attributes:
         weight: Shape ``(V, H)``. The model's own parameter, so gradients reach it.
         bias: Shape ``(V,)``, or None.
-        scale: What the product is multiplied with.
-        softcap: The bound that a tanh keeps the logits within, or None.
+        scale: The factor of the product.
+        softcap: The bound of the logits, by a tanh; None: no bound.
     """
 
     weight: Tensor
@@ -46,12 +46,12 @@ class Head:
 
         Args:
             model: A transformers causal language model, or a PEFT wrapper of one.
-            probe: Run a few tokens through the model and compare. Leave it out only where the
-                weights cannot be used as they lie (sharded, on the meta device).
+            probe: Run a few tokens through the model and compare the logits. Set it to False only
+                if the model cannot run (sharded weights, or weights on the meta device).
 
         Raises:
             UnsupportedModelError: If there is no plain head, if PEFT adapts it, if it is
-                quantised, or if the probe shows that the model's logits are something else.
+                quantised, or if its logits differ from the model's.
         """
         plain = _unwrap(model)
         output = getattr(plain, "get_output_embeddings", lambda: None)()
@@ -71,16 +71,16 @@ class Head:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens the head scores, padding included."""
+        """Number of tokens that the head scores, padding included."""
         return self.weight.shape[0]
 
     @property
     def width(self) -> int:
-        """Width of the hidden state the head takes."""
+        """Width of the hidden state that the head takes."""
         return self.weight.shape[1]
 
     def cut(self, vocab_size: int) -> "Head":
-        """Return the head of the first ``vocab_size`` tokens: the same storage, less padding.
+        """Return the head of the first ``vocab_size`` tokens, which shares this head's storage.
 
         Raises:
             PairMismatchError: If the head has fewer tokens than that.
@@ -97,15 +97,15 @@ class Head:
 
 
 def last_hidden(model: nn.Module, **inputs: Any) -> Tensor:
-    """Run a model up to its head: the final, normalised hidden state that the head takes.
+    """Run a model up to its head; return the final, normalised hidden states that the head takes.
 
-    No cache is built: with one, packed documents would see each other.
+    No cache is built, because with a cache packed documents would see each other.
 
     Args:
-        model: A transformers causal language model (of a vision-language model, the text tower),
-            or a PEFT wrapper of one; its active adapter takes part.
-        **inputs: ``input_ids``, ``attention_mask``, ``position_ids`` and what else the model's
-            decoder takes. Those that are None are left out.
+        model: A transformers causal language model (of a vision-language model, the text model),
+            or a PEFT wrapper of one, which runs with its active adapter.
+        **inputs: ``input_ids``, ``attention_mask``, ``position_ids`` and other arguments of the
+            model's decoder. Those that are None are left out.
 
     Returns:
         Shape ``(B, T, H)``.
@@ -135,10 +135,10 @@ def last_hidden(model: nn.Module, **inputs: Any) -> Tensor:
 
 
 def can_mix_hidden(reference: Head, aligned: Head, gate: float | None = None) -> bool:
-    """Say whether two hidden states may be mixed before one head product.
+    """Return whether two hidden states may be mixed before one head product.
 
-    They may if that gives equation 5 exactly: the two heads are one (the same storage), it is
-    linear, and no gate is set, which needs the logits of both models.
+    They may if that gives equation 5 exactly: both models have the same head (the same storage), it
+    is linear, and there is no gate, which needs the logits of both models.
     """
     return (
         gate is None
@@ -164,7 +164,7 @@ def _is_same(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
-    """Return the transformers model inside a PEFT wrapper; its layers keep their adapters."""
+    """Return the transformers model inside a PEFT wrapper; its layers still have their adapters."""
     wrapper: Any = model
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         plain: nn.Module = wrapper.get_base_model()
@@ -196,7 +196,7 @@ def _read(output: Any, model: nn.Module) -> Head:
             f"{_name(model)}: its head is quantised ({weight.dtype}); load the model de-quantised."
         )
 
-    # Families name the same three numbers differently; where a name is absent the number is neutral.
+    # Families use different names for the same parameters. A missing one has no effect.
     config: Any = model.config
     text_config = config.get_text_config()
     scale = 1.0
@@ -215,7 +215,7 @@ def _number(config: Any, name: str) -> float | None:
 
 @torch.no_grad()
 def _check(head: Head, model: nn.Module, name: str) -> None:
-    """Compare ``head(last_hidden)`` with the model's own logits on a few tokens.
+    """Check that ``head(last_hidden)`` agrees with the model's logits on a few tokens.
 
     Raises:
         UnsupportedModelError: If they differ by more than rounding.

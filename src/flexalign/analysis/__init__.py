@@ -1,5 +1,5 @@
-"""What a pair differs in, and what a λ will do, shown before anything is trained.
+"""The difference of a pair's models, and the effect of λ, measured before any training.
 
-Both read traces that are there: :mod:`flexalign.analysis.difference` compares the two models and
-proposes a gate, :mod:`flexalign.analysis.preview` shows what the teacher would do at each λ.
+Both modules score given traces. :mod:`flexalign.analysis.difference` compares the two models and
+proposes a gate. :mod:`flexalign.analysis.preview` measures the fused teacher at each λ.
 """

@@ -1,10 +1,12 @@
-"""Where two models differ on given responses, and by how much: what the dial of a pair turns.
+"""The positions at which two models differ on given responses, and by how much.
 
-At every response token both models give a distribution of the next token. Their total variation
-(TV) says how much the two differ there; the token that loses and the token that gains the most
-probability say in what. Positions with the same two tokens are one *shift*: "`again` gives way to
-`;`". λ turns each of them. Beyond [0, 1] it turns the noise too, in which the two merely differ;
-the gate that :func:`propose_gate` finds lies between the two.
+At every response token both models have a distribution of the next token. The total variation (TV)
+of the two distributions measures how much the models differ there. The token that loses the most
+probability and the token that gains the most show the kind of difference. Positions with the same
+two tokens are one *shift*, such as "`again` gives way to `;`".
+
+λ scales all differences. Outside [0, 1] it also amplifies noise: the small differences at the other
+positions. :func:`propose_gate` proposes a gate between noise and difference.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,10 +32,10 @@ TokenizedRow: TypeAlias = tuple[list[int], list[int]]
 """Token ids of a prompt and of its response."""
 
 NO_DIFFERENCE = 1e-4
-"""A total variation so small that no λ in use makes it matter; smaller ones count as this."""
+"""Total variations below this value are replaced by it. They have no effect at any λ in use."""
 
 _TAIL = 0.01
-"""The share of each group's total variation that is left out where its edge is taken."""
+"""The share of a group's total variation that lies beyond the quantile which bounds the group."""
 
 _CONTEXT_TOKENS = 12
 _COLUMNS = ("row", "position", "variation", "falls", "rises", "falls_reference", "falls_aligned",
@@ -82,9 +84,9 @@ class Shift:
     """Positions above the gate at which one token gives way to another.
 
     Attributes:
-        falls: The token that loses most.
-        rises: The token that gains most.
-        positions: How many there are.
+        falls: The token that loses the most probability.
+        rises: The token that gains the most probability.
+        positions: Number of positions.
         variation: Their mean total variation.
         falls_reference: Mean probability of `falls` under the reference.
         falls_aligned: The same under the aligned model.
@@ -109,16 +111,17 @@ class Difference:
     """How two models differ on given responses.
 
     Attributes:
-        rows: Responses looked at.
-        tokens: Their tokens.
+        rows: Number of responses.
+        tokens: Number of their tokens.
         variation: Mean total variation per token.
-        gate: The gate τ that is proposed; None if the two differ nowhere by more than 0.0001.
+        gate: The proposed gate τ; None if no total variation is above 0.0001.
         share: Share of the tokens above the gate, 0…1.
-        noise_floor: Total variation below which the two merely differ.
-        separation: How far the difference stands out of the noise; 1 is not at all.
+        noise_floor: The upper bound of the total variation of noise.
+        separation: The ratio between the lower bound of real differences and the noise floor. 1 is
+            no separation.
         falls: The tokens that become rarer, the largest loss first.
         rises: The tokens that become more frequent, the largest gain first.
-        shifts: What gives way to what, the largest sum of total variation first.
+        shifts: The shifts, the largest sum of total variation first.
     """
 
     rows: int
@@ -147,16 +150,16 @@ def measure_difference(
     shown: int = 10,
     progress: Callable[[int, int], None] | None = None,
 ) -> Difference:
-    """Measure where a pair differs on responses that are given.
+    """Measure how a pair differs on given responses.
 
     Both models score every row once. Logits exist for one chunk of tokens at a time.
 
     Args:
         pair: The two models.
         rows: Prompts and responses, as `flexalign.data.split_tokens` yields them.
-        batch_size: Rows read together.
-        chunk_size: Tokens whose logits exist together.
-        shown: How many tokens and shifts are kept of each kind.
+        batch_size: Rows scored together.
+        chunk_size: Tokens whose logits exist at one time.
+        shown: Maximal number of falling tokens, of rising tokens, and of shifts.
         progress: Called after each batch with (rows done, rows in all).
 
     Raises:
@@ -204,9 +207,9 @@ def _compare(
 
     Args:
         reference: The reference's logits.
-        aligned: The aligned model's.
-        where: Row and position of the tokens they predict, (2, N).
-        masses: The sums of the probabilities of each token, (2, V); the chunk's are added.
+        aligned: The aligned model's logits.
+        where: Row and position of the tokens that they predict, (2, N).
+        masses: Sums of the probabilities of each token, (2, V). Those of the chunk are added.
 
     Returns:
         The columns of `_COLUMNS`, (9, N).
@@ -251,7 +254,7 @@ def _changes(
 def _shifts(
     table: dict[str, NDArray[np.float64]], rows: Sequence[TokenizedRow], pair: ModelPair, shown: int
 ) -> tuple[Shift, ...]:
-    """Group positions by what gives way to what; return the groups with the most variation."""
+    """Group positions by their two tokens; return the groups with the most total variation."""
     # One number for each pair of tokens.
     code = table["falls"] * pair.vocab_size + table["rises"]
     _, group = np.unique(code, return_inverse=True)
@@ -283,20 +286,19 @@ def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
 
 
 def propose_gate(variations: NDArray[np.float64]) -> tuple[float | None, float, float]:
-    """Propose a gate from total variations (TVs): between difference and mere noise.
+    """Propose a gate between noise and difference, from total variations (TVs).
 
     The TVs are split, on a logarithmic scale and each position weighted by its TV, into the two
     groups that explain most of their variance (Otsu's threshold). The noise floor n is the weighted
-    99 % quantile of the lower group, s the weighted 1 % quantile of the upper one, and the gate
-    √(s·n) is half-way between. s/n is the *separation*; near 1 the two groups pass into each other,
-    and a gate cuts where there is no gap.
+    99 % quantile of the lower group, and s the weighted 1 % quantile of the upper one. The gate is
+    √(s·n), half-way between them on the logarithmic scale. s/n is the *separation*. If it is near
+    1, there is no gap between the two groups.
 
     Args:
-        variations: One for each position.
+        variations: One TV for each position.
 
     Returns:
-        The gate (None if the models differ nowhere by more than 0.0001), the noise floor and the
-        separation.
+        The gate (None if no TV is above 0.0001), the noise floor and the separation.
     """
     weights = np.sort(variations).clip(NO_DIFFERENCE)
     if not len(weights) or weights[-1] == NO_DIFFERENCE:
@@ -333,15 +335,15 @@ def score_responses(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield both models' logits, (N, V) each, and (row, position) of the tokens they predict.
 
-    The longest rows come first: what does not fit in memory fails at once.
+    The longest rows come first, so that a lack of memory shows in the first batch.
 
     Args:
-        hidden: Gives the final hidden states of both for ``input_ids`` and ``attention_mask``.
-        heads: Of both.
-        rows: Prompts and responses; the responses' tokens are those predicted.
-        device: Of the models.
+        hidden: Returns both models' final hidden states of ``input_ids`` and ``attention_mask``.
+        heads: Both models' heads.
+        rows: Prompts and responses. The tokens of the responses are predicted.
+        device: The models' device.
         batch_size: Rows scored together.
-        chunk_size: N, at most.
+        chunk_size: The maximal N.
         progress: Called after each batch with (rows done, rows in all).
     """
     order = sorted(range(len(rows)), key=lambda index: -sum(map(len, rows[index])))
@@ -360,7 +362,7 @@ def _score_batch(
     device: torch.device,
     chunk_size: int,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Score some of the rows together; of their logits one chunk exists at a time."""
+    """Score some of the rows together. Their logits exist for one chunk at a time."""
     tokens = [rows[index][0] + rows[index][1] for index in batch]
     longest = max(map(len, tokens))
     padded = [row + [row[-1]] * (longest - len(row)) for row in tokens]
@@ -370,7 +372,7 @@ def _score_batch(
         "attention_mask": torch.tensor(mask, device=device),
     }
 
-    # The hidden state before a token predicts it; a first token has none before it.
+    # The hidden state before a token predicts it. Nothing predicts the first token of a row.
     places = [
         (line, position - 1)
         for line, (index, row) in enumerate(zip(batch, tokens, strict=True))

@@ -1,8 +1,9 @@
-"""What λ would do to the next token, on given traces: nothing is sampled.
+"""The effect of λ on the next token, measured on given traces without sampling.
 
-Both models score every trace once. At each response token, for every λ: how far the teacher of
-equation 5 is from the reference, and whether what it would choose is a token that neither model
-had among its likeliest. The first grows with λ from the start; the second is extrapolated noise.
+Both models score every trace once. For each λ and each response token two quantities are measured:
+the divergence between the teacher of equation 5 and the reference, and whether the teacher's
+likeliest token is among the likeliest tokens of neither model. The first grows with λ from the
+start. The second shows extrapolated noise.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,18 +30,18 @@ PREVIEW_LAMBDAS = tuple(round(0.2 * step, 1) for step in range(1, 51))
 """0.2 to 10 in steps of 0.2."""
 
 LEAVING_SHARE = 0.001
-"""The share of tokens from which on the teacher's choice counts as having left both models."""
+"""The share of tokens outside both models' top k from which a λ counts as having left them."""
 
 
 @dataclass(frozen=True)
 class PreviewRow:
-    """The teacher at one λ, means over response tokens.
+    """The teacher at one λ. All values but λ are means over response tokens.
 
     Attributes:
         lam: λ.
         divergence: KL(teacher ‖ reference), nats per token.
-        outside: Share of tokens at which its top choice is among neither model's top k.
-        mass_outside: Its probability of tokens that are among neither model's top k.
+        outside: Share of tokens at which its likeliest token is in neither model's top k.
+        mass_outside: Its probability of the tokens that are in neither model's top k.
     """
 
     lam: float
@@ -51,13 +52,13 @@ class PreviewRow:
 
 @dataclass(frozen=True)
 class Preview:
-    """The teacher at every λ that was asked.
+    """The teacher at every requested λ.
 
     Attributes:
-        tokens: Response tokens scored.
+        tokens: Number of scored response tokens.
         top_k: k.
-        leaves_at: The smallest λ above 1 at which the top choice has left both models' top k at
-            one token in a thousand; None if it does at no λ that was asked.
+        leaves_at: The smallest requested λ above 1 at which the teacher's likeliest token is in
+            neither model's top k for at least one token in a thousand; None if there is none.
         rows: One for each λ, ascending.
     """
 
@@ -110,15 +111,15 @@ def preview(
     chunk_size: int = 256,
     progress: Callable[[int, int], None] | None = None,
 ) -> Preview:
-    """Score traces once and return, for every λ, what the teacher would do at each token.
+    """Score traces once, and measure the teacher at every λ.
 
     Args:
-        system: Two models, or one with the two streams of its adapter.
+        system: Two models, or one model with the two streams of its adapter.
         rows: Prompts and responses, as `flexalign.data.split_tokens` yields them.
-        lams: The λ's, in any order.
-        top_k: How many of each model's likeliest tokens count as its own.
+        lams: The λ, in any order.
+        top_k: k, the number of each model's likeliest tokens that count as its own.
         batch_size: Rows scored together.
-        chunk_size: Tokens whose logits exist together.
+        chunk_size: Tokens whose logits exist at one time.
         progress: Called after each batch with (rows done, rows in all).
 
     Raises:
@@ -163,7 +164,7 @@ def preview(
 
 
 def write_preview(found: Preview, folder: Path) -> None:
-    """Write ``preview.json`` and ``preview.png`` into a folder, which is made if it is not there."""
+    """Write ``preview.json`` and ``preview.png`` into a folder, which is created if needed."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "preview.json", found.to_json())
     _draw(found, folder / "preview.png")
@@ -188,7 +189,7 @@ def _draw(found: Preview, path: Path) -> None:
 def _scoring(
     system: ModelPair | InRaModel,
 ) -> Iterator[tuple[Callable[..., Sequence[Tensor]], Sequence[Head], torch.device]]:
-    """Give the function that returns both models' hidden states, their heads and their device."""
+    """Yield a function that returns both models' hidden states, their heads and their device."""
     if isinstance(system, InRaModel):
         with evaluating(system):
             yield system.stream_hidden, (system.head, system.head), system.device
@@ -204,21 +205,21 @@ def _scoring(
 
 
 def _likeliest(logits: Tensor, k: int) -> Tensor:
-    """Mark the k likeliest tokens of each position, (N, V)."""
+    """Return a mask of the k likeliest tokens of each position, (N, V)."""
     return torch.zeros_like(logits, dtype=torch.bool).scatter(-1, logits.topk(k).indices, True)
 
 
 def _sums(teacher: Tensor, before: Tensor, own: Tensor) -> Tensor:
-    """Sum divergence, top choices outside and mass outside over the positions, (3,).
+    """Return divergence, top choices outside and mass outside, summed over the positions, (3,).
 
     Args:
         teacher: The teacher's logits, (N, V).
         before: The reference's log-probabilities, (N, V).
-        own: The tokens that are among either model's top k, (N, V).
+        own: A mask of the tokens that are in either model's top k, (N, V).
     """
     after = teacher.float().log_softmax(-1)
     mass = after.exp()
-    # Where the mass is 0 the difference of the two may be −inf, and their product NaN.
+    # Where the mass is 0, the difference may be −inf, and its product with the mass NaN.
     divergence = (mass * (after - before)).where(mass > 0, 0.0).sum(-1)
     chosen = own.gather(-1, after.argmax(-1, keepdim=True))[:, 0]
     outside = mass.masked_fill(own, 0.0).sum(-1)

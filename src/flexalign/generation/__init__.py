@@ -1,4 +1,4 @@
-"""Equation 5 at decode time over two whole models, and responses."""
+"""Decoding with equation 5 over two models, and generating responses in batches."""
 
 from flexalign.generation.responses import Response, generate_responses
 from flexalign.generation.two_model import PairCache, TwoModelDecoder

@@ -1,14 +1,14 @@
 """Policies that choose between the fast and the slow stream for a whole response.
 
-For a batch whose rows each have a dial of their own:
+For a batch in which each row has its own dial:
 
-1. The prompts are prefilled once, in every stream that any of the steps below needs.
-2. Rows with an adaptive policy write their fast answer, greedily, from a copy of the cache.
+1. The prompts are prefilled once, in every stream that one of the next steps needs.
+2. For rows with an adaptive policy, the fast answer is generated greedily from a copy of the cache.
 3. Rows whose confidence reaches their threshold are done and leave the batch.
-4. All other rows, those without such a policy among them, go on from the prefilled cache with
+4. All other rows, including those without a policy, are generated from the prefilled cache with
    the caller's sampling.
 
-What is asked of the model is declared in :mod:`flexalign.generation.interface`.
+:mod:`flexalign.generation.interface` declares the methods of the model that this module uses.
 """
 
 import copy
@@ -30,7 +30,7 @@ from flexalign.generation.text import ResponseText
 from flexalign.lambdas import Adaptive, Dial, Route, Way, way_dial
 
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
-"""transformers' own defaults: any other value beside greedy decoding draws a warning."""
+"""Transformers' defaults. With greedy decoding, any other value causes a warning."""
 
 _WHOLE_DISTRIBUTION = {
     "min_p": None,
@@ -43,7 +43,7 @@ _GREEDY = {"do_sample": False, **NEUTRAL, **_WHOLE_DISTRIBUTION, "num_return_seq
 """Settings of ``generate`` for one greedy response per prompt."""
 
 _SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, **_WHOLE_DISTRIBUTION}
-"""Settings of ``generate`` for responses drawn from the model's own distribution."""
+"""Settings of ``generate`` for samples from the model's unchanged distribution."""
 
 _REFUSED = ("past_key_values", "inputs_embeds", "output_scores", "output_logits")
 
@@ -52,15 +52,16 @@ _Value = TypeVar("_Value")
 
 @dataclass
 class RoutedOutput(ModelOutput):  # type: ignore[misc]
-    """What ``generate`` returns under a policy that chooses a stream, one entry per returned row.
+    """The output of ``generate`` with a policy that chooses a stream: one entry per returned row.
 
     Attributes:
         sequences: Prompts and responses, right padded, as ``generate`` returns them.
-        route: ``"fast"`` or ``"slow"``; None for rows whose dial is no such policy.
-        confidence: The fast answer's; None for rows that wrote none to be judged. Where one of
-            the probabilities fell below the threshold it is that at the token where it did.
-        rejected_tokens: Tokens written that are not in the response: a rejected fast answer's,
-            and those sampled to be compared. Tokens that end a response are not counted.
+        route: ``"fast"`` or ``"slow"``; None for rows without such a policy.
+        confidence: The confidence of the fast answer; None for rows without one. If generation was
+            stopped because a probability fell below the threshold, its value at that token.
+        rejected_tokens: Number of generated tokens that are not in the response: those of a
+            rejected fast answer, and those of samples for comparison. Tokens that end a response
+            are not counted.
     """
 
     sequences: Tensor | None = None
@@ -82,11 +83,11 @@ def generate_with_policies(
     Args:
         model: The model.
         dials: One per prompt.
-        gate: As ``generate`` takes it.
-        options: All else that ``generate`` was given.
+        gate: As in ``generate``.
+        options: The other arguments of ``generate``.
 
     Returns:
-        A :class:`RoutedOutput`, or its sequences unless ``return_dict_in_generate`` is set.
+        A :class:`RoutedOutput` if ``return_dict_in_generate`` is set, else its sequences.
 
     Raises:
         ConfigError: If an option is not available with such a policy.
@@ -156,7 +157,7 @@ def _check_options(model: DialModel, dials: Sequence[Dial], options: dict[str, A
 
 
 def _slow_part(dial: Dial, route: Way | None) -> Dial:
-    """Return what a row follows if it goes on after the fast answers."""
+    """Return the dial of a row whose response is not the fast answer."""
     if isinstance(dial, Adaptive):
         return way_dial(dial, "slow")
     if isinstance(dial, Route):
@@ -165,7 +166,7 @@ def _slow_part(dial: Dial, route: Way | None) -> Dial:
 
 
 class PromptBatch:
-    """A batch of prompts, prefilled once, from which some rows generate as often as it takes.
+    """A batch of prompts that is prefilled once, for several generations of some of its rows.
 
     Attributes:
         model: The model.
@@ -175,7 +176,14 @@ class PromptBatch:
     def __init__(
         self, model: DialModel, ids: Tensor, mask: Tensor | None, gate: float | None
     ) -> None:
-        """Take prompts, shape ``(B, T)``, left padded; nothing is run."""
+        """Store the prompts; the model does not run yet.
+
+        Args:
+            model: The model.
+            ids: The prompts' tokens, shape ``(B, T)``, left padded.
+            mask: Their attention mask, shape ``(B, T)``; None: no padding.
+            gate: As in ``generate``.
+        """
         self.model = model
         self.ids = ids
         self._mask = torch.ones_like(ids) if mask is None else mask
@@ -183,9 +191,14 @@ class PromptBatch:
         self._cache: Any = None
 
     def prefill(self, phases: Sequence[dict[int, Dial]], options: dict[str, Any]) -> None:
-        """Fill a cache that holds what every phase, a dial for some of the rows, will need.
+        """Fill a cache with the streams that all phases need.
 
-        The prompts' last tokens are left out: ``generate`` needs one token to go on from.
+        The prompts' last tokens are left out, because ``generate`` needs at least one token that is
+        not in the cache.
+
+        Args:
+            phases: For each generation the dials of its rows, by row.
+            options: The caller's options of ``generate``.
         """
         has_cache = self.model.generation_option("use_cache", options) is not False
         if self.ids.shape[1] < 2 or not has_cache:
@@ -202,18 +215,21 @@ class PromptBatch:
         tracker: ConfidenceTracker | None = None,
         is_last: bool = False,
     ) -> Tensor:
-        """Return what some of the rows write, each by its dial: their new tokens, right padded.
+        """Generate for some of the rows; return their new tokens, right padded.
 
         Args:
-            dials: For each row its dial.
-            options: For ``generate``.
-            tracker: Follows answers of the policy's own. The caller's sampling by the rows' seeds
-                is then left out.
-            is_last: Release the prefilled cache, which is not needed again.
+            dials: The dial of each of these rows, by row.
+            options: The options of ``generate``.
+            tracker: Measures the confidence of answers that a policy asks for. With it, seeded
+                sampling of the caller is left out.
+            is_last: Release the prefilled cache, because it is not needed again.
         """
         rows, own_dials = torch.tensor(list(dials)), _row_dials(dials)
-        there = rows.to(self.ids.device)
-        given = options | {"input_ids": self.ids[there], "attention_mask": self._mask[there]}
+        on_device = rows.to(self.ids.device)
+        given = options | {
+            "input_ids": self.ids[on_device],
+            "attention_mask": self._mask[on_device],
+        }
         if self._cache is not None:
             given["past_key_values"] = self.model.fork_cache(self._cache, rows, own_dials)
         if is_last:
@@ -235,12 +251,12 @@ class PromptBatch:
 
 
 class FastAnswer(NamedTuple):
-    """A fast answer, judged.
+    """A fast answer and whether it is accepted.
 
     Attributes:
-        accepted: Its tokens, shape ``(tokens,)``; None if it was rejected.
-        confidence: How sure it was.
-        rejected_tokens: Tokens written for it that are not in the response.
+        accepted: Its tokens, shape ``(tokens,)``; None if it is rejected.
+        confidence: Its confidence.
+        rejected_tokens: Number of tokens generated for it that are not in the response.
     """
 
     accepted: Tensor | None
@@ -254,16 +270,19 @@ def _write_fast_answers(
     rest: dict[int, Dial],
     options: dict[str, Any],
 ) -> dict[int, FastAnswer]:
-    """Prefill for all that follows, let rows write their fast answers, and judge these.
+    """Prefill for all phases, generate fast answers, and accept or reject them.
 
     Args:
         prompts: The batch.
-        policies: For each such row its policy.
-        rest: For every row what it will follow if it goes on after this.
-        options: What the caller gave ``generate``.
+        policies: The adaptive policies, by row.
+        rest: The dial of each row whose fast answer is rejected or that has none, by row.
+        options: The caller's options of ``generate``.
+
+    Returns:
+        The fast answers, by row.
 
     Raises:
-        ConfigError: If agreement is asked for and the tokenizer is not known.
+        ConfigError: If a policy measures agreement and the tokenizer is not known.
     """
     model = prompts.model
     reader = None
@@ -280,7 +299,7 @@ def _write_fast_answers(
     length, counted = tracker.length.tolist(), tracker.counted.tolist()
     answers = {row: tokens[place, : length[place]] for place, row in enumerate(policies)}
 
-    # An answer that a limit cut off is never accepted, so nothing is sampled for it.
+    # An answer that a limit cut off is never accepted, so no samples are generated for it.
     agreement: dict[int, tuple[float, int]] = {}
     if reader is not None:
         whole = {row: answers[row] for place, row in enumerate(policies) if ended[place]}
@@ -288,13 +307,13 @@ def _write_fast_answers(
 
     judged = {}
     for place, (row, policy) in enumerate(policies.items()):
-        sure, sampled_tokens = confidence[place], 0
+        score, sampled_tokens = confidence[place], 0
         if policy.measure == "agreement":
-            sure, sampled_tokens = agreement.get(row, (0.0, 0))
-        is_accepted = ended[place] and sure >= thresholds[place]
+            score, sampled_tokens = agreement.get(row, (0.0, 0))
+        is_accepted = ended[place] and score >= thresholds[place]
         judged[row] = FastAnswer(
             answers[row] if is_accepted else None,
-            sure,
+            score,
             sampled_tokens if is_accepted else sampled_tokens + counted[place],
         )
     return judged
@@ -308,11 +327,16 @@ def _agreement(
     options: dict[str, Any],
     reader: ResponseText,
 ) -> dict[int, tuple[float, int]]:
-    """Return, for each whole answer to be judged by samples, their agreement and their tokens."""
+    """Generate samples for answers whose policy measures agreement.
+
+    Returns:
+        For each such row, the share of samples that agree with the fast answer, and the number of
+        tokens of the samples.
+    """
     found = {}
     judged = {row: p for row, p in policies.items() if p.measure == "agreement" and row in answers}
 
-    # Rows that ask for the same number of samples are sampled as one batch.
+    # Rows with the same number of samples are one batch.
     for samples in sorted({policy.samples for policy in judged.values()}):
         rows = [row for row, policy in judged.items() if policy.samples == samples]
         tracker = ConfidenceTracker(
@@ -339,7 +363,7 @@ def _agreement(
 
 
 def _with_settings(options: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of ``generate`` with settings changed, wherever they stand."""
+    """Return the options of ``generate`` with settings changed, in a generation config if given."""
     config = options.get("generation_config")
     if config is None:
         return options | changes
@@ -354,7 +378,7 @@ def _row_dials(dials: dict[int, Dial]) -> RowDials:
 
 
 def _stream(streamer: Any, ids: Tensor, answer: Tensor) -> None:
-    """Hand over an accepted answer as ``generate`` would have."""
+    """Send an accepted answer to a streamer in the way ``generate`` does."""
     streamer.put(ids.cpu())
     for token in answer.cpu():
         streamer.put(token[None])
@@ -362,7 +386,7 @@ def _stream(streamer: Any, ids: Tensor, answer: Tensor) -> None:
 
 
 def _joined(ids: Tensor, written: Sequence[Tensor], pad: int) -> Tensor:
-    """Put responses behind their prompts: each of ``written`` is ``(n, tokens)``."""
+    """Append responses, per prompt ``(n, tokens)``, to their prompts, padded on the right."""
     repeats = len(written[0])
     width = max(part.shape[1] for part in written)
     responses = ids.new_full((len(written) * repeats, width), pad)

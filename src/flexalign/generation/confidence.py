@@ -1,4 +1,4 @@
-"""How sure a model is of what it writes, measured while transformers' ``generate`` writes it."""
+"""A model's confidence in its answer, measured while transformers' ``generate`` runs."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,12 +12,12 @@ from flexalign.lambdas import Adaptive
 
 
 class LogProbRecorder(LogitsProcessor):  # type: ignore[misc]
-    """Keeps the log-probabilities that the next token is chosen from.
+    """Keeps the log-probabilities of the next token.
 
-    It must stand before every other processor: then they are the model's own, at temperature 1.
+    It must be the first of the processors. Then they are the model's own, at temperature 1.
 
     Attributes:
-        log_probs: Of the latest step, shape ``(B, V)``, in nats.
+        log_probs: The log-probabilities of the latest step, shape ``(B, V)``, in nats.
     """
 
     log_probs: Tensor
@@ -29,27 +29,27 @@ class LogProbRecorder(LogitsProcessor):  # type: ignore[misc]
 
 
 class ConfidenceTracker(StoppingCriteria):  # type: ignore[misc]
-    """Follows a greedy generation: each row's confidence, and whether it has come to its end.
+    """Tracks each row of a generation: its confidence, and whether its answer has ended.
 
-    The answer's probability and its smallest token probability can only fall with further tokens.
-    A row that falls below its threshold by one of these is therefore stopped there.
+    The probability of the answer and its smallest token probability cannot rise with more tokens.
+    A row is therefore stopped as soon as the one that its policy measures is below its threshold.
 
     Attributes:
-        recorder: To be given to ``generate``, as a logits processor, along with the tracker.
-        length: Tokens that each row has written, its end included. Shapes are ``(B,)``.
+        recorder: The recorder. Give it to ``generate`` as a logits processor with the tracker.
+        length: Number of tokens of each row, with the token that ends it. All shapes are ``(B,)``.
         counted: The same without the token that ends it, as responses are counted.
-        ended: Whether the row has ended by itself, not by a limit.
+        ended: Whether the answer has ended, and was not cut off by a limit.
     """
 
     def __init__(
         self, policies: Sequence[Adaptive], thresholds: Sequence[float], device: torch.device
     ) -> None:
-        """Start to follow a batch of one row for each policy.
+        """Track a batch.
 
         Args:
-            policies: Per row; says which measure its confidence is.
-            thresholds: Per row the smallest confidence that is accepted.
-            device: Of the batch.
+            policies: The policy of each row, which names its measure of confidence.
+            thresholds: The smallest accepted confidence of each row.
+            device: The batch's device.
         """
         self.recorder = LogProbRecorder()
         rows = (len(policies),)
@@ -60,7 +60,7 @@ class ConfidenceTracker(StoppingCriteria):  # type: ignore[misc]
         self._by_samples = torch.tensor(by_samples, device=device)
         self._thresholds = torch.tensor(thresholds, dtype=torch.float64, device=device)
 
-        # Both in nats; a row that has written nothing is certain.
+        # Both in nats. A row without tokens has a confidence of 1.
         self._log_total = torch.zeros(rows, dtype=torch.float64, device=device)
         self._log_least = torch.zeros(rows, dtype=torch.float64, device=device)
 
@@ -76,19 +76,19 @@ class ConfidenceTracker(StoppingCriteria):  # type: ignore[misc]
         return torch.where(self._by_least, self._log_least, self._log_total).exp()
 
     def use_ends(self, criteria: Iterable[StoppingCriteria]) -> None:
-        """Take from a generation's stopping criteria those that end a response and are no limits."""
+        """Use those of a generation's stopping criteria that end a response and are not limits."""
         limits = (MaxLengthCriteria, MaxTimeCriteria, ConfidenceTracker)
         self._ends = [one for one in criteria if not isinstance(one, limits)]
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Count the token that was chosen; return which rows need not go on, shape ``(B,)``."""
+        """Count the token that was chosen; return which rows can be stopped, shape ``(B,)``."""
         chosen = self.recorder.log_probs.gather(-1, input_ids[:, -1:])[:, 0]
 
         has_end, is_end_token = torch.zeros_like(self.ended), torch.zeros_like(self.ended)
         for end in self._ends:
             found = end(input_ids, scores, **kwargs)
             has_end |= found
-            # Of all criteria only the one for end tokens has this; a stop string is part of the text.
+            # Only the criterion for end tokens has this attribute. A stop string is part of the text.
             if hasattr(end, "eos_token_id"):
                 is_end_token |= found
 
@@ -98,12 +98,12 @@ class ConfidenceTracker(StoppingCriteria):  # type: ignore[misc]
         """Count one more token of each row; shapes are ``(B,)``.
 
         Args:
-            log_probs: The tokens' own, at temperature 1, in nats.
-            has_end: Whether the answer ends with it, by itself.
-            is_end_token: Whether it is a token that ends answers and is not part of them.
+            log_probs: The tokens' log-probabilities, at temperature 1, in nats.
+            has_end: Whether the answer ends with the token, and not by a limit.
+            is_end_token: Whether the token only ends the answer and is not part of it.
 
         Returns:
-            Which rows need not go on.
+            Which rows can be stopped, because their confidence is below the threshold.
         """
         is_open = ~(self.ended | self._dropped)
         chosen = log_probs.double().where(is_open, 0.0)

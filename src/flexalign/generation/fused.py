@@ -1,10 +1,10 @@
-"""Transformers' own ``generate``, for models whose forward returns fused logits.
+"""Transformers' ``generate`` for models whose forward returns fused logits.
 
-Two models, or one model with an adapter stream, decode by the same loop: the one in transformers,
-with its sampling options, beams, stop strings and streamers. What is added here is λ: read and
-checked once, fixed for every prompt before ``generate`` repeats rows, and handed to ``forward`` at
-every step. Policies that choose a stream for a whole response go through
-:mod:`flexalign.generation.adaptive`, which calls the same ``generate`` for each part of it.
+Two models, and one model with an adapter stream, are decoded by the same loop: that of
+transformers, with its sampling options, beams, stop strings and streamers. This module adds λ. It
+is parsed and checked once, stored per prompt before ``generate`` repeats rows, and passed to
+``forward`` at every step. Policies that choose a stream for a whole response are handled by
+:mod:`flexalign.generation.adaptive`, which calls the same ``generate`` for each phase.
 """
 
 from abc import abstractmethod
@@ -35,13 +35,13 @@ _INNER_OUTPUTS = ("output_hidden_states", "output_attentions")
 class FusedDecoding(GenerationMixin, DialModel):  # type: ignore[misc]
     """`generate` with a λ, for a module whose ``forward`` returns fused logits.
 
-    ``forward`` must take ``lam``, ``gate`` and ``lam_checked``, which says that λ has been checked
-    already. A subclass says which transformers model leads (its configuration, its way of
-    preparing inputs), what λ is where none is given, and what else its forward needs; the rest of
-    :class:`~flexalign.generation.interface.DialModel` that is left to it are its caches.
+    ``forward`` must take ``lam``, ``gate`` and ``lam_checked`` (λ has been checked already). A
+    subclass defines which transformers model leads (its configuration, and how it prepares inputs),
+    the default λ, the other inputs of its forward, and the methods for caches of
+    :class:`~flexalign.generation.interface.DialModel`.
 
     Attributes:
-        tokenizer: The models' tokenizer where it is known, else None.
+        tokenizer: The models' tokenizer; None if it is not known.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -49,15 +49,15 @@ class FusedDecoding(GenerationMixin, DialModel):  # type: ignore[misc]
     @property
     @abstractmethod
     def _leader(self) -> "PreTrainedModel":
-        """The model whose configuration and way of preparing inputs lead."""
+        """The model whose configuration is used, and which prepares the inputs."""
 
     @abstractmethod
     def _default_dial(self) -> Any:
-        """Return what λ is where none is given."""
+        """Return the λ for calls that give none."""
 
     @abstractmethod
     def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
-        """Return what ``forward`` needs besides λ, such as a cache, for these prompts."""
+        """Return the inputs of ``forward`` besides λ, such as a cache, for these prompts."""
 
     def generate(
         self,
@@ -68,24 +68,24 @@ class FusedDecoding(GenerationMixin, DialModel):  # type: ignore[misc]
         gate: float | None = None,
         **options: Any,
     ) -> Any:
-        """Generate as transformers does, every prompt by its own λ.
+        """Generate as transformers does, each prompt with its own λ.
 
         Args:
             inputs: Prompts, shape ``(B, T)``, left padded; or ``input_ids`` among the options.
-            lam: A number, a schedule over the generated token's index (first 0), a policy, a list
+            lam: A number, a schedule over the generated token's index (from 0), a policy, a list
                 with one of these for each prompt, or a tensor ``(B,)``, or ``(B, K)`` with λ by
-                generated token. The model's default λ if not given. Also the
-                :class:`~flexalign.generation.row_lambdas.RowDials` of the prompts, which are
-                trusted.
-            policy: The same as ``lam``, under the name that a policy goes by. With
-                ``Adaptive`` or ``Route`` among them, each row takes the stream that is chosen for
-                it (:class:`flexalign.generation.adaptive.RoutedOutput` tells which).
+                generated token. By default the model's default λ. Also the
+                :class:`~flexalign.generation.row_lambdas.RowDials` of the prompts, which are not
+                checked again.
+            policy: Another name of ``lam``, for policies. For ``Adaptive`` and ``Route``, a stream
+                is chosen for each row (see :class:`flexalign.generation.adaptive.RoutedOutput`).
             gate: As in :func:`flexalign.fusion.fuse`.
-            **options: Whatever transformers' ``generate`` takes, assisted decoding and caches
-                other than the dynamic one excepted.
+            **options: The options of transformers' ``generate``, except assisted decoding and
+                caches other than the dynamic one.
 
         Returns:
-            What transformers' ``generate`` returns.
+            As transformers' ``generate``; with a policy and ``return_dict_in_generate``, a
+            ``RoutedOutput``.
 
         Raises:
             LambdaError: If a λ is not finite, or their number is not that of the prompts.
@@ -102,7 +102,7 @@ class FusedDecoding(GenerationMixin, DialModel):  # type: ignore[misc]
         if gate is not None:
             as_gate(gate)
 
-        # λ is read and checked here, and nowhere below.
+        # λ is parsed and checked only here.
         given = policy if lam is None else lam
         given = self._default_dial() if given is None else given
         if isinstance(given, RowDials):
@@ -120,7 +120,7 @@ class FusedDecoding(GenerationMixin, DialModel):  # type: ignore[misc]
         return GenerationMixin.generate(
             self,
             dials=dials,
-            dial_rows=torch.arange(len(prompts)),  # repeated by generate along with the rows
+            dial_rows=torch.arange(len(prompts)),  # generate repeats these as it repeats rows
             prompt_tokens=0 if ids is None else ids.shape[1],
             tags=self._tag_tokens(options) if dials.follow_thinking else None,
             gate=gate,
@@ -138,7 +138,7 @@ class FusedDecoding(GenerationMixin, DialModel):  # type: ignore[misc]
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Look up each row's λ for the next token; the rest is the leading model's own way."""
+        """Return the inputs that the leading model prepares, and each row's λ for the next token."""
         index = max(0, input_ids.shape[1] - prompt_tokens)
         lam = dials.at(dial_rows, index, input_ids, tags)
         prepared: dict[str, Any] = self._leader.prepare_inputs_for_generation(
@@ -148,7 +148,7 @@ class FusedDecoding(GenerationMixin, DialModel):  # type: ignore[misc]
 
     @property
     def thinking_tags(self) -> ThinkingTags | None:
-        """The tags that the model is known to use; None for those of its tokenizer."""
+        """The model's thinking tags; None if its tokenizer's are used."""
         return None
 
     def threshold(self, policy: Adaptive) -> float:
@@ -197,10 +197,14 @@ class FusedDecoding(GenerationMixin, DialModel):  # type: ignore[misc]
         return 0
 
     def require_tokenizer(self, purpose: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
-        """Return the tokenizer, of the options or the model's own.
+        """Return the tokenizer of the options, or else the model's.
+
+        Args:
+            purpose: What needs the tokenizer, for the message.
+            options: The options of ``generate``.
 
         Raises:
-            ConfigError: If none is known; says that ``purpose`` needs it.
+            ConfigError: If there is none.
         """
         tokenizer = options.get("tokenizer") or self.tokenizer
         if tokenizer is None:
@@ -208,7 +212,7 @@ class FusedDecoding(GenerationMixin, DialModel):  # type: ignore[misc]
         return tokenizer
 
     def _repeats(self, options: dict[str, Any]) -> int:
-        """Return how often ``generate`` will repeat every prompt."""
+        """Return how many rows ``generate`` makes of each prompt."""
         return max(self.generation_option(name, options) or 1 for name in _REPEATING)
 
     def _tag_tokens(self, options: dict[str, Any]) -> TagTokens:
@@ -218,13 +222,13 @@ class FusedDecoding(GenerationMixin, DialModel):  # type: ignore[misc]
         return TagTokens(tokenizer, self.thinking_tags or ThinkingTags.of(tokenizer))
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
-        """Put a recorder first, where it sees the model's own distribution."""
+        """Put a recorder before all other processors, so that it gets the model's distribution."""
         processors = super()._get_logits_processor(*args, **kwargs)
         processors.sort(key=lambda processor: not isinstance(processor, LogProbRecorder))
         return processors
 
     def _get_stopping_criteria(self, *args: Any, **kwargs: Any) -> Any:
-        """Tell a tracker which of the criteria end a response."""
+        """Give each tracker the stopping criteria, of which it uses those that end a response."""
         criteria = super()._get_stopping_criteria(*args, **kwargs)
         for tracker in criteria:
             if isinstance(tracker, ConfidenceTracker):
@@ -233,5 +237,5 @@ class FusedDecoding(GenerationMixin, DialModel):  # type: ignore[misc]
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:
-    """Count each row's positions from its first token on, as ``generate`` does: (B, T)."""
+    """Return position ids (B, T), counted from each row's first unmasked token as in ``generate``."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -1,8 +1,8 @@
-"""What policies, and the local server, ask of a model with a dial: its declared interface.
+"""The interface of a model with a dial, which policies and the local server use.
 
 :class:`flexalign.generation.fused.FusedDecoding` implements the part that :class:`InRaModel` and
 :class:`TwoModelDecoder` have in common. This module imports neither them nor the policies
-(:mod:`flexalign.generation.adaptive`), so that both sides stand on it and not on each other.
+(:mod:`flexalign.generation.adaptive`): both import it, and not each other.
 """
 
 from abc import ABC, abstractmethod
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Phase: TypeAlias = tuple[Tensor, RowDials]
-"""Rows of a prefilled batch, shape ``(n,)``, and the dials that they follow in one generation."""
+"""Rows of a prefilled batch, shape ``(n,)``, and their dials in one generation."""
 
 
 class DialModel(ABC):
     """A model that generates with one dial per prompt.
 
-    ``options`` is always what a caller gave ``generate`` beside its prompts and λ.
+    ``options`` are always the caller's arguments of ``generate`` other than the prompts and λ.
     """
 
     @abstractmethod
@@ -38,14 +38,14 @@ class DialModel(ABC):
         gate: float | None = None,
         **options: Any,
     ) -> Any:
-        """Generate as transformers does, every prompt by its own λ.
+        """Generate as transformers does, each prompt with its own λ.
 
         Args:
             inputs: Prompts, shape ``(B, T)``, left padded.
-            lam: What λ follows; see :meth:`flexalign.generation.fused.FusedDecoding.generate`.
+            lam: As in :meth:`flexalign.generation.fused.FusedDecoding.generate`.
             policy: The same as ``lam``.
             gate: As in :func:`flexalign.fusion.fuse`.
-            **options: Whatever transformers' ``generate`` takes.
+            **options: Options of transformers' ``generate``.
         """
 
     @abstractmethod
@@ -57,17 +57,17 @@ class DialModel(ABC):
         Args:
             input_ids: Shape ``(B, T)``, left padded.
             attention_mask: Shape ``(B, T)``.
-            phases: For each generation its rows of the batch and their dials.
+            phases: For each generation, its rows of the batch and their dials.
         """
 
     @abstractmethod
     def fork_cache(self, cache: Any, rows: Tensor, dials: RowDials) -> Any:
-        """Return a cache for rows of a prefilled one, which stays as it is.
+        """Return a new cache for rows of a prefilled one, which does not change.
 
         Args:
-            cache: Of :meth:`prefill_phases`.
-            rows: Shape ``(n,)``.
-            dials: The dials of these rows: the new cache holds what they need, and no more.
+            cache: A cache of :meth:`prefill_phases`.
+            rows: The rows, shape ``(n,)``.
+            dials: The dials of these rows. The new cache holds only what they need.
         """
 
     @abstractmethod
@@ -76,10 +76,10 @@ class DialModel(ABC):
 
     @abstractmethod
     def check_options(self, options: dict[str, Any]) -> None:
-        """Refuse options that no model with a dial can serve.
+        """Refuse options that models with a dial do not support.
 
         Raises:
-            ConfigError: If there is one.
+            ConfigError: If there is such an option.
         """
 
     @abstractmethod
@@ -88,16 +88,20 @@ class DialModel(ABC):
 
     @abstractmethod
     def require_tokenizer(self, purpose: str, options: dict[str, Any]) -> "PreTrainedTokenizerBase":
-        """Return the tokenizer, of the options or the model's own.
+        """Return the tokenizer of the options, or else the model's.
+
+        Args:
+            purpose: What needs the tokenizer, for the message.
+            options: The options of ``generate``.
 
         Raises:
-            ConfigError: If none is known; says that ``purpose`` needs it.
+            ConfigError: If there is none.
         """
 
     @property
     @abstractmethod
     def thinking_tags(self) -> ThinkingTags | None:
-        """The tags that the model is known to use; None for those of its tokenizer."""
+        """The model's thinking tags; None if its tokenizer's are used."""
 
     @abstractmethod
     def threshold(self, policy: Adaptive) -> float:

@@ -1,6 +1,6 @@
-"""Responses to many prompts, in batches: the one generator that the library uses.
+"""Generating responses to many prompts in batches, for evaluation, sampling and training.
 
-It serves whatever has transformers' ``generate``: a plain model, a PEFT wrapper, or a
+It works with every model that has transformers' ``generate``: a plain model, a PEFT wrapper, or a
 :class:`flexalign.TwoModelDecoder`.
 """
 
@@ -27,13 +27,13 @@ class Response:
     """One response to one prompt.
 
     Attributes:
-        text: What was written, without special tokens; thinking tags are kept.
+        text: The response without special tokens; thinking tags are kept.
         token_ids: The tokens, without the one that ends the response.
-        tokens: How many were written for it: those, and those of ``rejected_tokens``.
+        tokens: Number of tokens generated for it: those of the response and ``rejected_tokens``.
         truncated: Whether the limit on new tokens cut it off.
-        route: ``"fast"`` or ``"slow"`` under an adaptive or route policy, else None.
-        confidence: The fast answer's, under an adaptive policy.
-        rejected_tokens: Tokens of a rejected fast answer, and of samples it was compared with.
+        route: ``"fast"`` or ``"slow"`` with an adaptive or route policy, else None.
+        confidence: The confidence of the fast answer, with an adaptive policy.
+        rejected_tokens: Number of tokens of a rejected fast answer, and of samples for comparison.
     """
 
     text: str
@@ -60,27 +60,27 @@ def generate_responses(
     progress: Callable[[int, int], None] | None = None,
     **generate_kwargs: Any,
 ) -> list[Response]:
-    """Answer every prompt once.
+    """Generate one response to every prompt.
 
-    Sampling is from the model's own distribution: settings that a checkpoint brings along
-    (top_k, a repetition penalty) are left out unless given here. The same seed, prompts and
-    batch size give the same responses; torch's own random state is left as it was. With
-    ``seeds`` a response does not depend on the others, up to the float tolerance of batching.
+    Sampling is from the model's own distribution: the settings of a checkpoint's generation config
+    (top_k, a repetition penalty) are ignored unless given here. The same seed, prompts and batch
+    size give the same responses. Torch's random state is restored. With ``seeds`` a response does
+    not depend on the other prompts, up to the float tolerance of batching.
 
     Args:
-        model: Anything with transformers' ``generate``.
+        model: A model with transformers' ``generate``.
         tokenizer: Its tokenizer.
-        prompts: Texts, used as they are, or lists of messages, for the chat template.
+        prompts: Texts, which are not changed, or lists of messages, for the chat template.
         max_new_tokens: Tokens after which a response is cut off.
         temperature: 0 is greedy.
         top_p: Probability mass sampled from, 0 < top_p ≤ 1.
-        batch_size: Responses made together.
-        seed: Of all sampling.
-        seeds: One for each prompt, in the place of ``seed``; see
+        batch_size: Responses generated together.
+        seed: Seed of all sampling.
+        seeds: One seed per prompt, instead of ``seed``; see
             :class:`flexalign.generation.seeded.SeededSampling`.
-        progress: Called after each batch with (responses made, responses in all).
-        **generate_kwargs: More for ``generate``. ``lam`` may be a list or a tensor with one dial
-            per prompt, policies among them; ``policy`` is the same.
+        progress: Called after each batch with (responses done, responses in all).
+        **generate_kwargs: More arguments of ``generate``. ``lam`` may be a list or a tensor with
+            one dial per prompt, including policies; ``policy`` is the same.
 
     Returns:
         One response per prompt, in their order.
@@ -101,12 +101,12 @@ def generate_responses(
         model,
         tokenizer,
         max_new_tokens,
-        0.0 if is_seeded else temperature,  # the seeds' processor samples
+        0.0 if is_seeded else temperature,  # with seeds, the logits processor samples
         top_p,
         generate_kwargs,
     )
 
-    # The longest come first: what does not fit in memory fails at once.
+    # The longest prompts come first, so that a lack of memory shows in the first batch.
     order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
     responses: list[Response | None] = [None] * len(encoded)
     reader = _ResponseReader(tokenizer, settings)
@@ -117,7 +117,7 @@ def generate_responses(
             batch = order[start : start + batch_size]
             inputs = left_padded([encoded[i] for i in batch], settings.pad_token_id, model.device)
 
-            # The streams that policies choose are told only in the dictionary.
+            # Only the dictionary has the streams that policies chose.
             settings.return_dict_in_generate = False
             if dials is not None:
                 generate_kwargs["lam"] = own = _rows(dials, batch)
@@ -160,10 +160,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
 
 
 def _read_dials(given: dict[str, Any], prompts: int) -> list[Dial] | Tensor | None:
-    """Take ``lam`` or ``policy`` out of the options of ``generate`` and read it, once.
+    """Remove ``lam`` or ``policy`` from the options of ``generate`` and parse it.
 
     Returns:
-        One dial for each prompt; a tensor as it is; None if neither was given.
+        One dial for each prompt; a tensor unchanged; None if neither was given.
     """
     lam, policy = given.pop("lam", None), given.pop("policy", None)
     if lam is not None and policy is not None:
@@ -195,7 +195,7 @@ class _ResponseReader:
         self._limit = settings.max_new_tokens
 
     def read_all(self, written: Any, prompt_tokens: int) -> list[Response]:
-        """Read what ``generate`` returned: sequences, or a :class:`RoutedOutput`."""
+        """Read the output of ``generate``: sequences, or a :class:`RoutedOutput`."""
         if isinstance(written, Tensor):
             return [self._read(row) for row in written[:, prompt_tokens:].tolist()]
 
@@ -213,7 +213,7 @@ class _ResponseReader:
         end = next((place for place, token in enumerate(row) if token in self._ends), None)
         if end is None:
             end = len(row)
-            # Cut off by the limit, or by a stop string; then padding may follow.
+            # The response was cut off by the limit or by a stop string, and padding may follow.
             while end and row[end - 1] == self._pad:
                 end -= 1
 
@@ -237,15 +237,15 @@ def generation_settings(
     top_p: float,
     given: dict[str, Any],
 ) -> GenerationConfig:
-    """Gather all that governs the sampling, and nothing that a checkpoint brings along.
+    """Return complete sampling settings, which ignore those of the checkpoint.
 
     Args:
-        model: Has a ``generation_config``, whose end tokens count beside the tokenizer's.
+        model: The model. The end tokens of its ``generation_config`` are used, and the tokenizer's.
         tokenizer: Its tokenizer.
         max_new_tokens: Tokens after which a response is cut off.
         temperature: 0 is greedy.
         top_p: Probability mass sampled from.
-        given: Options of ``generate``; those that are settings are taken out of it, and hold.
+        given: Options of ``generate``. Those that are settings are moved from it to the result.
     """
     ends = getattr(model.generation_config, "eos_token_id", None)
     ends = ends if isinstance(ends, list | tuple) else [ends]
@@ -266,14 +266,14 @@ def generation_settings(
         **(sampling if temperature > 0 else {"do_sample": False, **NEUTRAL}),
     )
 
-    # What the caller gave holds; as settings it must not be given to ``generate`` a second time.
+    # The caller's options override these settings, and must not be given to ``generate`` twice.
     for name in [name for name in given if name in settings.to_dict()]:
         setattr(settings, name, given.pop(name))
     return settings
 
 
 def left_padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
-    """Put rows of tokens into one batch that ``generate`` goes on from: ids and mask, (B, T)."""
+    """Return rows of tokens as one left-padded batch for ``generate``: ids and mask, (B, T)."""
     longest = max(map(len, rows))
     input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])

@@ -1,9 +1,9 @@
-"""The λ of every row of a batch, at every token that it generates.
+"""The λ of every row of a batch, at every generated token.
 
 Transformers' ``generate`` repeats rows (beams, several samples per prompt) before it decodes.
-Therefore the dials are read once, one per prompt, before it starts (:func:`read_dials`), and each
-repeated row looks its λ up by its prompt (:class:`RowDials`). Nothing is read or checked again
-while tokens are generated.
+Therefore the dials are parsed before it starts, one per prompt (:func:`read_dials`), and the λ of
+each repeated row is looked up by its prompt (:class:`RowDials`). Nothing is parsed or checked while
+tokens are generated.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 def read_dials(lam: Any, rows: int) -> list[Dial]:
-    """Read one dial for all prompts, or a list with one for each.
+    """Parse one dial for all prompts, or a list with one for each; return one for each.
 
-    Dials that have been read already are taken as they are.
+    Dials that have been parsed already are not changed.
 
     Raises:
         LambdaError: If a λ is not finite, or their number is not that of the prompts.
@@ -47,20 +47,20 @@ def _read_dial(given: Any) -> Dial:
 
 
 class RowDials:
-    """One dial per prompt of a batch, checked; :meth:`at` looks their λ up.
+    """One checked dial per prompt of a batch. :meth:`at` returns the λ of a token.
 
     Attributes:
-        least: The smallest λ that any of them gives.
-        largest: The largest.
-        ends: Per prompt 0.0 or 1.0 if its λ is that throughout, else None.
+        least: The smallest λ of all dials.
+        largest: The largest λ of all dials.
+        ends: Per prompt: 0.0 or 1.0 if its λ has this value at every token, else None.
     """
 
     def __init__(self, table: Tensor, schedules: Sequence[Schedule | None]) -> None:
-        """Join the two; :meth:`of` and :meth:`following` build them.
+        """Create them of a table and schedules; :meth:`of` and :meth:`following` are simpler.
 
         Args:
-            table: λ by generated token for prompts without a schedule, shape ``(B, K)``; the last
-                column is for all tokens that follow.
+            table: λ by generated token for prompts without a schedule, shape ``(B, K)``. The last
+                column is used for all later tokens.
             schedules: Per prompt its schedule, or None.
         """
         self._table = table
@@ -77,12 +77,12 @@ class RowDials:
 
     @classmethod
     def of(cls, lam: Any, rows: int) -> "RowDials":
-        """Read and check the λ's of a batch.
+        """Parse and check the λ of a batch.
 
         Args:
             lam: One dial for all (a number, a schedule, a policy or its JSON form), a list with
                 one for each prompt, or a tensor: 0-dimensional, ``(B,)``, or ``(B, K)`` with λ by
-                generated token, the last column for all that follow.
+                generated token, the last column for all later tokens.
             rows: Number of prompts.
 
         Raises:
@@ -104,10 +104,10 @@ class RowDials:
 
     @classmethod
     def following(cls, dials: Sequence[Dial]) -> "RowDials":
-        """Follow dials that have been read: one for each prompt.
+        """Create them of parsed dials, one for each prompt.
 
         Raises:
-            ConfigError: If one is a policy that has no λ per token.
+            ConfigError: If a dial is a policy that has no λ per token.
         """
         for dial in dials:
             if isinstance(dial, Adaptive | Route):
@@ -124,7 +124,7 @@ class RowDials:
 
     @property
     def follow_thinking(self) -> bool:
-        """Whether any schedule must be told where the thinking is."""
+        """Whether any schedule depends on the position of the thinking."""
         return any(
             schedule is not None and schedule.follows_thinking for schedule in self._schedules
         )
@@ -135,10 +135,10 @@ class RowDials:
         """Return λ of the next token of every row, shape ``(len(rows),)``, on the CPU.
 
         Args:
-            rows: For each row of the decoding batch, its prompt: ``generate`` repeats prompts.
-            index: How many tokens have been generated.
+            rows: The prompt's index of each row of the decoding batch, which may repeat prompts.
+            index: Number of tokens generated so far.
             input_ids: Prompts and generated tokens of the decoding batch, ``(len(rows), T)``.
-            tags: The thinking tags' tokens, where :attr:`follow_thinking` says so.
+            tags: The tokens of the thinking tags; required if :attr:`follow_thinking`.
         """
         rows = rows.to("cpu")
         lam = self._table[rows, min(index, self._table.shape[1] - 1)]
@@ -154,7 +154,7 @@ class RowDials:
 
 
 class TagTokens:
-    """Where the thinking is, read from token ids.
+    """The token ids of the thinking tags, and the position of the thinking in token ids.
 
     Attributes:
         open: The token that completes the opening tag.
@@ -163,22 +163,22 @@ class TagTokens:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", tags: ThinkingTags) -> None:
-        """Look the two tags up.
+        """Look up the two tags.
 
         Raises:
-            ConfigError: If a tag is several tokens of ordinary text: it cannot be told apart from
-                text that merges with its neighbours.
+            ConfigError: If a tag is several tokens of ordinary text. They may be merged with the
+                text around them, and then the tag cannot be found in token ids.
         """
         self._open, self._close = (_tokens_of(tokenizer, tag) for tag in (tags.open, tags.close))
         self.open, self.close = self._open[-1], self._close[-1]
         self.are_single = len(self._open) == len(self._close) == 1
 
     def place(self, input_ids: Tensor) -> tuple[list[bool], list[int]]:
-        """Return, for the next token of every row, if it lies inside and its thinking index.
+        """Return for the next token of every row whether it is thinking, and its thinking index.
 
         Args:
-            input_ids: Prompts and all generated tokens, shape ``(B, T)``. A prompt that leaves
-                the tag open counts.
+            input_ids: Prompts and all generated tokens, shape ``(B, T)``. An opening tag in the
+                prompt counts.
         """
         opened = _last_end(input_ids, self._open)
         inside = opened > _last_end(input_ids, self._close)
@@ -187,7 +187,7 @@ class TagTokens:
 
 
 def _last_end(input_ids: Tensor, tag: list[int]) -> Tensor:
-    """Return where a tag ends for the last time in each row, −1 if it does not: (B, T) → (B,)."""
+    """Return the last position at which a tag ends in each row, −1 if none: (B, T) → (B,)."""
     length = len(tag)
     if input_ids.shape[1] < length:
         return torch.full_like(input_ids[:, 0], -1)

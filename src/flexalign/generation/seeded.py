@@ -1,10 +1,10 @@
-"""Sampling in which a row's tokens follow from its own seed, whatever batch it stands in.
+"""Sampling in which a row's tokens depend on its own seed, and not on the batch.
 
-By the Gumbel-max trick, adding independent Gumbel noise to logits and taking the largest is a draw
-from their softmax. The noise here is a function of (seed, index of the generated token, token id)
-alone, so no batch mate can shift it, a broken-off batch can be made again in any other, and two
-settings of a dial that answer with one seed meet the same luck: their difference is measured with
-less noise (common random numbers).
+Gumbel-max trick: the index of the largest of logits plus independent Gumbel noise is a sample from
+their softmax. The noise here is a function of only (seed, index of the generated token, token id).
+It does not depend on the other rows, so an interrupted batch can be repeated with other rows in it.
+Two settings of a dial that use one seed get the same noise, so their difference has a smaller
+variance (common random numbers).
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 _LEAST_TEMPERATURE = 1e-8
-"""Colder ones are taken for it: nothing but the likeliest is drawn, and no quotient overflows."""
+"""Lower temperatures are raised to this one, at which only the likeliest token is sampled and the
+division of logits does not overflow."""
 
 _INCREMENT = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number
 _FIRST = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -22,19 +23,18 @@ _SECOND = -7723592293110705685  # 0x94D049BB133111EB
 
 
 class SeededSampling(LogitsProcessor):  # type: ignore[misc]
-    """Chooses each row's next token with that row's seed; use it with greedy decoding.
+    """Samples each row's next token with that row's seed; use it with greedy decoding.
 
-    The scores it returns leave one token, so that ``do_sample=False`` takes it. A token is drawn
-    from softmax(logits / temperature), cut to the smallest set of likeliest tokens that holds
-    ``top_p`` of it, as transformers' own warpers do.
+    The returned scores leave only the sampled token, which ``do_sample=False`` then chooses. It is
+    sampled from softmax(logits / temperature), limited to the smallest set of likeliest tokens that
+    has a probability of ``top_p``, as transformers does.
 
     Attributes:
-        seeds: One for each row of the batch. A batch that goes on with some of its rows only needs
-            theirs; see :meth:`keep`.
+        seeds: One for each row of the batch. For a batch of some of the rows, see :meth:`keep`.
     """
 
     def __init__(self, seeds: Sequence[int], temperature: float = 1.0, top_p: float = 1.0) -> None:
-        """Sample a batch.
+        """Create the sampling of a batch.
 
         Args:
             seeds: One for each row.
@@ -64,14 +64,14 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
 
 
 def _likeliest(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Return the logits and ids of what may be drawn, ``(B, K)``; −inf pads shorter rows."""
+    """Return the logits and ids of tokens in the top p, ``(B, K)``; −inf pads shorter rows."""
     if top_p == 1:
         return logits, torch.arange(logits.shape[1], device=logits.device).expand_as(logits)
     ordered, ids = logits.sort(descending=True, dim=-1, stable=True)
     probabilities = ordered.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
     dropped = before >= top_p
-    dropped[:, 0] = False  # a top_p that float32 takes for 0 leaves the likeliest
+    dropped[:, 0] = False  # keep the likeliest also for a top_p that is 0 in float32
     width = int((~dropped).sum(-1).amax())
     return ordered.masked_fill(dropped, -torch.inf)[:, :width], ids[:, :width]
 
@@ -93,5 +93,5 @@ def _mixed(state: Tensor) -> Tensor:
 
 
 def _shifted(value: Tensor, bits: int) -> Tensor:
-    """Shift right without the sign."""
+    """Shift to the right, filling with zeros instead of the sign."""
     return (value >> bits) & ((1 << (64 - bits)) - 1)

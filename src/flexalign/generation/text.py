@@ -1,7 +1,7 @@
-"""Generated tokens as text: special tokens are left out, thinking tags stay.
+"""Generated tokens as text: special tokens are left out, thinking tags are kept.
 
-:class:`ResponseText` reads a whole response. :class:`StreamedResponse` reads one token by token and
-separates the thinking from the answer as it goes.
+:class:`ResponseText` decodes a whole response. :class:`StreamedResponse` decodes one token by token
+and separates the thinking from the answer.
 """
 
 from collections.abc import Iterable
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _INCOMPLETE = "\ufffd"
-"""What tokens decode to that end inside a character."""
+"""The last character of decoded tokens that end inside a character."""
 
 
 class ResponseText:
-    """Reads responses as a user sees them.
+    """Decodes responses as they are shown to a user.
 
     Attributes:
         tags: The thinking tags; None if none are known.
@@ -26,16 +26,16 @@ class ResponseText:
     def __init__(
         self, tokenizer: "PreTrainedTokenizerBase", tags: ThinkingTags | None = None
     ) -> None:
-        """Read with a tokenizer; where no tags are given, those that it shows.
+        """Decode with a tokenizer.
 
         Args:
-            tokenizer: The model's.
-            tags: The tags around its thinking.
+            tokenizer: The model's tokenizer.
+            tags: The tags around its thinking. None: those detected in the tokenizer.
         """
         self.tags = tags or ThinkingTags.detect(tokenizer)
         self._tokenizer = tokenizer
 
-        # Thinking tags may be special tokens, one or several, and are shown all the same.
+        # Thinking tags are shown even if they are special tokens, one or several.
         shown: set[int] = set()
         for tag in (self.tags.open, self.tags.close) if self.tags else ():
             shown.update(tokenizer(tag, add_special_tokens=False)["input_ids"])
@@ -44,7 +44,7 @@ class ResponseText:
         self._hidden = special - shown
 
     def hides(self, token: int) -> bool:
-        """Whether a token is not shown."""
+        """Return whether a token is left out of the text."""
         return token in self._hidden
 
     def read(self, tokens: Iterable[int]) -> str:
@@ -64,16 +64,16 @@ class ResponseText:
         return " ".join(text.split()).casefold()
 
     def is_opened_by(self, prompt: Iterable[int]) -> bool:
-        """Whether a prompt's tokens leave the thinking open."""
+        """Return whether a prompt ends inside the thinking."""
         return self.tags is not None and self.tags.opened_by(self.read(prompt))
 
 
 class Piece(NamedTuple):
-    """A piece of a response.
+    """A part of a response's text.
 
     Attributes:
-        text: Never empty; thinking tags are left out.
-        is_thinking: Whether it stands between the thinking tags.
+        text: The text, without thinking tags; not empty.
+        is_thinking: Whether it is between the thinking tags.
     """
 
     text: str
@@ -81,15 +81,15 @@ class Piece(NamedTuple):
 
 
 class StreamedResponse:
-    """Reads one response while it is written, token by token."""
+    """Decodes one response while it is generated, token by token."""
 
     def __init__(
         self, tokenizer: "PreTrainedTokenizerBase", tags: ThinkingTags, *, opened: bool = False
     ) -> None:
-        """Start to read.
+        """Start a response.
 
         Args:
-            tokenizer: The model's.
+            tokenizer: The model's tokenizer.
             tags: The tags around its thinking.
             opened: Whether the prompt has opened the thinking.
         """
@@ -97,7 +97,7 @@ class StreamedResponse:
         self._split = StreamedSplit(tags, opened=opened)
 
     def put(self, token: int) -> list[Piece]:
-        """Take the next token; return the pieces that are certain by now."""
+        """Take the next token; return the pieces that later tokens cannot change."""
         return self._split.put(self._text.put(token))
 
     def end(self) -> list[Piece]:
@@ -106,17 +106,17 @@ class StreamedResponse:
 
 
 class StreamedText:
-    """Decodes tokens that arrive one by one; the texts joined are the text of them all."""
+    """Decodes tokens one by one; the returned texts, joined, are the text of all tokens."""
 
     def __init__(self, reader: ResponseText) -> None:
-        """Start to read."""
+        """Start a response, decoded by `reader`."""
         self._reader = reader
         self._tokens: list[int] = []
         self._from = 0  # the first token that is decoded again for the next text
         self._returned = 0  # tokens whose text has been returned
 
     def put(self, token: int) -> str:
-        """Take the next token; return the text that is certain by now."""
+        """Take the next token; return the new text that later tokens cannot change."""
         if self._reader.hides(token):
             return ""
 
@@ -136,8 +136,8 @@ class StreamedText:
     def _unread(self) -> str:
         """Return the text of the new tokens.
 
-        They are decoded together with those before them: a tokenizer may write a token in another
-        way at the start of a text, without its space, for example.
+        They are decoded together with the tokens before them, because a tokenizer may decode a
+        token differently at the start of a text, for example without its space.
         """
         before = self._reader.read(self._tokens[self._from : self._returned])
         return self._reader.read(self._tokens[self._from :])[len(before) :]
@@ -146,12 +146,13 @@ class StreamedText:
 class StreamedSplit:
     """Separates the thinking from the answer in a text that arrives in parts.
 
-    Joined, the pieces are the two parts that :meth:`ThinkingTags.split` finds. A response that
-    closes a thinking it has not opened is the exception: what was returned as its answer stays so.
+    Joined, the pieces are the two parts that :meth:`ThinkingTags.split` returns. The exception is a
+    response that closes a thinking it has not opened: text that was returned as the answer is not
+    returned again as thinking.
     """
 
     def __init__(self, tags: ThinkingTags, *, opened: bool = False) -> None:
-        """Start to read.
+        """Start a response.
 
         Args:
             tags: The tags around the thinking.
@@ -162,11 +163,11 @@ class StreamedSplit:
         self._held = ""
 
     def put(self, text: str, *, is_last: bool = False) -> list[Piece]:
-        """Take more text and return the pieces that are certain by now.
+        """Take more text; return the pieces that later text cannot change.
 
         Args:
             text: The next part of the response.
-            is_last: No more follows, so what was held back is returned too.
+            is_last: Whether no more text follows, so that held-back text is returned too.
         """
         self._held += text
         if not self._is_begun and not self._begin(is_last):
@@ -176,7 +177,7 @@ class StreamedSplit:
         if self._is_thinking:
             thinking, closed, rest = self._held.partition(self._tags.close)
             if not closed and not is_last:
-                # The end may be the beginning of the closing tag.
+                # The last characters may be the beginning of the closing tag.
                 certain = len(thinking) - _overlap(thinking, self._tags.close)
                 thinking, rest = thinking[:certain], thinking[certain:]
             pieces.append(Piece(thinking, True))
@@ -189,7 +190,7 @@ class StreamedSplit:
         return [piece for piece in pieces if piece.text]
 
     def _begin(self, is_last: bool) -> bool:
-        """Decide whether the response opens with thinking; return whether that is known by now."""
+        """Decide whether the response starts with thinking; return whether that can be decided."""
         start, tag, answer = self._held.lstrip(), self._tags.open, self._tags.answer
         if not is_last and any(
             len(start) < len(mark) and mark.startswith(start) for mark in (tag, answer)
@@ -204,6 +205,6 @@ class StreamedSplit:
 
 
 def _overlap(text: str, tag: str) -> int:
-    """Return how many of the last characters may be the beginning of a tag."""
+    """Return how many of the text's last characters may be the beginning of a tag."""
     longest = min(len(text), len(tag) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(tag[:n])), 0)

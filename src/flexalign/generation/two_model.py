@@ -1,4 +1,4 @@
-"""Equation 5 at decode time, over two whole models with a cache each."""
+"""Decoding with equation 5 over two models, each with its own cache."""
 
 import copy
 import inspect
@@ -23,28 +23,28 @@ from flexalign.models.pair import ModelPair, Side
 _SIDES: tuple[Side, Side] = ("reference", "aligned")
 
 _OPTIONAL = ("position_ids", "logits_to_keep")
-"""Inputs that some families do not take."""
+"""Inputs that models of some families do not take."""
 
 
 class TwoModelConfig(PreTrainedConfig):  # type: ignore[misc]
-    """What transformers asks of a model's configuration while it generates."""
+    """The configuration that transformers' ``generate`` needs."""
 
     model_type = "flexalign_two_models"
 
 
 @dataclass
 class PairCache:
-    """The two models' caches, as the one that transformers' ``generate`` sees.
+    """The caches of two models, as one cache for transformers' ``generate``.
 
     Attributes:
-        reference: The reference's; None if it does not run.
-        aligned: The aligned model's; None if it does not run.
+        reference: The cache of the reference; None if it does not run.
+        aligned: The cache of the aligned model; None if it does not run.
     """
 
     reference: Any = None
     aligned: Any = None
 
-    # What transformers' ``generate`` reads of a cache.
+    # Attributes that transformers' ``generate`` reads.
     is_compileable = False
     is_croppable = False
 
@@ -53,39 +53,38 @@ class PairCache:
         return [cache for cache in (self.reference, self.aligned) if cache is not None]
 
     def get_seq_length(self) -> int:
-        """Return how many tokens both have seen, padding included."""
+        """Return the number of tokens in both caches, padding included."""
         return int(self.caches()[0].get_seq_length())
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row i go on from row ``beam_idx[i]``, in both."""
+        """Replace row i by row ``beam_idx[i]``, in both caches."""
         for cache in self.caches():
             cache.reorder_cache(beam_idx)
 
 
 class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """A model whose logits are the fusion of a pair's, for transformers' own ``generate``.
+    """A model whose logits are the fusion of a pair's, for transformers' ``generate``.
 
     Example::
 
         decoder = TwoModelDecoder(ModelPair.load("models/base", "models/concise"))
         decoder.generate(**inputs, lam=2.0, gate=0.01, max_new_tokens=200)
 
-    Sampling, beams, several samples of a prompt, stop strings and streaming are transformers'; λ
-    is 1 where none is given.
-    With λ=0 or λ=1 throughout, only one of the two models runs. A pair with a shared base runs
-    its one module twice, with its adapter off and on.
+    Sampling, beams, several samples of a prompt, stop strings and streaming are transformers'. The
+    default λ is 1. If λ is 0 for all tokens of a batch, or 1 for all, only one of the two models
+    runs. A pair with a shared base runs its module twice, with its adapter off and on.
 
     Attributes:
         pair: The two models.
-        reference: The reference, as the module that transformers runs.
-        aligned: The aligned model, likewise.
-        tokenizer: The pair's.
+        reference: The transformers module of the reference.
+        aligned: The transformers module of the aligned model.
+        tokenizer: The pair's tokenizer.
     """
 
     config_class = TwoModelConfig
 
     def __init__(self, pair: ModelPair) -> None:
-        """Decode with a pair; its modules are used as they are."""
+        """Decode with a pair. Its modules are not copied or changed."""
         super().__init__(TwoModelConfig(vocab_size=pair.vocab_size))
         self.pair = pair
         self.tokenizer = pair.tokenizer
@@ -125,14 +124,14 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
             input_ids: Shape ``(B, T)``.
             attention_mask: Shape ``(B, T)``, or ``(B, past + T)`` with a cache.
             position_ids: Shape ``(B, T)``.
-            past_key_values: The two caches, to go on from.
+            past_key_values: The two caches of an earlier call.
             lam: As in :func:`flexalign.fuse`: a number, ``(B,)`` or ``(B, T)``.
             gate: As in :func:`flexalign.fuse`.
             use_cache: Return the two caches.
-            logits_to_keep: Logits of so many last positions; 0 is all.
-            inputs: Each model's own inputs instead of those above. A model that is left out does
-                not run, and the logits are the other's.
-            return_dict: Part of transformers' interface; a dictionary is always returned.
+            logits_to_keep: Number of last positions to return logits of; 0: all.
+            inputs: Separate inputs for each model, instead of those above. A model without inputs
+                does not run, and the logits are the other's.
+            return_dict: Part of transformers' interface, and ignored: the result is never a tuple.
             lam_checked: λ has been checked already, as ``generate`` does before the first token.
 
         Returns:
@@ -173,7 +172,7 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
     def _inputs(
         self, side: Side, common: dict[str, Any], cache: PairCache | None
     ) -> dict[str, Any]:
-        """Return what one model is called with."""
+        """Return the arguments of one model: the common ones that it takes, and its cache."""
         given = {
             name: value
             for name, value in common.items()
@@ -183,7 +182,7 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
             given["past_key_values"] = getattr(cache, side)
         return given
 
-    # What `generate` asks of the two models while it decodes.
+    # Methods that `generate` calls while it decodes.
 
     def prepare_inputs_for_generation(
         self,
@@ -198,7 +197,7 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
         past_key_values: PairCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Let each model prepare its own inputs, and look up each row's λ for the next token."""
+        """Return the inputs that each model prepares, and each row's λ for the next token."""
         inputs = {}
         for side in sides:
             given = {
@@ -222,7 +221,7 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        """Make one cache for each model that runs, of the kind that it asks for."""
+        """Create one cache for each model that runs, of the model's own kind."""
         if model_kwargs.get("past_key_values") is not None or not generation_config.use_cache:
             return
 
@@ -242,7 +241,7 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
             setattr(cache, side, own["past_key_values"])
         model_kwargs["past_key_values"] = cache
 
-    # What `FusedDecoding` leaves to its subclasses.
+    # Methods that `FusedDecoding` requires of its subclasses.
 
     @property
     def _leader(self) -> PreTrainedModel:
@@ -252,7 +251,7 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
         return 1.0
 
     def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
-        """Return which models run; both if their caches may be used again after this."""
+        """Return which models run; both if their caches are returned to the caller."""
         needed = _sides(dials)
         cache = options.get("past_key_values")
         if cache is None:
@@ -275,7 +274,7 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
     def prefill_phases(
         self, input_ids: Tensor, attention_mask: Tensor, phases: Sequence[Phase]
     ) -> PairCache:
-        """Run prompts once, ``(B, T)``, in each model that one of the phases needs."""
+        """Run prompts, ``(B, T)``, once, in each model that any of the phases needs."""
         common = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -285,11 +284,11 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
         }
         needed = {side for _, dials in phases for side in _sides(dials)}
         inputs = {side: self._inputs(side, common, None) for side in sorted(needed)}
-        outputs = self(inputs=inputs, lam_checked=True)  # the logits, at any λ, are not used
+        outputs = self(inputs=inputs, lam_checked=True)  # only the caches are used, not the logits
         return cast("PairCache", outputs.past_key_values)
 
     def fork_cache(self, cache: PairCache, rows: Tensor, dials: RowDials) -> PairCache:
-        """Return a copy of some rows, of the models that their dials need."""
+        """Return copies of some rows of the caches of the models that their dials need."""
         forked = PairCache()
         for side in _sides(dials):
             own = copy.deepcopy(getattr(cache, side))
@@ -299,7 +298,7 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
 
 
 def _sides(dials: RowDials) -> tuple[Side, ...]:
-    """Return the models that are needed: one alone where every λ is its end throughout."""
+    """Return the models that run: only one if every λ is always 0, or always 1."""
     if all(end == 0 for end in dials.ends):
         return ("reference",)
     if all(end == 1 for end in dials.ends):

@@ -1,6 +1,6 @@
-"""Inference-time realignment: a layer adapter, two streams, and a dial between them.
+"""Inference-time realignment (InRa): a layer adapter, two streams, and λ between them.
 
-The names below load on first use; the modules that need no torch can be imported without it.
+The names below are imported on first use. Modules that do not need torch can be imported without it.
 """
 
 from typing import TYPE_CHECKING

@@ -1,7 +1,7 @@
-"""The adapter: copies of a model's first decoder layer, made the identity, and how they are run.
+"""The adapter: copies of a model's first decoder layer that start as the identity.
 
-:func:`identity_adapter` copies layer 0 and makes each copy return its input, by
-:func:`make_identity`; :class:`AdapterHook` lets the adapter stream's rows through the copies.
+:func:`identity_adapter` copies layer 0; :func:`make_identity` sets parameters of each copy so that
+it returns its input. :class:`AdapterHook` runs the rows of the adapter stream through the copies.
 """
 
 import copy
@@ -20,17 +20,17 @@ from flexalign.errors import FlexAlignError, UnsupportedModelError
 _PROBE_ROWS, _PROBE_TOKENS = 2, 24
 
 _HIDDEN = "hidden_states"
-"""The name of a layer's input, where a model gives it by name."""
+"""The keyword of a layer's input, for models that pass it by keyword."""
 
 _STEP = 1e-3
 _LINEAR = (2.0, 8.0)
-"""A step four times as large must move the layer about four times as far: 1 is a jump, 16 no
-first-order movement at all."""
+"""Bounds of the ratio between the movements of a layer by a step and by one four times as large.
+A smooth layer has about 4; a ratio of 1 is a jump, and 16 is movement of second order only."""
 
 
 @torch.no_grad()
 def identity_adapter(model: nn.Module, adapter_layers: int, name: str) -> nn.ModuleList:
-    """Make the adapter of a model: that many copies of its layer 0, each the identity.
+    """Make the adapter of a model: copies of its layer 0, each of which returns its input.
 
     Raises:
         UnsupportedModelError: If the model's layers cannot be copied or made the identity.
@@ -38,7 +38,7 @@ def identity_adapter(model: nn.Module, adapter_layers: int, name: str) -> nn.Mod
     copies = copy_first_layer(model, adapter_layers, name)
     dtype = next(copies[0].parameters()).dtype
 
-    # In float32, so that "returns its input" is not a matter of rounding.
+    # In float32, so that the comparison of output and input does not depend on rounding.
     with refusing(name, "its first layer cannot be run by itself"), evaluating(copies):
         call = _record_call(model, decoder_layers(model, name)[0])
         for layer in copies:
@@ -48,7 +48,7 @@ def identity_adapter(model: nn.Module, adapter_layers: int, name: str) -> nn.Mod
 
 
 def copy_first_layer(model: nn.Module, adapter_layers: int, name: str) -> nn.ModuleList:
-    """Copy layer 0, as it is, for each adapter layer; its cache index follows the model's layers.
+    """Copy layer 0 once for each adapter layer. The copies' cache indices follow the model's layers.
 
     The copies share the model's configuration, so a change of its attention implementation
     reaches them too.
@@ -71,7 +71,7 @@ def copy_first_layer(model: nn.Module, adapter_layers: int, name: str) -> nn.Mod
         layer = copy.deepcopy(layers[0], dict(shared))
         module: Any
         for module in layer.modules():
-            # Hooks are copied too, among them the one of an adapter that the model already has.
+            # deepcopy copies hooks too, such as the hook of an adapter that the model already has.
             module._forward_pre_hooks.clear()
             module._forward_hooks.clear()
             if hasattr(module, "layer_idx"):
@@ -81,10 +81,10 @@ def copy_first_layer(model: nn.Module, adapter_layers: int, name: str) -> nn.Mod
 
 
 def decoder_layers(model: nn.Module, name: str) -> nn.ModuleList:
-    """Return a model's stack of decoder layers: a list with as many modules as it has layers.
+    """Return a model's decoder layers: the module list whose length is the number of layers.
 
     Raises:
-        UnsupportedModelError: If there is none.
+        UnsupportedModelError: If there is no such list.
     """
     config: Any = model.config
     depth = config.get_text_config(decoder=True).num_hidden_layers
@@ -98,7 +98,7 @@ def decoder_layers(model: nn.Module, name: str) -> nn.ModuleList:
 
 
 class LayerCall(NamedTuple):
-    """One call of a layer, as its model makes it: the hidden states come first or by name."""
+    """The arguments of one call of a layer. Hidden states are the first argument or a keyword."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -110,7 +110,7 @@ class LayerCall(NamedTuple):
         return hidden
 
     def of(self, layer: nn.Module) -> Tensor:
-        """Return a layer's output for this call, shape ``(B, T, H)``."""
+        """Call a layer with these arguments; return its output, shape ``(B, T, H)``."""
         output = _first(layer(*self.args, **self.kwargs))
         if not isinstance(output, Tensor):
             raise TypeError(f"a layer returned a {type(output).__name__}")
@@ -118,7 +118,7 @@ class LayerCall(NamedTuple):
 
 
 def _record_call(model: nn.Module, layer: nn.Module) -> LayerCall:
-    """Run a few tokens through the model and return how it calls a layer, in float32."""
+    """Run a few tokens through the model; return the arguments of a layer's call, in float32."""
     calls: list[LayerCall] = []
     handle = layer.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append(LayerCall(args, kwargs)), with_kwargs=True
@@ -139,7 +139,7 @@ def _record_call(model: nn.Module, layer: nn.Module) -> LayerCall:
 
 
 def _widened(value: Any) -> Any:
-    """Bring every floating tensor in a layer's inputs to float32."""
+    """Convert every floating-point tensor in a layer's inputs to float32."""
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() else value
     if isinstance(value, tuple | list):
@@ -151,21 +151,24 @@ def _widened(value: Any) -> Any:
 
 @torch.no_grad()
 def make_identity(layer: nn.Module, call: LayerCall, name: str) -> None:
-    """Set as few parameters of a layer as make it return its input.
+    """Set the fewest parameters of a layer that make it return its input.
 
-    What is set is found by what the layer does, not by what its parts are called. A layer adds the
-    outputs of its blocks to its input. Going through its modules from the last that finishes to the
-    first, those are silenced whose silence changes the layer, until the layer returns its input.
-    Silent means that a module's own output is zero, by the fewest of its parameters: an output
-    projection's weight and bias at 0, of experts the last projection, and where a block ends in a
-    normalisation, that one's scale (at 0, or at −1 where the module adds 1 to it). A projection
-    *behind* which a normalisation stands would leave the identity by a jump, so the normalisation,
-    which finishes later, is silenced and the projection left alone.
+    The parameters are found by the layer's behaviour, not by the names of its modules. A layer adds
+    the outputs of its blocks to its input, so it returns its input when these outputs are zero. The
+    modules are tried in the reverse order of their execution. A module is silenced if that changes
+    the layer's output, until the layer returns its input.
+
+    A module is silenced by setting the fewest of its own parameters that make its output zero: the
+    weight and bias of an output projection to 0; of experts, the last projection to 0; and where a
+    block ends in a normalisation, the scale of that to 0 (or −1 where the module adds 1 to it). A
+    projection that is *followed* by a normalisation must not be silenced, because a small step from
+    there would move the layer by a jump. The normalisation runs later, so it is tried first and the
+    projection is not changed.
 
     Args:
         layer: A decoder layer in evaluation mode, in float32. Changed in place.
-        call: A call of it on ordinary tokens, in float32, without a cache.
-        name: The model's name, for messages.
+        call: A call of the layer on a few tokens, in float32, without a cache.
+        name: The model's name, for error messages.
 
     Raises:
         UnsupportedModelError: If no such setting is found (post-LN layers normalise the sum), or
@@ -189,12 +192,12 @@ def make_identity(layer: nn.Module, call: LayerCall, name: str) -> None:
             "InRa cannot serve this model."
         )
 
-    _restore_the_needless(layer, call, silenced)
+    _restore_unneeded(layer, call, silenced)
     _require_smoothness(layer, call, [p for originals in silenced for p in originals], name)
 
 
 def _calls(layer: nn.Module, call: LayerCall) -> list[tuple[nn.Module, LayerCall]]:
-    """Return the modules with parameters of their own, in the order in which they finish."""
+    """Return the modules with parameters of their own and their calls, in the order they finish."""
     found: list[tuple[nn.Module, LayerCall]] = []
 
     def note(module: nn.Module, args: Any, kwargs: Any, _: Any) -> None:
@@ -211,21 +214,23 @@ def _calls(layer: nn.Module, call: LayerCall) -> list[tuple[nn.Module, LayerCall
 
 
 def _silence(module: nn.Module, inputs: LayerCall) -> dict[nn.Parameter, Tensor]:
-    """Zero a module's output by the fewest of its own parameters; return those as they were.
+    """Make a module's output zero by setting the fewest of its own parameters.
 
-    Empty, with nothing changed, if no setting of them does.
+    Returns:
+        The changed parameters with their original values. Empty, with nothing changed, if no
+        setting makes the output zero.
     """
     own = list(module.parameters(recurse=False))
     originals = {parameter: parameter.detach().clone() for parameter in own}
 
-    # A vector may be the scale of a normalisation that adds 1 to it: −1 is tried beside 0.
+    # A vector may be the scale of a normalisation that adds 1 to it, so −1 is tried as well as 0.
     for values in product(*((0.0, -1.0) if p.ndim == 1 else (0.0,) for p in own)):
         for parameter, value in zip(own, values, strict=True):
             parameter.fill_(value)
         if not _is_silent(module, inputs):
             continue
 
-        # Restore what the silence does not need.
+        # Restore each parameter that the module's silence does not depend on.
         for parameter, value in zip(own, values, strict=True):
             parameter.copy_(originals[parameter])
             if _is_silent(module, inputs):
@@ -243,10 +248,10 @@ def _is_silent(module: nn.Module, inputs: LayerCall) -> bool:
     return isinstance(output, Tensor) and not output.any()
 
 
-def _restore_the_needless(
+def _restore_unneeded(
     layer: nn.Module, call: LayerCall, silenced: list[dict[nn.Parameter, Tensor]]
 ) -> None:
-    """Restore what was silenced on the way and turns out not to be needed (a gate, for example)."""
+    """Restore silenced parameters that the identity does not depend on (of a gate, for example)."""
     for originals in list(silenced):
         values = {parameter: parameter.detach().clone() for parameter in originals}
         _restore(originals)
@@ -259,10 +264,10 @@ def _restore_the_needless(
 def _require_smoothness(
     layer: nn.Module, call: LayerCall, parameters: Iterable[nn.Parameter], name: str
 ) -> None:
-    """Check that small steps of the parameters move the layer by small amounts.
+    """Check that a small step of the parameters moves the layer's output by a small amount.
 
     Raises:
-        UnsupportedModelError: If they do not.
+        UnsupportedModelError: If it does not.
     """
     generator = torch.Generator().manual_seed(0)
     steps = {p: torch.randn(p.shape, generator=generator).to(p) for p in parameters}
@@ -293,30 +298,35 @@ def _first(output: Any) -> Any:
 
 
 class AdapterHook:
-    """The hook before layer 0 that sends rows through the adapter.
+    """The hook before layer 0 that runs rows through the adapter.
 
-    It stands on layer 0's own inputs, so the layer's masks, rotary tables and cache are at hand, and
-    every decoder with rotary or learned positions shares one code path. It does nothing unless it
-    has been enabled in the same context (thread, task): the base model stays itself for everybody
-    else. While it is `always_on`, as in training, every row goes through the adapter except where
-    :meth:`enabled` says otherwise.
+    It receives layer 0's inputs, which include masks, rotary tables and the cache. So one code path
+    serves every decoder with rotary or learned positions. The hook does nothing unless it is
+    enabled in the same context (thread or task): all other callers get the base model. While it is
+    `always_on`, as in training, all rows run through the adapter where :meth:`enabled` does not
+    select rows.
 
     Attributes:
-        always_on: Whether it is enabled, for all rows, where no context has enabled it.
-        handle: What removes the hook.
+        always_on: Whether the hook runs all rows where no context has enabled it.
+        handle: The handle that removes the hook.
     """
 
     def __init__(self, layer: nn.Module, adapters: Sequence[nn.Module] | nn.ModuleList) -> None:
-        """Put the hook before a model's layer 0."""
+        """Register the hook.
+
+        Args:
+            layer: The model's layer 0.
+            adapters: The adapter's layers, in order.
+        """
         self.always_on = False
         self._adapters = adapters
         self.handle = layer.register_forward_pre_hook(self._run_adapter, with_kwargs=True)
 
     @contextmanager
     def enabled(self, rows: int, first: int) -> Iterator[None]:
-        """Send the rows from ``first`` on, of a stack of ``rows``, through the adapter.
+        """Run the rows from ``first`` on, of a stack of ``rows``, through the adapter.
 
-        Where the two are equal, no row goes through it.
+        If the two are equal, no row runs through it.
         """
         token = _ENABLED.set((self, rows, first))
         try:
@@ -333,7 +343,7 @@ class AdapterHook:
         elif first == rows:
             return None
 
-        # Models give the hidden states by position or by name.
+        # Models pass the hidden states by position or by keyword.
         given, named = (args[0], args[1:]) if args else (kwargs[_HIDDEN], ())
         own = {key: _rows_from(v, rows, first) for key, v in kwargs.items() if key != _HIDDEN}
         own_named = tuple(_rows_from(value, rows, first) for value in named)
@@ -353,7 +363,7 @@ _ENABLED: ContextVar[tuple[AdapterHook | None, int, int]] = ContextVar(
 
 
 def _rows_from(value: Any, rows: int, first: int) -> Any:
-    """Cut a layer's input to the rows from ``first`` on, wherever it has one for each row."""
+    """Cut a layer's input to the rows from ``first`` on; leave what has not one entry per row."""
     if not first:
         return value
     if isinstance(value, Tensor):
@@ -367,10 +377,16 @@ def _rows_from(value: Any, rows: int, first: int) -> Any:
 
 @contextmanager
 def refusing(name: str, problem: str) -> Iterator[None]:
-    """Turn a failure inside into a refusal of the model; a lack of memory stays one.
+    """Report a failure of the block as an unsupported model.
+
+    Out-of-memory errors and this library's own errors are not changed.
+
+    Args:
+        name: The model's name.
+        problem: What the block could not do, for the message.
 
     Raises:
-        UnsupportedModelError: If what runs inside fails.
+        UnsupportedModelError: If the block fails.
     """
     try:
         yield

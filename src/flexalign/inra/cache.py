@@ -1,13 +1,14 @@
-"""The cache of both streams, and how their rows are stacked in one batch.
+"""The cache of both streams, and the stacking of their rows in one batch.
 
-The base stream goes embeddings → layers; the adapter stream goes embeddings → adapter → layers.
-Run as rows of one batch they cost one pass, and every weight is read once. A :class:`StackPlan` says
-which rows of a batch run in which stream and where they lie in the stack.
+The base stream is embeddings → layers; the adapter stream is embeddings → adapter → layers. As rows
+of one batch they take one pass, which reads each weight once. A :class:`StackPlan` holds which rows
+of a batch run in which stream, and their places in the stack.
 
-The :class:`StreamCache` holds keys and values of the stack's rows: in the model's own layers, and in
-one more layer for each adapter layer. It is built from the model's configuration, so sliding windows
-stay sliding, and an adapter layer's cache has the type of layer 0's. Callers, such as beam search,
-reorder and repeat it by rows of the batch. Its plain layers are :class:`PreallocatedLayer`.
+The :class:`StreamCache` holds the keys and values of the stack's rows: for each layer of the model,
+and for each adapter layer. It is built from the model's configuration, so a layer with a sliding
+window has a sliding cache, and an adapter layer's cache has the type of layer 0's. Callers, such as
+beam search, reorder and repeat it by rows of the batch. Its plain layers are
+:class:`PreallocatedLayer`.
 """
 
 import copy
@@ -21,29 +22,35 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 from flexalign.errors import ConfigError, UnsupportedModelError
 
 BASE, ADAPTER, BOTH = 1, 2, 3
-"""The streams that a row runs in: bits, so that BOTH is the union of the other two."""
+"""The streams that a row runs in, as bits: BOTH is ``BASE | ADAPTER``."""
 
 _RESERVED_TOKENS = 128
-"""Few beside a long prompt, and a copy costs 1/128 of the attention between two of them."""
+"""Tokens of space added at each copy. The space is small compared with a long prompt, and the copy,
+once in 128 tokens, is cheap compared with the attention of those tokens."""
 
 
 class StackPlan:
-    """Which rows of a batch run in which stream, and where they lie in the stack.
+    """Which rows of a batch run in which stream, and their places in the stack.
 
     The stack holds the base stream's rows first, then the adapter stream's.
 
     Attributes:
-        streams: Per row of the batch BASE, ADAPTER, BOTH, or 0 for neither. Shape ``(B,)``, on
-            the CPU; what follows is on the batch's device.
-        rows: Per row of the stack its row in the batch. Shape ``(N,)``.
-        adapter_start: The first row of the stack that goes through the adapter.
-        is_mixed: Whether any row runs in both.
-        base_at: Per row of the batch its place in the base stream's part, or −1. Shape ``(B,)``.
+        streams: Per row of the batch: BASE, ADAPTER, BOTH, or 0 for neither. Shape ``(B,)``, on
+            the CPU. The tensors below are on the batch's device.
+        rows: Per row of the stack: its row in the batch. Shape ``(N,)``.
+        adapter_start: The first row of the stack that runs through the adapter.
+        is_mixed: Whether any row runs in both streams.
+        base_at: Per row of the batch: its place in the base stream's part, or −1. Shape ``(B,)``.
         adapter_at: The same for the adapter stream, counted from the stack's start.
     """
 
     def __init__(self, streams: Tensor, device: torch.device) -> None:
-        """Stack a batch on a device by the streams of its rows, shape ``(B,)``."""
+        """Plan a batch.
+
+        Args:
+            streams: The streams of its rows, shape ``(B,)``.
+            device: The batch's device.
+        """
         self.streams = streams = streams.to("cpu")
         self.device = device
 
@@ -54,7 +61,7 @@ class StackPlan:
         self.adapter_at = self._places(adapter, self.adapter_start)
         self.is_mixed = bool((streams == BOTH).any())
 
-        # For `split`: a row that runs in one stream only stands for both.
+        # For `split`: a row that runs in one stream only is used for both.
         self._reference = torch.where(self.base_at < 0, self.adapter_at, self.base_at)
         self._aligned = torch.where(self.adapter_at < 0, self.base_at, self.adapter_at)
         self._has_batch_size = len(self.rows) == len(streams) and not self.is_mixed
@@ -64,9 +71,9 @@ class StackPlan:
         return bool((needed & ~self.streams == 0).all())
 
     def stack(self, value: Any) -> Any:
-        """Bring a tensor of the batch, ``(B, …)``, into the order of the stack, ``(N, …)``.
+        """Reorder a tensor of the batch, ``(B, …)``, into the stack's rows, ``(N, …)``.
 
-        Anything but a tensor with a row for each row of the batch is returned as it is.
+        A value that is not a tensor with B rows is returned unchanged.
         """
         if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != len(self.streams):
             return value
@@ -75,7 +82,7 @@ class StackPlan:
         return value.index_select(0, self.rows.to(value.device))
 
     def split(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return, of a stacked tensor ``(N, …)``, the two streams' rows ``(B, …)``.
+        """Return the rows of the two streams, each ``(B, …)``, of a stacked tensor ``(N, …)``.
 
         A row that runs in one stream only has that stream's values in both.
         """
@@ -87,7 +94,7 @@ class StackPlan:
         )
 
     def _is_batch(self, rows: int) -> bool:
-        """Return whether all rows run in one and the same stream: the stack is the batch."""
+        """Return whether all rows run in the same single stream, so that stack and batch are equal."""
         return self._has_batch_size and self.adapter_start in (0, rows)
 
     def _places(self, rows: Tensor, start: int) -> Tensor:
@@ -100,7 +107,7 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
     """Keys and values of both streams.
 
     Attributes:
-        plan: How its rows are stacked; None until it is first used.
+        plan: The stacking of its rows; None before its first use.
     """
 
     def __init__(self, config: Any, adapter_layers: int) -> None:
@@ -111,7 +118,7 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
             adapter_layers: Number of adapter layers.
 
         Raises:
-            UnsupportedModelError: If a layer keeps anything but keys and values.
+            UnsupportedModelError: If a layer caches anything other than keys and values.
         """
         super().__init__(config=config)
         self._depth = len(self.layers)
@@ -120,7 +127,7 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
         for _ in range(adapter_layers):
             self.layers.append(DynamicCache(config=config).layers[0])
 
-        # Sliding layers, which are subclasses, stay as they are: their windows are short.
+        # Sliding layers are subclasses and are not replaced: their windows are short.
         for index, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
                 self.layers[index] = PreallocatedLayer()
@@ -134,11 +141,11 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
                 )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Let row i of the batch go on from row ``beam_idx[i]``, in both streams."""
+        """Replace row i of the batch by row ``beam_idx[i]``, in both streams."""
         self.take(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows of the batch."""
+        """Keep these rows of the batch, in this order."""
         self.take(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -147,11 +154,11 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
             self.take(torch.arange(len(self.plan.streams)).repeat_interleave(repeats))
 
     def take(self, rows: Tensor, streams: Tensor | None = None) -> None:
-        """Make a new batch out of rows of this one.
+        """Replace the batch by rows of it.
 
         Args:
-            rows: Per new row the old one it goes on from; any number, with or without repeats.
-            streams: Per new row the streams to keep; all that the old row has if not given.
+            rows: Per new row: the old row that it continues. Rows may be repeated or left out.
+            streams: Per new row: the streams to keep. By default all streams of the old row.
 
         Raises:
             ConfigError: If an old row does not have a stream that is to be kept.
@@ -174,7 +181,7 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
         self.plan = new
 
     def fork(self, rows: Tensor, streams: Tensor) -> "StreamCache":
-        """Return a cache of its own for rows of this one, which stays as it is.
+        """Return a new cache of rows of this one, which does not change.
 
         Args:
             rows: As in :meth:`take`.
@@ -183,7 +190,7 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
         Raises:
             ConfigError: If a row does not have a stream that is to be kept.
         """
-        # Shallow copies are enough: `take` puts new tensors in the place of the shared ones.
+        # Shallow copies are enough: `take` makes new tensors and does not write to shared ones.
         other = copy.copy(self)
         other.layers = [copy.copy(layer) for layer in self.layers]
         other.take(rows, streams)
@@ -193,17 +200,17 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
         """Add the streams of another cache over the same rows and tokens.
 
         Raises:
-            ConfigError: If one of the two is empty.
+            ConfigError: If one of the two caches is empty.
         """
         mine, theirs = self.require_plan(), other.require_plan()
         new = StackPlan(mine.streams | theirs.streams, mine.device)
 
-        # Where each stream of each row lies once the other cache's rows stand behind this one's.
+        # The place of each stream of each row, once the other's rows are appended to this one's.
         shift = len(mine.rows)
         base = torch.where(mine.base_at < 0, theirs.base_at + shift, mine.base_at)
         adapter = torch.where(mine.adapter_at < 0, theirs.adapter_at + shift, mine.adapter_at)
 
-        # The adapter's layers hold rows of the adapter stream alone, so these count from its start.
+        # The adapter's layers hold only rows of the adapter stream, so places count from its start.
         in_adapter = torch.where(
             mine.adapter_at < 0,
             theirs.adapter_at - theirs.adapter_start + shift - mine.adapter_start,
@@ -230,15 +237,18 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
         self.plan = new
 
     def append(self, other: "StreamCache") -> None:
-        """Add the rows of another cache of as many tokens, which is used up by it.
+        """Add the rows of another cache with the same number of tokens.
+
+        Args:
+            other: The other cache. It must not be used afterwards.
 
         Raises:
-            ConfigError: If one of the two is empty.
+            ConfigError: If one of the two caches is empty.
         """
         plan, theirs = self.require_plan(), other.require_plan().streams
         mine, device = plan.streams, plan.device
 
-        # Each is seen as a cache over the rows of both, of which it holds its own alone.
+        # Treat each as a cache over the rows of both, in which the other's rows have no stream.
         self.plan = StackPlan(torch.cat([mine, torch.zeros_like(theirs)]), device)
         other.plan = StackPlan(torch.cat([torch.zeros_like(mine), theirs]), device)
         self.join(other)
@@ -247,7 +257,7 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
         """Return the plan of a cache that is in use.
 
         Raises:
-            ConfigError: If it is empty.
+            ConfigError: If the cache is empty.
         """
         if self.plan is None:
             raise ConfigError("the cache is empty; run the prompts first.")
@@ -261,15 +271,15 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
 
 
 class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
-    """A dynamic layer whose keys and values are the beginning of larger tensors.
+    """A dynamic cache layer whose keys and values are the first part of larger tensors.
 
-    Transformers' dynamic layer concatenates: each token copies all keys and values before it into
-    new memory. With two streams that is twice as much, and beside the weights the largest cost of
-    long prompts. Here a token is written behind those before it, and the whole is copied once in
-    every 128 tokens.
+    Transformers' dynamic layer concatenates: for each new token it copies all earlier keys and
+    values into new memory. Two streams double that cost, which for long prompts is the largest
+    after reading the weights. Here a new token is written into free space after the earlier ones,
+    and all are copied only once in 128 tokens.
 
-    With gradients on it concatenates like any other, as what is saved for the backward pass must
-    not be written to.
+    With gradients enabled it concatenates as transformers' layer does, because tensors that are
+    saved for the backward pass must not be written to.
     """
 
     keys: Tensor
@@ -279,7 +289,7 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values, ``(N, heads, T, dim)``, and return all so far."""
+        """Append keys and values, ``(N, heads, T, dim)``; return all keys and all values."""
         if torch.is_grad_enabled():
             joined: tuple[Tensor, Tensor] = super().update(
                 key_states, value_states, *args, **kwargs
@@ -299,13 +309,13 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         self._buffers = (None, None)
 
     def reset(self) -> None:
-        """Forget all tokens, and release the buffers."""
+        """Remove all tokens, and release the buffers."""
         super().reset()
         self._buffers = (None, None)
 
 
 def _append(buffer: Tensor | None, held: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    """Write ``new`` behind ``held``; return the buffer and the part of it that is filled."""
+    """Write ``new`` after ``held``; return the buffer and the part of it that is filled."""
     past = held.shape[-2] if held.numel() else 0
     filled = past + new.shape[-2]
 
@@ -318,9 +328,10 @@ def _append(buffer: Tensor | None, held: Tensor, new: Tensor) -> tuple[Tensor, T
 
 
 def _can_extend(buffer: Tensor, held: Tensor, filled: int) -> bool:
-    """Return whether ``held`` is the beginning of this buffer, which is writable and large enough.
+    """Return whether ``held`` is the first part of this buffer, and the buffer can be extended.
 
-    Rows selected, cropped or moved to another device in the meantime are seen by their address.
+    If rows were selected, cropped or moved to another device since the last call, ``held`` has
+    another address.
     """
     return (
         held.data_ptr() == buffer.data_ptr()

@@ -1,8 +1,8 @@
 """An InRa adapter's folder: ``inra_config.json`` and ``inra_adapter.safetensors``.
 
-:class:`InRaConfig` is the first of the two files. The functions below it write and read the folder,
-and say whether a base and a λ are permitted. An adapter's folder does not have PEFT's names:
-``AutoModel.from_pretrained`` would take it for LoRA.
+:class:`InRaConfig` is the content of the first file. The functions below it write, read and check
+the folder. The files do not have PEFT's names, because ``AutoModel.from_pretrained`` would then
+load the folder as LoRA.
 """
 
 import json
@@ -37,22 +37,22 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class InRaConfig:
-    """An adapter's settings. Changed by ``dataclasses.replace``, or by hand in its file.
+    """An adapter's settings. Change them with ``dataclasses.replace``, or edit the file.
 
     Attributes:
-        base: Name or path of the base model that it was made for.
+        base: Name or path of the base model that the adapter was made for.
         base_fingerprint: The base's fingerprint (``flexalign.models.loading.fingerprint``).
         adapter_layers: Number of layers in the adapter.
-        default_lambda: λ where a request gives none.
-        lambda_range: The least and the largest λ that the command line and the server take. The
-            library takes any finite λ, and warns once outside the range.
-        thinking_tags: The opening and the closing tag around the model's thinking, or None for
-            those that its tokenizer shows.
-        calibration: What calibration found, or None.
-        rendering: What its prompts were rendered with in training: `template`, the chat template's
-            hash, `arguments`, the template arguments, and `system`, the system message of
-            conversations without one, if there was one. None where that is not known.
-        format_version: Of the folder's format.
+        default_lambda: λ of a request that gives none.
+        lambda_range: The least and the largest λ that the command line and the server accept. The
+            library accepts any finite λ, and warns once if it is outside the range.
+        thinking_tags: The opening and the closing tag around the model's thinking. None: the tags
+            that the tokenizer defines.
+        calibration: The results of calibration, or None.
+        rendering: How prompts were rendered in training: `template`, the chat template's hash;
+            `arguments`, the template arguments; and `system`, the system message of conversations
+            without one, if there was one. None if that is not known.
+        format_version: Version of the folder's format.
 
     Raises:
         ConfigError: If a value is malformed.
@@ -97,20 +97,21 @@ class InRaConfig:
             object.__setattr__(self, "thinking_tags", (tags.open, tags.close))
 
     def threshold(self, policy: Adaptive) -> float:
-        """Return a policy's threshold; the calibrated one, where there is one, if it has none."""
+        """Return a policy's threshold. If it sets none, the calibrated one, if there is one."""
         calibrated = (self.calibration or {}).get("threshold")
         return policy.resolved_threshold(None if calibrated is None else float(calibrated))
 
     @property
     def tags(self) -> ThinkingTags | None:
-        """The thinking tags, if the adapter names any."""
+        """The adapter's thinking tags; None if it names none."""
         return ThinkingTags(*self.thinking_tags) if self.thinking_tags else None
 
     def bind(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Let a tokenizer render prompts as in training, and warn of a template that has changed.
+        """Make a tokenizer render prompts as in training; warn if its chat template has changed.
 
         Args:
-            tokenizer: The base's; its chat template gets the adapter's template arguments.
+            tokenizer: The base's tokenizer. Its chat template gets the adapter's template
+                arguments.
         """
         if self.rendering is None or tokenizer.chat_template is None:
             return
@@ -169,24 +170,24 @@ class InRaConfig:
 
 
 def save_adapter(adapter: nn.Module, settings: InRaConfig, folder: Path) -> None:
-    """Write an adapter's folder; each file is written beside its place and then moved there.
+    """Write an adapter's folder. Each file is written under a temporary name and then renamed.
 
     Args:
         adapter: The adapter's layers.
-        settings: Of the adapter.
-        folder: Made if it does not exist.
+        settings: The adapter's settings.
+        folder: The folder; created if it does not exist.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in adapter.state_dict().items()}
 
-    # Both are complete before the first is in its place.
+    # Both files are complete before either is renamed.
     with replacing(folder / CONFIG_FILE) as config, replacing(folder / WEIGHTS_FILE) as weights:
         save_file(tensors, weights, metadata={"format": "pt"})
         config.write_text(settings.to_text(), encoding="utf-8")
 
 
 def check_folder(folder: Path) -> InRaConfig:
-    """Read an adapter's settings and check that its weights are whole, without loading them.
+    """Read an adapter's settings and check that its weights file is complete, without loading it.
 
     Raises:
         CheckpointError: If a file is missing, truncated or corrupt.
@@ -221,6 +222,12 @@ def load_weights(adapter: nn.Module, folder: Path) -> None:
 
 def require_base(settings: InRaConfig, found: str, name: str, folder: Path) -> None:
     """Refuse a base that an adapter was not made for.
+
+    Args:
+        settings: The adapter's settings.
+        found: The base's fingerprint.
+        name: The base's name, for the message.
+        folder: The adapter's folder, for the message.
 
     Raises:
         PairMismatchError: If the base's fingerprint is not the one in the adapter's settings.

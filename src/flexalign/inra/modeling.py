@@ -1,4 +1,4 @@
-"""A model with a dial: a base model, an adapter before its layer 0, and λ between the two streams."""
+"""The InRa model: a base model, an adapter before its layer 0, and λ between the two streams."""
 
 import inspect
 import warnings
@@ -49,8 +49,8 @@ class InRaModel(FusedDecoding, nn.Module):
 
     The base stream is the base model; the adapter stream is the base model with the adapter's
     layers in front. ``forward`` returns ``λ·adapter + (1−λ)·base`` of their logits (equation 5).
-    The base is frozen, stays usable by itself, and whatever is not found here (``config``,
-    ``device``, …) is the base's.
+    The base is frozen, and can still be used alone. Attributes that this class does not have
+    (``config``, ``device``, …) are the base's.
 
     Example:
         >>> model = InRaModel.create("miniature")                             # doctest: +SKIP
@@ -60,9 +60,9 @@ class InRaModel(FusedDecoding, nn.Module):
         base: The base model, a causal language model of transformers.
         adapter: The adapter's layers.
         head: The base's head.
-        adapter_hook: What sends the adapter stream's rows through the adapter.
+        adapter_hook: The hook that runs the adapter stream's rows through the adapter.
         inra_config: The adapter's settings.
-        tokenizer: The base's tokenizer where it is known, else None.
+        tokenizer: The base's tokenizer; None if it is not known.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class InRaModel(FusedDecoding, nn.Module):
         inra_config: InRaConfig,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        """Join a base and an adapter made for it; see :meth:`create` and :meth:`from_pretrained`.
+        """Join a base and its adapter. Use :meth:`create` or :meth:`from_pretrained` instead.
 
         Raises:
             UnsupportedModelError: If the base has no plain head, has recurrent layers, or its
@@ -93,21 +93,22 @@ class InRaModel(FusedDecoding, nn.Module):
         self.adapter_hook = AdapterHook(decoder_layers(base, name)[0], adapter)
         weakref.finalize(self, self.adapter_hook.handle.remove)
 
-        self.new_cache()  # refuses layers that keep anything but keys and values
+        self.new_cache()  # raises if a layer caches anything other than keys and values
         probe_streams(self, name)
-        base.requires_grad_(False)  # last: a base that is refused is left as it was
+        base.requires_grad_(False)  # last, so that a refused base is not changed
 
     @classmethod
     def create(cls, base: Base, *, adapter_layers: int = 1, **loading: Any) -> "InRaModel":
-        """Put a fresh adapter, the identity, before a base model: every λ is the base.
+        """Put a new adapter before a base model. It is the identity, so each λ gives the base.
 
         Args:
             base: A known name, a folder, or a loaded model.
             adapter_layers: Number of layers; the paper found one to be best.
-            **loading: For a base that is to be loaded, as in ``flexalign.models.loading.load_model``.
+            **loading: Options of ``flexalign.models.loading.load_model``, for a name or a folder.
 
         Raises:
-            UnsupportedModelError: If the base cannot have one (post-LN, recurrent, quantised).
+            UnsupportedModelError: If the base cannot have an adapter (post-LN, recurrent,
+                quantised).
         """
         model, tokenizer, source = _loaded(base, loading)
         settings = InRaConfig(source, fingerprint(model), adapter_layers)
@@ -123,8 +124,8 @@ class InRaModel(FusedDecoding, nn.Module):
         Args:
             base: A known name, a folder, or a loaded model.
             adapter: The folder that :meth:`save_pretrained` wrote, or a known name.
-            any_base: Take another base than the adapter was made for, if the shapes fit.
-            **loading: For a base that is to be loaded, as in ``flexalign.models.loading.load_model``.
+            any_base: Accept another base than the adapter was made for, if the shapes fit.
+            **loading: Options of ``flexalign.models.loading.load_model``, for a name or a folder.
 
         Raises:
             CheckpointError: If the adapter's files are missing, truncated or corrupt.
@@ -133,7 +134,7 @@ class InRaModel(FusedDecoding, nn.Module):
         folder = resolve_adapter(adapter)
         settings = check_folder(folder)
 
-        # A folder's fingerprint is known before its weights are loaded; that of GGUF is not.
+        # A folder's fingerprint can be read without loading the weights; that of GGUF cannot.
         from_folder = not isinstance(base, PreTrainedModel) and resolve(base).gguf_file is None
         if from_folder and not any_base:
             require_base(settings, fingerprint(base), str(base), folder)
@@ -148,14 +149,14 @@ class InRaModel(FusedDecoding, nn.Module):
         return cls(model, layers, settings, tokenizer)
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
-        """Save the adapter alone: its settings and one file with its layers' weights."""
+        """Save only the adapter: its settings and one file with its layers' weights."""
         save_adapter(self.adapter, self.inra_config, Path(folder))
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base":  # not there yet, or not copied yet: there is nothing to ask
+            if name == "base":  # not set yet, as in `__init__` or during a copy
                 raise
             return getattr(self.base, name)
 
@@ -180,16 +181,17 @@ class InRaModel(FusedDecoding, nn.Module):
             input_ids: Shape ``(B, T)``.
             attention_mask: Shape ``(B, T)``, or ``(B, T_cached + T)`` with a cache.
             position_ids: As the base takes them.
-            past_key_values: Of ``new_cache()``, or of an earlier call.
-            inputs_embeds: Embeddings in the place of ``input_ids``, shape ``(B, T, H)``.
+            past_key_values: A cache of ``new_cache()``, or of an earlier call.
+            inputs_embeds: Embeddings instead of ``input_ids``, shape ``(B, T, H)``.
             use_cache: Keep keys and values; by default only if a cache is given.
-            logits_to_keep: As in transformers: the last so many positions, or which; 0 for all.
+            logits_to_keep: As in transformers: a number of last positions (0 for all), or their
+                indices.
             lam: A number, a list, ``(B,)`` or ``(B, T)``; the adapter's default if not given.
             gate: As in :func:`flexalign.fusion.fuse`.
-            streams: Per row the streams that it will need for the whole sequence, for a cache's
-                first use: BASE, ADAPTER or BOTH of ``flexalign.inra.cache``; both if not given.
+            streams: Per row: the streams that it needs for the whole sequence, for the first use
+                of a cache: BASE, ADAPTER or BOTH of ``flexalign.inra.cache``; by default BOTH.
             lam_checked: λ has been checked already, as ``generate`` does before the first token.
-            **kwargs: Whatever else the base's decoder takes.
+            **kwargs: Other arguments of the base's decoder.
 
         Returns:
             ``logits`` of shape ``(B, T, V)``, or ``(B, kept, V)``, and ``past_key_values``.
@@ -220,7 +222,7 @@ class InRaModel(FusedDecoding, nn.Module):
         kwargs |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds}
         hidden = self._run(plan, cache, kwargs)
 
-        # The head, the most expensive product, is applied to the kept positions alone.
+        # The head is the most expensive product, so it is applied only to the kept positions.
         kept: Any = logits_to_keep
         kept = slice(-kept, None) if isinstance(kept, int) else kept
         if isinstance(lam, Tensor) and lam.ndim == 2 and lam.shape[1] == hidden.shape[1]:
@@ -238,7 +240,7 @@ class InRaModel(FusedDecoding, nn.Module):
         return checked
 
     def _note_range(self, least: float, largest: float) -> None:
-        """Warn, once, of a λ outside the adapter's range."""
+        """Warn, once, if λ is outside the adapter's range."""
         low, high = self.inra_config.lambda_range
         if self._has_warned or (low <= least and largest <= high):
             return
@@ -267,14 +269,15 @@ class InRaModel(FusedDecoding, nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return both streams' final hidden states, before the head: each ``(B, T, H)``.
 
-        A row that runs in one stream only has that stream's in both.
+        A row that runs in one stream only has that stream's states in both.
 
         Args:
             input_ids: Shape ``(B, T)``.
             attention_mask: Shape ``(B, T)``, or ``(B, T_cached + T)`` with a cache.
-            streams: BASE, ADAPTER or BOTH, for all rows or for each; a cache in use has its own.
-            cache: Of :meth:`new_cache`, or of an earlier call.
-            **inputs: Whatever else the base's decoder takes.
+            streams: BASE, ADAPTER or BOTH, for all rows or for each. Ignored with a cache in use,
+                which has its own.
+            cache: A cache of :meth:`new_cache`, or of an earlier call.
+            **inputs: Other arguments of the base's decoder.
         """
         plan = self._plan(streams, input_ids, cache)
         inputs |= {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -303,7 +306,7 @@ class InRaModel(FusedDecoding, nn.Module):
         return self.base.get_decoder()
 
     def _plan(self, streams: Tensor | int, given: Tensor, cache: StreamCache | None) -> StackPlan:
-        """Return how the rows of ``given`` are stacked; a cache decides once and for all."""
+        """Return the stacking of the rows of ``given``. A cache keeps that of its first use."""
         if cache is not None and cache.plan is not None:
             return cache.plan
 
@@ -315,7 +318,7 @@ class InRaModel(FusedDecoding, nn.Module):
         return plan
 
     def _run(self, plan: StackPlan, cache: StreamCache | None, inputs: dict[str, Any]) -> Tensor:
-        """Run the stack up to the head: (N, T, H)."""
+        """Run the stack up to the head; return its hidden states (N, T, H)."""
         if not self._takes_positions:
             inputs.pop("position_ids", None)
         stacked = {key: plan.stack(value) for key, value in inputs.items() if value is not None}
@@ -330,7 +333,7 @@ class InRaModel(FusedDecoding, nn.Module):
     ) -> Tensor:
         """Return the fused logits (B, T, V) of the stack's hidden states (N, T, H).
 
-        The head is applied once: to the fused hidden states where it is linear, else to the stack.
+        The head is applied once: to the fused hidden states if it is linear, else to the stack.
         """
         if not plan.is_mixed:
             return self.head(plan.split(hidden)[0])
@@ -353,11 +356,11 @@ class InRaModel(FusedDecoding, nn.Module):
         Args:
             input_ids: Prompts, shape ``(B, T)``, left padded.
             attention_mask: Shape ``(B, T)``.
-            lams: What :meth:`generate` takes as ``lam``, one for each of the n settings.
+            lams: The n settings, each as :meth:`generate` takes it as ``lam``.
             **options: As in :meth:`generate`.
 
         Returns:
-            What :meth:`generate` returns, with ``B·n`` rows: prompt 0 at every λ, then prompt 1.
+            As :meth:`generate`, with ``B·n`` rows: prompt 0 at every λ, then prompt 1, and so on.
 
         Raises:
             LambdaError: If there is no λ, or one is not finite.
@@ -374,8 +377,8 @@ class InRaModel(FusedDecoding, nn.Module):
         dials = RowDials.following(settings * prompts)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
 
-        # A prompt is prefilled once in every stream that one of its λ needs, without its last
-        # token, which generate goes on from.
+        # Each prompt is prefilled once, in every stream that one of its λ needs. Its last token is
+        # left out, because generate must be given at least one token that is not in the cache.
         if input_ids.shape[1] > 1 and self.generation_option("use_cache", options) is not False:
             self.check_options(options)
             streams = self._streams(dials, options)
@@ -395,23 +398,23 @@ class InRaModel(FusedDecoding, nn.Module):
     def prefill_phases(
         self, input_ids: Tensor, attention_mask: Tensor, phases: Sequence[Phase]
     ) -> StreamCache:
-        """Run prompts once, ``(B, T)``, each in the streams that one of the phases needs."""
+        """Run prompts, ``(B, T)``, once, each in the streams that any of the phases needs."""
         streams = torch.zeros(len(input_ids), dtype=torch.long)
         for rows, dials in phases:
             streams[rows] |= _streams_of(dials)
         return self.prefill(input_ids, attention_mask, streams)
 
     def fork_cache(self, cache: StreamCache, rows: Tensor, dials: RowDials) -> StreamCache:
-        """Return a copy of some rows, in the streams that their dials need."""
+        """Return a new cache of some rows, with the streams that their dials need."""
         return cache.fork(rows, _streams_of(dials))
 
     @property
     def thinking_tags(self) -> ThinkingTags | None:
-        """The adapter's thinking tags; None for those of the tokenizer."""
+        """The adapter's thinking tags; None if the tokenizer's are used."""
         return self.inra_config.tags
 
     def threshold(self, policy: Adaptive) -> float:
-        """Return a policy's threshold; the calibrated one, where there is one, if it has none."""
+        """Return a policy's threshold. If it sets none, the calibrated one, if there is one."""
         return self.inra_config.threshold(policy)
 
     @property
@@ -422,7 +425,7 @@ class InRaModel(FusedDecoding, nn.Module):
         return self.inra_config.default_lambda
 
     def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
-        """Return the cache, or what to make one of: the streams that each prompt needs."""
+        """Return the model inputs of a generation: a new cache, and the streams of each prompt."""
         self._note_range(dials.least, dials.largest)
         streams = self._streams(dials, options)
         if self.generation_option("use_cache", options) is False:
@@ -437,13 +440,13 @@ class InRaModel(FusedDecoding, nn.Module):
                 "more and both streams: take that of new_cache, prefill or an earlier generate."
             )
         if cache.plan is None:
-            # The caller keeps this cache, and may go on from it at another λ.
+            # The caller keeps this cache, and may continue from it at another λ.
             return {"streams": torch.full_like(streams, BOTH)}
         self._continue(cache, cache.plan.streams, streams, options)
         return {}
 
     def _streams(self, dials: RowDials, options: dict[str, Any]) -> Tensor:
-        """Return the streams that each prompt needs; both where the cache may outlive the call."""
+        """Return the streams that each prompt needs; both if the cache is returned to the caller."""
         if self.generation_option("return_dict_in_generate", options):
             return torch.full((len(dials.ends),), BOTH)
         return _streams_of(dials)
@@ -451,7 +454,7 @@ class InRaModel(FusedDecoding, nn.Module):
     def _continue(
         self, cache: StreamCache, held: Tensor, streams: Tensor, options: dict[str, Any]
     ) -> None:
-        """Make an earlier call's cache fit this one: missing streams, repeated rows."""
+        """Adapt the cache of an earlier call: add missing streams, and repeat rows."""
         ids, mask = options.get("input_ids"), options.get("attention_mask")
         past = cache.get_seq_length()
         if ids is None or len(held) != len(streams) or ids.shape[1] <= past:
@@ -471,7 +474,7 @@ class InRaModel(FusedDecoding, nn.Module):
 
 
 def needed_streams(lam: Lambda, rows: int) -> Tensor:
-    """Return, per row, the streams that a λ needs: one alone only where it is 0 or 1 throughout.
+    """Return the streams that each row needs: one only if its λ is 0, or 1, at all positions.
 
     Raises:
         LambdaError: If λ is neither one number nor has a value for each row.
@@ -491,7 +494,7 @@ def needed_streams(lam: Lambda, rows: int) -> Tensor:
 
 
 def _streams_of(dials: RowDials) -> Tensor:
-    """Return the streams that each prompt needs: one alone where its λ is that end throughout."""
+    """Return the streams that each prompt needs: one only if its λ is always 0, or always 1."""
     codes = {None: BOTH, 0.0: BASE, 1.0: ADAPTER}
     return torch.tensor([codes[end] for end in dials.ends])
 
@@ -522,12 +525,13 @@ def _loaded(
     return model, tokenizer, source or model.config._name_or_path or _name(model)
 
 
-# The probe, at load, of a model's two streams. Families differ in what they hand to their layers;
-# instead of a list of names, a few tokens are run through both streams and compared. A model whose
-# streams differ is refused, and not served wrongly.
+# The test of a model's two streams when it is loaded. Model families pass different arguments to
+# their layers. Instead of keeping a list of families, a few tokens are run through both streams,
+# stacked and separately, and compared. A model whose results differ is refused.
 
 _ROWS, _TOKENS, _PADDING = 2, 4, 1
-"""As many tokens as rows in the stack: what is cut by rows must not be taken for tokens."""
+"""The stack has as many rows as tokens, so that an input that is cut by tokens instead of by rows
+gives a wrong result here."""
 
 _TOLERANCE = 1e-4
 
@@ -538,7 +542,7 @@ _CACHED = "its streams come out differently with a cache than without"
 
 @torch.no_grad()
 def probe_streams(model: InRaModel, name: str) -> None:
-    """Compare stacked with separate streams, and cached with uncached.
+    """Check that stacked and separate streams agree, and that cached and uncached runs agree.
 
     Raises:
         UnsupportedModelError: If they differ by more than rounding.
@@ -550,8 +554,8 @@ def probe_streams(model: InRaModel, name: str) -> None:
     mask = torch.ones_like(tokens)
     mask[-1, :_PADDING] = 0
 
-    stirred = _stirred(list(model.adapter.parameters()))
-    with refusing(name, _FAILING), evaluating(model), stirred:
+    perturbed = _perturbed(list(model.adapter.parameters()))
+    with refusing(name, _FAILING), evaluating(model), perturbed:
         _compare(model, tokens, mask, name)
 
 
@@ -561,19 +565,19 @@ def _compare(model: InRaModel, tokens: Tensor, mask: Tensor, name: str) -> None:
     base, adapter = model.stream_hidden(tokens, **whole)
     base_alone, _ = model.stream_hidden(tokens, streams=BASE, **whole)
     _, adapter_alone = model.stream_hidden(tokens, streams=ADAPTER, **whole)
-    _require(base, base_alone, mask, _STACKED, name)
-    _require(adapter, adapter_alone, mask, _STACKED, name)
+    _require_equal(base, base_alone, mask, _STACKED, name)
+    _require_equal(adapter, adapter_alone, mask, _STACKED, name)
 
     cache = model.prefill(tokens[:, :-1], mask[:, :-1])
     last: dict[str, Any] = {"attention_mask": mask, "position_ids": positions[:, -1:]}
     step = model.stream_hidden(tokens[:, -1:], cache=cache, **last)
     for cached, uncached in zip(step, (base, adapter), strict=True):
-        _require(cached, uncached[:, -1:], mask[:, -1:], _CACHED, name)
+        _require_equal(cached, uncached[:, -1:], mask[:, -1:], _CACHED, name)
 
 
 @contextmanager
-def _stirred(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Move an adapter away from the identity for a while, so that it can be told apart."""
+def _perturbed(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Add noise to an adapter's parameters inside the block, so that the two streams differ."""
     generator = torch.Generator().manual_seed(2)
     originals = [parameter.detach().clone() for parameter in parameters]
     for parameter in parameters:
@@ -585,7 +589,12 @@ def _stirred(parameters: list[nn.Parameter]) -> Iterator[None]:
             parameter.copy_(original)
 
 
-def _require(found: Tensor, expected: Tensor, mask: Tensor, problem: str, name: str) -> None:
+def _require_equal(found: Tensor, expected: Tensor, mask: Tensor, problem: str, name: str) -> None:
+    """Check that hidden states (B, T, H) agree where the mask (B, T) is set.
+
+    Raises:
+        UnsupportedModelError: If their relative distance is larger than rounding.
+    """
     kept = mask.bool()
     allowed = max(_TOLERANCE, 8 * torch.finfo(expected.dtype).eps)
     found, expected = found[kept].float(), expected[kept].float()

@@ -1,9 +1,9 @@
 """The divergence between a student and the fused teacher, one chunk of tokens at a time.
 
 Equation 6 of the paper minimises ``KL(student ‖ softmax(λ·aligned + (1−λ)·reference))`` at every
-response token. Written down directly it needs several matrices of tokens × vocabulary; here they
-exist for one chunk only, and the gradients are computed with the loss, so memory does not grow
-with the sequence. How the two teachers are mixed is :mod:`flexalign.fusion`'s business.
+response token. A direct implementation needs several matrices of tokens × vocabulary. Here they
+exist for one chunk at a time, and the gradients are computed together with the loss, so memory does
+not grow with the sequence. :mod:`flexalign.fusion` mixes the two teachers.
 """
 
 import math
@@ -30,11 +30,11 @@ DIVERGENCES: tuple[Divergence, ...] = ("reverse", "forward", "jsd")
 
 @dataclass(frozen=True)
 class DivergenceMetrics:
-    """Where the student stands between the two teachers, in nats per token, without gradients.
+    """The student's divergence from each of the two models, in nats per token, without gradients.
 
     Attributes:
         kl_reference: KL(student‖reference), over the same tokens and denominator as the loss.
-        kl_aligned: KL(student‖aligned), likewise.
+        kl_aligned: KL(student‖aligned), over the same tokens and denominator as the loss.
     """
 
     kl_reference: Tensor
@@ -95,16 +95,16 @@ def fused_divergence(
     metrics: bool = False,
     sampled: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, DivergenceMetrics]:
-    """Divergence between a student and the teacher ``softmax(λ·aligned + (1−λ)·reference)``.
+    """Return the divergence between a student and ``softmax(λ·aligned + (1−λ)·reference)``.
 
     With s the student's and t the teacher's distribution of a token (equations 5 and 6):
 
-    * ``"reverse"``: KL(s‖t) = Σ s·(log s − log t), the paper's;
+    * ``"reverse"``: KL(s‖t) = Σ s·(log s − log t), equation 6 of the paper;
     * ``"forward"``: KL(t‖s), the direction of the released code;
     * ``"jsd"``: β·KL(t‖m) + (1−β)·KL(s‖m) with m = (1−β)·s + β·t. β=0 is forward, β=1 reverse.
 
-    Gradients go to ``student_hidden`` and the student head's weight and bias, never to a teacher.
-    They are computed with the loss, so ``backward`` can run once and keeps no graph.
+    ``student_hidden`` and the weight and bias of the student's head get gradients, the teachers do
+    not. The gradients are computed together with the loss, so ``backward`` can run only once.
 
     Args:
         student_hidden: Final hidden states, shape ``(B, T, H)`` or ``(N, H)``.
@@ -114,23 +114,23 @@ def fused_divergence(
         aligned_hidden: Same leading dimensions; the width may differ.
         aligned_head: Of the same vocabulary as the student's.
         mask: Shape ``(B, T)`` or ``(N,)``. True (or non-zero) where the *prediction* made at this
-            position counts; already shifted by the caller.
+            position counts. The caller must shift it.
         lam: λ as in :func:`~flexalign.fusion.fuse`: a number, ``(B,)`` or ``(B, T)``.
-        divergence: Which of the three.
+        divergence: One of the three above.
         beta: β of ``"jsd"``, in [0, 1].
         gate: τ in [0, 1] as in :func:`~flexalign.fusion.fuse`, or None.
         num_items: The denominator: the number of counted positions across all accumulation steps
             and processes. None: those of this call.
         chunk_size: Tokens per chunk. Memory is about four matrices of ``chunk_size × V`` float32.
         metrics: Also return :class:`DivergenceMetrics` (about a quarter more time).
-        sampled: Shape ``(B, T)``: the tokens that the student itself drew at the counted
-            positions of a batch. Then the gradient is that of the reverse KL between whole
-            responses (:mod:`flexalign.losses.sequence`); the value stays the tokens'.
+        sampled: Shape ``(B, T)``: the tokens that the student sampled at the counted positions of
+            a batch. Then the gradient is that of the reverse KL between whole responses
+            (:mod:`flexalign.losses.sequence`). The value is still that of the tokens.
 
     Returns:
         The sum over counted positions divided by the denominator, in nats per token: a float32
-        scalar (float64 for float64 inputs), 0.0 with its graph where nothing counts. With
-        ``metrics``, a pair of it and the :class:`DivergenceMetrics`.
+        scalar (float64 for float64 inputs). If no position counts, 0.0, which has a graph too. With
+        ``metrics``, a pair of the scalar and the :class:`DivergenceMetrics`.
 
     Raises:
         ConfigError: If divergence, β, gate, ``num_items`` or ``chunk_size`` is out of range.

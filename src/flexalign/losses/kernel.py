@@ -1,7 +1,7 @@
 """The chunked divergence of :mod:`flexalign.losses`, as one autograd function.
 
-A chunk's logits, divergence and gradients are made in the same few buffers and then overwritten
-by the next chunk's, so nothing of size tokens × vocabulary outlives a chunk.
+The logits, divergence and gradients of a chunk are computed in a few buffers, which the next chunk
+overwrites. So no tensor of size tokens × vocabulary is kept.
 """
 
 import math
@@ -25,18 +25,18 @@ from flexalign.losses.teacher import (
 
 @dataclass(frozen=True)
 class DivergenceTask:
-    """What is to be summed over which positions.
+    """The arguments of a sum of divergences over positions.
 
     Attributes:
         positions: Indices of the counted positions among the N, shape ``(P,)``.
-        student: The student's head, cut from the graph.
-        teacher: What it is compared with.
+        student: The student's head, detached from the graph.
+        teacher: The teacher.
         beta: 0 is the forward, 1 the reverse divergence; between them the Jensen–Shannon family.
         chunk_size: Positions per chunk.
-        metrics: Whether to compare with the two models of the teacher as well.
-        gradients: Whether gradients are wanted at all.
-        score: What is added to the gradient, where the student sampled the tokens itself; only
-            with ``beta`` 1.
+        metrics: Whether to compute the KL to the two models of the teacher too.
+        gradients: Whether to compute gradients.
+        score: A term that is added to the gradient, for tokens that the student sampled; only with
+            ``beta`` 1.
     """
 
     positions: Tensor
@@ -55,21 +55,21 @@ def sum_in_chunks(
     """Sum the divergence over the counted positions, in nats.
 
     Args:
-        hidden: The student's final hidden states, shape ``(N, H)``; takes a gradient.
-        weight: The student's head, shape ``(V, H)``; takes a gradient.
-        bias: Its bias, shape ``(V,)``, or None; takes a gradient.
-        task: Everything else.
+        hidden: The student's final hidden states, shape ``(N, H)``; gets a gradient.
+        weight: The weight of the student's head, shape ``(V, H)``; gets a gradient.
+        bias: Its bias, shape ``(V,)``, or None; gets a gradient.
+        task: The other arguments.
 
     Returns:
-        The sum, with its graph, and without gradients the sums of KL(student‖reference) and
-        KL(student‖aligned) if the task asks for metrics (else zeros).
+        The sum, with its graph; and, without gradients, the sums of KL(student‖reference) and
+        KL(student‖aligned), which are zeros unless the task has ``metrics``.
     """
     sums: tuple[Tensor, Tensor, Tensor] = _ChunkedDivergence.apply(hidden, weight, bias, task)  # type: ignore[no-untyped-call]
     return sums
 
 
 class _ChunkedDivergence(torch.autograd.Function):
-    """Sum of the divergence over the counted positions; its gradients are made on the way."""
+    """Sum of the divergence over the counted positions. ``forward`` computes the gradients too."""
 
     @staticmethod
     def forward(
@@ -83,9 +83,9 @@ class _ChunkedDivergence(torch.autograd.Function):
         ]
 
         with torch.autocast(hidden.device.type, enabled=False):
-            sums = _sweep(hidden, task, grads)
+            sums = _sum_chunks(hidden, task, grads)
 
-        # Not by save_for_backward: they are no part of the graph, and backward overwrites them.
+        # Not save_for_backward: the gradients are not part of the graph, and backward changes them.
         ctx.grads, ctx.dtypes = (
             grads,
             (hidden.dtype, weight.dtype, None if bias is None else bias.dtype),
@@ -97,11 +97,11 @@ class _ChunkedDivergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        return *_hand_over(ctx, grad_total), None
+        return *_take_gradients(ctx, grad_total), None
 
 
-def _hand_over(ctx: Any, grad_total: Tensor) -> list[Tensor | None]:
-    """Give away the gradients that were made with the loss: they are scaled where they lie."""
+def _take_gradients(ctx: Any, grad_total: Tensor) -> list[Tensor | None]:
+    """Return the gradients that ``forward`` computed, scaled in place; the context loses them."""
     if ctx.grads is None:
         raise RuntimeError(
             "backward through fused_divergence can run once: its gradients are made with the "
@@ -114,8 +114,8 @@ def _hand_over(ctx: Any, grad_total: Tensor) -> list[Tensor | None]:
     ]
 
 
-def _sweep(hidden: Tensor, task: DivergenceTask, grads: list[Tensor | None]) -> Tensor:
-    """Go over the counted positions in chunks, adding to the gradients.
+def _sum_chunks(hidden: Tensor, task: DivergenceTask, grads: list[Tensor | None]) -> Tensor:
+    """Sum over the counted positions in chunks, and add to the gradients in place.
 
     Returns:
         Sums over positions of the divergence, KL(s‖reference) and KL(s‖aligned): shape (3,).
@@ -136,10 +136,10 @@ def _sweep(hidden: Tensor, task: DivergenceTask, grads: list[Tensor | None]) -> 
         write_logits(head, h, logits)
         _log_softmax(logits, log_s)
         if head.softcap is not None:
-            # dlogits/d(scale·(h·Wᵀ + b)) of the tanh, from its own value
+            # The derivative of the tanh, dlogits/d(scale·(h·Wᵀ + b)), computed from its value.
             slope = torch.square(logits).mul_(-(head.softcap**-2)).add_(1)
 
-        # The teacher: both models' logits where they are to be measured, else the shortest way.
+        # The teacher. Metrics need both models' logits; otherwise fewer products are enough.
         if task.metrics:
             fused, reference, aligned = task.teacher.all_logits(rows, dtype)
             s = torch.exp(log_s, out=logits)
@@ -183,8 +183,8 @@ def _divergence(
 ) -> tuple[Tensor, Tensor]:
     """Return the divergence summed over a chunk, and its gradient by the student's logits.
 
-    All four arguments (C, V) are overwritten; the gradient is one of them. Where β is 1, `one`
-    is left with the student's probabilities.
+    All four tensors (C, V) are overwritten; the gradient is one of them. If β is 1, `one` holds the
+    student's probabilities afterwards.
     """
     if beta == 0.0:  # Σ t·(log t − log s); gradient s − t
         t = torch.exp(log_t, out=one)
@@ -195,8 +195,9 @@ def _divergence(
         terms = log_s.sub_(log_t).mul_(s)
         kl = terms.sum(-1, keepdim=True)
         return kl.sum(), terms.addcmul_(s, kl, value=-1)
-    # With x = log t/s: log m/s = softplus(x + logit β) + log(1−β). The constant is left out of the
-    # gradient, (1−β)·s·(log s/m − KL(s‖m)), where it would only cancel.
+
+    # With x = log t/s: log m/s = softplus(x + logit β) + log(1−β). The constant cancels in the
+    # gradient, (1−β)·s·(log s/m − KL(s‖m)), and is left out of it.
     t = torch.exp(log_t, out=two)
     x = log_t.sub_(log_s)
     softplus = torch.add(x, math.log(beta) - math.log1p(-beta), out=one)
@@ -210,6 +211,6 @@ def _divergence(
 
 
 def _log_softmax(logits: Tensor, out: Tensor) -> None:
-    """Write the log-softmax, with a floor instead of −inf, so that 0·(log 0 − log 0) is 0."""
+    """Write the log-softmax to `out`, with a finite floor so that 0·(log 0 − log 0) is 0."""
     torch.log_softmax(logits, -1, out=out)
     out.clamp_(min=LOG_ZERO)

@@ -1,9 +1,9 @@
-"""The fused teacher of the chunked loss: two hidden states and two heads in, logits out.
+"""The fused teacher of the chunked loss: logits from two hidden states and two heads.
 
-Head products accumulate in float32 whatever the head's own precision, and everything is written
-into a buffer that the caller owns. Half-precision heads are multiplied as they are where the device
-can write float32 results (CUDA); elsewhere they are widened a slice of the vocabulary at a time, so
-no widened copy of a whole head is ever made.
+Head products are accumulated in float32 for heads of every precision, and are written into a buffer
+of the caller. Half-precision heads are multiplied without conversion if the device can write
+float32 results (CUDA). Otherwise one slice of the vocabulary at a time is converted to float32, so
+that there is never a float32 copy of a whole head.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from flexalign.fusion import Lambda, concatenate_hidden, fuse_hidden, fuse_logit
 from flexalign.heads import Head
 
 LOG_ZERO = -1e4
-"""Stands for the logarithm of a probability of 0: its exponential is 0, its differences finite."""
+"""The logarithm of a probability of 0. Its exponential is 0, and differences with it are finite."""
 
 _WIDENED_ROWS = 8192
 _HALF = (torch.bfloat16, torch.float16)
@@ -28,12 +28,13 @@ class FusedTeacher:
 
     Attributes:
         reference_hidden: Shape ``(N, H_reference)``.
-        reference: The head for it.
+        reference: The reference's head.
         aligned_hidden: Shape ``(N, H_aligned)``.
-        aligned: The head for it.
+        aligned: The aligned model's head.
         lam: A number, or one per position, shape ``(N,)``.
         gate: As in :func:`~flexalign.fusion.fuse`.
-        mixes_hidden: The two heads are one, so hidden states may be mixed before it.
+        mixes_hidden: Whether hidden states may be mixed before the head, because both models share
+            it (see :func:`~flexalign.heads.can_mix_hidden`).
     """
 
     reference_hidden: Tensor
@@ -45,11 +46,11 @@ class FusedTeacher:
     mixes_hidden: bool
 
     def logits(self, rows: Tensor, out: Tensor) -> Tensor:
-        """Return the fused logits (C, V) at some positions, by as few products as are exact.
+        """Return the fused logits (C, V) at some positions, with the fewest exact products.
 
         Args:
             rows: Indices of the positions, shape ``(C,)``.
-            out: A buffer (C, V), which the result may be in.
+            out: A buffer (C, V), which may hold the result.
         """
         lam = self._lam(rows)
         if isinstance(lam, float) and lam in (0.0, 1.0):
@@ -90,14 +91,17 @@ class FusedTeacher:
         return write_logits(self.aligned, self.aligned_hidden[rows], out)
 
     def _joins(self) -> bool:
-        """Whether one product over the joined width is equation 5, unrounded."""
+        """Return whether one product over the joined width is equation 5 without rounding."""
         return self.gate is None and all(
             head.softcap is None and head.bias is None and not rounds_its_factor(head.weight)
             for head in (self.reference, self.aligned)
         )
 
     def _joined(self, rows: Tensor, lam: Lambda, out: Tensor) -> Tensor:
-        """One product of joined hidden states and heads, added up in halves: no head is copied."""
+        """Return the product of the joined hidden states and heads, computed in two halves.
+
+        Adding the two halves avoids a copy of the heads.
+        """
         joined = concatenate_hidden(
             self.reference.scale * self.reference_hidden[rows].to(out.dtype),
             self.aligned.scale * self.aligned_hidden[rows].to(out.dtype),
@@ -110,7 +114,7 @@ class FusedTeacher:
 
 
 def for_products(head: Head) -> Head:
-    """Cut a head from the graph; under autocast on an accelerator, take autocast's precision."""
+    """Detach a head from the graph; under autocast on an accelerator, convert it to its dtype."""
     weight = head.weight.detach()
     device = weight.device.type
     if device != "cpu" and torch.is_autocast_enabled(device):
@@ -119,7 +123,7 @@ def for_products(head: Head) -> Head:
 
 
 def rounds_its_factor(weight: Tensor) -> bool:
-    """Say whether a product with this weight rounds the other factor to half precision first."""
+    """Return whether a product with this weight rounds the other factor to half precision."""
     return weight.is_cuda and weight.dtype in _HALF
 
 

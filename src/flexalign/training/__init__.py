@@ -1,7 +1,7 @@
-"""Training: TrRa (equation 6), layer adapters, and baking a dial's setting into a plain model.
+"""Training: TrRa (equation 6), layer adapters, and plain models of one setting of λ (baking).
 
-`flexalign.realign`, `adapt` and `bake` take a recipe from start to finish. The names below load on
-first use; the modules that need no torch can be imported without it.
+`flexalign.realign`, `adapt` and `bake` run a recipe from start to finish. The names below are
+imported on first use. Modules that do not need torch can be imported without it.
 """
 
 from typing import TYPE_CHECKING

@@ -1,7 +1,7 @@
-"""Training a layer adapter by SFT, DPO or TrRa, and baking one setting of its dial.
+"""Training a layer adapter by SFT, DPO or TrRa, and a plain model of one setting of λ (baking).
 
-The base stays as it is, and is held once. `adapt` and `bake`, at the end, tell both from top to
-bottom: read the recipe, read what it names, make the run, train it.
+The base does not change, and is in memory once. The entry points are `adapt` and `bake`, at the end
+of the file: each reads the recipe, reads the files that it names, makes the run, and trains.
 """
 
 import shutil
@@ -56,24 +56,26 @@ from flexalign.training.rows import RenderedPreferences, RenderedRows
 from flexalign.training.run import Outcome, Round, RunOptions, TrainingRun
 from flexalign.training.trainer import TrRaTrainer
 
-# The adapter stream as a model to train: the base itself, with the adapter in front of layer 0.
+# The adapter stream as a model to train: the base, with the adapter in front of layer 0.
 #
-# Trainers want one transformers model whose forward is what they train. While an adapter is in
-# training, its base is that model: every pass goes through the adapter, whose parameters are listed
-# among the base's and are the only ones with gradients. No second copy of the base is made; the
-# base stream is the same module with the adapter passed by.
+# A trainer takes one transformers model and trains its forward pass. During training, the base is
+# that model: each pass runs through the adapter. The adapter's parameters are registered on the
+# base, and only they have gradients. There is no second copy of the base: the base stream is the
+# same module, run without the adapter.
 
 _NAME = "inra_adapter"
 
 
 @contextmanager
 def as_student(model: InRaModel) -> Iterator[Any]:
-    """Give the base as the adapter stream to train, and put it back as it was after.
+    """Yield the base as the adapter stream to train; restore it on exit.
 
-    The adapter is in float32 inside, whatever the base is in: small steps are lost in bfloat16.
+    Inside, the adapter is in float32, independent of the base's dtype: bfloat16 would round small
+    optimizer steps away.
 
     Args:
-        model: Base and adapter; its `save_pretrained` saves the student, which is the adapter.
+        model: Base and adapter. Inside, the base's `save_pretrained` is this model's, which saves
+            the adapter only.
     """
     base: Any = model.base
     dtype = next(model.adapter.parameters()).dtype
@@ -94,7 +96,7 @@ def as_student(model: InRaModel) -> Iterator[Any]:
         config.use_cache = use_cache
         delattr(base, _NAME)
         del base.save_pretrained
-        # TRL puts a forward with its own loss in the place of the class's.
+        # TRL replaces the forward of the model by one with its own loss.
         base.__dict__.pop("forward", None)
         if forward is not None:
             base.forward = forward
@@ -104,12 +106,12 @@ def as_student(model: InRaModel) -> Iterator[Any]:
 
 @contextmanager
 def adapter_off(hook: AdapterHook) -> Iterator[None]:
-    """Let every row pass the adapter by: inside, a student's module is its base."""
+    """Run all rows without the adapter: inside, the student's module computes the base."""
     with hook.enabled(0, 0):
         yield
 
 
-# TRL's trainers for an adapter: what is saved, resumed and compared is the adapter alone.
+# TRL's trainers for an adapter: only the adapter is saved, resumed and compared.
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -118,10 +120,10 @@ else:
 
 
 class _AdapterTraining(_Trainer):  # type: ignore[misc]
-    """A mix-in: a checkpoint holds the adapter, and going on loads it from there."""
+    """A mix-in for trainers: checkpoints hold the adapter, and resuming loads it from them."""
 
     def __init__(self, inra: InRaModel, **options: Any) -> None:
-        """Join a trainer and the adapter that it trains.
+        """Create the trainer of an adapter.
 
         Args:
             inra: Base and adapter, inside `as_student`.
@@ -139,29 +141,29 @@ class _AdapterTraining(_Trainer):  # type: ignore[misc]
         load_weights(self.inra.adapter, Path(str(self.state.best_model_checkpoint)))
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """Write none: the finished folder gets its own."""
+        """Do nothing: the finished folder gets a card of its own."""
 
 
 class AdapterSFTTrainer(_AdapterTraining, RenderedRows, SealedCheckpoints, SFTTrainer):  # type: ignore[misc]
-    """Supervised fine-tuning of an adapter: TRL's, on the adapter stream."""
+    """TRL's supervised fine-tuning, of the adapter stream."""
 
 
 class AdapterTrRaTrainer(_AdapterTraining, TrRaTrainer):
-    """TrRa of an adapter: its reference is the base stream of the same model."""
+    """TrRa of an adapter. The reference is the base stream of the same model."""
 
 
 class AdapterDPOTrainer(_AdapterTraining, RenderedPreferences, SealedCheckpoints, DPOTrainer):  # type: ignore[misc]
     """Direct preference optimisation of an adapter against the base stream.
 
-    The reference's log-probabilities are computed once, before training, by the same module with
-    the adapter passed by: no second model is held or loaded, whatever state the adapter is in.
+    The reference's log-probabilities are computed once, before training, by the same module without
+    the adapter. No second model is loaded, also where training continues from a trained adapter.
     """
 
     def __init__(self, inra: InRaModel, **options: Any) -> None:
-        """As `_AdapterTraining`.
+        """Create the trainer; the arguments are those of `_AdapterTraining`.
 
         Raises:
-            ConfigError: If the reference is to be computed otherwise.
+            ConfigError: If ``precompute_ref_log_probs`` is off.
         """
         if not options["args"].precompute_ref_log_probs:
             raise ConfigError(
@@ -195,7 +197,7 @@ class AdapterDPOTrainer(_AdapterTraining, RenderedPreferences, SealedCheckpoints
     def compute_ref_log_probs(
         self, model: nn.Module, inputs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of both responses under the base stream, each ``(B,)``."""
+        """Return the log-probabilities of both responses under the base stream, each ``(B,)``."""
         with adapter_off(self.inra.adapter_hook):
             chosen, rejected = super().compute_ref_log_probs(model, inputs)
         return chosen, rejected
@@ -205,7 +207,11 @@ class AdapterDPOTrainer(_AdapterTraining, RenderedPreferences, SealedCheckpoints
 
 
 class _AdapterRun(TrainingRun):
-    """A run around a layer adapter; see `TrainingRun`."""
+    """A `TrainingRun` that trains or uses a layer adapter.
+
+    Attributes:
+        task: The kind of run, as `run.json` names it.
+    """
 
     task: str
 
@@ -214,10 +220,10 @@ class _AdapterRun(TrainingRun):
 
 
 class Adaptation(_AdapterRun):
-    """The training of one adapter; see `TrainingRun`.
+    """The `TrainingRun` of one adapter.
 
     Attributes:
-        base: A loaded base in the place of the recipe's, which then only names it.
+        base: A loaded base. If set, the recipe's `base` is only its name.
     """
 
     task = "Adaptation"
@@ -227,6 +233,8 @@ class Adaptation(_AdapterRun):
     @contextmanager
     def _trainer(self, callbacks: list[TrainerCallback], round_: Round) -> Iterator[Any]:
         inra = self._load()
+
+        # What an earlier calibration found does not hold for the newly trained weights.
         tags = ThinkingTags.of(self.tokenizer)
         inra.inra_config = replace(
             inra.inra_config,
@@ -234,6 +242,7 @@ class Adaptation(_AdapterRun):
             calibration=None,
             rendering=self._rendering(),
         )
+
         options: dict[str, Any] = {
             "args": self.recipe.training_arguments(),
             "train_dataset": self.data,
@@ -241,6 +250,7 @@ class Adaptation(_AdapterRun):
             "callbacks": callbacks,
         }
         parts = self._parts(inra) if self.recipe.method == "trra" else None
+
         with as_student(inra) as student:
             if parts is not None:
                 yield AdapterTrRaTrainer(inra, parts=parts, **options)
@@ -267,12 +277,13 @@ class Adaptation(_AdapterRun):
         return model
 
     def _parts(self, inra: InRaModel) -> TrainingModels:
-        """Return the student and its teachers: the base stream, and one model more."""
+        """Return the student and its two teachers: the base stream, and the aligned model."""
         aligned = load_model(str(self.recipe.aligned), dtype=running_dtype(self.recipe.arguments))
         aligned.eval().requires_grad_(False)
         pair = ModelPair.of(inra.base, aligned, self.tokenizer)
+
         form = HeadForm.of(inra.base, pair.vocab_size)
-        other = HeadForm.of(inner_model(aligned), pair.vocab_size)
+        aligned_form = HeadForm.of(inner_model(aligned), pair.vocab_size)
         return TrainingModels(
             student=inra.base,
             form=form,
@@ -283,7 +294,7 @@ class Adaptation(_AdapterRun):
                 shares_student=True,
                 switch=partial(adapter_off, inra.adapter_hook),
             ),
-            aligned=Teacher(aligned, None, other, shares_student=False),
+            aligned=Teacher(aligned, None, aligned_form, shares_student=False),
             tokenizer=self.tokenizer,
         )
 
@@ -292,10 +303,10 @@ _SPLIT_SEED = 0
 
 
 class Baking(_AdapterRun):
-    """The baking of one setting: a plain model that behaves as the dial at one λ, by TrRa; see `TrainingRun`.
+    """The `TrainingRun` of a plain model that behaves as base and adapter do at one λ (TrRa).
 
-    The student starts at the base. Its teachers are the two streams of one InRa model, so base
-    and student are in memory and nothing else.
+    The student starts at the base. Its teachers are the two streams of one InRa model, so only
+    base, adapter and student are in memory.
     """
 
     task = "Baking"
@@ -309,6 +320,7 @@ class Baking(_AdapterRun):
         inra = InRaModel.from_pretrained(recipe.base, recipe.adapter, dtype=dtype)
         inra.requires_grad_(False)
         student = load_model(recipe.base, dtype=torch.float32).requires_grad_(True)
+
         form = HeadForm.of(inra.base, inra.head.vocab_size)
         off = partial(adapter_off, inra.adapter_hook)
 
@@ -340,19 +352,19 @@ class Baking(_AdapterRun):
         }
 
 
-# What the recipes name, read and checked before any weight is loaded.
+# The models and the data of a recipe, read and checked before any weight is loaded.
 
 
 @dataclass(frozen=True)
 class Base:
-    """What a run around an adapter stands on.
+    """The base of a run with an adapter, as read without its weights.
 
     Attributes:
         config: The base's configuration.
-        tokenizer: Its tokenizer.
-        prints: Fingerprints of all models and adapters that take part.
-        sizes: Parameters of the base, and of what is trained.
-        others: Parameters held beside these.
+        tokenizer: The base's tokenizer.
+        prints: Fingerprints of all models and adapters of the run.
+        sizes: Number of parameters of the base, and of those that are trained.
+        others: Number of parameters of the other models in memory.
     """
 
     config: Any
@@ -363,7 +375,7 @@ class Base:
 
 
 def _read_adaptation(recipe: AdaptRecipe) -> Base:
-    """Read what an adapter's training stands on.
+    """Read the base, the adapter and the aligned model of an `AdaptRecipe`, without weights.
 
     Raises:
         ConfigError: If an adapter's folder is damaged or was made for another base.
@@ -392,7 +404,11 @@ def _read_adaptation(recipe: AdaptRecipe) -> Base:
 def _take_loaded(
     recipe: AdaptRecipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 ) -> Base:
-    """Describe a base that is loaded; its tokenizer must be given too."""
+    """Describe a loaded base.
+
+    Raises:
+        ConfigError: If its tokenizer is not given.
+    """
     if tokenizer is None:
         raise ConfigError("the base is a loaded model; give its tokenizer too.")
     prints: list[str | None] = [fingerprint(model)]
@@ -403,7 +419,7 @@ def _take_loaded(
 
 
 def _read_baking(recipe: BakeRecipe, lambda_range: tuple[float, float] | None) -> Base:
-    """Read what a baking stands on.
+    """Read the base and the adapter of a `BakeRecipe`, without weights.
 
     Raises:
         LambdaError: If λ lies outside the range, by default the adapter's own.
@@ -425,7 +441,10 @@ def _read_baking(recipe: BakeRecipe, lambda_range: tuple[float, float] | None) -
 def _read_rows(
     recipe: AdaptRecipe, tokenizer: Any, data: Dataset | None, *, skip_bad_rows: bool
 ) -> tuple[Dataset, Dataset]:
-    """Return an adapter's data as it is trained on, and as prompts and completions."""
+    """Return an adapter's training rows, and the same rows as prompts and completions.
+
+    The latter are for measuring lengths: each preference is two rows in them.
+    """
     if recipe.method == "dpo":
         pairs = load_preferences(recipe.data, skip_bad_rows=skip_bad_rows) if data is None else data
         pairs = recipe.prompting.apply(pairs)
@@ -452,7 +471,7 @@ def _examine_base(name: str) -> ModelFacts:
 
 
 def _adapter_settings(name: str, adapter: str, base: ModelFacts) -> InRaConfig:
-    """Read an adapter's settings, and check that it is whole and made for the base."""
+    """Read an adapter's settings; check that its files are complete and made for the base."""
     folder = resolve_adapter(adapter)
     settings = check_folder(folder)
     if base.kind != "gguf" and base.fingerprint is not None:
@@ -461,10 +480,10 @@ def _adapter_settings(name: str, adapter: str, base: ModelFacts) -> InRaConfig:
 
 
 def _count(config: Any, name: str) -> tuple[int, int]:
-    """Count a model's parameters, and those of its first layer, without storage.
+    """Count a model's parameters, and those of its first layer, without allocating them.
 
     Raises:
-        UnsupportedModelError: If it has no stack of decoder layers.
+        UnsupportedModelError: If the model has no stack of decoder layers.
     """
     model = skeleton(config)
     layer = decoder_layers(model, name)[0]
@@ -477,10 +496,11 @@ def _fingerprint_adapter(adapter: str) -> str:
 
 
 def _plan(run: TrainingRun, base: Base, rows: Dataset, lengths: Lengths) -> TrainingPlan:
-    """Work out what a run would take."""
+    """Return the plan of a dry run: steps, memory and sample rows."""
     recipe: Recipe = run.recipe
     arguments = recipe.arguments
     steps, longest = plan_steps(arguments, lengths)
+
     facts = {
         **{key: value for key, value in recipe.to_tree().items() if key != "training"},
         "data": {"path": recipe.data, **lengths.to_json()},
@@ -498,11 +518,11 @@ def _plan(run: TrainingRun, base: Base, rows: Dataset, lengths: Lengths) -> Trai
     return TrainingPlan(facts, sample_rows(rows, run.tokenizer, arguments.max_length))
 
 
-# From a recipe to its outcome.
+# The entry points.
 
 
 class AdaptOptions(RunOptions, total=False):
-    """What `adapt` takes beside a recipe; see there."""
+    """The keyword options of `adapt`, which describes them."""
 
     tokenizer: PreTrainedTokenizerBase | None
     extrapolate: bool
@@ -541,10 +561,10 @@ def adapt(
     command: str = "flexalign.adapt",
     **settings: Any,
 ) -> Outcome | TrainingPlan:
-    """Train a layer adapter in front of a base that stays as it is, and save it.
+    """Train a layer adapter in front of a base, and save the adapter. The base does not change.
 
-    A run that was stopped goes on, and one that is finished is not run again. Ctrl-C and SIGTERM
-    end it after a checkpoint.
+    A run that was stopped is resumed. A run that is finished is not run again. On Ctrl-C or SIGTERM
+    the run writes a checkpoint and ends.
 
     Example::
 
@@ -555,30 +575,30 @@ def adapt(
 
     Args:
         recipe: A YAML file's path, a mapping with the keys of such a file, or an `AdaptRecipe`.
-            With an `output`: the base instead, a known name, a folder, or a loaded model, which is
-            afterwards as it was.
+            If `output` is given: the base instead, as a known name, a folder, or a loaded model. A
+            loaded model is restored after training.
         data: Rows in memory, instead of those that the recipe names: prompts with responses
             (`prompt` and `completion`), or with `chosen` and `rejected`.
-        output: The adapter's folder, where there is no recipe.
-        tokenizer: The base's; needed with a loaded model.
-        dry_run: Load no weights and write nothing; return what the run would take.
+        output: The adapter's folder. Only for calls without a recipe.
+        tokenizer: The base's tokenizer. Required with a loaded model.
+        dry_run: Load no weights and write nothing; return the plan of the run.
         extrapolate: Allow λ < 0.
         skip_bad_rows: Leave out rows that cannot be used.
-        events: Is told what happens.
+        events: Receives progress and warnings.
         callbacks: As transformers' ``Trainer`` takes them.
-        command: What the adapter's card calls this call.
+        command: The command that the adapter's card shows.
         **settings: Without a recipe, its other keys by Python name: `method`, `training`, ….
 
     Returns:
-        What came of it; of a dry run, the plan.
+        The outcome. For a dry run, the plan.
 
     Raises:
         ConfigError: If a setting is unknown or out of its range, or the output folder holds
             another run.
         LambdaError: If λ is not a finite number or a schedule, or is below 0 without `extrapolate`.
-        DataError: If a row cannot be used, or nothing is left of the data without its thinking.
+        DataError: If a row cannot be used, or no row is left after the thinking is stripped.
         UnsupportedModelError: If the base cannot have an adapter.
-        Stopped: If a signal ended it early.
+        Stopped: If a signal ended the run early.
     """
     loaded = recipe if isinstance(recipe, PreTrainedModel) else None
     if output is not None or loaded is not None:
@@ -609,7 +629,7 @@ def adapt(
 def _recipe_of(
     base: Any, data: Dataset | None, output: str | Path | None, settings: Mapping[str, Any]
 ) -> AdaptRecipe:
-    """Make the recipe of a call that gives base, data and output themselves."""
+    """Make the recipe of a call that gives base, data and output instead of a recipe."""
     if data is None or output is None:
         raise ConfigError("adapt: with a base instead of a recipe, give data and output too.")
     name = base
@@ -622,7 +642,7 @@ def _recipe_of(
 
 
 class BakeOptions(RunOptions, total=False):
-    """What `bake` takes beside a recipe; see there."""
+    """The keyword options of `bake`, which describes them."""
 
     data: Dataset | None
     lambda_range: tuple[float, float] | None
@@ -666,10 +686,11 @@ def bake(
     callbacks: Sequence[TrainerCallback] = (),
     command: str = "flexalign.bake",
 ) -> Outcome | TrainingPlan:
-    """Make a plain model that behaves as a dial at one λ: one stream, at the plain model's cost.
+    """Train a plain model that behaves as base and adapter do at one λ.
 
-    The student starts at the base and learns the mixture of the dial's two streams (TrRa). How far
-    it is from the dial is measured on rows held out. Runs go on as those of `adapt` do.
+    The result runs in one stream, at the cost of the base. The student starts at the base and
+    learns the fusion of the two streams (TrRa). Its divergence from that fusion is measured on
+    held-out rows. Runs are resumed as those of `adapt` are.
 
     Example::
 
@@ -679,23 +700,23 @@ def bake(
 
     Args:
         recipe: A YAML file's path, a mapping with the keys of such a file, or a `BakeRecipe`.
-        dry_run: Load no weights and write nothing; return what the run would take.
+        dry_run: Load no weights and write nothing; return the plan of the run.
         data: Rows in memory, instead of those that the recipe names.
-        lambda_range: Where λ may lie; by default the adapter's own range.
+        lambda_range: The least and the largest λ permitted; by default the adapter's range.
         skip_bad_rows: Leave out rows that cannot be used.
-        events: Is told what happens.
+        events: Receives progress and warnings.
         callbacks: As transformers' ``Trainer`` takes them.
-        command: What the model card calls this call.
+        command: The command that the model card shows.
 
     Returns:
-        What came of it, with the divergences in `measures`; of a dry run, the plan.
+        The outcome, with the divergences in `measures`. For a dry run, the plan.
 
     Raises:
-        ConfigError: If a setting is unknown or out of its range, nothing is left to hold out, or
+        ConfigError: If a setting is unknown or out of its range, there are fewer than two rows, or
             the output folder holds another run.
         LambdaError: If λ is not a finite number, or lies outside the range.
         DataError: If a row cannot be used.
-        Stopped: If a signal ended it early.
+        Stopped: If a signal ended the run early.
     """
     plan = BakeRecipe.of(recipe)
     base = _read_baking(plan, lambda_range)

@@ -1,4 +1,4 @@
-"""The cache of hidden states that a recipe names: how large it is, and how it is made and opened."""
+"""The cache of hidden states of a recipe: its size, and filling and opening it."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -40,19 +40,22 @@ def fill_cache(
     skip_bad_rows: bool = False,
     events: Events | None = None,
 ) -> HiddenStateCache:
-    """Run both models of a recipe over its data once and keep their final hidden states.
+    """Run both models of a recipe over its data once and store their final hidden states.
 
-    Any λ trains from them: ``realign`` with ``teacher: cached`` finds them in the recipe's
-    `cache_dir`. What is whole of an earlier start is kept.
+    ``realign`` with ``teacher: cached`` trains from them, at any λ. It finds them in the recipe's
+    `cache_dir`. Complete files of an earlier call are kept.
 
     Args:
         recipe: As `realign` takes it.
-        dtype: What hidden states are stored in: ``float32``, ``bfloat16``, ``float16``, or
-            ``auto``, what a cache that was begun has, else what the models run in.
-        anyway: Write even if the disk seems too small.
+        dtype: The dtype of stored hidden states: ``float32``, ``bfloat16``, ``float16`` or
+            ``auto``. The latter is that of an unfinished cache, else the one the models run in.
+        anyway: Write even if the disk's free space is too small.
         data: Rows in memory, instead of those that the recipe names.
         skip_bad_rows: Leave out rows that cannot be used.
-        events: Is told what happens.
+        events: Receives progress and warnings.
+
+    Returns:
+        The open cache.
 
     Raises:
         ConfigError: If the folder holds another cache, there is no room, or the models have no
@@ -71,13 +74,13 @@ def plan_cache(
     data: Dataset | None = None,
     skip_bad_rows: bool = False,
 ) -> dict[str, Any]:
-    """Work out how many bytes a cache takes and how many there are; no weights are read.
+    """Return the size of a recipe's cache and the free space, without reading weights.
 
     Args:
-        recipe: As `fill_cache` takes it, like the others.
-        dtype: Likewise.
-        data: Likewise.
-        skip_bad_rows: Likewise.
+        recipe: As in `fill_cache`.
+        dtype: As in `fill_cache`.
+        data: As in `fill_cache`.
+        skip_bad_rows: As in `fill_cache`.
     """
     first = RealignRecipe.each(recipe)[0]
     inputs = read_inputs(first, skip_bad_rows=skip_bad_rows, data=data)
@@ -104,17 +107,19 @@ def cache_filler(
     dtype: str = "auto",
     anyway: bool = False,
 ) -> Callable[[], HiddenStateCache]:
-    """Return the function that makes what is missing of a recipe's cache and opens it, once.
+    """Return a function that writes missing files of a recipe's cache and opens it.
+
+    The function does this only in its first call, and returns the same cache in all later ones.
 
     Args:
-        recipe: Names pair, data and folder.
-        inputs: What it names, read.
-        events: Is told what happens.
+        recipe: The recipe, which names pair, data and folder.
+        inputs: The models and data of the recipe, as `read_inputs` returns them.
+        events: Receives progress and warnings.
         dtype: As in `fill_cache`.
-        anyway: Likewise.
+        anyway: As in `fill_cache`.
 
     Raises:
-        ConfigError: If a model has no fingerprint to know it by.
+        ConfigError: If a model has no fingerprint.
     """
     args = recipe.arguments
     if None in inputs.fingerprints:
@@ -157,7 +162,7 @@ def cache_filler(
                 say=events.say,
                 progress=lambda done, total: show(done),
             )
-            show(tokens)  # the bar's total is before equal rows became one
+            show(tokens)  # equal rows are written once, so the progress may end below the total
         return cache
 
     return fill

@@ -1,4 +1,4 @@
-"""What happens beside the training steps: the student is watched, and a signal stops it cleanly."""
+"""Callbacks of a training run: measuring the student, timing steps, and stopping on a signal."""
 
 import contextlib
 import json
@@ -22,10 +22,10 @@ from flexalign.training.checkpoints import writing
 from flexalign.training.events import StepObserver
 from flexalign.training.recipes import WatchSettings
 
-# The student's own answers to a few prompts: the curve of a run.
+# The student's answers to a few prompts: the curve of a run.
 
 CURVE = "curve.jsonl"
-"""What the watcher measured: one row per measurement, in the run's folder."""
+"""The file of the watcher's measurements in the run's folder, one row each."""
 
 
 class StudentAnswer(Protocol):
@@ -50,11 +50,11 @@ Bracket = Callable[[Sequence[float], bool], tuple[float, float, float]]
 
 
 class Watcher(TrainerCallback):  # type: ignore[misc]
-    """Let the student answer a few prompts every so many steps: what the user buys.
+    """Measures the student's answers to a few prompts at regular steps.
 
-    The untrained student is measured before step 0 and the trained one after the last step. Rows
-    go to ``curve.jsonl``: mean tokens, the share of truncated answers and, over the prompts with a
-    known answer, the share of right ones.
+    The untrained student is measured before step 0, and the trained one after the last step. Each
+    measurement is a row of ``curve.jsonl``: mean tokens, the share of truncated answers and, over
+    the prompts with a known answer, the share of correct ones.
     """
 
     def __init__(
@@ -68,17 +68,18 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
         bracket: Bracket,
         report: Callable[[dict[str, Any]], None] = lambda row: None,
     ) -> None:
-        """Prepare; nothing runs before training begins.
+        """Create the watcher; it runs when training begins.
 
         Args:
             prompts: Text or lists of messages.
-            known_answers: One per prompt, None where it is not known.
+            known_answers: One per prompt, None if it is not known.
             every_steps: Steps between two measurements.
-            respond: Answers prompts with a model, and leaves its mode and all random state as
-                they were, so that watching changes nothing in the training.
-            judge: Says whether an answer agrees with the known one.
-            bracket: Low, mean and high of values, one per prompt; told whether they are yes/no.
-            report: Is given each row.
+            respond: Answers prompts with a model. It must restore the model's mode and all random
+                state, so that measuring does not change the training.
+            judge: Returns whether an answer agrees with the known one.
+            bracket: Returns low, mean and high of values, one per prompt. Its second argument is
+                whether the values are 0 or 1.
+            report: Called with each row.
         """
         self._prompts = list(prompts)
         self._known = list(known_answers)
@@ -87,7 +88,7 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
         self._report = report
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Drop rows beyond the point that training goes on from; measure if one is due there."""
+        """Delete rows after the step that training resumes from; measure if that step is due."""
         if not state.is_world_process_zero:
             return
         curve = Path(args.output_dir) / CURVE
@@ -98,7 +99,7 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
             self._measure(curve, state.global_step, kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure if it is due, unless the run is about to stop (it is then made up for)."""
+        """Measure if the step is due, unless the run is stopping: it is then measured on resuming."""
         stopping = control.should_training_stop and state.global_step < state.max_steps
         if state.is_world_process_zero and self._is_due(state) and not stopping:
             self._measure(Path(args.output_dir) / CURVE, state.global_step, kwargs["model"])
@@ -138,14 +139,14 @@ def make_watcher(
     tokenizer: PreTrainedTokenizerBase,
     report: Callable[[dict[str, Any]], None],
 ) -> Watcher:
-    """Join generator, grader and interval into the callback that measures the student.
+    """Create the watcher that generates, grades and summarises answers as the evaluation does.
 
     Args:
-        watch: What the recipe says.
+        watch: The recipe's settings.
         prompts: Text or lists of messages.
-        answers: One per prompt, None where it is not known.
-        tokenizer: The student's.
-        report: Is given each row.
+        answers: One per prompt, None if it is not known.
+        tokenizer: The student's tokenizer.
+        report: Called with each row.
     """
 
     def respond(model: Any, prompts: Sequence[Any]) -> Sequence[StudentAnswer]:
@@ -177,21 +178,21 @@ def make_watcher(
 
 
 class StepRelay(TrainerCallback):  # type: ignore[misc]
-    """Hands a trainer's steps to an observer."""
+    """Passes a trainer's events on to an observer."""
 
     def __init__(self, observer: StepObserver) -> None:
         self._observer = observer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Hand it on."""
+        """Pass the beginning of the training on."""
         self._observer.on_train_begin(args, state, control, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Hand it on."""
+        """Pass the end of a step on."""
         self._observer.on_step_end(args, state, control, **kwargs)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Hand it on."""
+        """Pass logged figures on."""
         self._observer.on_log(args, state, control, **kwargs)
 
 
@@ -203,23 +204,24 @@ class StepClock(TrainerCallback):  # type: ignore[misc]
         self._began = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start."""
+        """Start timing a step."""
         self._began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop."""
+        """Stop timing the step, and count it."""
         self.steps, self.seconds = self.steps + 1, self.seconds + time.perf_counter() - self._began
 
     @property
     def mean(self) -> float | None:
-        """Seconds per step; None if no step was taken, as in a run that was done already."""
+        """Seconds per step; None if no step ran, as in a run that was already done."""
         return self.seconds / self.steps if self.steps else None
 
 
 class StopOnSignal(TrainerCallback):  # type: ignore[misc]
-    """Ctrl-C or SIGTERM: finish the step, save a checkpoint, stop. A second one stops at once.
+    """Ends training on Ctrl-C or SIGTERM, after the current step and a checkpoint.
 
-    The last step of all ends with a checkpoint too, whatever `save_strategy` says.
+    A second signal raises `KeyboardInterrupt` at once. The run's last step is followed by a
+    checkpoint too, independent of `save_strategy`.
     """
 
     def __init__(self) -> None:
@@ -227,7 +229,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the two signals in this block (in the main thread; elsewhere Python cannot)."""
+        """Handle the two signals inside the block. Python permits this only in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -240,7 +242,7 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
                 signal.signal(number, handler)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask for a checkpoint and the end, on all processes in the same step."""
+        """Request a checkpoint and the end of training, on all processes in the same step."""
         if _any_process(self.requested, args.device):
             self.requested = True
             control.should_training_stop = True
@@ -251,12 +253,12 @@ class StopOnSignal(TrainerCallback):  # type: ignore[misc]
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        # Not print: the signal may have come in the middle of one.
+        # Not print: it is not reentrant, and the signal may have interrupted a print.
         os.write(2, b"\nstopping: a checkpoint is saved at the end of this step\n")
 
 
 def read_curve(output: Path) -> list[dict[str, Any]]:
-    """Read a run's ``curve.jsonl``; a half-written last line is left out."""
+    """Read a run's ``curve.jsonl``; return no rows if it is missing, and skip incomplete lines."""
     rows = []
     with contextlib.suppress(FileNotFoundError):
         for line in (output / CURVE).read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""The card of a trained model or adapter: what it is, what it was made from, and how to use it."""
+"""The model card of a trained model or adapter: its settings, its origin, and its use."""
 
 import platform
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ _PACKAGES = ("flexalign", "torch", "transformers", "trl", "peft", "accelerate", 
 
 
 def versions_in_use() -> dict[str, str]:
-    """Versions of Python and of the packages that a run depends on."""
+    """Return the versions of Python and of the packages that a run depends on."""
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -33,16 +33,16 @@ def model_card(
     round_number: int = 1,
     effective: float | None = None,
 ) -> str:
-    """Write the card, in Markdown with the Hub's YAML header.
+    """Return the text of the card: Markdown with the Hub's YAML header.
 
     Args:
-        recipe: What was run.
+        recipe: The run's recipe.
         command: The command line, as one line.
-        facts: More about the run: ``steps`` and ``data``; of a realignment ``pair`` and
-            ``tokens_seen``; of the others ``models`` (fingerprints) and ``measures``.
+        facts: More about the run: ``steps`` and ``data``; for a realignment ``pair`` and
+            ``tokens_seen``; for other runs ``models`` (fingerprints) and ``measures``.
         curve: Rows of ``curve.jsonl``.
-        round_number: Which round of a realignment this model is.
-        effective: The λ that the rounds so far amount to.
+        round_number: The round of a realignment whose result this is.
+        effective: The effective λ of the rounds up to this one.
     """
     if isinstance(recipe, RealignRecipe):
         content = _realigned(recipe, facts, round_number, effective)
@@ -82,7 +82,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-# What differs from one kind of run to another.
+# The parts that differ between the kinds of runs.
 
 _REALIGNED_TEXT = """\
 # A realigned language model
@@ -112,7 +112,7 @@ _METHODS = {
 
 @dataclass(frozen=True)
 class _Content:
-    """The parts of a card that depend on what was run."""
+    """The parts of a card that depend on the kind of run."""
 
     library: str
     tags: tuple[str, ...]
@@ -207,7 +207,7 @@ def _run_of_adapter(recipe: Recipe, facts: Mapping[str, Any]) -> list[tuple[str,
     ]
 
 
-# The curve: what the student's own answers were like while it learned.
+# The curve: measurements of the student's answers during training.
 
 
 def _curve_section(curve: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or are not there: sealed by a manifest that is written last."""
+"""Complete checkpoints: a manifest, written last, seals a folder."""
 
 import contextlib
 import errno
@@ -27,17 +27,17 @@ MANIFEST = "manifest.json"
 """The file that makes a folder complete: the checksums of all others."""
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# The model card is there to be edited.
+# The model card is not listed, because users edit it.
 _UNLISTED = (MANIFEST, f".{MANIFEST}.partial", "README.md")
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search for a checkpoint came to.
+    """The result of a search for a checkpoint.
 
     Attributes:
-        path: The newest complete checkpoint, or None.
-        passed_over: Newer ones that cannot be used, each with the reason.
+        path: The newest complete checkpoint; None if there is none.
+        passed_over: Newer checkpoints that cannot be used, each with the reason.
     """
 
     path: Path | None
@@ -45,15 +45,15 @@ class Found:
 
 
 def seal(folder: Path, **facts: Any) -> None:
-    """Make a folder complete: flush its files, then write the manifest with their checksums.
+    """Seal a folder: flush its files to disk, then write the manifest with their checksums.
 
-    The manifest appears by an atomic rename after everything else is on the disk, so that a
-    folder that has one was whole at that moment, whatever happened afterwards.
+    The manifest is written by an atomic rename after all other files are on the disk. So a folder
+    with a manifest was complete at that time, and later damage shows in the checksums.
 
     Args:
-        folder: Its files at any depth are listed, except nested checkpoints and rounds, which are
-            sealed on their own.
-        **facts: More to record beside the checksums.
+        folder: The folder. Its files at any depth are listed, except those of nested checkpoints
+            and rounds, which have their own manifests.
+        **facts: More entries of the manifest.
     """
     files = {name: _flush_and_hash(folder / name) for name in _files_of(folder)}
     write_json(folder / MANIFEST, {**facts, "files": files})
@@ -61,7 +61,7 @@ def seal(folder: Path, **facts: Any) -> None:
 
 
 def fault_of(folder: Path) -> str | None:
-    """Say what is wrong with a sealed folder, or None if it is whole."""
+    """Return what is wrong with a sealed folder; None if it is complete."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         expected = {str(name): entry["sha256"] for name, entry in files.items()}
@@ -79,7 +79,7 @@ def fault_of(folder: Path) -> str | None:
 
 
 def newest_complete(output: Path) -> Found:
-    """Find the newest complete checkpoint of a run, passing over what is half written or corrupt.
+    """Find the newest complete checkpoint of a run; skip incomplete and corrupt ones.
 
     Args:
         output: The folder that holds ``checkpoint-<step>`` folders; it need not exist.
@@ -94,19 +94,19 @@ def newest_complete(output: Path) -> Found:
 
 
 def what_stands(output: Path) -> str:
-    """Say, for messages, which checkpoint of a run still stands."""
+    """Return a phrase for messages that names the newest complete checkpoint of a run."""
     stands = newest_complete(output).path
     return f"{stands} stands" if stands else "there is no complete checkpoint yet"
 
 
 @contextlib.contextmanager
 def writing(what: str, output: Path, *, remains: str | None = None) -> Iterator[None]:
-    """Turn a failure to write into one sentence that says what still stands.
+    """Report a failure to write inside the block, and what is still usable.
 
     Args:
-        what: What is being written, for the message.
+        what: What is written, for the message.
         output: The run's folder.
-        remains: What still stands; None: its newest complete checkpoint.
+        remains: What is still usable, for the message. None: the newest complete checkpoint.
 
     Raises:
         CheckpointError: If the disk is full, the folder is read-only, or writing failed otherwise.
@@ -124,17 +124,17 @@ def writing(what: str, output: Path, *, remains: str | None = None) -> Iterator[
 
 
 class SealedCheckpoints(_Trainer):  # type: ignore[misc]
-    """A mix-in for a transformers ``Trainer``: every checkpoint it writes is sealed.
+    """A mix-in for a transformers ``Trainer`` that seals every checkpoint it writes.
 
-    ``train(resume_from_checkpoint=True)`` takes the newest complete checkpoint, or starts anew if
-    there is none; a path is taken if that checkpoint is whole.
+    ``train(resume_from_checkpoint=True)`` resumes from the newest complete checkpoint, or starts
+    from the beginning if there is none. A checkpoint that is given as a path must be complete.
     """
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train; see ``transformers.Trainer.train``.
 
         Raises:
-            CheckpointError: If the named checkpoint is not whole, or one cannot be written.
+            CheckpointError: If the given checkpoint is not complete, or one cannot be written.
         """
         if resume_from_checkpoint is True:
             found = newest_complete(Path(self.args.output_dir))

@@ -1,4 +1,4 @@
-"""The settings of a TrRa run: TRL's for supervised fine-tuning, and what realignment adds."""
+"""The settings of a TrRa run: those of TRL's supervised fine-tuning, and those of realignment."""
 
 import os
 from dataclasses import dataclass, field
@@ -19,32 +19,32 @@ _TEACHERS = ("online", "cached")
 _OBJECTIVES = ("token", "sequence")
 
 _MODEL_OPTIONS = ("attn_implementation", "dtype")
-"""What of TRL's ``model_init_kwargs`` is heeded: the models are loaded by flexalign."""
+"""The permitted keys of TRL's ``model_init_kwargs``; flexalign loads the models itself."""
 
 _WITHOUT_EFFECT = {
     "loss_type": "nll",
     "label_smoothing_factor": 0.0,
     "router_aux_loss_coef": 0.0,
 }
-"""TRL's settings of another loss than ours, each with the value that leaves it out."""
+"""TRL's settings of losses that TrRa does not have, each with the only permitted value."""
 
 
 @dataclass
 class TrRaConfig(SFTConfig):  # type: ignore[misc]
     """Settings of a TrRa run.
 
-    Every field of `trl.SFTConfig` is one of these too. Two defaults differ from TRL's: `bf16` is
-    on only where an accelerator is used, and `router_aux_loss_coef` is 0. The help of each field
-    below is its metadata.
+    All fields of `trl.SFTConfig` are available. Two defaults differ from TRL's: `bf16` is on only
+    if an accelerator is used, and `router_aux_loss_coef` is 0. The metadata of each field below has
+    its description.
 
     Raises:
-        ConfigError: If a value is out of its range, or asks for what this version cannot do.
+        ConfigError: If a value is out of its range, or is not supported.
         LambdaError: If a λ is not a finite number.
     """
 
     _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "lam"]  # noqa: RUF012
 
-    # The form that lets transformers' argument parser hand a JSON text through.
+    # This type makes transformers' argument parser pass a JSON text unchanged.
     lam: dict[str, Any] | str | float | None = field(
         default=1.0,
         metadata={
@@ -137,7 +137,7 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
     def schedule(self) -> Schedule:
         """λ as a function of the training step."""
         kept: Schedule = self.__dict__["_schedule"]
-        if kept.to_json() != self.lam:  # somebody set the field after the check
+        if kept.to_json() != self.lam:  # the field was assigned after the check
             kept = self.__dict__["_schedule"] = _as_schedule(self.lam)
         return kept
 
@@ -153,7 +153,7 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
                 "lam: a thinking schedule goes by generated tokens; in training λ is a number or "
                 "a schedule over the step (linear, cosine, piecewise)."
             )
-        # What is saved with a run is JSON; what trains is the schedule, which is not read again.
+        # The field holds JSON, which is saved with a run. The parsed schedule is kept beside it.
         self.__dict__["_schedule"] = schedule
         self.lam = schedule.to_json()
 
@@ -251,7 +251,7 @@ def _as_schedule(lam: Any) -> Schedule:
 
 
 def _settle_defaults(config: Any) -> None:
-    """Choose what TRL's defaults leave open or choose for a GPU."""
+    """Set defaults, in place, that TRL leaves open or sets for a GPU."""
     if config.bf16 is None:
         config.bf16 = not config.fp16 and not config.use_cpu and torch.accelerator.is_available()
     # TRL's default goes by the old name of this field, which transformers warns about.
@@ -276,7 +276,7 @@ def _require_count(name: str, value: object) -> None:
         raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
 
 
-# Settings of a training that need a package which flexalign does not bring: refused beforehand.
+# Settings that need a package which flexalign does not install are checked before training.
 
 _REPORTERS = {
     "clearml": ("clearml", "clearml"),
@@ -291,19 +291,19 @@ _REPORTERS = {
     "trackio": ("trackio", "trackio"),
     "wandb": ("wandb", "wandb"),
 }
-"""What transformers reports to: the module for it, and what pip calls that."""
+"""Reporters of transformers, each with its module and the name of its package."""
 
 
 def require_deepspeed(settings: object) -> None:
-    """Make sure that DeepSpeed is there if a run asks for it, itself or by its launcher.
+    """Check that DeepSpeed is installed if the settings or the launcher select it.
 
-    Goes before the trainer's settings are made, which would fail without a word of advice.
+    Call it before the trainer's settings are created, which fails without a helpful message.
 
     Args:
-        settings: The value of ``deepspeed`` among them, or None.
+        settings: The value of the setting ``deepspeed``, or None.
 
     Raises:
-        ConfigError: If it is missing.
+        ConfigError: If DeepSpeed is not installed.
     """
     launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true", "yes")
     if settings or launched:
@@ -311,13 +311,12 @@ def require_deepspeed(settings: object) -> None:
 
 
 def require_settings_packages(args: TrainingArguments) -> None:
-    """Make sure that what a trainer's settings name is there: kernels, reporters, an optimizer.
+    """Check that the packages of a trainer's settings are installed: kernels, reporters, optimizer.
 
-    Otherwise the trainer would find out when the models have been loaded, and some of it when the
-    first step begins.
+    The trainer itself would only fail after the models are loaded, or in the first step.
 
     Args:
-        args: The trainer's settings, of any of TRL's trainers.
+        args: The settings of any of TRL's trainers.
 
     Raises:
         ConfigError: If a package is missing, or a reporter is unknown.
@@ -343,7 +342,11 @@ def _require_reporters(names: list[str]) -> None:
 
 
 def _require_optimizer(args: Any) -> None:
-    """Ask transformers, which knows what each of its optimizers needs."""
+    """Check that transformers can import the optimizer.
+
+    Raises:
+        ConfigError: If the optimizer needs a package that is not installed.
+    """
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except ImportError as error:
@@ -351,5 +354,5 @@ def _require_optimizer(args: Any) -> None:
         reason = " ".join(str(error).split())
         raise ConfigError(f"optim {name} needs a package more: {reason}") from None
     except (ValueError, TypeError, AttributeError):
-        # Some want the model, which is not there yet; the trainer asks again when it is.
+        # Some optimizers need the model, which is not loaded yet. The trainer checks them later.
         return

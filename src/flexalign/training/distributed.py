@@ -1,9 +1,9 @@
-"""Weights that several processes hold in parts: placed like the student's, made whole when read.
+"""Weights that are partitioned over several processes: placing teachers, and gathering weights.
 
-ZeRO-3 cuts weights up as they are loaded, long before its engine gathers them for a forward pass,
-so whoever runs a model before that (a probe at the start) must gather them: :func:`runnable`. With
-FSDP's frugal loading only the first process of a machine reads the weights at all; the others
-hold the meta device's until the models are sharded: :func:`is_empty`.
+ZeRO-3 partitions weights when they are loaded, and only its engine, which is created later, gathers
+them for a forward pass. A model that must run before (for a check at the start) needs
+:func:`runnable`. With FSDP's memory-saving loading, only the first process of a machine reads the
+weights. On the others they are on the meta device until the models are sharded: :func:`is_empty`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,19 +20,19 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 def place_teacher(
     model: nn.Module, accelerator: Accelerator, *, deepspeed: bool, fsdp: bool
 ) -> nn.Module:
-    """Place a frozen model as the student is placed: moved, or sharded like it.
+    """Move or shard a frozen model as the student is.
 
-    Under FSDP2 that is layer by layer, so that one layer is whole at a time; TRL's own way for
-    reference models makes one unit of all layers.
+    With FSDP2 each layer is a unit, so that only one layer at a time is gathered. TRL's function
+    for reference models makes one unit of all layers.
 
     Args:
-        model: A model of its own, frozen.
-        accelerator: The trainer's.
-        deepspeed: Whether it shards by DeepSpeed.
-        fsdp: Whether it shards by FSDP.
+        model: A frozen model that is not the student's module.
+        accelerator: The trainer's accelerator.
+        deepspeed: Whether it shards with DeepSpeed.
+        fsdp: Whether it shards with FSDP.
 
     Returns:
-        What to call: the model itself, or what wraps it.
+        The module to call: the model itself, or its wrapper.
     """
     if deepspeed:
         engine: nn.Module = prepare_deepspeed(model, accelerator)
@@ -46,10 +46,11 @@ def place_teacher(
 
 @contextmanager
 def runnable(model: nn.Module) -> Iterator[None]:
-    """Let a model run whose weights ZeRO-3 has cut up and no engine gathers yet.
+    """Make a model usable inside the block whose weights ZeRO-3 has partitioned.
 
-    Its output layer is whole throughout, every other module's own weights while it runs; all
-    processes must do the same in there. For a model that lies whole nothing changes.
+    The output layer is gathered for the whole block, and the weights of every other module while it
+    runs. All processes must do the same inside the block. A model whose weights are not partitioned
+    is not changed.
     """
     with ExitStack() as stack:
         if any(_is_partitioned(parameter) for parameter in model.parameters()):
@@ -62,7 +63,7 @@ def runnable(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def gathered(parameters: Sequence[Tensor]) -> Iterator[None]:
-    """Make those of some parameters whole that ZeRO-3 holds in parts, for the block."""
+    """Gather, for the block, those of some parameters that ZeRO-3 has partitioned."""
     parts = [parameter for parameter in parameters if _is_missing(parameter)]
     if not parts:
         yield
@@ -74,13 +75,13 @@ def gathered(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 def whole(weight: Tensor) -> Tensor:
-    """Return a frozen weight without its graph, gathered if FSDP2 has cut it up."""
+    """Return a frozen weight without its graph, gathered if FSDP2 has sharded it."""
     full: Tensor = weight.full_tensor() if isinstance(weight, DTensor) else weight
     return full.detach()
 
 
 def is_empty(model: nn.Module) -> bool:
-    """Whether another process reads this model's weights, which come when it is sharded."""
+    """Return whether this process has no weights of a model: they come when it is sharded."""
     return any(parameter.is_meta for parameter in model.parameters())
 
 
@@ -94,7 +95,8 @@ def _gather_while_it_runs(module: nn.Module, stack: ExitStack) -> None:
     if not any(map(_is_missing, own)):
         return
 
-    # One for each call that is under way: what gathers is a context, and hooks come in pairs.
+    # Gathering is a context, which the hook before a call enters and the hook after it leaves. Calls
+    # may be nested, so there is a stack of contexts.
     opened: list[ExitStack] = []
 
     def before(*_: Any) -> None:
@@ -104,7 +106,7 @@ def _gather_while_it_runs(module: nn.Module, stack: ExitStack) -> None:
     def after(*_: Any) -> None:
         opened.pop().close()
 
-    # First before all other hooks, and closed even if the module raises.
+    # Gather before all other hooks run, and leave the context even if the module raises.
     stack.callback(module.register_forward_pre_hook(before, prepend=True).remove)
     stack.callback(module.register_forward_hook(after, always_call=True).remove)
 
@@ -114,5 +116,5 @@ def _is_partitioned(parameter: Any) -> bool:
 
 
 def _is_missing(parameter: Any) -> bool:
-    """Whether ZeRO-3 holds it in parts at this moment."""
+    """Return whether ZeRO-3 has partitioned a parameter and not gathered it at this moment."""
     return _is_partitioned(parameter) and parameter.ds_status.name != "AVAILABLE"

@@ -1,4 +1,4 @@
-"""What a training run tells while it goes, and who listens. Needs no torch."""
+"""The events of a training run, and their observers. Does not import torch."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -7,57 +7,60 @@ from typing import Any
 
 
 class StepObserver:
-    """Is told of a training's steps, as transformers' ``TrainerCallback`` is; this one is silent."""
+    """Receives the steps of a training, as transformers' ``TrainerCallback`` does.
+
+    The methods of this class do nothing. Override those that you need.
+    """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The steps begin, at ``state.global_step`` of ``state.max_steps``."""
+        """Called before the first step, at ``state.global_step`` of ``state.max_steps``."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A step is done."""
+        """Called after each step."""
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Figures are logged: ``loss``, ``divergence``, ``lambda``, …."""
+        """Called with logged figures: ``loss``, ``divergence``, ``lambda``, …."""
 
 
 class Events:
-    """Is told of a run; derive from it and override what you want to hear.
+    """Receives the events of a run. Derive from it and override the methods that you need.
 
-    Notes and cautions become warnings; everything else is silent.
+    In this class notes and cautions become warnings, and the other methods do nothing.
     """
 
     def say(self, line: str) -> None:
-        """A run goes on from a checkpoint, passes one over, or merges: one line for people."""
+        """Called with a message of one line, for example that a run resumes from a checkpoint."""
 
     def note(self, line: str) -> None:
-        """There is something that people may want to act on."""
+        """Called with a message on which the user may want to act."""
         warnings.warn(line, stacklevel=3)
 
     def caution(self, line: str) -> None:
-        """A setting is likely to make a poor model."""
+        """Called with a message that a setting is likely to give a poor model."""
         warnings.warn(line, stacklevel=3)
 
     def begin(self, run: Any) -> None:
-        """A run is about to train what is left of it; `run` has its `recipe` and its `state`."""
+        """Called before a run trains; `run` has its `recipe` and its `state`."""
 
     def measured(self, row: dict[str, Any]) -> None:
-        """The student answered the recipe's prompts: a row of ``curve.jsonl``."""
+        """Called with each measurement of the student's answers: a row of ``curve.jsonl``."""
 
     @contextmanager
     def training(self, name: str) -> Iterator[StepObserver]:
-        """Surround one training; give what is told of its steps.
+        """Surround one training; yield the observer of its steps.
 
         Args:
-            name: ``"steps"``, or which round it is.
+            name: ``"steps"``, or the name of the round.
         """
         yield StepObserver()
 
     @contextmanager
     def filling(self, tokens: int) -> Iterator[Callable[[int], None]]:
-        """Surround the filling of a cache; give what is told how many tokens are there.
+        """Surround the filling of a cache; yield a function that is called with the tokens written.
 
         Args:
-            tokens: How many there are to be.
+            tokens: The number of tokens in all.
         """
         yield lambda done: None

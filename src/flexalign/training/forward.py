@@ -1,10 +1,10 @@
-"""How the loss runs inside a wrapped model's own forward.
+"""Running the loss inside the forward of a wrapped model.
 
-DistributedDataParallel, `fully_shard` and ZeRO-3 do their work (gather the weights, arm the
-gradient reduction) in the hooks around a module's ``forward``. A loss that reads the head's
-weights must therefore run *in* there. :func:`run_inside` calls the wrapper and puts a function in
-the place of the inner module's forward for that one call; :func:`run_with_head` does the same
-once more around the output layer, which may be a unit of sharding by itself.
+DistributedDataParallel, `fully_shard` and ZeRO-3 gather the weights and prepare the reduction of
+gradients in hooks around a module's ``forward``. A loss that reads the head's weights must
+therefore run *inside* the forward. :func:`run_inside` calls the wrapper, and for that call replaces
+the inner module's forward by a function. :func:`run_with_head` does the same with the output layer,
+which may be sharded as a separate unit.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,12 +25,12 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class HeadForm:
-    """What a head does beside its product, without a hold on weights that may move or be sharded.
+    """The parameters of a head without its weights, which may be moved or sharded later.
 
     Attributes:
-        scale: What the product is multiplied with.
-        softcap: The bound that a tanh keeps the logits within, or None.
-        vocab_size: Tokens that count; rows of the weight beyond it are padding.
+        scale: The factor of the product.
+        softcap: The bound of the logits, by a tanh; None: no bound.
+        vocab_size: Number of tokens. Rows of the weight beyond it are padding.
     """
 
     scale: float
@@ -39,35 +39,35 @@ class HeadForm:
 
     @classmethod
     def of(cls, model: nn.Module, vocab_size: int) -> "HeadForm":
-        """Read and prove a model's head, as :meth:`flexalign.heads.Head.of` does.
+        """Read and check a model's head, as :meth:`flexalign.heads.Head.of` does.
 
-        Weights that ZeRO-3 holds in parts are gathered for it; where another process reads them,
-        that one does the proving.
+        Weights that ZeRO-3 has partitioned are gathered for the check. If another process holds
+        the weights, only that process checks the head.
         """
         with runnable(inner_model(model)):
             head = Head.of(model, probe=not is_empty(model))
         return cls(head.scale, head.softcap, vocab_size)
 
     def head(self, weight: Tensor, bias: Tensor | None) -> Head:
-        """Return the head that these weights make, less padding."""
+        """Return the head with these weights, without padding."""
         return Head(weight, bias, self.scale, self.softcap).cut(self.vocab_size)
 
 
 def run_inside(
     wrapper: nn.Module, module: nn.Module, function: Callable[..., R], *args: Any, **inputs: Any
 ) -> R:
-    """Call ``wrapper(*args, **inputs)`` with `function` in the place of ``module.forward``.
+    """Call ``wrapper(*args, **inputs)`` with `function` instead of ``module.forward``.
 
-    The hooks of the wrapper and of the module run as in any forward pass. Arguments reach
-    `function` as the wrapper passes them on; those that it added as None are left out.
+    The hooks of the wrapper and of the module run as in a normal forward pass. `function` gets the
+    arguments that the wrapper passes on, except those that are None.
 
     Args:
-        wrapper: What is called: `module` itself, or what holds it (DDP, DeepSpeed, PEFT).
-        module: The module whose forward is replaced for this one call.
-        function: What runs in its place; it may call `module` in turn.
+        wrapper: The callable: `module` itself, or its wrapper (DDP, DeepSpeed, PEFT).
+        module: The module whose forward is replaced for this call.
+        function: The replacement, which may itself call `module`.
 
     Returns:
-        What `function` returned.
+        The result of `function`.
     """
     own = module.__dict__.get("forward")
 
@@ -77,7 +77,7 @@ def run_inside(
         else:
             module.forward = own
 
-    # Whatever happens, the replacement serves one call: `function` itself may call the module.
+    # The original is restored before `function` runs, because `function` may call the module.
     def forward(*args: Any, **given: Any) -> R:
         restore()
         return function(*args, **{key: value for key, value in given.items() if value is not None})
@@ -95,14 +95,17 @@ def run_with_head(
 ) -> R:
     """Call ``function(hidden, head)`` inside the forward of the model's output layer.
 
-    There the weight is whole and its gradient goes where the sharding expects it, also if the
-    layer is a unit of `fully_shard` or ZeRO-3 by itself.
+    Inside it, the weight is complete and its gradient is reduced as the sharding requires, also if
+    `fully_shard` or ZeRO-3 handles the layer as a separate unit.
 
     Args:
         model: A transformers causal language model.
         form: The form of its head.
         hidden: The hidden states that the head takes, shape ``(..., H)``.
-        function: What runs there.
+        function: The function to call.
+
+    Returns:
+        The result of `function`.
     """
     output = _output_layer(model)
 
@@ -114,7 +117,7 @@ def run_with_head(
 
 @contextmanager
 def gathered_head(model: nn.Module, form: HeadForm) -> Iterator[Head]:
-    """Give a frozen model's head with whole weights, gathered once for the block."""
+    """Yield a frozen model's head with complete weights, gathered once for the block."""
     output = _output_layer(inner_model(model))
     weight, bias = output.weight, getattr(output, "bias", None)
     with gathered([part for part in (weight, bias) if part is not None]):
@@ -122,7 +125,7 @@ def gathered_head(model: nn.Module, form: HeadForm) -> Iterator[Head]:
 
 
 def require_plain_head(model: nn.Module) -> None:
-    """Refuse a PEFT adapter that the loss would pass by.
+    """Refuse a PEFT adapter that the loss would ignore.
 
     Raises:
         UnsupportedModelError: If an adapter changes the output layer, replaces it

@@ -1,4 +1,4 @@
-"""What a recipe names, read and checked before any weight is loaded."""
+"""The models, data and prompts of a recipe, read and checked before any weight is loaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from flexalign.training.recipes import RealignRecipe, Recipe, WatchSettings
 
 
 def read_traces(data: str, *, skip_bad_rows: bool) -> Dataset:
-    """Read training data: a path, or a known name that brings traces."""
+    """Read training data from a path, or from a known name that has traces."""
     entry, part = known_name(data) or (None, "")
     if entry is not None and entry.traces is not None and not part:
         return Dataset.from_list(entry.traces())
@@ -42,11 +42,11 @@ def settle_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
 
 @dataclass(frozen=True)
 class Watched:
-    """Prompts that the student answers while it learns.
+    """Prompts that the student answers during training.
 
     Attributes:
         prompts: Texts or lists of messages.
-        answers: One for each, None where it is not known.
+        answers: One per prompt, None if it is not known.
     """
 
     prompts: Sequence[Any]
@@ -54,7 +54,7 @@ class Watched:
 
 
 def read_watched(watch: WatchSettings) -> Watched:
-    """Read the prompts to watch, the first ones of the file, with their answers where known."""
+    """Read the first prompts of the file, with their answers if the file has them."""
     entry, part = known_name(watch.prompts) or (None, "")
     if entry is not None and entry.prompts is not None and not part:
         known = entry.prompts(watch.limit)
@@ -68,14 +68,14 @@ def read_watched(watch: WatchSettings) -> Watched:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a realignment's recipe names.
+    """The models, data and prompts of a realignment's recipe.
 
     Attributes:
-        pair: What is known of the two models.
-        tokenizer: Theirs, with the chat template that training is going to use.
+        pair: Facts about the two models.
+        tokenizer: Their tokenizer, with the chat template that training uses.
         traces: The data.
-        lengths: Of the data.
-        watched: Prompts and known answers to watch; None if there are none.
+        lengths: The lengths of the data's rows.
+        watched: Prompts that the student answers during training; None if there are none.
     """
 
     pair: PairFacts
@@ -86,7 +86,7 @@ class Inputs:
 
     @property
     def fingerprints(self) -> tuple[str | None, str | None]:
-        """Of the reference and the aligned model."""
+        """The fingerprints of the reference and the aligned model."""
         return self.pair.reference.fingerprint, self.pair.aligned.fingerprint
 
 
@@ -96,12 +96,12 @@ def read_inputs(
     """Read and check everything of a realignment that needs no weights.
 
     Args:
-        recipe: Names pair, data and prompts.
+        recipe: The recipe, which names pair, data and prompts.
         skip_bad_rows: Leave out rows that cannot be used.
         data: Rows in memory, instead of those that the recipe names.
 
     Raises:
-        ConfigError: If something is not there, or cannot be used.
+        ConfigError: If something is missing, or cannot be used.
         DataError: If a row cannot be used, or no response token lies within the cut-off.
         PairMismatchError: If the two models do not fit.
     """

@@ -1,4 +1,4 @@
-"""How much memory a run will take, from configurations alone: no weights are loaded.
+"""Estimating the memory of a run from configurations, without loading weights.
 
 With P parameters, N of them trained (a LoRA's own, or all), B·T tokens in one forward pass, L
 layers of width H and inner width I, V tokens in the vocabulary, and C tokens in a chunk of the
@@ -6,19 +6,18 @@ loss, in bytes::
 
     weights      4·N + b·P(reference) + b·P(aligned)              b = 2 in bf16, else 4; of an
                                                                   aligned adapter its own P
-                 4·N + b·V·H·heads                                with cached teachers; a LoRA's base
-                                                                  comes to it, b·P(reference)
+                 4·N + b·V·H·heads                                with cached teachers; for a LoRA
+                                                                  plus its base, b·P(reference)
     gradients    4·N
     optimizer    8·N                                              AdamW: two float32 moments
     activations  a·B·T·(L·H + 14·H + 4·I)                         with gradient checkpointing
                  a·B·T·L·(14·H + 4·I)                             without; a = b
     loss         4·(7·C·V + B·T·H + V·H)                          V·H only if the head is trained
 
-A LoRA student stands on the reference's own weights. The activation terms are those of a gated
-MLP with attention that keeps no T×T matrix; they err on the high side (0 to 30 % over what
-Llama- and Qwen-like layers keep). Whole runs took 0.93 to 1.05 times the total
-(``benchmarks/scaling.py``). Gradients and activations count together, as in a step of several
-passes.
+A LoRA student shares the reference's weights. The activation terms are those of a gated MLP with
+attention that stores no T×T matrix. They are 0 to 30 % higher than what Llama- and Qwen-like layers
+store. Measured runs took 0.93 to 1.05 times the total (``benchmarks/scaling.py``). Gradients and
+activations are added, because they exist at the same time in a step of several passes.
 """
 
 from dataclasses import asdict, dataclass
@@ -35,7 +34,7 @@ _ADAMW_BYTES = 8
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of a student: of its base, and those that are trained."""
+    """Numbers of parameters of a student: those of its base, and those that are trained."""
 
     base: int
     trainable: int
@@ -43,7 +42,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes that a run needs on one device, by what they are for."""
+    """Bytes that a run needs on one device, by purpose."""
 
     weights: int
     gradients: int
@@ -53,17 +52,17 @@ class MemoryNeed:
 
     @property
     def total(self) -> int:
-        """Bytes in all."""
+        """The sum of all bytes."""
         return sum(asdict(self).values())
 
     def to_gib(self) -> dict[str, float]:
-        """The parts and their ``total`` in GiB, for people and JSON."""
+        """Return the parts and their ``total`` in GiB, rounded."""
         parts = asdict(self) | {"total": self.total}
         return {name: round(size / _GIB, 4) for name, size in parts.items()}
 
 
 def count_parameters(config: Any, peft_config: Any = None) -> Sizes:
-    """Count a model's parameters by building it without storage.
+    """Count a model's parameters by building it without allocating them.
 
     Args:
         config: A transformers configuration.
@@ -100,14 +99,14 @@ def estimate_memory(
     half_precision: bool,
     checkpointing: bool,
 ) -> MemoryNeed:
-    """Estimate what a run needs on one device; the formula is at the top of this module.
+    """Estimate the memory of a run on one device, by the formula at the top of this module.
 
     Args:
         config: The reference model's configuration.
         student: From `count_parameters`.
-        aligned_parameters: All of the aligned model's, or its adapter's.
-        cached_heads: Heads in a cache that stands for both teachers, 1 where they share theirs, else
-            2; None if the teachers are loaded.
+        aligned_parameters: Parameters of the aligned model, or of its adapter.
+        cached_heads: Number of heads in the cache of the teachers: 1 if they share it, else 2. None
+            if the teachers are loaded.
         rows: Rows in one forward pass, B.
         tokens: Tokens of the longest row, T.
         chunk_size: C.

@@ -1,8 +1,8 @@
-"""From what the user names (paths, modules, adapters) to a student and two teachers.
+"""Making a student and two teachers of the models that a user gives: paths, modules or adapters.
 
-A base that serves more than one of the three is held once: a LoRA student that starts at the
-reference leaves the reference's weights as they are, so the reference is the student with its
-adapters off; and an aligned model that is an adapter on the reference joins them there.
+A base that several of the three share is in memory once. Training a LoRA student that starts at the
+reference does not change the reference's weights, so the reference is the student with its adapters
+off. An aligned model that is an adapter on the reference is loaded into the same module.
 """
 
 import copy
@@ -33,34 +33,34 @@ from flexalign.training.distributed import place_teacher
 from flexalign.training.forward import HeadForm, require_plain_head, run_inside
 
 Model = str | Path | Source | nn.Module
-"""What a user may name a model by."""
+"""The forms in which a user may give a model."""
 
 PLACES = (str, Path, Source)
-"""Those of them that are read from disk."""
+"""The forms that are read from disk."""
 
 STUDENT_ADAPTER = "default"
-"""The one name under which PEFT saves an adapter as the folder itself."""
+"""The student's adapter. PEFT saves only an adapter of this name into the folder itself."""
 
 ALIGNED_ADAPTER = "aligned"
-"""The aligned model's, where both are adapters on one base."""
+"""The aligned model's adapter, if both are adapters on one base."""
 
 
 @dataclass
 class Teacher:
-    """One side of the pair, ready to give hidden states.
+    """One model of the pair, which computes hidden states for the loss.
 
-    It is a module of its own, or adapters on the student's base. Where the aligned model is a PEFT
+    It is a separate module, or adapters on the student's base. If the aligned model is a PEFT
     adapter on the reference and the student a LoRA on the same base, one module holds all three:
-    the reference is that module with every adapter off, the aligned model with its adapter on. The
-    switch touches no ``requires_grad``, so an optimizer and a DDP wrapper see the same parameters
-    throughout.
+    the reference is that module with all adapters off, and the aligned model is that module with
+    its adapter on. Switching adapters does not change ``requires_grad``, so the optimizer and a DDP
+    wrapper see the same parameters at all times.
 
     Attributes:
         model: The module: a transformers model, or a PEFT wrapper of one.
-        adapters: The adapters to switch on for this side, all others off; None: as they are.
+        adapters: The adapters to switch on for this model, all others off. None: no change.
         form: The form of its head.
-        shares_student: True if `model` is the student's own module.
-        switch: Entered around every pass: what makes `model` this side where PEFT does not.
+        shares_student: Whether `model` is the student's own module.
+        switch: A context for every pass. It selects this model in a module where PEFT does not.
     """
 
     model: nn.Module
@@ -74,7 +74,7 @@ class Teacher:
         self._wrapped = self.model
 
     def prepare(self, accelerator: Accelerator, *, deepspeed: bool, fsdp: bool) -> None:
-        """Place a module of its own as the student is placed: moved, or sharded like it."""
+        """Move or shard a separate module as the student is; do nothing if it is the student's."""
         if self.shares_student:
             return
         self._wrapped = place_teacher(self.model, accelerator, deepspeed=deepspeed, fsdp=fsdp)
@@ -83,7 +83,7 @@ class Teacher:
     def hidden(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the final hidden states, shape ``(B, T, H)``, without gradient or dropout.
 
-        A teacher that shares the student's module is called within the student's forward.
+        A teacher that shares the student's module must be called within the student's forward.
         """
         inner = inner_model(self.model)
         with as_teacher(self.model, self.adapters), self.switch():
@@ -96,11 +96,11 @@ class Teacher:
 
 @contextmanager
 def as_teacher(model: nn.Module, adapters: tuple[str, ...] | None) -> Iterator[None]:
-    """Switch dropout off and the adapters as told; put both back after.
+    """Switch dropout off and select adapters inside the block; restore both on exit.
 
     Args:
         model: A transformers model or a PEFT wrapper.
-        adapters: Names to switch on, all others off; None leaves them as they are.
+        adapters: Names of the adapters to switch on, all others off. None: no change.
     """
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
@@ -114,11 +114,11 @@ class TrainingModels:
     """A student, its two teachers and their tokenizer.
 
     Attributes:
-        student: What is trained: a transformers model, or a PEFT wrapper of one.
+        student: The model that is trained: a transformers model, or a PEFT wrapper of one.
         form: The form of its head.
-        reference: The teacher of λ=0; None if its hidden states come from a cache.
-        aligned: The teacher of λ=1; None likewise.
-        tokenizer: Of all three.
+        reference: The teacher of λ=0. None if its hidden states come from a cache.
+        aligned: The teacher of λ=1. None if its hidden states come from a cache.
+        tokenizer: The tokenizer of all three.
     """
 
     student: nn.Module
@@ -128,7 +128,7 @@ class TrainingModels:
     tokenizer: PreTrainedTokenizerBase
 
     def models(self) -> dict[str, nn.Module]:
-        """Return the modules by their role, each once."""
+        """Return the modules by role; a teacher in the student's module is left out."""
         teachers = {"reference": self.reference, "aligned": self.aligned}
         own = {role: t.model for role, t in teachers.items() if t and not t.shares_student}
         return {"student": self.student, **own}
@@ -143,27 +143,28 @@ def assemble(
     peft_config: PeftConfig | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> TrainingModels:
-    """Load what is named, check that it fits, and let shared bases be one.
+    """Load the models, check that they fit together, and share bases where possible.
 
     Args:
-        model: Where the student starts; None: at the reference.
-        reference: The model of λ=0; None: `model` as it is now.
+        model: The student's start. None: the reference.
+        reference: The model of λ=0. None: `model` as it is now.
         aligned: The model of λ=1.
-        pair: Both, loaded; instead of the two.
-        args: The settings: the precision and, for a new adapter, the seed are read from them.
+        pair: Reference and aligned model, loaded, instead of these two.
+        args: The settings. Precision and, for a new adapter, the seed are read from them.
         peft_config: Makes the student an adapter on its start.
-        tokenizer: Of modules that do not come from a folder.
+        tokenizer: The tokenizer; required if the models are given as modules.
 
     Raises:
         ConfigError: If models are missing or contradict each other.
         UnsupportedModelError: If an adapter changes the head, or a head is not a plain one.
+        PairMismatchError: If the models do not fit together.
     """
     if pair is not None and (reference is not None or aligned is not None):
         raise ConfigError("pair already holds reference and aligned; give one or the other.")
     if peft_config is not None and is_adapter(model):
         raise ConfigError("model is an adapter already; leave out peft_config to train it on.")
 
-    # Two names of one place are the same model, and load it once.
+    # Two equal paths are the same model, which is loaded once.
     at_reference = model is None or (reference is None and pair is None)
     if isinstance(model, PLACES) and isinstance(reference, PLACES):
         at_reference = str(model) == str(reference)
@@ -172,7 +173,7 @@ def assemble(
     if pair is None:
         pair = _load_pair(model, reference, aligned, args, peft_config, tokenizer)
 
-    # An adapter on the reference leaves its weights as they are: one base serves both.
+    # An adapter on the reference does not change its weights, so both share one base.
     at_reference = at_reference or model is pair.reference
     if _is_adapter_of(model, pair) or (at_reference and peft_config is not None):
         return _on_the_base(model, pair, args, peft_config)
@@ -209,7 +210,7 @@ def _load_pair(
         tokenizer = tokenizer or load_tokenizer(start, trust_remote_code=args.trust_remote_code)
         start = load_model(start, **options)
     elif start is model and peft_config is None:
-        start = copy.deepcopy(start)  # the module itself is going to be trained
+        start = copy.deepcopy(start)  # the given module will be trained, so the reference is a copy
     if tokenizer is None:
         raise ConfigError("the models are modules; give their tokenizer as processing_class.")
 
@@ -228,7 +229,7 @@ def _load_pair(
 def _on_the_base(
     model: Model | None, pair: ModelPair, args: TrRaConfig, peft_config: PeftConfig | None
 ) -> TrainingModels:
-    """Make the student an adapter on the pair's own base, beside the aligned adapter if any."""
+    """Make the student an adapter on the pair's base, next to the aligned adapter if there is one."""
     aligned_adapters = None
     folder = model if isinstance(model, PLACES) and peft_config is None else None
     onto: dict[str, Any] = {
@@ -255,7 +256,7 @@ def _on_the_base(
             student.add_adapter(STUDENT_ADAPTER, peft_config)
         student.set_adapter(STUDENT_ADAPTER)
 
-        # What is saved is the student, without the frozen adapter beside it.
+        # Save only the student's adapter, without the aligned one.
         student.save_pretrained = functools.partial(
             student.save_pretrained, selected_adapters=[STUDENT_ADAPTER]
         )
@@ -271,7 +272,7 @@ def _own_student(
     at_reference: bool,
     args: TrRaConfig,
 ) -> nn.Module:
-    """Give a student with weights of its own."""
+    """Return a student with its own weights: the given module, a loaded model, or a copy."""
     if isinstance(model, nn.Module) and model is not pair.reference:
         return model
 
@@ -281,7 +282,7 @@ def _own_student(
         loaded: nn.Module = load_model(path, dtype=dtype, **loading_options(args))
         return loaded
 
-    # The pair's own module stays the teacher, so the student is a copy in full precision.
+    # The pair's module is the teacher, so the student is a copy of it, in float32.
     source = (
         copy.deepcopy(pair.aligned).unload() if pair.shared_base else copy.deepcopy(pair.reference)
     )
@@ -290,12 +291,12 @@ def _own_student(
 
 
 def _free_the_name(model: PeftModel) -> str:
-    """Return the aligned adapter's name, moved away from the one that the student needs."""
+    """Return the aligned adapter's name; rename it first if it has the student's name."""
     name = str(model.active_adapters[0])
     if name != STUDENT_ADAPTER:
         return name
 
-    # By way of a second adapter: PEFT gives no adapter another name.
+    # PEFT cannot rename an adapter, so its weights are copied into a second one.
     state = get_peft_model_state_dict(model, adapter_name=name)
     model.add_adapter(ALIGNED_ADAPTER, model.peft_config[name])
     set_peft_model_state_dict(model, state, adapter_name=ALIGNED_ADAPTER)
@@ -305,7 +306,7 @@ def _free_the_name(model: PeftModel) -> str:
 
 
 def _is_adapter_of(model: Model | None, pair: ModelPair) -> bool:
-    """Whether the student is an adapter on the reference: a folder of one, or a module."""
+    """Return whether the student is given as an adapter on the reference: a folder, or a module."""
     if isinstance(model, PeftModel):
         return inner_model(model) is inner_model(pair.reference)
     return is_adapter(model)
@@ -335,24 +336,24 @@ def _parts(
     )
 
 
-# What holds for every student, with teachers in memory or out of a cache.
+# For all students, with teachers in memory or in a cache.
 
 
 def loading_options(args: TrRaConfig) -> dict[str, bool]:
-    """What the run permits that loading could otherwise not do safely."""
+    """Return the permissions of a run that loading needs: remote code and pickled weights."""
     return {"trust_remote_code": args.trust_remote_code, "allow_pickle": args.allow_pickle}
 
 
 def running_dtype(args: Any) -> torch.dtype:
-    """What frozen models are loaded in: bfloat16 in a run that computes in it, else float32."""
+    """Return the dtype of frozen models: bfloat16 if the run computes in it, else float32."""
     return torch.bfloat16 if args.bf16 else torch.float32
 
 
 def choose_attention(parts: TrainingModels, args: TrRaConfig) -> None:
-    """Let all three models attend by ``model_init_kwargs.attn_implementation``, if it is given.
+    """Set the attention of all models to ``model_init_kwargs.attn_implementation``, if given.
 
     Raises:
-        ConfigError: If it is not to be had here, or not by one of the models.
+        ConfigError: If it is not installed, or one of the models does not support it.
     """
     wanted = (args.model_init_kwargs or {}).get("attn_implementation")
     if wanted is None:
@@ -362,22 +363,22 @@ def choose_attention(parts: TrainingModels, args: TrRaConfig) -> None:
         try:
             inner.set_attn_implementation(wanted)
         except (ImportError, ValueError, RuntimeError) as error:
-            said = " ".join(str(error).split())[:300]
-            raise ConfigError(f"attn_implementation={wanted!r} for the {role}: {said}") from error
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(f"attn_implementation={wanted!r} for the {role}: {reason}") from error
 
 
 def is_adapter(model: Model | None) -> bool:
-    """Whether a model is a PEFT adapter: its folder, or a wrapper."""
+    """Return whether a model is a PEFT adapter: a folder of one, or a PEFT wrapper."""
     if isinstance(model, PLACES):
         return resolve(model).is_adapter
     return isinstance(model, PeftModel)
 
 
 def require_one_vocabulary(reference: Any, model: Any, args: TrRaConfig) -> None:
-    """Make sure that a student has the reference's tokens.
+    """Check that a student has the tokens of the reference.
 
     Raises:
-        PairMismatchError: If not.
+        PairMismatchError: If it has others.
     """
     facts = examine_pair(reference, model, trust_remote_code=args.trust_remote_code)
     if facts.problems:
@@ -388,7 +389,7 @@ def require_one_vocabulary(reference: Any, model: Any, args: TrRaConfig) -> None
 
 
 def with_adapter(base: nn.Module, args: TrRaConfig, peft_config: PeftConfig) -> PeftModel:
-    """Put a fresh adapter on a base, drawn from the run's seed."""
+    """Put a new adapter on a base, initialised with the run's seed."""
     set_seed(args.seed)
     zero3 = args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
     # ZeRO-3 gathers parameters of one dtype only.
@@ -398,10 +399,10 @@ def with_adapter(base: nn.Module, args: TrRaConfig, peft_config: PeftConfig) -> 
 
 
 def require_trainable(student: nn.Module) -> None:
-    """Make sure that a student can be trained by our loss.
+    """Check that a student can be trained with this loss.
 
     Raises:
-        ConfigError: If no weight of it is trainable.
+        ConfigError: If none of its weights is trainable.
         UnsupportedModelError: If its head is not a plain one.
     """
     require_plain_head(student)

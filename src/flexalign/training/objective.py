@@ -1,9 +1,9 @@
-"""One step's loss, equation 6, inside the student's one wrapped forward.
+"""The loss of one step, equation 6, computed inside the student's wrapped forward.
 
 The teachers' hidden states come from the two models (:class:`Objective`) or from a cache
-(:class:`CachedObjective`). The distances to either teacher, which a log shows, need both models'
-logits beside the fused ones; a step that is not logged does without them and takes the shortest
-way to the fused logits that :class:`~flexalign.losses.teacher.FusedTeacher` knows.
+(:class:`CachedObjective`). The KL to each model, which the log shows, needs the logits of both in
+addition to the fused ones. Steps that are not logged do not compute them, so
+:class:`~flexalign.losses.teacher.FusedTeacher` can use fewer products.
 """
 
 from collections.abc import Mapping
@@ -24,15 +24,15 @@ from flexalign.training.hidden_cache.read import CACHED
 from flexalign.training.models import Teacher
 
 Loss: TypeAlias = tuple[Tensor, DivergenceMetrics | None]
-"""The loss, nats per response token, and the metrics over the same denominator if asked for."""
+"""The loss, nats per response token, and the metrics over the same denominator, or None."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Equation6:
-    """What is minimised, whoever the teachers are.
+    """The settings of the loss, for loaded and for cached teachers.
 
     Attributes:
-        divergence: As in :func:`~flexalign.losses.fused_divergence`, like the next three.
+        divergence: As in :func:`~flexalign.losses.fused_divergence`, as are the next three.
         beta: β of ``"jsd"``.
         gate: τ, or None.
         chunk_size: Tokens whose logits exist at one time.
@@ -55,7 +55,7 @@ class _Equation6:
         metrics: bool,
         sampled: Tensor | None = None,
     ) -> Loss:
-        """Compare hidden states, each with its head."""
+        """Return the divergence between hidden states, each given with its head."""
         given: dict[str, Any] = {
             "divergence": self.divergence,
             "beta": self.beta,
@@ -79,7 +79,8 @@ class Objective(_Equation6):
     """The divergence between a student and the fused teacher, inside the student's forward.
 
     Attributes:
-        student: The student, unwrapped: a transformers model, or a PEFT wrapper of one.
+        student: The student without the trainer's wrappers: a transformers model, or a PEFT
+            wrapper of one.
         form: The form of its head.
         reference: The teacher of λ=0.
         aligned: The teacher of λ=1.
@@ -103,13 +104,13 @@ class Objective(_Equation6):
         """Run the models on one batch.
 
         Args:
-            wrapper: The student as the trainer wrapped it (DDP, FSDP, …), or itself.
-            inputs: ``input_ids`` (B, T) and what else the decoders take; no labels.
+            wrapper: The student as the trainer wrapped it (DDP, FSDP, …), or unwrapped.
+            inputs: ``input_ids`` (B, T) and other inputs of the decoders, without labels.
             mask: Shape (B, T − 1); True where the token that follows position t is trained on.
             lam: λ of this step: a number, or one per row, shape (B,).
             num_items: The denominator: response tokens of the whole step.
-            metrics: Measure the distances to both teachers as well.
-            sampled: As in :func:`~flexalign.losses.fused_divergence`; None: the tokens' own loss.
+            metrics: Compute the KL to both models too.
+            sampled: As in :func:`~flexalign.losses.fused_divergence`; None: the loss per token.
         """
         inner = inner_model(self.student)
         teachers = self._needed(lam, metrics or sampled is not None)
@@ -127,7 +128,7 @@ class Objective(_Equation6):
             frozen = _detached(head)
             sides = {side: (hidden[side], heads.get(side, frozen)) for side in teachers}
 
-            # A model that λ leaves out did not run; it is not read, and the other fills its place.
+            # A model with weight 0 did not run. Its states are not used, so the other's are passed.
             (one, *_) = sides.values()
             reference, aligned = sides.get("reference", one), sides.get("aligned", one)
             return self._loss(
@@ -141,7 +142,7 @@ class Objective(_Equation6):
                 sampled=sampled,
             )
 
-        # Teachers with a module of their own run before the student's forward, the others in it.
+        # Teachers with a separate module run before the student's forward, the others inside it.
         with ExitStack() as gathering:
             for side, teacher in teachers.items():
                 if not teacher.shares_student:
@@ -152,7 +153,7 @@ class Objective(_Equation6):
             return run_inside(wrapper, inner, inside, **inputs)
 
     def _needed(self, lam: Lambda, both: bool) -> dict[Side, Teacher]:
-        """Return the teachers that must run: one where λ is 0 or 1 and nothing else reads both."""
+        """Return the teachers that must run: only one if λ is 0 or 1, unless `both` is set."""
         if not both and isinstance(lam, float) and lam in (0.0, 1.0):
             return {"reference": self.reference} if lam == 0.0 else {"aligned": self.aligned}
         return {"reference": self.reference, "aligned": self.aligned}
@@ -160,7 +161,7 @@ class Objective(_Equation6):
 
 @dataclass(frozen=True)
 class CachedObjective(_Equation6):
-    """The same divergence, with the teachers' hidden states out of a cache.
+    """The same divergence, with the teachers' hidden states from a cache.
 
     Attributes:
         student: As in :class:`Objective`.
@@ -185,12 +186,12 @@ class CachedObjective(_Equation6):
 
         Args:
             wrapper: The student as the trainer wrapped it.
-            inputs: A batch of :class:`~flexalign.training.hidden_cache.read.CachedCollator`, less
-                labels.
-            mask: As there; its true positions are those that the cache gave, in order.
+            inputs: A batch of :class:`~flexalign.training.hidden_cache.read.CachedCollator`,
+                without labels.
+            mask: Shape (B, T − 1). Its true positions are those of the cached states, in order.
             lam: λ of this step.
             num_items: The denominator.
-            metrics: As there.
+            metrics: Compute the KL to both models too.
         """
         inner = inner_model(self.student)
         given = {name: value for name, value in inputs.items() if name != CACHED}
@@ -198,7 +199,7 @@ class CachedObjective(_Equation6):
             (torch.cat(inputs[CACHED][side]), getattr(self.heads, side)) for side in Heads._fields
         )
 
-        # Over (B, T), so that the student's hidden states need no copy.
+        # Positions in (B, T) instead of (B, T − 1), so that the hidden states need no copy.
         positions = nn.functional.pad(mask, (0, 1)).flatten().nonzero().squeeze(-1)
         counted = torch.ones_like(positions, dtype=torch.bool)
 

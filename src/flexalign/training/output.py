@@ -1,4 +1,4 @@
-"""One folder, one run: which run an output folder belongs to, and whether it is done."""
+"""The output folder of a run: the run that it belongs to, and whether that run is done."""
 
 import json
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from flexalign.lambdas import Schedule
 from flexalign.training.checkpoints import MANIFEST, fault_of
 
 RUN = "run.json"
-"""The file that says whose folder it is: everything that decides the trained weights."""
+"""The file with the identity of the folder's run: everything that decides the trained weights."""
 
 State = Literal["new", "unfinished", "done"]
 
 
 def state_of_output(output: Path, identity: Mapping[str, Any]) -> State:
-    """Say whether a run may write to a folder, and how far an earlier start came.
+    """Check that a run may write to a folder; return the state of the run there.
 
     Args:
         output: The folder; it need not exist.
@@ -28,8 +28,8 @@ def state_of_output(output: Path, identity: Mapping[str, Any]) -> State:
         ``"new"`` for a missing or empty folder, ``"unfinished"`` or ``"done"`` for this same run.
 
     Raises:
-        ConfigError: If the folder holds another run (naming the first differences) or files that
-            are of no run.
+        ConfigError: If the folder holds another run (names the first differences) or files that do
+            not belong to a run.
     """
     if output.exists() and not output.is_dir():
         raise ConfigError(f"output {output} is a file; name a folder.")
@@ -49,7 +49,7 @@ def state_of_output(output: Path, identity: Mapping[str, Any]) -> State:
 
     now = json.loads(json.dumps(identity))
     if before.get("lambda") != now.get("lambda"):
-        before = _in_todays_form(before)
+        before = _in_current_form(before)
     unlike = list(differences(before, now))
     if unlike:
         raise ConfigError(
@@ -61,14 +61,14 @@ def state_of_output(output: Path, identity: Mapping[str, Any]) -> State:
 
 
 def is_unused(folder: Path) -> bool:
-    """Whether a folder is missing, empty, or holds only what a killed start left half written."""
+    """Return whether a folder is missing, empty, or holds only partial files of a killed process."""
     return not folder.is_dir() or all(
         path.name.startswith(".") and path.name.endswith(".partial") for path in folder.iterdir()
     )
 
 
 def claim_output(output: Path, identity: Mapping[str, Any]) -> None:
-    """Make the folder and write down whose it is, atomically.
+    """Create the folder and write the run's identity to it, atomically.
 
     Raises:
         CheckpointError: If the folder cannot be written to.
@@ -83,11 +83,11 @@ def claim_output(output: Path, identity: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _in_todays_form(identity: dict[str, Any]) -> dict[str, Any]:
-    """Return what a folder's `run.json` says, as it would be written today.
+def _in_current_form(identity: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a folder's `run.json` in the current form.
 
-    Before recipes were read by one schema, λ was kept as the user wrote it: a schedule that stays
-    at one λ, and a null in a schedule, say the same as a number, and as nothing.
+    Earlier versions wrote λ as the user gave it. A constant schedule is now written as a number,
+    and a null in a schedule is left out.
     """
     lam = identity.get("lambda")
     if not isinstance(lam, dict):
@@ -95,4 +95,4 @@ def _in_todays_form(identity: dict[str, Any]) -> dict[str, Any]:
     try:
         return identity | {"lambda": Schedule.parse(lam).to_json()}
     except FlexAlignError:
-        return identity  # it is then told as it stands
+        return identity  # the message then shows λ as it is in the file

@@ -1,8 +1,8 @@
-"""A probe at the start of a packed run: do documents that share a row see each other?
+"""A check at the start of a packed run that documents which share a row do not see each other.
 
-Packing joins documents in one row and tells them apart by position ids alone. Whether a model's
-attention heeds them depends on its family (Falcon, OPT and gpt_oss did not), so it is measured
-on the model at hand and not looked up.
+Packing joins documents in one row and separates them only by position ids. Whether a model's
+attention respects these depends on its family (Falcon, OPT and gpt_oss did not). So it is measured
+on the model of the run.
 """
 
 from collections.abc import Mapping
@@ -18,15 +18,16 @@ from flexalign.training.models import as_teacher
 _DOCUMENT_TOKENS = 12
 _TOLERANCE = 1e-3
 _ROUNDING = {torch.bfloat16: 0.05, torch.float16: 0.01}
-"""How far half precision moves a hidden state when only the shape of the batch changes."""
+"""The relative change of hidden states in half precision if only the batch's shape changes."""
 
 
 def packing_leak(model: nn.Module) -> float:
-    """Measure how far a document's hidden states move when it shares a row with another.
+    """Measure the change of a document's hidden states if it shares a row with another.
 
-    Two comparisons: the second of two packed documents under two different first ones (the same
-    shapes, so nothing but a leak moves it), and both packed against each alone (which also sees
-    positions that do not start anew; in half precision, what rounding explains is left out).
+    There are two comparisons. In the first, the second of two packed documents is run after two
+    different first ones. The shapes are the same, so only a leak changes it. In the second, both
+    packed documents are compared with each run alone. This also finds positions that do not restart
+    at 0. In half precision, a difference that rounding can explain is ignored.
 
     Args:
         model: A transformers causal language model, or a PEFT wrapper of one.
@@ -79,7 +80,7 @@ def require_packable(models: Mapping[str, nn.Module]) -> None:
                 f"({error}); {remedy}."
             ) from error
 
-        # Written so that a leak which is NaN is refused too.
+        # `not … <=` instead of `>`, so that NaN is refused too.
         if not leak <= _TOLERANCE:
             raise UnsupportedModelError(
                 f"packing: in the {role} model (family {family}) documents that share a row see "

@@ -1,4 +1,4 @@
-"""What a run would take, without a weight loaded: samples, sizes, steps, memory."""
+"""The plan of a run, made without loading weights: samples, sizes, steps and memory."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,28 +17,32 @@ _SAMPLES = 2
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a dry run found.
+    """The result of a dry run.
 
     Attributes:
         facts: The recipe's main keys, the data's lengths, steps, parameters, memory in GiB and
             the state of the output folder, by name.
-        samples: The first rows as they are trained on: ``masked``, what is given, and ``trained``,
-            what the loss counts.
+        samples: The first training rows: ``masked`` is the prompt, and ``trained`` the text whose
+            tokens the loss counts.
     """
 
     facts: Mapping[str, Any]
     samples: Sequence[Mapping[str, str]]
 
     def to_json(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return facts and samples as one mapping of JSON values."""
         return {**self.facts, "samples": list(self.samples)}
 
 
 def plan_steps(arguments: Any, lengths: Lengths) -> tuple[dict[str, Any], int]:
-    """Work out a run's steps, its batch and its epochs, and its longest row in tokens.
+    """Return a run's steps, effective batch and epochs, and its longest row in tokens.
+
+    Args:
+        arguments: The trainer's settings.
+        lengths: The lengths of the data's rows.
 
     Raises:
-        ConfigError: If rows are to be packed and have no length.
+        ConfigError: If packing is on and ``max_length`` is not set.
     """
     batch = (
         arguments.per_device_train_batch_size
@@ -79,8 +83,8 @@ def plan_memory(
         arguments: The trainer's settings.
         config: The reference's, or the base's, configuration.
         sizes: Parameters of the student.
-        tokens: Of the longest row.
-        aligned_parameters: Of what is held beside the student and its base.
+        tokens: Length of the longest row.
+        aligned_parameters: Parameters of the models in memory besides the student and its base.
         cached_heads: As in `estimate_memory`.
         rows_each: Rows of one forward pass that an example of the data makes; a pair makes two.
     """
@@ -101,7 +105,7 @@ def plan_memory(
 def sample_rows(
     rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> list[dict[str, str]]:
-    """Take the first rows as they are trained on: what is given, and what the loss counts."""
+    """Return the first training rows as text: prompts, and the tokens that the loss counts."""
     first = rows.select(range(min(_SAMPLES, len(rows))))
     samples = []
     for prompt, response in split_tokens(first, tokenizer):

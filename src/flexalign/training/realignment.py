@@ -1,7 +1,7 @@
 """Realignment (TrRa): a student learns the fusion of a reference and an aligned model.
 
-`realign` tells it from top to bottom: read the recipe, read what it names, make one run for each λ,
-train them, and compare the students where there are several.
+The entry point is `realign`: it reads the recipe and the files that it names, makes one run for
+each λ, trains them, and compares the students if there are several.
 """
 
 import math
@@ -45,11 +45,11 @@ from flexalign.training.run import (
 from flexalign.training.trainer import TrRaTrainer
 
 Given = str | Path | Mapping[str, Any] | RealignRecipe | Sequence[RealignRecipe]
-"""A recipe's file, what a file would hold, a recipe, or one for each λ."""
+"""A recipe's file, a mapping in the form of such a file, a recipe, or a list with one for each λ."""
 
 
 class RealignOptions(RunOptions, total=False):
-    """What `realign` takes beside a recipe; see there."""
+    """The keyword options of `realign`, which describes them."""
 
     data: Dataset | None
     extrapolate: bool
@@ -86,8 +86,8 @@ def realign(
 ) -> Outcome | TrainingPlan:
     """Train a student towards the fusion of a reference and an aligned model (TrRa).
 
-    A run that was stopped goes on from its newest complete checkpoint, and one that is finished is
-    not run again. Ctrl-C and SIGTERM end it after a checkpoint.
+    A run that was stopped is resumed from its newest complete checkpoint. A run that is finished is
+    not run again. On Ctrl-C or SIGTERM the run writes a checkpoint and ends.
 
     Example::
 
@@ -98,17 +98,18 @@ def realign(
 
     Args:
         recipe: A YAML file's path, a mapping with the keys of such a file, a `RealignRecipe`, or a
-            list of them that differ in λ and output alone. Its λ may be a list.
-        dry_run: Load no weights and write nothing; return what the run would take.
+            list of them that differ only in λ and output. Its λ may be a list.
+        dry_run: Load no weights and write nothing; return the plan of the run.
         data: Rows in memory, instead of those that the recipe names.
         extrapolate: Allow λ < 0, and several rounds beyond an effective λ of 4.
         skip_bad_rows: Leave out rows that cannot be used.
-        events: Is told what happens.
+        events: Receives progress and warnings.
         callbacks: As transformers' ``Trainer`` takes them.
-        command: What the model card calls this call.
+        command: The command that the model card shows.
 
     Returns:
-        What came of it, with several λ one outcome for each in `students`; of a dry run, the plan.
+        The outcome; with several λ, its `students` are the outcomes of each. For a dry run, the
+        plan.
 
     Raises:
         ConfigError: If the recipe, or something that it names, cannot be used, or the output
@@ -117,7 +118,7 @@ def realign(
         DataError: If a row cannot be used.
         PairMismatchError: If the two models do not fit together.
         CheckpointError: If the output folder cannot be written to.
-        Stopped: If a signal ended it early.
+        Stopped: If a signal ended the run early.
     """
     events = events or Events()
     recipes = RealignRecipe.each(recipe)
@@ -153,25 +154,25 @@ def realign(
 
 
 def _caution_of_distance(recipes: Sequence[RealignRecipe]) -> str | None:
-    """Say that the farthest of several runs extrapolates far, and without a gate.
+    """Return a caution if any of the runs extrapolates far without a gate.
 
-    A schedule counts by its end, several rounds by what they amount to.
+    A schedule counts with its end value, several rounds with their effective λ.
 
     Returns:
-        One sentence; None if none goes beyond `LARGEST_EFFECTIVE_LAMBDA`, or there is a gate.
+        One sentence; None if no run exceeds `LARGEST_EFFECTIVE_LAMBDA`, or there is a gate.
     """
-    recipe = recipes[0]  # they differ in λ and output alone
+    recipe = recipes[0]  # the recipes differ only in λ and output
     farthest = max(
         effective_lambda(each.schedule, each.rounds, extrapolate=True) for each in recipes
     )
     if recipe.gate is not None or farthest <= LARGEST_EFFECTIVE_LAMBDA:
         return None
-    told = "λ" if recipe.rounds == 1 else "an effective λ"
+    quantity = "λ" if recipe.rounds == 1 else "an effective λ"
     command = shlex.join(
         ["flexalign", "inspect", recipe.reference, recipe.aligned, "--diff", recipe.data]
     )
     return (
-        f"{told} of {farthest:g} without a gate amplifies the pair's noise as well: measured on "
+        f"{quantity} of {farthest:g} without a gate amplifies the pair's noise as well: measured on "
         "the miniature (docs/results.md), accuracy went from 0.75 to 0.72 at λ = 5 and 0.14 at "
         "λ = 10, but with `gate: 0.01` to 0.89 and 0.92; set `gate: τ`, for which "
         f"{command} proposes a τ."
@@ -179,19 +180,19 @@ def _caution_of_distance(recipes: Sequence[RealignRecipe]) -> str | None:
 
 
 class Realignment(TrainingRun):
-    """The realignment at one λ, in one round or several; see `TrainingRun`.
+    """The `TrainingRun` of a realignment at one λ, in one round or several.
 
     Args:
-        recipe: What to do.
+        recipe: The recipe, with one λ.
         data: The traces.
-        tokenizer: The pair's.
+        tokenizer: The pair's tokenizer.
         models: Fingerprints of the reference and the aligned model.
         command: The command line, for the model card.
-        watched: Prompts that the student answers while it learns.
-        cache: Opens the teachers' hidden states, making what is missing of them, for a recipe with
-            ``teacher: cached``; None: they are in the recipe's folder already.
+        watched: Prompts that the student answers during training.
+        cache: Makes missing parts of the cache of hidden states, and opens it, for a recipe with
+            ``teacher: cached``. None: the cache is in the recipe's folder already.
         extrapolate: Allow several rounds beyond an effective λ of 4.
-        events: Is told what happens.
+        events: Receives progress and warnings.
 
     Raises:
         ConfigError: If the folder holds another run, or the effective λ is too large.
@@ -217,15 +218,15 @@ class Realignment(TrainingRun):
         super().__init__(recipe, data, tokenizer, models=models, command=command, events=events)
 
     def effective_lambda(self, rounds: int | None = None) -> float:
-        """Return what λ the first rounds, or all of them, amount to."""
+        """Return the effective λ of the first rounds, by default of all."""
         rounds = self.recipe.rounds if rounds is None else rounds
         return effective_lambda(self.recipe.schedule, rounds, extrapolate=True)
 
     def run(self, callbacks: Sequence[TrainerCallback] = (), stop: Any = None) -> Outcome:
-        """Train all rounds that are not done yet, and merge a LoRA student if that is asked for.
+        """Train all rounds that are not done yet, and merge a LoRA student if the recipe says so.
 
         Raises:
-            Stopped: If a signal ended it early.
+            Stopped: If a signal ended the run early.
             CheckpointError: If the output folder cannot be written to.
         """
         outcome = super().run(callbacks, stop)
@@ -277,7 +278,7 @@ class Realignment(TrainingRun):
         }
 
     def _measure(self, checkpoint: Path, trainer: Any) -> dict[str, float]:
-        return {}  # the curve tells more than a loss
+        return {}  # the curve says more about the student than a loss
 
     def _outcome(self, manifest: dict[str, Any]) -> Outcome:
         return Outcome(
@@ -306,7 +307,7 @@ class Realignment(TrainingRun):
 
 
 def _plan(runs: Sequence[Realignment], inputs: Inputs) -> TrainingPlan:
-    """Work out what runs that differ in λ and output alone would take."""
+    """Return the plan of a dry run of runs that differ only in λ and output."""
     for warning in inputs.pair.warnings:
         warnings.warn(warning, stacklevel=3)
 
@@ -352,7 +353,7 @@ def _count_aligned(model: ModelFacts) -> int:
     return count_parameters(model.config).base
 
 
-# Several λ: what each student became, and what all of them cost.
+# Several λ: the report on the students, and on the cost of all of them.
 
 _FIGURES = ("divergence", "kl_reference", "kl_aligned")
 
@@ -360,17 +361,17 @@ HOW = (
     "An online step is reckoned as the step that was measured plus both teachers' passes over its "
     "tokens, at the speed that was measured when the cache was made."
 )
-"""How the cost of online runs is known without running them."""
+"""How the cost of online runs is estimated, for the report."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What students from one cache took, beside the same students trained online, in seconds.
+    """Seconds for students trained from one cache, and for the same students trained online.
 
     Attributes:
-        cache: Both teachers' passes over the data, once.
+        cache: Both teachers' passes over the data, once, as measured.
         training: All steps of all students, as measured.
-        online: Of each student, the reckoned seconds of a run of its own with both teachers.
+        online: For each student, the estimated time of a run with both teachers online.
     """
 
     cache: float
@@ -378,7 +379,7 @@ class Costs:
     online: list[float] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the costs as the report holds them."""
         return {
             "cache_seconds": self.cache,
             "training_seconds": self.training,
@@ -394,10 +395,20 @@ class Costs:
 def reckon(
     outcomes: Sequence[Outcome], clocks: Sequence[StepClock], cache: HiddenStateCache | None
 ) -> Costs | None:
-    """Reckon the costs; None without a cache, or if no step of some run was measured."""
+    """Estimate the costs.
+
+    Args:
+        outcomes: The outcome of each run.
+        clocks: The clock of each run.
+        cache: The cache that the runs read.
+
+    Returns:
+        The costs; None without a cache, or if a run has no measured step.
+    """
     means = [clock.mean for clock in clocks]
     if cache is None or any(mean is None for mean in means):
         return None
+
     per_token = cache.facts["forward_seconds"] / cache.facts["input_tokens"]
     steps = [(mean or 0.0) * outcome.steps for mean, outcome in zip(means, outcomes, strict=True)]
     return Costs(
@@ -411,7 +422,7 @@ def reckon(
 
 
 def describe_costs(costs: Mapping[str, Any], students: int) -> str:
-    """Put the costs of a report into one sentence for people."""
+    """Return the costs of a report as one sentence."""
     return (
         f"{students} students took {costs['total_seconds']:.3g} s of computing "
         f"({costs['cache_seconds']:.3g} s for the cache, {costs['training_seconds']:.3g} s of "
@@ -425,7 +436,7 @@ def _join(
     outcomes: Sequence[Outcome],
     cache: Callable[[], HiddenStateCache] | None,
 ) -> Outcome:
-    """Make one outcome of several students, and write the report beside their folders."""
+    """Return one outcome of several students, and write the report next to their folders."""
     folder = runs[0].output.parent
     was_read = cache is not None and any(run.clock.steps for run in runs)
     report = _write_report(folder, runs, outcomes, cache() if cache and was_read else None)
@@ -443,9 +454,9 @@ def _write_report(
     outcomes: Sequence[Outcome],
     cache: HiddenStateCache | None,
 ) -> dict[str, Any]:
-    """Write ``report.json`` and ``report.md``; return the former.
+    """Write ``report.json`` and ``report.md``; return the content of the former.
 
-    Of several processes the first one writes.
+    Of several processes only the first writes.
     """
     students = [
         {"lambda": run.recipe.lam, **outcome.to_json(), **_last_figures(outcome.output)}

@@ -1,10 +1,10 @@
-"""Recipes: what a training run is told. One YAML file, one schema, and every key declared once.
+"""Recipes: the settings of a training run. One YAML file, one schema, each key declared once.
 
-A key's declaration below is all there is to say of it: its type, its default, and a description
-that is also the help of the command line and the row in the docs. The keys of ``training`` and
-``lora`` are those of TRL's and PEFT's own classes.
+The declaration of a key gives its type, its default, and a description. The description is also
+the help text of the command line and the row in the docs. The keys of ``training`` and ``lora`` are
+the fields of TRL's and PEFT's classes.
 
-Nothing here loads torch before a recipe's own keys are found right.
+A recipe's own keys are checked before torch is imported.
 """
 
 import copy
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class WatchSettings(Section):
-    """What is measured while the student learns: its own answers to a few prompts."""
+    """What is measured during training: the student's answers to a few prompts."""
 
     section: ClassVar[str] = "watch"
 
@@ -73,11 +73,11 @@ def _read_watch(value: object) -> WatchSettings | None:
 
 
 def _read_mapping(value: object) -> object:
-    """A section with nothing in it, ``training:``, is an empty one."""
+    """Return a section's mapping; a section without content (``training:``) is an empty mapping."""
     return {} if value is None else value
 
 
-# λ: read here, once; from here on it is a schedule over the training step.
+# λ is parsed here, once. All later code has a schedule over the training step.
 
 
 def _read_lambda(value: object) -> Schedule:
@@ -129,7 +129,7 @@ DEFAULT_ADAPT_TRAINING: dict[str, Any] = {
 learning rate of 2e-5 and a cut-off of 4096 tokens, the rest as in ``realign``."""
 
 _WITHOUT_INFLUENCE = ("logging_", "save_", "report_to", "run_name", "disable_tqdm", "dataloader_")
-"""How the fields begin that change what is shown or kept, not what is learned."""
+"""Prefixes of the fields that change what is logged or saved, and not the trained weights."""
 
 
 def parse_training(values: object, settings: Any) -> dict[str, Any]:
@@ -156,10 +156,10 @@ def parse_training(values: object, settings: Any) -> dict[str, Any]:
 
 
 def decisive(training: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what of a ``training`` section decides the trained weights.
+    """Return the part of a ``training`` section that decides the trained weights.
 
-    Of the batch that is the rows of a step alone, ``rows_per_step``: over how many processes and
-    passes they are spread may change when a run goes on.
+    Of the batch size, only the rows of one step count (``rows_per_step``). The number of processes
+    and of accumulation passes may change when a run is resumed.
     """
     kept = {
         name: value for name, value in training.items() if not name.startswith(_WITHOUT_INFLUENCE)
@@ -175,13 +175,15 @@ def decisive(training: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def one_for_each_lambda(tree: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Make a recipe with a list of λ into one for each: outputs of their own, one cache.
+    """Split a recipe with a list of λ into one recipe for each λ.
+
+    Each recipe has its own output folder. All share one cache folder.
 
     Args:
-        tree: A recipe in the form of the YAML file; with one λ it is given back as it is.
+        tree: A recipe in the form of the YAML file. With one λ, a copy of it is returned.
 
     Raises:
-        ConfigError: If the list is empty, or a λ is there twice or is no number.
+        ConfigError: If the list is empty, or if a λ occurs twice or is not a number.
     """
     lams = tree.get("lambda")
     if not isinstance(lams, list):
@@ -202,18 +204,18 @@ def one_for_each_lambda(tree: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 class Recipe(Section):
-    """What every training run is told.
+    """The settings that all training runs have.
 
     Attributes:
-        schedule: λ over the training step; None where a method needs none.
-        training: Fields of the trainer's settings that the file gives.
+        schedule: λ over the training step. None for a method without λ.
+        training: The trainer's settings that the file sets.
     """
 
     default_training: ClassVar[dict[str, Any]] = DEFAULT_TRAINING
     deciding: ClassVar[tuple[str, ...]] = ()
-    """Keys that decide the trained weights, beside the models, the data and `training`."""
+    """Keys that decide the trained weights, in addition to the models, the data and `training`."""
 
-    if TYPE_CHECKING:  # each recipe declares them, in its own order and words
+    if TYPE_CHECKING:  # each recipe declares these itself, in its own order
         data: str
         output: str
         schedule: Schedule | None
@@ -237,21 +239,21 @@ class Recipe(Section):
         Args:
             path: The YAML file.
             overrides: ``key=value`` texts with dotted keys, the value as YAML.
-            **given: Top-level values that win over both, by Python name; None is ignored.
+            **given: Top-level values by Python name. They override both; None is ignored.
 
         Raises:
-            ConfigError: If the file cannot be read, and as `parse`.
-            LambdaError: As `parse`.
+            ConfigError: If the file cannot be read, or as in `parse`.
+            LambdaError: As in `parse`.
         """
         return cls.parse(read_tree(path, overrides, _by_key(given)))
 
     @classmethod
     def of(cls, given: "str | Path | Mapping[str, Any] | Recipe") -> Self:
-        """Return a recipe from a file's path, a mapping in the form of the file, or a recipe.
+        """Return the recipe of a file's path, of a mapping in the form of the file, or of a recipe.
 
         Raises:
-            ConfigError: As `load`, or if it is a recipe of another command.
-            LambdaError: As `load`.
+            ConfigError: As in `load`, or if it is a recipe of another command.
+            LambdaError: As in `load`.
         """
         if isinstance(given, cls):
             return given
@@ -318,10 +320,10 @@ class Recipe(Section):
         return text
 
     def identity(self) -> dict[str, Any]:
-        """Return everything in the recipe that decides the trained weights, for `run.json`."""
+        """Return the settings that decide the trained weights, for `run.json`."""
         keys = self.keys()
         own = {key: _plain(getattr(self, keys[key])) for key in self.deciding}
-        # Runs that were begun before these keys were there go on.
+        # Left out if not set, so that runs from before these keys existed can be resumed.
         own |= {name: value for name in _PROMPTING if (value := getattr(self, name)) is not None}
         return own | {"training": decisive(self._identifying_training())}
 
@@ -329,16 +331,16 @@ class Recipe(Section):
     def _check(self) -> Self:
         self._check_keys()
         self.prompting  # noqa: B018 - reading the keys checks them
-        # Loading these takes seconds: what needs no trainer is refused by now.
+        # Importing the trainers takes seconds, so the keys that need none are checked before.
         self.training.update(parse_training(self.training, self._settings_class()))
         self._check_sections()
         return self
 
     def _check_keys(self) -> None:
-        """Refuse what cannot be, before the trainer's libraries load."""
+        """Check the recipe's own keys, before the trainer's libraries are imported."""
 
     def _check_sections(self) -> None:
-        """Refuse what only the trainer's libraries can tell."""
+        """Check what only the trainer's libraries can check."""
         self.arguments  # noqa: B018 - building them checks them
 
     def _full_training(self) -> dict[str, Any]:
@@ -351,7 +353,7 @@ class Recipe(Section):
         return self._full_training()
 
     def _settle(self, training: dict[str, Any], *, accelerated: bool) -> None:
-        """Choose what the trainer's defaults leave open."""
+        """Set fields whose default depends on the machine, in place."""
 
     def _settings_class(self) -> Any:
         from flexalign.training.config import TrRaConfig
@@ -366,7 +368,7 @@ class Recipe(Section):
 
 
 def _by_key(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values by Python name under the keys of the file."""
+    """Rename values from Python names to the keys of the file."""
     return {("lambda" if name == "lam" else name): value for name, value in given.items()}
 
 
@@ -487,7 +489,7 @@ class RealignRecipe(Recipe):
 
     @classmethod
     def parse(cls, tree: Any) -> Self:
-        """Check a mapping in the form of the YAML file, with one λ; raises as `load` does."""
+        """Check a mapping in the form of the YAML file, with one λ; raises as in `load`."""
         if isinstance(tree, Mapping) and isinstance(tree.get("lambda"), list):
             raise ConfigError(
                 f"lambda: one λ in a run, got {len(tree['lambda'])}; read several with "
@@ -504,20 +506,24 @@ class RealignRecipe(Recipe):
         With several, each writes to ``OUTPUT/lambda=0.5``, and all share one cache.
 
         Args:
-            path: As in `load`, like the others.
-            overrides: Likewise.
-            **given: Likewise; `lam` may be a list.
+            path: As in `load`.
+            overrides: As in `load`.
+            **given: As in `load`; `lam` may be a list.
 
         Raises:
-            ConfigError: As `load`, or if a λ is there twice or is no number.
-            LambdaError: As `load`.
+            ConfigError: As in `load`, or if a λ occurs twice or is not a number.
+            LambdaError: As in `load`.
         """
         tree = read_tree(path, overrides, _by_key(given))
         return [cls.parse(each) for each in one_for_each_lambda(tree)]
 
     @classmethod
     def each(cls, given: Any) -> list[Self]:
-        """Return one recipe for each λ, of whatever `of` takes, or of a list of recipes."""
+        """Return one recipe for each λ.
+
+        Args:
+            given: As in `of`, or a list of such values.
+        """
         if isinstance(given, list | tuple):
             return [cls.of(each) for each in given]
         if isinstance(given, Recipe):
@@ -525,21 +531,21 @@ class RealignRecipe(Recipe):
         if isinstance(given, str | Path):
             return cls.load_each(given)
         if not isinstance(given, Mapping):
-            return [cls.parse(given)]  # which says what is wrong with it
+            return [cls.parse(given)]  # raises, and says what is wrong with the value
         return [cls.parse(each) for each in one_for_each_lambda(given)]
 
     @property
     def cache_folder(self) -> str:
-        """Where the teachers' hidden states are, or would be."""
+        """The folder of the teachers' hidden states, whether or not it exists."""
         return self.cache_dir or f"{self.output.rstrip('/')}-cache"
 
     def peft_config(self) -> Any:
-        """Build the LoRA settings, or None where all weights are trained.
+        """Build the LoRA settings; None if all weights are trained.
 
-        PEFT fills in a configuration that it uses, so each use has its own.
+        PEFT changes a configuration that it uses, so each call returns a new one.
 
         Raises:
-            ConfigError: If PEFT refuses them.
+            ConfigError: If PEFT refuses the settings.
         """
         if self.lora is None:
             return None
@@ -565,7 +571,8 @@ class RealignRecipe(Recipe):
         self.peft_config()
 
     def _identifying_training(self) -> dict[str, Any]:
-        # Runs that were begun before wrote max_steps: 200 here where epochs decide; they go on.
+        # Earlier versions recorded `max_steps: 200` here even where epochs decide. Such runs must
+        # still be recognised as the same run, so that they can be resumed.
         return self.default_training | self.training
 
     def _own_arguments(self) -> dict[str, Any]:
@@ -576,7 +583,7 @@ class RealignRecipe(Recipe):
 
 
 class _AdapterRecipe(Recipe):
-    """What the recipes around a layer adapter share: its base, and how its trainers are set."""
+    """The settings that the recipes with a layer adapter share: precision and checkpointing."""
 
     def _settle(self, training: dict[str, Any], *, accelerated: bool) -> None:
         training.setdefault("bf16", accelerated and not training.get("fp16"))
@@ -593,7 +600,7 @@ class _AdapterRecipe(Recipe):
 
 
 class AdaptRecipe(_AdapterRecipe):
-    """The training of a layer adapter (InRa), in front of a base that stays as it is."""
+    """The training of a layer adapter (InRa). The base does not change."""
 
     default_training: ClassVar[dict[str, Any]] = DEFAULT_ADAPT_TRAINING
     deciding: ClassVar[tuple[str, ...]] = (
@@ -705,7 +712,7 @@ class AdaptRecipe(_AdapterRecipe):
 
 
 class BakeRecipe(_AdapterRecipe):
-    """The baking of a dial: one setting of base and adapter becomes a plain model."""
+    """The training of a plain model that behaves as base and adapter do at one λ."""
 
     deciding: ClassVar[tuple[str, ...]] = ("lambda", "held_out", *_LOSS)
 
@@ -748,19 +755,19 @@ class BakeRecipe(_AdapterRecipe):
         return super()._own_arguments() | {"eval_on_start": True}
 
 
-# What the command line's help and the docs say of the keys.
+# The keys as the command line's help and the docs show them.
 
 
 @dataclass(frozen=True)
 class RecipeKey:
-    """One key of a section, for people.
+    """One key of a section, as help texts and docs show it.
 
     Attributes:
-        name: As it stands in the file.
-        description: What it means.
-        default: Its value where the file has none, as YAML; None where it is required.
-        example: A value to show.
-        section: The keys inside it, where it is a section of ours.
+        name: The key in the file.
+        description: Its meaning.
+        default: Its default value as YAML; None if the key is required.
+        example: An example value.
+        section: The keys inside it, if it is a section of its own.
     """
 
     name: str
@@ -771,7 +778,7 @@ class RecipeKey:
 
 
 def describe_keys(section: type[Section]) -> Iterator[RecipeKey]:
-    """Go through the keys of a recipe, or of a section, in the order in which they are declared."""
+    """Yield the keys of a recipe, or of a section, in the order of their declaration."""
     for name, field in section.model_fields.items():
         default = None if field.is_required() else field.get_default(call_default_factory=True)
         inner = tuple(describe_keys(WatchSettings)) if name == "watch" else ()

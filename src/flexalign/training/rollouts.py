@@ -1,8 +1,8 @@
-"""On-policy TrRa: batches whose responses the student samples while it learns.
+"""On-policy TrRa: batches whose responses the student samples during training.
 
-Which batches are sampled, and every draw in them, follows from the seed, the step and the batch's
-place in the step: a run that goes on from a checkpoint samples what it would have sampled. All
-processes sample the same batches, each its own rows, because sharded models run only together.
+The choice of sampled batches and all sampling depend only on the seed, the step and the batch's
+index in the step. So a resumed run samples the same as one that was not stopped. All processes
+sample the same batches, each its own rows, because sharded models can only run on all processes.
 """
 
 import random
@@ -21,17 +21,17 @@ from flexalign.generation.responses import generation_settings, left_padded
 from flexalign.training.rows import RenderedRows
 
 _SAMPLED = "sampled"
-"""Marks a batch that holds the student's own responses."""
+"""The key that marks a batch with responses of the student."""
 _IGNORED = -100
 
 
 class Rollouts(RenderedRows, SFTTrainer):  # type: ignore[misc]
-    """A trainer that lets the student write the responses of a share of its batches."""
+    """A trainer in which the student samples the responses of a share of the batches."""
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """Draw a step's batches; put samples in the place of responses, then count their tokens."""
+        """Return a step's batches, some with sampled responses, and their number of tokens."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not self.args.rollouts:
             return batches, num_items
@@ -42,11 +42,11 @@ class Rollouts(RenderedRows, SFTTrainer):  # type: ignore[misc]
         return batches, self._get_num_items_in_batch(batches, device)
 
     def take_sampled(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """Take the mark off a batch, and say what the objective is to know of it.
+        """Remove the mark of a sampled batch; return the objective's arguments for it.
 
         Returns:
             ``sampled``, the token that follows each position, shape (B, T − 1), if the batch was
-            sampled and the objective is that of sequences; else nothing.
+            sampled and the objective is ``sequence``; else an empty mapping.
         """
         if not inputs.pop(_SAMPLED, False) or self.args.rollout_objective != "sequence":
             return {}
@@ -54,8 +54,8 @@ class Rollouts(RenderedRows, SFTTrainer):  # type: ignore[misc]
 
     def _with_samples(self, batch: dict[str, Any], seed: int) -> dict[str, Any]:
         devices = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
-        # Not TRL's unwrap_model_for_generation: it switches checkpointing off and on again by a
-        # deprecated name, and in evaluation mode checkpointing does nothing.
+        # Not TRL's unwrap_model_for_generation: it switches checkpointing off and on with a
+        # deprecated method. In evaluation mode checkpointing has no effect.
         student = self.accelerator.unwrap_model(self.model_wrapped)
         with (
             evaluating(student),
@@ -86,11 +86,11 @@ def sample_responses(
 ) -> dict[str, Tensor]:
     """Replace the last response of every row of a batch by a sample from the model.
 
-    Sampling is from the model's own distribution: temperature 1, nothing cut off. A row without
-    a response token (its prompt reaches the cut-off) keeps none.
+    Sampling is from the model's own distribution: temperature 1, without top-p or top-k. A row
+    without a response token (its prompt reaches the cut-off) still has none afterwards.
 
     Args:
-        model: The student; it samples as it is, so in its evaluation mode.
+        model: The student, in evaluation mode.
         tokenizer: Its tokenizer.
         batch: ``input_ids``, ``attention_mask`` and ``labels``, all (B, T), padded.
         max_length: Tokens of a row at most; None: no limit.
@@ -99,7 +99,7 @@ def sample_responses(
 
     Returns:
         A batch of the same kind, padded on the right: prompts, samples with their end token, and
-        labels at the samples' tokens alone.
+        labels only at the tokens of the samples.
 
     Raises:
         DataError: If a row has no prompt.
@@ -134,10 +134,10 @@ def sample_responses(
 
 
 def _split_off_prompt(ids: Tensor, trained: Tensor) -> tuple[list[int], bool]:
-    """Return what comes before a row's last response, and whether there is a response at all.
+    """Return the tokens before a row's last response, and whether the row has a response.
 
-    Where there is none, the first token stands for the prompt: the row is generated from like the
-    others, so that all processes run the model as often, and nothing of it is kept.
+    For a row without a response the prompt is its first token. A response is generated for it too,
+    so that all processes run the model equally often, and is discarded.
     """
     places = trained.nonzero()
     if not len(places):
@@ -157,6 +157,6 @@ def _room(prompt_tokens: int, max_length: int | None, max_new_tokens: int | None
 
 
 def _until_end(response: Tensor, ends: Tensor) -> Tensor:
-    """Cut off what follows the first end token."""
+    """Return a response up to its first end token, inclusive."""
     found = torch.isin(response, ends).nonzero()
     return response[: int(found[0]) + 1] if len(found) else response

@@ -1,9 +1,9 @@
-"""A training run from start to finish, whatever it trains: rounds, resumption, publication.
+"""A training run from start to finish: rounds, resuming, and publishing the result.
 
-A run is a recipe with its data. Making one decides, before anything expensive, whether its output
-folder may be used: the folder is new, or it holds this very run. Running it trains each round from
-the newest complete checkpoint, makes the result a folder that explains itself, and returns an
-`Outcome`. A realignment may have several rounds; everything else has one.
+A run is a recipe with its data. Creating a `TrainingRun` checks, before any expensive work, that its
+output folder is new or holds this same run. Running it trains each round from the newest complete
+checkpoint, writes the result to the output folder with a model card and a manifest, and returns an
+`Outcome`. A realignment may have several rounds; all other runs have one.
 """
 
 import json
@@ -40,10 +40,10 @@ from flexalign.training.output import claim_output, state_of_output
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
-    """A signal stopped the run after a checkpoint; the same call goes on from there.
+    """A signal stopped the run after a checkpoint. The same call resumes it from there.
 
     Attributes:
-        checkpoint: Its folder.
+        checkpoint: The checkpoint's folder.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -56,17 +56,18 @@ class Outcome:
     """A finished run.
 
     Attributes:
-        output: The folder of what was trained; of several λ, the one that holds their folders.
-        steps: Optimizer steps (of a realignment, of the last round).
-        measures: What an adapter's training, or a baking, measured: the last logged loss and, of a
-            baking, the divergences on rows held out.
-        trained_parameters: Of an adapter's training, how many there are.
-        merged: The plain model of a LoRA student, if asked for.
-        effective_lambda: Of a realignment, λ^rounds.
-        tokens_seen: Of a realignment, the last round's input tokens, without padding.
-        curve: What the watcher measured in it.
-        students: Of several λ, the outcome of each.
-        report: Of several λ, what ``report.json`` says of them.
+        output: The folder of the trained model or adapter. With several λ, the folder that holds
+            their folders.
+        steps: Optimizer steps; of a realignment, those of the last round.
+        measures: For `adapt` and `bake`, the last logged loss; for `bake` also the divergences on
+            held-out rows, in nats per token.
+        trained_parameters: For `adapt`, the number of trained parameters.
+        merged: The folder of the merged model of a LoRA student, if the recipe asks for it.
+        effective_lambda: For a realignment, λ^rounds.
+        tokens_seen: For a realignment, the input tokens of the last round, without padding.
+        curve: For a realignment, the rows of ``curve.jsonl`` of the last round.
+        students: With several λ, the outcome of each.
+        report: With several λ, the content of ``report.json``.
     """
 
     output: Path
@@ -81,7 +82,7 @@ class Outcome:
     report: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the outcome as JSON values; with several λ, the report."""
         if self.students:
             return self.report
         if self.effective_lambda is None:
@@ -97,7 +98,7 @@ class Outcome:
 
 
 class RunOptions(TypedDict, total=False):
-    """What `realign`, `adapt` and `bake` take beside a recipe; see there."""
+    """The keyword options that `realign`, `adapt` and `bake` share; they describe them."""
 
     skip_bad_rows: bool
     events: Events | None
@@ -105,12 +106,14 @@ class RunOptions(TypedDict, total=False):
     command: str
 
 
-# Rounds. TrRa-iter realigns the reference again and again, each time from the last one's result.
+# Rounds. TrRa-iter realigns the reference repeatedly; each round's aligned model is the result of
+# the round before.
 
 LARGEST_EFFECTIVE_LAMBDA = 4.0
-"""How far extrapolation goes without a word: several rounds beyond it are allowed only on request,
-and one beyond it without a gate gets a caution. Measured on the miniature without a gate, an
-effective λ of 4 still has more accuracy than the reference, and λ = 5 less (docs/results.md)."""
+"""The largest λ without a caution or refusal. Beyond it, several rounds must be allowed explicitly,
+and a single round without a gate gets a caution. Measured on the miniature without a gate, an
+effective λ of 4 has a higher accuracy than the reference, and λ = 5 a lower one
+(docs/results.md)."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,9 @@ class Round:
     """One training of a run.
 
     Attributes:
-        number: From 1.
-        aligned: Path or name of the aligned model of this round; None where there is none.
-        output: Folder of its result, a complete model.
+        number: The round's number, from 1.
+        aligned: Path or name of the aligned model of this round; None for runs without one.
+        output: Folder of the round's result, a complete model.
     """
 
     number: int
@@ -129,9 +132,9 @@ class Round:
 
 
 def plan_rounds(aligned: str | None, output: str | Path, rounds: int) -> list[Round]:
-    """Lay out the rounds: round i takes the result of round i−1 as the aligned model.
+    """Plan the rounds: round i takes the result of round i−1 as the aligned model.
 
-    The last one writes to `output`, the others to ``output/round-1``, ``output/round-2``, ….
+    The last round writes to `output`, the others to ``output/round-1``, ``output/round-2``, ….
     """
     output = Path(output)
     folders = [output / f"round-{number}" for number in range(1, rounds)] + [output]
@@ -143,18 +146,19 @@ def plan_rounds(aligned: str | None, output: str | Path, rounds: int) -> list[Ro
 
 
 def effective_lambda(lam: Any, rounds: int, *, extrapolate: bool = False) -> float:
-    """Return what λ several rounds amount to in exact algebra: λ^rounds.
+    """Return the effective λ of several rounds: λ^rounds.
 
-    With h the logits, a round gives r + λ(a − r); the next one, with that in the place of a, gives
-    r + λ²(a − r). A schedule counts by its end value.
+    With r and a the logits of the reference and the aligned model, an exact first round gives
+    r + λ(a − r). The second, with that result instead of a, gives r + λ²(a − r). A schedule counts
+    with its end value.
 
     Args:
         lam: A number or a schedule.
-        rounds: How many.
+        rounds: Number of rounds.
         extrapolate: Allow several rounds beyond `LARGEST_EFFECTIVE_LAMBDA`.
 
     Raises:
-        ConfigError: If it is beyond that and not allowed. A single round takes any λ.
+        ConfigError: If several rounds exceed that and it is not allowed. One round takes any λ.
     """
     end = (lam if isinstance(lam, Schedule) else Schedule.parse(lam)).end_value
     effective = float(end**rounds)
@@ -168,26 +172,27 @@ def effective_lambda(lam: Any, rounds: int, *, extrapolate: bool = False) -> flo
 
 
 class TrainingRun(ABC):
-    """A recipe with its data, ready to run or to go on where it stopped.
+    """A recipe with its data, ready to run or to be resumed.
 
     Args:
-        recipe: What to do.
-        data: The training data as it is trained on.
-        tokenizer: The models'.
-        models: Fingerprints of all models and adapters that take part.
+        recipe: The recipe.
+        data: The training data as the trainer takes it.
+        tokenizer: The models' tokenizer.
+        models: Fingerprints of all models and adapters of the run.
         command: The command line, for the model card.
-        events: Is told what happens.
+        events: Receives progress and warnings.
 
     Attributes:
-        state: ``"new"``, ``"unfinished"`` or ``"done"``, as the output folder was found.
-        clock: Seconds of the steps that were taken.
+        state: ``"new"``, ``"unfinished"`` or ``"done"``: the state of the output folder when the
+            run was created.
+        clock: Measures the seconds of the optimizer steps.
 
     Raises:
         ConfigError: If the folder holds another run.
     """
 
     measures_after: ClassVar[bool] = False
-    """Whether a trainer is needed even if nothing is left to train, to measure what came of it."""
+    """Whether the result is measured with a trainer, even if nothing is left to train."""
 
     def __init__(
         self,
@@ -211,20 +216,20 @@ class TrainingRun(ABC):
     def run(
         self, callbacks: Sequence[TrainerCallback] = (), stop: StopOnSignal | None = None
     ) -> Outcome:
-        """Train what is not trained yet, and return what came of it.
+        """Train the rounds that are not done, and return the outcome.
 
         Args:
             callbacks: More callbacks for the trainers.
             stop: Ends training early on a signal.
 
         Raises:
-            Stopped: If it did.
+            Stopped: If a signal ended training early.
             CheckpointError: If the output folder cannot be written to.
         """
         stop = stop or StopOnSignal()
         self._events.begin(self)
         with one_process() as is_first:
-            # Before the first of several rounds: their folders lie inside this one.
+            # Before the first round, because the folders of earlier rounds are inside this one.
             if is_first and self.state != "done":
                 claim_output(self.output, self._identity_of(self.rounds[-1]))
 
@@ -241,7 +246,7 @@ class TrainingRun(ABC):
     def _train(
         self, round_: Round, callbacks: Sequence[TrainerCallback], stop: StopOnSignal
     ) -> tuple[Path, dict[str, float]]:
-        """Train one round, or what is left of it; return its last checkpoint and the measures."""
+        """Train one round, or the rest of it; return its last checkpoint and the measures."""
         found = newest_complete(round_.output)
         with one_process() as is_first:
             if is_first:
@@ -287,17 +292,21 @@ class TrainingRun(ABC):
             versions=versions_in_use(),
         )
 
-    # What depends on the kind of run.
+    # The parts that depend on the kind of run.
 
     @abstractmethod
     def _trainer(
         self, callbacks: list[TrainerCallback], round_: Round
     ) -> AbstractContextManager[Any]:
-        """Load the models and give their trainer."""
+        """Load the models and return a context with their trainer."""
 
     @abstractmethod
     def _describe_models(self, prints: list[str | None]) -> dict[str, Any]:
-        """Return what of the models decides the weights, by its name in ``run.json``."""
+        """Return what identifies the models in ``run.json``, by key.
+
+        Args:
+            prints: The models' fingerprints.
+        """
 
     def _plan_rounds(self) -> list[Round]:
         return plan_rounds(None, self.output, 1)
@@ -306,18 +315,23 @@ class TrainingRun(ABC):
         return dict(self._identity)
 
     def _callbacks(self) -> list[TrainerCallback]:
-        """Return what is to happen beside the steps."""
+        """Return the callbacks of this kind of run."""
         return []
 
     def _facts_of(
         self, round_: Round, state: dict[str, Any], measures: dict[str, float]
     ) -> dict[str, Any]:
-        """Return what the manifest and the card say of a round that is done."""
+        """Return the facts of a finished round, for the manifest and the card."""
         facts = {name: value for name, value in self._facts.items() if name != "task"}
         return {"steps": state["global_step"], "measures": measures, **facts}
 
     def _measure(self, checkpoint: Path, trainer: Any) -> dict[str, float]:
-        """Measure what came of it; without a trainer if there was nothing left to train."""
+        """Return the measures of a finished round.
+
+        Args:
+            checkpoint: Its last checkpoint.
+            trainer: Its trainer; None if nothing was left to train.
+        """
         losses = [row["loss"] for row in trainer_state(checkpoint)["log_history"] if "loss" in row]
         return {"loss": float(losses[-1])} if losses else {}
 
@@ -325,9 +339,9 @@ class TrainingRun(ABC):
         return Outcome(self.output, manifest["steps"], measures=manifest["measures"])
 
 
-# The steps of a run: go on from what is whole, train, publish the result.
+# The steps of a run: find the newest complete checkpoint, train, publish the result.
 
-# What a checkpoint holds beside the model: the trainer's own state, FSDP's and DeepSpeed's.
+# Files of a checkpoint that are not of the model: the state of the trainer, FSDP and DeepSpeed.
 _TRAINER_FILES = (
     "optimizer*",
     "scheduler*",
@@ -345,7 +359,7 @@ _TRAINER_FILES = (
 
 @contextmanager
 def one_process() -> Iterator[bool]:
-    """Tell the first of several processes that it is; all leave the block together."""
+    """Yield whether this is the first of several processes. All enter and leave the block together."""
     state = PartialState()
     state.wait_for_everyone()
     yield state.is_main_process
@@ -353,14 +367,14 @@ def one_process() -> Iterator[bool]:
 
 
 def drop_broken(found: Found, say: Callable[[str], None]) -> None:
-    """Remove checkpoints that cannot be used, and say why."""
+    """Delete checkpoints that cannot be used, and report the reasons with `say`."""
     for path, reason in found.passed_over:
         say(f"passed over {path}: {reason}")
         shutil.rmtree(path, ignore_errors=True)
 
 
 def train_onwards(trainer: Any, found: Found, stop: StopOnSignal) -> Path:
-    """Train from a checkpoint, or from the start, to the end; return the last checkpoint.
+    """Train from a checkpoint, or from the start, to the end. Return the last checkpoint.
 
     Args:
         trainer: A trainer with sealed checkpoints, which has `stop` among its callbacks.
@@ -368,13 +382,13 @@ def train_onwards(trainer: Any, found: Found, stop: StopOnSignal) -> Path:
         stop: Ends training early on a signal.
 
     Raises:
-        Stopped: If it did.
+        Stopped: If a signal ended training early.
         CheckpointError: If there is no checkpoint at the end, or another process is lost.
     """
     for printer in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(printer)
     output = Path(trainer.args.output_dir)
-    with stop.listening(), _together(output):
+    with stop.listening(), _reporting_lost_process(output):
         trainer.train(resume_from_checkpoint=str(found.path) if found.path else None)
 
     checkpoint = newest_complete(output).path
@@ -386,8 +400,12 @@ def train_onwards(trainer: Any, found: Found, stop: StopOnSignal) -> Path:
 
 
 @contextmanager
-def _together(output: Path) -> Iterator[None]:
-    """Turn the loss of another process of the run into one sentence."""
+def _reporting_lost_process(output: Path) -> Iterator[None]:
+    """Report the loss of another process of the run.
+
+    Raises:
+        CheckpointError: If the connection to another process is lost inside the block.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -401,12 +419,18 @@ def _together(output: Path) -> Iterator[None]:
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
-    # Gloo's are plain RuntimeErrors that begin with the place in its source.
+    # Gloo raises plain RuntimeErrors, whose messages begin with a path in its source.
     return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def publish(checkpoint: Path, output: Path, card: str, **facts: Any) -> None:
-    """Make the run's folder a complete model: weights, tokenizer, card, manifest with facts.
+    """Make the run's folder a complete model.
+
+    Args:
+        checkpoint: The last checkpoint; its weights and tokenizer are copied.
+        output: The run's folder.
+        card: The text of the model card.
+        **facts: More for the manifest.
 
     Raises:
         CheckpointError: If the folder cannot be written to.
@@ -419,12 +443,12 @@ def publish(checkpoint: Path, output: Path, card: str, **facts: Any) -> None:
 
 
 def trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """Read the trainer's state out of a checkpoint."""
+    """Return the trainer's state of a checkpoint."""
     state: dict[str, Any] = json.loads((checkpoint / "trainer_state.json").read_text("utf-8"))
     return state
 
 
 def is_last(checkpoint: Path) -> bool:
-    """Whether nothing is left to train after a checkpoint."""
+    """Return whether a checkpoint is of the run's last step."""
     state = trainer_state(checkpoint)
     return bool(state["global_step"] >= state["max_steps"])

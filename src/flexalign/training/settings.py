@@ -1,6 +1,6 @@
-"""Settings from YAML: a file and what is put over it, sections with known keys, and mistakes.
+"""Settings from YAML: reading a file and its overrides, and sections with known keys.
 
-Every mistake becomes one sentence that names the key, what it takes, and the nearest known key.
+Every mistake is reported in one sentence that names the key, its type, and the nearest known key.
 """
 
 import types
@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from flexalign._spelling import nearest
 from flexalign.errors import ConfigError
 
-# Reading: a YAML file that holds one mapping, and what the command line puts over it.
+# Reading: a YAML file that holds one mapping, and the overrides of the command line.
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -56,10 +56,10 @@ def split_assignment(text: str) -> tuple[str, Any]:
 
 
 def set_value(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key in nested mappings, which are made as needed.
+    """Set a dotted key in nested mappings, in place. Missing mappings are created.
 
     Raises:
-        ConfigError: If the key leads through something that is not a mapping.
+        ConfigError: If a part of the key names a value that is not a mapping.
     """
     *parents, last = key.split(".")
     for depth, parent in enumerate(parents):
@@ -76,12 +76,12 @@ def set_value(tree: dict[str, Any], key: str, value: Any) -> None:
 def read_tree(
     path: str | Path, overrides: Iterable[str] = (), settings: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Read a recipe's file, then put ``key=value`` texts and single keys over it.
+    """Read a recipe's file, then apply ``key=value`` texts and single values to it.
 
     Args:
         path: The YAML file.
         overrides: Texts with dotted keys, the value as YAML.
-        settings: Values of top-level keys that win over both; None is ignored.
+        settings: Values of top-level keys. They override both; None is ignored.
 
     Raises:
         ConfigError: If the file, or a text, cannot be read.
@@ -94,12 +94,12 @@ def read_tree(
 
 
 def as_yaml(value: Any) -> str:
-    """Write a value on one line, as it stands behind a key."""
+    """Return a value as YAML on one line, as it is written after a key."""
     text: str = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True)
     return text.removesuffix("...\n").strip()
 
 
-# Mistakes: whatever pydantic finds becomes one sentence that names the key and what it takes.
+# Mistakes: pydantic's errors become one sentence that names the key and its type.
 
 _NAMES = {
     bool: "true or false",
@@ -111,7 +111,7 @@ _NAMES = {
 }
 
 _ELSEWHERE = {"reference": "realign", "base": "adapt or bake", "adapter": "bake", "method": "adapt"}
-"""Keys of the file itself, and the commands whose recipes have them."""
+"""Top-level keys, and the commands whose recipes have them."""
 
 
 def _unknown_key(key: object, known: Iterable[str], prefix: str) -> ConfigError:
@@ -132,7 +132,7 @@ def _wrong_type(key: str, hint: Any, value: object) -> ConfigError:
 
 
 def _describe(hint: Any) -> str:
-    """Put a type into words, None left out."""
+    """Describe a type in words; None is left out."""
     origin = get_origin(hint)
     if origin is Annotated:
         return _describe(get_args(hint)[0])
@@ -148,7 +148,10 @@ def _describe(hint: Any) -> str:
 
 
 def as_number(value: object) -> object:
-    """YAML 1.1 takes a number without a point (``2e-5``) for text."""
+    """Convert text that is a number to float; return other values unchanged.
+
+    YAML 1.1 reads a number without a point, such as ``2e-5``, as text.
+    """
     if not isinstance(value, str):
         return value
     try:
@@ -158,7 +161,7 @@ def as_number(value: object) -> object:
 
 
 Number: TypeAlias = Annotated[float, BeforeValidator(as_number)]
-"""A number as people write it in YAML; whole numbers become floats."""
+"""A number in YAML, also without a point (``2e-5``). Whole numbers become floats."""
 
 
 def check_settings(
@@ -166,15 +169,15 @@ def check_settings(
 ) -> dict[str, Any]:
     """Check the keys and the types of a mapping that belongs to a class of another library.
 
-    Numbers that YAML 1.1 takes for text (``2e-5``, without a point) are read as numbers where a
-    number is wanted, and whole numbers as floats where a float is wanted. Enumerations and
-    configuration objects pass: the class that defines them checks them.
+    For fields that take a number, numbers that YAML 1.1 reads as text (``2e-5``, without a point)
+    are converted. For fields that take a float, whole numbers are converted. Enumerations and
+    configuration objects are not checked here, but by the class that defines them.
 
     Args:
-        values: What the file holds.
+        values: The mapping in the file.
         wanted: The permitted keys with their type annotations.
-        where: What to call the mapping in messages: ``"training"``, or ``""`` for the whole file.
-        required: Keys that must be there.
+        where: The mapping's name in messages: ``"training"``, or ``""`` for the whole file.
+        required: Keys that must be present.
 
     Returns:
         The values, converted.
@@ -204,10 +207,10 @@ def check_settings(
 
 
 def _from_yaml(hint: Any) -> Any:
-    """Return the type against which a value in YAML is checked, for a field of a data class."""
+    """Return the type to check a YAML value against, for a data class field of type `hint`."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
-        # Text takes what nothing else does: "2e-5" is a number where one may stand.
+        # Text comes last in a union, so that "2e-5" is a number if the field also takes numbers.
         choices = sorted(get_args(hint), key=lambda choice: choice is str)
         members = [_from_yaml(choice) for choice in choices if choice is not types.NoneType]
         joined = members[0]
@@ -224,11 +227,11 @@ def _from_yaml(hint: Any) -> Any:
 
 
 class Section(BaseModel):
-    """A mapping with known keys, whose mistakes are one sentence each. Never changes."""
+    """An immutable mapping with known keys, which reports each mistake in one sentence."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
     section: ClassVar[str] = ""
-    """Where it stands in the file; nowhere: it is the file."""
+    """The section's key in the file; empty if it is the whole file."""
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -238,7 +241,7 @@ class Section(BaseModel):
 
     @classmethod
     def keys(cls) -> dict[str, str]:
-        """Return the keys as YAML has them, each with the name of its field."""
+        """Return the keys in YAML, each with the name of its field."""
         return {item.alias or name: name for name, item in cls.model_fields.items()}
 
     @classmethod
@@ -246,8 +249,8 @@ class Section(BaseModel):
         """Check a mapping in the form of the YAML file.
 
         Raises:
-            ConfigError: If a key is unknown (the nearest known one is named) or missing, a value
-                is of another type or out of its range, or this version cannot do what is asked.
+            ConfigError: If a key is unknown (the nearest known one is named) or missing, or a value
+                is of another type, out of its range, or not supported.
             LambdaError: If λ is not a finite number or a schedule.
         """
         prefix = cls._prefix()
@@ -257,7 +260,7 @@ class Section(BaseModel):
         for key in tree:
             if key not in keys:
                 raise _unknown_key(key, keys, prefix)
-        # `output:` with nothing behind it is a key that is missing.
+        # A required key without a value, such as `output:`, counts as missing.
         given = {
             key: value
             for key, value in tree.items()
@@ -275,7 +278,7 @@ class Section(BaseModel):
         order = {"extra_forbidden": 0, "missing": 2}
         first = min(found, key=lambda mistake: order.get(mistake["type"], 1))
         cause = first.get("ctx", {}).get("error")
-        if isinstance(cause, Exception):  # one of ours, or a bug
+        if isinstance(cause, Exception):  # an error of this library, or a bug
             return cause
 
         key, prefix = str(first["loc"][0]), cls._prefix()

@@ -1,4 +1,4 @@
-"""The student alone, for a run whose teachers are in a cache: no teacher is loaded."""
+"""The student of a run whose teachers are in a cache: only the student is loaded."""
 
 import copy
 from typing import Any, cast
@@ -32,10 +32,10 @@ _NO_START = "teacher='cached' holds no model; give the student's start as model.
 
 
 def tokenizer_of(start: Model | None, args: TrRaConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of where a student starts.
+    """Load the tokenizer of a student's start.
 
     Raises:
-        ConfigError: If that is no folder.
+        ConfigError: If the start is not given, or is not a path.
     """
     if start is None:
         raise ConfigError(_NO_START)
@@ -51,17 +51,17 @@ def require_fit(
     tokenizer: PreTrainedTokenizerBase,
     args: TrRaConfig,
 ) -> None:
-    """Make sure, before anything is loaded, that a cache is of what a run needs.
+    """Check, before anything is loaded, that a cache is of the pair and the data of a run.
 
     Args:
         cache: An open cache.
-        pair: The reference and the aligned model; where one is left out, the cache's are taken.
+        pair: The reference and the aligned model. If one is None, the pair is not compared.
         dataset: The training data, as the trainer takes it.
-        tokenizer: The pair's.
+        tokenizer: The pair's tokenizer.
         args: The settings.
 
     Raises:
-        ConfigError: If it is of something else; names what differs.
+        ConfigError: If the cache does not fit; names the differences.
     """
     if not isinstance(dataset, Dataset):
         raise ConfigError("teacher='cached' needs a data set that is there whole; load it first.")
@@ -85,10 +85,10 @@ def assemble_student(
     peft_config: PeftConfig | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> TrainingModels:
-    """Load the student alone, for a run whose teachers are in a cache.
+    """Load the student of a run whose teachers are in a cache.
 
     Args:
-        model: Where it starts; None: at the reference.
+        model: Its start. None: the reference.
         reference: The model of λ=0.
         args: The settings.
         vocab_size: Tokens that the cached heads score.
@@ -119,7 +119,7 @@ def assemble_student(
 def _load_student(
     start: Any, reference: Model | None, args: TrRaConfig, *, frozen: bool
 ) -> nn.Module:
-    """Load a student's start; an adapter's base, and a frozen one, in the run's precision."""
+    """Load a student's start: frozen weights in the run's precision, trained ones in float32."""
     source = resolve(start)
     half = torch.bfloat16 if args.bf16 and (frozen or source.is_adapter) else torch.float32
     options: dict[str, Any] = {

@@ -1,8 +1,8 @@
 """Training-time realignment: TRL's supervised fine-tuning with another loss.
 
-Templates, completion masks, packing, accumulation, PEFT, reporters and resume are TRL's. Ours is
-the loss, equation 6: at every response token, the divergence between the student and the fused
-teacher ``softmax(λ·aligned + (1−λ)·reference)``.
+Templates, completion masks, packing, accumulation, PEFT, reporters and resuming are TRL's. This
+module adds the loss, equation 6: at every response token, the divergence between the student and
+the fused teacher ``softmax(λ·aligned + (1−λ)·reference)``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -34,7 +34,7 @@ from flexalign.training.rollouts import Rollouts
 from flexalign.training.student import assemble_student, require_fit, tokenizer_of
 
 BATCH = "nan-batch.safetensors"
-"""The batch whose loss was no number: its token ids, labels and masks."""
+"""The file of a batch whose loss was NaN or infinite: its token ids, labels and masks."""
 
 
 class TrRaTrainer(SealedCheckpoints, Rollouts):
@@ -50,42 +50,45 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
         )
         trainer.train()
 
-    Each of the three models is a path, a known name, or a module; the aligned model and the
-    student may be PEFT adapters on the reference. Where they are, or where `peft_config` is given,
-    the base's parameters are held once: the reference is then the student with its adapters off.
-    A module, or a pair, that lends its base is changed in place: use it through the trainer from
-    then on.
+    Each of the three models is a path, a known name, or a module. The aligned model and the student
+    may be PEFT adapters on the reference. If one of them is, or if `peft_config` is given, the
+    base's parameters are in memory once: the reference is then the student with its adapters off.
+    A module or pair whose base is shared in this way is changed in place, and must afterwards be
+    used only through the trainer.
 
-    With ``teacher="cached"`` no teacher is loaded: their hidden states come from `args.cache_dir`
-    (see `flexalign.training.hidden_cache`), and `reference` and `aligned` only say of which pair they must be.
+    With ``teacher="cached"`` no teacher is loaded. The hidden states are read from `args.cache_dir`
+    (see `flexalign.training.hidden_cache`), and `reference` and `aligned` are only compared with
+    the pair of the cache.
 
-    Every log line has `divergence` (nats per response token, the mean of all steps since the line
-    before), `lambda`, `kl_reference` and `kl_aligned` (KL of the student to either model, nats per
-    token) and `tokens_seen` (input tokens without padding since step 0; it lives in the trainer's
-    state, so a resumed run goes on counting). The two KL are those of the logged step alone: they
-    cost both models' logits, so the other steps do not measure them. Checkpoints are sealed by a manifest: see `flexalign.training.checkpoints`.
+    Every log line has `divergence` (nats per response token, the mean of all steps since the last
+    line), `lambda`, `kl_reference` and `kl_aligned` (KL of the student to either model, nats per
+    token) and `tokens_seen` (input tokens without padding since step 0; it is kept in the trainer's
+    state, so a resumed run continues the count). The two KL are measured only in the logged steps,
+    because they need the logits of both models. Checkpoints are sealed by a manifest: see
+    `flexalign.training.checkpoints`.
 
     Args:
-        model: Where the student starts. None: at the reference, as in the paper.
+        model: The student's start. None: the reference, as in the paper.
         reference: The model of λ=0. None: `model` as it is at the start.
         aligned: The model of λ=1.
-        pair: Both at once, already loaded and checked; instead of the two.
-        parts: Student and teachers, already assembled; instead of all four.
-        cache: The teachers' hidden states, already open; instead of `args.cache_dir`.
+        pair: Reference and aligned model, loaded and checked, instead of these two.
+        parts: Student and teachers, already assembled, instead of these four.
+        cache: The teachers' hidden states, already open, instead of `args.cache_dir`.
         args: The settings.
-        train_dataset: As `SFTTrainer` takes it; use `prompt` and `completion` (or `messages` with
+        train_dataset: As `SFTTrainer` takes it. Use `prompt` and `completion` (or `messages` with
             `assistant_only_loss`) so that only responses are trained on.
-        eval_dataset: Likewise; its loss is the same divergence.
-        processing_class: The tokenizer; None: the pair's.
+        eval_dataset: As `train_dataset`; its loss is the same divergence.
+        processing_class: The tokenizer. None: the pair's.
         peft_config: Makes the student an adapter (LoRA) on its start.
         callbacks: As `Trainer` takes them.
         **options: `optimizers`, `data_collator`, … of `SFTTrainer`.
 
     Raises:
-        ConfigError: If models are missing or contradict each other, or for a setting that the
-            loss cannot serve.
+        ConfigError: If models are missing or contradict each other, or a setting does not apply to
+            this loss.
         PairMismatchError: If the models do not fit together.
-        UnsupportedModelError: If one has no plain head, or lets packed documents see each other.
+        UnsupportedModelError: If a model has no plain head, or packed documents see each other in
+            it.
     """
 
     _tag_names = ["flexalign", "trra"]  # noqa: RUF012
@@ -95,7 +98,8 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
         "id": "2506.12704",
     }
     loss_is_scaled_for_ga = True
-    """Trainer must not divide by the accumulation steps: the denominator is the whole step's."""
+    """Transformers' trainer then does not divide the loss by the number of accumulation steps. The
+    denominator of this loss is already that of the whole step."""
 
     def __init__(
         self,
@@ -132,10 +136,10 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
             parts = assemble(model, reference, aligned, pair, args, peft_config, processing_class)
 
         choose_attention(parts, args)
-        if args.packing or args.padding_free:  # the two ways in which documents share a row
+        if args.packing or args.padding_free:  # in both cases documents share a row
             require_packable(parts.models())
 
-        # TRL patches the model's forward for a loss of its own; ours needs the forward as it was.
+        # TRL replaces the model's forward by one for its own loss. This loss needs the original.
         forward = inner_model(parts.student).__dict__.get("forward")
         super().__init__(
             model=parts.student,
@@ -146,11 +150,11 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
             callbacks=list(callbacks) if callbacks is not None else None,
             **options,
         )
-        _take_out_fused_head(inner_model(parts.student), forward)
+        _restore_forward(inner_model(parts.student), forward)
 
         self._refuse_sequence_parallelism()
         self.objective = self._make_objective(parts, cache)
-        # The step's denominator is counted over shifted labels, whatever the model's own loss is.
+        # The trainer then counts the step's denominator over shifted labels, for every model.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
 
@@ -161,7 +165,10 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
     def _make_objective(
         self, parts: TrainingModels, cache: HiddenStateCache | None
     ) -> Objective | CachedObjective:
-        """Join the student with its teachers: placed as it is, or out of the cache."""
+        """Return the loss of the student, with loaded teachers or with those of the cache.
+
+        Loaded teachers are placed, or sharded, as the student is.
+        """
         args = self.args
         equation = {
             "divergence": cast(Divergence, args.divergence),
@@ -200,16 +207,20 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Equation 6 on one batch, as its share of the whole step's mean.
+        """Return equation 6 on one batch, as its share of the mean over the whole step.
 
-        A loss that is no number stops the run, before its gradients touch a weight.
+        A loss that is NaN or infinite stops the run before a weight is changed.
 
         Args:
-            model: The student as it is wrapped.
-            inputs: A batch of the collator, `labels` included.
-            return_outputs: Not possible: no logits are built.
+            model: The student as the trainer wrapped it.
+            inputs: A batch of the collator, including `labels`.
+            return_outputs: Must be False: no logits are built.
             num_items_in_batch: Response tokens of the step, over all batches and processes. None
                 (in an evaluation): those of this batch.
+
+        Raises:
+            ConfigError: If outputs are requested.
+            FlexAlignError: If the loss is NaN or infinite.
         """
         if return_outputs:
             raise ConfigError("the loss builds no logits; evaluate with prediction_loss_only=True.")
@@ -234,7 +245,7 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
 
         if num_items_in_batch is None:
             return loss
-        # DDP and FSDP average gradients over processes; the denominator is already the sum's.
+        # DDP and FSDP average gradients over processes, but the denominator is of all processes.
         replicas: int = self.accelerator.num_processes // self.get_tp_size()
         return loss * replicas
 
@@ -251,11 +262,11 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
 
     @property
     def _measures(self) -> bool:
-        """Whether batches are compared with both teachers: in evaluations and steps to be logged.
+        """Whether the two KL are measured: in evaluations, and in steps that are logged.
 
-        The steps are those of transformers' `DefaultFlowCallback`, and the run's last, whose
-        figures the closing line may still need. Where each epoch is logged, which step is its last
-        is not known beforehand, so every step is measured.
+        Steps are logged as transformers' `DefaultFlowCallback` does. The last step of the run is
+        measured too, because the closing line may need its figures. If logging is per epoch, the
+        last step of an epoch is not known in advance, so every step is measured.
         """
         if self._mode == "eval" or self.args.logging_strategy == IntervalStrategy.EPOCH:
             return True
@@ -276,7 +287,7 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
         return int(self.state.num_input_tokens_seen)
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Leave the state's count to :meth:`_update_tokens_seen`, which knows packed rows."""
+        """Do nothing: :meth:`_update_tokens_seen` counts, also in packed rows."""
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._update_tokens_seen()
@@ -300,10 +311,14 @@ def _count_tokens(inputs: dict[str, Any]) -> Tensor:
     return torch.tensor(ids.numel(), device=ids.device)
 
 
-def _take_out_fused_head(model: nn.Module, forward: Any) -> None:
-    """Undo TRL's patch of the model's forward, which serves its own loss.
+def _restore_forward(model: nn.Module, forward: Any) -> None:
+    """Undo TRL's replacement of the model's forward.
 
-    A copy of a model with the patch would run the original's weights.
+    A copy of a model with TRL's forward would run with the weights of the original.
+
+    Args:
+        model: The transformers model.
+        forward: The instance's own forward before the replacement; None: it had none.
     """
     if forward is None:
         model.__dict__.pop("forward", None)
@@ -314,12 +329,13 @@ def _take_out_fused_head(model: nn.Module, forward: Any) -> None:
 class Meter:
     """Sums over batches and processes, for the log and for the count of tokens.
 
-    Adding up waits for no device; reading is the one collective. Every process must read when the
-    others do, count as many batches in between, and measure the same ones.
+    Adding does not synchronise with the device. Reading is a collective operation: all processes
+    must read at the same time, add the same number of batches in between, and measure the same
+    ones.
     """
 
     def __init__(self) -> None:
-        # (5,): nats of the loss, its response tokens; nats of both KL, their response tokens
+        # (5,): nats of the loss, its response tokens; nats of the two KL, their response tokens
         self._window: Tensor | None = None
         self._input_tokens: Tensor | None = None
 
@@ -334,8 +350,8 @@ class Meter:
         """Count one batch.
 
         Args:
-            loss: The batch's sum divided by `num_items`, as the `metrics` are.
-            metrics: Of the same batch; None where they were not measured.
+            loss: The batch's sum divided by `num_items`.
+            metrics: The two KL of the batch, divided likewise; None if they were not measured.
             num_items: The denominator of both.
             response_tokens: Tokens of this batch that the loss counts.
             input_tokens: Tokens of this batch, without padding.
@@ -353,11 +369,11 @@ class Meter:
         )
 
     def take_means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Give the means since the last call, nats per response token, and start anew.
+        """Return the means since the last call, in nats per response token, and reset the sums.
 
         Returns:
-            `divergence`, over all batches, and `kl_reference` and `kl_aligned`, over those that
-            were measured; without either where no response token was counted.
+            `divergence`, over all batches, and `kl_reference` and `kl_aligned`, over the measured
+            ones. A mean over no response token is left out.
         """
         if self._window is None:
             return {}
@@ -372,7 +388,7 @@ class Meter:
         return means
 
     def take_input_tokens(self, accelerator: Accelerator) -> int:
-        """Give the tokens, without padding, since the last call, and start anew."""
+        """Return the tokens since the last call, without padding, and reset the count."""
         if self._input_tokens is None:
             return 0
         tokens = int(accelerator.reduce(self._input_tokens, "sum"))
@@ -380,24 +396,25 @@ class Meter:
         return tokens
 
 
-# A loss or a weight that is no number ends a run at once, with what is needed to look into it.
+# A loss or a weight that is NaN or infinite ends the run at once. What is needed to find the cause
+# is saved.
 
 
 def require_finite_loss(
     loss: Tensor, inputs: Mapping[str, Any], lam: float, step: int, output: Path
 ) -> None:
-    """Stop on a loss that is no number; its batch is saved beside the checkpoints.
+    """Check a loss. If it is NaN or infinite, save its batch in the run's folder and raise.
 
     Args:
-        loss: Of one batch.
+        loss: The loss of one batch.
         inputs: That batch.
         lam: λ of the step.
-        step: Optimizer steps that are done.
+        step: Number of finished optimizer steps.
         output: The run's folder.
 
     Raises:
-        FlexAlignError: If the loss is NaN or infinite; names the batch's file and the checkpoint
-            that stands.
+        FlexAlignError: If the loss is NaN or infinite; names the batch's file and the newest
+            complete checkpoint.
     """
     if torch.isfinite(loss):
         return
@@ -417,11 +434,11 @@ def require_finite_loss(
 
 
 def require_finite_weights(model: nn.Module, step: int, output: Path) -> None:
-    """Keep weights that are no numbers out of a checkpoint; each process looks at what it holds.
+    """Check the trained weights before a checkpoint. Each process checks those that it holds.
 
     Args:
-        model: The student; what is frozen is not looked at.
-        step: Optimizer steps that are done.
+        model: The student; frozen weights are not checked.
+        step: Number of finished optimizer steps.
         output: The run's folder.
 
     Raises:

@@ -1,13 +1,13 @@
-"""Both teachers' hidden states, computed once: from one cache a student of any λ is trained.
+"""A cache of both teachers' hidden states, from which students of any λ can be trained.
 
-Equation 5 mixes logits, and logits are a head's product with a final hidden state. What is kept is
-those hidden states at the positions whose next token the loss counts, and the two heads, once;
-no λ has gone into them, so every λ, schedule, divergence and gate trains from them exactly. One
-response token takes ``(H_reference + H_aligned) · bytes`` on disk.
+Equation 5 mixes logits, and logits are the product of a head and a final hidden state. The cache
+holds the hidden states at the positions whose next token the loss counts, and the two heads once.
+They do not depend on λ, so training from one cache is exact for every λ, schedule, divergence and
+gate. One response token takes ``(H_reference + H_aligned) · bytes`` on disk.
 
-``documents`` says what is kept of a row and under which key, ``format`` what one file is, ``fill``
-makes the files (any number of processes, killed and started again), and ``read`` maps them into
-memory and hands them to the trainer batch by batch.
+``documents`` defines the units of the cache and their keys, and ``format`` its files. ``fill``
+writes the files, with any number of processes, which may be killed and started again. ``read`` maps
+the files into memory and adds hidden states to the trainer's batches.
 """
 
 from flexalign.training.hidden_cache.documents import prepare_documents

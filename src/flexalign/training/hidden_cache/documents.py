@@ -1,8 +1,8 @@
-"""What is kept of a training row, and under which key.
+"""Documents: the units of a cache, and their keys.
 
-A document is what a teacher sees at one time: a row, or one of the rows that packing joined. Its
-key is a hash of its tokens and of which of them count, so that it is found again in any order,
-in any packing, and whatever TRL's preparation left out.
+A document is one sequence as a teacher sees it: a row, or one of the rows that packing joined. Its
+key is a hash of its tokens and of the positions that count. So it is found in any order and any
+packing of the data, also if TRL's preparation left out other rows.
 """
 
 import copy
@@ -29,7 +29,8 @@ class Document:
 
     Attributes:
         tokens: Token ids, shape ``(T,)``.
-        positions: Those positions, ascending, shape ``(N,)``, each below T − 1.
+        positions: Positions whose next token is trained on, ascending, shape ``(N,)``, each below
+            T − 1.
     """
 
     tokens: np.ndarray[Any, Any]
@@ -37,13 +38,13 @@ class Document:
 
     @classmethod
     def of(cls, tokens: Sequence[int], labels: Sequence[int]) -> "Document":
-        """Make one of a row's columns ``input_ids`` and ``labels``."""
+        """Make a document of the columns ``input_ids`` and ``labels`` of a row."""
         counted = np.asarray(labels[1:]) != _IGNORED
         return cls(np.asarray(tokens, dtype=np.int64), np.flatnonzero(counted))
 
     @property
     def key(self) -> bytes:
-        """`KEY_BYTES` bytes, equal for equal documents on every machine."""
+        """A hash of `KEY_BYTES` bytes, equal for equal documents on every machine."""
         digest = hashlib.blake2b(digest_size=KEY_BYTES)
         for part in (self.tokens, self.positions):
             digest.update(len(part).to_bytes(8, "little"))
@@ -68,25 +69,25 @@ class _Preparation(RenderedRows, SFTTrainer):  # type: ignore[misc]
 def prepare_documents(
     traces: Dataset, tokenizer: PreTrainedTokenizerBase, args: Any
 ) -> list[Document]:
-    """Prepare a data set as the trainer will, unpacked; return what the loss counts tokens of.
+    """Prepare a data set as the trainer does, but unpacked; return documents with counted tokens.
 
-    The preparation is TRL's own: the model that its trainer wants for it is a stand-in.
+    TRL's trainer does the preparation, with a tiny model that is not used.
 
     Args:
         traces: The training data, as the trainer takes it.
-        tokenizer: The pair's.
+        tokenizer: The pair's tokenizer.
         args: The run's ``TrRaConfig``.
 
     Returns:
-        Each different document once, in the order of the data.
+        Each distinct document that has a counted token once, in the order of the data.
     """
     plain = copy.copy(args)
     if args.packing:
-        plain.truncation_mode = "keep_start"  # what packing does to a document over the length
+        plain.truncation_mode = "keep_start"  # as packing truncates documents that are too long
     plain.packing = plain.padding_free = plain.shuffle_dataset = False
     plain.eval_packing = None
 
-    # TRL prepares rows only in a trainer, which wants a model; the smallest one will do.
+    # TRL prepares rows only in a trainer, which needs a model, so this one is as small as possible.
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=8,
@@ -103,10 +104,10 @@ def prepare_documents(
             train_dataset=traces,
             processing_class=tokenizer,
         )
-    return list(_different(trainer.train_dataset))
+    return list(_distinct(trainer.train_dataset))
 
 
-def _different(rows: Iterable[Mapping[str, Any]]) -> Iterator[Document]:
+def _distinct(rows: Iterable[Mapping[str, Any]]) -> Iterator[Document]:
     seen = set()
     for row in rows:
         for document in documents_of(row):

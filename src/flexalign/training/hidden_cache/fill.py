@@ -1,10 +1,10 @@
-"""Filling a cache: both teachers run once over every document, one shard after another.
+"""Filling a cache: both teachers run once over every document, shard by shard.
 
-Any number of processes fill one folder together: each claims a shard that nobody makes, and at the
-end all shards are there for all. A shard appears whole, by a rename, and its checksum after it, so
-a process may be killed at any moment. Started again, shards with a right checksum are kept and all
-others made. A shard's batches depend on nothing outside it, so it is made again bit for bit on the
-same machine.
+Several processes can fill one folder together. Each claims a shard that no other process is writing,
+and all processes end when all shards are written. A shard is written as a whole, by a rename, and
+its checksum after it, so a process may be killed at any time. When filling is started again, shards
+with a correct checksum are kept and all others are written. The batches of a shard do not depend on
+other shards, so on the same machine a shard is reproduced bit for bit.
 """
 
 import json
@@ -60,21 +60,22 @@ def write_cache(
     say: Callable[[str], None] = lambda line: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> HiddenStateCache:
-    """Make a cache, or what is missing or damaged of it, and open it.
+    """Write the missing and damaged files of a cache, and open it.
 
     Args:
-        folder: Where; it need not exist.
-        identity: What it is of, from `identity_of`.
-        documents: Prepares the data; called only if something is missing.
-        load_pair: Loads both models to where they are to run; likewise.
-        form: Of what is stored, so that the size is known before weights are loaded.
-        shard_bytes: The most that one file holds.
+        folder: The cache's folder; it need not exist.
+        identity: The cache's identity, from `identity_of`.
+        documents: Prepares the data. Called only if a file is missing.
+        load_pair: Loads both models onto their devices. Called only if a file is missing.
+        form: Widths and dtypes of the cache, from which its size is known without weights.
+        shard_bytes: The maximal size of a shard.
         anyway: Write even if the disk's free space is too small.
-        say: Is given one line at a time for people.
-        progress: Is told kept positions that are there, and all of them.
+        say: Called with messages of one line.
+        progress: Called with (positions written, positions in all).
 
     Raises:
-        ConfigError: If the folder holds another cache or other files, or there is no room.
+        ConfigError: If the folder holds another cache or other files, the data has no response
+            token, or the free space is too small.
         CheckpointError: If the folder cannot be written to.
     """
     owner = identity | {"dtype": dtype_name(form.dtype), "shard_bytes": shard_bytes}
@@ -108,13 +109,13 @@ def write_cache(
 
 
 def stored_dtype(folder: Path) -> torch.dtype | None:
-    """What hidden states are stored in, in a cache that was begun; None if there is none."""
+    """Return the dtype of the hidden states of a cache, finished or not; None if there is none."""
     owner = read_json(folder / OWNER)
     return None if owner is None else getattr(torch, str(owner["dtype"]))
 
 
 def _is_whole(folder: Path, say: Callable[[str], None]) -> bool:
-    """Whether all files are there and right; the notes of those that are not are taken away."""
+    """Return whether all files are complete; delete the notes of those that are not."""
     manifest = read_json(folder / MANIFEST)
     if manifest is None:
         return False
@@ -129,7 +130,7 @@ def _is_whole(folder: Path, say: Callable[[str], None]) -> bool:
 
 
 class _Work:
-    """The files of one cache, made one by one by whoever claims them."""
+    """The files of one cache. Each is written by the process that claims it."""
 
     def __init__(
         self,
@@ -148,7 +149,7 @@ class _Work:
         self._since = time.time()
 
     def missing_bytes(self) -> int:
-        """Bytes of the files that are not there; a damaged one counts as there."""
+        """Return the bytes of the files that are missing; damaged files do not count."""
         counts = map(self._count, self._shards)
         sizes = [self._form.head_bytes, *(count * self._form.token_bytes for count in counts)]
         paths = self._paths()
@@ -159,8 +160,8 @@ class _Work:
         )
 
     def run(self, progress: Callable[[int, int], None]) -> None:
-        """Make what is missing, or wait for whoever makes it, until everything is there."""
-        pending = [-1, *range(len(self._shards))]  # −1 are the heads
+        """Write missing files, and wait for those that other processes write, until all exist."""
+        pending = [-1, *range(len(self._shards))]  # −1 is the file of the heads
         done = 0
         while pending:
             still = []
@@ -177,9 +178,8 @@ class _Work:
             pending = still
 
     def finish(self, owner: dict[str, Any]) -> None:
-        """Gather the notes of all files into the manifest."""
+        """Write the notes of all files into the manifest."""
         notes = {path.name: read_json(path.with_suffix(".json")) or {} for path in self._paths()}
-
         shards = [note for name, note in notes.items() if name != HEADS]
 
         facts = {
@@ -197,7 +197,9 @@ class _Work:
             },
         }
         write_bytes(self._folder / MANIFEST, json.dumps(facts, indent=2).encode())
-        for path in self._paths():  # nobody writes these any more: what is left, a kill has left
+
+        # All files are complete, so partial files are left from processes that were killed.
+        for path in self._paths():
             for partial in self._folder.glob(f".{path.stem}.*.partial"):
                 partial.unlink(missing_ok=True)
 
@@ -211,12 +213,12 @@ class _Work:
         return sum(len(self._documents[index].positions) for index in shard)
 
     def _ensure(self, index: int) -> None:
-        """Keep a file whose checksum is right, make it otherwise."""
+        """Write a file, unless it exists with a correct checksum."""
         path = self._path(index)
         note_path = path.with_suffix(".json")
         with suppress(FileNotFoundError):
             if note_path.stat().st_mtime >= self._since:
-                return  # made or checked by another process since this one began
+                return  # written or checked by another process since this one started
             if fault_of_file(path, read_json(note_path)) is None:
                 os.utime(note_path)
                 return
@@ -276,7 +278,10 @@ class _Work:
 
 
 def _batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Group documents of like length, of at most `_BATCH_TOKENS` tokens with padding."""
+    """Group documents of similar length into batches of at most `_BATCH_TOKENS` padded tokens.
+
+    A longer document is a batch of its own.
+    """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda index: lengths[index]):
         if not batches or (len(batches[-1]) + 1) * lengths[index] > _BATCH_TOKENS:
@@ -286,7 +291,7 @@ def _batches(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def _padded(documents: Sequence[Document], like: Tensor) -> dict[str, Tensor]:
-    """Token ids and their mask, each ``(B, T)``, padded on the right, on a tensor's device."""
+    """Return token ids and mask, each ``(B, T)``, padded on the right, on the device of `like`."""
     longest = max(len(document.tokens) for document in documents)
     ids = torch.zeros((len(documents), longest), dtype=torch.long)
     mask = torch.zeros_like(ids)

@@ -1,4 +1,4 @@
-"""The cache's folder: its files, how many bytes they take, and which process makes which."""
+"""The cache's folder: its files, their sizes, and the locks of the processes that write them."""
 
 import fcntl
 import hashlib
@@ -23,38 +23,38 @@ from flexalign.data.template import template_arguments
 from flexalign.errors import ConfigError
 
 OWNER = "cache.json"
-"""What the cache is of; written first."""
+"""The identity of the cache: its pair, data and settings. Written first."""
 
 MANIFEST = "manifest.json"
-"""All checksums and counts; written last, so a cache that has one was whole."""
+"""All checksums and counts. Written last, so a cache with a manifest was complete."""
 
 HEADS = "heads.safetensors"
 
 CLAIMS = ".claims"
-"""An empty file on whose bytes processes hold locks: one byte for each file that is made."""
+"""An empty file for locks: a process that writes a file of the cache locks one byte of it."""
 
 SHARD_BYTES = 128 * 2**20
-"""Hidden states in one file, at most; a document is never split."""
+"""The maximal size of a file of hidden states. A document is never split."""
 
 _GIB = 2**30
 
 
 def hidden_width(config: Any) -> int:
-    """Width of the hidden state that a model's head takes, from its configuration."""
+    """Return the width of the hidden states that a model's head takes."""
     text = config.get_text_config()
     return int(getattr(text, "word_embed_proj_dim", None) or text.hidden_size)
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a cache's size depends on, known before any weight is loaded.
+    """Widths and dtypes of a cache. They decide its size, and need no weights.
 
     Attributes:
-        widths: Of the two models' hidden states.
-        vocab_size: Tokens that both heads score.
+        widths: Widths of the two models' hidden states.
+        vocab_size: Number of tokens that both heads score.
         shared_head: Whether the pair has one head, as a base and an adapter on it have.
-        dtype: What hidden states are stored in.
-        head_dtype: What heads are stored in: as the models are loaded.
+        dtype: The dtype of stored hidden states.
+        head_dtype: The dtype of stored heads, which is that of the loaded models.
     """
 
     widths: tuple[int, int]
@@ -65,7 +65,7 @@ class Form:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one response token: both hidden states."""
+        """Bytes of both hidden states of one response token."""
         return sum(self.widths) * self.dtype.itemsize
 
     @property
@@ -76,17 +76,17 @@ class Form:
 
 
 def shard_name(index: int) -> str:
-    """Name of a shard's file."""
+    """Return the name of a shard's file."""
     return f"shard-{index:05d}.safetensors"
 
 
 def plan_shards(counts: Sequence[int], token_bytes: int, shard_bytes: int) -> list[range]:
-    """Cut documents, in order, into shards of at most `shard_bytes`, or of one document.
+    """Group documents, in order, into shards of at most `shard_bytes`, or of one document.
 
     Args:
-        counts: Kept positions of each document.
+        counts: Number of kept positions of each document.
         token_bytes: Bytes of one position: both hidden states.
-        shard_bytes: The most that a shard may hold.
+        shard_bytes: The maximal size of a shard.
 
     Returns:
         The documents' indices, one range for each shard.
@@ -104,15 +104,18 @@ def plan_shards(counts: Sequence[int], token_bytes: int, shard_bytes: int) -> li
 
 
 def require_room(folder: Path, size: int, *, anyway: bool) -> str:
-    """Compare what a cache still takes with the disk's free space, and put it into words.
+    """Compare the bytes that are still to be written with the disk's free space.
 
     Args:
-        folder: The cache's; it need not exist.
+        folder: The cache's folder; it need not exist.
         size: Bytes that are still to be written.
-        anyway: Go on even if they do not fit.
+        anyway: Do not raise if they do not fit.
+
+    Returns:
+        Both numbers, in words.
 
     Raises:
-        ConfigError: If they do not fit.
+        ConfigError: If they do not fit, unless `anyway` is set.
     """
     free = free_bytes(folder)
     need = f"the cache takes {size / _GIB:.3g} GiB more, and {free / _GIB:.3g} GiB are free"
@@ -125,7 +128,7 @@ def require_room(folder: Path, size: int, *, anyway: bool) -> str:
 
 
 def free_bytes(folder: Path) -> int:
-    """Free space of the disk that a folder is on, or will be."""
+    """Return the free bytes of the disk of a folder, which need not exist."""
     place = folder.absolute()
     while not place.exists():
         place = place.parent
@@ -134,17 +137,17 @@ def free_bytes(folder: Path) -> int:
 
 @contextmanager
 def claim(folder: Path, index: int) -> Iterator[bool]:
-    """Try to be the one process that makes a file; the claim ends with the block or the process.
+    """Try to lock a file of the cache for this process, until the end of the block or the process.
 
-    Where the file system has no locks, every claim succeeds: files are still made whole or not at
-    all, but two processes may make the same one.
+    On a file system without locks every claim succeeds. Two processes may then write the same file,
+    but each file is still written as a whole.
 
     Args:
-        folder: The cache's.
-        index: Which file: 0 for the heads, k + 1 for shard k.
+        folder: The cache's folder.
+        index: The file: 0 for the heads, k + 1 for shard k.
 
     Yields:
-        Whether nobody else holds it.
+        Whether no other process holds the lock.
     """
     handle = os.open(folder / CLAIMS, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -160,7 +163,7 @@ def claim(folder: Path, index: int) -> Iterator[bool]:
         os.close(handle)
 
 
-# One file of hidden states: how it is made whole, checked, and mapped into memory.
+# One file of hidden states: writing, checking, and mapping into memory.
 
 _DTYPES = {
     "F32": torch.float32,
@@ -172,17 +175,17 @@ _DTYPES = {
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Name of a dtype, such as ``bfloat16``."""
+    """Return the name of a dtype, such as ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], **facts: Any) -> None:
-    """Write tensors as safetensors, then a note beside them with their checksum.
+    """Write tensors as safetensors, then a JSON note with the file's checksum and size.
 
     Args:
-        path: The file; the note has its name with ``.json`` instead.
-        tensors: By name.
-        **facts: More for the note.
+        path: The file. The note's name has the suffix ``.json`` instead.
+        tensors: The tensors by name.
+        **facts: More entries of the note.
     """
     content = save(tensors)
     write_bytes(path, content)
@@ -191,7 +194,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], **facts: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Read a JSON object; None if it is not there or is none."""
+    """Read a JSON object; return None if there is no file, or it holds something else."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -200,7 +203,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def fault_of_file(path: Path, note: dict[str, Any] | None) -> str | None:
-    """Say what is wrong with a file that `save_tensors` wrote, or None if it is whole."""
+    """Return what is wrong with a file that `save_tensors` wrote; None if it is complete."""
     if note is None or not path.is_file():
         return f"{path.name} is missing"
     if path.stat().st_size != note.get("bytes"):
@@ -224,12 +227,12 @@ class _Place:
 
 
 class MappedShard:
-    """The tensors of a safetensors file, mapped: nothing is read before it is used."""
+    """The tensors of a safetensors file, mapped into memory and read on use."""
 
     def __init__(self, path: Path) -> None:
-        """Map a file whose checksum was found right."""
+        """Map a file; its checksum must have been verified."""
         with path.open("rb") as file:
-            # A private, writable map: torch takes no read-only memory. Nothing is ever written.
+            # A private, writable map, because torch takes no read-only memory. It is not written.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         head = int.from_bytes(self._map[:8], "little")
         header = json.loads(self._map[8 : 8 + head])
@@ -262,7 +265,7 @@ class MappedShard:
         return flat.view(shape)
 
     def will_need(self, name: str, start: int, count: int) -> None:
-        """Ask the system to begin reading rows; does not wait for them."""
+        """Ask the operating system to start reading rows, without waiting for them."""
         place = self._places[name]
         first = place.offset + start * place.row_bytes
         page = first - first % mmap.PAGESIZE
@@ -270,7 +273,7 @@ class MappedShard:
             self._map.madvise(mmap.MADV_WILLNEED, page, first - page + count * place.row_bytes)
 
 
-# What a cache is of, and whether that is what a run needs.
+# The identity of a cache, and whether it is the one that a run needs.
 
 _NAMES = {
     "pair": "the pair",
@@ -289,12 +292,12 @@ _NAMES = {
 def identity_of(
     pair: tuple[str | None, str | None], data: str, tokenizer: Any, args: Any
 ) -> dict[str, Any]:
-    """Gather everything that decides which hidden states a run needs.
+    """Return everything that decides which hidden states a run needs.
 
     Args:
         pair: Fingerprints of the reference and the aligned model.
         data: Fingerprint of the data set.
-        tokenizer: The pair's.
+        tokenizer: The pair's tokenizer.
         args: The run's ``TrRaConfig``.
     """
     template = chat_template_of(tokenizer, args.chat_template_path)
@@ -314,10 +317,15 @@ def identity_of(
 
 
 def require_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Make sure that a cache is of what is wanted.
+    """Check that a cache has the identity that a run needs.
+
+    Args:
+        folder: The cache's folder, for the message.
+        before: The cache's identity; it may have more keys.
+        now: The identity that the run needs.
 
     Raises:
-        ConfigError: If not; names what differs.
+        ConfigError: If they differ; names the differences.
     """
     unlike = [
         f"{_NAMES.get(name, name)} ({'; '.join(differences(before.get(name), now[name], name))})"

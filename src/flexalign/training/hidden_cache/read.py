@@ -1,4 +1,4 @@
-"""A finished cache: mapped into memory, read by document, in any order."""
+"""Reading a finished cache: mapped into memory, by document, in any order."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,16 +42,16 @@ class _Location:
 
 
 class HiddenStateCache:
-    """Both teachers' final hidden states and their heads, as `write_cache` left them.
+    """Both teachers' final hidden states and their heads, as `write_cache` wrote them.
 
     Attributes:
-        folder: Where it lies.
-        facts: Its manifest: what it is of (`pair`, `data`, `template`, …), `dtype`, `tokens`
+        folder: The cache's folder.
+        facts: Its manifest: the identity (`pair`, `data`, `template`, …), `dtype`, `tokens`
             (kept positions), `input_tokens`, `forward_seconds`, `bytes`.
     """
 
     def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
-        """Map a cache whose files are whole; `open` checks that."""
+        """Map a cache without checking its files; use `open` to check them."""
         self.folder, self.facts = folder, facts
         self._shard = lru_cache(maxsize=_OPEN_SHARDS)(self._map)
         self._index = dict(self._locate())
@@ -61,13 +61,13 @@ class HiddenStateCache:
         """Open a finished cache.
 
         Args:
-            folder: Where it lies.
-            verify: Read all files once and compare their checksums; of several processes, each
+            folder: The cache's folder.
+            verify: Read all files once and compare their checksums. Of several processes, each
                 reads its share.
 
         Raises:
             ConfigError: If there is no finished cache.
-            CheckpointError: If a file is missing or damaged; names it.
+            CheckpointError: If a file is missing or damaged; names the file.
         """
         folder = Path(folder)
         facts = read_json(folder / MANIFEST)
@@ -89,26 +89,26 @@ class HiddenStateCache:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that the heads score."""
+        """Number of tokens that the heads score."""
         return int(self.facts["heads"]["reference"]["vocab_size"])
 
     def require_same(self, identity: Mapping[str, Any]) -> None:
-        """Make sure that the cache is of a pair, a data set, a template and a cut-off.
+        """Check that the cache has the identity that a run needs, from `identity_of`.
 
         Raises:
-            ConfigError: If not; names what differs.
+            ConfigError: If they differ; names the differences.
         """
         require_same(self.folder, self.facts, identity)
 
     def require_all(self, rows: Any, what: str) -> None:
-        """Make sure that prepared rows are all there.
+        """Check that the cache has all documents of prepared rows.
 
         Args:
-            rows: A data set, several by name, or None.
-            what: What to call it in messages.
+            rows: A data set, a mapping of several, or None.
+            what: The data set's name in messages.
 
         Raises:
-            DataError: If one is not.
+            DataError: If a document is not in the cache.
         """
         if isinstance(rows, Mapping):
             for name, part in rows.items():
@@ -119,7 +119,7 @@ class HiddenStateCache:
                 self._location(document, f"row {number} of {what}")
 
     def heads(self, device: torch.device) -> Heads:
-        """Load both heads; one tensor where the pair shares its base."""
+        """Load both heads. If the pair shares its base, they are the same object."""
         mapped = MappedShard(self.folder / HEADS)
         heads: dict[str, Head] = {}
         for side, form in self.facts["heads"].items():
@@ -132,7 +132,7 @@ class HiddenStateCache:
         return Heads(**heads)
 
     def states(self, document: Document) -> States:
-        """Return a document's hidden states on mapped memory, which the system begins to read.
+        """Return a document's hidden states on mapped memory, and start reading them from disk.
 
         Raises:
             DataError: If the document is not in the cache.
@@ -144,7 +144,7 @@ class HiddenStateCache:
         return States(*(shard.rows(side, at.start, at.count) for side in States._fields))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the maps out: a worker process makes its own."""
+        """Leave out the memory maps; a worker process creates its own."""
         return {"folder": self.folder, "facts": self.facts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -180,28 +180,33 @@ class HiddenStateCache:
         return _Location(next(name for name in self.facts["files"] if name != HEADS), 0, 0)
 
 
-# From the cache into the batch: hidden states beside the tokens that they belong to.
+# From the cache into the batch.
 
 CACHED = "cached_states"
-"""The batch's entry: for each side a list of ``(N, H)``, one for each document in order."""
+"""The batch's key of hidden states: per teacher a list of ``(N, H)``, one per document, in order."""
 
 
 class CachedCollator:
-    """TRL's collator, and beside what it gives the hidden states of the same documents.
+    """TRL's collator, extended by the hidden states of the batch's documents.
 
-    In the training process they stay on mapped memory: the system reads ahead while earlier
-    batches are trained on, and nothing is held twice. A worker process, which reads ahead itself,
-    copies them.
+    In the training process the hidden states are not copied from mapped memory: the operating
+    system reads them while earlier batches are trained on. A data loader's worker process copies
+    them.
     """
 
     def __init__(
         self, collate: Callable[[Sequence[Any]], dict[str, Any]], cache: HiddenStateCache
     ) -> None:
-        """Join the two."""
+        """Create the collator.
+
+        Args:
+            collate: TRL's collator.
+            cache: The cache, which must have all documents of the rows.
+        """
         self._collate, self._cache = collate, cache
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Make a batch of prepared rows."""
+        """Return a batch of prepared rows, with the hidden states under `CACHED`."""
         found = [self._cache.states(document) for row in rows for document in documents_of(row)]
         sides = {side: [getattr(states, side) for states in found] for side in States._fields}
         if get_worker_info() is not None:
