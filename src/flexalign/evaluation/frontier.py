@@ -457,7 +457,7 @@ def draw_pareto(
     axes.spines[["top", "right"]].set_visible(False)
     if title:
         axes.set_title(title, fontsize=11)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(loc="lower right", frameon=False, fontsize=8)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
