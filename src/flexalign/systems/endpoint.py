@@ -5,7 +5,7 @@ import threading
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from functools import cached_property
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, Generic
 
 from flexalign.data.client import Endpoint, EndpointResponse
 from flexalign.data.thinking import ThinkingTags
@@ -69,11 +69,12 @@ class EndpointBackend:
         server = self.endpoint
 
         workers = min(self._options.concurrency, len(missing))
+        outcomes = _Outcomes(answered, given_up, max(_IN_A_ROW, workers))
         for _ in range(workers):
-            arguments = (server, waiting, answered, given_up)
+            arguments = (server, waiting, outcomes)
             threading.Thread(target=self._work, args=arguments, daemon=True).start()
         try:
-            yield from _collected(answered, len(missing), max(_IN_A_ROW, workers), self._url)
+            yield from _collected(answered, len(missing), outcomes.most_in_a_row, self._url)
         finally:
             given_up.set()
 
@@ -84,18 +85,17 @@ class EndpointBackend:
         self,
         server: Endpoint,
         waiting: "SimpleQueue[Asked]",
-        answered: "SimpleQueue[tuple[Asked, Answer | Failure] | BaseException]",
-        given_up: threading.Event,
+        outcomes: "_Outcomes[Asked]",
     ) -> None:
-        while not given_up.is_set():
+        while not outcomes.given_up.is_set():
             try:
                 request = waiting.get_nowait()
             except Empty:
                 return
             try:
-                answered.put((request, self._ask(server, request)))
+                outcomes.put(request, self._ask(server, request))
             except BaseException as error:
-                answered.put(error)
+                outcomes.answered.put(error)
                 return
 
     def _ask(self, server: Endpoint, request: Request) -> Answer | Failure:
@@ -171,6 +171,32 @@ class EndpointBackend:
             timeout_seconds=options.timeout_seconds,
             api_key=options.api_key,
         )
+
+
+class _Outcomes(Generic[Asked]):
+    """The outcomes in the order in which they came, and whether the server is given up.
+
+    The workers count the failures themselves: whoever reads the outcomes may be grading while a
+    server that is down refuses one request after the other.
+    """
+
+    def __init__(
+        self,
+        answered: "SimpleQueue[tuple[Asked, Answer | Failure] | BaseException]",
+        given_up: threading.Event,
+        most_in_a_row: int,
+    ) -> None:
+        self.answered, self.given_up, self.most_in_a_row = answered, given_up, most_in_a_row
+        self._lock = threading.Lock()
+        self._in_a_row = 0
+
+    def put(self, request: Asked, answer: Answer | Failure) -> None:
+        """Add an outcome; the server is given up when too many in a row have failed."""
+        with self._lock:
+            self._in_a_row = self._in_a_row + 1 if isinstance(answer, Failure) else 0
+            self.answered.put((request, answer))
+            if self._in_a_row >= self.most_in_a_row:
+                self.given_up.set()
 
 
 def _collected(
