@@ -1,4 +1,4 @@
-"""Data formats in, TRL data sets out; thinking tags; the making of traces."""
+"""Reading of data formats into TRL's form, rendering, thinking tags, and sampling of traces."""
 
 from flexalign.data.formats import data_fingerprint, load_preferences, load_prompts, load_traces
 from flexalign.data.rendering import Lengths, measure_lengths, split_tokens

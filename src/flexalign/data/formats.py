@@ -1,9 +1,9 @@
-"""Data formats in, one form out: TRL's prompt–completion, conversational or plain.
+"""Readers of data formats; all rows become TRL's prompt–completion form.
 
-Recognised are TRL's forms (`prompt` + `completion`, `messages`, `text`), ShareGPT
-(`conversations` of `from`/`value`) and Alpaca (`instruction`, `input`, `output`). Everything
-becomes a `prompt` and a `completion`, so that TRL's completion-only loss counts the response and
-nothing else.
+The formats are TRL's (`prompt` + `completion`, `messages`, `text`), ShareGPT (`conversations` of
+`from`/`value`) and Alpaca (`instruction`, `input`, `output`). Every row becomes a `prompt` and a
+`completion`, both messages or both text, so that TRL's completion-only loss counts the response
+only.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from flexalign.data.files import BadRow, Row, read_rows
 from flexalign.data.template import REASONING_KEYS, reasoning_of
 from flexalign.errors import DataError
 
-# One row of any known format, read as a prompt and a completion.
+# One row of any known format.
 
 Messages = list[dict[str, str]]
 """A conversation in TRL's form: dictionaries with `role` and `content`."""
@@ -44,17 +44,18 @@ _PROMPT_FORMS = "prompt, problem, question, instruction, messages or conversatio
 
 
 class Unusable(Exception):  # noqa: N818 (a finding about one row, never seen by a user)
-    """Why a row cannot be used; collected by the reader, which knows the line."""
+    """The reason why a row cannot be used; the loader catches it and adds the row's place."""
 
 
 def trace_row(row: dict[str, Any]) -> dict[str, Any]:
     """Read a row as a prompt with its response.
 
     Returns:
-        `prompt` and `completion`, both messages or both text, and `answer` if the row has one.
+        `prompt` and `completion`, both messages or both text; `answer` if the row has one; and
+        `response_ids`, `rendering` and `truncated` where the response was sampled.
 
     Raises:
-        Unusable: If it is of no known form, or a part is missing or empty.
+        Unusable: If the row has no known form, or a part is missing or empty.
     """
     if "prompt" in row and "completion" in row:
         prompt, completion = _text_or_messages(row, "prompt"), _text_or_messages(row, "completion")
@@ -76,6 +77,7 @@ def trace_row(row: dict[str, Any]) -> dict[str, Any]:
         prompt, completion = "", _text(row, "text")
     else:
         raise Unusable(f"unknown fields {_names(row)}; expected {_TRACE_FORMS}")
+
     if isinstance(completion, list) and any(m["role"] == "user" for m in completion):
         raise Unusable("the completion has a message of role 'user'")
     if isinstance(prompt, list) and not prompt:
@@ -93,13 +95,14 @@ def trace_row(row: dict[str, Any]) -> dict[str, Any]:
 def preference_row(row: dict[str, Any]) -> dict[str, Any]:
     """Read a row as a prompt with a chosen and a rejected response.
 
-    Of two conversations without a `prompt`, what comes before the last message is the prompt.
+    If a row has no `prompt` and its responses are conversations, the messages before the last
+    one are the prompt; they must be the same in both.
 
     Returns:
         `prompt`, `chosen` and `rejected`, all messages or all text.
 
     Raises:
-        Unusable: If it is of another form, or a part is missing or empty.
+        Unusable: If the row has another form, or a part is missing or empty.
     """
     if "chosen" not in row or "rejected" not in row:
         raise Unusable(f"unknown fields {_names(row)}; expected chosen and rejected")
@@ -112,6 +115,7 @@ def preference_row(row: dict[str, Any]) -> dict[str, Any]:
             raise Unusable("chosen and rejected differ before their last message")
     else:
         raise Unusable("a preference in plain text needs a prompt")
+
     if len({isinstance(part, str) for part in (prompt, chosen, rejected)}) > 1:
         raise Unusable("of prompt, chosen and rejected some are text and others messages")
     if isinstance(prompt, list) and not prompt:
@@ -126,7 +130,7 @@ def prompt_row(row: dict[str, Any]) -> dict[str, Any]:
         `prompt`, messages or text, and `answer` if the row has one.
 
     Raises:
-        Unusable: If it is of no known form, or its prompt is missing or empty.
+        Unusable: If the row has no known form, or its prompt is missing or empty.
     """
     prompt: str | Messages
     if (messages := _conversation(row)) is not None:
@@ -141,6 +145,7 @@ def prompt_row(row: dict[str, Any]) -> dict[str, Any]:
         prompt = [_message("user", _text(row, key))]
     else:
         raise Unusable(f"unknown fields {_names(row)}; expected {_PROMPT_FORMS}")
+
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
         raise Unusable("the prompt ends with the assistant's message; nothing is left to answer")
     return {"prompt": prompt} | _answer(row)
@@ -169,6 +174,7 @@ def _text(row: dict[str, Any], key: str) -> str:
 
 
 def _valid(where: str, text: str) -> str:
+    """Return a text that can be encoded as UTF-8, which Arrow needs."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -184,6 +190,7 @@ def _messages(row: dict[str, Any], key: str) -> Messages:
 
 
 def _normal_message(where: str, message: Any) -> dict[str, str]:
+    """Return a message with `role`, `content`, its thinking and its other fields of text."""
     if not isinstance(message, dict):
         raise Unusable(f"{where} is not a message with a role and a content")
     role = message.get("role", message.get("from"))
@@ -191,6 +198,7 @@ def _normal_message(where: str, message: Any) -> dict[str, str]:
         raise Unusable(f"{where} has the unknown role {role!r}")
     if message.get("tool_calls"):
         raise Unusable(f"{where} calls tools, which is not supported")
+
     content = message.get("content", message.get("value"))
     if isinstance(content, list):
         content = _joined_parts(where, content)
@@ -198,6 +206,7 @@ def _normal_message(where: str, message: Any) -> dict[str, str]:
         content = ""
     if not isinstance(content, str):
         raise Unusable(f"{where} has no text")
+
     known = {"role", "from", "content", "value", *REASONING_KEYS}
     extras = {
         key: value for key, value in message.items() if key not in known and isinstance(value, str)
@@ -225,6 +234,7 @@ def _alpaca_prompt(row: dict[str, Any]) -> Messages:
 
 
 def _with_system(row: dict[str, Any], messages: Messages) -> Messages:
+    """Put a row's `system` field before its messages, unless they begin with a system message."""
     system = row.get("system")
     if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
         return [_message("system", _valid("system", system)), *messages]
@@ -236,6 +246,7 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 
 def _answer(row: dict[str, Any]) -> dict[str, str]:
+    """Return a row's reference answer as text; empty if there is none."""
     answer = row.get("answer")
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         return {}
@@ -243,9 +254,9 @@ def _answer(row: dict[str, Any]) -> dict[str, str]:
 
 
 def _sampled(row: dict[str, Any]) -> dict[str, Any]:
-    """Read what `flexalign sample` tells of a response beside its text.
+    """Read the fields that `flexalign sample` writes beside a response's text.
 
-    What a response was sampled after is kept as text: columns have one form for all rows.
+    `rendering` is kept as JSON text, because a column must have the same type in all rows.
     """
     told: dict[str, Any] = {}
     ids = row.get("response_ids")
@@ -265,23 +276,27 @@ def _names(row: dict[str, Any]) -> str:
     return ", ".join(sorted(map(str, row))[:8]) or "(none)"
 
 
+# Whole files.
+
 _SHOWN = 5
+"""How many bad rows an error message names."""
 
 
 def load_traces(path: str | Path, *, skip_bad_rows: bool = False) -> Dataset:
     """Load prompts with their responses.
 
-    Of a conversation the last assistant message is the completion and all before it the prompt.
-    A row of `text` alone is all completion, after an empty prompt.
+    In a conversation the last message must be the assistant's: it is the completion, and the
+    messages before it are the prompt. A row with `text` only has an empty prompt, and the text is
+    its completion.
 
     Args:
         path: A JSONL, JSON or Parquet file, or a saved Hugging Face data set.
-        skip_bad_rows: Leave bad rows out, with a warning that counts them, instead of stopping.
+        skip_bad_rows: Leave bad rows out with a warning that counts them; otherwise they raise.
 
     Returns:
-        A data set with `prompt` and `completion`, both lists of messages or both text, and, where
-        any row has one, `answer` (text or None), and, of sampled responses, `response_ids`,
-        `rendering` and `truncated`.
+        A data set with `prompt` and `completion`, both lists of messages or both text. Where any
+        row has them, it also has the columns `answer` (text or None) and, of sampled responses,
+        `response_ids`, `rendering` and `truncated`.
 
     Raises:
         DataError: If the file cannot be read, has no usable row, or has bad rows (the first few
@@ -309,9 +324,9 @@ def load_preferences(path: str | Path, *, skip_bad_rows: bool = False) -> Datase
 def load_prompts(path: str | Path, *, skip_bad_rows: bool = False) -> Dataset:
     """Load prompts to be answered.
 
-    A `prompt` that is text is given to the model as it is; `problem`, `question`, `instruction`
-    (with `input`), `messages` and `conversations` become messages, for the chat template. A
-    response that a row already has is left away.
+    A `prompt` that is text is given to the model unchanged. `problem`, `question`, `instruction`
+    (with `input`), `messages` and `conversations` become messages for the chat template. A
+    response that a row already has is left out.
 
     Args:
         path: As in `load_traces`.
@@ -342,6 +357,7 @@ def data_fingerprint(dataset: Dataset) -> str:
 def _load(
     path: Path, normalise: Callable[[dict[str, Any]], dict[str, Any]], skip_bad_rows: bool
 ) -> Dataset:
+    """Read a file and normalise its rows; raise or warn if there are bad ones."""
     good, bad = _sort_out(read_rows(path), normalise)
     if not good and not bad:
         raise DataError(f"{path}: the data set is empty; nothing to work on.")
@@ -354,6 +370,8 @@ def _load(
         raise DataError(f"{path}: {_describe(bad, len(good) + len(bad))}\n{remedy}")
     if bad:
         warnings.warn(f"{path}: skipped: {_describe(bad, len(good) + len(bad))}", stacklevel=3)
+
+    # A column that one row has must be in all rows.
     for name in ("answer", "response_ids", "rendering", "truncated"):
         if any(name in row for row in good):
             good = [{**row, name: row.get(name)} for row in good]

@@ -1,9 +1,9 @@
-"""Rows as token ids: a response is trained in the very context in which it is written.
+"""Rows as token ids: a response is trained in the same context in which inference writes it.
 
-The prompt is what the chat template renders where a response is asked for, by the very call that
-generation and serving make. The response is what the model has to write from there: sampled
-responses by their own token ids, responses from elsewhere fitted to the opening. After it comes
-the token with which the template ends a response, and nothing else. One function,
+The prompt is the text that the chat template renders where a response is asked for, with the same
+call that generation and serving make. The response is the text that the model must write after
+it. A sampled response keeps its own token ids; any other response is fitted to the opening. The
+token with which the template ends a response follows, and nothing else. One function,
 :meth:`Rendering.row`, does this for training, the hidden-state cache, previews and counts.
 """
 
@@ -35,11 +35,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Prompt = str | list[dict[str, Any]]
-"""Text that the model goes on from as it is, or messages for the chat template."""
+"""Text that the model continues without a chat template, or messages for the chat template."""
 
 
 class Opening(Enum):
-    """Where a prompt leaves the thinking."""
+    """The state of the thinking at the end of a prompt.
+
+    `FREE`: the response may begin a thinking. `OPENED`: the prompt ends inside a thinking, so the
+    response begins inside it. `CLOSED`: the prompt has closed the thinking, so the response is an
+    answer.
+    """
 
     FREE = "free"
     OPENED = "opened"
@@ -48,12 +53,12 @@ class Opening(Enum):
 
 @dataclass(frozen=True)
 class RenderedPrompt:
-    """What a model is given.
+    """A prompt as text and token ids.
 
     Attributes:
         text: The prompt as text.
         ids: Its token ids.
-        opening: Where it leaves the thinking.
+        opening: The state of the thinking at its end.
         stop_id: The token that ends a response to it; None if the tokenizer has none.
     """
 
@@ -68,9 +73,9 @@ class RenderedRow:
     """A prompt with its response, as trainers take it.
 
     Attributes:
-        prompt: What the model is given; the loss leaves it out.
-        response_ids: What it has to write, the stop token included where the response is whole.
-        text: The same as text, without the stop token.
+        prompt: The prompt; the loss does not count its tokens.
+        response_ids: The token ids of the response, with the stop token if the response is whole.
+        text: The response as text, without the stop token.
         is_whole: Whether the response ends with the stop token.
     """
 
@@ -81,7 +86,7 @@ class RenderedRow:
 
     @property
     def input_ids(self) -> list[int]:
-        """Prompt and response."""
+        """The token ids of the prompt, then those of the response."""
         return self.prompt.ids + self.response_ids
 
     @property
@@ -93,14 +98,14 @@ class RenderedRow:
 class Rendering:
     """Renders prompts and rows with one tokenizer, as inference does.
 
-    Template arguments and thinking markers that are bound to the tokenizer's chat template
-    (:func:`flexalign.data.template.bind_template`) are in force.
+    It uses the template arguments and thinking markers that are bound to the tokenizer's chat
+    template (:func:`flexalign.data.template.bind_template`).
     """
 
     def __init__(
         self, tokenizer: "PreTrainedTokenizerBase", tags: ThinkingTags | None = None
     ) -> None:
-        """Render with a tokenizer; the thinking tags are its own if not given."""
+        """Render with a tokenizer; if no tags are given, they are read from the tokenizer."""
         self.tokenizer = tokenizer
         self._tags = tags
 
@@ -110,20 +115,22 @@ class Rendering:
         return self._tags or ThinkingTags.of(self.tokenizer)
 
     def prompt(self, prompt: Prompt, **arguments: Any) -> RenderedPrompt:
-        """Render what a model is given.
+        """Render a prompt.
 
         Args:
             prompt: Text, or messages for the chat template.
-            **arguments: Template arguments of this call, above those that are bound.
+            **arguments: Template arguments of this call; they override those that are bound.
 
         Raises:
-            DataError: If there is no chat template for messages, or it refuses them, leaves one
-                out, or cannot ask for a response.
+            DataError: If the prompt is messages and there is no chat template, or the template
+                refuses the messages, leaves one out, or renders no generation prompt.
         """
         if isinstance(prompt, str):
+            # Plain text: no template, so the tokenizer adds its own special tokens.
             opening = Opening.OPENED if self.tags.opened_by(prompt) else Opening.FREE
             ids = self._encode(prompt, add_special_tokens=True)
             return RenderedPrompt(prompt, ids, opening, self.tokenizer.eos_token_id)
+
         text = render_chat(self.tokenizer, prompt, add_generation_prompt=True, **arguments)
         return RenderedPrompt(
             text, self._encode(text), self._opening(prompt, text), self._stop_id(arguments)
@@ -135,10 +142,12 @@ class Rendering:
         Args:
             row: `prompt` and `completion`, as `load_traces` returns them, with `response_ids` and
                 `truncated` where the response was sampled.
-            number: The row's, for messages.
+            number: The row's number from 1, for error messages.
 
         Raises:
-            DataError: If the response cannot be trained where it would be asked for.
+            DataError: If the prompt cannot be rendered, the response was sampled with another
+                rendering or vocabulary, it cannot follow the prompt, or it contains the stop
+                token.
         """
         try:
             prompt = self.prompt(row["prompt"])
@@ -175,35 +184,43 @@ class Rendering:
         return cast("list[int]", list(ids))
 
     def _stop_id(self, arguments: Mapping[str, Any]) -> int | None:
-        """Return the template's own stop token; a template that shows none leaves it to EOS."""
+        """Return the id of the template's stop token, or of EOS if the template shows none."""
         stop = shape_of(self.tokenizer, **arguments).stop
         if stop is None:
             return cast("int | None", self.tokenizer.eos_token_id)
         return cast("int", self.tokenizer.convert_tokens_to_ids(stop))
 
     def _opening(self, messages: list[dict[str, Any]], text: str) -> Opening:
-        """Find where a rendered prompt leaves the thinking, after the last message's content."""
+        """Find the state of the thinking in the text after the last message's content."""
         end = text
         for message in reversed(messages):
             content = message.get("content")
             if isinstance(content, str) and (said := content.strip()) and said in text:
                 end = text[text.rindex(said) + len(said) :]
                 break
+
         if self.tags.opened_by(end):
             return Opening.OPENED
         return Opening.CLOSED if self.tags.close in end else Opening.FREE
 
     def _require_sampled_here(self, row: Mapping[str, Any], number: int) -> None:
-        """Refuse a response that was sampled after another rendering of its prompt."""
+        """Check that a sampled response belongs to this rendering and vocabulary.
+
+        Raises:
+            DataError: If the row was sampled with another template, other template arguments, or,
+                where it has token ids, another vocabulary.
+        """
         told = row.get("rendering")
         if not told:
             return
         there = json.loads(told) if isinstance(told, str) else told
         here = self._record if not isinstance(row["prompt"], str) else {}
+
         for name, why in _DIFFERENCES.items():
             if name in here and name in there and here[name] != there[name]:
                 was, now = (json.dumps(each[name]) for each in (there, here))
                 raise DataError(f"row {number}: {why.format(was=was, now=now)}")
+
         if row.get("response_ids") is not None:
             vocabulary = self._vocabulary
             if there.get("vocabulary", vocabulary) != vocabulary:
@@ -221,15 +238,20 @@ class Rendering:
     def _vocabulary(self) -> str:
         return vocabulary_hash(self.tokenizer)
 
-    # A response from elsewhere, fitted to the opening.
+    # Responses that were not sampled here, fitted to the opening.
 
     def _fitted(
         self, completion: Prompt, prompt: RenderedPrompt, truncated: bool, number: int
     ) -> tuple[str, bool]:
-        """Return what the model has to write from the prompt on, and whether it is whole."""
+        """Return the text that the model must write after the prompt, and whether it is whole.
+
+        Raises:
+            DataError: If the response has a thinking and the prompt has closed it.
+        """
         stop = "" if prompt.stop_id is None else self.tokenizer.decode([prompt.stop_id])
         if isinstance(completion, str):
             return (completion.removesuffix(stop) if stop else completion), not truncated
+
         message = completion[-1]
         text = message.get("content") or ""
         text = text.removesuffix(stop) if stop else text
@@ -241,6 +263,7 @@ class Rendering:
                 "the response begins; set `template: {enable_thinking: true}`, or train on the "
                 "answers alone with strip_thinking."
             )
+
         is_whole = parts.closed and not truncated
         shape = shape_of(self.tokenizer)
         if not (parts.thinking.strip() or not parts.closed):
@@ -251,39 +274,45 @@ class Rendering:
             written += answer if parts.closed else ""
         else:
             written = self._thinking_written(text, parts, prompt, is_own=not reasoning)
+
         return written + (shape.ending if is_whole else ""), is_whole
 
     def _parts(self, text: str, reasoning: str, opening: Opening, truncated: bool) -> Split:
-        """Tell thinking and answer of a response apart."""
-        opened = opening is Opening.OPENED and truncated  # else it would have closed the thinking
+        """Split a response into thinking and answer; `reasoning` is the thinking given apart."""
+        # A whole response without a closing tag is an answer, even after an opened thinking.
+        opened = opening is Opening.OPENED and truncated
         split = split_any(text, self.tags, opened=opened and not reasoning)
         if not reasoning:
             return split
         return Split(reasoning, split.answer, bool(split.answer.strip()) or not truncated)
 
     def _answer_written(self, text: str, parts: Split, opening: Opening) -> str:
-        """Write a response without thinking; an opened thinking is closed first."""
+        """Write a response without thinking; if the prompt has opened one, close it first."""
         shape = shape_of(self.tokenizer)
         if opening is Opening.OPENED:
             start = shape.answer_start or shape.thinking_end or self._default_end
             return start + self._trimmed(parts.answer.lstrip())
         if opening is Opening.FREE and shape.thinking_end is None:
-            return (shape.answer_start or "") + self._trimmed(text)  # as it is, with its own tags
+            return (shape.answer_start or "") + self._trimmed(text)  # tags in the text stay
         answer = parts.answer if parts.answer == text else parts.answer.lstrip()
         return (shape.answer_start or "") + self._trimmed(answer)
 
     def _thinking_written(
         self, text: str, parts: Split, prompt: RenderedPrompt, *, is_own: bool
     ) -> str:
-        """Write a response with thinking where the template shows no way of its own."""
+        """Write a response with thinking where the template does not show how.
+
+        `is_own` is true where the thinking is part of the text, not given beside it.
+        """
         is_opened = prompt.opening is Opening.OPENED
         before = "" if is_opened else shape_of(self.tokenizer).answer_start or ""
         if is_own and (self.tags.close in text or text.lstrip().startswith(self.tags.open)):
             written = text
-            if is_opened:  # the tag stands in the prompt, and white space after it may
+            if is_opened:  # the prompt has the tag, and perhaps the white space after it
                 written = text.lstrip().removeprefix(self.tags.open)
                 written = written.lstrip() if prompt.text[-1:].isspace() else written
             return before + self._trimmed(written)
+
         start = "" if is_opened else f"{before}{self.tags.open}\n"
         thinking = parts.thinking.strip() if parts.closed else parts.thinking.lstrip()
         answer = self._default_end + self._trimmed(parts.answer.lstrip()) if parts.closed else ""
@@ -291,18 +320,25 @@ class Rendering:
 
     @property
     def _default_end(self) -> str:
-        """What closes a thinking where the template shows no way of its own."""
+        """The text that closes a thinking where the template does not show it."""
         return f"\n{self.tags.close}" + ("\n\n" if self.tags.close.startswith("<") else "")
 
     def _trimmed(self, text: str) -> str:
+        """Remove the white space around a text if the template does so."""
         return text.strip() if shape_of(self.tokenizer).trims else text
 
     def _continuation(self, prompt: RenderedPrompt, text: str, number: int) -> list[int]:
-        """Tokenize a response so that its prompt's tokens stay those that inference has."""
+        """Tokenize a response so that the prompt has the same tokens as at inference.
+
+        Raises:
+            DataError: If the tokenizer cannot tokenize the response apart from the prompt.
+        """
         before, whole = self._encode(prompt.text), self._encode(prompt.text + text)
         if whole[: len(before)] == before:
             return whole[len(before) :]
-        # The two merge where they meet, and a model that is asked has the prompt's end as it is.
+
+        # The prompt's last token merges with the response. At inference the prompt is tokenized
+        # alone, so the response is tokenized alone too.
         alone = self._encode(text)
         begins = self.tokenizer.convert_ids_to_tokens(alone[:1])
         if begins and str(begins[0]).startswith(_WORD_START) and not text[:1].isspace():
@@ -314,7 +350,7 @@ class Rendering:
 
 
 _WORD_START = "▁"
-"""How SentencePiece marks a word's beginning, which it puts before any text that stands alone."""
+"""SentencePiece's mark of a word's beginning; it is added before any text tokenized alone."""
 
 _DIFFERENCES = {
     "arguments": "its response was sampled with the template arguments {was}, and {now} are in "
@@ -325,12 +361,12 @@ _DIFFERENCES = {
 
 
 def bind_as_sampled(tokenizer: "PreTrainedTokenizerBase", dataset: "Dataset") -> None:
-    """Bind the template arguments that traces were sampled with, for what only reads them.
+    """Bind the template arguments that traces were sampled with, for commands that only read them.
 
     Args:
-        tokenizer: Changed in place; stays as it is if the rows tell no arguments.
-        dataset: As `load_traces` returns it; rows with other arguments than the first are refused
-            when they are rendered.
+        tokenizer: Changed in place; not changed if the rows record no arguments.
+        dataset: As `load_traces` returns it. The first row with a record decides; rows with other
+            arguments are refused when they are rendered.
     """
     told = dataset["rendering"] if "rendering" in dataset.column_names else []
     first: dict[str, Any] = next((json.loads(each) for each in told if each), {})
@@ -339,7 +375,7 @@ def bind_as_sampled(tokenizer: "PreTrainedTokenizerBase", dataset: "Dataset") ->
 
 
 def rendering_record(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """What decides how a prompt is rendered: kept beside what was sampled, trained or cached.
+    """Return what a prompt's rendering depends on, to be kept with traces, models and caches.
 
     Returns:
         `template`, the hash of the chat template without its arguments (None for none), and
@@ -349,7 +385,7 @@ def rendering_record(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
 
 
 def vocabulary_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Hash which token has which id: 16 hexadecimal digits."""
+    """Hash the vocabulary, tokens with their ids, to 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for token, index in sorted(tokenizer.get_vocab().items()):
         digest.update(f"{token}\0{index}\n".encode(errors="surrogatepass"))
@@ -360,12 +396,15 @@ def vocabulary_hash(tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def chat_template_of(tokenizer: "PreTrainedTokenizerBase", path: str | None) -> Any:
-    """Return the chat template that training is going to use.
+    """Return the chat template that training will use.
 
     Args:
         tokenizer: The model's own.
-        path: ``chat_template_path``: a template's file, or a model with another one; None for the
-            tokenizer's own.
+        path: ``chat_template_path``: the file of a template, or a model that has one; None for
+            the tokenizer's own.
+
+    Returns:
+        The text of one template, a mapping from names to texts, or None.
     """
     if path is None:
         return tokenizer.chat_template
@@ -389,11 +428,11 @@ def render_chat(
         tokenizer: The model's.
         messages: A conversation.
         add_generation_prompt: Whether a response is asked for.
-        **arguments: Template arguments of this call, above those that are bound.
+        **arguments: Template arguments of this call; they override those that are bound.
 
     Raises:
-        DataError: If it has none, its template refuses the messages, or, where a response is asked
-            for, the template loses one of them or cannot ask.
+        DataError: If the tokenizer has no template, the template refuses the messages, or, where
+            a response is asked for, it leaves a message out or renders no generation prompt.
     """
     from jinja2 import TemplateError
 
@@ -402,6 +441,7 @@ def render_chat(
             "the data are conversations, but the tokenizer has no chat template; "
             "give prompts and completions as plain text, or a tokenizer with a template."
         )
+
     try:
         shape = shape_of(tokenizer, **arguments)
         tags = ThinkingTags.of(tokenizer)
@@ -411,6 +451,7 @@ def render_chat(
         )
     except TemplateError as error:
         raise _refusal(messages, error) from error
+
     if add_generation_prompt:
         if not shape.has_generation_prompt and (shape.answer_start or "").strip():
             raise DataError(
@@ -435,7 +476,7 @@ def _conversation_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    """Return the tokens that end a response: the chat template's own, and EOS."""
+    """Return the ids of the tokens that end a response: the chat template's stop token, and EOS."""
     stops = [tokenizer.eos_token_id]
     if getattr(tokenizer, "chat_template", None):
         try:
@@ -448,10 +489,10 @@ def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 
 def plain_prompt(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]]) -> str:
-    """Render a prompt so that tokenizing the text gives what the chat template gives.
+    """Render a prompt so that tokenizing the text gives the same ids as the chat template.
 
-    A template often begins with the BOS token, which the tokenizer then adds to plain text a
-    second time; it is left out here where that happens.
+    Many templates write the BOS token, and the tokenizer adds another one to plain text. Where
+    both do, the template's is removed.
 
     Raises:
         DataError: As in `render_chat`.
@@ -467,7 +508,7 @@ def plain_prompt(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, 
     return text
 
 
-# How long the rows are, in tokens, and what a cut-off does to them.
+# The lengths of rows in tokens, and the effect of a cut-off.
 
 
 @dataclass(frozen=True)
@@ -475,11 +516,11 @@ class Lengths:
     """The lengths of a data set's rows, in tokens.
 
     Attributes:
-        rows: Rows measured.
-        kept: Rows of which at least one response token lies within the cut-off.
-        truncated: Of those, the rows whose response the cut-off shortens.
-        prompt_tokens: All prompt tokens within the cut-off.
-        response_tokens: All response tokens within the cut-off: what the loss counts.
+        rows: Number of rows.
+        kept: Number of rows whose prompt is shorter than the cut-off.
+        truncated: Number of those whose response the cut-off shortens.
+        prompt_tokens: Prompt tokens of all rows within the cut-off.
+        response_tokens: Response tokens of all rows within the cut-off, which the loss counts.
         longest: Tokens of the longest row, before the cut-off.
         shortest: Tokens of the shortest row, before the cut-off.
     """
@@ -500,7 +541,7 @@ class Lengths:
 def measure_lengths(
     dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase", max_length: int | None
 ) -> Lengths:
-    """Count tokens as TRL's trainer will: with the chat template, or plain text with EOS.
+    """Count tokens as training counts them, with the rendering of :class:`Rendering`.
 
     Args:
         dataset: Prompts and completions, as `load_traces` returns them.
@@ -508,11 +549,12 @@ def measure_lengths(
         max_length: The cut-off in tokens, prompt and response together; None for none.
 
     Raises:
-        DataError: If no row fits the cut-off whole, or if the chat template leaves a part of a
-            response out.
+        DataError: If the data set is empty, every row is longer than the cut-off, or a row cannot
+            be rendered.
     """
     if len(dataset) == 0:
         raise DataError("the data set is empty; nothing to work on.")
+
     parts = split_tokens(dataset, tokenizer)
     sizes = [(len(prompt), len(response)) for prompt, response in parts]
     lengths = [prompt + response for prompt, response in sizes]
@@ -523,6 +565,7 @@ def measure_lengths(
             f"(the shortest has {min(lengths)}, the longest {max(lengths)}); "
             "raise max_length or use shorter data."
         )
+
     return Lengths(
         rows=len(sizes),
         kept=sum(prompt < cut for prompt, _ in sizes),
@@ -537,14 +580,14 @@ def measure_lengths(
 def split_tokens(
     dataset: "Dataset", tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Render rows, and split each into prompt and response.
+    """Render rows, and yield the token ids of each prompt and response.
 
     Args:
         dataset: As in `measure_lengths`.
         tokenizer: The model's own.
 
     Yields:
-        The prompt's token ids (which the loss leaves out) and the response's (which it counts).
+        The token ids of the prompt, which the loss does not count, and those of the response.
 
     Raises:
         DataError: If a row cannot be rendered.
@@ -555,19 +598,19 @@ def split_tokens(
         yield rendered.prompt.ids, rendered.response_ids
 
 
-# Data sets as trainers take them: token ids, so that nothing is rendered again.
+# Data sets as trainers take them: token ids, so that TRL renders nothing.
 
 
 def tokenize_rows(dataset: Any, tokenizer: "PreTrainedTokenizerBase") -> Any:
-    """Turn prompts with responses into token ids and the mask of what is trained on.
+    """Turn prompts with responses into token ids and a mask of the response.
 
     Args:
-        dataset: As in `measure_lengths`; one that is read as it goes (`IterableDataset`) too.
+        dataset: As in `measure_lengths`, or an `IterableDataset` of such rows.
         tokenizer: The model's own.
 
     Returns:
-        A data set of `input_ids` and `completion_mask`; the one given if it has no `prompt` and
-        `completion`.
+        A data set of `input_ids` and `completion_mask` (1 at the response's tokens, 0 at the
+        prompt's). A data set without `prompt` and `completion` is returned unchanged.
 
     Raises:
         DataError: If a row cannot be rendered.
@@ -592,8 +635,8 @@ def tokenize_preferences(dataset: Any, tokenizer: "PreTrainedTokenizerBase") -> 
         tokenizer: The model's own.
 
     Returns:
-        A data set of `prompt_ids`, `chosen_ids` and `rejected_ids`; the one given if it has no
-        `prompt`, `chosen` and `rejected`.
+        A data set of `prompt_ids`, `chosen_ids` and `rejected_ids`. A data set without `prompt`,
+        `chosen` and `rejected` is returned unchanged.
 
     Raises:
         DataError: If a row cannot be rendered.
@@ -628,7 +671,8 @@ def _mapped(dataset: Any, render: Any, columns: list[str]) -> Any:
     options: dict[str, Any] = {"with_indices": True, "remove_columns": columns}
     if isinstance(dataset, IterableDataset):
         return dataset.map(render, **options)
-    # Its own fingerprint: to hash the function would be to hash the tokenizer.
+
+    # Without a given fingerprint, datasets would hash the function, and with it the tokenizer.
     from datasets.fingerprint import generate_fingerprint
 
     name = generate_fingerprint(dataset)

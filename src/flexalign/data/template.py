@@ -1,12 +1,12 @@
-"""A model's chat template: the one call that renders messages, and what the template shows of itself.
+"""A model's chat template: its bound arguments, its shape, and the only call that renders messages.
 
-A template is a program. What it does is found by rendering sentinels through it: where it opens
-the response, how it writes thinking and answer, and which token ends a response. Nothing is
-assumed from names.
+A template is a program. This module renders sentinel texts with it to find where it opens the
+response, how it writes thinking and answer, and which token ends a response. It assumes nothing
+from the names of models or templates.
 
-Template arguments (``enable_thinking: false``) are bound to the template's text, so that whatever
-renders with the tokenizer afterwards (generation, serving, another library) renders the same, and
-so that a trained model's folder keeps them. An argument that a call gives itself still wins.
+Template arguments (``enable_thinking: false``) are bound to the template's text. Everything that
+renders with the tokenizer afterwards (generation, serving, another library) then uses them, and a
+trained model's folder keeps them. An argument given in a call overrides a bound one.
 """
 
 import hashlib
@@ -26,10 +26,11 @@ Messages = list[dict[str, Any]]
 """A conversation in TRL's form: dictionaries with `role` and `content`."""
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Under which keys messages carry their thinking; a template reads one of them."""
+"""The keys under which messages carry their thinking; a template reads one of them."""
 
 
-# Arguments that are bound to a template: a comment that names them, and one statement for each.
+# Bound arguments. They are written before the template's text: a Jinja comment that names them,
+# and one `set` statement for each.
 
 _HEADER = re.compile(r"\{# flexalign: (?P<settings>\{.*?\}) #\}(?:.*?)\{# end #\}\n", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
@@ -41,23 +42,26 @@ def bind_template(
     arguments: Mapping[str, Any] | None = None,
     thinking: tuple[str, str] | None = None,
 ) -> None:
-    """Make a tokenizer's chat template render with arguments, here and wherever it is saved to.
+    """Bind arguments to a tokenizer's chat template; a saved tokenizer keeps them.
 
-    What was bound before is replaced; nothing given unbinds.
+    Replaces what was bound before. If neither arguments nor markers are given, nothing is bound
+    afterwards.
 
     Args:
         tokenizer: Changed in place.
         arguments: Values by the names that the template reads, such as ``enable_thinking``.
-        thinking: The markers around the model's thinking, where rendering does not show them.
+        thinking: The opening and the closing marker of the model's thinking; needed only where
+            rendering does not show them.
 
     Raises:
-        ConfigError: If there is no template, an argument cannot be one, or a marker is not in the
-            vocabulary.
+        ConfigError: If arguments are given and there is no template, a name cannot be an
+            argument, a value is not plain JSON, or a marker is not in the vocabulary.
     """
     arguments = dict(arguments or {})
     if thinking is not None:
         for marker in thinking:
             require_marker(tokenizer, marker)
+
     if tokenizer.chat_template is None:
         if arguments:
             raise ConfigError(
@@ -65,26 +69,31 @@ def bind_template(
                 "template to take them; leave template out."
             )
         return
+
     for name in arguments:
         if not _NAME.match(name) or name in _RESERVED:
             raise ConfigError(
                 f"template.{name} cannot be an argument of a chat template; name a variable that "
                 "the template reads, such as enable_thinking."
             )
+
     header = _header(arguments, thinking) if arguments or thinking else ""
     bare = bare_template(tokenizer)
-    if isinstance(bare, dict):  # a tokenizer may have several, by name
+    if isinstance(bare, dict):  # a tokenizer may have several templates, by name
         tokenizer.chat_template = {name: header + text for name, text in bare.items()}
     else:
         tokenizer.chat_template = header + bare
 
 
 def replace_template(tokenizer: "PreTrainedTokenizerBase", template: Any) -> None:
-    """Give a tokenizer another chat template; what is bound stays in force.
+    """Give a tokenizer another chat template, and bind the same arguments and markers to it.
 
     Args:
         tokenizer: Changed in place.
-        template: The template's text, several by name, or None.
+        template: The text of one template, a mapping from names to texts, or None.
+
+    Raises:
+        ConfigError: If arguments are bound and the new template is None.
     """
     arguments, thinking = template_arguments(tokenizer), bound_thinking(tokenizer)
     tokenizer.chat_template = template
@@ -93,7 +102,11 @@ def replace_template(tokenizer: "PreTrainedTokenizerBase", template: Any) -> Non
 
 
 def bare_template(tokenizer: "PreTrainedTokenizerBase") -> Any:
-    """Return the chat template without what is bound to it: text, several by name, or None."""
+    """Return the chat template without what is bound to it.
+
+    Returns:
+        A text, a mapping from names to texts where the tokenizer has several templates, or None.
+    """
     template = tokenizer.chat_template
     if isinstance(template, dict):
         return {name: _HEADER.sub("", text, count=1) for name, text in template.items()}
@@ -112,7 +125,11 @@ def bound_thinking(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str] | No
 
 
 def template_hash(tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """Hash a chat template without its arguments: 16 hexadecimal digits, None for no template."""
+    """Hash a chat template without what is bound to it.
+
+    Returns:
+        16 hexadecimal digits; None if the tokenizer has no template.
+    """
     template = bare_template(tokenizer)
     if template is None:
         return None
@@ -120,11 +137,11 @@ def template_hash(tokenizer: "PreTrainedTokenizerBase") -> str | None:
 
 
 def require_marker(tokenizer: "PreTrainedTokenizerBase", marker: str) -> None:
-    """Make sure that a vocabulary has a thinking marker: as a token, or with a token of its own.
+    """Check that a thinking marker is one token, or contains a special or added token.
 
     Raises:
-        ConfigError: If the marker is cut into tokens of ordinary text, which merge with what
-            stands beside them.
+        ConfigError: If the marker is split into ordinary tokens only. Such tokens merge with the
+            text next to them.
     """
     ids = tokenizer(marker, add_special_tokens=False)["input_ids"]
     added = set(tokenizer.added_tokens_decoder) | set(tokenizer.all_special_ids)
@@ -137,6 +154,7 @@ def require_marker(tokenizer: "PreTrainedTokenizerBase", marker: str) -> None:
 
 
 def _bound(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """Read the settings in a template's header; of several templates, all have the same."""
     template = tokenizer.chat_template
     text = next(iter(template.values()), "") if isinstance(template, dict) else template
     found = _HEADER.match(text or "")
@@ -144,7 +162,14 @@ def _bound(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
 
 
 def _header(arguments: Mapping[str, Any], thinking: tuple[str, str] | None) -> str:
-    """Write what is bound as the first line of a template; transformers' trim_blocks ends it."""
+    """Write the line that is put before a template's text.
+
+    transformers renders with `trim_blocks`, so the line break after the last comment is not
+    rendered.
+
+    Raises:
+        ConfigError: If a value is not plain JSON.
+    """
     settings: dict[str, Any] = {"arguments": arguments}
     if thinking is not None:
         settings["thinking"] = list(thinking)
@@ -155,7 +180,8 @@ def _header(arguments: Mapping[str, Any], thinking: tuple[str, str] | None) -> s
             f"template has a value that is not plain JSON ({error}); give numbers, text, true, "
             "false, lists or mappings."
         ) from None
-    told = told.replace("#", "\\u0023")  # '#}' would end the comment
+
+    told = told.replace("#", "\\u0023")  # '#}' in a value would end the comment
     statements = "".join(
         f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
         for name, value in sorted(arguments.items())
@@ -164,7 +190,7 @@ def _header(arguments: Mapping[str, Any], thinking: tuple[str, str] | None) -> s
 
 
 def _literal(value: Any) -> str:
-    """Write a JSON value as Jinja does."""
+    """Write a JSON value as a Jinja literal."""
     match value:
         case None:
             return "none"
@@ -182,7 +208,7 @@ def _listed(arguments: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}: {json.dumps(value)}" for name, value in sorted(arguments.items()))
 
 
-# What a template shows of itself.
+# The shape of a template.
 
 
 @dataclass(frozen=True)
@@ -190,19 +216,20 @@ class TemplateShape:
     """How a template writes the last response of a conversation, after the prompt's end.
 
     Attributes:
-        opening: What stands after the last user's message where a response is asked for.
-        answer_start: What then comes before an answer without thinking; None if the template's
-            own rendering of an answered conversation does not go on from the opening.
-        thinking_start: What comes before a thinking; None if the template writes none from the
-            opening.
-        thinking_end: What stands between a thinking and its answer; None if the template takes no
-            thinking beside the content.
-        ending: What stands between the answer and the stop token; mostly empty.
+        opening: The text after the last user message where a response is asked for.
+        answer_start: The text between the opening and an answer without thinking; None if the
+            template's rendering of an answered conversation does not begin with the prompt.
+        thinking_start: The text between the opening and the thinking; None if the template does
+            not render the thinking, or its rendering does not begin with the prompt.
+        thinking_end: The text between the thinking and its answer; None if the template does not
+            render a thinking that is given beside the content.
+        ending: The text between the answer and the stop token; usually empty.
         stop: The token that ends a response; None if the template shows none.
-        trims: Whether white space around the content is taken off.
-        has_generation_prompt: Whether asking for a response changes the rendering.
+        trims: Whether the template removes white space around the content.
+        has_generation_prompt: Whether `add_generation_prompt` changes the rendering.
         takes_developer: Whether a message of the role ``developer`` is rendered.
-        takes_parts: Whether content is to be given as parts: as text it is lost.
+        takes_parts: Whether content must be given as a list of parts, because the template drops
+            content that is text.
     """
 
     opening: str
@@ -218,7 +245,7 @@ class TemplateShape:
 
 
 _QUESTION, _OTHER, _THINKING, _ANSWER = "xq7x", "xo7x", "xt7x", "xa7x"
-"""Sentinels; no template has them."""
+"""Sentinel texts, which occur in no template."""
 
 _shapes: "WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, TemplateShape]]"
 _shapes = WeakKeyDictionary()
@@ -227,12 +254,14 @@ _shapes = WeakKeyDictionary()
 def shape_of(tokenizer: "PreTrainedTokenizerBase", **arguments: Any) -> TemplateShape:
     """Find how a tokenizer's chat template writes responses.
 
+    The result is kept for each tokenizer, template and set of arguments.
+
     Args:
-        tokenizer: Has a chat template.
-        **arguments: Given to the template, above those that are bound to it.
+        tokenizer: Must have a chat template.
+        **arguments: Template arguments; they override those that are bound.
 
     Raises:
-        DataError: If the template cannot render a generation prompt, or loses the user's message.
+        DataError: If the template leaves out the user's message where a response is asked for.
     """
     key = repr((tokenizer.chat_template, sorted(arguments.items()), tokenizer.eos_token))
     known = _shapes.setdefault(tokenizer, {})
@@ -251,7 +280,7 @@ def _find_shape(
         return call_template(tokenizer, given, add_generation_prompt=ask, **arguments)
 
     def attempt(*messages: dict[str, Any], ask: bool = False) -> str:
-        """Render what a template may refuse; it then shows nothing."""
+        """Render messages that a template may refuse; empty if it does."""
         try:
             return render(*messages, ask=ask)
         except Exception:  # a template is a program, and may fail in any way
@@ -266,25 +295,26 @@ def _find_shape(
         )
     opening = asked[asked.rindex(_QUESTION) + len(_QUESTION) :]
 
-    # An answer without thinking: what comes before and after it.
+    # An answer without thinking: the text before and after it.
     answer = {"role": "assistant", "content": _ANSWER}
     answered = attempt(question, answer)
     before, shown, tail = answered.partition(_ANSWER)
     answer_start = before[len(asked) :] if shown and before.startswith(asked) else None
     stop, ending = _find_stop(tokenizer, tail)
     if stop is None and shown and not tail.strip():
-        # Some end a response with the token that begins the next turn.
+        # Some templates end a response with the token that begins the next turn.
         going_on = attempt(question, answer, {"role": "user", "content": _OTHER})
         stop, ending = _first_special(tokenizer, going_on.partition(_ANSWER)[2]), ""
     padded = attempt(question, {**answer, "content": f"{_ANSWER} \n"})
 
-    # A thinking beside the content.
+    # A thinking given beside the content.
     thought = attempt(question, {**answer, **dict.fromkeys(REASONING_KEYS, _THINKING)})
     head, has_thinking, rest = thought.partition(_THINKING)
     middle, has_answer, _ = rest.partition(_ANSWER)
     separated = bool(has_thinking and has_answer)
     goes_on = separated and head.startswith(asked)
 
+    # A message of the role `developer`, which many templates leave out.
     developed = attempt({"role": "developer", "content": _OTHER}, question, ask=True)
     return TemplateShape(
         opening=opening,
@@ -301,7 +331,10 @@ def _find_shape(
 
 
 def _takes_parts(tokenizer: "PreTrainedTokenizerBase", arguments: Mapping[str, Any]) -> bool:
-    """Whether a user's text is lost as text and shown as a part (templates for images)."""
+    """Return whether a template drops content that is text and renders it as a part.
+
+    Templates of models that take images do this.
+    """
     message = {"role": "user", "content": _QUESTION}
     rendered = call_template(tokenizer, [message], add_generation_prompt=True, **arguments)
     if _QUESTION in rendered:
@@ -323,18 +356,19 @@ def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _find_stop(tokenizer: "PreTrainedTokenizerBase", tail: str) -> tuple[str | None, str]:
-    """Find the token that ends a response in what a template writes after the answer.
+    """Find the token that ends a response in the text that a template writes after the answer.
 
-    Of special tokens in a row the last one: the others are still written by the model.
+    Of several special tokens in a row it is the last one: the model writes the others too.
 
     Returns:
-        The token, and what stands before it.
+        The token (None if there is no special token), and the text before it.
     """
     ids = tokenizer(tail, add_special_tokens=False)["input_ids"]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     first = next((place for place, token in enumerate(ids) if token in special), None)
     if first is None:
         return None, ""
+
     last = first
     while last + 1 < len(ids) and ids[last + 1] in special:
         last += 1
@@ -345,7 +379,7 @@ def _find_stop(tokenizer: "PreTrainedTokenizerBase", tail: str) -> tuple[str | N
 
 
 def _first_special(tokenizer: "PreTrainedTokenizerBase", tail: str) -> str | None:
-    """Find the special token that follows an answer at once, white space apart."""
+    """Return the special token directly after an answer, ignoring white space; None if none."""
     ids = tokenizer(tail.strip(), add_special_tokens=False)["input_ids"]
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     return str(tokenizer.convert_ids_to_tokens(ids[0])) if ids and ids[0] in special else None
@@ -358,7 +392,7 @@ def call_template(
     add_generation_prompt: bool,
     **arguments: Any,
 ) -> str:
-    """Render messages as they are: the one place that calls a chat template."""
+    """Render messages as text, unchanged; no other function calls a chat template."""
     return cast(
         "str",
         tokenizer.apply_chat_template(
@@ -367,22 +401,26 @@ def call_template(
     )
 
 
-# Messages as a template is given them.
+# Messages in the form that a template takes.
 
 
 def template_messages(
     messages: Messages, shape: TemplateShape, markers: tuple[str, str]
 ) -> Messages:
-    """Put messages into the form in which a template shows all of them.
+    """Put messages into the form in which a template renders all of them.
 
     A ``developer`` message becomes ``system`` where the template would drop it. The thinking of
-    earlier turns is given under every key that templates read, and taken out of the content where
-    the template takes it beside the content; what it shows of it is the template's choice.
+    earlier turns is given under every key that templates read. Where the template takes thinking
+    beside the content, it is also removed from the content. The template decides how much of the
+    thinking it renders.
 
     Args:
         messages: A conversation.
-        shape: The template's.
-        markers: Around a thinking that stands in the content.
+        shape: The shape of the template.
+        markers: The opening and the closing marker of a thinking that is part of the content.
+
+    Returns:
+        New messages; those given are not changed.
     """
     given = []
     for message in messages:
@@ -398,6 +436,7 @@ def template_messages(
 def _with_thinking_apart(
     message: dict[str, Any], shape: TemplateShape, markers: tuple[str, str]
 ) -> dict[str, Any]:
+    """Give an assistant's thinking under every reasoning key, outside the content if possible."""
     thinking = reasoning_of(message)
     content = message.get("content")
     if not thinking and shape.thinking_end is not None and isinstance(content, str):
@@ -409,16 +448,20 @@ def _with_thinking_apart(
 
 
 def reasoning_of(message: Mapping[str, Any]) -> str:
-    """Return the thinking that a message carries beside its content; empty for none."""
+    """Return the thinking that a message carries beside its content; empty if there is none."""
     values = (message.get(key) for key in REASONING_KEYS)
     return next((value for value in values if isinstance(value, str) and value.strip()), "")
 
 
 def require_all_shown(messages: Messages, rendered: str) -> None:
-    """Refuse a prompt that has lost what a user or the system said.
+    """Check that a prompt contains every user, system and developer message.
+
+    Args:
+        messages: The conversation.
+        rendered: The conversation as the chat template rendered it.
 
     Raises:
-        DataError: If the rendering lacks a message's text, white space apart.
+        DataError: If the text of a message is missing; white space is ignored.
     """
     squeezed = "".join(rendered.split())
     for message in messages:

@@ -1,9 +1,9 @@
-"""Making traces: sampled responses to prompts, written so that a broken-off run can go on.
+"""Traces: sampled responses to prompts, in a file that an interrupted run can continue.
 
-Work is done in blocks of `batch_size` (prompt, sample) pairs in file order, and every pair has
-a seed of its own, derived from the run's seed and the pair's two indices. A run that goes on
-makes the block in which it was broken off again and keeps what is missing, so the finished file
-equals that of an uninterrupted run.
+The (prompt, sample) pairs are answered in file order, in blocks of `batch_size`. Every pair has its
+own seed, derived from the run's seed and the pair's two indices. A continued run samples the
+interrupted block again and writes only the missing rows, so the finished file equals that of an
+uninterrupted run.
 """
 
 import hashlib
@@ -24,22 +24,25 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-# A run of trace-making on disk: its settings, its manifest, and where it stopped.
+# A run on disk: its settings, its manifest, and the rows that it has written.
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How responses are drawn.
+    """How responses are sampled.
 
     Attributes:
         samples: Responses per prompt.
-        max_new_tokens: Tokens after which a response is cut off.
-        temperature: 0 is greedy.
+        max_new_tokens: Limit on the tokens of a response, which is cut off there.
+        temperature: Sampling temperature; 0 is greedy.
         top_p: Probability mass sampled from, 0 < top_p ≤ 1.
-        batch_size: Responses made together.
-        seed: Of the whole run.
+        batch_size: Responses sampled together.
+        seed: Seed of the whole run.
         plain: Whether rows are written as text (rendered prompt, raw response) instead of
-            messages. Training does not need it: it takes the tokens that were sampled.
+            messages. Training does not need this: it uses the token ids that were sampled.
+
+    Raises:
+        ConfigError: If a value is out of range, or several samples are asked at temperature 0.
     """
 
     samples: int = 1
@@ -75,23 +78,25 @@ def open_run(
     source: dict[str, Any],
     rendering: dict[str, Any] | None = None,
 ) -> int:
-    """Begin a run, or find where an earlier one of the same configuration stopped.
+    """Begin a run, or find where an earlier run of the same configuration stopped.
 
-    A last line that was half written is removed. Needs no model, so call it before loading one.
+    Writes the manifest, or compares it. Removes an incomplete last line. Needs no model, so call
+    it before loading one.
 
     Args:
         prompts: As `load_prompts` returns them.
-        output: The JSONL file; its manifest stands beside it.
-        settings: How responses are drawn.
-        source: What makes them (a model's name and fingerprint, an endpoint), for the manifest.
-        rendering: How prompts are rendered and what its tokens are, where that is known: from
-            `sampling_record`.
+        output: The JSONL file; its manifest is in the same folder.
+        settings: How responses are sampled.
+        source: What generates them (a model's name and fingerprint, an endpoint), for the
+            manifest.
+        rendering: What the sampled token ids depend on, from `sampling_record`; None if it is not
+            known.
 
     Returns:
         The number of rows that the file already holds.
 
     Raises:
-        ConfigError: If the file is there without a manifest, or with one of another run.
+        ConfigError: If the file exists without a manifest, or with the manifest of another run.
         DataError: If a line before the last is damaged.
     """
     manifest = {
@@ -118,12 +123,17 @@ def open_run(
 
 
 def _check_manifest(path: Path, expected: dict[str, Any]) -> None:
+    """Check that the manifest on disk is that of this run.
+
+    A manifest by an earlier version has no `rendering`; it is then not compared.
+    """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(
             f"{path} is not a manifest of traces ({error}); move it away or name another output."
         ) from error
+
     _require_rendering_known(path, found, expected)
     different = [
         key
@@ -143,9 +153,12 @@ def _check_manifest(path: Path, expected: dict[str, Any]) -> None:
 
 
 def _require_rendering_known(path: Path, found: Any, expected: dict[str, Any]) -> None:
-    """Refuse template arguments for a run that was begun before manifests told of them.
+    """Check that a run whose manifest has no `rendering` is continued without template arguments.
 
-    Such a run had none, so one without arguments goes on with it, as far as can be told.
+    An earlier version began it, and that version had no template arguments.
+
+    Raises:
+        ConfigError: If template arguments are asked for such a run.
     """
     arguments = (expected.get("rendering") or {}).get("arguments")
     if arguments and isinstance(found, dict) and "rendering" not in found:
@@ -157,16 +170,17 @@ def _require_rendering_known(path: Path, found: Any, expected: dict[str, Any]) -
 
 
 def drop_half_line(output: Path) -> int:
-    """Cut a JSONL file after its last whole row.
+    """Truncate a JSONL file after its last complete line.
 
     Returns:
-        How many rows are left; 0 if there is no file.
+        The number of rows left; 0 if there is no file.
 
     Raises:
-        DataError: If a whole row is damaged.
+        DataError: If a complete line is not JSON.
     """
     if not output.exists():
         return 0
+
     rows, end = 0, 0
     with output.open("r+b") as file:
         for number, line in enumerate(file, start=1):
@@ -190,16 +204,22 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
+# Sampling.
+
+
 class Sampled(Protocol):
-    """What a generator returns for one prompt."""
+    """The response that a generator returns for one prompt.
+
+    A generator that knows the sampled token ids also has them as `token_ids`.
+    """
 
     @property
     def text(self) -> str:
-        """The response, thinking tags kept, without the end token."""
+        """The response with its thinking tags, without the stop token."""
 
     @property
     def tokens(self) -> int | None:
-        """Its length in tokens, if known."""
+        """Its length in tokens; None if it is not known."""
 
     @property
     def truncated(self) -> bool:
@@ -207,17 +227,17 @@ class Sampled(Protocol):
 
 
 Generate = Callable[[Sequence[Prompt], Sequence[int]], Sequence[Sampled]]
-"""Answers prompts, given one seed for each; a generator that seeds a batch takes the first."""
+"""Answers prompts, given one seed for each; a generator with one seed a batch uses the first."""
 
 
 @dataclass(frozen=True)
 class TraceSummary:
-    """What a finished file holds.
+    """The counts of a finished file.
 
     Attributes:
         prompts: Prompts answered.
         rows: Rows in the file.
-        made: Rows that this run added.
+        made: Rows that this call added.
         truncated: Rows cut off by `max_new_tokens`.
         empty: Rows whose response has no text; `load_traces` counts them as bad rows.
         mean_tokens: Mean length of the responses, in tokens; None if no length is known.
@@ -250,19 +270,19 @@ def make_traces(
 
     Rows are `prompt` and `completion` (messages, or text after a plain prompt), `answer` if the
     prompt has one, `prompt_index`, `sample`, `tokens` and `truncated`; `load_traces` reads them.
-    Where the generator tells the tokens that it wrote, a row has them as `response_ids`, without
-    the token that ended the response, and with `rendering` what they were written after: training
-    takes these tokens, and renders the response at no time again.
+    Where the generator returns the sampled token ids, a row also has them as `response_ids`,
+    without the stop token, and `rendering`, the record of how the prompt was rendered. Training
+    uses these ids and does not tokenize the response again.
 
     Args:
         prompts: As `load_prompts` returns them.
         output: The JSONL file that `open_run` prepared.
-        generate: Makes the responses.
-        settings: How many, and with which seeds.
+        generate: Returns the responses to a block of prompts, in order.
+        settings: How responses are sampled.
         done: Rows already in the file, from `open_run`.
         progress: Called with the number of rows after each block.
-        render: Renders a prompt of messages as text; needed where `settings.plain` is set.
-        rendering: As `open_run` was given it.
+        render: Renders a prompt of messages as text; used only where `settings.plain` is set.
+        rendering: The same record as for `open_run`.
     """
     pairs = [(index, sample) for index in range(len(prompts)) for sample in range(settings.samples)]
     with output.open("a", encoding="utf-8", newline="\n") as file:
@@ -280,6 +300,8 @@ def make_traces(
                 _trace(row, pair, response, render if settings.plain else None, rendering)
                 for row, pair, response in zip(rows, block, responses, strict=True)
             ]
+
+            # Of a block that was interrupted, only the rows that are not yet in the file.
             file.writelines(
                 json.dumps(row, ensure_ascii=False) + "\n" for row in made[max(done - start, 0) :]
             )
@@ -291,12 +313,12 @@ def make_traces(
 
 
 def sampling_record(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """What sampled token ids depend on: the vocabulary, the chat template and its arguments."""
+    """Return what sampled ids depend on: vocabulary, chat template and template arguments."""
     return {**rendering_record(tokenizer), "vocabulary": vocabulary_hash(tokenizer)}
 
 
 def derive_seed(seed: int, *place: int | str) -> int:
-    """The seed of one response: 31 bits from the run's seed and the response's place in it."""
+    """Derive a response's seed, 31 bits, from the run's seed and the response's indices."""
     digest = hashlib.blake2b("/".join(map(str, (seed, *place))).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -308,6 +330,7 @@ def _trace(
     render: Callable[[Prompt], str] | None,
     rendering: dict[str, Any] | None,
 ) -> dict[str, Any]:
+    """Return one response as a row of the output file."""
     prompt: Prompt = row["prompt"]
     if render is not None:
         prompt = render(prompt)
@@ -315,11 +338,13 @@ def _trace(
     if not isinstance(prompt, str):
         completion = [{"role": "assistant", "content": response.text}]
     answer = {"answer": row["answer"]} if row.get("answer") is not None else {}
-    # A server tells text alone.
+
+    # A server returns text only.
     ids = getattr(response, "token_ids", None)
     sampled: dict[str, Any] = {} if ids is None else {"response_ids": list(ids)}
     if sampled and rendering is not None:
         sampled["rendering"] = rendering
+
     return {
         "prompt": prompt,
         "completion": completion,
