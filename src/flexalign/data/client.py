@@ -1,4 +1,4 @@
-"""Responses from a server that speaks OpenAI's protocol, several requests at a time."""
+"""A client of servers with OpenAI's HTTP interface, which sends several requests at a time."""
 
 import json
 import time
@@ -24,11 +24,12 @@ class EndpointResponse:
     """One response of a server.
 
     Attributes:
-        text: Thinking, if the server returns it apart, between think tags, then the answer.
+        text: The response. Thinking that the server returns in its own field is put before the
+            answer, between think tags.
         tokens: The server's own count; None if it gives none.
-        truncated: Whether the server says that the limit on tokens cut it off.
+        truncated: Whether the response was cut off by the limit on tokens.
         thinking_tokens: The server's own count of thinking tokens; None if it gives none.
-        dial: What a flexalign server says of the request's dial; empty from any other.
+        dial: The `dial` field of a flexalign server's answer; empty from any other server.
     """
 
     text: str
@@ -40,20 +41,24 @@ class EndpointResponse:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server, and how to ask it.
+    """A server's address with the settings of requests to it.
 
     Attributes:
-        url: Its base, such as ``http://localhost:8000/v1`` (``/v1`` may be left away).
-        model: The model's name there.
-        max_new_tokens: Tokens after which a response is cut off.
-        temperature: 0 is greedy.
+        url: The base address, such as ``http://localhost:8000/v1`` (``/v1`` is optional).
+        model: The model's name on the server.
+        max_new_tokens: Limit on the tokens of a response, which is cut off there.
+        temperature: Sampling temperature; 0 is greedy.
         top_p: Probability mass sampled from.
-        concurrency: Requests under way at one time.
-        attempts: Tries per request: an unreachable or overloaded server is asked again after 1,
-            2, 4, … times `pause_seconds`, or when its Retry-After says (a minute at most).
-        pause_seconds: The first pause between tries.
-        timeout_seconds: Longest wait for one response.
-        api_key: Sent as a bearer token; nothing is sent if it is not given.
+        concurrency: Requests sent at the same time.
+        attempts: Attempts per request. Between attempts at an unreachable or overloaded server
+            the pause is 1, 2, 4, … times `pause_seconds`, or the server's Retry-After (a minute
+            at most) if that is longer.
+        pause_seconds: The first pause between attempts, in seconds.
+        timeout_seconds: Longest wait for one response, in seconds.
+        api_key: Sent as a bearer token; no key is sent if it is None.
+
+    Raises:
+        ConfigError: If `url` is not an HTTP address.
     """
 
     url: str
@@ -80,18 +85,21 @@ class Endpoint:
     ) -> list[EndpointResponse]:
         """Answer each prompt with its own seed; messages as a chat, text as a completion.
 
+        Returns:
+            The responses, in the order of the prompts.
+
         Raises:
-            ServingError: If the server cannot be reached, refuses a request, or answers with
-                something else than a response.
+            ServingError: If the server cannot be reached, refuses a request, or its answer is not
+                a response.
         """
         with ThreadPoolExecutor(self.concurrency) as pool:
             return list(pool.map(self.ask, prompts, seeds))
 
     def models(self) -> list[str]:
-        """List the models that the server has.
+        """List the names of the models that the server has.
 
         Raises:
-            ServingError: If it cannot be reached, or does not say.
+            ServingError: If the server cannot be reached, or its answer is not a list of models.
         """
         answer = self._send("models", None)
         try:
@@ -106,8 +114,8 @@ class Endpoint:
 
         Args:
             prompt: Messages, as a chat, or text, as a completion.
-            seed: Of the sampling.
-            **extra: More for the request's body, such as ``**{"lambda": 0.5}``.
+            seed: Seed of the sampling.
+            **extra: Further fields of the request's body, such as ``**{"lambda": 0.5}``.
 
         Raises:
             ServingError: As in :meth:`generate`.
@@ -151,7 +159,11 @@ class Endpoint:
         )
 
     def _send(self, path: str, body: dict[str, Any] | None) -> Any:
-        """Post a body, or get a path, and read the JSON that comes back."""
+        """Post a body, or get a path if it is None, and return the JSON of the answer.
+
+        Raises:
+            ServingError: If the server refuses the request, or all attempts fail.
+        """
         from openai import APIConnectionError, APIStatusError
 
         client = self._client
@@ -167,7 +179,7 @@ class Endpoint:
                     raise ServingError(f"{self.url} refused a request: {reason}") from error
                 pause = max(pause, _retry_after(error.response.headers))
             except (APIConnectionError, ValueError) as error:
-                cause = error.__cause__ or error  # "Connection error." alone tells nothing
+                cause = error.__cause__ or error  # the client says only "Connection error."
                 reason = str(cause) or type(cause).__name__
 
             if attempt < self.attempts:
@@ -180,25 +192,25 @@ class Endpoint:
 
     @cached_property
     def _client(self) -> "OpenAI":
-        """OpenAI's client, without its retries; it keeps connections open for the next request."""
+        """OpenAI's client without its own retries; it reuses connections between requests."""
         from openai import OpenAI
 
         base = self.url.rstrip("/").removesuffix("/v1")
         try:
             return OpenAI(
                 base_url=f"{base}/v1",
-                api_key=self.api_key or "unsent",  # it insists on one, or takes the environment's
+                api_key=self.api_key or "unsent",  # without one it reads OPENAI_API_KEY
                 timeout=self.timeout_seconds,
                 max_retries=0,
             )
-        except Exception as error:  # bad addresses and bad proxies have no class in common
+        except Exception as error:  # bad addresses and bad proxies share no class
             raise ConfigError(f"endpoint {self.url!r} cannot be asked: {error}") from error
 
     def _exchange(self, client: "OpenAI", path: str, body: dict[str, Any] | None) -> bytes:
-        """Send one request, and return what comes back as it stands."""
+        """Send one request, and return the body of the answer unparsed."""
         from openai import omit
 
-        # What the environment holds for OpenAI is not for this server.
+        # The client would send the environment's settings for OpenAI, which must not reach others.
         headers: dict[str, str | Omit] = {
             "Authorization": f"Bearer {self.api_key}" if self.api_key else omit,
             "OpenAI-Organization": omit,
@@ -207,23 +219,23 @@ class Endpoint:
         if body is None:
             return client.get(f"/{path}", cast_to=bytes, options={"headers": headers})
 
-        # The client's own writer fails on half a surrogate pair.
+        # The client's own JSON encoder fails on a lone surrogate.
         content = json.dumps(body).encode()
         headers["Content-Type"] = "application/json"
         return client.post(f"/{path}", cast_to=bytes, content=content, options={"headers": headers})
 
 
 def _message_sent(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message as a server takes it: a ``developer`` is its ``system``.
+    """Return a message without empty fields, and with the role ``system`` for ``developer``.
 
-    Which template the server has is not known, and many leave ``developer`` out without a word.
+    The server's chat template is not known, and many drop a ``developer`` message silently.
     """
     sent = {key: value for key, value in message.items() if value is not None}
     return sent | {"role": "system"} if sent.get("role") == "developer" else sent
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
-    """Return the seconds that a server asks to be left alone, a minute at most; dates count 0."""
+    """Return a server's Retry-After in seconds, a minute at most; 0 for none and for a date."""
     try:
         return min(max(float(headers.get("Retry-After", 0)), 0.0), _LONGEST_PAUSE_SECONDS)
     except ValueError:

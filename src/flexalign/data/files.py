@@ -1,6 +1,6 @@
-"""Rows out of a file: each with the place it stands at, each bad one with the reason.
+"""Reading of rows from files: each row with its place in the file, each bad row with the reason.
 
-Nothing here knows what a row means; `formats.py` does.
+The fields of a row are not interpreted here, but in `formats.py`.
 """
 
 import json
@@ -16,10 +16,10 @@ _READABLE = ".jsonl, .json, .parquet, or a folder written by datasets' save_to_d
 
 @dataclass(frozen=True)
 class Row:
-    """A row as it stands in the file.
+    """A row of a file.
 
     Attributes:
-        place: Where it stands, such as "line 5".
+        place: Its place in the file, such as "line 5".
         value: Its fields.
     """
 
@@ -29,7 +29,12 @@ class Row:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used, and why."""
+    """A row that cannot be used.
+
+    Attributes:
+        place: Its place in the file, such as "line 5".
+        reason: Why it cannot be used.
+    """
 
     place: str
     reason: str
@@ -39,15 +44,16 @@ def read_rows(path: Path) -> Iterator[Row | BadRow]:
     """Read a JSONL, JSON or Parquet file, or a saved Hugging Face data set, row by row.
 
     Args:
-        path: The file or folder. The format is told by its ending; a `.json` file may hold a list
-            of rows or one row a line.
+        path: The file or folder. The suffix decides the format; a `.json` file may contain a list
+            of rows or one row per line.
 
-    Yields:
-        The rows in order. A row that is cut off, empty, not UTF-8 or not a JSON object comes as a
-        `BadRow`, so that the caller can name all of them at once.
+    Returns:
+        An iterator over the rows, in order. A row that is cut off, empty, not UTF-8 or not a JSON
+        object is a `BadRow`, so that the caller can name all of them at once.
 
     Raises:
-        DataError: If there is no such file, or nothing in it can be read.
+        DataError: If there is no such file, its format is not known, or it cannot be read as a
+            whole.
     """
     if not path.exists():
         raise DataError(f"{path}: no such file or folder.")
@@ -71,7 +77,7 @@ def _json_lines(path: Path) -> Iterator[Row | BadRow]:
             if not line.strip():
                 blank.append(BadRow(place, "empty line"))
                 continue
-            yield from blank  # blank lines at the very end are no rows at all
+            yield from blank  # blank lines at the end of the file are not reported
             blank.clear()
             yield _parse_line(place, line)
 
@@ -108,13 +114,14 @@ def _json_rows(path: Path) -> Iterator[Row | BadRow]:
 
 
 def _json_list(text: str) -> Iterator[Row | BadRow]:
-    """Walk a JSON list element by element, so that a fault is laid at its own row."""
+    """Parse a JSON list element by element, so that an error is reported for its own row."""
     decoder = json.JSONDecoder()
     position = _skip_space(text, text.index("[") + 1)
     line, counted = 1, 0
     while text[position : position + 1] != "]":
         line, counted = line + text.count("\n", counted, position), position
         place = f"line {line}"
+
         if position == len(text):
             yield BadRow(place, "cut off: the file ends inside its list")
             return
@@ -124,6 +131,7 @@ def _json_list(text: str) -> Iterator[Row | BadRow]:
             yield BadRow(place, f"not JSON ({error.msg}, line {error.lineno}); nothing read after")
             return
         yield _object(place, value)
+
         position = _skip_space(text, position)
         if text[position : position + 1] == ",":
             position = _skip_space(text, position + 1)
@@ -172,6 +180,7 @@ def _saved_rows(path: Path) -> Iterator[Row]:
         raise DataError(
             f"{path}: this data set cannot be read ({error}); copy it again."
         ) from error
+
     if isinstance(saved, datasets.DatasetDict):
         splits = list(saved)
         if len(splits) != 1:
@@ -184,5 +193,6 @@ def _saved_rows(path: Path) -> Iterator[Row]:
 
 
 def _numbered(rows: Any) -> Iterator[Row]:
+    """Yield rows without the fields that are None, which a table has for absent ones."""
     for number, row in enumerate(rows, start=1):
         yield Row(f"row {number}", {key: value for key, value in row.items() if value is not None})

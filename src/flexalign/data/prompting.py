@@ -1,8 +1,8 @@
-"""What a recipe or a command says of its prompts: template arguments, a system message, markers.
+"""Prompt settings of a recipe or a command: template arguments, system message, thinking markers.
 
-They belong to the prompt, so they are the same in sampling, training, generation and serving:
-arguments and markers are bound to the tokenizer's chat template, and the system message stands in
-the messages. What was sampled or trained keeps a record of them, and another use is compared.
+They are part of the prompt, so they must be the same in sampling, training, generation and serving.
+Arguments and markers are bound to the tokenizer's chat template; the system message is put into
+the messages. Traces and trained models keep a record of them, which is compared on later use.
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,9 +25,9 @@ class PromptSettings:
 
     Attributes:
         template: Arguments of the chat template, such as ``{"enable_thinking": False}``.
-        system: The system message of conversations that have none; None for none.
-        thinking: The opening and the closing marker of the thinking; None for those that the
-            template or the vocabulary shows.
+        system: The system message for conversations that have none; None to add none.
+        thinking: The opening and the closing marker of the thinking; None to read them from the
+            template or the vocabulary.
 
     Raises:
         ConfigError: If a value has the wrong form.
@@ -65,6 +65,7 @@ class PromptSettings:
         """
         markers = None
         if thinking is not None:
+            # A mapping's values may be in any order here; they are read by key below.
             given = thinking.values() if isinstance(thinking, Mapping) else thinking
             names = set(thinking) if isinstance(thinking, Mapping) else {"open", "close"}
             texts = list(given) if isinstance(given, Iterable) else []
@@ -84,10 +85,11 @@ class PromptSettings:
     def bind(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Bind template arguments and markers to a tokenizer; changes nothing if there are none.
 
-        What was bound before, as a trained model's template has it, stays where it is not named.
+        Arguments and markers that are already bound, as in a trained model's template, stay bound
+        unless these settings name them.
 
         Raises:
-            ConfigError: If there is no template for them, or a marker is not in the vocabulary.
+            ConfigError: As in :func:`flexalign.data.template.bind_template`.
         """
         if self.template or self.thinking:
             arguments = {**template_arguments(tokenizer), **self.template}
@@ -98,6 +100,9 @@ class PromptSettings:
 
         Args:
             dataset: Rows with `prompt`, as `load_prompts` or `load_traces` returns them.
+
+        Returns:
+            A new data set; the one given if the settings have no system message.
 
         Raises:
             DataError: If prompts are plain text, a conversation has another system message, or a
@@ -115,11 +120,13 @@ class PromptSettings:
         prompt: Any = row["prompt"]
         if self.system is None:
             return prompt
+
         if isinstance(prompt, str):
             raise DataError(
                 f"row {number}: the prompt is plain text, which has no place for a system message; "
                 "leave system out, or give messages."
             )
+
         own = [message["content"] for message in prompt if message["role"] == "system"]
         if own == [self.system]:
             return list(prompt)

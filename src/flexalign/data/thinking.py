@@ -1,4 +1,4 @@
-"""Thinking tags: where a response's thinking ends and its answer begins."""
+"""Thinking tags: the texts around a response's thinking, and how a response is split by them."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,9 +15,9 @@ class Split(NamedTuple):
     """A response in two parts.
 
     Attributes:
-        thinking: What stands between the tags, without them.
-        answer: What stands after the closing tag; the whole text if there is no thinking; empty
-            if the thinking never ends.
+        thinking: The text between the tags, without them.
+        answer: The text after the closing tag; the whole text if there is no thinking; empty if
+            the thinking has no closing tag.
         closed: Whether the thinking, if there is any, has its closing tag.
     """
 
@@ -41,7 +41,7 @@ class ThinkingTags:
     close: str = "</think>"
 
     def __post_init__(self) -> None:
-        """Check that the two can be told apart."""
+        """Check that the tags are two different texts."""
         if not self.open or not self.close or self.open == self.close:
             raise ConfigError(
                 f"thinking tags must be two different texts, got {self.open!r} and {self.close!r}."
@@ -49,22 +49,24 @@ class ThinkingTags:
 
     @classmethod
     def detect(cls, tokenizer: "PreTrainedTokenizerBase") -> "ThinkingTags | None":
-        """Find the tags that a model thinks in.
+        """Find the tags around a model's thinking.
 
-        Those bound to the tokenizer come first (a recipe's `thinking`), then those that its chat
-        template writes around a thinking, then a known pair that it has as tokens, or names in its
-        chat template.
+        The sources, in order: the markers bound to the tokenizer (a recipe's `thinking`); the
+        texts that its chat template renders around a thinking; a known pair whose closing tag is
+        in the chat template; a known pair whose closing tag is a token of the vocabulary.
 
         Returns:
-            The first pair found, or None if the model shows no sign of thinking.
+            The first pair found; None if there is none.
         """
         bound = bound_thinking(tokenizer)
         if bound is not None:
             return cls(*bound)
+
         template = tokenizer.chat_template or ""
         rendered = template if isinstance(template, str) else " ".join(template.values())
         if template and (shown := _shown_by_rendering(tokenizer)):
             return shown
+
         vocabulary = tokenizer.get_vocab()
         named = [tags for tags in _KNOWN if tags.close in rendered]
         known = named + [tags for tags in _KNOWN if tags.close in vocabulary]
@@ -72,9 +74,10 @@ class ThinkingTags:
 
     @property
     def answer(self) -> str:
-        """What stands before an answer that follows no thinking; nothing where tags are a pair.
+        """The text before an answer without thinking; empty for most tags.
 
-        A closing tag that ends one message of the assistant and begins another has it at its end.
+        It is not empty only for a closing tag that ends one assistant message and begins the next:
+        it is then the part of that tag after the next message's role.
         """
         return (
             self.close.rpartition(_NEXT_MESSAGE)[2].strip() if _NEXT_MESSAGE in self.close else ""
@@ -86,19 +89,19 @@ class ThinkingTags:
         return cls.detect(tokenizer) or cls()
 
     def opened_by(self, prompt: str) -> bool:
-        """Whether a rendered prompt leaves the tag open, so that the response starts inside it."""
+        """Return whether a rendered prompt ends inside a thinking, with the tag not closed."""
         return prompt.rfind(self.open) > prompt.rfind(self.close)
 
     def split(self, text: str, *, opened: bool = False) -> Split:
         """Split a response at the end of its thinking.
 
-        A closing tag without an opening one counts too: chat templates often put the opening tag
-        into the prompt.
+        A closing tag without an opening one also ends a thinking, because many chat templates put
+        the opening tag into the prompt.
 
         Args:
             text: The response.
-            opened: Whether the prompt had already opened the tag; without it a response that
-                shows neither tag is taken for an answer.
+            opened: Whether the prompt has opened the tag. If not, a response with neither tag is
+                an answer.
         """
         before, closed, after = text.partition(self.close)
         start = before.lstrip()
@@ -107,18 +110,20 @@ class ThinkingTags:
             if self.answer and start.startswith(self.answer):
                 text = start.removeprefix(self.answer)
             return Split("", text, True)
-        # Where the prompt has opened it, the thinking is what was written, white space and all.
+
+        # After a tag in the prompt the thinking keeps the white space at its beginning.
         return Split(before if opened else start.removeprefix(self.open), after, bool(closed))
 
     def count_tokens(
         self, text: str, tokenizer: "PreTrainedTokenizerBase", *, opened: bool = False
     ) -> int:
-        """Count the tokens of a response's thinking, the tags themselves left out."""
+        """Count the tokens of a response's thinking, without the tags."""
         thinking = self.split(text, opened=opened).thinking
         return len(tokenizer(thinking, add_special_tokens=False)["input_ids"])
 
 
 _NEXT_MESSAGE = "<|start|>assistant"
+"""The token and role that begin an assistant message in the Harmony format (gpt-oss)."""
 
 _KNOWN = (
     ThinkingTags(),
@@ -136,7 +141,7 @@ _KNOWN = (
 
 
 def _shown_by_rendering(tokenizer: "PreTrainedTokenizerBase") -> ThinkingTags | None:
-    """Read the tags off a conversation whose response has its thinking beside the content."""
+    """Read the tags from a rendered conversation whose thinking is given beside the content."""
     try:
         shape = shape_of(tokenizer)
     except Exception:  # a template is a program; one that fails shows nothing
@@ -145,7 +150,7 @@ def _shown_by_rendering(tokenizer: "PreTrainedTokenizerBase") -> ThinkingTags | 
         return None
     opened = (shape.thinking_start or "").strip()
     if not opened:
-        # The prompt has opened the thinking, or closed it, so that its tag stands in the opening.
+        # The prompt has opened the thinking, or opened and closed it: the tag is in the opening.
         known = next((tags.open for tags in _KNOWN if tags.close == close), None)
         ids = tokenizer(shape.opening.partition(close)[0].rstrip(), add_special_tokens=False)
         last = ids["input_ids"][-1:]
@@ -153,22 +158,26 @@ def _shown_by_rendering(tokenizer: "PreTrainedTokenizerBase") -> ThinkingTags | 
     return ThinkingTags(opened, close) if opened and opened != close else None
 
 
-# Answers alone, as InRa's fast stream learns them.
+# Responses without their thinking, the training data of InRa's fast stream.
 
 
 def strip_thinking(dataset: "Dataset", tags: ThinkingTags | None = None) -> "Dataset":
-    """Keep of every response the answer alone (the data InRa's fast stream learns from).
+    """Remove the thinking from every response (the training data of InRa's fast stream).
 
-    Rows whose thinking is cut off before its end have no answer and are left out. Rows without
-    thinking stay as they are. What is left was not sampled: it is rendered anew, without the
-    sampled tokens and without the template that they were sampled after.
+    Rows whose thinking has no end have no answer and are left out. Rows without thinking are not
+    changed. The columns `response_ids` and `rendering` are removed, because they describe the
+    response as it was sampled; the answers are rendered and tokenized again.
 
     Args:
         dataset: Prompts and completions, as `load_traces` returns them.
         tags: The tags to look for; `<think>` and `</think>` if not given.
 
+    Returns:
+        A data set of the rows that have an answer.
+
     Raises:
-        DataError: If no row has the closing tag, or no row has an answer after it.
+        DataError: If no row has a closing tag or a thinking beside its content, or no row has an
+            answer.
     """
     tags = tags or ThinkingTags()
     rows = dataset.to_list()
@@ -180,7 +189,7 @@ def strip_thinking(dataset: "Dataset", tags: ThinkingTags | None = None) -> "Dat
             "leave strip_thinking out, or give traces that think."
         )
 
-    # A response that was cut off and shows no end of its thinking may have begun inside one.
+    # A truncated response without a closing tag may be all thinking, after a tag in the prompt.
     answered = [
         index
         for index, text in enumerate(texts)
@@ -189,6 +198,7 @@ def strip_thinking(dataset: "Dataset", tags: ThinkingTags | None = None) -> "Dat
     ]
     if not answered:
         raise DataError(f"no response of the {len(dataset)} has text after {tags.close!r}.")
+
     sampled = [name for name in _SAMPLED if name in dataset.column_names]
     return (
         dataset.select(answered)
@@ -201,14 +211,14 @@ def strip_thinking(dataset: "Dataset", tags: ThinkingTags | None = None) -> "Dat
 
 
 _SAMPLED = ("response_ids", "rendering")
-"""Columns of a data set that are of the response as it was sampled."""
+"""Columns of a data set that describe the response as it was sampled."""
 
 
 def split_any(text: str, tags: ThinkingTags, *, opened: bool = False) -> Split:
-    """Split a response by a model's tags, or, where it has none of them, by ``<think>``.
+    """Split a response by a model's tags, or, if it has none of them, by ``<think>``.
 
-    Responses that come from elsewhere are written with the tags of another model, and may show an
-    opening tag that the prompt has too.
+    Responses of another model may have other tags, and may begin with an opening tag that the
+    prompt also has; `opened` is then ignored.
     """
     default = ThinkingTags()
     is_foreign = not _shows(text, tags) and _shows(text, default)
@@ -217,10 +227,12 @@ def split_any(text: str, tags: ThinkingTags, *, opened: bool = False) -> Split:
 
 
 def _shows(text: str, tags: ThinkingTags) -> bool:
+    """Return whether a response has a thinking in these tags."""
     return tags.close in text or text.lstrip().startswith(tags.open)
 
 
 def _closed_in(text: str, tags: ThinkingTags) -> bool:
+    """Return whether a response has the closing tag, the model's or ``</think>``."""
     return tags.close in text or ThinkingTags().close in text
 
 
@@ -229,6 +241,7 @@ def _response_text(completion: str | list[dict[str, Any]]) -> str:
 
 
 def _has_thinking_apart(completion: str | list[dict[str, Any]]) -> bool:
+    """Return whether a response's message carries its thinking beside the content."""
     return not isinstance(completion, str) and bool(reasoning_of(completion[-1]))
 
 

@@ -1,4 +1,4 @@
-"""Trainers that are given token ids: TRL renders nothing a second time."""
+"""Mix-ins of TRL's trainers that tokenize the rows themselves, so that TRL renders nothing."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +13,14 @@ else:
 
 
 class RenderedRows(_SFTTrainer):  # type: ignore[misc]
-    """A mix-in of `SFTTrainer`: prompts with responses are rendered as inference renders them.
+    """A mix-in of `SFTTrainer` that renders prompts with responses as inference does.
 
-    Rows of another form (`messages` with `assistant_only_loss`, rows with a formatting function,
-    token ids) are left to TRL.
+    TRL prepares all other rows: `messages` with `assistant_only_loss`, rows with a formatting
+    function, and token ids.
     """
 
     def __init__(self, *args: Any, processing_class: Any = None, **options: Any) -> None:
-        # TRL puts `chat_template_path` in the template's place, and what is bound to it is lost.
+        # TRL replaces the template by that of `chat_template_path`, which has nothing bound to it.
         self._bound = _bound_to(processing_class)
         super().__init__(*args, processing_class=processing_class, **options)
 
@@ -44,13 +44,17 @@ class RenderedRows(_SFTTrainer):  # type: ignore[misc]
 
 
 def _bound_to(tokenizer: Any) -> tuple[dict[str, Any], tuple[str, str] | None]:
+    """Return the template arguments and the thinking markers that are bound to a tokenizer."""
     if tokenizer is None:
         return {}, None
     return template_arguments(tokenizer), bound_thinking(tokenizer)
 
 
 class RenderedPreferences(_DPOTrainer):  # type: ignore[misc]
-    """A mix-in of `DPOTrainer`: both responses are rendered as inference renders them."""
+    """A mix-in of `DPOTrainer` that renders prompts with both responses as inference does.
+
+    TRL prepares rows without `prompt`, `chosen` and `rejected`.
+    """
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, dataset_name: str
@@ -61,5 +65,6 @@ class RenderedPreferences(_DPOTrainer):  # type: ignore[misc]
             return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         if args.max_length is None or args.truncation_mode != "keep_start":
             return rendered
-        # As TRL does: a prompt that fills the length leaves nothing to compare.
+
+        # As TRL does: after a prompt of the maximal length no response token is left to compare.
         return rendered.filter(lambda row: len(row["prompt_ids"]) < args.max_length)
