@@ -243,13 +243,26 @@ def fsdp2(folder: Path) -> dict[str, Any]:
     return run_processes("trained", folder, whole_runs("fsdp2", 2, use_cpu=True), environment)
 
 
+def zero_environment(folder: Path) -> dict[str, str]:
+    """Where DeepSpeed is, and where it compiles what it needs.
+
+    A process that is killed while it compiles leaves a lock in the user's own folder, for which all
+    later ones wait without an end.
+    """
+    return {
+        "PYTHONPATH": str(ZERO),
+        "DS_ACCELERATOR": "cpu",
+        "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
+    }
+
+
 @pytest.fixture(scope="module", params=["zero2", "zero3"])
 def zero(request: pytest.FixtureRequest, folder: Path) -> tuple[str, dict[str, Any]]:
     if not ZERO.is_dir():
         pytest.skip("DeepSpeed is not installed; make test-full puts it into .venv/deepspeed")
     config = DISTRIBUTED / f"{request.param}_1x8.yaml"
     environment = launch_environment(config, "--num_processes", "2", "--mixed_precision", "no")
-    environment |= {"PYTHONPATH": str(ZERO), "DS_ACCELERATOR": "cpu"}
+    environment |= zero_environment(folder)
     runs = whole_runs(request.param, 2)
     return request.param, run_processes("trained", folder, runs, environment)
 
@@ -334,13 +347,13 @@ def test_fsdp2_samples_what_whole_students_do(
 
 
 def test_zero3_samples_what_whole_students_do(
-    on_policy: Callable[..., dict[str, Any]], sampled: dict[str, Any]
+    on_policy: Callable[..., dict[str, Any]], sampled: dict[str, Any], folder: Path
 ) -> None:
     if not ZERO.is_dir():
         pytest.skip("DeepSpeed is not installed; make test-full puts it into .venv/deepspeed")
     config = DISTRIBUTED / "zero3_1x8.yaml"
     environment = launch_environment(config, "--num_processes", "2", "--mixed_precision", "no")
-    environment |= {"PYTHONPATH": str(ZERO), "DS_ACCELERATOR": "cpu"}
+    environment |= zero_environment(folder)
     found = on_policy("zero3", environment)
     for name, run in found.items():
         assert run["student_split"]
