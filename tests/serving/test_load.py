@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -55,9 +56,10 @@ def test_requests_leave_no_object_behind():
         return len(gc.get_objects())
 
     try:
-        held()
-        before = held()
-        assert abs(held() - before) < 30, "thirty requests left something each"
+        # A leak grows in every round; what other tests' threads make or free does not.
+        rounds = [held() for _ in range(5)]
+        grown = [after - before for before, after in itertools.pairwise(rounds)]
+        assert min(grown) < 30, f"thirty requests left something each: {grown}"
         assert (service.engine.running, service.engine.waiting) == (0, 0)
     finally:
         service.engine.stop()
