@@ -212,7 +212,7 @@ def read_efforts(text: str | None, adapter: str | None) -> list[Setting]:
         return []
     if adapter is None:
         raise ConfigError(
-            "--effort needs an adapter that flexalign calibrate has measured; name it, or "
+            "--effort needs an InRa adapter or a LoRA dial that flexalign calibrate has measured; name it, or "
             "give --lambda."
         )
     from flexalign.calibration.effort import Calibration, effort_settings
