@@ -270,7 +270,7 @@ class _Projection:
         """Read the layer's weights again; return A times the scaling, ``(r, H)``, in W's dtype."""
         a, b, weight = self.weights()
         self._up = b.detach().to(weight.dtype).T
-        self._weight = None if isinstance(self._base, Conv1D) else weight
+        self._weight = weight if type(self._base) is nn.Linear else None
         self._bias = self._base.bias
         scaling: float = self.layer.scaling[self._adapter]
         return (_precise(a) * scaling).to(weight.dtype)
