@@ -76,6 +76,8 @@ class LoRAProjections:
     def at(self, lam: Lambda, rows: int, tokens: int) -> Iterator[None]:
         """Use λ in the forwards inside the block, each of ``rows · tokens`` tokens.
 
+        Whether gradients are wanted is read at the beginning of the block.
+
         Args:
             lam: λ: one number, a tensor of one, ``(B,)``, or ``(B, T)``.
             rows: B, the number of rows.
@@ -310,7 +312,6 @@ class _Projection:
         return output
 
 
-@torch.no_grad()
 def shared_inputs(model: PeftModel, layers: dict[str, Linear]) -> list[list[str]]:
     """Return the names of layers that get the same tensor as their input, group by group.
 
@@ -332,7 +333,8 @@ def shared_inputs(model: PeftModel, layers: dict[str, Linear]) -> list[list[str]
     base = model.get_base_model()
     device = base.get_input_embeddings().weight.device
     try:
-        with evaluating(model):
+        # In inference mode, tensors do not count how often they are written.
+        with evaluating(model), torch.inference_mode(False), torch.no_grad():
             base(input_ids=torch.zeros((1, 2), dtype=torch.long, device=device), use_cache=False)
     finally:
         for hook in hooks:
