@@ -162,12 +162,13 @@ class _Strength:
         is_base: λ is 0 in all rows.
         is_merged: λ is in all rows that of the merged weights.
         tokens: The number of tokens that λ is for; 0 if it is one number for all.
+        number: λ if it is one number for all, else 1.
     """
 
     def __init__(self) -> None:
         self.is_on = self.is_base = self.is_merged = False
         self.tokens = 0
-        self._number = 1.0
+        self.number = 1.0
         self._each = torch.empty(0)
         self._factors: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -176,14 +177,14 @@ class _Strength:
         if not isinstance(lam, Tensor):
             self.is_on = True
             self.is_base, self.is_merged = lam == 0.0, lam == merged_lambda
-            self._number, self.tokens = lam, 0
+            self.number, self.tokens = lam, 0
             return
 
         # λ of another shape is left to PEFT's forward, where LoRAScale refuses it.
         self.is_on = lam.shape in ((rows,), (rows, tokens))
         self.is_base = self.is_merged = False
         if self.is_on:
-            self.tokens = rows * tokens
+            self.number, self.tokens = 1.0, rows * tokens
             self._each = lam.reshape(rows, -1).expand(rows, tokens).reshape(-1, 1)
             self._factors = {}
 
@@ -191,10 +192,8 @@ class _Strength:
         """Leave all following forwards to PEFT's modules."""
         self.is_on = False
 
-    def factor(self, kind: tuple[torch.device, torch.dtype]) -> float | Tensor:
-        """Return λ as one number, or for each token ``(N, 1)`` on this device and in this dtype."""
-        if not self.tokens:
-            return self._number
+    def factor(self, kind: tuple[torch.device, torch.dtype]) -> Tensor:
+        """Return λ of each token, ``(N, 1)``, on this device and in this dtype."""
         factor = self._factors.get(kind)
         if factor is None:
             factor = self._factors[kind] = self._each.to(*kind)
@@ -206,9 +205,11 @@ class _Group:
 
     def __init__(self, layers: list[Linear], adapter: str, strength: _Strength) -> None:
         self.strength = strength
-        self.projections = [_Projection(layer, adapter, self) for layer in layers]
+        self.projections = [
+            _Projection(layer, adapter, self, place) for place, layer in enumerate(layers)
+        ]
         self._input: Tensor | None = None
-        self._product: Tensor | None = None
+        self._products: tuple[Tensor, ...] = ()
         self._uses = 0
 
     def weights(self) -> list[Tensor]:
@@ -217,42 +218,47 @@ class _Group:
 
     def refresh(self) -> None:
         """Stack the A matrices, each times its scaling."""
-        downs, first = [], 0
-        for projection in self.projections:
-            down = projection.refresh()
-            projection.columns = slice(first, first + len(down))
-            first += len(down)
-            downs.append(down)
+        downs = [projection.refresh() for projection in self.projections]
+        self._ranks = [len(down) for down in downs]
         self._down = torch.cat(downs).T
         self._kind = self._down.device, torch.promote_types(self._down.dtype, torch.float32)
 
-    def product(self, hidden: Tensor) -> Tensor | None:
-        """Return λ·s·A·x of all layers, ``(N, Σr)``; None if λ is for another number of tokens."""
-        product = self._product
-        if hidden is not self._input or product is None:
-            flat = hidden.reshape(-1, hidden.shape[-1])
+    def products(self, hidden: Tensor) -> tuple[Tensor, ...]:
+        """Return s·A·x of each layer, ``(N, r)``, times λ where tokens differ in it.
+
+        Returns:
+            Nothing if λ is for another number of tokens.
+        """
+        products = self._products
+        if hidden is not self._input:
+            product = torch.mm(hidden.reshape(-1, hidden.shape[-1]), self._down)
             strength = self.strength
-            if strength.tokens and strength.tokens != len(flat):
-                return None
-            product = torch.mm(flat, self._down).mul_(strength.factor(self._kind))
-            self._input, self._product, self._uses = hidden, product, 0
+            if strength.tokens:
+                if strength.tokens != len(product):
+                    return ()
+                product.mul_(strength.factor(self._kind))
+            products = (product,)
+            if len(self._ranks) > 1:
+                products = product.split(self._ranks, 1)
+            self._input, self._products, self._uses = hidden, products, 0
 
         # The last layer of the group frees the tensors.
         self._uses += 1
-        if self._uses == len(self.projections):
+        if self._uses == len(self._ranks):
             self.forget()
-        return product
+        return products
 
     def forget(self) -> None:
-        self._input = self._product = None
+        self._input, self._products = None, ()
 
 
 class _Projection:
     """The forward of one LoRA layer, in place of PEFT's. Hooks on PEFT's module are still called."""
 
-    def __init__(self, layer: Linear, adapter: str, group: _Group) -> None:
+    def __init__(self, layer: Linear, adapter: str, group: _Group, place: int) -> None:
         self.layer = layer
-        self.columns = slice(0)
+        self._place = place
+        self._width = layer.out_features
         self._adapter = adapter
         self._group = group
         self._strength = group.strength
@@ -303,12 +309,13 @@ class _Projection:
         if strength.is_base:
             return output
 
-        product = self._group.product(hidden)
-        if product is None:
+        products = self._group.products(hidden)
+        if not products:
             return self._peft_forward(hidden)
         if not output.is_contiguous():
             output = output.contiguous()
-        output.view(-1, output.shape[-1]).addmm_(product[:, self.columns], self._up)
+        product = products[self._place]
+        output.view(-1, self._width).addmm_(product, self._up, alpha=strength.number)
         return output
 
 
