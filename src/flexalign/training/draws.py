@@ -14,12 +14,14 @@ cover the range, and so do the documents of one row.
 import math
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexalign.lambdas import LambdaRange, Schedule
+from flexalign.lora_dial.scaling import LoRAScale
 
 if TYPE_CHECKING:
     from trl import SFTTrainer as _SFTTrainer
@@ -66,7 +68,12 @@ class RowLambdas(_SFTTrainer):  # type: ignore[misc]
     """A mix-in of `SFTTrainer` that draws a λ of a range for each row of a step's batches.
 
     With a number or a schedule instead of a range it does nothing.
+
+    Attributes:
+        scale: The strength of the student's LoRA, which is λ; None without a range.
     """
+
+    scale: LoRAScale | None = None
 
     @property
     def lambda_range(self) -> LambdaRange | None:
@@ -82,6 +89,19 @@ class RowLambdas(_SFTTrainer):  # type: ignore[misc]
         if self.lambda_range is not None and batches:
             self._give_lambdas(batches, self.lambda_range)
         return batches, num_items
+
+    def at_lambda(self, lam: float | Tensor | None) -> AbstractContextManager[None]:
+        """Return a context in which the student runs at a λ; without a range it changes nothing."""
+        return nullcontext() if self.scale is None else self.scale.at(lam)
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Take a forward and a backward, and restore the stock strength of the student's LoRA."""
+        try:
+            loss: Tensor = super().training_step(model, *args, **kwargs)
+        finally:
+            if self.scale is not None:
+                self.scale.set(None)
+        return loss
 
     def _give_lambdas(self, batches: Sequence[dict[str, Any]], within: LambdaRange) -> None:
         """Put the λ of each row, or of each token of packed rows, into the batches."""
