@@ -441,7 +441,11 @@ class LambdaRange:
         return f"{self.low:g}:{self.high:g}"
 
 
-def parse_training_lambda(value: object) -> Schedule | LambdaRange:
+TrainingLambda: TypeAlias = Schedule | LambdaRange
+"""The λ of a training: a number or a schedule over the step, or a range for a LoRA dial."""
+
+
+def parse_training_lambda(value: object) -> TrainingLambda:
     """Read the λ of a training: a number, a schedule over the step, or a range, in any form.
 
     Example:

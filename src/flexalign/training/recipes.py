@@ -20,7 +20,7 @@ import yaml
 from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
 from flexalign.errors import ConfigError, FlexAlignError
-from flexalign.lambdas import Fixed, LambdaRange, Schedule, parse_training_lambda
+from flexalign.lambdas import Fixed, LambdaRange, Schedule, TrainingLambda, parse_training_lambda
 from flexalign.training.settings import (
     Number,
     Section,
@@ -80,7 +80,7 @@ def _read_mapping(value: object) -> object:
 # λ is parsed here, once. All later code has a schedule over the training step, or a range.
 
 
-def _read_lambda(value: object) -> Schedule | LambdaRange:
+def _read_lambda(value: object) -> TrainingLambda:
     value = as_number(value)
     if isinstance(value, Schedule | LambdaRange | Fixed):
         return parse_training_lambda(value)
@@ -242,7 +242,7 @@ class Recipe(Section):
     output: str = Field(
         description="Folder of the model and its checkpoints: one run; started again, it goes on."
     )
-    schedule: Annotated[Schedule | LambdaRange | None, PlainValidator(_read_optional_lambda)] = Field(
+    schedule: Annotated[TrainingLambda | None, PlainValidator(_read_optional_lambda)] = Field(
         None, alias="lambda", description="λ of the fused teacher, or a schedule over the step."
     )
     divergence: str = Field(
@@ -477,7 +477,7 @@ class RealignRecipe(Recipe):
         description="λ = 1: a model's path or known name, or a PEFT adapter on the reference.",
         examples=["miniature:aligned"],
     )
-    schedule: Annotated[Schedule | LambdaRange, PlainValidator(_read_lambda)] = Field(
+    schedule: Annotated[TrainingLambda, PlainValidator(_read_lambda)] = Field(
         alias="lambda",
         description="λ of the fused teacher (equation 5): a number, a list of numbers (a student "
         "for each), a schedule over the step, {kind: linear, start: 0, end: 2, steps: 200}, or, "

@@ -21,7 +21,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.fusion import Lambda
-from flexalign.lambdas import LambdaRange
+from flexalign.lambdas import LambdaRange, TrainingLambda
 from flexalign.lora_dial.scaling import LoRAScale, require_linear
 from flexalign.losses import Divergence, DivergenceMetrics
 from flexalign.models.adapters import inner_model
@@ -219,10 +219,8 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
     @property
     def lam(self) -> float:
         """λ at the current step; with a range its middle, which is the mean of the rows' λ."""
-        schedule = self.args.schedule
-        return schedule.at(
-            0.5 if isinstance(schedule, LambdaRange) else self.state.global_step
-        )
+        schedule: TrainingLambda = self.args.schedule
+        return schedule.at(0.5 if isinstance(schedule, LambdaRange) else self.state.global_step)
 
     def compute_loss(
         self,
@@ -512,7 +510,9 @@ class Meter:
         within: LambdaRange, lam: Lambda, mask: Tensor, metrics: DivergenceMetrics | None
     ) -> Tensor:
         """Return the sum of λ, and the nats and tokens of each third of the range, shape (7,)."""
-        rows = lam if isinstance(lam, Tensor) else torch.full_like(mask[:, 0], lam, dtype=torch.float)
+        rows = (
+            lam if isinstance(lam, Tensor) else torch.full_like(mask[:, 0], lam, dtype=torch.float)
+        )
         rows = rows[:, None] if rows.ndim == 1 else rows
         lams = rows.expand(mask.shape)[mask].double()
         nats, tokens = lams.new_zeros(2, 3).unbind()
