@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 from flexalign._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from flexalign.lora_dial.configuration import LoRADialConfig
     from flexalign.lora_dial.scaling import LoRAScale
 
 _HOMES = {
     "LoRAScale": "flexalign.lora_dial.scaling",
+    "LoRADialConfig": "flexalign.lora_dial.configuration",
 }
 
-__all__ = ["LoRAScale"]
+__all__ = ["LoRADialConfig", "LoRAScale"]
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES, __all__)
