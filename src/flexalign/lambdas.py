@@ -871,7 +871,7 @@ def outside_range(dial: Dial | LambdaRange, permitted: tuple[float, float]) -> f
     return next((lam for lam in extremes(dial) if not low <= lam <= high), None)
 
 
-def _visited(dial: Dial) -> tuple[float, ...]:
+def _visited(dial: Dial | LambdaRange) -> tuple[float, ...]:
     """Return the λ that a dial uses; of a schedule between two values, also the middle."""
     if not isinstance(dial, Schedule):
         return extremes(dial)

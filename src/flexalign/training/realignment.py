@@ -9,7 +9,7 @@ import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
@@ -17,6 +17,8 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from flexalign._storage import write_json, write_text
+from flexalign.data.rendering import rendering_record
+from flexalign.data.thinking import ThinkingTags
 from flexalign.lambdas import require_forward
 from flexalign.models.compatibility import ModelFacts, PairFacts
 from flexalign.models.loading import load_adapter, load_model
@@ -253,6 +255,14 @@ class Realignment(TrainingRun):
             callbacks=callbacks,
         )
         self._at_lambda = trainer.at_lambda
+        if trainer.dial is not None:
+            tags = ThinkingTags.of(self.tokenizer)
+            system = {} if self.recipe.system is None else {"system": self.recipe.system}
+            trainer.dial = replace(
+                trainer.dial,
+                thinking_tags=(tags.open, tags.close),
+                rendering=rendering_record(self.tokenizer) | system,
+            )
         yield trainer
 
     def _plan_rounds(self) -> list[Round]:

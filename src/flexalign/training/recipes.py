@@ -627,7 +627,11 @@ class RealignRecipe(Recipe):
 
             check_settings(self.lora, get_type_hints(LoraConfig), "lora")
         super()._check_sections()
-        self.peft_config()
+        settings = self.peft_config()
+        if self.lambda_range is not None:
+            from flexalign.lora_dial.scaling import require_linear
+
+            require_linear(settings, "lora")
 
     def _identifying_training(self) -> dict[str, Any]:
         # Earlier versions recorded `max_steps: 200` here even where epochs decide. Such runs must

@@ -19,19 +19,25 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from flexalign.data.rendering import rendering_record
+from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.fusion import Lambda
 from flexalign.lambdas import LambdaRange, TrainingLambda
+from flexalign.lora_dial.configuration import LoRADialConfig, nearest_default
 from flexalign.lora_dial.scaling import LoRAScale, require_linear
 from flexalign.losses import Divergence, DivergenceMetrics
 from flexalign.models.adapters import inner_model
+from flexalign.models.loading import fingerprint
 from flexalign.models.pair import ModelPair
+from flexalign.models.sources import resolve
 from flexalign.training.checkpoints import SealedCheckpoints, what_stands, writing
 from flexalign.training.config import TrRaConfig
 from flexalign.training.draws import LAMBDAS
 from flexalign.training.hidden_cache import HiddenStateCache
 from flexalign.training.hidden_cache.read import CachedCollator
 from flexalign.training.models import (
+    PLACES,
     Model,
     TrainingModels,
     assemble,
@@ -76,7 +82,8 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
     then the mean over the response tokens, and `divergence_low`, `divergence_middle` and
     `divergence_high` are the divergence where λ is in the lower, middle and upper third of the
     range, measured in the logged steps. An evaluation measures every row in the middle of each
-    third.
+    third. Every folder that is saved is a LoRA dial: PEFT's files, and ``lora_dial.json`` with
+    `dial`.
 
     Every log line has `divergence` (nats per response token, the mean of all steps since the last
     line), `lambda`, `kl_reference` and `kl_aligned` (KL of the student to either model, nats per
@@ -178,8 +185,10 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
 
+        self.dial: LoRADialConfig | None = None
         if self.lambda_range is not None:
             self.scale = _strength_of(parts, self.lambda_range)
+            self.dial = _describe_dial(parts, model if reference is None else reference, args)
         self._last_lam = self.lam
         self._meters = {"train": Meter(self.lambda_range), "eval": Meter(self.lambda_range)}
 
@@ -325,6 +334,13 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """Do nothing: :meth:`_update_tokens_seen` counts, also in packed rows."""
 
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        super()._save(output_dir, state_dict)
+        if self.dial is not None:
+            self.dial.save(Path(output_dir or self.args.output_dir))
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._update_tokens_seen()
         require_finite_weights(self.model, self.state.global_step, Path(self.args.output_dir))
@@ -383,6 +399,27 @@ def _strength_of(parts: TrainingModels, within: LambdaRange) -> LoRAScale:
             "leave model out or give an adapter on the reference."
         )
     return LoRAScale(student, student.active_adapters[0])
+
+
+def _describe_dial(
+    parts: TrainingModels, reference: Model | None, args: TrRaConfig
+) -> LoRADialConfig:
+    """Return the settings of the dial that a student becomes, as far as the trainer knows them."""
+    source = resolve(reference) if isinstance(reference, PLACES) else None
+    named = getattr(inner_model(parts.student), "name_or_path", "") if source is None else reference
+    # A GGUF file's fingerprint is of its bytes; that of a dial's base is of its weights.
+    from_file = source is not None and source.gguf_file is None and not source.is_adapter
+    tags = ThinkingTags.of(parts.tokenizer)
+    within = cast(LambdaRange, args.schedule)
+    return LoRADialConfig(
+        base=str(named),
+        base_fingerprint=fingerprint(cast(Model, reference) if from_file else parts.student),
+        default_lambda=nearest_default(within.low, within.high),
+        lambda_range=within.values,
+        gate=args.gate,
+        thinking_tags=(tags.open, tags.close),
+        rendering=rendering_record(parts.tokenizer),
+    )
 
 
 def _by_prediction(lam: Lambda) -> Lambda:
