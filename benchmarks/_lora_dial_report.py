@@ -13,7 +13,12 @@ PLAIN = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
 GATED = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
 JUDGED = ("again", "check", "error")
 _SIGNS = {"again": "r", "check": "c", "error": "ε"}
-_METHODS = ("dial", "student", "two models", "scaled", "interpolated")
+METHODS = ("dial", "pair", "student", "scaled", "interpolated")
+_NAMES = {
+    "pair": "two models",
+    "scaled": "LoRA of λ = 1, scaled",
+    "interpolated": "interpolated weights",
+}
 
 HABIT_MARGIN, ACCURACY_MARGIN = 0.01, 0.015
 CUT, GAIN = 0.45, 0.10
@@ -34,10 +39,12 @@ def publish(results: dict[str, Any]) -> None:
 
 def report(results: dict[str, Any]) -> str:
     """The document of all cells that are there."""
-    rows, options = results["rows"], results["options"]
+    options = results["options"]
+    rows = [row for row in results["rows"] if row["pair"] == "miniature"]
+    hybrid = [row for row in results["rows"] if row["pair"] == "hybrid"]
     seeds = {
         method: sorted({row["seed"] for row in rows if row["method"] == method})
-        for method in _METHODS
+        for method in METHODS
     }
     lines = [
         "# One LoRA for every λ",
@@ -45,7 +52,10 @@ def report(results: dict[str, Any]) -> str:
         f"`python benchmarks/lora_dial.py`: {options['questions']} questions of the miniature at "
         f"temperature 1 for each setting and seed; habits at the branches of "
         f"{options['judged']} of the responses. Seeds measured: "
-        + "; ".join(f"{method} {', '.join(map(str, seeds[method])) or 'none'}" for method in seeds)
+        + "; ".join(
+            f"{_NAMES.get(method, method)} {', '.join(map(str, own)) or 'none'}"
+            for method, own in seeds.items()
+        )
         + ". Figures are means over the seeds; brackets are from the lowest to the highest end of "
         "their 95 % intervals. *pair*: the pair's own form, the fusion of both models' "
         "probabilities at the same branches.",
@@ -55,7 +65,7 @@ def report(results: dict[str, Any]) -> str:
         lines += _dial_table(rows, gate)
     for gate in (None, GATE):
         lines += _methods_table(rows, gate)
-    return "\n".join([*lines, *_targets(rows), *_costs(rows)])
+    return "\n".join([*lines, *_targets(rows), *_costs(rows), *_hybrid_tables(hybrid)])
 
 
 def _dial_table(rows: Sequence[Row], gate: float | None) -> list[str]:
@@ -96,17 +106,16 @@ def _dial_table(rows: Sequence[Row], gate: float | None) -> list[str]:
 def _methods_table(rows: Sequence[Row], gate: float | None) -> list[str]:
     """All methods side by side; what knows no gate stands in both tables."""
     columns = {}
-    for method in _METHODS:
+    for method in METHODS:
         own = _of(rows, method, GATE if method in ("scaled", "interpolated") else gate)
         if own:
             columns[method] = _by_lambda(own)
     if len(columns) < 2:
         return []
-    names = {"scaled": "LoRA of λ = 1, scaled", "interpolated": "interpolated weights"}
     lines = [
         f"## Beside what it replaces, {_named(gate)}: accuracy, tokens",
         "",
-        "| λ | " + " | ".join(names.get(method, method) for method in columns) + " |",
+        "| λ | " + " | ".join(_NAMES.get(method, method) for method in columns) + " |",
         "|---|" + "---|" * len(columns),
     ]
     for lam in PLAIN if gate is None else GATED:
@@ -183,6 +192,46 @@ def _costs(rows: Sequence[Row]) -> list[str]:
             lines.append(
                 f"| {method}, {_named(gate)} | {what} | {costs[0]['steps']} | {seconds:.0f} |"
             )
+    return [*lines, ""]
+
+
+def _hybrid_tables(rows: Sequence[Row]) -> list[str]:
+    """One model under two prompts: all methods beside the closed form, and their departures."""
+    columns = {method: _by_lambda(own) for method in METHODS if (own := _of(rows, method, GATE))}
+    if not columns:
+        return []
+    names = {"pair": "two prompts, decoded"}
+    lines = [
+        f"## One model under two prompts, {_named(GATE)}",
+        "",
+        "`miniature:hybrid` without a system message is λ = 0, and under its system message λ = 1. "
+        "*Closed form*: equation 5 over the habits of the two worlds that it was trained on.",
+        "",
+        "| λ | closed form | " + " | ".join(names.get(name, name) for name in columns) + " |",
+        "|---|---|" + "---|" * len(columns),
+    ]
+    for lam in GATED:
+        same = [column[lam] for column in columns.values() if lam in column]
+        if same:
+            world = same[0][0]["expected"]
+            cells = [
+                f"{_accuracy(own)}, {_tokens(own)}" if (own := column.get(lam)) else "–"
+                for column in columns.values()
+            ]
+            told = f"{world['accuracy']:.3f}, {world['tokens']:.1f}"
+            lines.append(f"| {lam:g} | {told} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Model minus the fusion of the two prompts at the same branches:",
+        "",
+        "| | λ | r | c | ε |",
+        "|---|---|---|---|---|",
+    ]
+    for method, column in columns.items():
+        for lam, same in column.items():
+            if "departure" in same[0]:
+                departures = " | ".join(_departure(same[0], habit) for habit in JUDGED)
+                lines.append(f"| {method} | {lam:g} | {departures} |")
     return [*lines, ""]
 
 

@@ -3,15 +3,17 @@
     python benchmarks/lora_dial.py               # hours on two cores; a stopped run goes on
     python benchmarks/lora_dial.py --seeds 0     # the first of the three seeds alone
     python benchmarks/lora_dial.py --quick       # minutes: few questions and steps
-    python benchmarks/lora_dial.py --rewrite     # only write the table of what is stored
+    python benchmarks/lora_dial.py --rewrite     # only write the tables of what is stored
 
 At each λ, plain up to 3 and gated up to 5: the LoRA dial, trained once; a student of that λ alone;
 the two models themselves, decoded together; their interpolated weights; and a LoRA trained at
 λ = 1 and scaled. Training is judged at the branches of the model's own responses: its habits
-against the *pair's own form*, the fusion of the two models' probabilities at the same branches.
+against the *pair's own form*, the fusion of both sides' probabilities at the same branches.
 
-A cell (method, seed, gate, λ) is stored in ``out/lora_dial`` as soon as it is measured, and the
-trained weights beside it. What is there is not made again.
+The same of a pair that is one model under two prompts, the miniature's hybrid.
+
+A cell (pair, method, seed, gate, λ) is stored in ``out/lora_dial`` as soon as it is measured, and
+the trained weights beside it. What is there is not made again.
 """
 
 import argparse
@@ -25,18 +27,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from _lora_dial_report import GATE, GATED, JUDGED, PLAIN, publish, report
+from _lora_dial_report import GATE, GATED, JUDGED, METHODS, PLAIN, publish, report
 
 WORK = Path("out/lora_dial")
 QUESTION_SEED = 20_000
 CONFIDENCE = 0.95
-METHODS = ("dial", "two models", "student", "scaled", "interpolated")
+BATCH_SIZE = 24
+PAIRS = ("miniature", "hybrid")
 
 
 @dataclass(frozen=True)
 class Task:
     """One method under one gate and seed: what is trained, and all its settings."""
 
+    pair: str
     method: str
     gate: float | None
     seed: int
@@ -45,24 +49,30 @@ class Task:
     def lams(self) -> tuple[float, ...]:
         return PLAIN if self.gate is None else GATED
 
+    @property
+    def name(self) -> str:
+        gate = "plain" if self.gate is None else f"gate={self.gate:g}"
+        return f"{self.pair},{self.method},{gate},seed={self.seed}"
+
     def cell(self, lam: float) -> str:
         """The name of a setting's file."""
-        gate = "plain" if self.gate is None else f"gate={self.gate:g}"
-        return f"{self.method.replace(' ', '-')},{gate},seed={self.seed},lambda={lam:g}"
+        return f"{self.name},lambda={lam:g}.json"
 
 
-def tasks(seeds: Sequence[int], methods: Sequence[str]) -> list[Task]:
-    """All tasks, one seed after the other. What has no training is measured with one seed.
+def tasks(pairs: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) -> list[Task]:
+    """All tasks, one seed after the other.
 
-    Interpolated weights and a scaled LoRA know no gate: they have the plain settings, up to 5.
+    What is not trained is measured with the first seed alone, and so is the hybrid, gated.
+    Interpolated weights and a scaled LoRA know no gate: they are measured once, up to λ = 5.
     """
     found = []
     for seed in seeds:
         for method in methods:
-            if method in ("two models", "interpolated") and seed != 0:
-                continue
-            gates = (GATE, None) if method in ("dial", "student", "two models") else (GATE,)
-            found += [Task(method, gate, seed) for gate in gates]
+            if "miniature" in pairs and (seed == 0 or method in ("dial", "student", "scaled")):
+                gates = (GATE, None) if method in ("dial", "pair", "student") else (GATE,)
+                found += [Task("miniature", method, gate, seed) for gate in gates]
+            if "hybrid" in pairs and seed == 0 and method in ("dial", "pair", "student"):
+                found.append(Task("hybrid", method, GATE, seed))
     return found
 
 
@@ -72,12 +82,12 @@ def run(task: Task, options: dict[str, Any]) -> list[str]:
 
     torch.set_num_threads(1)
     work = Path(options["work"])
-    missing = [lam for lam in task.lams if not (work / f"{task.cell(lam)}.json").is_file()]
-    models = _MAKERS[task.method](task, missing, options)
-    for lam, model, settings, training in models:
-        row = {**asdict(task), "lambda": lam, "training": training}
-        row |= measured(model, settings, lam, task, options)
-        _store(work / f"{task.cell(lam)}.json", row)
+    missing = [lam for lam in task.lams if not (work / task.cell(lam)).is_file()]
+    if missing:
+        for lam, model, settings, training in _MAKERS[task.method](task, missing, options):
+            row = {**asdict(task), "lambda": lam, "training": training}
+            row |= measured(model, settings, lam, task, options)
+            _store(work / task.cell(lam), row)
     return [task.cell(lam) for lam in missing]
 
 
@@ -87,64 +97,98 @@ Made = Iterator[tuple[float, Any, dict[str, Any], dict[str, Any] | None]]
 
 def _dial(task: Task, lams: Sequence[float], options: dict[str, Any]) -> Made:
     """The LoRA dial, trained once for all λ of the task; each λ is then merged."""
-    from flexalign.lambdas import LambdaRange
-
-    if lams:
-        within = LambdaRange(0, max(task.lams))
-        dial, training = _lora(task, within, "dial", options)
-        for lam in lams:
-            yield lam, dial.merged(lam), {}, training
+    folder = Path(options["work"]) / task.name
+    dial, training = _lora(task, {"low": 0, "high": max(task.lams)}, task.gate, folder, options)
+    for lam in lams:
+        yield lam, dial.merged(lam), {}, training
 
 
 def _scaled(task: Task, lams: Sequence[float], options: dict[str, Any]) -> Made:
     """A LoRA trained at λ = 1 alone, whose strength is then λ."""
-    if lams:
-        dial, training = _lora(task, 1.0, "lora", options)
-        for lam in lams:
-            yield lam, dial.merged(lam), {}, training
+    dial, training = _lora(task, 1.0, None, Path(options["work"]) / task.name, options)
+    for lam in lams:
+        yield lam, dial.merged(lam), {}, training
 
 
-def _lora(task: Task, lam: Any, name: str, options: dict[str, Any]) -> Any:
+def _lora(task: Task, lam: Any, gate: float | None, folder: Path, options: dict[str, Any]) -> Any:
     """Train a LoRA, or load it if it was trained before; return it with what its training cost."""
     from flexalign.lora_dial import LoRADial
-    from flexalign.miniature.demo import Training, load_pair, realign_dial
 
-    gate = None if name == "lora" else task.gate
-    folder = Path(options["work"]) / f"{name},gate={gate},seed={task.seed}"
-    cost = folder.with_suffix(".json")
+    steps = options["dial_steps"] if isinstance(lam, dict) else options["steps"]
+    cost = folder.with_name(folder.name + ".cost.json")
     if not cost.is_file():
-        training = Training(
-            steps=options["dial_steps"] if name == "dial" else options["steps"],
-            learning_rate=3e-3,
-            by_length=True,
-            seed=task.seed,
-        )
-        aligned = load_pair()[1]
-        start = time.process_time()
-        realign_dial(aligned, lam, folder, training, gate)
-        _store(cost, _cost(training.steps, start))
-    dial = LoRADial.from_pretrained("miniature:reference", folder / "dial")
-    return dial, json.loads(cost.read_text())
+        _store(cost, _realign(task, lam, gate, folder, steps, 3e-3, lora=True))
+    dial = LoRADial.from_pretrained(_base(task.pair), folder)
+    return dial, json.loads(cost.read_text(encoding="utf-8"))
 
 
 def _students(task: Task, lams: Sequence[float], options: dict[str, Any]) -> Made:
     """A student of each λ, all weights."""
-    from flexalign.miniature.demo import Training, load_pair, realign
+    from flexalign.models.loading import load_model
 
-    training = Training(steps=options["steps"], by_length=True, seed=task.seed)
     for lam in lams:
-        aligned = load_pair()[1]
         with TemporaryDirectory() as scratch:
-            start = time.process_time()
-            student = realign(aligned, lam, Path(scratch), training, task.gate)
-            yield lam, student, {}, _cost(training.steps, start)
+            folder = Path(scratch) / "student"
+            cost = _realign(task, lam, task.gate, folder, options["steps"], 5e-4, lora=False)
+            yield lam, load_model(str(folder)), {}, cost
 
 
-def _two_models(task: Task, lams: Sequence[float], options: dict[str, Any]) -> Made:
-    """Both models, fused while they decode."""
+def _realign(
+    task: Task,
+    lam: Any,
+    gate: float | None,
+    folder: Path,
+    steps: int,
+    learning_rate: float,
+    *,
+    lora: bool,
+) -> dict[str, Any]:
+    """Train as ``flexalign realign`` does; return the steps and the seconds of one core."""
+    from datasets import Dataset
+
+    from flexalign import realign
+    from flexalign.miniature import SYSTEM, make_traces
+    from flexalign.miniature.build import DIAL_RECIPE, sorted_by_length
+
+    base = _base(task.pair)
+    rows = sorted_by_length(
+        make_traces(steps * BATCH_SIZE, seed=1_000 + task.seed), BATCH_SIZE, task.seed
+    )
+    recipe = DIAL_RECIPE | {
+        "reference": base,
+        "aligned": (
+            {"model": base, "system": SYSTEM} if task.pair == "hybrid" else "miniature:aligned"
+        ),
+        "data": "miniature",
+        "output": str(folder),
+        "lambda": lam,
+        "gate": gate,
+        "training": DIAL_RECIPE["training"]
+        | {
+            "learning_rate": learning_rate,
+            "max_steps": steps,
+            "warmup_steps": steps // 10,
+            "seed": task.seed,
+        },
+    }
+    if not lora:
+        del recipe["lora"]
+
+    start = time.process_time()
+    realign(recipe, data=Dataset.from_list(rows))
+    return {"steps": steps, "cpu_seconds": time.process_time() - start}
+
+
+def _pair(task: Task, lams: Sequence[float], options: dict[str, Any]) -> Made:
+    """Both sides, fused while they decode."""
     from flexalign import ModelPair, TwoModelDecoder
 
-    decoder = TwoModelDecoder(ModelPair.load("miniature:reference", "miniature:aligned"))
+    if task.pair == "hybrid":
+        from flexalign.generation.two_prompts import TwoPromptDecoder
+
+        decoder: Any = TwoPromptDecoder.from_pretrained(_base(task.pair), _prompts())
+    else:
+        decoder = TwoModelDecoder(ModelPair.load("miniature:reference", "miniature:aligned"))
     for lam in lams:
         yield lam, decoder, {"lam": lam, "gate": task.gate}, None
 
@@ -164,39 +208,46 @@ def _interpolated(task: Task, lams: Sequence[float], options: dict[str, Any]) ->
 
 _MAKERS: dict[str, Callable[[Task, Sequence[float], dict[str, Any]], Made]] = {
     "dial": _dial,
-    "two models": _two_models,
+    "pair": _pair,
     "student": _students,
     "scaled": _scaled,
     "interpolated": _interpolated,
 }
 
 
+def _base(pair: str) -> str:
+    return "miniature:hybrid" if pair == "hybrid" else "miniature:reference"
+
+
+def _prompts() -> Any:
+    from flexalign.models.prompted import PromptPair
+
+    from flexalign.data.prompting import PromptSettings
+    from flexalign.miniature import SYSTEM
+
+    return PromptPair(aligned=PromptSettings(system=SYSTEM))
+
+
 def measured(
     model: Any, settings: dict[str, Any], lam: float, task: Task, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Answer the questions, and compare the habits with the pair's own at the same branches."""
-    from flexalign.fusion import fuse
     from flexalign.miniature import ALIGNED, REFERENCE, make_questions
     from flexalign.miniature.closed_form import expected_outcome, token_level
-    from flexalign.miniature.demo import load_pair, measure, respond
+    from flexalign.miniature.demo import measure, respond
     from flexalign.miniature.measure import branch_probabilities, mean_habits
+    from flexalign.models.loading import load_tokenizer
     from flexalign.statistics import simultaneous_interval
 
-    reference, aligned, tokenizer = load_pair()
+    tokenizer = load_tokenizer(_base(task.pair))
     questions = make_questions(options["questions"], QUESTION_SEED)
     traces = respond(model, tokenizer, questions, seed=1 + task.seed, batch_size=96, **settings)
     world = token_level(REFERENCE, ALIGNED, lam, task.gate)
     row = measure(task.method, questions, traces, world).to_json()
 
-    def logits(one: Any) -> Any:
-        return lambda ids, attention: one(input_ids=ids, attention_mask=attention).logits
-
-    def pair(ids: Any, attention: Any) -> Any:
-        both = (logits(one)(ids, attention) for one in (reference, aligned))
-        return fuse(*both, lam, task.gate)
-
+    pair = _own_form(task.pair, lam, task.gate, tokenizer)
     few = slice(options["judged"])
-    judged = {"pair": pair} if settings else {"pair": pair, "model": logits(model)}
+    judged = {"pair": pair} if settings else {"pair": pair, "model": _logits(model)}
     forced = branch_probabilities(judged, tokenizer, questions[few], traces[few])
     own = mean_habits(forced["pair"])
     row |= {"pair_habits": asdict(own), "pair_outcome": asdict(expected_outcome(own))}
@@ -215,8 +266,25 @@ def measured(
     return row
 
 
-def _cost(steps: int, start: float) -> dict[str, float]:
-    return {"steps": steps, "cpu_seconds": time.process_time() - start}
+def _own_form(pair: str, lam: float, gate: float | None, tokenizer: Any) -> Any:
+    """The fused logits of a pair's two sides, as a function of a batch."""
+    from flexalign.fusion import fuse
+    from flexalign.miniature import SYSTEM
+    from flexalign.miniature.measure import told
+    from flexalign.models.loading import load_model
+
+    reference = _logits(load_model(_base(pair)))
+    if pair == "hybrid":
+        aligned = told(reference, tokenizer, SYSTEM)
+    else:
+        aligned = _logits(load_model("miniature:aligned"))
+    return lambda ids, attention: fuse(
+        reference(ids, attention), aligned(ids, attention), lam, gate
+    )
+
+
+def _logits(model: Any) -> Any:
+    return lambda ids, attention: model(input_ids=ids, attention_mask=attention).logits
 
 
 def _store(path: Path, row: dict[str, Any]) -> None:
@@ -232,6 +300,7 @@ def stored(work: Path) -> list[dict[str, Any]]:
     return sorted(
         rows,
         key=lambda row: (
+            PAIRS.index(row["pair"]),
             METHODS.index(row["method"]),
             row["gate"] is not None,
             row["seed"],
@@ -246,6 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="100 questions, 20 steps, one seed")
     parser.add_argument("--rewrite", action="store_true", help="only write the table again")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--pairs", nargs="*", default=PAIRS, choices=PAIRS)
     parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS)
     parser.add_argument("--workers", type=int, default=2)
     chosen = parser.parse_args(arguments)
@@ -259,8 +329,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seeds = [0] if chosen.quick else chosen.seeds
     if not chosen.rewrite:
         with ProcessPoolExecutor(chosen.workers, mp_context=get_context("spawn")) as pool:
-            waiting = [pool.submit(run, task, options) for task in tasks(seeds, chosen.methods)]
-            for one in waiting:
+            asked = tasks(chosen.pairs, chosen.methods, seeds)
+            for one in [pool.submit(run, task, options) for task in asked]:
                 print("\n".join(one.result()), flush=True)
 
     results = {"options": options, "rows": stored(Path(options["work"]))}

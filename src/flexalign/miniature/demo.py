@@ -138,7 +138,7 @@ def realign(
 
 def realign_dial(
     aligned: PreTrainedModel,
-    lam: LambdaRange | float,
+    within: LambdaRange,
     output: Path,
     training: Training,
     gate: float | None = None,
@@ -148,14 +148,13 @@ def realign_dial(
 
     Args:
         aligned: The aligned model.
-        lam: The range of λ; or one λ, for a LoRA that is a dial between the reference and this λ.
+        within: The range of λ.
         output: The trainer's output folder, in which the dial's folder is written too.
         training: Options of the training, with a `rank`.
         gate: The gate τ of the teacher.
         callbacks: Callbacks of the trainer.
     """
-    asked = lam.to_json() if isinstance(lam, LambdaRange) else lam
-    trainer = _trainer(None, aligned, asked, output, training, gate, callbacks)
+    trainer = _trainer(None, aligned, within.to_json(), output, training, gate, callbacks)
     trainer.train()
     trainer.save_model(str(output / "dial"))
     return LoRADial.from_pretrained("miniature:reference", output / "dial")
