@@ -18,9 +18,7 @@ from flexalign.generation.fused import FusedDecoding, positions_of
 from flexalign.generation.interface import Phase
 from flexalign.generation.row_lambdas import RowDials, TagTokens
 from flexalign.models.adapters import inner_model
-from flexalign.models.pair import ModelPair, Side
-
-_SIDES: tuple[Side, Side] = ("reference", "aligned")
+from flexalign.models.pair import SIDES, ModelPair, Side
 
 _OPTIONAL = ("position_ids", "logits_to_keep")
 """Inputs that models of some families do not take."""
@@ -90,7 +88,7 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
         self.tokenizer = pair.tokenizer
         self.reference: Any = inner_model(pair.reference)
         self.aligned: Any = inner_model(pair.aligned)
-        self._takes = {side: _parameters(getattr(self, side)) for side in _SIDES}
+        self._takes = {side: _parameters(getattr(self, side)) for side in SIDES}
 
         # The reference's settings, and the end tokens of both.
         settings: Any = copy.deepcopy(self.reference.generation_config)
@@ -151,7 +149,7 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
                 "use_cache": use_cache,
                 "logits_to_keep": logits_to_keep,
             }
-            inputs = {side: self._inputs(side, common, past_key_values) for side in _SIDES}
+            inputs = {side: self._inputs(side, common, past_key_values) for side in SIDES}
 
         logits, cache = {}, PairCache()
         for side, given in inputs.items():
@@ -193,7 +191,7 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
         prompt_tokens: int,
         tags: TagTokens | None = None,
         gate: float | None = None,
-        sides: tuple[Side, ...] = _SIDES,
+        sides: tuple[Side, ...] = SIDES,
         past_key_values: PairCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
@@ -256,9 +254,9 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
         cache = options.get("past_key_values")
         if cache is None:
             is_kept = self.generation_option("return_dict_in_generate", options)
-            return {"sides": _SIDES if is_kept else needed}
+            return {"sides": SIDES if is_kept else needed}
 
-        held = tuple(side for side in _SIDES if getattr(cache, side, None) is not None)
+        held = tuple(side for side in SIDES if getattr(cache, side, None) is not None)
         if not isinstance(cache, PairCache) or not set(needed) <= set(held):
             raise ConfigError(
                 "past_key_values must be the PairCache that an earlier generation with "
@@ -303,7 +301,7 @@ def _sides(dials: RowDials) -> tuple[Side, ...]:
         return ("reference",)
     if all(end == 1 for end in dials.ends):
         return ("aligned",)
-    return _SIDES
+    return SIDES
 
 
 def _parameters(model: nn.Module) -> set[str]:

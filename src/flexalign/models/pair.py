@@ -34,6 +34,9 @@ from flexalign.models.weights import same_module
 
 Side: TypeAlias = Literal["reference", "aligned"]
 
+SIDES: tuple[Side, Side] = ("reference", "aligned")
+"""The two sides, in the order of λ = 0 and λ = 1."""
+
 _ADAPTER = "aligned"
 
 
@@ -172,7 +175,7 @@ class ModelPair:
     @contextmanager
     def running(self, side: Side) -> Iterator[Any]:
         """Yield the module of one side; in the block, a shared base has that side's adapters on."""
-        if side not in ("reference", "aligned"):
+        if side not in SIDES:
             raise ConfigError(f"a pair has the sides 'reference' and 'aligned', not {side!r}.")
         switch = self._switch
         with nullcontext() if switch is None else switch.use(self._adapters[side]):
