@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -332,7 +332,7 @@ def template_variables(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 class _GenerationBlock(jinja2.ext.Extension):
     """Parses the block ``{% generation %}`` of transformers' chat templates, and keeps its body."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (jinja2 reads it from the class)
 
     def parse(self, parser: Any) -> Any:
         """Return the statements in the block."""
