@@ -149,17 +149,7 @@ class Rendering:
                 rendering or vocabulary, it cannot follow the prompt, or it contains the stop
                 token.
         """
-        try:
-            prompt = self.prompt(row["prompt"])
-        except DataError as error:
-            whole = row["prompt"] if isinstance(row["prompt"], str) else _conversation_of(row)
-            told = _refusal(whole, error.__cause__) if error.__cause__ else error
-            raise DataError(f"row {number}: {told}") from error
-        except Exception as error:  # a template is a program, and the row is its argument
-            raise DataError(
-                f"row {number}: the chat template fails on its messages ({error!r:.200}); change "
-                "them to what the template takes."
-            ) from error
+        prompt = self.prompt_of(row, number)
         self._require_sampled_here(row, number)
 
         ids, truncated = row.get("response_ids"), bool(row.get("truncated"))
@@ -178,6 +168,24 @@ class Rendering:
         if is_whole and prompt.stop_id is not None:
             response.append(prompt.stop_id)
         return RenderedRow(prompt, response, text, is_whole)
+
+    def prompt_of(self, row: Mapping[str, Any], number: int = 1) -> RenderedPrompt:
+        """Render a row's prompt; an error names the row.
+
+        Raises:
+            DataError: If the prompt cannot be rendered.
+        """
+        try:
+            return self.prompt(row["prompt"])
+        except DataError as error:
+            whole = row["prompt"] if isinstance(row["prompt"], str) else _conversation_of(row)
+            told = _refusal(whole, error.__cause__) if error.__cause__ else error
+            raise DataError(f"row {number}: {told}") from error
+        except Exception as error:  # a template is a program, and the row is its argument
+            raise DataError(
+                f"row {number}: the chat template fails on its messages ({error!r:.200}); change "
+                "them to what the template takes."
+            ) from error
 
     def _encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
@@ -624,7 +632,7 @@ def tokenize_rows(dataset: Any, tokenizer: "PreTrainedTokenizerBase") -> Any:
         rendered = rendering.row(row, index + 1)
         return {"input_ids": rendered.input_ids, "completion_mask": rendered.completion_mask}
 
-    return _mapped(dataset, render, columns)
+    return map_rows(dataset, render, columns)
 
 
 def tokenize_preferences(dataset: Any, tokenizer: "PreTrainedTokenizerBase") -> Any:
@@ -657,7 +665,7 @@ def tokenize_preferences(dataset: Any, tokenizer: "PreTrainedTokenizerBase") -> 
             "rejected_ids": rejected.response_ids,
         }
 
-    return _mapped(dataset, render, columns)
+    return map_rows(dataset, render, columns)
 
 
 def _columns(dataset: "Dataset | IterableDataset") -> list[str]:
@@ -665,7 +673,14 @@ def _columns(dataset: "Dataset | IterableDataset") -> list[str]:
     return list(next(iter(dataset))) if names is None else list(names)
 
 
-def _mapped(dataset: Any, render: Any, columns: list[str]) -> Any:
+def map_rows(dataset: Any, render: Any, columns: list[str]) -> Any:
+    """Map rows with ``render(row, index)`` and remove columns, without hashing the tokenizer.
+
+    Args:
+        dataset: A `Dataset` or an `IterableDataset`.
+        render: Returns the new columns of a row.
+        columns: The columns to remove.
+    """
     from datasets import IterableDataset
 
     options: dict[str, Any] = {"with_indices": True, "remove_columns": columns}

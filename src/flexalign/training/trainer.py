@@ -23,6 +23,7 @@ from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.losses import Divergence, DivergenceMetrics
 from flexalign.models.adapters import inner_model
 from flexalign.models.pair import ModelPair
+from flexalign.models.prompted import PromptedModel
 from flexalign.training.checkpoints import SealedCheckpoints, what_stands, writing
 from flexalign.training.config import TrRaConfig
 from flexalign.training.hidden_cache import HiddenStateCache
@@ -30,7 +31,9 @@ from flexalign.training.hidden_cache.read import CachedCollator
 from flexalign.training.models import TrainingModels, assemble, choose_attention
 from flexalign.training.objective import CachedObjective, Objective
 from flexalign.training.packing import require_packable
+from flexalign.training.pair_rows import PairCollator, PairRows, split_sides
 from flexalign.training.rollouts import Rollouts
+from flexalign.training.rows import require_responses
 from flexalign.training.student import assemble_student, require_fit, tokenizer_of
 
 BATCH = "nan-batch.safetensors"
@@ -56,6 +59,11 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
     A module or pair whose base is shared in this way is changed in place, and must afterwards be
     used only through the trainer.
 
+    The reference and the aligned model may have a prompt each (`PromptedModel`), and then be one model.
+    The student is asked under the reference's prompt. The aligned teacher sees its own prompt followed
+    by the same response tokens (`flexalign.training.pair_rows`). The tokenizer that is saved with the
+    student has the reference's template arguments bound.
+
     With ``teacher="cached"`` no teacher is loaded. The hidden states are read from `args.cache_dir`
     (see `flexalign.training.hidden_cache`), and `reference` and `aligned` are only compared with
     the pair of the cache.
@@ -69,11 +77,12 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
 
     Args:
         model: The student's start. None: the reference, as in the paper.
-        reference: The model of λ=0. None: `model` as it is at the start.
-        aligned: The model of λ=1.
+        reference: The model of λ=0, perhaps under a prompt. None: `model` as it is at the start.
+        aligned: The model of λ=1, perhaps under a prompt.
         pair: Reference and aligned model, loaded and checked, instead of these two.
         parts: Student and teachers, already assembled, instead of these four.
         cache: The teachers' hidden states, already open, instead of `args.cache_dir`.
+        pair_rows: Renders rows under two prompts, instead of the prompts of the two sides.
         args: The settings.
         train_dataset: As `SFTTrainer` takes it. Use `prompt` and `completion` (or `messages` with
             `assistant_only_loss`) so that only responses are trained on.
@@ -104,14 +113,15 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
     def __init__(
         self,
         model: str | nn.Module | None = None,
-        reference: str | nn.Module | None = None,
-        aligned: str | nn.Module | None = None,
+        reference: str | nn.Module | PromptedModel | None = None,
+        aligned: str | nn.Module | PromptedModel | None = None,
         *,
         args: TrRaConfig,
         train_dataset: Dataset | IterableDataset,
         pair: ModelPair | None = None,
         parts: TrainingModels | None = None,
         cache: HiddenStateCache | None = None,
+        pair_rows: PairRows | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Any] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
@@ -122,18 +132,38 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
             if options.get(name) is not None:
                 raise ConfigError(f"{name}: the loss builds no logits and is fixed; leave it out.")
 
+        reference, aligned, prompts = split_sides(reference, aligned)
+        if prompts is not None and pair_rows is None:
+            start = model if reference is None else reference
+            tokenizer = processing_class or tokenizer_of(start, args)
+            pair_rows = PairRows.of_run(tokenizer, prompts, args, start)
+        if pair_rows is not None:
+            require_responses(args)
+            processing_class = pair_rows.tokenizer
+
         if args.teacher == "cached":
             if pair is not None or parts is not None:
                 raise ConfigError("teacher='cached' takes no loaded teachers; leave pair out.")
             start = reference if model is None else model
             processing_class = processing_class or tokenizer_of(start, args)
             cache = cache or HiddenStateCache.open(args.cache_dir or "")
-            require_fit(cache, (reference, aligned), train_dataset, processing_class, args)
+            require_fit(
+                cache, (reference, aligned), train_dataset, processing_class, args, pair_rows
+            )
             parts = assemble_student(
                 model, reference, args, cache.vocab_size, peft_config, processing_class
             )
         elif parts is None:
-            parts = assemble(model, reference, aligned, pair, args, peft_config, processing_class)
+            parts = assemble(
+                model,
+                reference,
+                aligned,
+                pair,
+                args,
+                peft_config,
+                processing_class,
+                prompted=pair_rows is not None,
+            )
 
         choose_attention(parts, args)
         if args.packing or args.padding_free:  # in both cases documents share a row
@@ -148,6 +178,7 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
             eval_dataset=eval_dataset,
             processing_class=processing_class or parts.tokenizer,
             callbacks=list(callbacks) if callbacks is not None else None,
+            pair_rows=pair_rows,
             **options,
         )
         _restore_forward(inner_model(parts.student), forward)
@@ -184,12 +215,15 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
             heads = cache.heads(self.accelerator.device)
             return CachedObjective(parts.student, parts.form, heads, **equation)
 
+        if self._pair_rows is not None:
+            self.data_collator = PairCollator(self.data_collator)
         if parts.reference is None or parts.aligned is None:
             raise ConfigError(
                 "parts hold no teachers, and teacher='online' needs both; give them, or a cache and "
                 "teacher='cached'."
             )
-        for teacher in (parts.reference, parts.aligned):
+        one, other = parts.reference, parts.aligned
+        for teacher in (one,) if one is other else (one, other):
             teacher.prepare(
                 self.accelerator, deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled
             )
