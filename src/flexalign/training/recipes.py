@@ -20,7 +20,7 @@ import yaml
 from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
 from flexalign.errors import ConfigError, FlexAlignError
-from flexalign.lambdas import Fixed, Schedule
+from flexalign.lambdas import Fixed, LambdaRange, Schedule, parse_training_lambda
 from flexalign.training.settings import (
     Number,
     Section,
@@ -77,27 +77,36 @@ def _read_mapping(value: object) -> object:
     return {} if value is None else value
 
 
-# λ is parsed here, once. All later code has a schedule over the training step.
+# λ is parsed here, once. All later code has a schedule over the training step, or a range.
 
 
-def _read_lambda(value: object) -> Schedule:
-    if isinstance(value, Schedule):
-        return value
-    if isinstance(value, Fixed):
-        return Schedule.constant(value)
+def _read_lambda(value: object) -> Schedule | LambdaRange:
     value = as_number(value)
+    if isinstance(value, Schedule | LambdaRange | Fixed):
+        return parse_training_lambda(value)
+    if isinstance(value, str) and ":" in value:
+        # YAML 1.1 reads 0:5 as text and 1:5 as the number 65, so no text is a range here.
+        raise ConfigError(f"lambda: write a range as {{low: 0, high: 5}}, got {value!r}.")
     if isinstance(value, bool) or not isinstance(value, int | float | Mapping):
         raise ConfigError(f"lambda must be a number or a mapping, got {value!r}.")
-    return Schedule.parse(value)
+    return parse_training_lambda(value)
 
 
 def _read_optional_lambda(value: object) -> Schedule | None:
-    return None if value is None else _read_lambda(value)
+    if value is None:
+        return None
+    schedule = _read_lambda(value)
+    if isinstance(schedule, LambdaRange):
+        raise ConfigError(
+            f"lambda: a range ({schedule}) is for a LoRA of flexalign realign; a layer adapter has "
+            "its own dial, so give its teacher one λ, such as 1."
+        )
+    return schedule
 
 
 def _read_single_lambda(value: object) -> Schedule:
     schedule = None if isinstance(value, Mapping | bool | list) else _read_lambda(value)
-    if schedule is None or schedule.kind != "constant":
+    if not isinstance(schedule, Schedule) or schedule.kind != "constant":
         raise ConfigError(f"lambda must be a number, got {value!r}.")
     return schedule
 
@@ -203,26 +212,84 @@ def one_for_each_lambda(tree: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+_LOSS = ("divergence", "beta", "gate", "chunk_size")
+_PROMPTING = ("template", "system", "thinking")
+
+
 class Recipe(Section):
     """The settings that all training runs have.
 
+    A key that several recipes have is declared here. A recipe adds its own keys, gives all of them
+    an order, and says in `meaning` where a key stands for something else than here.
+
     Attributes:
-        schedule: λ over the training step. None for a method without λ.
+        schedule: λ over the training step, or the range of a LoRA dial. None for a method without
+            λ.
         training: The trainer's settings that the file sets.
     """
 
     default_training: ClassVar[dict[str, Any]] = DEFAULT_TRAINING
     deciding: ClassVar[tuple[str, ...]] = ()
     """Keys that decide the trained weights, in addition to the models, the data and `training`."""
+    order: ClassVar[tuple[str, ...]] = ()
+    """All fields, in the order in which help texts, docs and saved recipes list them."""
+    meaning: ClassVar[Mapping[str, str]] = {}
+    """The description of inherited fields that stand for something else in this recipe."""
+    example: ClassVar[Mapping[str, Any]] = {}
+    """The example values of inherited fields in this recipe."""
 
-    if TYPE_CHECKING:  # each recipe declares these itself, in its own order
-        data: str
-        output: str
-        schedule: Schedule | None
-        template: dict[str, Any] | None
-        system: str | None
-        thinking: dict[str, Any] | None
-        training: dict[str, Any]
+    data: str = Field(description="Prompts with responses.", examples=["traces.jsonl"])
+    output: str = Field(
+        description="Folder of the model and its checkpoints: one run; started again, it goes on."
+    )
+    schedule: Annotated[Schedule | LambdaRange | None, PlainValidator(_read_optional_lambda)] = Field(
+        None, alias="lambda", description="λ of the fused teacher, or a schedule over the step."
+    )
+    divergence: str = Field(
+        "reverse",
+        description="`reverse`, KL(student‖teacher), the paper's; `forward`, or `jsd` (with "
+        "`beta`).",
+    )
+    beta: Number = Field(0.5, description="Where `jsd` lies: 0 is forward, 1 reverse.")
+    gate: Number | None = Field(
+        None,
+        description="τ: go beyond [0, 1] only at tokens where the two models differ by more, such "
+        "as 0.01; null for the paper's form.",
+    )
+    chunk_size: int = Field(256, description="Tokens whose logits exist at one time.")
+    template: dict[str, Any] | None = Field(
+        None,
+        description="Arguments of the chat template, such as {enable_thinking: false}; what was "
+        "sampled with others is refused. Null: none.",
+    )
+    system: str | None = Field(
+        None, description="The system message of conversations that have none."
+    )
+    thinking: dict[str, Any] | None = Field(
+        None,
+        description="The markers around the thinking, {open: TEXT, close: TEXT}; null: those that "
+        "the chat template or the vocabulary shows.",
+    )
+    training: Annotated[dict[str, Any], BeforeValidator(_read_mapping)] = Field(
+        default_factory=dict,
+        description="Any field of trl.SFTConfig. By default `DEFAULT_TRAINING`.",
+    )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        if not cls.order:
+            return
+        declared = dict(cls.model_fields)
+        if sorted(cls.order) != sorted(declared):
+            wrong = sorted(set(cls.order) ^ set(declared))
+            raise TypeError(f"{cls.__name__}.order and its fields differ: {', '.join(wrong)}.")
+
+        cls.model_fields.clear()
+        for name in cls.order:
+            field = cls.model_fields[name] = declared[name]
+            field.description = cls.meaning.get(name, field.description)
+            if name in cls.example:
+                field.examples = [cls.example[name]]
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**_by_key(values))
@@ -374,36 +441,9 @@ def _by_key(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """Return a value in the form of the YAML file."""
-    if isinstance(value, Schedule):
+    if isinstance(value, Schedule | LambdaRange):
         return value.to_json()
     return value.model_dump() if isinstance(value, Section) else value
-
-
-_DIVERGENCE = Field(
-    "reverse",
-    description="`reverse`, KL(student‖teacher), the paper's; `forward`, or `jsd` (with `beta`).",
-)
-_BETA = Field(0.5, description="Where `jsd` lies: 0 is forward, 1 reverse.")
-_GATE = Field(
-    None,
-    description="τ: go beyond [0, 1] only at tokens where the two models differ by more, such as "
-    "0.01; null for the paper's form.",
-)
-_CHUNK_SIZE = Field(256, description="Tokens whose logits exist at one time.")
-_LOSS = ("divergence", "beta", "gate", "chunk_size")
-
-_TEMPLATE = Field(
-    None,
-    description="Arguments of the chat template, such as {enable_thinking: false}; what was sampled "
-    "with others is refused. Null: none.",
-)
-_SYSTEM = Field(None, description="The system message of conversations that have none.")
-_THINKING = Field(
-    None,
-    description="The markers around the thinking, {open: TEXT, close: TEXT}; null: those that the "
-    "chat template or the vocabulary shows.",
-)
-_PROMPTING = ("template", "system", "thinking")
 
 
 class RealignRecipe(Recipe):
@@ -414,6 +454,20 @@ class RealignRecipe(Recipe):
         *_LOSS,
         *("teacher", "rounds", "rollouts", "rollout_objective", "rollout_max_new_tokens", "lora"),
     )
+    order: ClassVar[tuple[str, ...]] = (
+        *("reference", "aligned", "data", "output", "schedule"),
+        *_LOSS,
+        *("rounds", "teacher", "cache_dir"),
+        *("rollouts", "rollout_objective", "rollout_max_new_tokens"),
+        *("allow_pickle", "lora", "merge", "watch"),
+        *_PROMPTING,
+        "training",
+    )
+    meaning: ClassVar[Mapping[str, str]] = {
+        "data": "Traces, prompts with responses (flexalign sample): JSONL, JSON, Parquet or a "
+        "saved data set.",
+    }
+    example: ClassVar[Mapping[str, Any]] = {"output": "out/realigned"}
 
     reference: str = Field(
         description="λ = 0, and where the student starts: a model's path or known name.",
@@ -423,25 +477,13 @@ class RealignRecipe(Recipe):
         description="λ = 1: a model's path or known name, or a PEFT adapter on the reference.",
         examples=["miniature:aligned"],
     )
-    data: str = Field(
-        description="Traces, prompts with responses (flexalign sample): JSONL, JSON, Parquet or a "
-        "saved data set.",
-        examples=["traces.jsonl"],
-    )
-    output: str = Field(
-        description="Folder of the model and its checkpoints: one run; started again, it goes on.",
-        examples=["out/realigned"],
-    )
-    schedule: Annotated[Schedule, PlainValidator(_read_lambda)] = Field(
+    schedule: Annotated[Schedule | LambdaRange, PlainValidator(_read_lambda)] = Field(
         alias="lambda",
         description="λ of the fused teacher (equation 5): a number, a list of numbers (a student "
-        "for each), or a schedule over the step, {kind: linear, start: 0, end: 2, steps: 200}.",
+        "for each), a schedule over the step, {kind: linear, start: 0, end: 2, steps: 200}, or, "
+        "with `lora`, a range, {low: 0, high: 5}: one LoRA for every λ in it.",
         examples=[2.0],
     )
-    divergence: str = _DIVERGENCE
-    beta: Number = _BETA
-    gate: Number | None = _GATE
-    chunk_size: int = _CHUNK_SIZE
     rounds: int = Field(
         1,
         description="1 is TrRa; k is TrRa-iter: each round takes the last one's result as aligned.",
@@ -478,13 +520,6 @@ class RealignRecipe(Recipe):
     )
     watch: Annotated[WatchSettings | None, PlainValidator(_read_watch)] = Field(
         None, description="The student answers prompts while it learns; null: it does not."
-    )
-    template: dict[str, Any] | None = _TEMPLATE
-    system: str | None = _SYSTEM
-    thinking: dict[str, Any] | None = _THINKING
-    training: Annotated[dict[str, Any], BeforeValidator(_read_mapping)] = Field(
-        default_factory=dict,
-        description="Any field of trl.SFTConfig. By default `DEFAULT_TRAINING`.",
     )
 
     @classmethod
@@ -558,9 +593,33 @@ class RealignRecipe(Recipe):
         except (ValueError, TypeError) as error:
             raise ConfigError(f"lora: {' '.join(str(error).split())}") from error
 
+    @property
+    def lambda_range(self) -> LambdaRange | None:
+        """The range of a LoRA dial; None for a student of one λ."""
+        return self.schedule if isinstance(self.schedule, LambdaRange) else None
+
     def _check_keys(self) -> None:
+        if self.lambda_range is not None:
+            self._check_range(self.lambda_range)
         if self.merge and self.lora is None:
             raise ConfigError("merge is for a LoRA student; add `lora:` or leave merge out.")
+
+    def _check_range(self, asked: LambdaRange) -> None:
+        if self.lora is None:
+            raise ConfigError(
+                f"lambda: a range ({asked}) trains one LoRA whose strength is λ; add `lora: {{r: "
+                "32}`, or give one λ."
+            )
+        if self.rounds != 1:
+            raise ConfigError(
+                f"rounds with a range of λ ({asked}): the LoRA's strength reaches every λ of it in "
+                "one round; leave rounds out."
+            )
+        if self.merge:
+            raise ConfigError(
+                f"merge with a range of λ ({asked}): a plain model has one λ; leave merge out and "
+                "make it with flexalign bake, at a λ of the range."
+            )
 
     def _check_sections(self) -> None:
         if self.lora is not None:
@@ -585,6 +644,8 @@ class RealignRecipe(Recipe):
 class _AdapterRecipe(Recipe):
     """The settings that the recipes with a layer adapter share: precision and checkpointing."""
 
+    base: str = Field(description="The base model's path or known name.", examples=["miniature"])
+
     def _settle(self, training: dict[str, Any], *, accelerated: bool) -> None:
         training.setdefault("bf16", accelerated and not training.get("fp16"))
         # TRL's default goes by the old name of this field, which transformers warns about.
@@ -607,20 +668,27 @@ class AdaptRecipe(_AdapterRecipe):
         *("method", "adapter_layers", "strip_thinking", "lambda"),
         *_LOSS,
     )
+    order: ClassVar[tuple[str, ...]] = (
+        *("base", "data", "output", "method", "adapter", "adapter_layers", "strip_thinking"),
+        *("aligned", "schedule"),
+        *_LOSS,
+        *_PROMPTING,
+        "training",
+    )
+    meaning: ClassVar[Mapping[str, str]] = {
+        "base": "The base model's path or known name; no weight of it changes.",
+        "data": "Prompts with responses; for `dpo` with `chosen` and `rejected`.",
+        "output": "Folder of the adapter and its checkpoints: one run; started again, it goes on.",
+        "schedule": "`trra`: λ of the fused teacher, or a schedule over the training step.",
+        "divergence": "`trra`: `reverse`, `forward` or `jsd` (with `beta`), as in realign.",
+        "beta": "`trra`: where `jsd` lies. (DPO's own β is `training.beta`.)",
+        "gate": "`trra`: extrapolate only where base and aligned differ by more.",
+        "chunk_size": "`trra`: tokens whose logits exist at one time.",
+        "training": "Any field of trl.SFTConfig (of DPOConfig for `dpo`). By default "
+        "`DEFAULT_ADAPT_TRAINING`.",
+    }
+    example: ClassVar[Mapping[str, Any]] = {"output": "out/fast", "schedule": 1.0}
 
-    base: str = Field(
-        description="The base model's path or known name; no weight of it changes.",
-        examples=["miniature"],
-    )
-    data: str = Field(
-        description="Prompts with responses; for `dpo` with `chosen` and `rejected`.",
-        examples=["traces.jsonl"],
-    )
-    output: str = Field(
-        description="Folder of the adapter and its checkpoints: one run; started again, it goes "
-        "on.",
-        examples=["out/fast"],
-    )
     method: Literal["sft", "dpo", "trra"] = Field(
         "sft",
         description="`sft`: learn the responses; `dpo`: prefer the chosen ones; `trra`: towards "
@@ -639,31 +707,6 @@ class AdaptRecipe(_AdapterRecipe):
         None,
         description="`trra`: the aligned model's path or known name, λ = 1.",
         examples=["miniature:aligned"],
-    )
-    schedule: Annotated[Schedule | None, PlainValidator(_read_optional_lambda)] = Field(
-        None,
-        alias="lambda",
-        description="`trra`: λ of the fused teacher, or a schedule over the training step.",
-        examples=[1.0],
-    )
-    divergence: str = Field(
-        "reverse",
-        description="`trra`: `reverse`, `forward` or `jsd` (with `beta`), as in realign.",
-    )
-    beta: Number = Field(
-        0.5, description="`trra`: where `jsd` lies. (DPO's own β is `training.beta`.)"
-    )
-    gate: Number | None = Field(
-        None, description="`trra`: extrapolate only where base and aligned differ by more."
-    )
-    chunk_size: int = Field(256, description="`trra`: tokens whose logits exist at one time.")
-    template: dict[str, Any] | None = _TEMPLATE
-    system: str | None = _SYSTEM
-    thinking: dict[str, Any] | None = _THINKING
-    training: Annotated[dict[str, Any], BeforeValidator(_read_mapping)] = Field(
-        default_factory=dict,
-        description="Any field of trl.SFTConfig (of DPOConfig for `dpo`). By default "
-        "`DEFAULT_ADAPT_TRAINING`.",
     )
 
     def _check_keys(self) -> None:
@@ -715,36 +758,28 @@ class BakeRecipe(_AdapterRecipe):
     """The training of a plain model that behaves as base and adapter do at one λ."""
 
     deciding: ClassVar[tuple[str, ...]] = ("lambda", "held_out", *_LOSS)
+    order: ClassVar[tuple[str, ...]] = (
+        *("base", "adapter", "schedule", "data", "output", "held_out"),
+        *_LOSS,
+        *_PROMPTING,
+        "training",
+    )
+    meaning: ClassVar[Mapping[str, str]] = {
+        "data": "Prompts with responses; a share of them is held out.",
+        "output": "Folder of the plain model: one run; started again, it goes on.",
+        "gate": "As in equation 5.",
+    }
+    example: ClassVar[Mapping[str, Any]] = {"output": "out/baked"}
 
-    base: str = Field(description="The base model's path or known name.", examples=["miniature"])
     adapter: str = Field(
         description="Folder of the adapter, which `flexalign adapt` made.", examples=["out/fast"]
     )
     schedule: Annotated[Schedule, PlainValidator(_read_single_lambda)] = Field(
         alias="lambda", description="The setting of the dial, a number.", examples=[0.5]
     )
-    data: str = Field(
-        description="Prompts with responses; a share of them is held out.",
-        examples=["traces.jsonl"],
-    )
-    output: str = Field(
-        description="Folder of the plain model: one run; started again, it goes on.",
-        examples=["out/baked"],
-    )
     held_out: Number = Field(
         0.05,
         description="Share of the rows, from 0 to 1, on which the divergence to the dial is measured.",
-    )
-    divergence: str = _DIVERGENCE
-    beta: Number = _BETA
-    gate: Number | None = Field(None, description="As in equation 5.")
-    chunk_size: int = _CHUNK_SIZE
-    template: dict[str, Any] | None = _TEMPLATE
-    system: str | None = _SYSTEM
-    thinking: dict[str, Any] | None = _THINKING
-    training: Annotated[dict[str, Any], BeforeValidator(_read_mapping)] = Field(
-        default_factory=dict,
-        description="Any field of trl.SFTConfig. By default `DEFAULT_TRAINING`.",
     )
 
     def _check_keys(self) -> None:

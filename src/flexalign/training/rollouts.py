@@ -18,6 +18,7 @@ from trl import SFTTrainer
 from flexalign._modes import evaluating
 from flexalign.errors import DataError
 from flexalign.generation.responses import generation_settings, left_padded
+from flexalign.training.draws import LAMBDAS, RowLambdas
 from flexalign.training.pair_rows import ALIGNED_PROMPT, prompt_lengths
 from flexalign.training.rows import RenderedRows
 
@@ -26,8 +27,11 @@ _SAMPLED = "sampled"
 _IGNORED = -100
 
 
-class Rollouts(RenderedRows, SFTTrainer):  # type: ignore[misc]
-    """A trainer in which the student samples the responses of a share of the batches."""
+class Rollouts(RowLambdas, RenderedRows, SFTTrainer):  # type: ignore[misc]
+    """A trainer in which the student samples the responses of a share of the batches.
+
+    Where each row has a λ of its own, the student samples at it.
+    """
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -60,6 +64,7 @@ class Rollouts(RenderedRows, SFTTrainer):  # type: ignore[misc]
         student = self.accelerator.unwrap_model(self.model_wrapped)
         with (
             evaluating(student),
+            self.at_lambda(batch.get(LAMBDAS)),
             torch.random.fork_rng(devices),
             self.accelerator.autocast(),
         ):
@@ -74,7 +79,7 @@ class Rollouts(RenderedRows, SFTTrainer):  # type: ignore[misc]
             )
         # The student is asked under the reference's prompt, which is the batch's own. The teachers
         # score the sample, each after its own prompt.
-        kept = {name: batch[name] for name in (ALIGNED_PROMPT,) if name in batch}
+        kept = {name: batch[name] for name in (LAMBDAS, ALIGNED_PROMPT) if name in batch}
         return sampled | kept | {_SAMPLED: True}
 
 

@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 from flexalign._storage import write_text
 from flexalign.data import data_fingerprint
 from flexalign.errors import CheckpointError, ConfigError, FlexAlignError
-from flexalign.lambdas import Schedule
+from flexalign.lambdas import parse_training_lambda
 from flexalign.training.callbacks import StepClock, StepRelay, StopOnSignal, read_curve
 from flexalign.training.card import model_card, versions_in_use
 from flexalign.training.checkpoints import (
@@ -150,17 +150,17 @@ def effective_lambda(lam: Any, rounds: int, *, extrapolate: bool = False) -> flo
 
     With r and a the logits of the reference and the aligned model, an exact first round gives
     r + λ(a − r). The second, with that result instead of a, gives r + λ²(a − r). A schedule counts
-    with its end value.
+    with its end value, a range with its upper end.
 
     Args:
-        lam: A number or a schedule.
+        lam: A number, a schedule or a range.
         rounds: Number of rounds.
         extrapolate: Allow several rounds beyond `LARGEST_EFFECTIVE_LAMBDA`.
 
     Raises:
         ConfigError: If several rounds exceed that and it is not allowed. One round takes any λ.
     """
-    end = (lam if isinstance(lam, Schedule) else Schedule.parse(lam)).end_value
+    end = parse_training_lambda(lam).end_value
     effective = float(end**rounds)
     if rounds > 1 and abs(effective) > LARGEST_EFFECTIVE_LAMBDA and not extrapolate:
         raise ConfigError(
