@@ -9,7 +9,7 @@ token with which the template ends a response follows, and nothing else. One fun
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from functools import cached_property
@@ -560,11 +560,23 @@ def measure_lengths(
         DataError: If the data set is empty, every row is longer than the cut-off, or a row cannot
             be rendered.
     """
-    if len(dataset) == 0:
+    parts = split_tokens(dataset, tokenizer)
+    return lengths_of([(len(prompt), len(response)) for prompt, response in parts], max_length)
+
+
+def lengths_of(sizes: Sequence[tuple[int, int]], max_length: int | None) -> Lengths:
+    """Count the tokens of rows.
+
+    Args:
+        sizes: The tokens of each row's prompt and of its response.
+        max_length: As in `measure_lengths`.
+
+    Raises:
+        DataError: If there is no row, or every row is longer than the cut-off.
+    """
+    if not sizes:
         raise DataError("the data set is empty; nothing to work on.")
 
-    parts = split_tokens(dataset, tokenizer)
-    sizes = [(len(prompt), len(response)) for prompt, response in parts]
     lengths = [prompt + response for prompt, response in sizes]
     cut = max_length if max_length is not None else max(lengths)
     if min(lengths) > cut:

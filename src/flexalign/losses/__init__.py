@@ -188,9 +188,7 @@ def fused_divergence(
     loss: Tensor = total / denominator
     if not metrics:
         return loss
-    return loss, DivergenceMetrics(
-        kl_reference / denominator, kl_aligned / denominator, per_token
-    )
+    return loss, DivergenceMetrics(kl_reference / denominator, kl_aligned / denominator, per_token)
 
 
 def _as_head(head: Head | Tensor) -> Head:

@@ -227,7 +227,9 @@ def examine_pair(
 
 
 def _one_source(one: ModelFacts, other: ModelFacts) -> bool:
-    files = [(facts.kind, facts.source.path.resolve(), facts.source.gguf_file) for facts in (one, other)]
+    files = [
+        (facts.kind, facts.source.path.resolve(), facts.source.gguf_file) for facts in (one, other)
+    ]
     return files[0] == files[1]
 
 

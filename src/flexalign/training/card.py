@@ -134,8 +134,9 @@ def _realigned(
         rounds = [("round", f"{round_number} of {recipe.rounds}; effective λ {effective:g}")]
 
     settings = [
-        ("reference (λ=0)", code(recipe.reference)),
-        ("aligned (λ=1)", code(recipe.aligned)),
+        ("reference (λ=0)", code(recipe.sides[0])),
+        ("aligned (λ=1)", code(recipe.sides[1])),
+        *_asked(recipe),
         ("λ", code(recipe.lam)),
         *rounds,
         ("divergence", divergences[recipe.divergence]),
@@ -155,6 +156,18 @@ def _realigned(
     )
     library = "peft" if recipe.lora else "transformers"
     return _Content(library, ("realignment", "trra"), _REALIGNED_TEXT, settings, usage)
+
+
+def _asked(recipe: RealignRecipe) -> list[tuple[str, str]]:
+    """Return how a student of two prompts is asked: as the reference is."""
+    if recipe.prompts is None:
+        return []
+    prompt = recipe.prompts.reference
+    system = [text for text in (recipe.system, prompt.system) if text is not None]
+    told = [f"system message {code(text)}" for text in system]
+    arguments = {**(recipe.template or {}), **prompt.template}
+    told += [f"template arguments {code(arguments)}"] if arguments else []
+    return [("ask it with", ", ".join(told) or "no prompt of its own, as the reference")]
 
 
 def _adapter(recipe: AdaptRecipe, facts: Mapping[str, Any]) -> _Content:

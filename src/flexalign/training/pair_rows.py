@@ -72,7 +72,9 @@ class PairRow:
     def kept(self, max_length: int | None) -> list[int]:
         """Return the response tokens that stay if neither side's sequence may be longer."""
         response = self.reference.response_ids
-        return response if max_length is None else response[: max(max_length - self.longer_prompt, 0)]
+        return (
+            response if max_length is None else response[: max(max_length - self.longer_prompt, 0)]
+        )
 
 
 class PairRows:
@@ -81,30 +83,46 @@ class PairRows:
     Attributes:
         prompts: The two prompts.
         tokenizer: The tokenizer as the student is asked: the reference's prompt is bound to it.
+        common: What holds for both sides.
         limit: Tokens that a prompt must be shorter than; None for any length.
     """
 
     def __init__(
-        self, tokenizer: Any, prompts: PromptPair, *, limit: int | None = None
+        self,
+        tokenizer: Any,
+        prompts: PromptPair,
+        *,
+        common: PromptSettings | None = None,
+        limit: int | None = None,
     ) -> None:
         """Check both prompts against the chat template.
 
         Args:
             tokenizer: The pair's; not changed. What is bound to its template holds for both sides.
             prompts: The two prompts.
+            common: The system message of conversations that have none, on both sides; a side's own
+                follows it. Its template arguments are bound to `tokenizer` already.
             limit: The cut-off of a row, or the model's context if that is less.
 
         Raises:
             ConfigError: As :class:`~flexalign.models.prompted.PairRendering` does.
         """
         self.prompts, self.limit = prompts, limit
+        self.common = common or PromptSettings()
         self._pair = PairRendering(tokenizer, prompts)
         self.tokenizer: Any = self._pair.tokenizers["reference"]
         self._rendering = Rendering(self.tokenizer)
         self._tags = ThinkingTags.of(self._pair.tokenizers["aligned"])
 
     @classmethod
-    def of_run(cls, tokenizer: Any, prompts: PromptPair, args: Any, model: Any) -> "PairRows":
+    def of_run(
+        cls,
+        tokenizer: Any,
+        prompts: PromptPair,
+        args: Any,
+        model: Any,
+        common: PromptSettings | None = None,
+    ) -> "PairRows":
         """Make the rows' renderer of a run.
 
         Args:
@@ -113,6 +131,7 @@ class PairRows:
             args: The trainer's settings: the cut-off, and another chat template.
             model: A module, or what :func:`~flexalign.models.sources.resolve` takes; its context is
                 the limit where it is less than the cut-off.
+            common: As in the constructor.
         """
         if args.chat_template_path is not None:
             tokenizer = copy.deepcopy(tokenizer)
@@ -120,13 +139,14 @@ class PairRows:
         config = model.config if isinstance(model, nn.Module) else load_config(resolve(model))
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
         limits = [limit for limit in (args.max_length, context) if limit is not None]
-        return cls(tokenizer, prompts, limit=min(limits, default=None))
+        return cls(tokenizer, prompts, common=common, limit=min(limits, default=None))
 
-    def asked(self, row: Mapping[str, Any], number: int = 1) -> Any:
+    def with_system(self, row: Mapping[str, Any], number: int = 1) -> list[dict[str, Any]]:
         """Return a row's prompt as the student is asked: with the reference's system message.
 
         Raises:
-            DataError: If the prompt is plain text, or the response was sampled without the message.
+            DataError: If the prompt is plain text, the response was sampled without the message, or
+                the row's own message is not the one of both sides.
         """
         prompt = row["prompt"]
         if isinstance(prompt, str):
@@ -135,7 +155,10 @@ class PairRows:
                 "give messages, which the chat template renders for each."
             )
         messages = [dict(message) for message in prompt]
-        asked = prompted_messages(self.prompts.reference, messages)
+        # A response that was sampled as the student is asked has the reference's message already.
+        bare = without_system(self.prompts.reference, messages)
+        base = self.common.with_system({**row, "prompt": bare}, number)
+        asked = prompted_messages(self.prompts.reference, base)
         if asked != messages and row.get("response_ids") is not None:
             raise DataError(
                 f"row {number}: its response was sampled without the reference's system message; "
@@ -144,12 +167,10 @@ class PairRows:
         return asked
 
     def apply(self, dataset: Any) -> Any:
-        """Return the rows with their prompts as the student is asked; see :meth:`asked`."""
-        if self.prompts.reference.system is None:
-            return dataset
+        """Return the rows with their prompts as the student is asked; see :meth:`with_system`."""
         rows = dataset.to_list()
         for number, row in enumerate(rows, start=1):
-            row["prompt"] = self.asked(row, number)
+            row["prompt"] = self.with_system(row, number)
         return type(dataset).from_list(rows)
 
     def row(self, row: Mapping[str, Any], number: int = 1) -> PairRow:
@@ -164,7 +185,7 @@ class PairRows:
             DataError: If the row cannot be rendered on a side, a prompt has no token, or the prompt
                 of one side alone leaves no room for a response.
         """
-        asked = self.asked(row, number)
+        asked = self.with_system(row, number)
         reference = self._rendering.row({**row, "prompt": asked}, number)
         told = without_system(self.prompts.reference, asked)
         try:
@@ -197,7 +218,9 @@ class PairRows:
             case Opening.OPENED if opens:
                 return "the aligned prompt has opened the thinking, and the response opens it again"
             case Opening.OPENED if not closes and row.reference.is_whole:
-                return "the aligned prompt has opened the thinking, and the response never closes it"
+                return (
+                    "the aligned prompt has opened the thinking, and the response never closes it"
+                )
             case Opening.FREE if closes and not opens:
                 return "the response closes a thinking that the aligned prompt has not opened"
         return None
@@ -269,9 +292,7 @@ def split_sides(reference: Any, aligned: Any) -> tuple[Any, Any, PromptPair | No
     Returns:
         Both models, and the two prompts; None if neither side has a prompt.
     """
-    sides = [
-        side if isinstance(side, PromptedModel) else None for side in (reference, aligned)
-    ]
+    sides = [side if isinstance(side, PromptedModel) else None for side in (reference, aligned)]
     models = [
         given if side is None else side.model
         for side, given in zip(sides, (reference, aligned), strict=True)

@@ -149,12 +149,11 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
         for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if options.get(name) is not None:
                 raise ConfigError(f"{name}: the loss builds no logits and is fixed; leave it out.")
+        one, other, prompts = split_sides(reference, aligned)
         if isinstance(args.schedule, LambdaRange):
-            _require_lora(args.schedule, model, reference, peft_config, parts)
-
-        reference, aligned, prompts = split_sides(reference, aligned)
+            _require_lora(args.schedule, model, one, peft_config, parts)
+        start = one if model is None else model
         if prompts is not None and pair_rows is None:
-            start = model if reference is None else reference
             tokenizer = processing_class or tokenizer_of(start, args)
             pair_rows = PairRows.of_run(tokenizer, prompts, args, start)
         if pair_rows is not None:
@@ -164,20 +163,17 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
         if args.teacher == "cached":
             if pair is not None or parts is not None:
                 raise ConfigError("teacher='cached' takes no loaded teachers; leave pair out.")
-            start = reference if model is None else model
             processing_class = processing_class or tokenizer_of(start, args)
             cache = cache or HiddenStateCache.open(args.cache_dir or "")
-            require_fit(
-                cache, (reference, aligned), train_dataset, processing_class, args, pair_rows
-            )
+            require_fit(cache, (one, other), train_dataset, processing_class, args, pair_rows)
             parts = assemble_student(
-                model, reference, args, cache.vocab_size, peft_config, processing_class
+                model, one, args, cache.vocab_size, peft_config, processing_class
             )
         elif parts is None:
             parts = assemble(
                 model,
-                reference,
-                aligned,
+                one,
+                other,
                 pair,
                 args,
                 peft_config,
@@ -254,9 +250,7 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
     def lam(self) -> float:
         """λ at the current step; with a range its middle, which is the mean of the rows' λ."""
         schedule = self.args.schedule
-        return schedule.at(
-            0.5 if isinstance(schedule, LambdaRange) else self.state.global_step
-        )
+        return schedule.at(0.5 if isinstance(schedule, LambdaRange) else self.state.global_step)
 
     def compute_loss(
         self,
@@ -546,7 +540,9 @@ class Meter:
         within: LambdaRange, lam: Lambda, mask: Tensor, metrics: DivergenceMetrics | None
     ) -> Tensor:
         """Return the sum of λ, and the nats and tokens of each third of the range, shape (7,)."""
-        rows = lam if isinstance(lam, Tensor) else torch.full_like(mask[:, 0], lam, dtype=torch.float)
+        rows = (
+            lam if isinstance(lam, Tensor) else torch.full_like(mask[:, 0], lam, dtype=torch.float)
+        )
         rows = rows[:, None] if rows.ndim == 1 else rows
         lams = rows.expand(mask.shape)[mask].double()
         nats, tokens = lams.new_zeros(2, 3).unbind()
