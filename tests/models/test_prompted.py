@@ -1,11 +1,11 @@
 """One model under a prompt of its own, and the two prompts of one model."""
 
-import copy
 import warnings
 from typing import Any
 
 import pytest
 
+from conftest import HYBRID_TEMPLATE
 from flexalign.data.prompting import PromptSettings, parse_prompt
 from flexalign.data.rendering import Opening
 from flexalign.errors import ConfigError, DataError
@@ -20,27 +20,6 @@ from flexalign.models.prompted import (
 
 USER = {"role": "user", "content": "1+2?"}
 BRIEF = "Be brief."
-
-HYBRID = (
-    "{%- set ns = namespace(turns=0) %}"
-    "{% for message in messages %}"
-    "{% if message.role != 'system' or not drop_system %}"
-    "<|im_start|>{{ message.role }}\n"
-    "{% generation %}{{ message.content }}{% endgeneration %}<|im_end|>\n"
-    "{% if loop.first %}{% set ns.turns = 1 %}{% continue %}{% endif %}"
-    "{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
-    "{% else %}<think>\n{% endif %}{% endif %}"
-)
-"""A template with a switch for the thinking, as DeepSeek's and GLM's have one."""
-
-
-@pytest.fixture
-def hybrid(tiny_tokenizer: Any) -> Any:
-    tokenizer = copy.deepcopy(tiny_tokenizer)
-    tokenizer.chat_template = HYBRID
-    return tokenizer
 
 
 def test_a_side_is_a_model_or_a_model_with_a_prompt() -> None:
@@ -108,11 +87,13 @@ def test_a_system_message_joins_that_of_the_conversation() -> None:
     assert first["content"] == [{"type": "text", "text": "a"}, {"type": "text", "text": BRIEF}]
 
 
-def test_the_whole_conversation_is_rendered_under_each_prompt(hybrid: Any) -> None:
+def test_the_whole_conversation_is_rendered_under_each_prompt(
+    hybrid_tokenizer: Any,
+) -> None:
     prompts = PromptPair(PromptSettings(), PromptSettings({"enable_thinking": False}, BRIEF))
-    before = hybrid.chat_template
-    rendering = PairRendering(hybrid, prompts)
-    assert hybrid.chat_template == before
+    before = hybrid_tokenizer.chat_template
+    rendering = PairRendering(hybrid_tokenizer, prompts)
+    assert hybrid_tokenizer.chat_template == before
 
     turns = [USER, {"role": "assistant", "content": "3"}, USER]
     both = rendering.both(turns)
@@ -121,41 +102,46 @@ def test_the_whole_conversation_is_rendered_under_each_prompt(hybrid: Any) -> No
     brief = f"{head}system\n{BRIEF}<|im_end|>\n"
     assert both.reference.text == f"{head}{history}{tail}<think>\n"
     assert both.aligned.text == f"{brief}{head}{history}{tail}<think>\n\n</think>\n\n"
-    assert both.aligned.ids == hybrid(both.aligned.text, add_special_tokens=False)["input_ids"]
+    assert (
+        both.aligned.ids
+        == hybrid_tokenizer(both.aligned.text, add_special_tokens=False)["input_ids"]
+    )
     assert both.longest == len(both.aligned.ids) > len(both.reference.ids)
 
     openings = both.reference.opening, both.aligned.opening
     assert openings == (Opening.OPENED, Opening.CLOSED)
     assert both.is_opened is None
-    same = PairRendering(hybrid, PromptPair(aligned=PromptSettings(system=BRIEF)))
+    same = PairRendering(hybrid_tokenizer, PromptPair(aligned=PromptSettings(system=BRIEF)))
     assert same.both([USER]).is_opened is True
-    assert rendering.stop_ids == [hybrid.convert_tokens_to_ids("<|im_end|>")]
+    assert rendering.stop_ids == [hybrid_tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
-def test_a_template_argument_that_is_not_read_is_refused(hybrid: Any) -> None:
-    assert template_variables(hybrid) == {"drop_system", "enable_thinking"}
+def test_a_template_argument_that_is_not_read_is_refused(hybrid_tokenizer: Any) -> None:
+    assert template_variables(hybrid_tokenizer) == {"drop_system", "enable_thinking"}
     with pytest.raises(ConfigError, match=r"sets 'thinking', .* did you mean 'enable_thinking'"):
-        check_prompt(hybrid, PromptSettings({"thinking": False}), "aligned")
-    hybrid.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+        check_prompt(hybrid_tokenizer, PromptSettings({"thinking": False}), "aligned")
+    hybrid_tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.content }}{% endfor %}"
+    )
     with pytest.raises(ConfigError, match=r"reference prompt sets 'x', .* it reads no argument"):
-        check_prompt(hybrid, PromptSettings({"x": 1}), "reference")
-    hybrid.chat_template = None
+        check_prompt(hybrid_tokenizer, PromptSettings({"x": 1}), "reference")
+    hybrid_tokenizer.chat_template = None
     with pytest.raises(ConfigError, match="needs a chat template, and the tokenizer has none"):
-        check_prompt(hybrid, PromptSettings(), "reference")
+        check_prompt(hybrid_tokenizer, PromptSettings(), "reference")
 
 
 @pytest.mark.parametrize(
     "template",
     [
-        HYBRID.replace("not drop_system", "false"),
+        HYBRID_TEMPLATE.replace("not drop_system", "false"),
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         "{{ messages[0].content }}{% if add_generation_prompt %}:{% endif %}",
     ],
 )
-def test_a_system_message_needs_a_place(hybrid: Any, template: str) -> None:
-    hybrid.chat_template = template
+def test_a_system_message_needs_a_place(hybrid_tokenizer: Any, template: str) -> None:
+    hybrid_tokenizer.chat_template = template
     with pytest.raises(ConfigError, match=r"aligned prompt has a system message, .* no place"):
-        PairRendering(hybrid, PromptPair(aligned=PromptSettings(system=BRIEF)))
+        PairRendering(hybrid_tokenizer, PromptPair(aligned=PromptSettings(system=BRIEF)))
 
 
 @pytest.mark.parametrize(
@@ -166,18 +152,20 @@ def test_a_system_message_needs_a_place(hybrid: Any, template: str) -> None:
         PromptPair(aligned=PromptSettings({"enable_thinking": True})),  # the template's default
     ],
 )
-def test_prompts_that_render_alike_have_nothing_to_turn(hybrid: Any, prompts: PromptPair) -> None:
+def test_prompts_that_render_alike_have_nothing_to_turn(
+    hybrid_tokenizer: Any, prompts: PromptPair
+) -> None:
     with pytest.warns(UserWarning, match="there is nothing to turn"):
-        PairRendering(hybrid, prompts)
+        PairRendering(hybrid_tokenizer, prompts)
 
 
-def test_prompts_that_differ_do_not_warn(hybrid: Any) -> None:
+def test_prompts_that_differ_do_not_warn(hybrid_tokenizer: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        PairRendering(hybrid, PromptPair(aligned=PromptSettings(system=BRIEF)))
+        PairRendering(hybrid_tokenizer, PromptPair(aligned=PromptSettings(system=BRIEF)))
 
 
-def test_plain_text_has_no_place_for_a_prompt(hybrid: Any) -> None:
-    rendering = PairRendering(hybrid, PromptPair(aligned=PromptSettings(system=BRIEF)))
+def test_plain_text_has_no_place_for_a_prompt(hybrid_tokenizer: Any) -> None:
+    rendering = PairRendering(hybrid_tokenizer, PromptPair(aligned=PromptSettings(system=BRIEF)))
     with pytest.raises(DataError, match="plain text, which is the same under both prompts"):
         rendering.both("1+2=")

@@ -270,7 +270,7 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
 
     @torch.no_grad()
     def prefill_phases(
-        self, input_ids: Tensor, attention_mask: Tensor, phases: Sequence[Phase]
+        self, input_ids: Tensor, attention_mask: Tensor, phases: Sequence[Phase], **_: Tensor
     ) -> PairCache:
         """Run prompts, ``(B, T)``, once, in each model that any of the phases needs."""
         common = {

@@ -186,11 +186,39 @@ class TwoPrompts:
         return opened.pop() if len(opened) == 1 else None
 
 
+def require_context(reference: int, aligned: int, context: int | None) -> None:
+    """Check that both prompts of a row fit in the model's context.
+
+    Args:
+        reference: The tokens of the reference's prompt.
+        aligned: The tokens of the aligned prompt.
+        context: The most tokens that the model takes; None for no limit.
+
+    Raises:
+        DataError: If one of them, or both, is longer.
+    """
+    lengths = {"reference": reference, "aligned": aligned}
+    too_long = [side for side, tokens in lengths.items() if context and tokens > context]
+    if len(too_long) == 2:
+        raise DataError(
+            f"the prompt has {reference} tokens for the reference and {aligned} for the aligned "
+            f"side, and the model's context is {context}; shorten it."
+        )
+    if too_long:
+        (side,) = too_long
+        raise DataError(
+            f"the prompt has {lengths[side]} tokens under the {side} prompt alone, and the model's "
+            f"context is {context} (the other side has {min(lengths.values())}); shorten it, or "
+            f"the {side} prompt's system message."
+        )
+
+
 class PairRendering:
     """Renders conversations under two prompts of one model.
 
     Attributes:
         prompts: The two prompts.
+        context: The most tokens that a rendered prompt may have; None for no limit.
         tokenizers: The tokenizer of each side: that of the model, with the side's template
             arguments bound to its chat template.
     """
@@ -200,6 +228,7 @@ class PairRendering:
         tokenizer: PreTrainedTokenizerBase,
         prompts: PromptPair,
         tags: ThinkingTags | None = None,
+        context: int | None = None,
     ) -> None:
         """Check both prompts against a tokenizer's chat template, and bind them.
 
@@ -209,12 +238,14 @@ class PairRendering:
             tokenizer: The model's; not changed. Arguments that are bound to it are both sides'.
             prompts: The two prompts.
             tags: The thinking tags; those of each side's tokenizer if not given.
+            context: The most tokens that a rendered prompt may have; None for no limit.
 
         Raises:
             ConfigError: If there is no chat template, the template does not read one of the
                 arguments, or it has no place for a system message that is given.
         """
         self.prompts = prompts
+        self.context = context
         self.tokenizers: dict[Side, PreTrainedTokenizerBase] = {}
         for side in SIDES:
             prompt = getattr(prompts, side)
@@ -252,8 +283,14 @@ class PairRendering:
         return self._renderings[side].prompt(self.messages(side, messages))
 
     def both(self, messages: Prompt) -> TwoPrompts:
-        """Render a conversation under both prompts; raises as :meth:`render` does."""
-        return TwoPrompts(*(self.render(side, messages) for side in SIDES))
+        """Render a conversation under both prompts.
+
+        Raises:
+            DataError: As in :meth:`render`, or if it is longer than the context.
+        """
+        both = TwoPrompts(*(self.render(side, messages) for side in SIDES))
+        require_context(len(both.reference.ids), len(both.aligned.ids), self.context)
+        return both
 
     @property
     def stop_ids(self) -> list[int]:
