@@ -136,7 +136,9 @@ class PairRows:
         if args.chat_template_path is not None:
             tokenizer = copy.deepcopy(tokenizer)
             replace_template(tokenizer, chat_template_of(tokenizer, args.chat_template_path))
-        config = model.config if isinstance(model, nn.Module) else load_config(resolve(model))
+        config: Any = (
+            model.config if isinstance(model, nn.Module) else load_config(resolve(model))
+        )
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
         limits = [limit for limit in (args.max_length, context) if limit is not None]
         return cls(tokenizer, prompts, common=common, limit=min(limits, default=None))

@@ -24,6 +24,8 @@ class RenderedRows(_SFTTrainer):  # type: ignore[misc]
     `ALIGNED_PROMPT`.
     """
 
+    _signature_columns: list[str] | None
+
     def __init__(
         self,
         *args: Any,
@@ -59,8 +61,9 @@ class RenderedRows(_SFTTrainer):  # type: ignore[misc]
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if self._pair_rows is not None and ALIGNED_PROMPT not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, ALIGNED_PROMPT]
+        columns = self._signature_columns or []
+        if self._pair_rows is not None and ALIGNED_PROMPT not in columns:
+            self._signature_columns = [*columns, ALIGNED_PROMPT]
 
 
 def require_responses(args: Any, formatting_func: Any = None) -> None:
