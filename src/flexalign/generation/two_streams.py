@@ -12,57 +12,46 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flexalign.errors import ConfigError, LambdaError
-from flexalign.fusion import Lambda, as_lambda, fuse_hidden, fuse_logits
-from flexalign.generation.fused import FusedDecoding, positions_of
+from flexalign.fusion import Lambda, fuse_hidden, fuse_logits
+from flexalign.generation.adapted import BasedModel, sweep_dials
+from flexalign.generation.fused import positions_of
 from flexalign.generation.interface import Phase
-from flexalign.generation.row_lambdas import RowDials, read_dials
+from flexalign.generation.row_lambdas import RowDials
 from flexalign.generation.stream_cache import BOTH, FIRST, SECOND, StackPlan, StreamCache
 from flexalign.heads import Head, can_mix_hidden
 
 
-class TwoStreamModel(FusedDecoding, nn.Module):
+class TwoStreamModel(BasedModel):
     """A model in two streams, and a λ between them.
 
-    ``forward`` returns ``λ·second + (1−λ)·first`` of their logits (equation 5). Attributes that this
-    class does not have (``config``, ``device``, …) are the base's.
+    ``forward`` returns ``λ·second + (1−λ)·first`` of their logits (equation 5).
 
     Attributes:
-        base: The model, a causal language model of transformers.
-        head: Its head.
-        tokenizer: Its tokenizer; None if it is not known.
+        head: The base's head.
     """
 
-    base: PreTrainedModel
     head: Head
 
-    def __init__(
-        self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> None:
+    def __init__(self, base: PreTrainedModel, *more: Any) -> None:
         """Keep a model.
+
+        Args:
+            base: The model.
+            *more: Further arguments of :class:`~flexalign.generation.adapted.BasedModel`.
 
         Raises:
             UnsupportedModelError: If it has no plain head.
         """
-        super().__init__()
-        self.base = base
+        super().__init__(base, *more)
         self.head = Head.of(base)
-        self.tokenizer = tokenizer
         self._takes_positions = (
             "position_ids" in inspect.signature(self._decoder.forward).parameters
         )
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base":  # not set yet, as in `__init__` or during a copy
-                raise
-            return getattr(self.base, name)
 
     # What a subclass defines: its second stream.
 
@@ -154,10 +143,6 @@ class TwoStreamModel(FusedDecoding, nn.Module):
             lam = lam.to(hidden.device)[:, kept]
         logits = self._fused_logits(plan, hidden[:, kept], lam, gate)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
-
-    def _checked_lambda(self, lam: Any) -> Lambda:
-        lam = self._default_dial() if lam is None else lam
-        return as_lambda(torch.tensor(lam) if isinstance(lam, list | tuple) else lam)
 
     def stream_hidden(
         self,
@@ -277,13 +262,7 @@ class TwoStreamModel(FusedDecoding, nn.Module):
             LambdaError: If there is no λ, or one is not finite.
             ConfigError: If an option is not available here.
         """
-        given = lams.tolist() if isinstance(lams, Tensor) else list(lams)
-        settings = read_dials(given, len(given))
-        if not settings:
-            raise LambdaError("a sweep needs at least one λ.")
-        if options.get("past_key_values") is not None:
-            raise ConfigError("a sweep fills a cache of its own; leave past_key_values out.")
-
+        settings = sweep_dials(lams, options)
         prompts, repeats = len(input_ids), len(settings)
         dials = RowDials.following(settings * prompts)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -321,10 +300,6 @@ class TwoStreamModel(FusedDecoding, nn.Module):
     def fork_cache(self, cache: StreamCache, rows: Tensor, dials: RowDials) -> StreamCache:
         """Return a new cache of some rows, with the streams that their dials need."""
         return cache.fork(rows, _streams_of(dials))
-
-    @property
-    def _leader(self) -> PreTrainedModel:
-        return self.base
 
     def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
         """Return the model inputs of a generation: a new cache, and the streams of each prompt."""
