@@ -51,9 +51,7 @@ def test_no_stop_text_is_found_inside_the_thinking(
 ):
     text = "".join(bits)
     ids = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
-    running = StoppedText(
-        ResponseText(tiny_tokenizer, TAGS), [" two", "."], TAGS, opened=opened
-    )
+    running = StoppedText(ResponseText(tiny_tokenizer, TAGS), [" two", "."], TAGS, opened=opened)
     written = ""
     for token in ids:
         written += running.put(token)
