@@ -11,13 +11,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flexalign._modes import evaluating
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, LambdaError, UnsupportedModelError
 from flexalign.fusion import Lambda, as_lambda, fuse_hidden, fuse_logits
 from flexalign.generation.fused import FusedDecoding, positions_of
+from flexalign.generation.inherited import refuse_inner_outputs
 from flexalign.generation.interface import Phase
 from flexalign.generation.row_lambdas import RowDials, read_dials
 from flexalign.heads import Head, can_mix_hidden
@@ -172,9 +172,11 @@ class InRaModel(FusedDecoding, nn.Module):
         lam: Any = None,
         gate: float | None = None,
         streams: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
         lam_checked: bool = False,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> Any:
         """Return the fused logits of a batch.
 
         Args:
@@ -190,16 +192,22 @@ class InRaModel(FusedDecoding, nn.Module):
             gate: As in :func:`flexalign.fusion.fuse`.
             streams: Per row: the streams that it needs for the whole sequence, for the first use
                 of a cache: BASE, ADAPTER or BOTH of ``flexalign.inra.cache``; by default BOTH.
+            labels: Shape ``(B, T)``, −100 where nothing is counted, for the loss of the fused
+                logits.
+            return_dict: False for a tuple.
             lam_checked: λ has been checked already, as ``generate`` does before the first token.
             **kwargs: Other arguments of the base's decoder.
 
         Returns:
-            ``logits`` of shape ``(B, T, V)``, or ``(B, kept, V)``, and ``past_key_values``.
+            A ``CausalLMOutputWithPast``, or a tuple: ``logits`` of shape ``(B, T, V)``, or
+            ``(B, kept, V)``; ``past_key_values``; and ``loss`` if there are labels.
 
         Raises:
             LambdaError: If λ is not finite or does not fit the batch.
-            ConfigError: If the cache does not hold a stream that λ needs.
+            ConfigError: If the cache does not hold a stream that λ needs, or hidden states or
+                attentions are asked for.
         """
+        refuse_inner_outputs(kwargs, self.base.config)
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:
             raise ConfigError("forward needs input_ids or inputs_embeds.")
@@ -228,7 +236,19 @@ class InRaModel(FusedDecoding, nn.Module):
         if isinstance(lam, Tensor) and lam.ndim == 2 and lam.shape[1] == hidden.shape[1]:
             lam = lam.to(hidden.device)[:, kept]
         logits = self._fused_logits(plan, hidden[:, kept], lam, gate)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return self.fused_output(logits, cache, labels, return_dict)
+
+    def set_checkpointing(self, method: str, *args: Any, **options: Any) -> None:
+        """Switch activation checkpointing of the base and of the adapter's layers."""
+        getattr(self.base, method)(*args, **options)
+
+        # The adapter's layers are not modules of the base, so they follow its layer 0.
+        first = decoder_layers(self.base, _name(self.base))[0]
+        for layer in self.adapter:
+            for module, twin in zip(layer.modules(), first.modules(), strict=True):
+                for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+                    if hasattr(twin, name):
+                        setattr(module, name, getattr(twin, name))
 
     def _checked_lambda(self, lam: Any) -> Lambda:
         if lam is None:
