@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from flexalign.errors import ConfigError, FlexAlignError, LambdaError
-from flexalign.training.recipes import DEFAULT_TRAINING
+from flexalign.training.recipes import DEFAULT_TRAINING, BakeRecipe
 from flexalign.training.recipes import RealignRecipe as Recipe
 
 MINIMAL: dict[str, Any] = {
@@ -190,3 +190,17 @@ def test_a_list_of_lambda_is_a_recipe_for_each(tmp_path: Path) -> None:
     assert (one.output, one.cache_folder) == ("out/r", "out/r-cache")
     with pytest.raises(ConfigError, match="load_each"):
         Recipe.load(path)
+
+
+def test_a_recipe_lists_every_field_once():
+    with pytest.raises(TypeError, match=r"order and its fields differ: rank\."):
+
+        class Longer(BakeRecipe):
+            rank: int = 1
+
+
+def test_of_several_missing_keys_the_first_listed_is_named():
+    with pytest.raises(ConfigError, match="reference is missing"):
+        Recipe.parse({})
+    with pytest.raises(ConfigError, match="data is missing"):
+        Recipe.parse({"reference": "a", "aligned": "b", "lambda": 1})

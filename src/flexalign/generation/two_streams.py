@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flexalign.errors import ConfigError, LambdaError
 from flexalign.fusion import Lambda, fuse_hidden, fuse_logits
 from flexalign.generation.adapted import BasedModel, sweep_dials
 from flexalign.generation.fused import positions_of
+from flexalign.generation.inherited import refuse_inner_outputs
 from flexalign.generation.interface import Phase
 from flexalign.generation.row_lambdas import RowDials
 from flexalign.generation.stream_cache import BOTH, FIRST, SECOND, StackPlan, StreamCache
@@ -85,9 +85,11 @@ class TwoStreamModel(BasedModel):
         lam: Any = None,
         gate: float | None = None,
         streams: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
         lam_checked: bool = False,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> Any:
         """Return the fused logits of a batch.
 
         Args:
@@ -104,16 +106,22 @@ class TwoStreamModel(BasedModel):
             streams: Per row: the streams that it needs for the whole sequence, for the first use
                 of a cache: FIRST, SECOND or BOTH of ``flexalign.generation.stream_cache``; by
                 default BOTH.
+            labels: Shape ``(B, T)``, −100 where nothing is counted, for the loss of the fused
+                logits.
+            return_dict: False for a tuple.
             lam_checked: λ has been checked already, as ``generate`` does before the first token.
             **kwargs: Other arguments of the base's decoder, and the second stream's own inputs.
 
         Returns:
-            ``logits`` of shape ``(B, T, V)``, or ``(B, kept, V)``, and ``past_key_values``.
+            A ``CausalLMOutputWithPast``, or a tuple: ``logits`` of shape ``(B, T, V)``, or
+            ``(B, kept, V)``; ``past_key_values``; and ``loss`` if there are labels.
 
         Raises:
             LambdaError: If λ is not finite or does not fit the batch.
-            ConfigError: If the cache does not hold a stream that λ needs.
+            ConfigError: If the cache does not hold a stream that λ needs, or hidden states or
+                attentions are asked for.
         """
+        refuse_inner_outputs(kwargs, self.base.config)
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:
             raise ConfigError("forward needs input_ids or inputs_embeds.")
@@ -142,7 +150,11 @@ class TwoStreamModel(BasedModel):
         if isinstance(lam, Tensor) and lam.ndim == 2 and lam.shape[1] == hidden.shape[1]:
             lam = lam.to(hidden.device)[:, kept]
         logits = self._fused_logits(plan, hidden[:, kept], lam, gate)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return self.fused_output(logits, cache, labels, return_dict)
+
+    def set_checkpointing(self, method: str, *args: Any, **options: Any) -> None:
+        """Switch activation checkpointing of the base."""
+        getattr(self.base, method)(*args, **options)
 
     def stream_hidden(
         self,

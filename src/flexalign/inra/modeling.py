@@ -152,6 +152,18 @@ class InRaModel(AdaptedModel, TwoStreamModel):
     def _running(self, plan: StackPlan) -> AbstractContextManager[None]:
         return self.adapter_hook.enabled(len(plan.rows), plan.second_start)
 
+    def set_checkpointing(self, method: str, *args: Any, **options: Any) -> None:
+        """Switch activation checkpointing of the base and of the adapter's layers."""
+        super().set_checkpointing(method, *args, **options)
+
+        # The adapter's layers are not modules of the base, so they follow its layer 0.
+        first = decoder_layers(self.base, model_name(self.base))[0]
+        for layer in self.adapter:
+            for module, twin in zip(layer.modules(), first.modules(), strict=True):
+                for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+                    if hasattr(twin, name):
+                        setattr(module, name, getattr(twin, name))
+
     def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
         self._note_range(dials.least, dials.largest)
         return super()._decoding_inputs(dials, options)

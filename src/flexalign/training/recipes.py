@@ -203,8 +203,15 @@ def one_for_each_lambda(tree: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+_LOSS = ("divergence", "beta", "gate", "chunk_size")
+_PROMPTING = ("template", "system", "thinking")
+
+
 class Recipe(Section):
     """The settings that all training runs have.
+
+    A key that several recipes have is declared here. A recipe adds its own keys, gives all of them
+    an order, and says in `meaning` where a key stands for something else than here.
 
     Attributes:
         schedule: λ over the training step. None for a method without λ.
@@ -214,15 +221,65 @@ class Recipe(Section):
     default_training: ClassVar[dict[str, Any]] = DEFAULT_TRAINING
     deciding: ClassVar[tuple[str, ...]] = ()
     """Keys that decide the trained weights, in addition to the models, the data and `training`."""
+    order: ClassVar[tuple[str, ...]] = ()
+    """All fields, in the order in which help texts, docs and saved recipes list them."""
+    meaning: ClassVar[Mapping[str, str]] = {}
+    """The description of inherited fields that stand for something else in this recipe."""
+    example: ClassVar[Mapping[str, Any]] = {}
+    """The example values of inherited fields in this recipe."""
 
-    if TYPE_CHECKING:  # each recipe declares these itself, in its own order
-        data: str
-        output: str
-        schedule: Schedule | None
-        template: dict[str, Any] | None
-        system: str | None
-        thinking: dict[str, Any] | None
-        training: dict[str, Any]
+    data: str = Field(description="Prompts with responses.", examples=["traces.jsonl"])
+    output: str = Field(
+        description="Folder of the model and its checkpoints: one run; started again, it goes on."
+    )
+    schedule: Annotated[Schedule | None, PlainValidator(_read_optional_lambda)] = Field(
+        None, alias="lambda", description="λ of the fused teacher, or a schedule over the step."
+    )
+    divergence: str = Field(
+        "reverse",
+        description="`reverse`, KL(student‖teacher), the paper's; `forward`, or `jsd` (with "
+        "`beta`).",
+    )
+    beta: Number = Field(0.5, description="Where `jsd` lies: 0 is forward, 1 reverse.")
+    gate: Number | None = Field(
+        None,
+        description="τ: go beyond [0, 1] only at tokens where the two models differ by more, such "
+        "as 0.01; null for the paper's form.",
+    )
+    chunk_size: int = Field(256, description="Tokens whose logits exist at one time.")
+    template: dict[str, Any] | None = Field(
+        None,
+        description="Arguments of the chat template, such as {enable_thinking: false}; what was "
+        "sampled with others is refused. Null: none.",
+    )
+    system: str | None = Field(
+        None, description="The system message of conversations that have none."
+    )
+    thinking: dict[str, Any] | None = Field(
+        None,
+        description="The markers around the thinking, {open: TEXT, close: TEXT}; null: those that "
+        "the chat template or the vocabulary shows.",
+    )
+    training: Annotated[dict[str, Any], BeforeValidator(_read_mapping)] = Field(
+        default_factory=dict,
+        description="Any field of trl.SFTConfig. By default `DEFAULT_TRAINING`.",
+    )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        if not cls.order:
+            return
+        declared = dict(cls.model_fields)
+        if sorted(cls.order) != sorted(declared):
+            wrong = sorted(set(cls.order) ^ set(declared))
+            raise TypeError(f"{cls.__name__}.order and its fields differ: {', '.join(wrong)}.")
+
+        cls.model_fields.clear()
+        for name in cls.order:
+            field = cls.model_fields[name] = declared[name]
+            field.description = cls.meaning.get(name, field.description)
+            if name in cls.example:
+                field.examples = [cls.example[name]]
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**_by_key(values))
@@ -379,33 +436,6 @@ def _plain(value: Any) -> Any:
     return value.model_dump() if isinstance(value, Section) else value
 
 
-_DIVERGENCE = Field(
-    "reverse",
-    description="`reverse`, KL(student‖teacher), the paper's; `forward`, or `jsd` (with `beta`).",
-)
-_BETA = Field(0.5, description="Where `jsd` lies: 0 is forward, 1 reverse.")
-_GATE = Field(
-    None,
-    description="τ: go beyond [0, 1] only at tokens where the two models differ by more, such as "
-    "0.01; null for the paper's form.",
-)
-_CHUNK_SIZE = Field(256, description="Tokens whose logits exist at one time.")
-_LOSS = ("divergence", "beta", "gate", "chunk_size")
-
-_TEMPLATE = Field(
-    None,
-    description="Arguments of the chat template, such as {enable_thinking: false}; what was sampled "
-    "with others is refused. Null: none.",
-)
-_SYSTEM = Field(None, description="The system message of conversations that have none.")
-_THINKING = Field(
-    None,
-    description="The markers around the thinking, {open: TEXT, close: TEXT}; null: those that the "
-    "chat template or the vocabulary shows.",
-)
-_PROMPTING = ("template", "system", "thinking")
-
-
 class RealignRecipe(Recipe):
     """A realignment: a student learns the fusion of a reference and an aligned model (TrRa)."""
 
@@ -414,6 +444,20 @@ class RealignRecipe(Recipe):
         *_LOSS,
         *("teacher", "rounds", "rollouts", "rollout_objective", "rollout_max_new_tokens", "lora"),
     )
+    order: ClassVar[tuple[str, ...]] = (
+        *("reference", "aligned", "data", "output", "schedule"),
+        *_LOSS,
+        *("rounds", "teacher", "cache_dir"),
+        *("rollouts", "rollout_objective", "rollout_max_new_tokens"),
+        *("allow_pickle", "lora", "merge", "watch"),
+        *_PROMPTING,
+        "training",
+    )
+    meaning: ClassVar[Mapping[str, str]] = {
+        "data": "Traces, prompts with responses (flexalign sample): JSONL, JSON, Parquet or a "
+        "saved data set.",
+    }
+    example: ClassVar[Mapping[str, Any]] = {"output": "out/realigned"}
 
     reference: str = Field(
         description="λ = 0, and where the student starts: a model's path or known name.",
@@ -423,25 +467,12 @@ class RealignRecipe(Recipe):
         description="λ = 1: a model's path or known name, or a PEFT adapter on the reference.",
         examples=["miniature:aligned"],
     )
-    data: str = Field(
-        description="Traces, prompts with responses (flexalign sample): JSONL, JSON, Parquet or a "
-        "saved data set.",
-        examples=["traces.jsonl"],
-    )
-    output: str = Field(
-        description="Folder of the model and its checkpoints: one run; started again, it goes on.",
-        examples=["out/realigned"],
-    )
     schedule: Annotated[Schedule, PlainValidator(_read_lambda)] = Field(
         alias="lambda",
         description="λ of the fused teacher (equation 5): a number, a list of numbers (a student "
         "for each), or a schedule over the step, {kind: linear, start: 0, end: 2, steps: 200}.",
         examples=[2.0],
     )
-    divergence: str = _DIVERGENCE
-    beta: Number = _BETA
-    gate: Number | None = _GATE
-    chunk_size: int = _CHUNK_SIZE
     rounds: int = Field(
         1,
         description="1 is TrRa; k is TrRa-iter: each round takes the last one's result as aligned.",
@@ -478,13 +509,6 @@ class RealignRecipe(Recipe):
     )
     watch: Annotated[WatchSettings | None, PlainValidator(_read_watch)] = Field(
         None, description="The student answers prompts while it learns; null: it does not."
-    )
-    template: dict[str, Any] | None = _TEMPLATE
-    system: str | None = _SYSTEM
-    thinking: dict[str, Any] | None = _THINKING
-    training: Annotated[dict[str, Any], BeforeValidator(_read_mapping)] = Field(
-        default_factory=dict,
-        description="Any field of trl.SFTConfig. By default `DEFAULT_TRAINING`.",
     )
 
     @classmethod
@@ -585,6 +609,8 @@ class RealignRecipe(Recipe):
 class _AdapterRecipe(Recipe):
     """The settings that the recipes with a layer adapter share: precision and checkpointing."""
 
+    base: str = Field(description="The base model's path or known name.", examples=["miniature"])
+
     def _settle(self, training: dict[str, Any], *, accelerated: bool) -> None:
         training.setdefault("bf16", accelerated and not training.get("fp16"))
         # TRL's default goes by the old name of this field, which transformers warns about.
@@ -607,20 +633,27 @@ class AdaptRecipe(_AdapterRecipe):
         *("method", "adapter_layers", "strip_thinking", "lambda"),
         *_LOSS,
     )
+    order: ClassVar[tuple[str, ...]] = (
+        *("base", "data", "output", "method", "adapter", "adapter_layers", "strip_thinking"),
+        *("aligned", "schedule"),
+        *_LOSS,
+        *_PROMPTING,
+        "training",
+    )
+    meaning: ClassVar[Mapping[str, str]] = {
+        "base": "The base model's path or known name; no weight of it changes.",
+        "data": "Prompts with responses; for `dpo` with `chosen` and `rejected`.",
+        "output": "Folder of the adapter and its checkpoints: one run; started again, it goes on.",
+        "schedule": "`trra`: λ of the fused teacher, or a schedule over the training step.",
+        "divergence": "`trra`: `reverse`, `forward` or `jsd` (with `beta`), as in realign.",
+        "beta": "`trra`: where `jsd` lies. (DPO's own β is `training.beta`.)",
+        "gate": "`trra`: extrapolate only where base and aligned differ by more.",
+        "chunk_size": "`trra`: tokens whose logits exist at one time.",
+        "training": "Any field of trl.SFTConfig (of DPOConfig for `dpo`). By default "
+        "`DEFAULT_ADAPT_TRAINING`.",
+    }
+    example: ClassVar[Mapping[str, Any]] = {"output": "out/fast", "schedule": 1.0}
 
-    base: str = Field(
-        description="The base model's path or known name; no weight of it changes.",
-        examples=["miniature"],
-    )
-    data: str = Field(
-        description="Prompts with responses; for `dpo` with `chosen` and `rejected`.",
-        examples=["traces.jsonl"],
-    )
-    output: str = Field(
-        description="Folder of the adapter and its checkpoints: one run; started again, it goes "
-        "on.",
-        examples=["out/fast"],
-    )
     method: Literal["sft", "dpo", "trra"] = Field(
         "sft",
         description="`sft`: learn the responses; `dpo`: prefer the chosen ones; `trra`: towards "
@@ -639,31 +672,6 @@ class AdaptRecipe(_AdapterRecipe):
         None,
         description="`trra`: the aligned model's path or known name, λ = 1.",
         examples=["miniature:aligned"],
-    )
-    schedule: Annotated[Schedule | None, PlainValidator(_read_optional_lambda)] = Field(
-        None,
-        alias="lambda",
-        description="`trra`: λ of the fused teacher, or a schedule over the training step.",
-        examples=[1.0],
-    )
-    divergence: str = Field(
-        "reverse",
-        description="`trra`: `reverse`, `forward` or `jsd` (with `beta`), as in realign.",
-    )
-    beta: Number = Field(
-        0.5, description="`trra`: where `jsd` lies. (DPO's own β is `training.beta`.)"
-    )
-    gate: Number | None = Field(
-        None, description="`trra`: extrapolate only where base and aligned differ by more."
-    )
-    chunk_size: int = Field(256, description="`trra`: tokens whose logits exist at one time.")
-    template: dict[str, Any] | None = _TEMPLATE
-    system: str | None = _SYSTEM
-    thinking: dict[str, Any] | None = _THINKING
-    training: Annotated[dict[str, Any], BeforeValidator(_read_mapping)] = Field(
-        default_factory=dict,
-        description="Any field of trl.SFTConfig (of DPOConfig for `dpo`). By default "
-        "`DEFAULT_ADAPT_TRAINING`.",
     )
 
     def _check_keys(self) -> None:
@@ -715,36 +723,28 @@ class BakeRecipe(_AdapterRecipe):
     """The training of a plain model that behaves as base and adapter do at one λ."""
 
     deciding: ClassVar[tuple[str, ...]] = ("lambda", "held_out", *_LOSS)
+    order: ClassVar[tuple[str, ...]] = (
+        *("base", "adapter", "schedule", "data", "output", "held_out"),
+        *_LOSS,
+        *_PROMPTING,
+        "training",
+    )
+    meaning: ClassVar[Mapping[str, str]] = {
+        "data": "Prompts with responses; a share of them is held out.",
+        "output": "Folder of the plain model: one run; started again, it goes on.",
+        "gate": "As in equation 5.",
+    }
+    example: ClassVar[Mapping[str, Any]] = {"output": "out/baked"}
 
-    base: str = Field(description="The base model's path or known name.", examples=["miniature"])
     adapter: str = Field(
         description="Folder of the adapter, which `flexalign adapt` made.", examples=["out/fast"]
     )
     schedule: Annotated[Schedule, PlainValidator(_read_single_lambda)] = Field(
         alias="lambda", description="The setting of the dial, a number.", examples=[0.5]
     )
-    data: str = Field(
-        description="Prompts with responses; a share of them is held out.",
-        examples=["traces.jsonl"],
-    )
-    output: str = Field(
-        description="Folder of the plain model: one run; started again, it goes on.",
-        examples=["out/baked"],
-    )
     held_out: Number = Field(
         0.05,
         description="Share of the rows, from 0 to 1, on which the divergence to the dial is measured.",
-    )
-    divergence: str = _DIVERGENCE
-    beta: Number = _BETA
-    gate: Number | None = Field(None, description="As in equation 5.")
-    chunk_size: int = _CHUNK_SIZE
-    template: dict[str, Any] | None = _TEMPLATE
-    system: str | None = _SYSTEM
-    thinking: dict[str, Any] | None = _THINKING
-    training: Annotated[dict[str, Any], BeforeValidator(_read_mapping)] = Field(
-        default_factory=dict,
-        description="Any field of trl.SFTConfig. By default `DEFAULT_TRAINING`.",
     )
 
     def _check_keys(self) -> None:
