@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
+from flexalign.data.prompting import PromptSettings
 from flexalign.errors import ConfigError
-from flexalign.generation import TwoModelDecoder
+from flexalign.generation import TwoModelDecoder, TwoPromptDecoder
 from flexalign.generation.inherited import REFUSED
 from flexalign.inra import InRaModel
 from flexalign.models.pair import ModelPair
+from flexalign.models.prompted import PromptPair
 
 WHOLE = {
     *("generate", "prepare_inputs_for_generation", "save_pretrained", "from_pretrained"),
@@ -55,7 +57,13 @@ def two_models() -> TwoModelDecoder:
     return TwoModelDecoder(ModelPair.load("miniature", dtype=torch.float32))
 
 
-@pytest.fixture(params=["inra", "two_models"])
+@pytest.fixture(scope="module")
+def two_prompts() -> TwoPromptDecoder:
+    prompts = PromptPair(aligned=PromptSettings(system="check"))
+    return TwoPromptDecoder.from_pretrained("miniature", prompts, dtype="float32")
+
+
+@pytest.fixture(params=["inra", "two_models", "two_prompts"])
 def model(request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue(request.param)
 
@@ -65,6 +73,12 @@ def tokens(inra: InRaModel) -> torch.Tensor:
     assert inra.tokenizer is not None
     ids: torch.Tensor = inra.tokenizer(["17 + 25 =", "3 + 40 ="], return_tensors="pt").input_ids
     return ids
+
+
+def prompts(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same tokens as the prompts of all streams."""
+    names = ("input_ids", "aligned_ids") if isinstance(model, TwoPromptDecoder) else ("inputs",)
+    return dict.fromkeys(names, tokens)
 
 
 def public_methods() -> set[str]:
@@ -152,27 +166,27 @@ def test_inner_outputs_are_refused(model: Any, tokens: torch.Tensor, name: str):
     with pytest.raises(ConfigError, match=f"{name} is not available for fused models"):
         model(tokens, lam=0.5, **{name: True})
     with pytest.raises(ConfigError, match=f"{name} is not available for fused models"):
-        model.generate(tokens, lam=0.5, **{name: True})
+        model.generate(**prompts(model, tokens), lam=0.5, **{name: True})
 
 
 def test_guidance_is_refused(model: Any, tokens: torch.Tensor):
     with pytest.raises(ConfigError, match=r"guidance_scale is not available.*default λ"):
-        model.generate(tokens, lam=1.0, guidance_scale=2.0)
+        model.generate(**prompts(model, tokens), lam=1.0, guidance_scale=2.0)
     with pytest.raises(ConfigError, match="guidance_scale"):
-        model.generate(tokens, lam=1.0, generation_config=GenerationConfig(guidance_scale=3.0))
+        model.generate(**prompts(model, tokens), lam=1.0, generation_config=GenerationConfig(guidance_scale=3.0))
 
 
 def test_the_dynamic_cache_may_be_named(model: Any, tokens: torch.Tensor):
     asked: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "lam": 0.5}
-    expected = model.generate(tokens, **asked)
-    named = model.generate(tokens, cache_implementation="dynamic", **asked)
+    expected = model.generate(**prompts(model, tokens), **asked)
+    named = model.generate(**prompts(model, tokens), cache_implementation="dynamic", **asked)
     assert torch.equal(named, expected)
 
     config = GenerationConfig(
         max_new_tokens=6, do_sample=False, cache_implementation="dynamic", pad_token_id=0
     )
     config.eos_token_id = model.generation_config.eos_token_id
-    assert torch.equal(model.generate(tokens, lam=0.5, generation_config=config), expected)
+    assert torch.equal(model.generate(**prompts(model, tokens), lam=0.5, generation_config=config), expected)
     assert config.cache_implementation == "dynamic"
 
 

@@ -19,6 +19,8 @@ from flexalign.cli.console import (
     say_instruction,
 )
 from flexalign.cli.options import (
+    AlignedPrompt,
+    ReferencePrompt,
     BatchSize,
     Data,
     Instruction,
@@ -30,6 +32,7 @@ from flexalign.cli.options import (
     TaskTopP,
     Workers,
     read_lambdas,
+    read_prompts,
     read_range,
 )
 from flexalign.errors import ConfigError
@@ -121,6 +124,8 @@ def tune(
         float | None, typer.Option(help="Expected accuracy, for the plan; else one by task.")
     ] = None,
     lambda_range: LambdaRange = None,
+    reference_prompt: ReferencePrompt = None,
+    aligned_prompt: AlignedPrompt = None,
     workers: Workers = 1,
     dry_run: Annotated[
         bool,

@@ -8,7 +8,7 @@ mask, positions and cache rows; the generated tokens are common to both.
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -112,6 +112,17 @@ class TwoPromptDecoder(TwoStreamModel):
         both = [p if isinstance(p, TwoPrompts) else self.rendering.both(p) for p in prompts]
         pad = self.generation_config.pad_token_id or 0
         return padded_prompts(both, pad, self.base.device)
+
+    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
+        """Not available: the model is saved by its own ``save_pretrained``, the prompts in no file.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            "TwoPromptDecoder.save_pretrained is not available: a folder has no place for two "
+            "prompts; save the model with decoder.base.save_pretrained."
+        )
 
     # The second stream: the aligned prompt.
 
