@@ -173,7 +173,11 @@ def test_guidance_is_refused(model: Any, tokens: torch.Tensor):
     with pytest.raises(ConfigError, match=r"guidance_scale is not available.*default λ"):
         model.generate(**prompts(model, tokens), lam=1.0, guidance_scale=2.0)
     with pytest.raises(ConfigError, match="guidance_scale"):
-        model.generate(**prompts(model, tokens), lam=1.0, generation_config=GenerationConfig(guidance_scale=3.0))
+        model.generate(
+            **prompts(model, tokens),
+            lam=1.0,
+            generation_config=GenerationConfig(guidance_scale=3.0),
+        )
 
 
 def test_the_dynamic_cache_may_be_named(model: Any, tokens: torch.Tensor):
@@ -186,7 +190,9 @@ def test_the_dynamic_cache_may_be_named(model: Any, tokens: torch.Tensor):
         max_new_tokens=6, do_sample=False, cache_implementation="dynamic", pad_token_id=0
     )
     config.eos_token_id = model.generation_config.eos_token_id
-    assert torch.equal(model.generate(**prompts(model, tokens), lam=0.5, generation_config=config), expected)
+    assert torch.equal(
+        model.generate(**prompts(model, tokens), lam=0.5, generation_config=config), expected
+    )
     assert config.cache_implementation == "dynamic"
 
 

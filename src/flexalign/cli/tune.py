@@ -20,19 +20,18 @@ from flexalign.cli.console import (
 )
 from flexalign.cli.options import (
     AlignedPrompt,
-    ReferencePrompt,
     BatchSize,
     Data,
     Instruction,
     LambdaRange,
     OneTask,
+    ReferencePrompt,
     ResultAsJson,
     TaskMaxNewTokens,
     TaskTemperature,
     TaskTopP,
     Workers,
     read_lambdas,
-    read_prompts,
     read_range,
 )
 from flexalign.errors import ConfigError
