@@ -4,17 +4,17 @@ import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flexalign.data.rendering import stop_ids
 from flexalign.errors import ConfigError, UnsupportedModelError
 from flexalign.fusion import Lambda, as_lambda, fuse_logits
 from flexalign.generation.fused import FusedDecoding, positions_of
+from flexalign.generation.inherited import refuse_inner_outputs
 from flexalign.generation.interface import Phase
 from flexalign.generation.row_lambdas import RowDials, TagTokens
 from flexalign.models.adapters import inner_model
@@ -113,9 +113,11 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
         use_cache: bool = False,
         logits_to_keep: int = 0,
         inputs: dict[Side, dict[str, Any]] | None = None,
-        return_dict: bool = True,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
         lam_checked: bool = False,
-    ) -> CausalLMOutputWithPast:
+        **kwargs: Any,
+    ) -> Any:
         """Run both models and fuse their logits.
 
         Args:
@@ -129,16 +131,23 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
             logits_to_keep: Number of last positions to return logits of; 0: all.
             inputs: Separate inputs for each model, instead of those above. A model without inputs
                 does not run, and the logits are the other's.
-            return_dict: Part of transformers' interface, and ignored: the result is never a tuple.
+            labels: Shape ``(B, T)``, −100 where nothing is counted, for the loss of the fused
+                logits.
+            return_dict: False for a tuple.
             lam_checked: λ has been checked already, as ``generate`` does before the first token.
+            **kwargs: Other inputs of transformers' models, which are refused.
 
         Returns:
-            Logits of shape ``(B, T, V)`` in float32, and the caches.
+            Logits of shape ``(B, T, V)`` in float32, the caches, and the loss if there are labels.
 
         Raises:
             LambdaError: If λ is not finite or does not fit the batch.
-            ConfigError: If the gate is outside [0, 1].
+            ConfigError: If the gate is outside [0, 1], or an input is not served.
         """
+        refuse_inner_outputs(kwargs)
+        for name, value in kwargs.items():
+            if value is not None and value is not False:
+                raise ConfigError(f"forward takes no {name}: it would have to fit both models.")
         if not lam_checked:
             lam = as_lambda(lam)
         if inputs is None:
@@ -163,9 +172,8 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
             fused = fuse_logits(logits["reference"], aligned, lam, gate)
         else:
             (fused,) = logits.values()
-        return CausalLMOutputWithPast(
-            logits=fused.float(), past_key_values=cache if cache.caches() else None
-        )
+        kept = cache if cache.caches() else None
+        return self.fused_output(fused.float(), kept, labels, return_dict)
 
     def _inputs(
         self, side: Side, common: dict[str, Any], cache: PairCache | None
@@ -179,6 +187,44 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
         if cache is not None:
             given["past_key_values"] = getattr(cache, side)
         return given
+
+    def set_attn_implementation(self, attn_implementation: Any, **options: Any) -> None:
+        """Set the attention of both models; arguments and errors are those of transformers."""
+        for side in SIDES:
+            getattr(self, side).set_attn_implementation(attn_implementation, **options)
+
+    def set_checkpointing(self, method: str, *args: Any, **options: Any) -> None:
+        """Switch activation checkpointing of both models."""
+        for side in SIDES:
+            getattr(getattr(self, side), method)(*args, **options)
+
+    @property
+    def loss_function(self) -> Any:
+        """The reference's loss of logits and labels."""
+        return self.reference.loss_function
+
+    @classmethod
+    def from_pretrained(cls, *_: Any, **__: Any) -> NoReturn:
+        """Not available: a pair is loaded by ``ModelPair.load``.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            "TwoModelDecoder.from_pretrained is not available: two models have two folders; write "
+            "TwoModelDecoder(ModelPair.load(reference, aligned))."
+        )
+
+    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
+        """Not available: each model is saved by its own ``save_pretrained``.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            "TwoModelDecoder.save_pretrained is not available: it holds two models; save each, or "
+            "make one of both with flexalign realign or interpolate."
+        )
 
     # Methods that `generate` calls while it decodes.
 

@@ -8,7 +8,7 @@ mask, positions and cache rows; the generated tokens are common to both.
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,7 +20,13 @@ from flexalign.generation.row_lambdas import RowDials, TagTokens
 from flexalign.generation.two_streams import TwoStreamModel
 from flexalign.models.adapters import inner_model
 from flexalign.models.loading import load_model, load_tokenizer
-from flexalign.models.prompted import PairRendering, PromptPair, TwoPrompts, require_context
+from flexalign.models.prompted import (
+    PairRendering,
+    PromptPair,
+    TwoPrompts,
+    context_of,
+    require_context,
+)
 from flexalign.models.sources import Model
 
 
@@ -90,13 +96,6 @@ class TwoPromptDecoder(TwoStreamModel):
         rendering = PairRendering(load_tokenizer(model), prompts)
         return cls(load_model(model, **loading), rendering)
 
-    @property
-    def context(self) -> int | None:
-        """The most tokens that the model was made for; None if its configuration has no limit."""
-        config = self.base.config.get_text_config(decoder=True)
-        limit = getattr(config, "max_position_embeddings", None)
-        return None if limit is None else int(limit)
-
     def encode(self, prompts: Sequence[Prompt | TwoPrompts]) -> dict[str, Tensor]:
         """Return conversations as a batch of both prompts, for ``generate``.
 
@@ -113,6 +112,17 @@ class TwoPromptDecoder(TwoStreamModel):
         both = [p if isinstance(p, TwoPrompts) else self.rendering.both(p) for p in prompts]
         pad = self.generation_config.pad_token_id or 0
         return padded_prompts(both, pad, self.base.device)
+
+    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
+        """Not available: the model is saved by its own ``save_pretrained``, the prompts in no file.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            "TwoPromptDecoder.save_pretrained is not available: a folder has no place for two "
+            "prompts; save the model with decoder.base.save_pretrained."
+        )
 
     # The second stream: the aligned prompt.
 
@@ -160,8 +170,9 @@ class TwoPromptDecoder(TwoStreamModel):
             given = options.get(name)
             options[name] = torch.ones_like(ids) if given is None else given
             masks.append(options[name])
+        context = context_of(self.base.config)
         for reference, aligned in zip(*(mask.sum(1).tolist() for mask in masks), strict=True):
-            require_context(reference, aligned, self.context)
+            require_context(reference, aligned, context)
         return super().generate(aligned_ids=aligned_ids, **options)
 
     def prepare_inputs_for_generation(

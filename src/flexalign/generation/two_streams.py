@@ -12,57 +12,46 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from flexalign.errors import ConfigError, LambdaError
-from flexalign.fusion import Lambda, as_lambda, fuse_hidden, fuse_logits
-from flexalign.generation.fused import FusedDecoding, positions_of
+from flexalign.fusion import Lambda, fuse_hidden, fuse_logits
+from flexalign.generation.adapted import BasedModel, sweep_dials
+from flexalign.generation.fused import positions_of
+from flexalign.generation.inherited import refuse_inner_outputs
 from flexalign.generation.interface import Phase
-from flexalign.generation.row_lambdas import RowDials, read_dials
+from flexalign.generation.row_lambdas import RowDials
 from flexalign.generation.stream_cache import BOTH, FIRST, SECOND, StackPlan, StreamCache
 from flexalign.heads import Head, can_mix_hidden
 
 
-class TwoStreamModel(FusedDecoding, nn.Module):
+class TwoStreamModel(BasedModel):
     """A model in two streams, and a λ between them.
 
-    ``forward`` returns ``λ·second + (1−λ)·first`` of their logits (equation 5). Attributes that this
-    class does not have (``config``, ``device``, …) are the base's.
+    ``forward`` returns ``λ·second + (1−λ)·first`` of their logits (equation 5).
 
     Attributes:
-        base: The model, a causal language model of transformers.
-        head: Its head.
-        tokenizer: Its tokenizer; None if it is not known.
+        head: The base's head.
     """
 
-    base: PreTrainedModel
     head: Head
 
-    def __init__(
-        self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> None:
+    def __init__(self, base: PreTrainedModel, *more: Any) -> None:
         """Keep a model.
+
+        Args:
+            base: The model.
+            *more: Further arguments of :class:`~flexalign.generation.adapted.BasedModel`.
 
         Raises:
             UnsupportedModelError: If it has no plain head.
         """
-        super().__init__()
-        self.base = base
+        super().__init__(base, *more)
         self.head = Head.of(base)
-        self.tokenizer = tokenizer
         self._takes_positions = (
             "position_ids" in inspect.signature(self._decoder.forward).parameters
         )
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base":  # not set yet, as in `__init__` or during a copy
-                raise
-            return getattr(self.base, name)
 
     # What a subclass defines: its second stream.
 
@@ -96,9 +85,11 @@ class TwoStreamModel(FusedDecoding, nn.Module):
         lam: Any = None,
         gate: float | None = None,
         streams: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
         lam_checked: bool = False,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> Any:
         """Return the fused logits of a batch.
 
         Args:
@@ -115,16 +106,22 @@ class TwoStreamModel(FusedDecoding, nn.Module):
             streams: Per row: the streams that it needs for the whole sequence, for the first use
                 of a cache: FIRST, SECOND or BOTH of ``flexalign.generation.stream_cache``; by
                 default BOTH.
+            labels: Shape ``(B, T)``, −100 where nothing is counted, for the loss of the fused
+                logits.
+            return_dict: False for a tuple.
             lam_checked: λ has been checked already, as ``generate`` does before the first token.
             **kwargs: Other arguments of the base's decoder, and the second stream's own inputs.
 
         Returns:
-            ``logits`` of shape ``(B, T, V)``, or ``(B, kept, V)``, and ``past_key_values``.
+            A ``CausalLMOutputWithPast``, or a tuple: ``logits`` of shape ``(B, T, V)``, or
+            ``(B, kept, V)``; ``past_key_values``; and ``loss`` if there are labels.
 
         Raises:
             LambdaError: If λ is not finite or does not fit the batch.
-            ConfigError: If the cache does not hold a stream that λ needs.
+            ConfigError: If the cache does not hold a stream that λ needs, or hidden states or
+                attentions are asked for.
         """
+        refuse_inner_outputs(kwargs, self.base.config)
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None:
             raise ConfigError("forward needs input_ids or inputs_embeds.")
@@ -153,11 +150,11 @@ class TwoStreamModel(FusedDecoding, nn.Module):
         if isinstance(lam, Tensor) and lam.ndim == 2 and lam.shape[1] == hidden.shape[1]:
             lam = lam.to(hidden.device)[:, kept]
         logits = self._fused_logits(plan, hidden[:, kept], lam, gate)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
+        return self.fused_output(logits, cache, labels, return_dict)
 
-    def _checked_lambda(self, lam: Any) -> Lambda:
-        lam = self._default_dial() if lam is None else lam
-        return as_lambda(torch.tensor(lam) if isinstance(lam, list | tuple) else lam)
+    def set_checkpointing(self, method: str, *args: Any, **options: Any) -> None:
+        """Switch activation checkpointing of the base."""
+        getattr(self.base, method)(*args, **options)
 
     def stream_hidden(
         self,
@@ -277,13 +274,7 @@ class TwoStreamModel(FusedDecoding, nn.Module):
             LambdaError: If there is no λ, or one is not finite.
             ConfigError: If an option is not available here.
         """
-        given = lams.tolist() if isinstance(lams, Tensor) else list(lams)
-        settings = read_dials(given, len(given))
-        if not settings:
-            raise LambdaError("a sweep needs at least one λ.")
-        if options.get("past_key_values") is not None:
-            raise ConfigError("a sweep fills a cache of its own; leave past_key_values out.")
-
+        settings = sweep_dials(lams, options)
         prompts, repeats = len(input_ids), len(settings)
         dials = RowDials.following(settings * prompts)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -321,10 +312,6 @@ class TwoStreamModel(FusedDecoding, nn.Module):
     def fork_cache(self, cache: StreamCache, rows: Tensor, dials: RowDials) -> StreamCache:
         """Return a new cache of some rows, with the streams that their dials need."""
         return cache.fork(rows, _streams_of(dials))
-
-    @property
-    def _leader(self) -> PreTrainedModel:
-        return self.base
 
     def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
         """Return the model inputs of a generation: a new cache, and the streams of each prompt."""

@@ -1,20 +1,24 @@
 """The InRa model: a base model, an adapter before its layer 0, and λ between the two streams."""
 
-import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flexalign._modes import evaluating
-from flexalign.data.thinking import ThinkingTags
-from flexalign.errors import ConfigError, UnsupportedModelError
-from flexalign.fusion import Lambda
+from flexalign.errors import UnsupportedModelError
+from flexalign.generation.adapted import (
+    AdaptedModel,
+    Base,
+    load_base,
+    load_own_base,
+    model_name,
+)
 from flexalign.generation.fused import positions_of
 from flexalign.generation.row_lambdas import RowDials
 from flexalign.generation.stream_cache import FIRST, SECOND, StackPlan, StreamCache
@@ -30,21 +34,16 @@ from flexalign.inra.configuration import (
     InRaConfig,
     check_folder,
     load_weights,
-    require_base,
     save_adapter,
 )
-from flexalign.lambdas import Adaptive
-from flexalign.models.loading import fingerprint, load_model, load_tokenizer
-from flexalign.models.sources import resolve, resolve_adapter
+from flexalign.models.loading import fingerprint
+from flexalign.models.sources import resolve_adapter
 
 BASE, ADAPTER = FIRST, SECOND
 """The streams of an InRa model, as :class:`flexalign.generation.stream_cache.StackPlan` counts them."""
 
-Base: TypeAlias = str | Path | PreTrainedModel
-"""A known name, a folder, or a loaded model."""
 
-
-class InRaModel(TwoStreamModel):
+class InRaModel(AdaptedModel, TwoStreamModel):
     """A base model, a layer adapter before its layer 0, and a λ between the two streams.
 
     The base stream is the base model; the adapter stream is the base model with the adapter's
@@ -61,7 +60,7 @@ class InRaModel(TwoStreamModel):
         adapter: The adapter's layers.
         head: The base's head.
         adapter_hook: The hook that runs the adapter stream's rows through the adapter.
-        inra_config: The adapter's settings.
+        inra_config: The adapter's settings; the same as ``dial_config``.
         tokenizer: The base's tokenizer; None if it is not known.
     """
 
@@ -78,11 +77,9 @@ class InRaModel(TwoStreamModel):
             UnsupportedModelError: If the base has no plain head, has recurrent layers, or its
                 streams cannot run as one batch.
         """
-        super().__init__(base, tokenizer)
-        name = _name(base)
+        super().__init__(base, inra_config, tokenizer)
+        name = model_name(base)
         self.adapter = adapter
-        self.inra_config = inra_config
-        self._has_warned = False
 
         self.adapter_hook = AdapterHook(decoder_layers(base, name)[0], adapter)
         weakref.finalize(self, self.adapter_hook.handle.remove)
@@ -104,9 +101,9 @@ class InRaModel(TwoStreamModel):
             UnsupportedModelError: If the base cannot have an adapter (post-LN, recurrent,
                 quantised).
         """
-        model, tokenizer, source = _loaded(base, loading)
+        model, tokenizer, source = load_base(base, loading)
         settings = InRaConfig(source, fingerprint(model), adapter_layers)
-        adapter = identity_adapter(model, adapter_layers, _name(model))
+        adapter = identity_adapter(model, adapter_layers, model_name(model))
         return cls(model, adapter, settings, tokenizer)
 
     @classmethod
@@ -128,19 +125,19 @@ class InRaModel(TwoStreamModel):
         folder = resolve_adapter(adapter)
         settings = check_folder(folder)
 
-        # A folder's fingerprint can be read without loading the weights; that of GGUF cannot.
-        from_folder = not isinstance(base, PreTrainedModel) and resolve(base).gguf_file is None
-        if from_folder and not any_base:
-            require_base(settings, fingerprint(base), str(base), folder)
-        model, tokenizer, source = _loaded(base, loading)
-        if not from_folder and not any_base:
-            require_base(settings, fingerprint(model), source, folder)
-
-        layers = copy_first_layer(model, settings.adapter_layers, _name(model))
+        model, tokenizer = load_own_base(base, settings, folder, any_base=any_base, loading=loading)
+        layers = copy_first_layer(model, settings.adapter_layers, model_name(model))
         load_weights(layers, folder)
-        if tokenizer is not None:
-            settings.bind(tokenizer)
         return cls(model, layers, settings, tokenizer)
+
+    @property
+    def inra_config(self) -> InRaConfig:
+        """The adapter's settings."""
+        return cast("InRaConfig", self.dial_config)
+
+    @inra_config.setter
+    def inra_config(self, settings: InRaConfig) -> None:
+        self.dial_config = settings
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
         """Save only the adapter: its settings and one file with its layers' weights."""
@@ -155,69 +152,21 @@ class InRaModel(TwoStreamModel):
     def _running(self, plan: StackPlan) -> AbstractContextManager[None]:
         return self.adapter_hook.enabled(len(plan.rows), plan.second_start)
 
-    # λ: its default, its range and its thresholds are the adapter's.
+    def set_checkpointing(self, method: str, *args: Any, **options: Any) -> None:
+        """Switch activation checkpointing of the base and of the adapter's layers."""
+        super().set_checkpointing(method, *args, **options)
 
-    def _checked_lambda(self, lam: Any) -> Lambda:
-        checked = super()._checked_lambda(lam)
-        if not self._has_warned:
-            values = torch.as_tensor(checked).detach()
-            self._note_range(float(values.min()), float(values.max()))
-        return checked
-
-    def _note_range(self, least: float, largest: float) -> None:
-        """Warn, once, if λ is outside the adapter's range."""
-        low, high = self.inra_config.lambda_range
-        if self._has_warned or (low <= least and largest <= high):
-            return
-
-        self._has_warned = True
-        warnings.warn(
-            f"λ from {least:g} to {largest:g} leaves this adapter's range [{low:g}, {high:g}], "
-            "where it was tried; results outside it are unmeasured.",
-            stacklevel=3,
-        )
-
-    @property
-    def thinking_tags(self) -> ThinkingTags | None:
-        """The adapter's thinking tags; None if the tokenizer's are used."""
-        return self.inra_config.tags
-
-    def threshold(self, policy: Adaptive) -> float:
-        """Return a policy's threshold. If it sets none, the calibrated one, if there is one."""
-        return self.inra_config.threshold(policy)
-
-    def _default_dial(self) -> float:
-        return self.inra_config.default_lambda
+        # The adapter's layers are not modules of the base, so they follow its layer 0.
+        first = decoder_layers(self.base, model_name(self.base))[0]
+        for layer in self.adapter:
+            for module, twin in zip(layer.modules(), first.modules(), strict=True):
+                for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+                    if hasattr(twin, name):
+                        setattr(module, name, getattr(twin, name))
 
     def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
         self._note_range(dials.least, dials.largest)
         return super()._decoding_inputs(dials, options)
-
-
-def _name(model: Any) -> str:
-    return f"{type(model).__name__} (family {model.config.model_type})"
-
-
-def _loaded(
-    base: Base, loading: dict[str, Any]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str]:
-    """Return a base model, its tokenizer where there is one, and its name."""
-    model: Any = base
-    tokenizer, source = None, ""
-    if not isinstance(base, nn.Module):
-        source = str(base)
-        model = load_model(base, **loading)
-        try:
-            tokenizer = load_tokenizer(base)
-        except ConfigError:
-            tokenizer = None
-
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
-        raise UnsupportedModelError(
-            "the base has a PEFT adapter, which would be in both streams; merge it first "
-            "(merge_and_unload) and give the merged model."
-        )
-    return model, tokenizer, source or model.config._name_or_path or _name(model)
 
 
 # The test of a model's two streams when it is loaded. Model families pass different arguments to

@@ -185,6 +185,21 @@ class TwoPrompts:
         opened = {getattr(self, side).opening is Opening.OPENED for side in SIDES}
         return opened.pop() if len(opened) == 1 else None
 
+    def opens_at(self, lam: float | None) -> bool:
+        """Return whether a response begins inside the thinking, by the prompt that is nearer to λ.
+
+        Args:
+            lam: λ of the response; None, where it is no one number, for the reference's prompt.
+        """
+        nearer = self.reference if lam is None or lam < 0.5 else self.aligned
+        return nearer.opening is Opening.OPENED
+
+
+def context_of(config: Any) -> int | None:
+    """Return the most tokens that a model was made for; None if its configuration has no limit."""
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return None if limit is None else int(limit)
+
 
 def require_context(reference: int, aligned: int, context: int | None) -> None:
     """Check that both prompts of a row fit in the model's context.

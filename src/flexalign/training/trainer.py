@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from flexalign._spelling import nearest
 from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.fusion import Lambda
 from flexalign.lambdas import LambdaRange
@@ -149,6 +150,7 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
         for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if options.get(name) is not None:
                 raise ConfigError(f"{name}: the loss builds no logits and is fixed; leave it out.")
+        require_metric(args.metric_for_best_model, eval_dataset)
         one, other, prompts = split_sides(reference, aligned)
         if isinstance(args.schedule, LambdaRange):
             _require_lora(args.schedule, model, one, peft_config, parts)
@@ -319,7 +321,9 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
         """Log, with the divergence, λ, both KL and the tokens seen so far."""
         means = self._meters[self._mode].take_means(self.accelerator)
         if means:
-            prefix = "" if self._mode == "train" else "eval_"
+            # Each of several evaluation data sets has its own prefix, as its loss has.
+            losses = [key for key in logs if key.endswith("_loss")]
+            prefix = "" if self._mode == "train" else [*losses, "eval_loss"][0][: -len("loss")]
             values = {"lambda": self._last_lam, **means}
             logs.update({prefix + name: value for name, value in values.items()})
             if self._mode == "train":
@@ -367,6 +371,34 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
                 "context and sequence parallelism split a sequence over devices, which the loss "
                 "does not follow; use data parallelism (DDP, FSDP2, ZeRO-3)."
             )
+
+
+_METRICS = ("loss", "divergence", "lambda", "kl_reference", "kl_aligned")
+_SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
+"""What an evaluation measures, and how fast it was."""
+
+
+def require_metric(name: str | None, eval_dataset: Any) -> None:
+    """Refuse a `metric_for_best_model` that no evaluation measures, before the first step.
+
+    Args:
+        name: The metric, with or without ``eval_``; None if none is asked for.
+        eval_dataset: The data set, or a mapping of several.
+
+    Raises:
+        ConfigError: If the metric will not be there.
+    """
+    if name is None or eval_dataset is None:
+        return
+    sets = [f"{key}_" for key in eval_dataset] if isinstance(eval_dataset, Mapping) else [""]
+    known = [prefix + metric for prefix in sets for metric in (*_METRICS, *_SPEEDS)]
+    if name.removeprefix("eval_") not in known:
+        raise ConfigError(
+            f"metric_for_best_model={name!r} is not measured by this trainer, which builds no "
+            f"logits{nearest(name.removeprefix('eval_'), known, prefix='eval_')}"
+        )
+
+
 
 
 def _require_lora(
