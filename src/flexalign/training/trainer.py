@@ -287,6 +287,8 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
             )
             losses.append(loss)
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        if drawn is None and self.scale is not None:
+            self.scale.set(None)  # nothing runs backward through an evaluation
 
         if num_items_in_batch is None:
             return loss
@@ -376,8 +378,8 @@ def _require_lora(
             "one λ."
         )
     # λ = 0 is the student without its LoRA, so that has to be the reference.
-    starts_elsewhere = model is not None and reference is not None and model is not reference
-    if peft_config is not None and starts_elsewhere and str(model) != str(reference):
+    named = isinstance(model, PLACES) and isinstance(reference, PLACES)
+    if peft_config is not None and named and str(model) != str(reference):
         raise ConfigError(
             f"lam: with a range ({within}) the student starts at the reference, which it is at "
             "λ = 0; leave model out."
