@@ -16,11 +16,12 @@ from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.lambdas import (
     Dial,
     Fixed,
-    Schedule,
     Setting,
+    TrainingLambda,
     parse_dial,
     parse_lambdas,
     parse_range,
+    parse_training_lambda,
     unique_settings,
 )
 
@@ -247,8 +248,8 @@ def read_range(text: str | None) -> tuple[float, float] | None:
     return None if text is None else parse_range(text)
 
 
-def parse_lambda_option(text: str | None) -> Fixed | list[Fixed] | Schedule | None:
-    """Read ``--lambda`` of a training command: a number, several, a JSON schedule, or none.
+def parse_lambda_option(text: str | None) -> Fixed | list[Fixed] | TrainingLambda | None:
+    """Read ``--lambda`` of a training command: a number, several, a range, JSON, or none.
 
     Raises:
         ConfigError: If it is a schedule that is malformed.
@@ -256,9 +257,9 @@ def parse_lambda_option(text: str | None) -> Fixed | list[Fixed] | Schedule | No
     """
     if text is None:
         return None
-    if text.lstrip().startswith("{"):
+    if text.lstrip().startswith("{") or ":" in text:
         try:
-            return Schedule.parse(text)
+            return parse_training_lambda(text)
         except FlexAlignError as error:
             raise type(error)(f"--lambda: {error}") from error
     values = parse_lambdas(text)

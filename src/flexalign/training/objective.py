@@ -107,7 +107,7 @@ class Objective(_Equation6):
             wrapper: The student as the trainer wrapped it (DDP, FSDP, …), or unwrapped.
             inputs: ``input_ids`` (B, T) and other inputs of the decoders, without labels.
             mask: Shape (B, T − 1); True where the token that follows position t is trained on.
-            lam: λ of this step: a number, or one per row, shape (B,).
+            lam: λ of this step: a number, or one per row or position, shape (B,) or (B, T − 1).
             num_items: The denominator: response tokens of the whole step.
             metrics: Compute the KL to both models too.
             sampled: As in :func:`~flexalign.losses.fused_divergence`; None: the loss per token.
@@ -178,7 +178,7 @@ class CachedObjective(_Equation6):
         wrapper: nn.Module,
         inputs: Mapping[str, Any],
         mask: Tensor,
-        lam: float,
+        lam: Lambda,
         num_items: Tensor | int,
         metrics: bool = False,
     ) -> Loss:
@@ -189,7 +189,7 @@ class CachedObjective(_Equation6):
             inputs: A batch of :class:`~flexalign.training.hidden_cache.read.CachedCollator`,
                 without labels.
             mask: Shape (B, T − 1). Its true positions are those of the cached states, in order.
-            lam: λ of this step.
+            lam: As in :meth:`Objective.__call__`.
             num_items: The denominator.
             metrics: Compute the KL to both models too.
         """
@@ -202,6 +202,9 @@ class CachedObjective(_Equation6):
         # Positions in (B, T) instead of (B, T − 1), so that the hidden states need no copy.
         positions = nn.functional.pad(mask, (0, 1)).flatten().nonzero().squeeze(-1)
         counted = torch.ones_like(positions, dtype=torch.bool)
+        if isinstance(lam, Tensor):
+            rows = lam[:, None] if lam.ndim == 1 else lam
+            lam = rows.expand(mask.shape)[mask]
 
         def inside(**given: Any) -> Loss:
             hidden = last_hidden(inner, **given).flatten(0, 1).index_select(0, positions)

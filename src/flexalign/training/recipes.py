@@ -20,7 +20,7 @@ import yaml
 from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
 from flexalign.errors import ConfigError, FlexAlignError
-from flexalign.lambdas import Fixed, Schedule
+from flexalign.lambdas import Fixed, LambdaRange, Schedule, TrainingLambda, parse_training_lambda
 from flexalign.training.settings import (
     Number,
     Section,
@@ -77,27 +77,36 @@ def _read_mapping(value: object) -> object:
     return {} if value is None else value
 
 
-# λ is parsed here, once. All later code has a schedule over the training step.
+# λ is parsed here, once. All later code has a schedule over the training step, or a range.
 
 
-def _read_lambda(value: object) -> Schedule:
-    if isinstance(value, Schedule):
-        return value
-    if isinstance(value, Fixed):
-        return Schedule.constant(value)
+def _read_lambda(value: object) -> TrainingLambda:
     value = as_number(value)
+    if isinstance(value, Schedule | LambdaRange | Fixed):
+        return parse_training_lambda(value)
+    if isinstance(value, str) and ":" in value:
+        # YAML 1.1 reads 0:5 as text and 1:5 as the number 65, so no text is a range here.
+        raise ConfigError(f"lambda: write a range as {{low: 0, high: 5}}, got {value!r}.")
     if isinstance(value, bool) or not isinstance(value, int | float | Mapping):
         raise ConfigError(f"lambda must be a number or a mapping, got {value!r}.")
-    return Schedule.parse(value)
+    return parse_training_lambda(value)
 
 
 def _read_optional_lambda(value: object) -> Schedule | None:
-    return None if value is None else _read_lambda(value)
+    if value is None:
+        return None
+    schedule = _read_lambda(value)
+    if isinstance(schedule, LambdaRange):
+        raise ConfigError(
+            f"lambda: a range ({schedule}) is for a LoRA of flexalign realign; a layer adapter has "
+            "its own dial, so give its teacher one λ, such as 1."
+        )
+    return schedule
 
 
 def _read_single_lambda(value: object) -> Schedule:
     schedule = None if isinstance(value, Mapping | bool | list) else _read_lambda(value)
-    if schedule is None or schedule.kind != "constant":
+    if not isinstance(schedule, Schedule) or schedule.kind != "constant":
         raise ConfigError(f"lambda must be a number, got {value!r}.")
     return schedule
 
@@ -214,7 +223,8 @@ class Recipe(Section):
     an order, and says in `meaning` where a key stands for something else than here.
 
     Attributes:
-        schedule: λ over the training step. None for a method without λ.
+        schedule: λ over the training step, or the range of a LoRA dial. None for a method without
+            λ.
         training: The trainer's settings that the file sets.
     """
 
@@ -232,7 +242,7 @@ class Recipe(Section):
     output: str = Field(
         description="Folder of the model and its checkpoints: one run; started again, it goes on."
     )
-    schedule: Annotated[Schedule | None, PlainValidator(_read_optional_lambda)] = Field(
+    schedule: Annotated[TrainingLambda | None, PlainValidator(_read_optional_lambda)] = Field(
         None, alias="lambda", description="λ of the fused teacher, or a schedule over the step."
     )
     divergence: str = Field(
@@ -431,7 +441,7 @@ def _by_key(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     """Return a value in the form of the YAML file."""
-    if isinstance(value, Schedule):
+    if isinstance(value, Schedule | LambdaRange):
         return value.to_json()
     return value.model_dump() if isinstance(value, Section) else value
 
@@ -467,10 +477,11 @@ class RealignRecipe(Recipe):
         description="λ = 1: a model's path or known name, or a PEFT adapter on the reference.",
         examples=["miniature:aligned"],
     )
-    schedule: Annotated[Schedule, PlainValidator(_read_lambda)] = Field(
+    schedule: Annotated[TrainingLambda, PlainValidator(_read_lambda)] = Field(
         alias="lambda",
         description="λ of the fused teacher (equation 5): a number, a list of numbers (a student "
-        "for each), or a schedule over the step, {kind: linear, start: 0, end: 2, steps: 200}.",
+        "for each), a schedule over the step, {kind: linear, start: 0, end: 2, steps: 200}, or, "
+        "with `lora`, a range, {low: 0, high: 5}: one LoRA for every λ in it.",
         examples=[2.0],
     )
     rounds: int = Field(
@@ -582,9 +593,33 @@ class RealignRecipe(Recipe):
         except (ValueError, TypeError) as error:
             raise ConfigError(f"lora: {' '.join(str(error).split())}") from error
 
+    @property
+    def lambda_range(self) -> LambdaRange | None:
+        """The range of a LoRA dial; None for a student of one λ."""
+        return self.schedule if isinstance(self.schedule, LambdaRange) else None
+
     def _check_keys(self) -> None:
+        if self.lambda_range is not None:
+            self._check_range(self.lambda_range)
         if self.merge and self.lora is None:
             raise ConfigError("merge is for a LoRA student; add `lora:` or leave merge out.")
+
+    def _check_range(self, asked: LambdaRange) -> None:
+        if self.lora is None:
+            raise ConfigError(
+                f"lambda: a range ({asked}) trains one LoRA whose strength is λ; add `lora: {{r: "
+                "32}`, or give one λ."
+            )
+        if self.rounds != 1:
+            raise ConfigError(
+                f"rounds with a range of λ ({asked}): the LoRA's strength reaches every λ of it in "
+                "one round; leave rounds out."
+            )
+        if self.merge:
+            raise ConfigError(
+                f"merge with a range of λ ({asked}): a plain model has one λ; leave merge out and "
+                "make it with flexalign bake, at a λ of the range."
+            )
 
     def _check_sections(self) -> None:
         if self.lora is not None:
@@ -592,7 +627,11 @@ class RealignRecipe(Recipe):
 
             check_settings(self.lora, get_type_hints(LoraConfig), "lora")
         super()._check_sections()
-        self.peft_config()
+        settings = self.peft_config()
+        if self.lambda_range is not None:
+            from flexalign.lora_dial.scaling import require_linear
+
+            require_linear(settings, "lora")
 
     def _identifying_training(self) -> dict[str, Any]:
         # Earlier versions recorded `max_steps: 200` here even where epochs decide. Such runs must

@@ -18,6 +18,7 @@ from trl import SFTTrainer
 from flexalign._modes import evaluating
 from flexalign.errors import DataError
 from flexalign.generation.responses import generation_settings, left_padded
+from flexalign.training.draws import LAMBDAS, RowLambdas
 from flexalign.training.rows import RenderedRows
 
 _SAMPLED = "sampled"
@@ -25,8 +26,11 @@ _SAMPLED = "sampled"
 _IGNORED = -100
 
 
-class Rollouts(RenderedRows, SFTTrainer):  # type: ignore[misc]
-    """A trainer in which the student samples the responses of a share of the batches."""
+class Rollouts(RowLambdas, RenderedRows, SFTTrainer):  # type: ignore[misc]
+    """A trainer in which the student samples the responses of a share of the batches.
+
+    Where each row has a λ of its own, the student samples at it.
+    """
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -57,8 +61,10 @@ class Rollouts(RenderedRows, SFTTrainer):  # type: ignore[misc]
         # Not TRL's unwrap_model_for_generation: it switches checkpointing off and on with a
         # deprecated method. In evaluation mode checkpointing has no effect.
         student = self.accelerator.unwrap_model(self.model_wrapped)
+        drawn = {LAMBDAS: batch[LAMBDAS]} if LAMBDAS in batch else {}
         with (
             evaluating(student),
+            self.at_lambda(drawn.get(LAMBDAS)),
             torch.random.fork_rng(devices),
             self.accelerator.autocast(),
         ):
@@ -71,7 +77,7 @@ class Rollouts(RenderedRows, SFTTrainer):  # type: ignore[misc]
                 max_new_tokens=self.args.rollout_max_new_tokens,
                 synced_gpus=True if self.is_fsdp_enabled else None,
             )
-        return sampled | {_SAMPLED: True}
+        return sampled | drawn | {_SAMPLED: True}
 
 
 @torch.no_grad()
