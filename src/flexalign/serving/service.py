@@ -116,7 +116,7 @@ class Service:
                 self.metrics.first_text(running.since)
             if piece.ended is not None:
                 self.metrics.ended(piece.ended, running.choice.report.get("policy"))
-                running.report_ways()
+                running.report_routes()
             yield draft, piece
 
     async def finish(self, running: RunningRequest) -> None:
