@@ -84,12 +84,15 @@ class Objective(_Equation6):
         form: The form of its head.
         reference: The teacher of λ=0.
         aligned: The teacher of λ=1.
+        shares_head: Whether the teachers are two modules whose heads have equal values, as after
+            the merge of a LoRA. The loss then needs one product with the head for both of them.
     """
 
     student: nn.Module
     form: HeadForm
     reference: Teacher
     aligned: Teacher
+    shares_head: bool = False
 
     def __call__(
         self,
@@ -147,6 +150,9 @@ class Objective(_Equation6):
             for side, teacher in teachers.items():
                 if not teacher.shares_student:
                     hidden[side] = teacher.hidden(inputs)[:, :-1]
+                    if self.shares_head and heads:
+                        heads[side] = heads["reference"]
+                        continue
                     heads[side] = gathering.enter_context(
                         gathered_head(teacher.model, teacher.form)
                     )

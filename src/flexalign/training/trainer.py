@@ -42,6 +42,7 @@ from flexalign.training.models import (
     TrainingModels,
     assemble,
     choose_attention,
+    have_equal_heads,
     is_adapter,
 )
 from flexalign.training.objective import CachedObjective, Objective
@@ -223,7 +224,9 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
             teacher.prepare(
                 self.accelerator, deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled
             )
-        return Objective(parts.student, parts.form, parts.reference, parts.aligned, **equation)
+        teachers = (parts.reference, parts.aligned)
+        shares_head = have_equal_heads(*teachers)
+        return Objective(parts.student, parts.form, *teachers, shares_head, **equation)
 
     @property
     def lam(self) -> float:
