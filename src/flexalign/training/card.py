@@ -110,6 +110,12 @@ _BAKED_TEXT = """\
 The student of a distillation from an InRa dial (arXiv 2506.12704) at one λ: it runs as any model
 does, with one stream. Divergences are in nats per token, to the dial, on rows held out."""
 
+_MERGED_TEXT = """\
+# A dial's setting as a plain model
+
+A LoRA whose strength is λ, merged into its base at one λ: it runs as any model does, and equals the \
+dial at that λ up to the rounding of the weights."""
+
 _METHODS = {
     "sft": "supervised fine-tuning on responses",
     "dpo": "direct preference optimisation against the base stream",
@@ -207,17 +213,21 @@ def _adapter(recipe: AdaptRecipe, facts: Mapping[str, Any]) -> _Content:
 
 
 def _baked(recipe: BakeRecipe, facts: Mapping[str, Any]) -> _Content:
+    is_merged = "data" not in facts
+    prints = ("fingerprints of the models", ", ".join(map(code, facts["models"])))
     settings = [
         ("base", code(recipe.base)),
         ("adapter", code(recipe.adapter)),
         ("λ", f"{recipe.lam:g}"),
-        *_run_of_adapter(recipe, facts),
+        *([prints] if is_merged else _run_of_adapter(recipe, facts)),
     ]
     usage = (
         "from transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("this-folder")'
     )
-    return _Content("transformers", ("realignment", "inra"), _BAKED_TEXT, settings, usage)
+    text = _MERGED_TEXT if is_merged else _BAKED_TEXT
+    tags = ("realignment", "lora-dial" if is_merged else "inra")
+    return _Content("transformers", tags, text, settings, usage)
 
 
 def _run_of_adapter(recipe: Recipe, facts: Mapping[str, Any]) -> list[tuple[str, str]]:

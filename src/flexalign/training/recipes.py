@@ -759,7 +759,7 @@ class AdaptRecipe(_AdapterRecipe):
 
 
 class BakeRecipe(_AdapterRecipe):
-    """The training of a plain model that behaves as base and adapter do at one λ."""
+    """A plain model that behaves as base and adapter do at one λ: trained, or of a LoRA merged."""
 
     deciding: ClassVar[tuple[str, ...]] = ("lambda", "held_out", *_LOSS)
     order: ClassVar[tuple[str, ...]] = (
@@ -769,14 +769,20 @@ class BakeRecipe(_AdapterRecipe):
         "training",
     )
     meaning: ClassVar[Mapping[str, str]] = {
-        "data": "Prompts with responses; a share of them is held out.",
         "output": "Folder of the plain model: one run; started again, it goes on.",
         "gate": "As in equation 5.",
     }
     example: ClassVar[Mapping[str, Any]] = {"output": "out/baked"}
 
     adapter: str = Field(
-        description="Folder of the adapter, which `flexalign adapt` made.", examples=["out/fast"]
+        description="Folder of the adapter, which `flexalign adapt` made; or of a LoRA dial, which "
+        "is merged: then `lambda` and `output` are all other keys.",
+        examples=["out/fast"],
+    )
+    data: str = Field(
+        "",
+        description="Prompts with responses; a share of them is held out. None for a LoRA.",
+        examples=["traces.jsonl"],
     )
     schedule: Annotated[Schedule, PlainValidator(_read_single_lambda)] = Field(
         alias="lambda", description="The setting of the dial, a number.", examples=[0.5]
