@@ -441,7 +441,11 @@ class LambdaRange:
         return f"{self.low:g}:{self.high:g}"
 
 
-def parse_training_lambda(value: object) -> Schedule | LambdaRange:
+TrainingLambda: TypeAlias = Schedule | LambdaRange
+"""The λ of a training: a number or a schedule over the step, or a range for a LoRA dial."""
+
+
+def parse_training_lambda(value: object) -> TrainingLambda:
     """Read the λ of a training: a number, a schedule over the step, or a range, in any form.
 
     Example:
@@ -867,7 +871,7 @@ def outside_range(dial: Dial | LambdaRange, permitted: tuple[float, float]) -> f
     return next((lam for lam in extremes(dial) if not low <= lam <= high), None)
 
 
-def _visited(dial: Dial) -> tuple[float, ...]:
+def _visited(dial: Dial | LambdaRange) -> tuple[float, ...]:
     """Return the λ that a dial uses; of a schedule between two values, also the middle."""
     if not isinstance(dial, Schedule):
         return extremes(dial)

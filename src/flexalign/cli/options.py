@@ -16,9 +16,8 @@ from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.lambdas import (
     Dial,
     Fixed,
-    LambdaRange,
-    Schedule,
     Setting,
+    TrainingLambda,
     parse_dial,
     parse_lambdas,
     parse_range,
@@ -287,7 +286,7 @@ def read_range(text: str | None) -> tuple[float, float] | None:
     return None if text is None else parse_range(text)
 
 
-def parse_lambda_option(text: str | None) -> Fixed | list[Fixed] | Schedule | LambdaRange | None:
+def parse_lambda_option(text: str | None) -> Fixed | list[Fixed] | TrainingLambda | None:
     """Read ``--lambda`` of a training command: a number, several, a range, JSON, or none.
 
     Raises:

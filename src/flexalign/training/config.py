@@ -12,7 +12,7 @@ from trl import SFTConfig
 
 from flexalign._packages import require_packages
 from flexalign.errors import ConfigError
-from flexalign.lambdas import LambdaRange, Schedule, parse_training_lambda
+from flexalign.lambdas import LambdaRange, Schedule, TrainingLambda, parse_training_lambda
 from flexalign.losses import DIVERGENCES
 
 _TEACHERS = ("online", "cached")
@@ -136,9 +136,9 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
         require_settings_packages(self)
 
     @property
-    def schedule(self) -> Schedule | LambdaRange:
+    def schedule(self) -> TrainingLambda:
         """λ as a function of the training step, or the range from which each row draws its own."""
-        kept: Schedule | LambdaRange = self.__dict__["_schedule"]
+        kept: TrainingLambda = self.__dict__["_schedule"]
         if kept.to_json() != self.lam:  # the field was assigned after the check
             kept = self.__dict__["_schedule"] = parse_training_lambda(self.lam)
         return kept

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from flexalign.lambdas import LambdaRange, Schedule
+from flexalign.lambdas import LambdaRange, TrainingLambda
 from flexalign.lora_dial.scaling import LoRAScale
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class RowLambdas(_SFTTrainer):  # type: ignore[misc]
     @property
     def lambda_range(self) -> LambdaRange | None:
         """The range from which rows draw their λ; None if all rows have the step's λ."""
-        lam: Schedule | LambdaRange = self.args.schedule
+        lam: TrainingLambda = self.args.schedule
         return lam if isinstance(lam, LambdaRange) else None
 
     def get_batch_samples(

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from flexalign._modes import evaluating
 from flexalign.errors import ConfigError, PairMismatchError
-from flexalign.heads import last_hidden
+from flexalign.heads import are_equal, last_hidden
 from flexalign.models.adapters import AdapterSwitch, inner_model
 from flexalign.models.compatibility import examine_pair
 from flexalign.models.loading import load_adapter, load_model, load_tokenizer
@@ -31,7 +31,7 @@ from flexalign.models.pair import ModelPair
 from flexalign.models.sources import Source, resolve
 from flexalign.training.config import TrRaConfig
 from flexalign.training.distributed import place_teacher
-from flexalign.training.forward import HeadForm, require_plain_head, run_inside
+from flexalign.training.forward import HeadForm, gathered_head, require_plain_head, run_inside
 
 Model = str | Path | Source | nn.Module
 """The forms in which a user may give a model."""
@@ -93,6 +93,22 @@ class Teacher:
             return run_inside(
                 self._wrapped, inner, lambda **given: last_hidden(inner, **given), **inputs
             )
+
+
+def have_equal_heads(reference: Teacher, aligned: Teacher) -> bool:
+    """Return whether two teachers with modules of their own have heads of equal values.
+
+    Sharded heads are gathered for the comparison, in all processes.
+    """
+    if reference.shares_student or aligned.shares_student:
+        return False
+    if reference is aligned:  # one model under two prompts
+        return True
+    with (
+        gathered_head(reference.model, reference.form) as one,
+        gathered_head(aligned.model, aligned.form) as other,
+    ):
+        return are_equal(one, other)
 
 
 @contextmanager

@@ -87,12 +87,15 @@ class Objective(_Equation6):
         form: The form of its head.
         reference: The teacher of λ=0.
         aligned: The teacher of λ=1.
+        shares_head: Whether the teachers are two modules whose heads have equal values, as after
+            the merge of a LoRA. The loss then needs one product with the head for both of them.
     """
 
     student: nn.Module
     form: HeadForm
     reference: Teacher
     aligned: Teacher
+    shares_head: bool = False
 
     def __call__(
         self,
@@ -165,12 +168,12 @@ class Objective(_Equation6):
             for side, teacher in teachers.items():
                 if not teacher.shares_student:
                     hidden[side] = run(side, inputs)
-                    if self.aligned is self.reference and heads:  # one model, asked twice
+                    if self.shares_head and heads:
                         heads[side] = heads["reference"]
-                    else:
-                        heads[side] = gathering.enter_context(
-                            gathered_head(teacher.model, teacher.form)
-                        )
+                        continue
+                    heads[side] = gathering.enter_context(
+                        gathered_head(teacher.model, teacher.form)
+                    )
             return run_inside(wrapper, inner, inside, **inputs)
 
     def _needed(self, lam: Lambda, both: bool) -> dict[Side, Teacher]:

@@ -136,12 +136,16 @@ class PairRows:
         if args.chat_template_path is not None:
             tokenizer = copy.deepcopy(tokenizer)
             replace_template(tokenizer, chat_template_of(tokenizer, args.chat_template_path))
-        config: Any = (
-            model.config if isinstance(model, nn.Module) else load_config(resolve(model))
-        )
+        config: Any = model.config if isinstance(model, nn.Module) else load_config(resolve(model))
         context = getattr(config.get_text_config(), "max_position_embeddings", None)
         limits = [limit for limit in (args.max_length, context) if limit is not None]
         return cls(tokenizer, prompts, common=common, limit=min(limits, default=None))
+
+    @property
+    def system(self) -> str | None:
+        """The system message that the student is asked with where a conversation has none."""
+        parts = [self.common.system, self.prompts.reference.system]
+        return "\n\n".join(part for part in parts if part is not None) or None
 
     def with_system(self, row: Mapping[str, Any], number: int = 1) -> list[dict[str, Any]]:
         """Return a row's prompt as the student is asked: with the reference's system message.

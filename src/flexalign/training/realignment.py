@@ -8,8 +8,8 @@ import math
 import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Unpack, overload
 
@@ -18,6 +18,8 @@ from transformers import TrainerCallback
 
 from flexalign._storage import write_json, write_text
 from flexalign.data.prompting import PromptSettings
+from flexalign.data.rendering import rendering_record
+from flexalign.data.thinking import ThinkingTags
 from flexalign.lambdas import require_forward
 from flexalign.models.compatibility import ModelFacts, PairFacts
 from flexalign.models.loading import load_adapter, load_model
@@ -25,7 +27,7 @@ from flexalign.models.pair import SIDES
 from flexalign.models.prompted import PromptPair
 from flexalign.models.weights import tensor_infos
 from flexalign.training.cache import cache_filler
-from flexalign.training.callbacks import StepClock, make_watcher, read_curve
+from flexalign.training.callbacks import AtLambda, StepClock, make_watcher, read_curve
 from flexalign.training.card import table, versions_in_use
 from flexalign.training.checkpoints import MANIFEST, newest_complete, seal, writing
 from flexalign.training.events import Events
@@ -205,7 +207,7 @@ def _prompt_options(prompts: PromptPair | None) -> Iterator[str]:
 
 
 class Realignment(TrainingRun):
-    """The `TrainingRun` of a realignment at one λ, in one round or several.
+    """The `TrainingRun` of a realignment at one λ, in one round or several, or over a range.
 
     Args:
         recipe: The recipe, with one λ.
@@ -242,10 +244,13 @@ class Realignment(TrainingRun):
     ) -> None:
         effective_lambda(recipe.schedule, recipe.rounds, extrapolate=extrapolate)
         self._watched, self._cache, self._pair_rows = watched, cache, pair_rows
+        self._at_lambda: AtLambda = lambda lam: nullcontext()
         super().__init__(recipe, data, tokenizer, models=models, command=command, events=events)
 
-    def effective_lambda(self, rounds: int | None = None) -> float:
-        """Return the effective λ of the first rounds, by default of all."""
+    def effective_lambda(self, rounds: int | None = None) -> float | None:
+        """Return the effective λ of the first rounds, by default of all; None for a range."""
+        if self.recipe.lambda_range is not None:
+            return None
         rounds = self.recipe.rounds if rounds is None else rounds
         return effective_lambda(self.recipe.schedule, rounds, extrapolate=True)
 
@@ -266,7 +271,7 @@ class Realignment(TrainingRun):
     @contextmanager
     def _trainer(self, callbacks: list[TrainerCallback], round_: Round) -> Iterator[Any]:
         args = self.recipe.training_arguments(round_.output)
-        yield TrRaTrainer(
+        trainer = TrRaTrainer(
             reference=self.recipe.models[0],
             aligned=round_.aligned,
             args=args,
@@ -278,6 +283,17 @@ class Realignment(TrainingRun):
             cache=self._cache() if self._cache and args.teacher == "cached" else None,
             callbacks=callbacks,
         )
+        self._at_lambda = trainer.at_lambda
+        if trainer.dial is not None:
+            tags = ThinkingTags.of(self.tokenizer)
+            asked = self.recipe.system if self._pair_rows is None else self._pair_rows.system
+            system = {} if asked is None else {"system": asked}
+            trainer.dial = replace(
+                trainer.dial,
+                thinking_tags=(tags.open, tags.close),
+                rendering=rendering_record(self.tokenizer) | system,
+            )
+        yield trainer
 
     def _plan_rounds(self) -> list[Round]:
         return plan_rounds(self.recipe.models[1], self.recipe.output, self.recipe.rounds)
@@ -292,8 +308,18 @@ class Realignment(TrainingRun):
         watch, watched = self.recipe.watch, self._watched
         if watch is None or watched is None:
             return []
-        report = self._events.measured
-        return [make_watcher(watch, watched.prompts, watched.answers, self.tokenizer, report)]
+        asked = self.recipe.lambda_range
+        return [
+            make_watcher(
+                watch,
+                watched.prompts,
+                watched.answers,
+                self.tokenizer,
+                self._events.measured,
+                lams=asked.marks if asked else (),
+                at_lambda=lambda lam: self._at_lambda(lam),  # the trainer is made later
+            )
+        ]
 
     def _facts_of(
         self, round_: Round, state: dict[str, Any], measures: dict[str, float]
@@ -314,6 +340,7 @@ class Realignment(TrainingRun):
             output=self.output,
             merged=self.output / "merged" if self.recipe.merge else None,
             effective_lambda=self.effective_lambda(),
+            lambda_range=self.recipe.lambda_range,
             steps=manifest["steps"],
             tokens_seen=manifest["tokens_seen"],
             curve=read_curve(self.output),

@@ -20,7 +20,7 @@ import yaml
 from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
 from flexalign.errors import ConfigError, FlexAlignError
-from flexalign.lambdas import Fixed, LambdaRange, Schedule, parse_training_lambda
+from flexalign.lambdas import Fixed, LambdaRange, Schedule, TrainingLambda, parse_training_lambda
 from flexalign.training.settings import (
     Number,
     Section,
@@ -81,7 +81,7 @@ def _read_mapping(value: object) -> object:
 # λ is parsed here, once. All later code has a schedule over the training step, or a range.
 
 
-def _read_lambda(value: object) -> Schedule | LambdaRange:
+def _read_lambda(value: object) -> TrainingLambda:
     value = as_number(value)
     if isinstance(value, Schedule | LambdaRange | Fixed):
         return parse_training_lambda(value)
@@ -287,10 +287,8 @@ class Recipe(Section):
     output: str = Field(
         description="Folder of the model and its checkpoints: one run; started again, it goes on."
     )
-    schedule: Annotated[Schedule | LambdaRange | None, PlainValidator(_read_optional_lambda)] = (
-        Field(
-            None, alias="lambda", description="λ of the fused teacher, or a schedule over the step."
-        )
+    schedule: Annotated[TrainingLambda | None, PlainValidator(_read_optional_lambda)] = Field(
+        None, alias="lambda", description="λ of the fused teacher, or a schedule over the step."
     )
     divergence: str = Field(
         "reverse",
@@ -526,7 +524,7 @@ class RealignRecipe(Recipe):
         "{model, system, template}, perhaps the reference's model under another prompt.",
         examples=["miniature:aligned"],
     )
-    schedule: Annotated[Schedule | LambdaRange, PlainValidator(_read_lambda)] = Field(
+    schedule: Annotated[TrainingLambda, PlainValidator(_read_lambda)] = Field(
         alias="lambda",
         description="λ of the fused teacher (equation 5): a number, a list of numbers (a student "
         "for each), a schedule over the step, {kind: linear, start: 0, end: 2, steps: 200}, or, "
@@ -721,7 +719,11 @@ class RealignRecipe(Recipe):
 
             check_settings(self.lora, get_type_hints(LoraConfig), "lora")
         super()._check_sections()
-        self.peft_config()
+        settings = self.peft_config()
+        if self.lambda_range is not None:
+            from flexalign.lora_dial.scaling import require_linear
+
+            require_linear(settings, "lora")
         if self.prompts is not None:
             from flexalign.training.rows import require_responses
 
@@ -853,7 +855,7 @@ class AdaptRecipe(_AdapterRecipe):
 
 
 class BakeRecipe(_AdapterRecipe):
-    """The training of a plain model that behaves as base and adapter do at one λ."""
+    """A plain model that behaves as base and adapter do at one λ: trained, or of a LoRA merged."""
 
     deciding: ClassVar[tuple[str, ...]] = ("lambda", "held_out", *_LOSS)
     order: ClassVar[tuple[str, ...]] = (
@@ -863,14 +865,20 @@ class BakeRecipe(_AdapterRecipe):
         "training",
     )
     meaning: ClassVar[Mapping[str, str]] = {
-        "data": "Prompts with responses; a share of them is held out.",
         "output": "Folder of the plain model: one run; started again, it goes on.",
         "gate": "As in equation 5.",
     }
     example: ClassVar[Mapping[str, Any]] = {"output": "out/baked"}
 
     adapter: str = Field(
-        description="Folder of the adapter, which `flexalign adapt` made.", examples=["out/fast"]
+        description="Folder of the adapter, which `flexalign adapt` made; or of a LoRA dial, which "
+        "is merged: then `lambda` and `output` are all other keys.",
+        examples=["out/fast"],
+    )
+    data: str = Field(
+        "",
+        description="Prompts with responses; a share of them is held out. None for a LoRA.",
+        examples=["traces.jsonl"],
     )
     schedule: Annotated[Schedule, PlainValidator(_read_single_lambda)] = Field(
         alias="lambda", description="The setting of the dial, a number.", examples=[0.5]

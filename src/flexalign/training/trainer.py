@@ -20,24 +20,31 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from flexalign._spelling import nearest
+from flexalign.data.rendering import rendering_record
+from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.fusion import Lambda
-from flexalign.lambdas import LambdaRange
+from flexalign.lambdas import LambdaRange, TrainingLambda
+from flexalign.lora_dial.configuration import LoRADialConfig, nearest_default
 from flexalign.lora_dial.scaling import LoRAScale, require_linear
 from flexalign.losses import Divergence, DivergenceMetrics
 from flexalign.models.adapters import inner_model
+from flexalign.models.loading import fingerprint
 from flexalign.models.pair import ModelPair
 from flexalign.models.prompted import PromptedModel
+from flexalign.models.sources import resolve
 from flexalign.training.checkpoints import SealedCheckpoints, what_stands, writing
 from flexalign.training.config import TrRaConfig
 from flexalign.training.draws import LAMBDAS
 from flexalign.training.hidden_cache import HiddenStateCache
 from flexalign.training.hidden_cache.read import CachedCollator
 from flexalign.training.models import (
+    PLACES,
     Model,
     TrainingModels,
     assemble,
     choose_attention,
+    have_equal_heads,
     is_adapter,
 )
 from flexalign.training.objective import CachedObjective, Objective
@@ -85,7 +92,8 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
     then the mean over the response tokens, and `divergence_low`, `divergence_middle` and
     `divergence_high` are the divergence where λ is in the lower, middle and upper third of the
     range, measured in the logged steps. An evaluation measures every row in the middle of each
-    third.
+    third. Every folder that is saved is a LoRA dial: PEFT's files, and ``lora_dial.json`` with
+    `dial`.
 
     Every log line has `divergence` (nats per response token, the mean of all steps since the last
     line), `lambda`, `kl_reference` and `kl_aligned` (KL of the student to either model, nats per
@@ -207,8 +215,10 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
 
+        self.dial: LoRADialConfig | None = None
         if self.lambda_range is not None:
             self.scale = _strength_of(parts, self.lambda_range)
+            self.dial = _describe_dial(parts, model if one is None else one, args, pair_rows)
         self._last_lam = self.lam
         self._meters = {"train": Meter(self.lambda_range), "eval": Meter(self.lambda_range)}
 
@@ -246,12 +256,14 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
             teacher.prepare(
                 self.accelerator, deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled
             )
-        return Objective(parts.student, parts.form, parts.reference, parts.aligned, **equation)
+        teachers = (parts.reference, parts.aligned)
+        shares_head = have_equal_heads(*teachers)
+        return Objective(parts.student, parts.form, *teachers, shares_head, **equation)
 
     @property
     def lam(self) -> float:
         """λ at the current step; with a range its middle, which is the mean of the rows' λ."""
-        schedule = self.args.schedule
+        schedule: TrainingLambda = self.args.schedule
         return schedule.at(0.5 if isinstance(schedule, LambdaRange) else self.state.global_step)
 
     def compute_loss(
@@ -310,6 +322,8 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
             )
             losses.append(loss)
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        if drawn is None and self.scale is not None:
+            self.scale.set(None)  # nothing runs backward through an evaluation
 
         if num_items_in_batch is None:
             return loss
@@ -359,6 +373,13 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """Do nothing: :meth:`_update_tokens_seen` counts, also in packed rows."""
 
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        super()._save(output_dir, state_dict)
+        if self.dial is not None:
+            self.dial.save(Path(output_dir or self.args.output_dir))
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._update_tokens_seen()
         require_finite_weights(self.model, self.state.global_step, Path(self.args.output_dir))
@@ -399,8 +420,6 @@ def require_metric(name: str | None, eval_dataset: Any) -> None:
         )
 
 
-
-
 def _require_lora(
     within: LambdaRange,
     model: Model | None,
@@ -422,8 +441,8 @@ def _require_lora(
             "one λ."
         )
     # λ = 0 is the student without its LoRA, so that has to be the reference.
-    starts_elsewhere = model is not None and reference is not None and model is not reference
-    if peft_config is not None and starts_elsewhere and str(model) != str(reference):
+    named = isinstance(model, PLACES) and isinstance(reference, PLACES)
+    if peft_config is not None and named and str(model) != str(reference):
         raise ConfigError(
             f"lam: with a range ({within}) the student starts at the reference, which it is at "
             "λ = 0; leave model out."
@@ -445,6 +464,32 @@ def _strength_of(parts: TrainingModels, within: LambdaRange) -> LoRAScale:
             "leave model out or give an adapter on the reference."
         )
     return LoRAScale(student, student.active_adapters[0])
+
+
+def _describe_dial(
+    parts: TrainingModels,
+    reference: Model | None,
+    args: TrRaConfig,
+    pair_rows: PairRows | None,
+) -> LoRADialConfig:
+    """Return the settings of the dial that a student becomes, as far as the trainer knows them."""
+    source = resolve(reference) if isinstance(reference, PLACES) else None
+    named = getattr(inner_model(parts.student), "name_or_path", "") if source is None else reference
+    # A GGUF file's fingerprint is of its bytes; that of a dial's base is of its weights.
+    from_file = source is not None and source.gguf_file is None and not source.is_adapter
+    tokenizer = parts.tokenizer if pair_rows is None else pair_rows.tokenizer
+    system = None if pair_rows is None else pair_rows.system
+    tags = ThinkingTags.of(tokenizer)
+    within = cast(LambdaRange, args.schedule)
+    return LoRADialConfig(
+        base=str(named),
+        base_fingerprint=fingerprint(cast(Model, reference) if from_file else parts.student),
+        default_lambda=nearest_default(within.low, within.high),
+        lambda_range=within.values,
+        gate=args.gate,
+        thinking_tags=(tags.open, tags.close),
+        rendering=rendering_record(tokenizer) | ({} if system is None else {"system": system}),
+    )
 
 
 def _by_prediction(lam: Lambda) -> Lambda:
