@@ -739,3 +739,38 @@ def test_a_recipe_names_what_contradicts(folder: Path, tmp_path: Path) -> None:
     unread = tree | {"aligned": {"model": str(folder), "template": {"mode": "off"}}}
     with pytest.raises(ConfigError, match="'mode', which the chat template does not read"):
         realign(unread, data=chats())
+
+
+# The command line.
+
+
+def test_realign_takes_the_sides_prompts_as_options(
+    folder: Path, tmp_path: Path, run_cli: Callable[..., Any]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    chats().to_json(rows)
+    tree = run_of(folder, tmp_path / "out") | {"data": str(rows)}
+    del tree["aligned"]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(tree), encoding="utf-8")
+    asked = ("--aligned-prompt", f"system={BRIEF}")
+    result = run_cli("realign", recipe, *asked, "--dry-run", "--json")
+    assert result.exit_code == 0, result.stderr
+    plan = json.loads(result.stdout)
+    assert plan["aligned"] == {"model": str(folder), "system": BRIEF}
+    assert plan["reference"] == str(folder)
+    assert BRIEF in run_cli("realign", recipe, *asked, "--dry-run").stdout
+
+    both = run_cli(
+        "cache", recipe, *asked, "--reference-prompt", "system=be kind", "--dry-run", "--json"
+    )
+    assert both.exit_code == 0, both.stderr
+    unread = run_cli("realign", recipe, "--aligned-prompt", "mode=off", "--dry-run")
+    assert unread.exit_code == 2
+    assert "'mode', which the chat template does not read" in unread.stderr
+
+
+def test_a_side_without_prompt_in_the_form_of_a_mapping_is_its_model(folder: Path) -> None:
+    recipe = RealignRecipe.parse(run_of(folder, folder) | {"aligned": {"model": "other"}})
+    assert recipe.aligned == "other"
+    assert recipe.prompts is None

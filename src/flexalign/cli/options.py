@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -235,6 +235,23 @@ def read_prompts(
         parse_prompt(reference or [], "--reference-prompt"),
         parse_prompt(aligned or [], "--aligned-prompt"),
     )
+
+
+def read_side_prompts(
+    reference: Sequence[str] | None, aligned: Sequence[str] | None
+) -> dict[str, Any]:
+    """Read the two options for a recipe, as `RealignRecipe.load_each` takes them; each may be absent.
+
+    Raises:
+        ConfigError: As in :func:`read_prompts`.
+    """
+    read = read_prompts(reference, aligned)
+    if read is None:
+        return {}
+    given = {"reference_prompt": reference, "aligned_prompt": aligned}
+    return {
+        name: getattr(read, name.removesuffix("_prompt")) for name, texts in given.items() if texts
+    }
 
 
 def read_efforts(text: str | None, adapter: str | None) -> list[Setting]:
