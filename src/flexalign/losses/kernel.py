@@ -17,8 +17,8 @@ from flexalign.losses.sequence import Score
 from flexalign.losses.teacher import (
     LOG_ZERO,
     FusedTeacher,
-    add_outer,
     add_product,
+    outer,
     write_logits,
 )
 
@@ -80,9 +80,12 @@ class _ChunkedDivergence(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         needed = ctx.needs_input_grad[:3] if task.gradients else (False, False, False)
+        # The gradient of the weight is by far the largest. The first chunk writes it whole.
+        unfilled = torch.empty_like if len(task.positions) else torch.zeros_like
+        makers = (torch.zeros_like, unfilled, torch.zeros_like)
         grads = [
-            torch.zeros_like(tensor, dtype=dtype) if need and tensor is not None else None
-            for tensor, need in zip((hidden, weight, bias), needed, strict=True)
+            make(tensor, dtype=dtype) if need and tensor is not None else None
+            for make, tensor, need in zip(makers, (hidden, weight, bias), needed, strict=True)
         ]
 
         with torch.autocast(hidden.device.type, enabled=False):
@@ -167,12 +170,17 @@ def _sum_chunks(
             gradient.mul_(slope)
         if head.scale != 1.0:
             gradient.mul_(head.scale)
-        _add_gradients(gradient, h, rows, head.weight, grads)
+        _add_gradients(gradient, h, rows, head.weight, start == 0, grads)
     return sums, values
 
 
 def _add_gradients(
-    gradient: Tensor, h: Tensor, rows: Tensor, weight: Tensor, grads: list[Tensor | None]
+    gradient: Tensor,
+    h: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    is_first: bool,
+    grads: list[Tensor | None],
 ) -> None:
     grad_hidden, grad_weight, grad_bias = grads
     if grad_hidden is not None:
@@ -180,7 +188,7 @@ def _add_gradients(
         add_product(gradient, weight, part)
         grad_hidden[rows] = part
     if grad_weight is not None:
-        add_outer(gradient, h, weight, grad_weight)
+        outer(gradient, h, weight, grad_weight, add=not is_first)
     if grad_bias is not None:
         grad_bias.add_(gradient.sum(0))
 

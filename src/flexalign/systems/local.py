@@ -1,4 +1,4 @@
-"""Systems on this machine: a model, a dial, a pair, or weights between two models."""
+"""Systems on this machine: a model, a dial, a pair, two prompts, or weights between two models."""
 
 import hashlib
 import json
@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from flexalign.data.prompting import PromptSettings
-from flexalign.data.rendering import Opening, Prompt, Rendering
+from flexalign.data.rendering import Opening, Prompt, RenderedPrompt, Rendering
 from flexalign.data.template import template_arguments
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError
-from flexalign.generation import TwoModelDecoder
+from flexalign.generation import TwoModelDecoder, TwoPromptDecoder
+from flexalign.generation.dial_config import DialConfig
 from flexalign.generation.responses import Response, generate_responses
-from flexalign.inra import InRaConfig, InRaModel
-from flexalign.inra.configuration import check_folder
 from flexalign.lambdas import (
     AS_IT_IS,
     Adaptive,
@@ -33,10 +32,12 @@ from flexalign.lambdas import (
     way_dial,
 )
 from flexalign.models.interpolation import interpolate
-from flexalign.models.loading import fingerprint, load_model, load_tokenizer
-from flexalign.models.pair import ModelPair
+from flexalign.models.loading import fingerprint, load_config, load_model, load_tokenizer
+from flexalign.models.pair import SIDES, ModelPair
+from flexalign.models.prompted import PairRendering, PromptPair, TwoPrompts, context_of
 from flexalign.models.sources import resolve, resolve_adapter
 from flexalign.models.weights import fingerprint_file
+from flexalign.systems.dials import load_dial, read_dial, require_gate
 from flexalign.systems.open import Answer, Asked, Failure, Messages, Request, System, SystemOptions
 
 
@@ -53,7 +54,7 @@ class ModelText:
         self.tokenizer = tokenizer
         self.tags = tags or ThinkingTags.of(tokenizer)
 
-    def prompt(self, messages: Messages) -> Prompt:
+    def prompt(self, messages: Messages) -> Prompt | TwoPrompts:
         """Return the prompt for :func:`generate_responses`; text if there is no chat template."""
         if isinstance(messages, str) or self.tokenizer.chat_template:
             return messages
@@ -61,12 +62,22 @@ class ModelText:
 
     def render(self, messages: Messages) -> str:
         """Return the prompt as text."""
-        return Rendering(self.tokenizer, self.tags).prompt(self.prompt(messages)).text
+        return self._rendered(messages).text
 
-    def opens(self, messages: Messages) -> bool:
-        """Return whether the prompt leaves the thinking open: the response then begins inside it."""
-        prompt = Rendering(self.tokenizer, self.tags).prompt(self.prompt(messages))
-        return prompt.opening is Opening.OPENED
+    def opens(self, messages: Messages, setting: Setting = AS_IT_IS) -> bool:
+        """Return whether the prompt leaves the thinking open: the response then begins inside it.
+
+        Args:
+            messages: The prompt.
+            setting: The setting of the dial, which matters where there are two prompts.
+        """
+        return self._rendered(messages).opening is Opening.OPENED
+
+    def _rendered(self, messages: Messages) -> RenderedPrompt:
+        prompt = self.prompt(messages)
+        if isinstance(prompt, TwoPrompts):
+            return prompt.reference
+        return Rendering(self.tokenizer, self.tags).prompt(prompt)
 
     def length(self, messages: Messages) -> int:
         """Return the prompt's length in tokens, without special tokens that a tokenizer adds."""
@@ -100,15 +111,56 @@ class ModelText:
         )
 
 
+class TwoPromptText(ModelText):
+    """Writes both prompts of one model, and reads its responses.
+
+    Where one prompt leaves the thinking open and the other has closed it, a whole response is read
+    as a thinking and an answer if it closes the thinking, and as an answer if it does not. While it
+    is written, the prompt that is nearer to λ decides.
+
+    Attributes:
+        rendering: Renders conversations under both prompts.
+    """
+
+    def __init__(self, rendering: PairRendering, tags: ThinkingTags | None = None) -> None:
+        """Use a rendering; the thinking tags are those of its tokenizer if not given."""
+        super().__init__(rendering.tokenizers["reference"], tags)
+        self.rendering = rendering
+
+    def prompt(self, messages: Messages) -> TwoPrompts:
+        """Return both prompts for :func:`generate_responses`."""
+        return self.rendering.both(messages)
+
+    def render(self, messages: Messages) -> str:
+        """Return both prompts as text, each below its name."""
+        both = self.prompt(messages)
+        return "\n".join(f"[{side}]\n{getattr(both, side).text}" for side in SIDES)
+
+    def opens(self, messages: Messages, setting: Setting = AS_IT_IS) -> bool:
+        """Return whether the response begins inside the thinking, at a setting of the dial."""
+        return self.prompt(messages).opens_at(setting.lam)
+
+    def length(self, messages: Messages) -> int:
+        """Return the length of the longer prompt in tokens."""
+        return self.prompt(messages).longest
+
+    def whole(self, messages: Messages, response: str) -> str:
+        """Return a response with its opening tag, even if the prompt contains the tag."""
+        opened = self.prompt(messages).is_opened
+        is_thinking = self.tags.close in response if opened is None else opened
+        return self.tags.open + response if is_thinking else response
+
+
 class LocalBackend:
     """A system whose weights are on this machine.
 
-    The settings of an InRa dial share one batch and one prefill. In every other system each setting
-    has its own, as only one model of a pair runs at λ = 0 and at λ = 1.
+    The settings of a dial, or of two prompts, share one batch, and those of an InRa adapter or of two
+    prompts one prefill. In every other system each setting has its own, as only one model of a pair
+    runs at λ = 0 and at λ = 1.
 
     Attributes:
-        kind: ``model``, ``dial``, ``pair`` or ``interpolate``.
-        config: The adapter's configuration; None if it is not a dial.
+        kind: ``model``, ``dial``, ``pair``, ``prompts`` or ``interpolate``.
+        config: The dial's configuration; None if it is not a dial.
         default: The setting that is used if none is given.
         permitted: The least and the largest λ that may be used; None for a pair without a range,
             which takes any λ ≥ 0.
@@ -143,12 +195,13 @@ class LocalBackend:
             raise ConfigError("--any-base is about an adapter; name --adapter.")
 
         self._sources = [resolve(part) for part in self._parts[: 1 if self.kind == "dial" else 2]]
-        self.default = Setting.of(Fixed(1.0)) if self.kind == "pair" else AS_IT_IS
+        self.default = Setting.of(Fixed(1.0)) if self.kind in ("pair", "prompts") else AS_IT_IS
         self.permitted = self._options.lambda_range
-        self.config: InRaConfig | None = None
+        self.config: DialConfig | None = None
         if self.kind == "dial":
             self._adapter = _adapter_folder(self._parts[1])
-            self.config = check_folder(self._adapter)
+            self.config = read_dial(self._adapter)
+            require_gate(self.config, self._options.gate)
             self.default = Setting.of(Fixed(self.config.default_lambda))
             self.permitted = self.permitted or self.config.lambda_range
 
@@ -160,6 +213,19 @@ class LocalBackend:
         if self._options.template:
             self._bind_asked(tokenizer, self._options.template)
         self.text = ModelText(tokenizer, self.config.tags if self.config else None)
+        if self.kind == "prompts":
+            self.text = TwoPromptText(self._prompt_rendering(tokenizer))
+
+    def _prompt_rendering(self, tokenizer: Any) -> PairRendering:
+        """Check both prompts against the model's template and context, and return them bound."""
+        prompts = self._options.prompts
+        if prompts is None or prompts == PromptPair():
+            raise ConfigError(
+                f"prompts:{self._parts[0]} needs two prompts; give --aligned-prompt system=TEXT or "
+                "--aligned-prompt KEY=VALUE, an argument of its chat template, or --reference-prompt."
+            )
+        config = load_config(self._sources[0], trust_remote_code=self._trust_remote_code)
+        return PairRendering(tokenizer, prompts, context=context_of(config))
 
     @property
     def calibration(self) -> dict[str, Any] | None:
@@ -168,9 +234,11 @@ class LocalBackend:
 
     @property
     def name(self) -> str:
-        """The adapter or the pair, as named in messages."""
+        """The adapter, the prompts or the pair, as named in messages."""
         if self.kind == "dial":
             return f"the adapter {self._parts[1]}"
+        if self.kind == "prompts":
+            return f"{self._parts[0]} under two prompts"
         return f"the pair {','.join(self._parts)}"
 
     def _bind_asked(self, tokenizer: Any, asked: Mapping[str, Any]) -> None:
@@ -221,25 +289,27 @@ class LocalBackend:
         asked += ["--lambda-range"] * (self._options.lambda_range is not None)
         if asked:
             raise ConfigError(
-                f"{asked[0]} needs a dial, and the model alone has none; name its --adapter, or "
-                "the --aligned model beside it."
+                f"{asked[0]} needs a dial, and the model alone has none; name its --adapter, the "
+                "--aligned model beside it, or an --aligned-prompt."
             )
 
     def describe(self) -> dict[str, Any]:
         """Return names, fingerprints, the data type and the thinking tags."""
         parts = [{"name": str(s), "fingerprint": fingerprint(s)} for s in self._sources]
-        if self.kind == "dial":
-            weights = fingerprint_file(self._adapter / "inra_adapter.safetensors")
+        if self.config is not None:
+            weights = fingerprint_file(self._adapter / self.config.WEIGHTS_FILE)
             parts.append({"name": self._parts[1], "fingerprint": weights})
 
         tags = self.text.tags
         template = str(self.text.tokenizer.chat_template)
+        prompts = self._options.prompts if self.kind == "prompts" else None
         return {
             "kind": self.kind,
             "parts": parts,
             "dtype": self._options.dtype,
             "thinking_tags": [tags.open, tags.close],
             "template": hashlib.sha256(template.encode()).hexdigest()[:16],
+            **({} if prompts is None else {"prompts": prompts.to_json()}),
         }
 
     def render(self, messages: Messages) -> str:
@@ -254,7 +324,8 @@ class LocalBackend:
                 is one.
 
         Returns:
-            A transformers model, an `InRaModel` or a `TwoModelDecoder`.
+            A transformers model, an `InRaModel`, a `LoRADial`, a `TwoModelDecoder` or a
+            `TwoPromptDecoder`.
 
         Raises:
             CheckpointError: If weights are missing or damaged.
@@ -272,10 +343,11 @@ class LocalBackend:
         if self.kind == "dial":
             any_base = self._options.any_base
             # The base is passed by its name, as the model stores it.
-            return InRaModel.from_pretrained(
-                self._parts[0], self._adapter, any_base=any_base, **loading
-            )
-        return load_model(self._sources[0], **loading)
+            return load_dial(self._parts[0], self._adapter, any_base=any_base, **loading)
+        model = load_model(self._sources[0], **loading)
+        if isinstance(self.text, TwoPromptText):
+            return TwoPromptDecoder(model, self.text.rendering)
+        return model
 
     @cached_property
     def model(self) -> Any:
@@ -313,7 +385,7 @@ class LocalBackend:
     def _groups(self, requests: Sequence[Request]) -> list[list[Setting]]:
         """Return the settings in groups that are decoded together."""
         settings = list(dict.fromkeys(request.setting for request in requests))
-        if self.kind != "dial":
+        if self.kind not in ("dial", "prompts"):
             return [[setting] for setting in settings]
         alone = [[s] for s in settings if isinstance(s.dial, Adaptive | Route)]
         together = [s for s in settings if not isinstance(s.dial, Adaptive | Route)]
@@ -339,7 +411,7 @@ class LocalBackend:
         options = self._options
         dials = [_resolved(request) for request in block]
         more: dict[str, Any] = {}
-        if self.kind in ("dial", "pair"):
+        if self.kind in ("dial", "pair", "prompts"):
             more = {"lam": [dial for dial, _ in dials], "gate": options.gate}
 
         responses = generate_responses(
@@ -374,7 +446,7 @@ class LocalBackend:
 
 
 class _OnePrefill:
-    """An InRa model whose ``generate`` shares one prefill between the λ of a prompt."""
+    """A dial whose ``generate`` is a sweep: a model of two streams then prefills each prompt once."""
 
     def __init__(self, model: Any, settings: int) -> None:
         self._model, self._settings = model, settings
@@ -387,6 +459,7 @@ class _OnePrefill:
     ) -> Any:
         """Generate for prompts that have one row per setting; the rows of a prompt are equal."""
         n = self._settings
+        options |= {name: options[name][::n] for name in self._model.row_inputs if name in options}
         return self._model.sweep(input_ids[::n], attention_mask[::n], lams=lam[:n], **options)
 
 
@@ -403,7 +476,7 @@ def _adapter_folder(name: str) -> Path:
     path = resolve_adapter(name)
     if not path.is_dir():
         raise ConfigError(
-            f"there is no adapter {name!r}: it is no folder here; give one that flexalign adapt "
-            "or InRaModel.save_pretrained wrote."
+            f"there is no adapter {name!r}: it is no folder here; give one that flexalign adapt, "
+            "flexalign realign with lora, or save_pretrained wrote."
         )
     return path
