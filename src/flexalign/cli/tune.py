@@ -19,11 +19,13 @@ from flexalign.cli.console import (
     say_instruction,
 )
 from flexalign.cli.options import (
+    AlignedPrompt,
     BatchSize,
     Data,
     Instruction,
     LambdaRange,
     OneTask,
+    ReferencePrompt,
     ResultAsJson,
     TaskMaxNewTokens,
     TaskTemperature,
@@ -121,6 +123,8 @@ def tune(
         float | None, typer.Option(help="Expected accuracy, for the plan; else one by task.")
     ] = None,
     lambda_range: LambdaRange = None,
+    reference_prompt: ReferencePrompt = None,
+    aligned_prompt: AlignedPrompt = None,
     workers: Workers = 1,
     dry_run: Annotated[
         bool,
@@ -157,7 +161,6 @@ def tune(
     given = [*read_lambdas(lambdas), *(policies or [])]
     limits = read_range(lambda_range)
     from flexalign.calibration import Constraint, NonInferiority, TokenBudget, TuneOptions
-    from flexalign.calibration.power import assumed_variance, measured_variance
     from flexalign.calibration.results import StoredSamples
     from flexalign.calibration.tune import Tuning, plan_tuning
     from flexalign.evaluation.samples import ResultsFolder
@@ -170,19 +173,17 @@ def tune(
     if output is None and not (plan_only or dry_run):
         raise ConfigError("--output is missing; name a folder for tuned.md and the samples.")
 
+    asked = None
+    if task is not None:
+        asked = load_task(task, data=data, limit=limit, seed=seed, instruction=instruction)
+
     # Answers that exist already: nothing is sampled.
     if stored is not None:
         if system is not None:
             raise ConfigError("SYSTEM is not asked with --from; leave one of the two out.")
-        name = None if task is None else load_task(task, data=data, limit=limit, seed=seed).name
-        found = StoredSamples(ResultsFolder.read(stored), task=name)
+        found = StoredSamples(ResultsFolder.read(stored), task=asked.name if asked else None)
         options = TuneOptions(confidence, samples or found.samples, looks=looks, seed=seed)  # type: ignore[arg-type]
-
-        # The stored answers give the variance, unless the user expects another accuracy.
-        variance = (
-            measured_variance(found) if accuracy is None else assumed_variance(found.task, accuracy)
-        )
-        planned = plan_tuning(len(found.questions), options, variance, power)
+        planned = plan_tuning(found, options, accuracy=accuracy, power=power)
         if plan_only or dry_run or output is None:
             _show_plan(planned, kept, as_json)
             return
@@ -192,18 +193,11 @@ def tune(
         _show(tuning, tuning.run(output), output, as_json)
         return
 
-    if task is None:
+    if asked is None:
         raise ConfigError("--task is missing; name the questions, such as --task math500.")
-    asked = load_task(task, data=data, limit=limit, seed=seed, instruction=instruction)
-
-    options = TuneOptions(
-        confidence,
-        samples or asked.sampling.samples,
-        looks=looks,  # type: ignore[arg-type]
-        seed=seed,
-    )
-    variance = assumed_variance(asked.name, accuracy)
-    planned = plan_tuning(len(asked.questions), options, variance, power)
+    own = samples or asked.sampling.samples
+    options = TuneOptions(confidence, own, looks=looks, seed=seed)  # type: ignore[arg-type]
+    planned = plan_tuning(asked, options, accuracy=accuracy, power=power)
     if plan_only:
         _show_plan(planned, kept, as_json)
         return
@@ -305,23 +299,16 @@ def next_step(system: "System | None", chosen: "Setting | None") -> str | None:
 
 
 def _warn_of_margin(planned: "ProofPlan", kept: "Constraint") -> None:
-    margin = _margin_of(kept)
-    if margin is not None and not planned.is_proved(margin):
+    margin, is_proved = planned.verdict(kept)
+    if margin is not None and not is_proved:
         note(
             f"a margin of {100 * margin:g} points will often not be proved by "
             "these questions, even of an equal setting (--plan says what would be)."
         )
 
 
-def _margin_of(kept: "Constraint") -> float | None:
-    from flexalign.calibration import NonInferiority
-
-    return kept.margin if isinstance(kept, NonInferiority) else None
-
-
 def _show_plan(planned: "ProofPlan", kept: "Constraint", as_json: bool) -> None:
-    margin = _margin_of(kept)
-    is_proved = None if margin is None else planned.is_proved(margin)
+    margin, is_proved = planned.verdict(kept)
     if as_json:
         print_json({**planned.to_json(), "asked_margin": margin, "is_proved": is_proved})
         return

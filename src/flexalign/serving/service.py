@@ -116,7 +116,7 @@ class Service:
                 self.metrics.first_text(running.since)
             if piece.ended is not None:
                 self.metrics.ended(piece.ended, running.choice.report.get("policy"))
-                running.report_ways()
+                running.report_routes()
             yield draft, piece
 
     async def finish(self, running: RunningRequest) -> None:
@@ -210,6 +210,8 @@ class Service:
                 seed,
                 sampling.stop,
                 sampling.logprobs,
+                # A completion has no thinking: its text is the model's as it is.
+                stops_after_thinking=isinstance(request, ChatRequest),
             )
 
     def _require_room(self, jobs: int) -> None:
