@@ -18,7 +18,7 @@ LAYERS = (
     {"losses"},
     {"data", "models", *GRADING},
     {"generation"},
-    {"inra"},
+    {"inra", "lora_dial"},
     {"systems"},
     {"analysis"},
     {"training"},

@@ -709,6 +709,12 @@ FORWARD = (0.0, math.inf)
 """The range of a pair without a given range: any λ that does not lead away from the alignment."""
 
 
+class OnlyEnds(tuple[float, float]):
+    """A permitted range without what is between its ends: that of a LoRA trained at λ = 1 alone."""
+
+    __slots__ = ()
+
+
 def extremes(dial: Dial) -> tuple[float, float]:
     """Return the least and the largest λ that a dial may use.
 
@@ -734,7 +740,18 @@ def outside_range(dial: Dial, permitted: tuple[float, float]) -> float | None:
         permitted: The least and the largest λ.
     """
     low, high = permitted
+    if isinstance(permitted, OnlyEnds):
+        return next((lam for lam in _visited(dial) if lam not in permitted), None)
     return next((lam for lam in extremes(dial) if not low <= lam <= high), None)
+
+
+def _visited(dial: Dial) -> tuple[float, ...]:
+    """Return the λ that a dial uses; of a schedule between two values, also the middle."""
+    if not isinstance(dial, Schedule):
+        return extremes(dial)
+    low, high = extremes(dial)
+    jumps = dial.kind == "thinking" and dial.budget is None
+    return (low, high) if jumps or low == high else (low, high, (low + high) / 2)
 
 
 def require_range(
@@ -755,12 +772,24 @@ def require_range(
         LambdaError: If there is such a dial; the message says how to permit it.
     """
     outside = [name for name, dial in asked if outside_range(dial, permitted) is not None]
+    if outside and isinstance(permitted, OnlyEnds):
+        raise LambdaError(f"{', '.join(outside)}: {ends_alone(permitted, whose, permit)}")
     if outside:
         low, high = permitted
         raise LambdaError(
             f"{', '.join(outside)}: outside the range [{low:g}, {high:g}] of {whose}; if "
             f"you mean it, {permit}."
         )
+
+
+def ends_alone(permitted: OnlyEnds, whose: str, permit: str) -> str:
+    """Return why a dial has only its two ends, and what to do, for messages."""
+    low, high = permitted
+    return (
+        f"{whose} is a plain LoRA, trained at one strength, which has λ = {low:g} and {high:g} alone; "
+        f"train one for a range of λ (flexalign realign --lambda 0:5 with lora), or, if you mean it, "
+        f"{permit}."
+    )
 
 
 def require_forward(asked: Sequence[tuple[str, Dial]], permit: str) -> None:

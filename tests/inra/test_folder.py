@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from contract.subjects import stir
 from flexalign.errors import CheckpointError, ConfigError, LambdaError, PairMismatchError
+from flexalign.generation import adapted
 from flexalign.inra import InRaConfig, InRaModel
-from flexalign.inra import modeling as model_module
 from flexalign.models.loading import fingerprint
 
 CONFIG, WEIGHTS = "inra_config.json", "inra_adapter.safetensors"
@@ -42,6 +42,14 @@ def test_what_the_folder_says(model, folder):
     }
     tensors = load_file(folder / WEIGHTS)
     assert tensors.keys() == model.adapter.state_dict().keys()
+
+
+def test_the_files_keys_keep_their_order():
+    settings = InRaConfig("x", "y", 2, rendering={"template": "z"})
+    assert list(json.loads(settings.to_text())) == [
+        *("base", "base_fingerprint", "adapter_layers", "default_lambda", "lambda_range"),
+        *("thinking_tags", "calibration", "format_version", "rendering"),
+    ]
 
 
 def test_defaults_at_creation(base):
@@ -82,7 +90,7 @@ def test_another_base_is_refused_before_its_weights_load(tiny_model, folder, tmp
     def loads(*_, **__):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(model_module, "load_model", loads)
+    monkeypatch.setattr(adapted, "load_model", loads)
     with pytest.raises(PairMismatchError, match="--any-base"):
         InRaModel.from_pretrained(tmp_path / "other", folder)
 

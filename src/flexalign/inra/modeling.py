@@ -1,12 +1,11 @@
 """The InRa model: a base model, an adapter before its layer 0, and λ between the two streams."""
 
 import inspect
-import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +13,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flexalign._modes import evaluating
-from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, LambdaError, UnsupportedModelError
-from flexalign.fusion import Lambda, as_lambda, fuse_hidden, fuse_logits
-from flexalign.generation.fused import FusedDecoding, positions_of
+from flexalign.fusion import Lambda, fuse_hidden, fuse_logits
+from flexalign.generation.adapted import (
+    AdaptedModel,
+    Base,
+    load_base,
+    load_own_base,
+    model_name,
+    sweep_dials,
+)
+from flexalign.generation.fused import positions_of
 from flexalign.generation.interface import Phase
-from flexalign.generation.row_lambdas import RowDials, read_dials
+from flexalign.generation.row_lambdas import RowDials
 from flexalign.heads import Head, can_mix_hidden
 from flexalign.inra.adapter import (
     AdapterHook,
@@ -33,18 +39,13 @@ from flexalign.inra.configuration import (
     InRaConfig,
     check_folder,
     load_weights,
-    require_base,
     save_adapter,
 )
-from flexalign.lambdas import Adaptive
-from flexalign.models.loading import fingerprint, load_model, load_tokenizer
-from flexalign.models.sources import resolve, resolve_adapter
-
-Base: TypeAlias = str | Path | PreTrainedModel
-"""A known name, a folder, or a loaded model."""
+from flexalign.models.loading import fingerprint
+from flexalign.models.sources import resolve_adapter
 
 
-class InRaModel(FusedDecoding, nn.Module):
+class InRaModel(AdaptedModel):
     """A base model, a layer adapter before its layer 0, and a λ between the two streams.
 
     The base stream is the base model; the adapter stream is the base model with the adapter's
@@ -61,7 +62,7 @@ class InRaModel(FusedDecoding, nn.Module):
         adapter: The adapter's layers.
         head: The base's head.
         adapter_hook: The hook that runs the adapter stream's rows through the adapter.
-        inra_config: The adapter's settings.
+        inra_config: The adapter's settings; the same as ``dial_config``.
         tokenizer: The base's tokenizer; None if it is not known.
     """
 
@@ -78,14 +79,10 @@ class InRaModel(FusedDecoding, nn.Module):
             UnsupportedModelError: If the base has no plain head, has recurrent layers, or its
                 streams cannot run as one batch.
         """
-        super().__init__()
-        name = _name(base)
-        self.base = base
+        super().__init__(base, inra_config, tokenizer)
+        name = model_name(base)
         self.adapter = adapter
         self.head = Head.of(base)
-        self.inra_config = inra_config
-        self.tokenizer = tokenizer
-        self._has_warned = False
         self._takes_positions = (
             "position_ids" in inspect.signature(self._decoder.forward).parameters
         )
@@ -110,9 +107,9 @@ class InRaModel(FusedDecoding, nn.Module):
             UnsupportedModelError: If the base cannot have an adapter (post-LN, recurrent,
                 quantised).
         """
-        model, tokenizer, source = _loaded(base, loading)
+        model, tokenizer, source = load_base(base, loading)
         settings = InRaConfig(source, fingerprint(model), adapter_layers)
-        adapter = identity_adapter(model, adapter_layers, _name(model))
+        adapter = identity_adapter(model, adapter_layers, model_name(model))
         return cls(model, adapter, settings, tokenizer)
 
     @classmethod
@@ -134,31 +131,23 @@ class InRaModel(FusedDecoding, nn.Module):
         folder = resolve_adapter(adapter)
         settings = check_folder(folder)
 
-        # A folder's fingerprint can be read without loading the weights; that of GGUF cannot.
-        from_folder = not isinstance(base, PreTrainedModel) and resolve(base).gguf_file is None
-        if from_folder and not any_base:
-            require_base(settings, fingerprint(base), str(base), folder)
-        model, tokenizer, source = _loaded(base, loading)
-        if not from_folder and not any_base:
-            require_base(settings, fingerprint(model), source, folder)
-
-        layers = copy_first_layer(model, settings.adapter_layers, _name(model))
+        model, tokenizer = load_own_base(base, settings, folder, any_base=any_base, loading=loading)
+        layers = copy_first_layer(model, settings.adapter_layers, model_name(model))
         load_weights(layers, folder)
-        if tokenizer is not None:
-            settings.bind(tokenizer)
         return cls(model, layers, settings, tokenizer)
+
+    @property
+    def inra_config(self) -> InRaConfig:
+        """The adapter's settings."""
+        return cast("InRaConfig", self.dial_config)
+
+    @inra_config.setter
+    def inra_config(self, settings: InRaConfig) -> None:
+        self.dial_config = settings
 
     def save_pretrained(self, folder: str | Path, **_: Any) -> None:
         """Save only the adapter: its settings and one file with its layers' weights."""
         save_adapter(self.adapter, self.inra_config, Path(folder))
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base":  # not set yet, as in `__init__` or during a copy
-                raise
-            return getattr(self.base, name)
 
     def forward(
         self,
@@ -229,28 +218,6 @@ class InRaModel(FusedDecoding, nn.Module):
             lam = lam.to(hidden.device)[:, kept]
         logits = self._fused_logits(plan, hidden[:, kept], lam, gate)
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
-
-    def _checked_lambda(self, lam: Any) -> Lambda:
-        if lam is None:
-            lam = self.inra_config.default_lambda
-        checked = as_lambda(torch.tensor(lam) if isinstance(lam, list | tuple) else lam)
-        if not self._has_warned:
-            values = torch.as_tensor(checked).detach()
-            self._note_range(float(values.min()), float(values.max()))
-        return checked
-
-    def _note_range(self, least: float, largest: float) -> None:
-        """Warn, once, if λ is outside the adapter's range."""
-        low, high = self.inra_config.lambda_range
-        if self._has_warned or (low <= least and largest <= high):
-            return
-
-        self._has_warned = True
-        warnings.warn(
-            f"λ from {least:g} to {largest:g} leaves this adapter's range [{low:g}, {high:g}], "
-            "where it was tried; results outside it are unmeasured.",
-            stacklevel=3,
-        )
 
     # The two streams, run as rows of one batch up to their fused logits.
 
@@ -366,13 +333,7 @@ class InRaModel(FusedDecoding, nn.Module):
             LambdaError: If there is no λ, or one is not finite.
             ConfigError: If an option is not available here.
         """
-        given = lams.tolist() if isinstance(lams, Tensor) else list(lams)
-        settings = read_dials(given, len(given))
-        if not settings:
-            raise LambdaError("a sweep needs at least one λ.")
-        if options.get("past_key_values") is not None:
-            raise ConfigError("a sweep fills a cache of its own; leave past_key_values out.")
-
+        settings = sweep_dials(lams, options)
         prompts, repeats = len(input_ids), len(settings)
         dials = RowDials.following(settings * prompts)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -407,22 +368,6 @@ class InRaModel(FusedDecoding, nn.Module):
     def fork_cache(self, cache: StreamCache, rows: Tensor, dials: RowDials) -> StreamCache:
         """Return a new cache of some rows, with the streams that their dials need."""
         return cache.fork(rows, _streams_of(dials))
-
-    @property
-    def thinking_tags(self) -> ThinkingTags | None:
-        """The adapter's thinking tags; None if the tokenizer's are used."""
-        return self.inra_config.tags
-
-    def threshold(self, policy: Adaptive) -> float:
-        """Return a policy's threshold. If it sets none, the calibrated one, if there is one."""
-        return self.inra_config.threshold(policy)
-
-    @property
-    def _leader(self) -> PreTrainedModel:
-        return self.base
-
-    def _default_dial(self) -> float:
-        return self.inra_config.default_lambda
 
     def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
         """Return the model inputs of a generation: a new cache, and the streams of each prompt."""
@@ -497,32 +442,6 @@ def _streams_of(dials: RowDials) -> Tensor:
     """Return the streams that each prompt needs: one only if its λ is always 0, or always 1."""
     codes = {None: BOTH, 0.0: BASE, 1.0: ADAPTER}
     return torch.tensor([codes[end] for end in dials.ends])
-
-
-def _name(model: Any) -> str:
-    return f"{type(model).__name__} (family {model.config.model_type})"
-
-
-def _loaded(
-    base: Base, loading: dict[str, Any]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str]:
-    """Return a base model, its tokenizer where there is one, and its name."""
-    model: Any = base
-    tokenizer, source = None, ""
-    if not isinstance(base, nn.Module):
-        source = str(base)
-        model = load_model(base, **loading)
-        try:
-            tokenizer = load_tokenizer(base)
-        except ConfigError:
-            tokenizer = None
-
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
-        raise UnsupportedModelError(
-            "the base has a PEFT adapter, which would be in both streams; merge it first "
-            "(merge_and_unload) and give the merged model."
-        )
-    return model, tokenizer, source or model.config._name_or_path or _name(model)
 
 
 # The test of a model's two streams when it is loaded. Model families pass different arguments to

@@ -28,13 +28,13 @@ from flexalign.data import (
 )
 from flexalign.data.rendering import rendering_record
 from flexalign.errors import ConfigError, UnsupportedModelError, as_input_errors
+from flexalign.generation.dial_config import require_base
 from flexalign.inra.adapter import AdapterHook, decoder_layers
 from flexalign.inra.configuration import (
     WEIGHTS_FILE,
     InRaConfig,
     check_folder,
     load_weights,
-    require_base,
 )
 from flexalign.inra.modeling import InRaModel
 from flexalign.lambdas import require_forward, require_range

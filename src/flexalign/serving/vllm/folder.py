@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from flexalign._storage import write_json
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
+from flexalign.generation.dial_config import require_base
 from flexalign.generation.row_lambdas import TagTokens
 from flexalign.inra.configuration import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     InRaConfig,
     check_folder,
-    require_base,
 )
 from flexalign.models.loading import fingerprint, load_config, load_model, load_tokenizer
 from flexalign.models.sources import Model, read_json, resolve, resolve_adapter

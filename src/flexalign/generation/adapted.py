@@ -1,0 +1,209 @@
+"""A frozen base model with a trained dial on it: what InRa models and LoRA dials have in common.
+
+:class:`AdaptedModel` adds the dial's settings to :class:`~flexalign.generation.fused.FusedDecoding`:
+its default λ, its range, its thinking tags and its calibrated threshold. :func:`load_base` and
+:func:`load_own_base` load the base.
+"""
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flexalign.data.thinking import ThinkingTags
+from flexalign.errors import ConfigError, LambdaError, UnsupportedModelError
+from flexalign.fusion import Lambda, as_lambda
+from flexalign.generation.dial_config import DialConfig, require_base
+from flexalign.generation.fused import FusedDecoding
+from flexalign.generation.row_lambdas import read_dials
+from flexalign.lambdas import Adaptive, Dial
+from flexalign.models.loading import fingerprint, load_model, load_tokenizer
+from flexalign.models.sources import resolve
+
+Base: TypeAlias = str | Path | PreTrainedModel
+"""A known name, a folder, or a loaded model."""
+
+
+class AdaptedModel(FusedDecoding, nn.Module):
+    """A base model with a trained dial. Attributes that this class does not have are the base's.
+
+    Attributes:
+        base: The base model, a causal language model of transformers.
+        dial_config: The dial's settings.
+        tokenizer: The base's tokenizer; None if it is not known.
+    """
+
+    base: PreTrainedModel
+    dial_config: DialConfig
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        dial_config: DialConfig,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """Join a base and the settings of its dial."""
+        super().__init__()
+        self.base = base
+        self.dial_config = dial_config
+        self.tokenizer = tokenizer
+        self._has_warned = False
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":  # not set yet, as in `__init__` or during a copy
+                raise
+            return getattr(self.base, name)
+
+    @abstractmethod
+    def sweep(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        lams: Sequence[Any] | Tensor,
+        **options: Any,
+    ) -> Any:
+        """Generate from every prompt at several λ.
+
+        Args:
+            input_ids: Prompts, shape ``(B, T)``, left padded.
+            attention_mask: Shape ``(B, T)``.
+            lams: The n settings, each as ``generate`` takes it as ``lam``.
+            **options: As in ``generate``.
+
+        Returns:
+            As ``generate``, with ``B·n`` rows: prompt 0 at every λ, then prompt 1, and so on.
+
+        Raises:
+            LambdaError: If there is no λ, or one is not finite.
+            ConfigError: If an option is not available here.
+        """
+
+    @property
+    def thinking_tags(self) -> ThinkingTags | None:
+        """The dial's thinking tags; None if the tokenizer's are used."""
+        return self.dial_config.tags
+
+    def threshold(self, policy: Adaptive) -> float:
+        """Return a policy's threshold. If it sets none, the calibrated one, if there is one."""
+        return self.dial_config.threshold(policy)
+
+    @property
+    def _leader(self) -> PreTrainedModel:
+        return self.base
+
+    def _default_dial(self) -> float:
+        return self.dial_config.default_lambda
+
+    def _checked_lambda(self, lam: Any) -> Lambda:
+        if lam is None:
+            lam = self.dial_config.default_lambda
+        checked = as_lambda(torch.tensor(lam) if isinstance(lam, list | tuple) else lam)
+        if not self._has_warned:
+            values = torch.as_tensor(checked).detach()
+            self._note_range(float(values.min()), float(values.max()))
+        return checked
+
+    def _note_range(self, least: float, largest: float) -> None:
+        """Warn, once, if λ is outside the dial's range."""
+        low, high = self.dial_config.lambda_range
+        if self._has_warned or (low <= least and largest <= high):
+            return
+
+        self._has_warned = True
+        warnings.warn(
+            f"λ from {least:g} to {largest:g} leaves this adapter's range [{low:g}, {high:g}], "
+            "where it was tried; results outside it are unmeasured.",
+            stacklevel=3,
+        )
+
+
+def sweep_dials(lams: Sequence[Any] | Tensor, options: dict[str, Any]) -> list[Dial]:
+    """Parse the settings of a sweep.
+
+    Raises:
+        LambdaError: If there is no λ, or one is not finite.
+        ConfigError: If the caller gives a cache.
+    """
+    given = lams.tolist() if isinstance(lams, Tensor) else list(lams)
+    settings = read_dials(given, len(given))
+    if not settings:
+        raise LambdaError("a sweep needs at least one λ.")
+    if options.get("past_key_values") is not None:
+        raise ConfigError("a sweep fills a cache of its own; leave past_key_values out.")
+    return settings
+
+
+def load_base(
+    base: Base, loading: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str]:
+    """Return a base model, its tokenizer where there is one, and its name.
+
+    Args:
+        base: A known name, a folder, or a loaded model.
+        loading: Options of ``flexalign.models.loading.load_model``, for a name or a folder.
+
+    Raises:
+        UnsupportedModelError: If it has a PEFT adapter already.
+    """
+    model: Any = base
+    tokenizer, source = None, ""
+    if not isinstance(base, nn.Module):
+        source = str(base)
+        model = load_model(base, **loading)
+        try:
+            tokenizer = load_tokenizer(base)
+        except ConfigError:
+            tokenizer = None
+
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError(
+            "the base has a PEFT adapter already, which would be in it at every λ; merge it first "
+            "(merge_and_unload) and give the merged model."
+        )
+    return model, tokenizer, source or model.config._name_or_path or model_name(model)
+
+
+def load_own_base(
+    base: Base, settings: DialConfig, folder: Path, *, any_base: bool, loading: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load the base of a dial, and check that it is the one that the dial was made for.
+
+    Args:
+        base: A known name, a folder, or a loaded model.
+        settings: The dial's settings.
+        folder: The dial's folder, for messages.
+        any_base: Accept another base.
+        loading: Options of ``flexalign.models.loading.load_model``, for a name or a folder.
+
+    Returns:
+        The base, and its tokenizer where there is one, which renders prompts as in training.
+
+    Raises:
+        PairMismatchError: If the dial was made for another base.
+    """
+    # A folder's fingerprint can be read without loading the weights; that of GGUF cannot.
+    is_checked = any_base or not settings.base_fingerprint
+    from_folder = not isinstance(base, PreTrainedModel) and resolve(base).gguf_file is None
+    if from_folder and not is_checked:
+        require_base(settings, fingerprint(base), str(base), folder)
+    model, tokenizer, source = load_base(base, loading)
+    if not from_folder and not is_checked:
+        require_base(settings, fingerprint(model), source, folder)
+
+    if tokenizer is not None:
+        settings.bind(tokenizer)
+    return model, tokenizer
+
+
+def model_name(model: Any) -> str:
+    """Return a model's class and family, for messages."""
+    return f"{type(model).__name__} (family {model.config.model_type})"
