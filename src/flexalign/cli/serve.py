@@ -312,7 +312,6 @@ def _serve_on_vllm(
         raise ConfigError("--aligned is served by --engine local alone; on vLLM give --adapter.")
     if source.gate is not None:
         raise ConfigError("--gate is served by --engine local alone; leave it out on vLLM.")
-    from flexalign.models.sources import resolve_adapter
     from flexalign.serving.dial import adapter_rules
     from flexalign.serving.server import open_socket
     from flexalign.serving.vllm.folder import prepared_dial
@@ -325,7 +324,7 @@ def _serve_on_vllm(
     with as_input_errors():
         launch = Launch(_vllm_folder(source), **settings)
         given = source.adapter
-        dial = read_dial(resolve_adapter(given)) if given else prepared_dial(launch.folder)
+        dial = read_dial(given) if given else prepared_dial(launch.folder)
         rules = adapter_rules(dial, launch.front.lambda_range)
     if dry_run:
         _show_launch(launch, as_json)

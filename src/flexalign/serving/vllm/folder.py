@@ -20,7 +20,7 @@ from torch import Tensor
 from flexalign._storage import write_json
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
-from flexalign.generation.dial_config import DialConfig, require_base, require_whole
+from flexalign.generation.dial_config import DialConfig, require_base
 from flexalign.generation.row_lambdas import TagTokens
 from flexalign.inra.configuration import InRaConfig
 from flexalign.lora_dial.configuration import ADAPTER_FILE, LoRADialConfig
@@ -85,7 +85,6 @@ def prepare_folder(
     """
     source, adapter = resolve(model), resolve_adapter(adapter)
     settings = read_dial(adapter)
-    require_whole(settings, adapter)
     if source.is_adapter:
         raise UnsupportedModelError(
             f"{source} is a PEFT adapter and no base; merge it (merge_and_unload), save the merged "
@@ -146,7 +145,7 @@ def prepared_dial(folder: Path) -> DialConfig:
         CheckpointError: If it holds none.
     """
     inside = folder / _LORA_FOLDER
-    return read_dial(inside if inside.is_dir() else folder)
+    return read_dial(inside) if inside.is_dir() else InRaConfig.load(folder)
 
 
 def _architecture(name: str, config: Any, *, is_lora: bool) -> str:
