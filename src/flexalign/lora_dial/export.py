@@ -21,7 +21,14 @@ from flexalign.models.sources import resolve_adapter
 
 _INRA_FILE = "inra_config.json"
 _MATRICES = (".lora_A.weight", ".lora_B.weight")
-_TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges")
+_TOKENIZER_FILES = (
+    "tokenizer",
+    "special_tokens",
+    "added_tokens",
+    "chat_template",
+    "vocab",
+    "merges",
+)
 
 
 @dataclass(frozen=True)

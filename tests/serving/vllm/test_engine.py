@@ -6,6 +6,7 @@ from engine_requests import JUMP, LAMBDAS, LINEAR, THINKING, mixed, prompts_of, 
 
 pytestmark = pytest.mark.full
 
+
 @pytest.fixture(scope="module")
 def llama(dialled):
     return dialled("llama", tie_word_embeddings=True)

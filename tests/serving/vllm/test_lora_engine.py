@@ -54,7 +54,10 @@ def test_an_answer_is_a_prefix_of_the_next_turn_at_its_lambda(llama, chunked):
         following = request_of(longer, dial)
         found = chunked(following)
         assert (found["outputs"][0]["cached"] >= cached > 0) or found["outputs"][0]["cached"] == 0
-        assert wrong(llama, [request, following], {"outputs": answer["outputs"] + found["outputs"]}) == []
+        assert (
+            wrong(llama, [request, following], {"outputs": answer["outputs"] + found["outputs"]})
+            == []
+        )
 
 
 def test_a_prompt_is_read_at_the_lambda_that_its_thinking_ends_in(llama, chunked):

@@ -10,7 +10,7 @@ import logging
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -56,6 +56,9 @@ _MERGED = {
 }
 """For each linear layer of a base: vLLM's layer that it is part of, which part, and of how many."""
 
+_Matrices: TypeAlias = dict[str, tuple[Tensor, Tensor]]
+"""A LoRA's A, and its B times its scaling, by the name of the linear layer."""
+
 _log = logging.getLogger("flexalign.serving")
 
 
@@ -92,8 +95,11 @@ def prepare_folder(
         )
     is_lora = isinstance(settings, LoRADialConfig)
     architecture = _architecture(str(source), load_config(source), is_lora=is_lora)
-    if source.gguf_file is None and not any_base:
-        require_base(settings, fingerprint(source), str(source), adapter)
+    matrices = _read_lora(adapter) if is_lora else {}
+    if source.gguf_file is None:
+        if not any_base:
+            require_base(settings, fingerprint(source), str(source), adapter)
+        _require_fit(matrices, tensor_infos(source.path), adapter)
 
     output = _emptied(Path(output).expanduser().absolute())
     if source.gguf_file is None:
@@ -122,7 +128,8 @@ def prepare_folder(
         files = dict.fromkeys(_write_inra(adapter, infos, output), _INRA_FILE)
         dial = DialSettings(settings.adapter_layers, **common)
     else:
-        ranks, names = _write_lora(adapter, infos, output)
+        _require_fit(matrices, infos, adapter)
+        ranks, names = _write_lora(matrices, adapter, output)
         files = dict.fromkeys(names, _LORA_FILE)
         dial = DialSettings(**common, ranks=ranks)
 
@@ -206,21 +213,15 @@ def _write_inra(adapter: Path, base: dict[str, TensorInfo], output: Path) -> lis
 
 
 def _write_lora(
-    adapter: Path, base: dict[str, TensorInfo], output: Path
+    matrices: _Matrices, adapter: Path, output: Path
 ) -> tuple[dict[str, list[int]], list[str]]:
     """Write a LoRA's settings, and its matrices under the names that the model has for them.
 
-    B is written times the LoRA's own scaling, and with as many columns as the largest rank among
-    the parts of vLLM's layer.
+    B is written with as many columns as the largest rank among the parts of vLLM's layer.
 
     Returns:
         The rank of every part of every layer of vLLM's with a LoRA, and the names of the tensors.
-
-    Raises:
-        CheckpointError: If a matrix does not fit the base.
-        UnsupportedModelError: If a matrix is of another layer than the plugin serves.
     """
-    matrices = _read_lora(adapter, base)
     ranks: dict[str, list[int]] = {}
     for module, (down, _) in matrices.items():
         parent, _, name = module.rpartition(".")
@@ -245,34 +246,44 @@ def _write_lora(
     return ranks, list(named)
 
 
-def _read_lora(
-    adapter: Path, base: dict[str, TensorInfo]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Read a LoRA's A and its B times its scaling, by the name of the linear layer."""
+def _read_lora(adapter: Path) -> _Matrices:
+    """Read a LoRA's matrices.
+
+    Raises:
+        CheckpointError: If one is without its other.
+        UnsupportedModelError: If one is of another layer than the plugin serves.
+    """
     config = read_adapter_config(Source(str(adapter), adapter))
     path = adapter / LoRADialConfig.WEIGHTS_FILE
     tensors = load_file(path)
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    found: _Matrices = {}
     for key in sorted(tensors):
-        module = key.removeprefix(_PEFT_PREFIX).removesuffix(".lora_A.weight")
-        if key.endswith(".lora_B.weight"):
-            continue
-        if not key.endswith(".lora_A.weight") or module.rpartition(".")[2] not in _MERGED:
+        name, _, matrix = key.removeprefix(_PEFT_PREFIX).rpartition(".lora_")
+        if matrix not in ("A.weight", "B.weight") or name.rpartition(".")[2] not in _MERGED:
             raise UnsupportedModelError(
-                f"{path} changes {module}, and vLLM serves a dial on {', '.join(_MERGED)} alone; "
+                f"{path} has {key}, and vLLM serves a LoRA dial on {', '.join(_MERGED)} alone; "
                 "serve it with --engine local."
             )
-
-        down, up = tensors[key], tensors.get(f"{_PEFT_PREFIX}{module}.lora_B.weight")
-        weight = base.get(f"{module}.weight")
-        if weight is None or up is None or weight.shape != (up.shape[0], down.shape[1]):
-            shape = None if weight is None else weight.shape
-            raise CheckpointError(
-                f"{path} does not fit this base: its matrices of {module} are {tuple(down.shape)} "
-                f"and {None if up is None else tuple(up.shape)}, and the base has {shape} there."
-            )
-        found[module] = down, (up.float() * _scaling(config, module, len(down))).to(up.dtype)
+        down, up = (tensors.get(f"{_PEFT_PREFIX}{name}.lora_{one}.weight") for one in "AB")
+        if down is None or up is None:
+            raise CheckpointError(f"{path} has {key} without its other matrix; save it again.")
+        found[name] = down, (up.float() * _scaling(config, name, len(down))).to(up.dtype)
     return found
+
+
+def _require_fit(matrices: _Matrices, base: dict[str, TensorInfo], adapter: Path) -> None:
+    """Refuse a LoRA whose shapes are not those of a base.
+
+    Raises:
+        CheckpointError: If one is not.
+    """
+    for name, (down, up) in matrices.items():
+        weight = base.get(f"{name}.weight")
+        if weight is None or weight.shape != (len(up), down.shape[1]):
+            raise CheckpointError(
+                f"{adapter} does not fit this base: its matrices of {name} are {tuple(down.shape)} "
+                f"and {tuple(up.shape)}, and the base has {weight and weight.shape} there."
+            )
 
 
 def _scaling(config: Any, module: str, rank: int) -> float:

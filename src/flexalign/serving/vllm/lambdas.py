@@ -254,9 +254,7 @@ class TokenLambdas:
         settings: The folder's.
     """
 
-    def __init__(
-        self, values: Tensor, settings: DialSettings, *, needs_salt: bool = False
-    ) -> None:
+    def __init__(self, values: Tensor, settings: DialSettings, *, needs_salt: bool = False) -> None:
         """Start without requests.
 
         Args:

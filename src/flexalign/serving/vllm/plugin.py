@@ -141,7 +141,15 @@ def separate_prefixes() -> None:
 
 
 def _salt(request: Any, settings: DialSettings) -> None:
-    """Put λ into a request's salt."""
+    """Put λ into a request's salt.
+
+    Raises:
+        VLLMValidationError: If its prompt comes in parts, each of which may have another λ.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    if request.resumable:
+        raise VLLMValidationError("a LoRA dial is not served with a prompt that is streamed in.")
     params, prompt = request.sampling_params, request.prompt_token_ids
     dial = RequestDial(
         read_lambda(params.extra_args, settings),
