@@ -18,6 +18,7 @@ PUBLIC = [
     "FlexAlignError",
     "InRaConfig",
     "InRaModel",
+    "LoRADial",
     "ModelPair",
     "Route",
     "Schedule",

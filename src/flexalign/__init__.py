@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flexalign.generation import TwoModelDecoder
     from flexalign.inra import InRaConfig, InRaModel
     from flexalign.lambdas import Adaptive, Fixed, Route, Schedule
+    from flexalign.lora_dial import LoRADial
     from flexalign.models.interpolation import interpolate
     from flexalign.models.pair import ModelPair
     from flexalign.training import TrRaConfig, TrRaTrainer, adapt, bake, realign
@@ -23,6 +24,7 @@ _HOMES = {
     "Fixed": "flexalign.lambdas",
     "InRaConfig": "flexalign.inra",
     "InRaModel": "flexalign.inra",
+    "LoRADial": "flexalign.lora_dial",
     "ModelPair": "flexalign.models.pair",
     "Route": "flexalign.lambdas",
     "Schedule": "flexalign.lambdas",
@@ -42,6 +44,7 @@ __all__ = [
     "FlexAlignError",
     "InRaConfig",
     "InRaModel",
+    "LoRADial",
     "ModelPair",
     "Route",
     "Schedule",

@@ -1,16 +1,20 @@
 """What the contract's checks run on: every family, small, with nothing in it left at zero."""
 
 import copy
+import inspect
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from families import FAMILIES, MUST_PASS, family_config, family_model
 from flexalign.inra import InRaModel
 from flexalign.inra.adapter import decoder_layers
+from flexalign.lora_dial import LoRADial, LoRADialConfig
+from flexalign.models.loading import fingerprint
 
 REFUSED = ("bloom", "mpt", "mamba", "jamba", "qwen3_next")
 """ALiBi tables with rows of their own for every head, and layers that are recurrent."""
@@ -22,6 +26,21 @@ LAMBDAS = [-0.5, 0.0, 0.3, 1.0, 2.0]
 
 WINDOW = 4
 """Sliding windows, where a family has them, are shorter than the prompts."""
+
+
+RECURRENT = ("mamba", "jamba")
+"""The last bit of a scan depends on where its tensors lie in memory."""
+
+_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+LORA_TARGETS: dict[str, list[str]] = {
+    "mixtral": _ATTENTION,
+    "gpt_oss": _ATTENTION,
+    "deepseek_v3": ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
+    "qwen3_next": [*_ATTENTION, "in_proj_qkvz", "in_proj_ba", "out_proj", "shared_expert_gate"],
+    "mamba": ["in_proj", "x_proj"],
+    "jamba": [*_ATTENTION, "in_proj", "x_proj"],
+}
+"""The modules of a LoRA, where PEFT's "all-linear" would take fused experts or is refused."""
 
 
 class Subject(NamedTuple):
@@ -99,6 +118,51 @@ def subject_of(family: str) -> Subject:
     mask[0, :3] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     return Subject(base, model, tokens, mask, positions)
+
+
+class DialSubject(NamedTuple):
+    """A base, a LoRA dial on a copy of it, and the batch of :class:`Subject`.
+
+    Attributes:
+        base: The base model, without a LoRA.
+        dial: The model with the dial.
+        batch: The prompts, as a model takes them; ``(3, 9)`` with three tokens of padding.
+    """
+
+    base: PreTrainedModel
+    dial: LoRADial
+    batch: dict[str, Tensor]
+
+    @property
+    def real(self) -> Tensor:
+        """Where no padding is, shape ``(3, 9)``."""
+        return self.batch["attention_mask"].bool()
+
+
+def put_lora(base: PreTrainedModel, size: float = 0.15, **settings: Any) -> PeftModel:
+    """Put a random LoRA into a base, in evaluation mode."""
+    torch.manual_seed(5)
+    modules = LORA_TARGETS.get(base.config.model_type, "all-linear")
+    model = get_peft_model(base, LoraConfig(**({"r": 4, "target_modules": modules} | settings)))
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = size * torch.randn_like(parameter)
+    return model.eval()
+
+
+@cache
+def dial_subject_of(family: str) -> DialSubject:
+    """Build a family's base and a LoRA dial on it, once."""
+    base = make_base(family)
+    settings = LoRADialConfig("base", fingerprint(base), lambda_range=(-1.0, 5.0))
+    dial = LoRADial(put_lora(copy.deepcopy(base)), settings).eval()
+    tokens = torch.randint(3, 97, (3, 9), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    batch = {"input_ids": tokens, "attention_mask": mask}
+    if "position_ids" in inspect.signature(base.forward).parameters:
+        batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    return DialSubject(base, dial, batch)
 
 
 def inserted(base: PreTrainedModel, adapter: nn.Module) -> PreTrainedModel:

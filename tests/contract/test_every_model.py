@@ -9,10 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from contract.subjects import stir
+from contract.subjects import put_lora, stir
 from families import FAMILIES, family_config
 from flexalign.errors import UnsupportedModelError
 from flexalign.inra import InRaModel
+from flexalign.lora_dial import LoRADial, LoRADialConfig
 
 OTHERS = sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(FAMILIES))
 LARGEST = 5_000_000
@@ -67,3 +68,26 @@ def test_served_or_refused(family: str) -> None:
     assert torch.equal(
         cached, model.generate(TOKENS, attention_mask=MASK, **settings, use_cache=False)
     )
+
+
+@pytest.mark.parametrize("family", OTHERS)
+@torch.no_grad()
+def test_a_lora_dial_is_served_or_refused(family: str) -> None:
+    base = build(family)
+    plain = base(TOKENS, attention_mask=MASK, use_cache=False).logits
+    try:
+        model = put_lora(base)
+        stock = model(input_ids=TOKENS, attention_mask=MASK, use_cache=False).logits
+    except Exception as error:  # PEFT's own
+        pytest.skip(f"PEFT puts no LoRA here ({type(error).__name__}: {error})")
+    try:
+        dial = LoRADial(model, LoRADialConfig("base", "", lambda_range=(0.0, 5.0)))
+    except UnsupportedModelError:
+        return
+    real = MASK.bool()
+    for lam, expected in ((0.0, plain), (1.0, stock)):
+        assert float((dial(TOKENS, MASK, lam=lam).logits - expected)[real].abs().max()) <= 1e-6
+    mixed = dial(TOKENS, MASK, lam=[0.5, 2.0]).logits
+    for row, lam in enumerate((0.5, 2.0)):
+        same = dial(TOKENS, MASK, lam=lam).logits[row]
+        assert float((mixed[row] - same)[real[row]].abs().max()) <= 1e-5

@@ -29,10 +29,10 @@ from flexalign.errors import ConfigError, ServingError
 from flexalign.evaluation.samples import ResultsFolder, Samples
 from flexalign.evaluation.sweep import Progress, Sweep, sampling_options
 from flexalign.evaluation.tasks import Task, load_task
-from flexalign.inra.configuration import check_folder
 from flexalign.lambdas import Adaptive, Measure, Setting
 from flexalign.models.sources import resolve_adapter
 from flexalign.systems import System, SystemOptions
+from flexalign.systems.dials import read_dial
 
 Kind = Literal["auto", "adaptive", "lambda"]
 
@@ -250,7 +250,7 @@ def plan_calibration(
     if target is not None and target.exists():
         raise ConfigError(f"--save-to {target} is there already; move it away or name another.")
 
-    limits = lambda_range or check_folder(folder).lambda_range
+    limits = lambda_range or read_dial(folder).lambda_range
     options = CalibrateOptions(dial, measure, limits, margin, samples, seed)
     system = System("dial", "dial", (base, str(adapter)))
     how = sampling_options([task], **sampling)

@@ -2,8 +2,8 @@
 
 A :class:`Calibration` maps efforts to settings, by points between which it interpolates linearly,
 and holds the measurements behind them. Efforts below 100 are thresholds if the dial is adaptive;
-all other efforts are λ's. An adapter's ``inra_config.json`` stores it as JSON under
-``calibration``.
+all other efforts are λ's. A dial's configuration (``inra_config.json`` or ``lora_dial.json``)
+stores it as JSON under ``calibration``.
 """
 
 import json
@@ -21,9 +21,10 @@ import flexalign
 from flexalign._storage import write_json
 from flexalign.errors import ConfigError
 from flexalign.evaluation.samples import Samples
-from flexalign.inra.configuration import CONFIG_FILE, WEIGHTS_FILE, InRaConfig
+from flexalign.generation.dial_config import DialConfig
 from flexalign.lambdas import Adaptive, Fixed, Measure, Setting
 from flexalign.statistics import Interval
+from flexalign.systems.dials import dial_files, read_dial
 
 if TYPE_CHECKING:
     from flexalign.evaluation.sweep import Sweep
@@ -438,7 +439,7 @@ def sweep_notes(sweep: "Sweep") -> list[str]:
 # The adapter's folder.
 
 
-def store_calibration(folder: Path, calibration: Calibration) -> InRaConfig:
+def store_calibration(folder: Path, calibration: Calibration) -> DialConfig:
     """Write a calibration into an adapter's configuration, and widen its λ range if needed.
 
     The file is replaced in one step: after a crash the old file is unchanged.
@@ -449,15 +450,9 @@ def store_calibration(folder: Path, calibration: Calibration) -> InRaConfig:
     Raises:
         CheckpointError: If the folder holds no adapter.
     """
-    settings = InRaConfig.load(folder)
-    least, largest = calibration.lambda_range
-    low, high = settings.lambda_range
-    settings = replace(
-        settings,
-        calibration=json.loads(json.dumps(calibration.to_json())),
-        lambda_range=(min(low, least), max(high, largest)),
-    )
-    write_json(folder / CONFIG_FILE, json.loads(settings.to_text()))
+    settings = read_dial(folder).widened(calibration.lambda_range)
+    settings = replace(settings, calibration=json.loads(json.dumps(calibration.to_json())))
+    write_json(folder / settings.CONFIG_FILE, json.loads(settings.to_text()))
     return settings
 
 
@@ -467,7 +462,7 @@ def is_packaged(folder: Path) -> bool:
 
 
 def copy_adapter(source: Path, target: Path) -> None:
-    """Copy an adapter's two files to a folder that may be written to."""
+    """Copy an adapter's files to a folder that may be written to."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
+    for name in dial_files(read_dial(source), source):
         shutil.copyfile(source / name, target / name)

@@ -213,15 +213,14 @@ def read_efforts(text: str | None, adapter: str | None) -> list[Setting]:
         return []
     if adapter is None:
         raise ConfigError(
-            "--effort needs an InRa adapter that flexalign calibrate has measured; name it, or "
+            "--effort needs an adapter that flexalign calibrate has measured; name it, or "
             "give --lambda."
         )
     from flexalign.calibration.effort import Calibration, effort_settings
-    from flexalign.inra.configuration import InRaConfig
-    from flexalign.models.sources import resolve_adapter
+    from flexalign.systems.dials import read_dial
 
     with as_input_errors():
-        stored = InRaConfig.load(resolve_adapter(adapter)).calibration
+        stored = read_dial(adapter).calibration
 
     efforts = []
     for part in text.split(","):

@@ -23,12 +23,11 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from flexalign.errors import ConfigError
 from flexalign.generation import TwoModelDecoder
-from flexalign.inra import InRaModel
-from flexalign.inra.configuration import check_folder
+from flexalign.generation.adapted import AdaptedModel
 from flexalign.lambdas import Adaptive, Fixed, Route, Setting
 from flexalign.models.loading import fingerprint
-from flexalign.models.sources import resolve_adapter
 from flexalign.systems import LocalBackend, System, SystemOptions
+from flexalign.systems.dials import read_dial
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -48,7 +47,7 @@ except ImportError as error:
 
 @register_model("flexalign")
 class HarnessModel(HFLM):  # type: ignore[misc]
-    """A model, an InRa dial or a pair, at one setting, for lm_eval's tasks.
+    """A model, a trained dial or a pair, at one setting, for lm_eval's tasks.
 
     It runs in one process; ``parallelize=True`` distributes it over the GPUs of a machine.
     """
@@ -73,7 +72,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
 
         Args:
             pretrained: A folder or a known name: the base of an adapter, or the reference.
-            adapter: An InRa adapter on the base.
+            adapter: A dial on the base: an InRa adapter or a LoRA.
             aligned: Instead of an adapter, the model of λ = 1, or a PEFT adapter on the reference.
             lam: The setting, ``lambda`` on the command line: a number, or a schedule's JSON. If
                 not given, the adapter's default, or 1 for a pair.
@@ -96,7 +95,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         asked = {"lambda": options.pop("lambda", None), "lam": lam, "policy": policy}
         setting = _read_setting(asked, adapter, aligned, gate)
         if adapter is not None:
-            check_folder(resolve_adapter(adapter))  # a missing adapter raises CheckpointError here
+            read_dial(adapter)  # a missing adapter raises CheckpointError here
 
         backend = LocalBackend(
             System.of(pretrained, adapter, aligned),
@@ -215,7 +214,7 @@ def _leader(model: Any) -> Any:
     """Return the transformers model with the configuration of a loaded system."""
     if isinstance(model, TwoModelDecoder):
         return model.reference
-    return model.base if isinstance(model, InRaModel) else model
+    return model.base if isinstance(model, AdaptedModel) else model
 
 
 def main() -> None:

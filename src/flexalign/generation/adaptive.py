@@ -204,7 +204,7 @@ class PromptBatch:
         if self.ids.shape[1] < 2 or not has_cache:
             return
 
-        needed = [(torch.tensor(list(dials)), _row_dials(dials)) for dials in phases]
+        needed = [(torch.tensor(list(dials)), self._dials(dials, options)) for dials in phases]
         self._cache = self.model.prefill_phases(self.ids[:, :-1], self._mask[:, :-1], needed)
 
     def generate(
@@ -224,7 +224,7 @@ class PromptBatch:
                 sampling of the caller is left out.
             is_last: Release the prefilled cache, because it is not needed again.
         """
-        rows, own_dials = torch.tensor(list(dials)), _row_dials(dials)
+        rows, own_dials = torch.tensor(list(dials)), self._dials(dials, options)
         on_device = rows.to(self.ids.device)
         given = options | {
             "input_ids": self.ids[on_device],
@@ -248,6 +248,13 @@ class PromptBatch:
 
         written: Tensor = self.model.generate(lam=own_dials, gate=self._gate, **given)
         return written[:, self.ids.shape[1] :]
+
+    def _dials(self, dials: dict[int, Dial], options: dict[str, Any]) -> RowDials:
+        """Return the dials of some rows, which know the λ of their first generated token."""
+        own = RowDials.following(list(dials.values()))
+        if own.follow_thinking:
+            own.begin(self.ids[list(dials)], self.model.tag_tokens(options))
+        return own
 
 
 class FastAnswer(NamedTuple):
@@ -371,10 +378,6 @@ def _with_settings(options: dict[str, Any], changes: dict[str, Any]) -> dict[str
     config = copy.deepcopy(config)
     config.update(**changes)
     return {k: v for k, v in options.items() if k not in changes} | {"generation_config": config}
-
-
-def _row_dials(dials: dict[int, Dial]) -> RowDials:
-    return RowDials.following(list(dials.values()))
 
 
 def _stream(streamer: Any, ids: Tensor, answer: Tensor) -> None:

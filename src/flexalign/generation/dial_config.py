@@ -6,7 +6,7 @@ check a folder and the base that it is loaded onto.
 
 import json
 import warnings
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -57,6 +57,8 @@ class DialConfig:
     """The file that holds the weights."""
     FORMAT: ClassVar[int] = 1
     """The version of the folder's format that this flexalign writes and reads."""
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("rendering",)
+    """Keys that the file leaves out where they say nothing."""
     KIND: ClassVar[str]
     """What the folder holds, for messages."""
     WRITER: ClassVar[str]
@@ -124,13 +126,19 @@ class DialConfig:
         if arguments := self.rendering.get("arguments"):
             bind_template(tokenizer, arguments, bound_thinking(tokenizer))
 
+    def widened(self, lambda_range: tuple[float, float]) -> Self:
+        """Return these settings with a range that includes another one too."""
+        (low, high), (least, largest) = self.lambda_range, lambda_range
+        return replace(self, lambda_range=(min(low, least), max(high, largest)))
+
     def to_text(self) -> str:
         """Return the file's text: what identifies the folder comes first."""
         values = asdict(self)
         ordered = sorted(fields(self), key=lambda field: field.kw_only is True)
         known = {field.name: values[field.name] for field in ordered}
-        if self.rendering is None:
-            del known["rendering"]
+        for name in self.OPTIONAL:
+            if known[name] in (None, False):
+                del known[name]
         return json.dumps(known, indent=2, ensure_ascii=False) + "\n"
 
     @classmethod

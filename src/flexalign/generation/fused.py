@@ -122,7 +122,7 @@ class FusedDecoding(GenerationMixin, DialModel):  # type: ignore[misc]
             dials=dials,
             dial_rows=torch.arange(len(prompts)),  # generate repeats these as it repeats rows
             prompt_tokens=0 if ids is None else ids.shape[1],
-            tags=self._tag_tokens(options) if dials.follow_thinking else None,
+            tags=self.tag_tokens(options) if dials.follow_thinking else None,
             gate=gate,
             **options,
         )
@@ -211,15 +211,24 @@ class FusedDecoding(GenerationMixin, DialModel):  # type: ignore[misc]
             raise ConfigError(f"{purpose} needs the tokenizer: pass tokenizer=….")
         return tokenizer
 
-    def _repeats(self, options: dict[str, Any]) -> int:
-        """Return how many rows ``generate`` makes of each prompt."""
-        return max(self.generation_option(name, options) or 1 for name in _REPEATING)
+    def tag_tokens(self, options: dict[str, Any]) -> TagTokens:
+        """Return the tokens of the thinking tags, which some schedules follow.
 
-    def _tag_tokens(self, options: dict[str, Any]) -> TagTokens:
+        Args:
+            options: The options of ``generate``.
+
+        Raises:
+            ConfigError: If the tokenizer is not known, the prompt comes in parts, or a tag cannot
+                be found in token ids.
+        """
         tokenizer = self.require_tokenizer("a thinking schedule", options)
         if self.generation_option("prefill_chunk_size", options):
             raise ConfigError("a thinking schedule needs the prompt whole; no prefill_chunk_size.")
         return TagTokens(tokenizer, self.thinking_tags or ThinkingTags.of(tokenizer))
+
+    def _repeats(self, options: dict[str, Any]) -> int:
+        """Return how many rows ``generate`` makes of each prompt."""
+        return max(self.generation_option(name, options) or 1 for name in _REPEATING)
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> Any:
         """Put a recorder before all other processors, so that it gets the model's distribution."""

@@ -1,7 +1,7 @@
 """The interface of a model with a dial, which policies and the local server use.
 
-:class:`flexalign.generation.fused.FusedDecoding` implements the part that :class:`InRaModel` and
-:class:`TwoModelDecoder` have in common. This module imports neither them nor the policies
+:class:`flexalign.generation.fused.FusedDecoding` implements the part that :class:`InRaModel`,
+:class:`LoRADial` and :class:`TwoModelDecoder` have in common. This module imports neither them nor the policies
 (:mod:`flexalign.generation.adaptive`): both import it, and not each other.
 """
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import Tensor
 
 from flexalign.data.thinking import ThinkingTags
-from flexalign.generation.row_lambdas import RowDials
+from flexalign.generation.row_lambdas import RowDials, TagTokens
 from flexalign.lambdas import Adaptive
 
 if TYPE_CHECKING:
@@ -57,7 +57,11 @@ class DialModel(ABC):
         Args:
             input_ids: Shape ``(B, T)``, left padded.
             attention_mask: Shape ``(B, T)``.
-            phases: For each generation, its rows of the batch and their dials.
+            phases: For each generation, its rows of the batch and their dials, which know the λ of
+                the first generated token.
+
+        Returns:
+            The cache; None if the model's cannot be copied, and each generation runs its prompts.
         """
 
     @abstractmethod
@@ -96,6 +100,17 @@ class DialModel(ABC):
 
         Raises:
             ConfigError: If there is none.
+        """
+
+    @abstractmethod
+    def tag_tokens(self, options: dict[str, Any]) -> TagTokens:
+        """Return the tokens of the thinking tags, which some schedules follow.
+
+        Args:
+            options: The options of ``generate``.
+
+        Raises:
+            ConfigError: If they are not known, or cannot be found in token ids.
         """
 
     @property

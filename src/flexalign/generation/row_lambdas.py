@@ -53,6 +53,8 @@ class RowDials:
         least: The smallest λ of all dials.
         largest: The largest λ of all dials.
         ends: Per prompt: 0.0 or 1.0 if its λ has this value at every token, else None.
+        first: λ of the first generated token of each prompt, shape ``(B,)``. For a schedule that
+            follows the thinking it is right only after :meth:`begin`.
     """
 
     def __init__(self, table: Tensor, schedules: Sequence[Schedule | None]) -> None:
@@ -74,6 +76,12 @@ class RowDials:
         self.least = min(low for low, _ in limits)
         self.largest = max(high for _, high in limits)
         self.ends = [low if low == high and low in (0.0, 1.0) else None for low, high in limits]
+
+        started = [
+            float(row[0]) if schedule is None else schedule.at(0)
+            for row, schedule in zip(table, schedules, strict=True)
+        ]
+        self.first = torch.tensor(started, dtype=torch.float64)
 
     @classmethod
     def of(cls, lam: Any, rows: int) -> "RowDials":
@@ -128,6 +136,16 @@ class RowDials:
         return any(
             schedule is not None and schedule.follows_thinking for schedule in self._schedules
         )
+
+    def begin(self, prompts: Tensor, tags: "TagTokens | None") -> "RowDials":
+        """Look up λ of the first generated token of each prompt, and return these dials.
+
+        Args:
+            prompts: The whole prompts, shape ``(B, T)``.
+            tags: The tokens of the thinking tags; required if :attr:`follow_thinking`.
+        """
+        self.first = self.at(torch.arange(len(prompts)), 0, prompts, tags)
+        return self
 
     def at(
         self, rows: Tensor, index: int, input_ids: Tensor, tags: "TagTokens | None" = None

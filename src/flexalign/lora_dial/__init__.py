@@ -9,13 +9,15 @@ from flexalign._lazy import lazy_names
 
 if TYPE_CHECKING:
     from flexalign.lora_dial.configuration import LoRADialConfig
+    from flexalign.lora_dial.modeling import LoRADial
     from flexalign.lora_dial.scaling import LoRAScale
 
 _HOMES = {
+    "LoRADial": "flexalign.lora_dial.modeling",
     "LoRAScale": "flexalign.lora_dial.scaling",
     "LoRADialConfig": "flexalign.lora_dial.configuration",
 }
 
-__all__ = ["LoRADialConfig", "LoRAScale"]
+__all__ = ["LoRADial", "LoRADialConfig", "LoRAScale"]
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES, __all__)

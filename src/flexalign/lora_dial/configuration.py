@@ -5,9 +5,9 @@ that it is, at the strength λ = 1. A PEFT folder without the third file is a di
 λ = 0, the base, and λ = 1, the adapter.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from flexalign._storage import replacing
 from flexalign.errors import CheckpointError, ConfigError
@@ -29,6 +29,8 @@ class LoRADialConfig(DialConfig):
     Attributes:
         gate: The gate of training, as in :func:`flexalign.fusion.fuse`; None: no gate. It is a
             record: the LoRA has learnt the gated teacher, and no gate applies while it is used.
+        only_ends: Whether only the two ends of ``lambda_range`` are permitted, as for a LoRA that
+            was trained at λ = 1 alone.
 
     The others are those of :class:`~flexalign.generation.dial_config.DialConfig`.
     ``default_lambda`` is 1 by default, and ``lambda_range`` is the range of training.
@@ -40,21 +42,29 @@ class LoRADialConfig(DialConfig):
 
     CONFIG_FILE: ClassVar[str] = "lora_dial.json"
     WEIGHTS_FILE: ClassVar[str] = "adapter_model.safetensors"
+    OPTIONAL: ClassVar[tuple[str, ...]] = ("only_ends", "rendering")
     KIND: ClassVar[str] = "LoRA dial"
     WRITER: ClassVar[str] = "LoRADial.save_pretrained or flexalign realign --lambda LOW:HIGH"
 
     default_lambda: float = field(default=1.0, kw_only=True)
     gate: float | None = field(default=None, kw_only=True)
+    only_ends: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.gate is not None:
             object.__setattr__(self, "gate", as_gate(self.gate))
+        if not isinstance(self.only_ends, bool):
+            raise ConfigError(f"only_ends must be true or false, got {self.only_ends!r}.")
+        limits = self.lambda_range
+        object.__setattr__(
+            self, "lambda_range", OnlyEnds(limits) if self.only_ends else tuple(limits)
+        )
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is a plain LoRA, trained at λ = 1 alone."""
-        return isinstance(self.lambda_range, OnlyEnds)
+    def widened(self, lambda_range: tuple[float, float]) -> Self:
+        """Return these settings with a range that includes another one too, and all between."""
+        own = self if isinstance(lambda_range, OnlyEnds) else replace(self, only_ends=False)
+        return super(LoRADialConfig, own).widened(lambda_range)
 
     def save(self, folder: Path) -> None:
         """Write ``lora_dial.json`` beside the LoRA, under a temporary name that is then renamed."""
@@ -91,6 +101,6 @@ def check_folder(folder: Path) -> LoRADialConfig:
     if (folder / LoRADialConfig.CONFIG_FILE).is_file():
         settings = LoRADialConfig.load(folder)
     else:
-        settings = LoRADialConfig(str(named or ""), "", lambda_range=OnlyEnds((0.0, 1.0)))
+        settings = LoRADialConfig(str(named or ""), "", only_ends=True)
     require_whole(settings, folder)
     return settings

@@ -36,7 +36,8 @@ _VARIANTS = {
     "trainable_token_indices": "trained token embeddings, which have no strength",
     "modules_to_save": "whole copies of modules, which have no strength",
     "lora_bias": "a bias in its B matrices",
-    "target_parameters": "LoRA on bare parameters, such as fused experts",
+    "target_parameters": "LoRA on bare parameters, such as fused experts (name target_modules "
+    "without them, such as those of the attention, instead of all-linear)",
 }
 """Settings of a LoRA that cannot be scaled, or not by a factor on the low-rank term."""
 
@@ -210,10 +211,10 @@ def _require_plain(layer: LoraLayer, name: str, adapter: str) -> None:
         UnsupportedModelError: If the layer or its base is of another type.
     """
     base: Any = layer.get_base_layer()
-    if type(layer) is not Linear or type(base) not in (nn.Linear, Conv1D):
+    if type(layer) is not Linear or not _is_plain(type(base)):
         raise UnsupportedModelError(
             f"{name} is a {type(base).__name__} under PEFT's {type(layer).__name__}; λ scales LoRA "
-            "on torch's Linear and transformers' Conv1D alone. Load the base without quantisation, "
+            "on torch's Linear and the linear layers of transformers' models alone. Load the base without quantisation, "
             "and leave this module out of target_modules."
         )
     if not base.weight.is_floating_point() or base.weight.dtype.itemsize < 2:
@@ -231,3 +232,13 @@ def _require_plain(layer: LoraLayer, name: str, adapter: str) -> None:
         )
     if layer.merged:
         raise ConfigError(f"the adapter {adapter!r} is merged into {name}; unmerge it first.")
+
+
+def _is_plain(kind: type) -> bool:
+    """Whether a class of layers is linear: torch's, GPT-2's, or one that a model's file defines.
+
+    Quantised layers are subclasses too; they are in transformers.integrations and other packages.
+    """
+    if kind in (nn.Linear, Conv1D):
+        return True
+    return issubclass(kind, nn.Linear) and kind.__module__.startswith("transformers.models.")

@@ -18,12 +18,13 @@ from pydantic import BaseModel, Field, WithJsonSchema
 from flexalign._spelling import misspelt
 from flexalign.calibration.effort import Calibration, effort_to_dial, note_on_sampling
 from flexalign.errors import ConfigError, LambdaError
-from flexalign.inra.configuration import InRaConfig
+from flexalign.generation.dial_config import DialConfig
 from flexalign.lambdas import (
     LAMBDA_LEGEND,
     Adaptive,
     Dial,
     Fixed,
+    OnlyEnds,
     Schedule,
     outside_range,
     parse_dial,
@@ -241,6 +242,11 @@ class DialRules:
 
     def _require_range(self, dial: Dial) -> None:
         outside = outside_range(dial, self.lambda_range)
+        if outside is not None and isinstance(self.lambda_range, OnlyEnds):
+            raise LambdaError(
+                f"λ = {outside:.12g}: this server's adapter is a plain LoRA, which has λ = "
+                f"{self.lambda_range[0]:g} and {self.lambda_range[1]:g} alone; give one of them."
+            )
         if outside is not None:
             low, high = self.lambda_range
             raise LambdaError(
@@ -324,7 +330,7 @@ def _bad(param: str, message: str) -> ApiError:
 
 
 def adapter_rules(
-    settings: InRaConfig, lambda_range: tuple[float, float] | None = None
+    settings: DialConfig, lambda_range: tuple[float, float] | None = None
 ) -> DialRules:
     """Return the rules of a server with an adapter.
 

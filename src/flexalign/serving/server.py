@@ -22,11 +22,13 @@ from flexalign.errors import ConfigError, ServingError
 from flexalign.fusion import gated_lambda
 from flexalign.generation import TwoModelDecoder
 from flexalign.lambdas import Fixed
+from flexalign.lora_dial import LoRADial
 from flexalign.serving.dial import DialRules, adapter_rules
 from flexalign.serving.engine import (
     Engine,
     EngineLimits,
     InRaRunner,
+    LoRARunner,
     PairRunner,
     PlainRunner,
     Runner,
@@ -42,7 +44,7 @@ class ServeOptions:
 
     Attributes:
         model: A folder or a known name; of a pair, the reference.
-        adapter: An InRa adapter on the model.
+        adapter: A dial on the model: an InRa adapter or a LoRA.
         aligned: Instead of an adapter, the aligned model of a pair.
         name: The model's name in requests; ``model`` if not given.
         lambda_range: The least and the largest λ to permit; if not given, the adapter's own range,
@@ -148,8 +150,10 @@ def _open(options: ServeOptions) -> tuple[Runner, Any, ThinkingTags | None, Dial
     rules = adapter_rules(settings, options.lambda_range)
     model = backend.load()
     # The model would warn of a λ outside its own range, but the operator's range decides.
-    model.inra_config = replace(settings, lambda_range=rules.lambda_range)
-    return InRaRunner(model, options.gate), tokenizer, settings.tags, rules
+    model.dial_config = replace(settings, lambda_range=rules.lambda_range)
+    is_lora = isinstance(model, LoRADial)
+    runner = LoRARunner(model) if is_lora else InRaRunner(model, options.gate)
+    return runner, tokenizer, settings.tags, rules
 
 
 def _sides(model: Any) -> Sequence[Any]:

@@ -19,9 +19,8 @@ from flexalign.data.template import template_arguments
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError
 from flexalign.generation import TwoModelDecoder
+from flexalign.generation.dial_config import DialConfig
 from flexalign.generation.responses import Response, generate_responses
-from flexalign.inra import InRaConfig, InRaModel
-from flexalign.inra.configuration import check_folder
 from flexalign.lambdas import (
     AS_IT_IS,
     Adaptive,
@@ -37,6 +36,7 @@ from flexalign.models.loading import fingerprint, load_model, load_tokenizer
 from flexalign.models.pair import ModelPair
 from flexalign.models.sources import resolve, resolve_adapter
 from flexalign.models.weights import fingerprint_file
+from flexalign.systems.dials import load_dial, read_dial, require_gate
 from flexalign.systems.open import Answer, Asked, Failure, Messages, Request, System, SystemOptions
 
 
@@ -103,12 +103,12 @@ class ModelText:
 class LocalBackend:
     """A system whose weights are on this machine.
 
-    The settings of an InRa dial share one batch and one prefill. In every other system each setting
-    has its own, as only one model of a pair runs at λ = 0 and at λ = 1.
+    The settings of a dial share one batch, and those of an InRa adapter one prefill. In every other
+    system each setting has its own, as only one model of a pair runs at λ = 0 and at λ = 1.
 
     Attributes:
         kind: ``model``, ``dial``, ``pair`` or ``interpolate``.
-        config: The adapter's configuration; None if it is not a dial.
+        config: The dial's configuration; None if it is not a dial.
         default: The setting that is used if none is given.
         permitted: The least and the largest λ that may be used; None for a pair without a range,
             which takes any λ ≥ 0.
@@ -145,10 +145,11 @@ class LocalBackend:
         self._sources = [resolve(part) for part in self._parts[: 1 if self.kind == "dial" else 2]]
         self.default = Setting.of(Fixed(1.0)) if self.kind == "pair" else AS_IT_IS
         self.permitted = self._options.lambda_range
-        self.config: InRaConfig | None = None
+        self.config: DialConfig | None = None
         if self.kind == "dial":
             self._adapter = _adapter_folder(self._parts[1])
-            self.config = check_folder(self._adapter)
+            self.config = read_dial(self._adapter)
+            require_gate(self.config, self._options.gate)
             self.default = Setting.of(Fixed(self.config.default_lambda))
             self.permitted = self.permitted or self.config.lambda_range
 
@@ -228,8 +229,8 @@ class LocalBackend:
     def describe(self) -> dict[str, Any]:
         """Return names, fingerprints, the data type and the thinking tags."""
         parts = [{"name": str(s), "fingerprint": fingerprint(s)} for s in self._sources]
-        if self.kind == "dial":
-            weights = fingerprint_file(self._adapter / "inra_adapter.safetensors")
+        if self.config is not None:
+            weights = fingerprint_file(self._adapter / self.config.WEIGHTS_FILE)
             parts.append({"name": self._parts[1], "fingerprint": weights})
 
         tags = self.text.tags
@@ -254,7 +255,7 @@ class LocalBackend:
                 is one.
 
         Returns:
-            A transformers model, an `InRaModel` or a `TwoModelDecoder`.
+            A transformers model, an `InRaModel`, a `LoRADial` or a `TwoModelDecoder`.
 
         Raises:
             CheckpointError: If weights are missing or damaged.
@@ -272,9 +273,7 @@ class LocalBackend:
         if self.kind == "dial":
             any_base = self._options.any_base
             # The base is passed by its name, as the model stores it.
-            return InRaModel.from_pretrained(
-                self._parts[0], self._adapter, any_base=any_base, **loading
-            )
+            return load_dial(self._parts[0], self._adapter, any_base=any_base, **loading)
         return load_model(self._sources[0], **loading)
 
     @cached_property
@@ -374,7 +373,7 @@ class LocalBackend:
 
 
 class _OnePrefill:
-    """An InRa model whose ``generate`` shares one prefill between the λ of a prompt."""
+    """A dial whose ``generate`` is a sweep: an InRa model then prefills each prompt once."""
 
     def __init__(self, model: Any, settings: int) -> None:
         self._model, self._settings = model, settings
@@ -403,7 +402,7 @@ def _adapter_folder(name: str) -> Path:
     path = resolve_adapter(name)
     if not path.is_dir():
         raise ConfigError(
-            f"there is no adapter {name!r}: it is no folder here; give one that flexalign adapt "
-            "or InRaModel.save_pretrained wrote."
+            f"there is no adapter {name!r}: it is no folder here; give one that flexalign adapt, "
+            "flexalign realign with lora, or save_pretrained wrote."
         )
     return path

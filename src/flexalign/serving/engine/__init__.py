@@ -5,7 +5,7 @@ while it is written, and sequences join and leave the ``batch`` between steps. E
 of the library's own models.
 """
 
-from flexalign.serving.engine.batch import InRaRunner, PairRunner, PlainRunner, Runner
+from flexalign.serving.engine.batch import InRaRunner, LoRARunner, PairRunner, PlainRunner, Runner
 from flexalign.serving.engine.jobs import AnswerPiece, Ended, Generation, Job, WrittenToken
 from flexalign.serving.engine.scheduler import Engine, EngineLimits
 
@@ -17,6 +17,7 @@ __all__ = [
     "Generation",
     "InRaRunner",
     "Job",
+    "LoRARunner",
     "PairRunner",
     "PlainRunner",
     "Runner",

@@ -1,8 +1,8 @@
 """The batch: sequences that join and leave between two steps, and the model that runs them.
 
 A :class:`Batch` has the sequences, left padded to one width, with their cache and its mask. Everything
-that depends on the model is done by a :class:`Runner`. There is one for an InRa model, one for a pair and
-one for a plain model: they differ only in their caches. Their forward is that of the library and of
+that depends on the model is done by a :class:`Runner`. There is one for an InRa model, one for a pair, one
+for a plain model and one for a LoRA dial: they differ only in their caches. Their forward is that of the library and of
 transformers.
 """
 
@@ -23,6 +23,7 @@ from flexalign.generation.row_lambdas import RowDials
 from flexalign.generation.two_model import PairCache, TwoModelDecoder
 from flexalign.inra import InRaModel
 from flexalign.inra.cache import StreamCache
+from flexalign.lora_dial import LoRADial
 
 
 class Runner(Protocol):
@@ -319,6 +320,30 @@ class PlainRunner:
             past_key_values=cache,
             use_cache=True,
             **given,
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+
+class LoRARunner(PlainRunner):
+    """Runs a LoRA dial: one stream and one cache; each row's tokens are read at its own λ."""
+
+    model: LoRADial
+
+    def prefill(self, ids: Tensor, mask: Tensor, phases: Sequence[Phase]) -> Any:
+        """Run prompts once for each λ that the phases begin at."""
+        return self.model.prefill_phases(ids, mask, phases)
+
+    def fork(self, cache: Any, rows: Tensor, dials: RowDials) -> Any:
+        """Return a copy of rows, each as its λ made it."""
+        return self.model.fork_cache(cache, rows, dials)
+
+    def step(
+        self, tokens: Tensor, mask: Tensor, positions: Tensor, lam: Tensor, cache: Any
+    ) -> Tensor:
+        """Run one token per row, each at its λ."""
+        output = self.model(
+            tokens, mask, positions, cache, logits_to_keep=1, lam=lam, lam_checked=True
         )
         logits: Tensor = output.logits[:, -1]
         return logits

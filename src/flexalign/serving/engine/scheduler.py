@@ -330,8 +330,7 @@ class Engine:
         # A row is prefilled for every dial that continues from it: each sequence's own, and the
         # slow dial of those that begin fast.
         rows = torch.tensor([prompts.index(prompt) for prompt in own_prompts])
-        dials = [one.dial for one in sequences]
-        phases = [(rows[i : i + 1], RowDials.following([dial])) for i, dial in enumerate(dials)]
+        phases = [(rows[i : i + 1], _beginning([one])) for i, one in enumerate(sequences)]
         slow = [
             (one, rows[i : i + 1], RowDials.following([one.slow_dial]))
             for i, one in enumerate(sequences)
@@ -342,9 +341,16 @@ class Engine:
         # The batch changes last: if anything above fails, no sequence has joined.
         cache = self._runner.prefill(ids, mask, phases)
         saved = {one: (self._runner.fork(cache, row, dial), mask[row]) for one, row, dial in slow}
-        own_cache = self._runner.fork(cache, rows, RowDials.following(dials))
+        own_cache = self._runner.fork(cache, rows, _beginning(sequences))
         self._batch.add(sequences, own_cache, mask[rows])
         self._saved |= saved
+
+
+def _beginning(sequences: Sequence[AnswerSequence]) -> RowDials:
+    """Return the dials of sequences that have no token yet, with λ of their first token."""
+    dials = RowDials.following([one.dial for one in sequences])
+    dials.first = torch.tensor([one.lam() for one in sequences], dtype=torch.float64)
+    return dials
 
 
 def require_working(runner: Runner, token: int) -> None:
