@@ -110,6 +110,12 @@ _BAKED_TEXT = """\
 The student of a distillation from an InRa dial (arXiv 2506.12704) at one λ: it runs as any model
 does, with one stream. Divergences are in nats per token, to the dial, on rows held out."""
 
+_MERGED_TEXT = """\
+# A dial's setting as a plain model
+
+A LoRA whose strength is λ, merged into its base at one λ: it runs as any model does, and equals the \
+dial at that λ up to the rounding of the weights."""
+
 _METHODS = {
     "sft": "supervised fine-tuning on responses",
     "dpo": "direct preference optimisation against the base stream",
@@ -141,8 +147,9 @@ def _realigned(
         rounds = [("round", f"{round_number} of {recipe.rounds}; effective λ {effective:g}")]
 
     settings = [
-        ("reference (λ=0)", code(recipe.reference)),
-        ("aligned (λ=1)", code(recipe.aligned)),
+        ("reference (λ=0)", code(recipe.sides[0])),
+        ("aligned (λ=1)", code(recipe.sides[1])),
+        *_asked(recipe),
         ("λ", _lambda_of(recipe)),
         *rounds,
         ("divergence", divergences[recipe.divergence]),
@@ -170,6 +177,17 @@ def _realigned(
     )
     library = "peft" if recipe.lora else "transformers"
     return _Content(library, ("realignment", "trra"), _REALIGNED_TEXT, settings, usage)
+
+
+def _asked(recipe: RealignRecipe) -> list[tuple[str, str]]:
+    """Return how a student of two prompts is asked: as the reference is."""
+    if recipe.prompts is None:
+        return []
+    prompt = recipe.prompts.reference
+    told = [f"system message {code(text)}" for text in (recipe.system, prompt.system) if text]
+    arguments = {**(recipe.template or {}), **prompt.template}
+    told += [f"template arguments {code(arguments)}"] if arguments else []
+    return [("ask it with", ", ".join(told) or "no prompt of its own, as the reference")]
 
 
 def _lambda_of(recipe: RealignRecipe) -> str:
@@ -207,17 +225,21 @@ def _adapter(recipe: AdaptRecipe, facts: Mapping[str, Any]) -> _Content:
 
 
 def _baked(recipe: BakeRecipe, facts: Mapping[str, Any]) -> _Content:
+    is_merged = "data" not in facts
+    prints = ("fingerprints of the models", ", ".join(map(code, facts["models"])))
     settings = [
         ("base", code(recipe.base)),
         ("adapter", code(recipe.adapter)),
         ("λ", f"{recipe.lam:g}"),
-        *_run_of_adapter(recipe, facts),
+        *([prints] if is_merged else _run_of_adapter(recipe, facts)),
     ]
     usage = (
         "from transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("this-folder")'
     )
-    return _Content("transformers", ("realignment", "inra"), _BAKED_TEXT, settings, usage)
+    text = _MERGED_TEXT if is_merged else _BAKED_TEXT
+    tags = ("realignment", "lora-dial" if is_merged else "inra")
+    return _Content("transformers", tags, text, settings, usage)
 
 
 def _run_of_adapter(recipe: Recipe, facts: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -35,6 +35,7 @@ from flexalign.serving.middleware import (
     DialWriter,
     KeyGate,
     LoopbackGate,
+    RequestIds,
     path_of,
     with_body,
     with_length,
@@ -158,7 +159,7 @@ def build_front(app: Any, folder: Path, options: FrontOptions, key: str | None) 
         stack = KeyGate(stack, key)
     elif options.is_local:
         stack = LoopbackGate(stack)
-    return Playground(stack) if options.playground else stack
+    return RequestIds(Playground(stack) if options.playground else stack)
 
 
 class VllmDialMiddleware(DialMiddleware):
