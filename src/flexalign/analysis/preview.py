@@ -22,6 +22,7 @@ from flexalign.errors import ConfigError, DataError
 from flexalign.fusion import as_lambda, fuse
 from flexalign.heads import Head
 from flexalign.inra import InRaModel
+from flexalign.lora_dial import LoRADialConfig
 from flexalign.models.compatibility import examine_pair
 from flexalign.models.pair import ModelPair
 from flexalign.systems import LocalBackend, System
@@ -92,6 +93,11 @@ def open_preview(
     if system.kind not in ("pair", "dial"):
         raise ConfigError(f"{system.name} has no two models or streams; give pair: or dial:.")
     backend = LocalBackend(system)
+    if isinstance(backend.config, LoRADialConfig):
+        raise ConfigError(
+            f"{system.name} is a LoRA dial: one stream, which holds no two distributions to mix; "
+            "preview the pair that it was trained on."
+        )
     is_pair = system.kind == "pair"
     tokenizer = examine_pair(*system.parts).tokenizer if is_pair else backend.text.tokenizer
     rows = load_rows(traces, tokenizer, limit)  # what is wrong with them is said before any load

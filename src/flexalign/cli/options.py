@@ -70,7 +70,7 @@ AllowPickle: TypeAlias = Annotated[
 
 Model: TypeAlias = Annotated[str, typer.Argument(help="A model folder or a known name.")]
 Adapter: TypeAlias = Annotated[
-    str | None, typer.Option(help="An InRa adapter on the model: its dial.")
+    str | None, typer.Option(help="The model's dial: an InRa adapter, a LoRA dial or a PEFT LoRA.")
 ]
 Aligned: TypeAlias = Annotated[
     str | None, typer.Option(help="Or the aligned model of a pair, fused as both decode.")
@@ -212,7 +212,7 @@ def read_efforts(text: str | None, adapter: str | None) -> list[Setting]:
         return []
     if adapter is None:
         raise ConfigError(
-            "--effort needs an adapter that flexalign calibrate has measured; name it, or "
+            "--effort needs an InRa adapter or a LoRA dial that flexalign calibrate has measured; name it, or "
             "give --lambda."
         )
     from flexalign.calibration.effort import Calibration, effort_settings

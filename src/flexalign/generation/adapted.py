@@ -192,7 +192,7 @@ def load_own_base(
     """
     # A folder's fingerprint can be read without loading the weights; that of GGUF cannot.
     is_checked = any_base or not settings.base_fingerprint
-    from_folder = not isinstance(base, PreTrainedModel) and resolve(base).gguf_file is None
+    from_folder = not isinstance(base, nn.Module) and resolve(base).gguf_file is None
     if from_folder and not is_checked:
         require_base(settings, fingerprint(base), str(base), folder)
     model, tokenizer, source = load_base(base, loading)
