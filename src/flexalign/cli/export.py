@@ -4,7 +4,7 @@ One subcommand for each format. ``lora`` is the format where none is named.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -20,11 +20,12 @@ _DEFAULT = "lora"
 class ExportGroup(TyperGroup):
     """The formats; what is no format's name is an argument of the default one."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put the default format before arguments that name none."""
         if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
             args = [_DEFAULT, *args]
-        return super().parse_args(ctx, args)
+        rest: list[str] = super().parse_args(ctx, args)
+        return rest
 
 
 export = typer.Typer(

@@ -305,7 +305,7 @@ def test_a_lora_dial_refuses_what_could_hand_its_cache_on(config):
     transfer.kv_transfer_config = SimpleNamespace(kv_connector="any")
     refuse_unsupported(transfer)  # InRa's keys and values depend on no λ
     transfer.model_config.hf_config.flexalign = LORA.to_json()
-    with pytest.raises(UnsupportedModelError, match="a KV connector.*--kv-transfer-config"):
+    with pytest.raises(UnsupportedModelError, match=r"a KV connector.*--kv-transfer-config"):
         refuse_unsupported(transfer)
     transfer.kv_transfer_config = None
     refuse_unsupported(transfer)

@@ -301,7 +301,8 @@ class _LoRALinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
             rows[:, :rank]
             for rows, rank in zip(layer.lora_b.data.split(self._sizes), self._ranks, strict=True)
         ]
-        wide = torch.cat([layer.weight.data, torch.block_diag(*blocks)], dim=1)
+        up = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+        wide = torch.cat([layer.weight.data, up], dim=1)
         layer.weight = nn.Parameter(wide, requires_grad=False)
         del layer.lora_b
         super().process_weights_after_loading(layer)
