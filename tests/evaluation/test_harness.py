@@ -5,7 +5,6 @@ the adapter as its layer 0.
 """
 
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -220,12 +219,7 @@ def test_a_pair_is_measured_at_its_lambda(tasks: TaskManager, tiny_pair: TinyPai
         assert torch.equal(model._model_call(tokens), decoder(tokens, lam=2.0, gate=0.05).logits)
 
 
-def test_two_prompts_are_hf_under_each_of_them(
-    tasks: TaskManager, tiny_pair: TinyPair, hybrid_tokenizer: Any, tmp_path: Path
-):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_pair.reference, folder)
-    hybrid_tokenizer.save_pretrained(folder)
+def test_two_prompts_are_hf_under_each_of_them(tasks: TaskManager, hybrid_folder: Path):
     names = ["offline_responses", "offline_choices"]
     brief = "the answer is six."
     for end, told in enumerate((None, brief)):
@@ -234,7 +228,7 @@ def test_two_prompts_are_hf_under_each_of_them(
             "flexalign",
             names,
             {"apply_chat_template": True},
-            pretrained=str(folder),
+            pretrained=str(hybrid_folder),
             aligned_system=brief,
             **{"lambda": end},
         )
@@ -243,7 +237,7 @@ def test_two_prompts_are_hf_under_each_of_them(
             "hf",
             names,
             {"apply_chat_template": True, "system_instruction": told},
-            pretrained=str(folder),
+            pretrained=str(hybrid_folder),
         )
         assert ours["offline_responses"] == theirs["offline_responses"]
         for found, wanted in zip(ours["offline_choices"], theirs["offline_choices"], strict=True):
@@ -251,15 +245,10 @@ def test_two_prompts_are_hf_under_each_of_them(
 
 
 @torch.no_grad()
-def test_two_prompts_in_between_are_equation_5(
-    tiny_pair: TinyPair, hybrid_tokenizer: Any, tmp_path: Path
-):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_pair.reference, folder)
-    hybrid_tokenizer.save_pretrained(folder)
+def test_two_prompts_in_between_are_equation_5(hybrid_folder: Path, hybrid_tokenizer: Any):
     template = "{enable_thinking: false}"
     model = HarnessModel(
-        str(folder), aligned_template=template, lam=1.7, dtype="float32", device="cpu"
+        str(hybrid_folder), aligned_template=template, lam=1.7, dtype="float32", device="cpu"
     )
     context = model.apply_chat_template([{"role": "user", "content": "1+2="}])
     assert context.endswith("<think>\n")
@@ -268,7 +257,7 @@ def test_two_prompts_in_between_are_equation_5(
         [Instance("loglikelihood", {}, (context, text), 0) for text in continuations]
     )
 
-    plain = AutoModelForCausalLM.from_pretrained(folder)
+    plain = AutoModelForCausalLM.from_pretrained(hybrid_folder)
     prompts = [context, context.removesuffix("\n") + "\n\n</think>\n\n"]
     for text, (likelihood, _) in zip(continuations, found, strict=True):
         ids = hybrid_tokenizer(text, add_special_tokens=False)["input_ids"]
