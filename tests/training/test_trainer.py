@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from families import family_model
 from flexalign.errors import ConfigError, UnsupportedModelError
+from flexalign.losses import teacher
 from flexalign.training import TrRaTrainer
 from twin import divergence64, fuse64
 
@@ -403,6 +404,35 @@ def test_a_step_that_is_not_logged_makes_no_logits_of_either_teacher(
     assert watched == [batch for batch in a_step for _ in range(2)]
     assert [entry["step"] for entry in trainer.state.log_history] == [1, 3, 6, 8]
     assert all({"kl_reference", "kl_aligned"} <= set(line) for line in trainer.state.log_history)
+
+
+def test_two_teachers_with_equal_heads_need_one_product(
+    make_trainer: Callable[..., Any], modules: Modules, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = modules.reference.get_output_embeddings().weight
+    modules.aligned.get_output_embeddings().weight.data.copy_(weight)
+    rows, products, after = make_rows(8), [], []
+
+    def project(hidden: Tensor, weight: Tensor, out: Tensor, **options: Any) -> None:
+        products.append(len(weight))
+        teacher_project(hidden, weight, out, **options)
+
+    teacher_project = teacher.project
+    monkeypatch.setattr(teacher, "project", project)
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            after.append(
+                {name: p.detach().clone() for name, p in given["model"].named_parameters()}
+            )
+
+    # The first step is not logged, so it needs the fused logits alone: the student's product and one.
+    trainer = make_trainer(rows, max_steps=2, logging_steps=2, callbacks=[Watch()])
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert products == [VOCAB] * (2 + 3)
+    found = {name: before[name] - value for name, value in after[0].items()}
+    assert_same(found, twin_gradients(modules, rows, 2.0))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -16,11 +16,12 @@ from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.lambdas import (
     Dial,
     Fixed,
-    Schedule,
     Setting,
+    TrainingLambda,
     parse_dial,
     parse_lambdas,
     parse_range,
+    parse_training_lambda,
     unique_settings,
 )
 
@@ -236,6 +237,23 @@ def read_prompt_pair(
     )
 
 
+def read_side_prompts(
+    reference: Sequence[str] | None, aligned: Sequence[str] | None
+) -> dict[str, Any]:
+    """Read the two options for a recipe, as `RealignRecipe.load_each` takes them; each may be absent.
+
+    Raises:
+        ConfigError: As in :func:`read_prompts`.
+    """
+    read = read_prompts(reference, aligned)
+    if read is None:
+        return {}
+    given = {"reference_prompt": reference, "aligned_prompt": aligned}
+    return {
+        name: getattr(read, name.removesuffix("_prompt")) for name, texts in given.items() if texts
+    }
+
+
 def read_efforts(text: str | None, adapter: str | None) -> list[Setting]:
     """Read ``--effort 0,50,100`` by an adapter's calibration, and print the setting of each.
 
@@ -285,8 +303,8 @@ def read_range(text: str | None) -> tuple[float, float] | None:
     return None if text is None else parse_range(text)
 
 
-def parse_lambda_option(text: str | None) -> Fixed | list[Fixed] | Schedule | None:
-    """Read ``--lambda`` of a training command: a number, several, a JSON schedule, or none.
+def parse_lambda_option(text: str | None) -> Fixed | list[Fixed] | TrainingLambda | None:
+    """Read ``--lambda`` of a training command: a number, several, a range, JSON, or none.
 
     Raises:
         ConfigError: If it is a schedule that is malformed.
@@ -294,9 +312,9 @@ def parse_lambda_option(text: str | None) -> Fixed | list[Fixed] | Schedule | No
     """
     if text is None:
         return None
-    if text.lstrip().startswith("{"):
+    if text.lstrip().startswith("{") or ":" in text:
         try:
-            return Schedule.parse(text)
+            return parse_training_lambda(text)
         except FlexAlignError as error:
             raise type(error)(f"--lambda: {error}") from error
     values = parse_lambdas(text)
