@@ -218,7 +218,7 @@ def read_setting(name: str, text: str) -> Setting:
         raise ConfigError(f"/lambda takes one finite number, such as 0.3; got {text!r}.") from None
 
 
-def read_prompts(
+def read_prompt_pair(
     reference: Sequence[str] | None, aligned: Sequence[str] | None
 ) -> "PromptPair | None":
     """Read ``--reference-prompt`` and ``--aligned-prompt``; None if neither is given.
