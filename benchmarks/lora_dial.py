@@ -220,10 +220,9 @@ def _base(pair: str) -> str:
 
 
 def _prompts() -> Any:
-    from flexalign.models.prompted import PromptPair
-
     from flexalign.data.prompting import PromptSettings
     from flexalign.miniature import SYSTEM
+    from flexalign.models.prompted import PromptPair
 
     return PromptPair(aligned=PromptSettings(system=SYSTEM))
 
