@@ -131,7 +131,7 @@ class RunningRequest:
         for generation in self.generations:
             generation.cancel()
 
-    def report_ways(self) -> None:
+    def report_routes(self) -> None:
         """Add the routes that the policy took to the dial's report; a list if there are several."""
         ended = [draft.ended for draft in self.drafts]
         if not any(one and one.route for one in ended):
