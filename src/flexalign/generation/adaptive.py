@@ -24,8 +24,8 @@ from transformers.utils import ModelOutput
 from flexalign.errors import ConfigError
 from flexalign.generation.confidence import ConfidenceTracker
 from flexalign.generation.interface import DialModel
-from flexalign.generation.row_lambdas import RowDials
 from flexalign.generation.penalties import RowPenalties
+from flexalign.generation.row_lambdas import RowDials
 from flexalign.generation.seeded import SeededSampling
 from flexalign.generation.text import ResponseText
 from flexalign.lambdas import Adaptive, Dial, Route, Way, way_dial

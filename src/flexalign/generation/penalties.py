@@ -132,7 +132,7 @@ class RowPenalties(LogitsProcessor):  # type: ignore[misc]
     def keep(self, rows: Tensor) -> "RowPenalties":
         """Return the same penalties for some of the rows."""
         kept = copy.copy(self)
-        kept._lengths = [self._lengths[row] for row in rows.tolist()]
+        kept.__dict__.update(_lengths=[self._lengths[row] for row in rows.tolist()])
         return kept
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

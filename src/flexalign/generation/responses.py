@@ -16,8 +16,8 @@ from flexalign._modes import evaluating
 from flexalign.data.rendering import Prompt, Rendering, stop_ids
 from flexalign.errors import ConfigError, DataError, LambdaError
 from flexalign.generation.adaptive import NEUTRAL, chooses_stream
-from flexalign.generation.row_lambdas import read_dials
 from flexalign.generation.penalties import LogitsSettings, RowPenalties
+from flexalign.generation.row_lambdas import read_dials
 from flexalign.generation.seeded import SeededSampling
 from flexalign.generation.text import ResponseText
 from flexalign.lambdas import Dial, Way

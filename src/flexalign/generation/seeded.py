@@ -62,8 +62,7 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
     def keep(self, rows: Tensor) -> "SeededSampling":
         """Return the same sampling for some of the rows, from its first token."""
         kept = copy.copy(self)
-        kept.seeds = self.seeds[rows.to(self.seeds.device)]
-        kept._prompt_tokens = None
+        kept.__dict__.update(seeds=self.seeds[rows.to(self.seeds.device)], _prompt_tokens=None)
         return kept
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ The values of a :class:`Job` are typed and checked before; the engine does not c
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
@@ -42,7 +42,7 @@ class Job:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     stops_after_thinking: bool = False
-    logits: LogitsSettings = LogitsSettings()
+    logits: LogitsSettings = field(default_factory=LogitsSettings)
 
 
 @dataclass(frozen=True)
