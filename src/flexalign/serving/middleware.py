@@ -260,6 +260,8 @@ class KeyGate:
                 )
                 await send_error(error, send)
                 return
+            if b"authorization" not in sent:  # vLLM compares the key again
+                scope = {**scope, "headers": [*scope["headers"], (b"authorization", given)]}
         await self._app(scope, receive, send)
 
 
