@@ -268,11 +268,18 @@ def test_hooks_are_called() -> None:
     model = with_lora()
     path = LoRAProjections(model)
     layer = next(iter(path.scale.layers.values()))
-    seen: list[str] = []
-    layer.register_forward_hook(lambda *_: seen.append("layer"))
-    layer.base_layer.register_forward_hook(lambda *_: seen.append("base"))
-    run(path, model, LAMS)
-    assert seen == ["base", "layer"]
+    expected = run(path, model, LAMS)
+    seen: list[tuple[str, Tensor]] = []
+    layer.base_layer.register_forward_hook(lambda *call: seen.append(("base", call[2])))
+    layer.register_forward_hook(lambda *call: seen.append(("layer", call[2])))
+    assert torch.equal(run(path, model, LAMS), expected)
+    with path.scale.at(LAMS):
+        logits(model)
+    (_, base), (_, whole), (_, peft_base), (_, peft_whole) = seen
+    assert [name for name, _ in seen] == ["base", "layer"] * 2
+    assert torch.equal(base, peft_base)
+    assert near(whole, peft_whole)
+    assert not near(whole, base)
 
 
 def test_outside_the_block_and_after_removal_the_model_is_pefts() -> None:
