@@ -242,3 +242,22 @@ def test_a_policy_beside_a_thinking_schedule_reads_whole_prompts(dial, tiny_toke
     alone = dial.generate(prompts[:1], lam=thinking, **settings)
     assert together[0].tolist() == alone[0].tolist()
     assert alone[0].tolist() != dial.generate(prompts[:1], lam=3.0, **settings)[0].tolist()
+
+
+def test_a_checkpointed_forward_runs_again_at_its_own_lambda(dial, inputs):
+    weights = dict(dial.peft.named_parameters())
+
+    def gradients() -> dict[str, torch.Tensor]:
+        dial.zero_grad()
+        loss = dial(**inputs, lam=MIXED, labels=inputs["input_ids"]).loss
+        loss.backward()
+        return {name: p.grad.clone() for name, p in weights.items() if p.grad is not None}
+
+    dial.train()
+    expected = gradients()
+    dial.base.enable_input_require_grads()
+    dial.gradient_checkpointing_enable()
+    found = gradients()
+    assert found.keys() == expected.keys() != set()
+    for name, gradient in found.items():
+        assert torch.allclose(gradient, expected[name], atol=1e-6)

@@ -13,12 +13,12 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flexalign._modes import evaluating
 from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
 from flexalign.generation.adapted import AdaptedModel, Base, load_own_base, model_name, sweep_dials
 from flexalign.generation.fused import positions_of
+from flexalign.generation.inherited import refuse_inner_outputs
 from flexalign.generation.interface import Phase
 from flexalign.generation.row_lambdas import RowDials
 from flexalign.lambdas import finite_lambda
@@ -156,9 +156,11 @@ class LoRADial(AdaptedModel):
         logits_to_keep: int | Tensor = 0,
         lam: Any = None,
         gate: float | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
         lam_checked: bool = False,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> Any:
         """Return the logits of a batch, each row (or token) at its λ.
 
         Args:
@@ -172,18 +174,22 @@ class LoRADial(AdaptedModel):
                 indices.
             lam: A number, a list, ``(B,)`` or ``(B, T)``; the dial's default if not given.
             gate: Must be None.
+            labels: Shape ``(B, T)``, −100 where nothing is counted, for the loss.
+            return_dict: False for a tuple.
             lam_checked: λ has been checked already, as ``generate`` does before the first token.
             **kwargs: Other arguments of the base.
 
         Returns:
-            ``logits`` of shape ``(B, T, V)``, or ``(B, kept, V)``, and ``past_key_values``.
+            ``logits`` of shape ``(B, T, V)``, or ``(B, kept, V)``, ``past_key_values``, and the loss
+            if there are labels.
 
         Raises:
             LambdaError: If λ is not finite or does not fit the batch.
-            ConfigError: If a gate is given.
+            ConfigError: If a gate is given, or an output that this model does not return.
         """
         if gate is not None:
             raise ConfigError(GATE_REFUSED)
+        refuse_inner_outputs(kwargs, self.base.config)
         prompts = input_ids if input_ids is not None else inputs_embeds
         if prompts is None:
             raise ConfigError("forward needs input_ids or inputs_embeds.")
@@ -210,9 +216,15 @@ class LoRADial(AdaptedModel):
         if "logits_to_keep" not in self._takes:
             kept: Any = logits_to_keep
             logits = logits[:, slice(-kept, None) if isinstance(kept, int) else kept]
-        return CausalLMOutputWithPast(
-            logits=logits, past_key_values=getattr(output, "past_key_values", None)
-        )
+        # Backward runs a checkpointed forward again, so λ must still be there.
+        if torch.is_grad_enabled() and self.training and self.base.is_activation_checkpointing:
+            self.scale.set(lam)
+        cache = getattr(output, "past_key_values", None)
+        return self.fused_output(logits, cache, labels, return_dict)
+
+    def set_checkpointing(self, method: str, *args: Any, **options: Any) -> None:
+        """Switch activation checkpointing of the base."""
+        getattr(self.base, method)(*args, **options)
 
     def merge(self, lam: float | None) -> None:
         """Keep the LoRA's layers a second time, with the LoRA at one λ in their weights.

@@ -241,7 +241,7 @@ class _Group:
                 product.mul_(strength.factor(self._kind))
             products = (product,)
             if len(self._ranks) > 1:
-                products = torch.split_with_sizes(product, self._ranks, 1)
+                products = torch.split(product, self._ranks, 1)
             self._input, self._products, self._uses = hidden, products, 0
 
         # The last layer of the group frees the tensors.
