@@ -137,11 +137,13 @@ class Method:
     prefill: Callable[[Tensor], Any]
     generate: Callable[..., Tensor]
     modules: list[nn.Module]
+    copied: int = 0
+    """Bytes of weights that are no parameters."""
 
     def weights(self) -> int:
         """Bytes of its parameters, shared ones once."""
         parameters = {id(p): p for module in self.modules for p in module.parameters()}
-        return sum(p.nbytes for p in parameters.values())
+        return self.copied + sum(p.nbytes for p in parameters.values())
 
 
 def cache_bytes(cache: Any) -> int:
@@ -209,10 +211,11 @@ def all_methods(dtype: torch.dtype) -> dict[str, Method]:
     dial.requires_grad_(False).eval()
     merged = dial.merged(KEPT)
     dial.merge(KEPT)
+    adapted = sum(layer.base_layer.weight.nbytes for layer in dial.scale.layers.values())
     peft = with_lora(base, *STRENGTHS)
     peft.set_adapter(STRENGTHS[0])
 
-    def lora(lams: Callable[[int], Any]) -> Method:
+    def lora(lams: Callable[[int], Any], copied: int = 0) -> Method:
         def fill(tokens: Tensor) -> Any:
             cache = DynamicCache(config=base.config)
             dial(tokens, past_key_values=cache, logits_to_keep=1, lam=lams(len(tokens)))
@@ -221,7 +224,7 @@ def all_methods(dtype: torch.dtype) -> dict[str, Method]:
         def generate(tokens: Tensor, **options: Any) -> Any:
             return dial.generate(tokens, lam=lams(len(tokens)), **options)
 
-        return Method(fill, generate, [dial])
+        return Method(fill, generate, [dial], copied)
 
     def names(rows: int) -> list[str]:
         return [STRENGTHS[row % len(STRENGTHS)] for row in range(rows)]
@@ -241,7 +244,7 @@ def all_methods(dtype: torch.dtype) -> dict[str, Method]:
         "plain": Method(decoder_prefill(base), base.generate, [base]),
         "lora": lora(lambda rows: torch.linspace(0.5, 3.0, rows)),
         "lora, λ=0": lora(lambda _: 0.0),
-        "lora, kept merged": lora(lambda _: KEPT),
+        "lora, kept merged": lora(lambda _: KEPT, adapted),
         "lora, merged": Method(decoder_prefill(merged), merged.generate, [merged]),
         "PEFT": Method(peft_fill, peft.generate, [peft]),
         "PEFT, mixed batch": Method(peft_fill, peft_generate, [peft]),
@@ -393,13 +396,15 @@ def main() -> None:
     parser.add_argument("--prefills", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON file of the rows")
     parser.add_argument("--add", action="store_true", help="add rounds to what is recorded")
     parser.add_argument("--quick", action="store_true", help="a small row, nothing written")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.quick:
         arguments.rows, arguments.rounds, arguments.new_tokens = ["float32:32:1"], 3, 16
-    results = {"rows": []} if not RESULTS.exists() else json.loads(RESULTS.read_text())
+    path: Path = arguments.results
+    results = {"rows": []} if not path.exists() else json.loads(path.read_text())
     results["machine"] = machine()
     print("\n".join(HEADER), flush=True)
     for dtype in dict.fromkeys(row.split(":")[0] for row in arguments.rows):
@@ -421,9 +426,9 @@ def main() -> None:
             print(*(" | ".join([name, *table(row, one)]) for one in found), sep="\n", flush=True)
             if not arguments.quick:
                 merge(results, row, arguments.add)
-                RESULTS.parent.mkdir(exist_ok=True)
-                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-                RESULTS.with_suffix(".md").write_text(markdown(results))
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(json.dumps(results, indent=1) + "\n")
+                path.with_suffix(".md").write_text(markdown(results))
 
 
 if __name__ == "__main__":
