@@ -357,7 +357,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         in_own_process(write_models, Path(folder), arguments.quick)
         if "TrRa cached" in arguments.variants:
-            in_own_process(write_cache, Path(folder))
+            in_own_process(make_cache, Path(folder))
         found = measure(Path(folder), arguments.threads, arguments.variants)
         config = json.loads((Path(folder) / "reference" / "config.json").read_text())
     if set(arguments.variants) != set(VARIANTS):

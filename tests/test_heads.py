@@ -11,7 +11,7 @@ from transformers import AutoModel, Gemma3Config, Gemma3ForConditionalGeneration
 
 from families import FAMILIES, family_config, family_model
 from flexalign.errors import PairMismatchError, UnsupportedModelError
-from flexalign.heads import Head, can_mix_hidden, last_hidden
+from flexalign.heads import Head, are_equal, can_mix_hidden, last_hidden
 from twin import logits64
 
 
@@ -242,3 +242,20 @@ def test_hidden_states_are_mixed_only_before_one_linear_head() -> None:
     assert not can_mix_hidden(Head(weight, bias), Head(weight, bias.clone()))
     assert not can_mix_hidden(plain, Head(weight, scale=2.0))
     assert not can_mix_hidden(Head(weight, softcap=30.0), Head(weight, softcap=30.0))
+
+
+def test_heads_are_equal_by_value() -> None:
+    weight, bias = torch.randn(5, 3), torch.randn(5)
+    head = Head(weight, bias, 0.5, 30.0)
+    assert are_equal(head, Head(weight.clone(), bias.clone(), 0.5, 30.0))
+    for other in (
+        Head(weight.clone().mul_(2), bias, 0.5, 30.0),
+        Head(weight, bias + 1, 0.5, 30.0),
+        Head(weight, None, 0.5, 30.0),
+        Head(weight, bias, 1.0, 30.0),
+        Head(weight, bias, 0.5),
+        Head(weight[:4], bias[:4], 0.5, 30.0),
+        Head(weight.double(), bias, 0.5, 30.0),
+    ):
+        assert not are_equal(head, other)
+        assert not are_equal(other, head)

@@ -12,7 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexalign.errors import ConfigError, LambdaError
-from flexalign.lambdas import Adaptive, Fixed, Route, Schedule, Setting, parse_dial, unique_settings
+from flexalign.lambdas import (
+    Adaptive,
+    Fixed,
+    LambdaRange,
+    Route,
+    Schedule,
+    Setting,
+    extremes,
+    parse_dial,
+    parse_training_lambda,
+    require_forward,
+    unique_settings,
+)
 
 LINEAR = {"kind": "linear", "start": -1, "end": 3, "steps": 8}
 COSINE = {"kind": "cosine", "start": -1, "end": 3, "steps": 8}
@@ -333,3 +345,56 @@ def test_a_setting_knows_its_json_form() -> None:
 def test_a_setting_is_given_once() -> None:
     with pytest.raises(ConfigError, match="λ=1 is given twice"):
         unique_settings([1, 0, 1.0])
+
+
+@pytest.mark.parametrize(
+    "value", [{"low": -1, "high": 2}, "-1:2", " -1 : 2.0", '{"low": -1, "high": 2}']
+)
+def test_a_range_has_one_value_in_every_form(value: object) -> None:
+    found = parse_training_lambda(value)
+    assert found == LambdaRange(-1, 2)
+    assert parse_training_lambda(found) is found
+    assert parse_training_lambda(found.to_json()) == parse_training_lambda(str(found)) == found
+    assert pickle.loads(pickle.dumps(found)) == found
+    assert extremes(found) == (-1.0, 2.0)
+    assert [found.at(share) for share in (0, 0.5, 1)] == [-1.0, 0.5, 2.0]
+
+
+def test_what_is_no_range_is_read_as_before() -> None:
+    for value in (2.0, LINEAR, "2", json.dumps(COSINE), Fixed(0.5)):
+        assert isinstance(parse_training_lambda(value), Schedule)
+    assert parse_training_lambda(Fixed(0.5)).to_json() == 0.5
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "marks"),
+    [(0, 5, (0, 1, 2.5, 5)), (-1, 2, (-1, 0, 0.5, 1, 2)), (2, 3, (2, 2.5, 3)), (0, 2, (0, 1, 2))],
+)
+def test_the_marks_of_a_range_hold_its_ends_its_middle_and_the_pair(
+    low: float, high: float, marks: tuple[float, ...]
+) -> None:
+    assert LambdaRange(low, high).marks == marks
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ("5:0", LambdaError, "low 5 and high 0"),
+        ("2:2", LambdaError, "for one λ write the number alone"),
+        ("0:nan", LambdaError, "high must be a finite number"),
+        ("0:1:2", LambdaError, "write LOW:HIGH"),
+        ({"low": 0}, ConfigError, "needs 'high'"),
+        ({"low": 0, "hihg": 1}, ConfigError, "did you mean 'high'"),
+        ({"low": True, "high": 2}, LambdaError, "low must be a finite number"),
+        ({"low": 0, "high": 1, "kind": "linear"}, ConfigError, "no key 'kind'"),
+    ],
+)
+def test_what_a_range_cannot_be(value: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        parse_training_lambda(value)
+
+
+def test_a_range_below_0_leads_away_from_the_alignment() -> None:
+    require_forward([("0:5", LambdaRange(0, 5))], "…")
+    with pytest.raises(LambdaError, match="leads away"):
+        require_forward([("-1:2", LambdaRange(-1, 2))], "…")

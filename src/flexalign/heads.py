@@ -150,6 +150,26 @@ def can_mix_hidden(reference: Head, aligned: Head, gate: float | None = None) ->
     )
 
 
+def are_equal(one: Head, other: Head) -> bool:
+    """Return whether two heads have equal values, so that either may stand for both.
+
+    It reads all weights, so ask once and not at every step.
+    """
+    return (
+        one.softcap == other.softcap
+        and one.scale == other.scale
+        and _has_equal_values(one.weight, other.weight)
+        and _has_equal_values(one.bias, other.bias)
+    )
+
+
+def _has_equal_values(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    is_comparable = one.dtype == other.dtype and one.device == other.device and not one.is_meta
+    return is_comparable and torch.equal(one, other)
+
+
 def _is_same(one: Tensor | None, other: Tensor | None) -> bool:
     if one is None or other is None:
         return one is other

@@ -15,6 +15,8 @@ the command line and HTTP use the same JSON form::
     {"policy": "route", "share": 0.3}                            slow with probability 0.3, else fast
     "auto", "adaptive 0.5", "route 0.3"                          short forms of policies, as text
 
+    {"low": 0, "high": 5}, "0:5"                                 all λ of a range; in training only
+
 A step is an optimizer step in training, and a generated token (counted from 0) in generation.
 With a ``budget``, λ changes linearly from ``think`` to ``end`` over thinking tokens 0…``budget``
 and remains at ``end`` until the thinking closes.
@@ -342,6 +344,130 @@ def _points(value: object) -> tuple[tuple[float, float], ...]:
 
         points.append((step, finite_lambda(point[1], f"points at step {step:g}")))
     return tuple(points)
+
+
+# Ranges: every λ between two ends, in one training.
+
+
+@dataclass(frozen=True)
+class LambdaRange:
+    """All λ from `low` to `high`. One training of a LoRA dial covers them.
+
+    It is no dial: a request is answered at one λ of the range.
+
+    Attributes:
+        low: The least λ.
+        high: The largest λ.
+
+    Raises:
+        LambdaError: If an end is not a finite number, or `low` is not below `high`.
+    """
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        for name in ("low", "high"):
+            _set(self, name, finite_lambda(getattr(self, name), name) + 0.0)  # −0 is 0
+        if not self.low < self.high:
+            raise LambdaError(
+                f"a range of λ goes from low to a larger high, got low {self.low:g} and high "
+                f"{self.high:g}; for one λ write the number alone."
+            )
+
+    @classmethod
+    def parse(cls, value: Union["LambdaRange", str, Mapping[str, Any]]) -> "LambdaRange":
+        """Read a range from its JSON form, its text form, or a range.
+
+        Example:
+            >>> LambdaRange.parse("-1:2")
+            LambdaRange(low=-1.0, high=2.0)
+
+        Raises:
+            ConfigError: If a key is unknown or missing.
+            LambdaError: As in the class, or if the text is not two numbers.
+        """
+        if isinstance(value, LambdaRange):
+            return value
+        if isinstance(value, str):
+            parts = value.split(":")
+            try:
+                low, high = map(float, parts)
+            except ValueError:
+                raise LambdaError(
+                    f"{value!r:.80} is no range of λ; write LOW:HIGH, such as 0:5."
+                ) from None
+            return cls(low, high)
+
+        known = [field.name for field in fields(cls)]
+        for key in value:
+            if key not in known:
+                raise ConfigError(f"a range of λ has no key {key!r:.80}{nearest(key, known)}")
+        for key in known:
+            if key not in value:
+                raise ConfigError(f"a range of λ needs {key!r}, as in {{low: 0, high: 5}}.")
+        return cls(**value)
+
+    def at(self, share: float) -> float:
+        """Return the λ at a share of the way from `low` (0) to `high` (1)."""
+        return _between(self.low, self.high, share)
+
+    def clamp(self, lam: float) -> float:
+        """Return a λ, or the end that is nearest to it if it lies outside."""
+        return min(max(lam, self.low), self.high)
+
+    @property
+    def marks(self) -> tuple[float, ...]:
+        """A few λ that show the range, ascending: its ends, its middle, and 0 and 1 if inside."""
+        inside = [lam for lam in (0.0, 1.0) if self.low <= lam <= self.high]
+        return tuple(sorted({self.low, self.at(0.5), self.high, *inside}))
+
+    @property
+    def end_value(self) -> float:
+        """The λ farthest from the pair, which the caution of large λ goes by: `high`."""
+        return self.high
+
+    @property
+    def values(self) -> tuple[float, float]:
+        """Both ends."""
+        return self.low, self.high
+
+    def to_json(self) -> dict[str, float]:
+        """Return the JSON form, which ``parse`` reads."""
+        return {"low": self.low, "high": self.high}
+
+    def __str__(self) -> str:
+        """Return the text form, which ``parse`` reads: ``0:5``."""
+        return f"{self.low:g}:{self.high:g}"
+
+
+TrainingLambda: TypeAlias = Schedule | LambdaRange
+"""The λ of a training: a number or a schedule over the step, or a range for a LoRA dial."""
+
+
+def parse_training_lambda(value: object) -> TrainingLambda:
+    """Read the λ of a training: a number, a schedule over the step, or a range, in any form.
+
+    Example:
+        >>> parse_training_lambda({"low": 0, "high": 5})
+        LambdaRange(low=0.0, high=5.0)
+
+    Raises:
+        ConfigError: If it is malformed; the message names the key and the nearest known one.
+        LambdaError: If a λ in it is not a finite number, or the ends of a range are not in order.
+    """
+    if isinstance(value, Schedule | LambdaRange):
+        return value
+    if isinstance(value, Fixed):
+        return Schedule.constant(value)
+    if isinstance(value, str):
+        if ":" in value and not value.lstrip().startswith("{"):
+            return LambdaRange.parse(value)
+        with suppress(ValueError):
+            value = json.loads(value)
+    if isinstance(value, Mapping) and not value.keys().isdisjoint({"low", "high"}):
+        return LambdaRange.parse(value)
+    return Schedule.parse(cast("float", value))
 
 
 # Policies: whether a whole request is answered fast or slow.
@@ -715,8 +841,8 @@ class OnlyEnds(tuple[float, float]):
     __slots__ = ()
 
 
-def extremes(dial: Dial) -> tuple[float, float]:
-    """Return the least and the largest λ that a dial may use.
+def extremes(dial: Dial | LambdaRange) -> tuple[float, float]:
+    """Return the least and the largest λ that a dial, or a range, may use.
 
     Example:
         >>> extremes(Adaptive(fast_lambda=1.5))
@@ -724,13 +850,13 @@ def extremes(dial: Dial) -> tuple[float, float]:
     """
     if isinstance(dial, Fixed):
         return dial.lam, dial.lam
-    if isinstance(dial, Schedule):
+    if isinstance(dial, Schedule | LambdaRange):
         return min(dial.values), max(dial.values)
     ends = (dial.fast_lambda, dial.slow_lambda)
     return min(ends), max(ends)
 
 
-def outside_range(dial: Dial, permitted: tuple[float, float]) -> float | None:
+def outside_range(dial: Dial | LambdaRange, permitted: tuple[float, float]) -> float | None:
     """Return a λ that a dial may use outside the permitted range; None if there is none.
 
     All checks of a range use this function; each caller has its own message.
@@ -745,7 +871,7 @@ def outside_range(dial: Dial, permitted: tuple[float, float]) -> float | None:
     return next((lam for lam in extremes(dial) if not low <= lam <= high), None)
 
 
-def _visited(dial: Dial) -> tuple[float, ...]:
+def _visited(dial: Dial | LambdaRange) -> tuple[float, ...]:
     """Return the λ that a dial uses; of a schedule between two values, also the middle."""
     if not isinstance(dial, Schedule):
         return extremes(dial)
@@ -792,7 +918,7 @@ def ends_alone(permitted: OnlyEnds, whose: str, permit: str) -> str:
     )
 
 
-def require_forward(asked: Sequence[tuple[str, Dial]], permit: str) -> None:
+def require_forward(asked: Sequence[tuple[str, Dial | LambdaRange]], permit: str) -> None:
     """Refuse dials of a pair that may use a λ below 0.
 
     Fusion itself accepts any finite λ; this check is for the tools that train and measure with it.

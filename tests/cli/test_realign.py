@@ -89,6 +89,8 @@ def test_a_schedule_may_come_from_the_command_line(
         (("--lambda", "20", "--set", "gate=0.01"), None),
         (("--lambda", "2", "--set", "rounds=2"), None),
         (("--lambda", "4"), None),
+        (("--lambda", "0:5", "--set", "lora.r=4"), "λ of 5 without"),
+        (("--lambda", "0:5", "--set", "lora.r=4", "--set", "gate=0.01"), None),
     ],
 )
 def test_far_extrapolation_without_a_gate_is_cautioned_of_once(
@@ -187,6 +189,24 @@ def test_an_aligned_adapter_costs_its_own_parameters(
     assert facts["memory_gib"]["weights"] == pytest.approx(expected, abs=1e-4)
 
 
+LORA = {"lora": {"r": 4}}
+
+
+@pytest.mark.usefixtures("weightless")
+@pytest.mark.parametrize("text", ["0:5", '{"low": 0, "high": 5}'])
+def test_a_dry_run_tells_that_one_lora_will_be_trained_for_every_lambda(
+    realign: Callable[..., Any], tree: dict[str, Any], text: str
+) -> None:
+    tree |= LORA | {"gate": 0.01}
+    facts = json.loads(realign(tree, "--dry-run", "--json", "--lambda", text).stdout)
+    assert facts["lambda"] == {"low": 0.0, "high": 5.0}
+    assert facts["effective_lambda"] is None
+    shown = " ".join(realign(tree, "--dry-run", "--lambda", text).stdout.split())
+    assert "every λ from 0 to 5: one LoRA, whose strength is λ" in shown
+    below = realign(tree, "--dry-run", "--json", "--lambda=-1:2", "--extrapolate")
+    assert json.loads(below.stdout)["lambda"] == {"low": -1.0, "high": 2.0}
+
+
 def _empty(tree: dict[str, Any]) -> None:
     Path(tree["data"]).write_text("", encoding="utf-8")
 
@@ -235,6 +255,19 @@ def _other_vocabulary(tree: dict[str, Any]) -> None:
         ),
         ({}, ["--set", "training.max_steps"], "key=value"),
         ({}, ["--merge"], "LoRA student"),
+        ({}, ["--lambda", "0:5"], "a range (0:5) trains one LoRA whose strength is λ; add `lora:"),
+        (LORA, ["--lambda", "5:0"], "--lambda: a range of λ goes from low to a larger high"),
+        (LORA, ["--lambda", "0:two"], "--lambda: '0:two' is no range of λ; write LOW:HIGH"),
+        (LORA, ["--lambda", "0:5,1"], "--lambda: '0:5,1' is no range of λ"),
+        (LORA, ["--lambda=-1:2"], "λ < 0 leads away from the aligned model"),
+        (LORA, ["--lambda", "0:5", "--merge"], "make it with flexalign bake"),
+        (LORA, ["--lambda", "0:5", "--set", "rounds=2"], "rounds with a range of λ (0:5)"),
+        ({"lambda": {"low": 0}} | LORA, [], "a range of λ needs 'high'"),
+        ({"lambda": {"low": 0, "higher": 5}} | LORA, [], "did you mean 'high'?"),
+        ({"lambda": "0:5"} | LORA, [], "lambda: write a range as {low: 0, high: 5}"),
+        ({"lambda": [{"low": 0, "high": 5}]} | LORA, [], "a list of λ holds numbers"),
+        ({"lora": {"r": 4, "use_dora": True}}, ["--lambda", "0:5"], "lora has use_dora"),
+        ({"lora": {"r": 4, "bias": "all"}}, ["--lambda", "0:5"], "lora has bias='all'"),
         (_empty, [], "empty"),
         (_long_rows, [], "longer than the cut-off of 4 tokens"),
         (_other_run, [], "holds another run (beta was"),

@@ -187,7 +187,7 @@ def test_a_broken_off_sweep_goes_on_to_the_same_summary(make, tmp_path, share) -
 def test_a_finished_sweep_loads_no_model(make, tmp_path, monkeypatch) -> None:
     expected = make("dial").run(tmp_path)
     monkeypatch.setattr(InRaModel, "from_pretrained", None)
-    assert make("dial").run(tmp_path) == SweepResult(expected.summary, 0, [])
+    assert make("dial").run(tmp_path) == SweepResult(expected.summary, 0, [], expected.total)
 
 
 def test_another_seed_is_another_configuration(make, tmp_path) -> None:

@@ -61,14 +61,20 @@ def add_product(hidden: Tensor, gradient: Tensor, weight: Tensor) -> tuple[Tenso
 def add_outer(hidden: Tensor, gradient: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     out = draw(7, 4, seed=9)
     expected = out.double() + gradient.double().T @ hidden.double()
-    teacher.add_outer(gradient, hidden, weight, out)
+    teacher.outer(gradient, hidden, weight, out, add=True)
     return out, expected
 
 
-FOUR = pytest.mark.parametrize("run", [write, add, add_product, add_outer])
+def write_outer(hidden: Tensor, gradient: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    out = torch.full((7, 4), torch.nan)
+    teacher.outer(gradient, hidden, weight, out)
+    return out, gradient.double().T @ hidden.double()
 
 
-@FOUR
+PRODUCTS = pytest.mark.parametrize("run", [write, add, add_product, add_outer, write_outer])
+
+
+@PRODUCTS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_are_exact_in_float32(
     run: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -79,7 +85,7 @@ def test_products_are_exact_in_float32(
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-@FOUR
+@PRODUCTS
 def test_an_accelerator_rounds_the_other_factor_and_not_the_result(
     run: Callable[..., tuple[Tensor, Tensor]], accelerator: None
 ) -> None:

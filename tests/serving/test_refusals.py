@@ -143,6 +143,11 @@ USER = {"role": "user"}
     [
         ({}, f"messages must be a list of at least one message, {MESSAGE}, got null."),
         ({"messages": "hi"}, f'messages must be a list of at least one message, {MESSAGE}, got "hi".'),
+        (
+            {"messages": [{"role": "robot", "content": "hi"}]},
+            "messages[0].role must be one of system, developer, user, assistant, tool, "
+            'got "robot".',
+        ),
         ({"messages": ["hi"]}, f'messages[0] must be an object with a role, {MESSAGE}, got "hi".'),
         (
             {"messages": [USER | {"content": "a"}, USER]},
@@ -165,7 +170,9 @@ USER = {"role": "user"}
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage must be true or false, got 1."),
         ({"logprobs": 3}, "logprobs must be true or false, got 3."),
         ({"top_logprobs": 3}, 'top_logprobs needs "logprobs": true.'),
-        ({"frequency_penalty": 0.5}, "frequency_penalty is served at 0 alone, got 0.5; leave it out."),
+        ({"frequency_penalty": 3}, "frequency_penalty must be a number from -2 to 2, got 3."),
+        ({"repetition_penalty": 0}, "repetition_penalty must be a number above 0 and at most 10, got 0."),
+        ({"top_k": -3}, "top_k must be a whole number ≥ 0, got -3."),
         ({"tool_choice": "any"}, 'tool_choice is served at "none" or "auto" alone, got "any"; leave it out.'),
         ({"temprature": 1}, "'temprature' is not known to this server; did you mean 'temperature'?"),
         ({"zzz": 1}, "'zzz' is not known to this server; leave it out."),

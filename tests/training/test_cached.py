@@ -390,3 +390,34 @@ def test_a_step_that_is_not_logged_makes_no_logits_of_either_teacher(
     make_cache(rows)
     cached_trainer(rows, max_steps=3, logging_steps=2).train()
     assert watched == [[BUFFERS], *2 * [[BUFFERS, BOTH_MODELS, FUSED]]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gate": 0.05, "divergence": "forward"},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        {"packing": True, "max_length": 64, "per_device_train_batch_size": 4},
+    ],
+    ids=str,
+)
+def test_a_lambda_for_each_row_reads_the_cache_as_the_online_teacher_runs(
+    modules: Modules,
+    make_trainer: Callable[..., Any],
+    make_cache: Callable[..., HiddenStateCache],
+    cached_trainer: Callable[..., Any],
+    options: dict[str, Any],
+) -> None:
+    rows = make_rows(8)
+    options = {"lam": {"low": -0.5, "high": 3}, **options}
+    peft_config = lora(r=4, init_lora_weights=False)
+    models = {"reference": copy.deepcopy(modules.reference), "aligned": modules.aligned}
+    online = make_trainer(rows, models=models, peft_config=peft_config, **options)
+    expected = step(online)
+    make_cache(rows, **options)
+    cached = cached_trainer(rows, peft_config=lora(r=4, init_lora_weights=False), **options)
+    assert_same(step(cached), {name: grad.double() for name, grad in expected.items()})
+    first, second = (trainer.state.log_history[0] for trainer in (online, cached))
+    for name in ("divergence", "divergence_high", "kl_reference", "lambda", "tokens_seen"):
+        assert second[name] == pytest.approx(first[name], rel=1e-5, abs=1e-7), name

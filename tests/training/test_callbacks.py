@@ -1,8 +1,9 @@
+import contextlib
 import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,6 +109,47 @@ def test_a_resumed_run_drops_what_lies_beyond_and_makes_up_what_is_missing(
     assert [row["step"] for row in read_curve(tmp_path)] == [0, 2]
     harness.fire(watcher, "on_train_begin")
     assert harness.asked == [2]
+
+
+def test_a_dial_is_measured_at_each_lambda_but_at_0_once(
+    tmp_path: Path, model: PreTrainedModel
+) -> None:
+    at: list[float] = []
+    asked: list[float] = []
+
+    @contextlib.contextmanager
+    def at_lambda(lam: float) -> Iterator[None]:
+        at.append(lam)
+        yield
+        at.pop()
+
+    def respond(model: Any, prompts: Sequence[Any]) -> Sequence[Response]:
+        asked.append(*at)
+        return RESPONSES
+
+    harness = Harness(tmp_path, model)
+    watcher = Watcher(
+        PROMPTS,
+        KNOWN,
+        every_steps=2,
+        respond=respond,
+        judge=lambda answer, known: answer.text == known,
+        bracket=_bracket,
+        lams=(0.0, 1.0, 5.0),
+        at_lambda=at_lambda,
+    )
+    harness.fire(watcher, "on_train_begin")
+    harness.steps(watcher, 1, 2)
+    assert asked == [0.0, 1.0, 5.0]
+    rows = read_curve(tmp_path)
+    assert [(row["step"], row["lambda"]) for row in rows] == [(0, 0.0), (2, 1.0), (2, 5.0)]
+
+    # A step whose rows are incomplete is measured again as a whole.
+    (tmp_path / CURVE).write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    harness.fire(watcher, "on_train_begin")
+    assert read_curve(tmp_path) == rows
+    harness.fire(watcher, "on_train_begin")
+    assert asked == [0.0, 1.0, 5.0, 1.0, 5.0]
 
 
 def test_without_known_answers_there_is_no_accuracy(tmp_path: Path, model: PreTrainedModel) -> None:

@@ -56,6 +56,26 @@ def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.Monk
     assert set(versions_in_use()) == {"python", "torch"}
 
 
+def test_a_dial_shows_its_curve_over_lambda() -> None:
+    recipe = _recipe(**{"lambda": {"low": 0, "high": 5}, "lora": {"r": 4}})
+    rows = [(0, 0.0, 99.0), (20, 1.0, 80.0), (20, 5.0, 60.0), (40, 1.0, 70.0), (40, 5.0, 41.5)]
+    curve = [
+        CURVE[0] | {"step": step, "lambda": lam, "tokens": tokens} for step, lam, tokens in rows
+    ]
+    card = _card(recipe, curve=curve, effective=None)
+    over_lambda, learned = card.split("## The curve over λ")[1].split("## While it learned")
+    found = [line.split(" | ")[:2] for line in over_lambda.splitlines() if line.startswith("| ")]
+    assert [[cell.strip("| ").split(" ")[0] for cell in row] for row in found[2:]] == [
+        ["0", "99.0"],
+        ["1", "70.0"],
+        ["5", "41.5"],
+    ]
+    assert learned.count("\n| 20 | ") == 2
+    assert "every λ from 0 to 5" in card
+    assert "LoRADial.from_pretrained" in card
+    assert yaml.safe_load(card.split("---")[1])["tags"][-1] == "lora-dial"
+
+
 def test_rounds_and_a_missing_curve_are_told_apart() -> None:
     card = _card(_recipe(rounds=2), curve=[], round_number=2, effective=4.0)
     assert "2 of 2; effective λ 4" in card

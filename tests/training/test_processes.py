@@ -26,6 +26,7 @@ from launching import DISTRIBUTED, launch_environment
 
 from .conftest import lora, make_rows, moved
 from .test_trainer import assert_same, dense_loss
+from .worker import ddp as one_step
 from .worker import trained
 
 pytestmark = pytest.mark.full
@@ -178,6 +179,21 @@ def test_two_processes_with_unequal_responses_take_one_step(
     assert found["log"]["loss"] == pytest.approx(loss, rel=1e-4)
     assert found["log"]["divergence"] == pytest.approx(loss, rel=1e-4)
     assert found["log"]["tokens_seen"] == sum(len(row["input_ids"]) for row in ROWS)
+
+
+def test_two_processes_draw_the_lambdas_of_one(folder: Path) -> None:
+    case = {"lora": True, "lam": {"low": -0.5, "high": 3}, "rows": ROWS, "aligned": "adapter"}
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    found = run_processes("ddp", folder, {"range": case | {"options": options}})["range"]
+    assert found["wrapper"] == "DistributedDataParallel"
+
+    alone = one_step(folder, case | {"options": {"per_device_train_batch_size": 8}})
+    assert alone["processes"] == 1
+    gradients = {n: g.double() for n, g in alone["gradients"].items() if "lora_B.default" in n}
+    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+    assert_same(found["gradients"], gradients)
+    for name in ("divergence", "divergence_low", "divergence_high", "lambda", "kl_aligned"):
+        assert found["log"][name] == pytest.approx(alone["log"][name], rel=1e-4), name
 
 
 @pytest.mark.parametrize("case", SHARDED)

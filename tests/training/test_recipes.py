@@ -5,7 +5,8 @@ import pytest
 import yaml
 
 from flexalign.errors import ConfigError, FlexAlignError, LambdaError
-from flexalign.training.recipes import DEFAULT_TRAINING
+from flexalign.lambdas import LambdaRange
+from flexalign.training.recipes import DEFAULT_TRAINING, AdaptRecipe, BakeRecipe
 from flexalign.training.recipes import RealignRecipe as Recipe
 
 MINIMAL: dict[str, Any] = {
@@ -178,6 +179,25 @@ def test_a_schedule_over_thinking_is_for_generation_only() -> None:
         Recipe.parse(MINIMAL | {"lambda": schedule})
 
 
+def test_a_range_of_lambda_survives_its_own_yaml_and_identifies_the_run() -> None:
+    recipe = Recipe.parse(MINIMAL | {"lambda": {"low": 0, "high": 5}, "lora": {"r": 4}})
+    assert recipe.lambda_range == LambdaRange(0, 5)
+    assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe
+    assert recipe.identity()["lambda"] == {"low": 0.0, "high": 5.0}
+    assert recipe.training_arguments().schedule == LambdaRange(0, 5)
+    assert Recipe.parse(MINIMAL | {"lora": {"r": 4}}).lambda_range is None
+
+
+def test_other_trainings_take_no_range() -> None:
+    common = {"base": "b", "data": "d.jsonl", "output": "o", "lambda": {"low": 0, "high": 5}}
+    with pytest.raises(ConfigError, match=r"a range \(0:5\) is for a LoRA of flexalign realign"):
+        AdaptRecipe.parse(common | {"method": "trra", "aligned": "a"})
+    with pytest.raises(ConfigError, match="lambda must be a number"):
+        BakeRecipe.parse(common | {"adapter": "x"})
+    with pytest.raises(ConfigError, match="lambda must be a number"):
+        BakeRecipe.parse(common | {"adapter": "x", "lambda": LambdaRange(0, 5)})
+
+
 def test_a_list_of_lambda_is_a_recipe_for_each(tmp_path: Path) -> None:
     path = _write(tmp_path, MINIMAL | {"lambda": [0.5, 2], "teacher": "cached"})
     first, second = Recipe.load_each(path, output="out/r/")
@@ -190,3 +210,17 @@ def test_a_list_of_lambda_is_a_recipe_for_each(tmp_path: Path) -> None:
     assert (one.output, one.cache_folder) == ("out/r", "out/r-cache")
     with pytest.raises(ConfigError, match="load_each"):
         Recipe.load(path)
+
+
+def test_a_recipe_lists_every_field_once():
+    with pytest.raises(TypeError, match=r"order and its fields differ: rank\."):
+
+        class Longer(BakeRecipe):
+            rank: int = 1
+
+
+def test_of_several_missing_keys_the_first_listed_is_named():
+    with pytest.raises(ConfigError, match="reference is missing"):
+        Recipe.parse({})
+    with pytest.raises(ConfigError, match="data is missing"):
+        Recipe.parse({"reference": "a", "aligned": "b", "lambda": 1})

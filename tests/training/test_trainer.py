@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from families import family_model
 from flexalign.errors import ConfigError, UnsupportedModelError
+from flexalign.losses import teacher
 from flexalign.training import TrRaTrainer
 from twin import divergence64, fuse64
 
@@ -197,6 +198,51 @@ def test_an_evaluation_weighs_every_token_alike(
     assert trainer.evaluate()["eval_divergence"] == pytest.approx(float(expected), rel=1e-4)
 
 
+BEST = {
+    "max_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+}
+
+
+@pytest.mark.parametrize("metric", ["eval_mean_token_accuracy", "entropy", "eval_dvergence"])
+def test_a_metric_that_no_evaluation_measures_is_refused_at_once(
+    make_trainer: Callable[..., Any], metric: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"metric_for_best_model='{metric}' is not measured"):
+        make_trainer(eval_dataset=make_rows(8), metric_for_best_model=metric, **BEST)
+
+
+@pytest.mark.parametrize("metric", ["divergence", "eval_kl_aligned", "loss"])
+def test_the_best_model_is_found_by_what_is_measured(
+    make_trainer: Callable[..., Any], metric: str
+) -> None:
+    trainer = make_trainer(
+        eval_dataset=make_rows(8), metric_for_best_model=metric, greater_is_better=False, **BEST
+    )
+    trainer.train()
+    name = f"eval_{metric.removeprefix('eval_')}"
+    measured = [log[name] for log in trainer.state.log_history if name in log]
+    assert trainer.state.best_metric == min(measured[:2])
+
+
+def test_each_of_several_evaluations_has_its_own_divergence(
+    make_trainer: Callable[..., Any],
+) -> None:
+    rows = {"near": make_rows(8), "far": make_rows(6, seed=9)}
+    found = make_trainer(
+        eval_dataset=rows, metric_for_best_model="eval_far_divergence", **BEST
+    ).evaluate()
+    for name, one in rows.items():
+        alone = make_trainer(eval_dataset=one).evaluate()
+        assert found[f"eval_{name}_divergence"] == pytest.approx(alone["eval_divergence"])
+    with pytest.raises(ConfigError, match="did you mean 'eval_far_divergence'"):
+        make_trainer(eval_dataset=rows, metric_for_best_model="eval_for_divergence", **BEST)
+
+
 def test_text_rows_go_through_trls_templates_and_masks(
     make_trainer: Callable[..., Any], tiny_tokenizer: Any
 ) -> None:
@@ -358,6 +404,35 @@ def test_a_step_that_is_not_logged_makes_no_logits_of_either_teacher(
     assert watched == [batch for batch in a_step for _ in range(2)]
     assert [entry["step"] for entry in trainer.state.log_history] == [1, 3, 6, 8]
     assert all({"kl_reference", "kl_aligned"} <= set(line) for line in trainer.state.log_history)
+
+
+def test_two_teachers_with_equal_heads_need_one_product(
+    make_trainer: Callable[..., Any], modules: Modules, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = modules.reference.get_output_embeddings().weight
+    modules.aligned.get_output_embeddings().weight.data.copy_(weight)
+    rows, products, after = make_rows(8), [], []
+
+    def project(hidden: Tensor, weight: Tensor, out: Tensor, **options: Any) -> None:
+        products.append(len(weight))
+        teacher_project(hidden, weight, out, **options)
+
+    teacher_project = teacher.project
+    monkeypatch.setattr(teacher, "project", project)
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            after.append(
+                {name: p.detach().clone() for name, p in given["model"].named_parameters()}
+            )
+
+    # The first step is not logged, so it needs the fused logits alone: the student's product and one.
+    trainer = make_trainer(rows, max_steps=2, logging_steps=2, callbacks=[Watch()])
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert products == [VOCAB] * (2 + 3)
+    found = {name: before[name] - value for name, value in after[0].items()}
+    assert_same(found, twin_gradients(modules, rows, 2.0))
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def ddp(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
         aligned=str(folder / case["aligned"]),
         args=TrRaConfig(
             output_dir=str(folder / "out"),
-            lam=LAM,
+            lam=case.get("lam", LAM),
             max_steps=1,
             optim="sgd",
             learning_rate=1.0,
@@ -56,7 +56,7 @@ def ddp(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
             disable_tqdm=True,
             dataloader_pin_memory=False,
             train_sampling_strategy="sequential",
-            ddp_backend="gloo",
+            ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
             **case["options"],
         ),
         train_dataset=Dataset.from_list(case["rows"]),

@@ -11,9 +11,9 @@ import math
 import numbers
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -26,11 +26,17 @@ from flexalign.lambdas import Adaptive, Fixed, Measure, Setting
 from flexalign.statistics import Interval
 from flexalign.systems.dials import dial_files, read_dial
 
+if TYPE_CHECKING:
+    from flexalign.evaluation.sweep import Sweep
+
 VERSION = 1
 """The version of a calibration's JSON form."""
 
 REFERENCE_EFFORT = 100.0
 """The effort at which the tokens are those of λ = 0."""
+
+_SAMPLING = ("temperature", "top_p", "max_new_tokens")
+"""The sampling options that a calibration depends on."""
 
 _AS_THEY_ARE = (
     *("measure", "threshold", "margin", "sampling", "dial", "task", "questions"),
@@ -409,6 +415,25 @@ def note_on_sampling(calibrated: Mapping[str, object], asked: Mapping[str, objec
         f"effort was calibrated at {before} and is asked for at {now}: its tokens and its "
         "accuracy may differ from what calibration measured."
     )
+
+
+def sweep_notes(sweep: "Sweep") -> list[str]:
+    """Warn of efforts that a sweep measures with other sampling options than their calibration's.
+
+    Returns:
+        A sentence for each such dial, as of :func:`note_on_sampling`.
+    """
+    if all(setting.effort is None for setting in sweep.settings):
+        return []
+    from flexalign.systems import LocalBackend
+
+    asked, notes = asdict(sweep.options), []
+    for backend in sweep.backends.values():
+        stored = backend.calibration if isinstance(backend, LocalBackend) else None
+        if stored is not None:
+            known = Calibration.from_json(stored).sampling
+            notes.append(note_on_sampling({name: known.get(name) for name in _SAMPLING}, asked))
+    return [note for note in notes if note is not None]
 
 
 # The adapter's folder.

@@ -21,7 +21,7 @@ from typing import Any
 from scipy.optimize import brentq
 from scipy.special import ndtri
 
-from flexalign.calibration.constraints import NonInferiority
+from flexalign.calibration.constraints import Constraint, NonInferiority
 from flexalign.calibration.results import REFERENCE, StoredSamples
 from flexalign.errors import ConfigError, DataError
 from flexalign.evaluation.samples import Samples
@@ -185,6 +185,16 @@ class ProofPlan:
     def is_proved(self, margin: float) -> bool:
         """Whether `tune` proves a margin, with probability `power`, if both are equally good."""
         return self.tune_margin is not None and margin >= self.tune_margin
+
+    def verdict(self, constraint: Constraint) -> tuple[float | None, bool | None]:
+        """Return the margin of a constraint, and whether `tune` mostly proves it.
+
+        Returns:
+            Two None for a constraint without a margin, about which the plan says nothing.
+        """
+        if not isinstance(constraint, NonInferiority):
+            return None, None
+        return constraint.margin, self.is_proved(constraint.margin)
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form."""

@@ -23,7 +23,7 @@ from typing import Any, get_args
 
 from flexalign.calibration.card import write_card
 from flexalign.calibration.constraints import Constraint, NonInferiority
-from flexalign.calibration.power import ProofPlan, VarianceModel, plan
+from flexalign.calibration.power import ProofPlan, assumed_variance, measured_variance, plan
 from flexalign.calibration.race import Race, race
 from flexalign.calibration.results import (
     REFERENCE,
@@ -174,7 +174,7 @@ class Tuning:
             )
         if system.kind == "model":
             raise ConfigError(
-                f"{system.name} has no dial to tune; give dial:, pair: or interpolate:."
+                f"{system.name} has no dial to tune; give dial:, pair:, prompts: or interpolate:."
             )
         how = sampling_options([task], **sampling)
         sweep = Sweep([system], [task], compared, options.samples, options.seed, options=how)
@@ -253,18 +253,33 @@ def compared_settings(candidates: Sequence[object]) -> list[Setting]:
 
 
 def plan_tuning(
-    questions: int, options: "TuneOptions", variance: VarianceModel, power: float = 0.8
+    source: Task | StoredSamples,
+    options: "TuneOptions",
+    *,
+    accuracy: float | None = None,
+    power: float = 0.8,
 ) -> ProofPlan:
     """Compute what a tuning can prove, before anything is sampled.
 
     Args:
-        questions: Number of questions.
+        source: The task that will be sampled, or stored samples, whose variance is measured.
         options: Options of the choice.
-        variance: The variance, assumed or measured.
+        accuracy: The expected accuracy, from which the variance is assumed; if not given, that of
+            the task, or the variance of stored samples.
         power: Probability of the proof if candidate and reference are equally good.
+
+    Raises:
+        ConfigError: If stored samples lack λ = 0 or a candidate.
+        DataError: If there are fewer than 2 questions with 2 stored samples each.
     """
+    if isinstance(source, Task):
+        variance = assumed_variance(source.name, accuracy)
+    elif accuracy is not None:
+        variance = assumed_variance(source.task, accuracy)
+    else:
+        variance = measured_variance(source)
     return plan(
-        questions,
+        len(source.questions),
         options.samples,
         confidence=options.confidence,
         power=power,

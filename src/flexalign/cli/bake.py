@@ -38,8 +38,11 @@ def bake(
 ) -> None:
     """Make a plain model that behaves as a dial at one λ: one stream, at the plain model's cost.
 
-    The student starts at the base and learns, token by token, the mixture of the dial's two
-    streams (TrRa). How far it is from the dial is measured on rows held out. A recipe:
+    A LoRA dial is merged into its base: give base, adapter, lambda and output alone.
+
+    A layer adapter's setting is trained into a model: the student starts at the base and learns,
+    token by token, the mixture of the dial's two streams (TrRa). How far it is from the dial is
+    measured on rows held out. A recipe:
 
     \b
     RECIPE KEYS
@@ -75,10 +78,11 @@ def bake(
         print_json(outcome.to_json())
     measured = outcome.measures
     console.print(f"the baked model: [bold]{escape(str(outcome.output))}[/bold]")
-    console.print(
-        f"divergence to the dial, held out: {measured['held_out_divergence']:.4g} nats per token "
-        f"(the base's own: {measured['held_out_divergence_of_base']:.4g})"
-    )
+    if measured:  # a LoRA is merged, and equals the dial
+        console.print(
+            f"divergence to the dial, held out: {measured['held_out_divergence']:.4g} nats per "
+            f"token (the base's own: {measured['held_out_divergence_of_base']:.4g})"
+        )
     console.print(
         f"next: [cyan]flexalign inspect {escape(shlex.quote(str(outcome.output)))}[/cyan]",
         soft_wrap=True,

@@ -19,6 +19,7 @@ from flexalign.cli.console import (
     warnings_as_notes,
 )
 from flexalign.cli.options import (
+    AlignedPrompt,
     BatchSize,
     Data,
     Dtype,
@@ -27,6 +28,7 @@ from flexalign.cli.options import (
     Instruction,
     LambdaRange,
     Policies,
+    ReferencePrompt,
     TaskMaxNewTokens,
     TaskTemperature,
     TaskTopP,
@@ -34,23 +36,18 @@ from flexalign.cli.options import (
     Workers,
     read_efforts,
     read_lambdas,
+    read_prompt_pair,
     read_range,
     read_secret,
     read_settings,
 )
-from flexalign.errors import ConfigError, ServingError
+from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
     from flexalign.evaluation.summary import Summary, SummaryMean
-    from flexalign.evaluation.sweep import Lost, Sweep
+    from flexalign.evaluation.sweep import Sweep
     from flexalign.statistics import Interval
     from flexalign.systems import System
-
-_SHOWN = 5
-"""The most lost samples that a message names."""
-
-_OF_EFFORT = ("temperature", "top_p", "max_new_tokens")
-"""The sampling options that a calibration depends on."""
 
 _LEGEND = (
     "accuracy, cut (of tokens, against λ = 0 or the baseline) and lost (truncated, unparsed or no "
@@ -64,8 +61,8 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="SYSTEM...",
-            help="model:PATH, dial:BASE,ADAPTER, pair:REF,ALIGNED, interpolate:REF,ALIGNED or "
-            "url:http://…; name= in front names it.",
+            help="model:PATH, dial:BASE,ADAPTER, pair:REF,ALIGNED, prompts:MODEL, "
+            "interpolate:REF,ALIGNED or url:http://…; name= in front names it.",
         ),
     ] = None,
     output: Annotated[
@@ -111,6 +108,8 @@ def evaluate(
     batch_size: BatchSize = 32,
     gate: Gate = None,
     lambda_range: LambdaRange = None,
+    reference_prompt: ReferencePrompt = None,
+    aligned_prompt: AlignedPrompt = None,
     template: Template = None,
     dtype: Dtype = "auto",
     engine: Annotated[
@@ -152,6 +151,9 @@ def evaluate(
     Example: [cyan]flexalign evaluate url:http://localhost:8000/v1 --task questions.jsonl
     --lambda 0,1 -o out/server[/cyan]
 
+    Example: [cyan]flexalign evaluate prompts:models/hybrid --aligned-prompt enable_thinking=false
+    --task math500 --data DIR --lambda 0,0.5,1,1.5 -o out/prompts[/cyan]
+
     Example: [cyan]flexalign evaluate --regrade -o out/sweep[/cyan]
     """
     if regrade:
@@ -169,6 +171,7 @@ def evaluate(
     from flexalign.systems import parse_systems
 
     asked = parse_systems(systems)
+    two_prompts = read_prompt_pair(reference_prompt, aligned_prompt)
     settings = read_settings(lams, policy or [], read_efforts(effort, _only_adapter(effort, asked)))
     from flexalign.evaluation.sweep import plan_sweep
     from flexalign.evaluation.tasks import load_task
@@ -200,6 +203,7 @@ def evaluate(
             api_key=read_secret(api_key_env),
             engine=engine.value,
             template=parse_template(template or []),
+            prompts=two_prompts,
         )
         unreadable = _warn(sweep, workers)
         if dry_run or output is None:
@@ -225,9 +229,10 @@ def _warn(sweep: "Sweep", workers: int) -> list[dict[str, str]]:
     Returns:
         The known answers that the grader cannot read.
     """
-    for caution in sweep.cautions():
+    from flexalign.calibration.effort import sweep_notes
+
+    for caution in [*sweep.cautions(), *sweep_notes(sweep)]:
         note(caution)
-    _warn_of_sampling(sweep)
 
     unreadable = sweep.unreadable_golds(workers=workers)
     if unreadable:
@@ -270,39 +275,18 @@ def _preview(sweep: "Sweep", unreadable: list[dict[str, str]], as_json: bool) ->
     )
 
 
-def _warn_of_sampling(sweep: "Sweep") -> None:
-    """Warn if efforts are measured with other sampling options than they were calibrated with."""
-    from dataclasses import asdict
-
-    from flexalign.calibration.effort import Calibration, note_on_sampling
-    from flexalign.systems import LocalBackend
-
-    if all(setting.effort is None for setting in sweep.settings):
-        return
-    for backend in sweep.backends.values():
-        if isinstance(backend, LocalBackend) and backend.calibration is not None:
-            calibrated = Calibration.from_json(backend.calibration).sampling
-            warning = note_on_sampling(
-                {name: calibrated.get(name) for name in _OF_EFFORT}, asdict(sweep.options)
-            )
-            if warning is not None:
-                note(warning)
-
-
 def _run(sweep: "Sweep", output: Path, workers: int) -> "Summary":
     from flexalign.cli.console import quieten_libraries
 
     quieten_libraries()
-    total = sweep.total
-    with resumable_bar("samples", total) as advance:
+    with resumable_bar("samples", sweep.total) as advance:
         result = sweep.run(output, workers=workers, begun=advance, progress=advance)
 
-    complete = total - len(result.lost)
-    console.print(f"{escape(str(output))}: {complete} of {total} samples, {result.made} made now.")
-    if result.lost or result.summary is None:
-        raise ServingError(_describe_lost(result.lost, total))
+    complete = f"{result.total - len(result.lost)} of {result.total} samples"
+    console.print(f"{escape(str(output))}: {complete}, {result.made} made now.")
+    summary = result.require_complete()
     _report(output)
-    return result.summary
+    return summary
 
 
 def _regrade(output: Path, workers: int) -> "Summary":
@@ -318,20 +302,6 @@ def _report(output: Path) -> None:
     from flexalign.evaluation.report import write_report
 
     console.print(f"The report: {escape(str(write_report([output], output)))}")
-
-
-def _describe_lost(lost: "list[Lost]", total: int) -> str:
-    """Return a message that names the samples without a response, and why."""
-    shown = "; ".join(
-        f"question {one.cell.question} of {one.cell.task} at {one.cell.setting.label}, "
-        f"{one.system}: {one.reason}"
-        for one in lost[:_SHOWN]
-    )
-    more = f"; and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
-    return (
-        f"{len(lost)} of {total} samples got no response ({shown}{more}). All others are saved; "
-        "give the same command again to ask for these."
-    )
 
 
 def _show(summary: "Summary", as_json: bool) -> None:

@@ -1,11 +1,10 @@
 """``flexalign generate``: answers to a prompt, or a file of them, at one or several λ."""
 
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +21,7 @@ from flexalign.cli.console import (
 from flexalign.cli.options import (
     Adapter,
     Aligned,
+    AlignedPrompt,
     AnyBase,
     BatchSize,
     Dtype,
@@ -30,19 +30,21 @@ from flexalign.cli.options import (
     MaxNewTokens,
     Model,
     Policies,
+    ReferencePrompt,
     Temperature,
     Template,
     TopP,
     read_efforts,
     read_lambdas,
+    read_prompt_pair,
     read_range,
     read_settings,
 )
-from flexalign.errors import ConfigError, DataError
+from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
-    from flexalign.lambdas import Setting
-    from flexalign.systems import Answer, Failure, LocalBackend, PromptRequest
+    from flexalign.systems import LocalBackend, PromptRequest
+    from flexalign.systems.prompts import TimedAnswer, UserPrompt
 
 
 def generate(
@@ -60,6 +62,8 @@ def generate(
     ] = None,
     adapter: Adapter = None,
     aligned: Aligned = None,
+    reference_prompt: ReferencePrompt = None,
+    aligned_prompt: AlignedPrompt = None,
     lam: Annotated[
         str | None,
         typer.Option(
@@ -110,20 +114,28 @@ def generate(
     Two models, further than the aligned one goes, many questions:
     [cyan]flexalign generate models/base --aligned models/concise --lambda 2 --gate 0.01
     --prompts questions.jsonl --json > answers.json[/cyan]
+
+    One model, without training: as it is, told to be brief, and beyond:
+    [cyan]flexalign generate smollm2 'Why is the sky blue?' --aligned-prompt
+    system='Answer in one short sentence.' --lambda 0,1,1.5[/cyan]
     """
     from flexalign.cli.console import quieten_libraries, warnings_as_notes
 
     if samples > 1 and temperature == 0:
         raise ConfigError("--samples are all equal at temperature 0; raise --temperature.")
-    limits = read_range(lambda_range)
+    limits, two_prompts = (
+        read_range(lambda_range),
+        read_prompt_pair(reference_prompt, aligned_prompt),
+    )
     settings = read_settings(read_lambdas(lam), policy or [], read_efforts(effort, adapter))
     prompts = _read_prompts(prompt, input_file)
 
     from flexalign.data.prompting import parse_template
     from flexalign.lambdas import LAMBDA_LEGEND
     from flexalign.systems import LocalBackend, System, SystemOptions
+    from flexalign.systems.prompts import prompt_requests
 
-    system = System.of(model, adapter, aligned)
+    system = System.of(model, adapter, aligned, two_prompts)
     options = SystemOptions(
         temperature=temperature,
         top_p=top_p,
@@ -134,6 +146,7 @@ def generate(
         lambda_range=limits,
         any_base=any_base,
         template=parse_template(template or []),
+        prompts=two_prompts,
     )
     quieten_libraries()
     with warnings_as_notes():
@@ -141,38 +154,31 @@ def generate(
             backend = LocalBackend(system, settings, options)
         backend.require_dial(settings)
 
-        requests = _requests(prompts, settings or [backend.default], samples, seed)
+        asked = settings or [backend.default]
+        requests = prompt_requests(prompts, asked, samples=samples, seed=seed)
         made = _answer(backend, prompts, requests)
         if as_json:
-            made_all = sorted(made, key=lambda one: one.place)
-            print_json([_row(prompts, one) for one in made_all])
+            in_order = sorted(made, key=lambda one: one.place)
+            print_json([one.to_json(prompts[one.request.prompt]) for one in in_order])
             return
         _show(prompts, made, backend, samples > 1)
         if backend.kind != "model":
             console.print(LAMBDA_LEGEND, style="dim")
 
 
-# Prompts, from an argument, standard input or a file.
-
-
-class _Prompt(NamedTuple):
-    """A prompt as results show it (``given``), and as the model gets it (``put``)."""
-
-    given: str | list[dict[str, Any]]
-    put: str | list[dict[str, Any]]
-
-
-def _read_prompts(prompt: str | None, file: Path | None) -> list[_Prompt]:
+def _read_prompts(prompt: str | None, file: Path | None) -> "list[UserPrompt]":
     """Return the prompt of the command line, those of a file, or that of standard input.
 
     Raises:
         ConfigError: If there is no prompt, or there are two sources.
         DataError: If a prompt is empty, or the file cannot be read.
     """
+    from flexalign.systems.prompts import UserPrompt, read_prompts
+
     if file is not None:
         if prompt is not None:
             raise ConfigError("give PROMPT or --prompts, not both.")
-        return _read_file(file)
+        return read_prompts(file)
 
     if prompt is None or prompt == "-":
         if sys.stdin.isatty():
@@ -181,124 +187,40 @@ def _read_prompts(prompt: str | None, file: Path | None) -> list[_Prompt]:
                 "--prompts, or pipe one in. (flexalign chat is for conversations.)"
             )
         prompt = sys.stdin.read()
-    return [_question(prompt)]
-
-
-def _read_file(file: Path) -> list[_Prompt]:
-    if file.suffix.lower() != ".txt":
-        from flexalign.data.formats import load_prompts
-
-        return [_Prompt(one, one) for one in load_prompts(file)["prompt"]]
-
-    if not file.is_file():
-        raise DataError(f"{file}: no such file.")
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is not UTF-8 ({error.reason}); save it as UTF-8.") from error
-    prompts = [_question(line) for line in lines if line.strip()]
-    if not prompts:
-        raise DataError(f"{file} holds no prompt; write one a line.")
-    return prompts
-
-
-def _question(text: str) -> _Prompt:
-    text = text.strip()
-    if not text:
-        raise DataError("the prompt is empty.")
-    return _Prompt(text, [{"role": "user", "content": text}])
-
-
-def _requests(
-    prompts: Sequence[_Prompt], settings: "Sequence[Setting]", samples: int, seed: int
-) -> "list[PromptRequest]":
-    """Return a request per prompt, setting and sample; all settings of a sample share its seed."""
-    from flexalign.data.traces import derive_seed
-    from flexalign.systems import PromptRequest
-
-    return [
-        # The empty string replaces the task of a sweep; without it, every seed would change.
-        PromptRequest(index, one.put, setting, sample, derive_seed(seed, "", index, sample))
-        for index, one in enumerate(prompts)
-        for setting in settings
-        for sample in range(samples)
-    ]
-
-
-# Answers, batch by batch.
-
-
-class _Made(NamedTuple):
-    """An answer: its place among the requests, the request, and the tokens/s of its batch."""
-
-    place: int
-    request: "PromptRequest"
-    answer: "Answer"
-    tokens_per_second: float
+    return [UserPrompt.of_text(prompt)]
 
 
 def _answer(
-    backend: "LocalBackend", prompts: Sequence[_Prompt], requests: "Sequence[PromptRequest]"
-) -> Iterator[_Made]:
-    """Yield the answers batch by batch, sorted by place within a batch."""
-    for prompt in prompts:
-        backend.render(prompt.put)  # a template that refuses a prompt does so before weights load
-    with as_input_errors(), console.status("loading"):
-        _ = backend.model
-
-    places = {request.key: place for place, request in enumerate(requests)}
-    for batch, seconds in _timed(backend.run(requests), len(requests)):
-        speed = sum(answer.tokens for _, answer in batch) / seconds
-        yield from sorted(_Made(places[asked.key], asked, one, speed) for asked, one in batch)
-
-
-def _timed(
-    batches: "Iterator[list[tuple[PromptRequest, Answer | Failure]]]", total: int
-) -> "Iterator[tuple[list[tuple[PromptRequest, Answer]], float]]":
-    """Yield batches and the seconds that each took, and show the progress on stderr.
+    backend: "LocalBackend", prompts: "Sequence[UserPrompt]", requests: "Sequence[PromptRequest]"
+) -> "Iterator[TimedAnswer]":
+    """Yield the answers batch by batch, and show the progress on stderr.
 
     Answers would break a bar on the same terminal; there, a status line is shown between batches.
     """
-    from flexalign.systems import Answer
+    from flexalign.systems.prompts import timed_answers
 
-    made, is_shown = 0, result_console.is_terminal
+    for prompt in prompts:
+        backend.render(prompt.messages)  # a template that refuses a prompt does so before loading
+    with as_input_errors(), console.status("loading"):
+        _ = backend.model
+
+    made, total, is_shown = 0, len(requests), result_console.is_terminal
     bar: AbstractContextManager[Any] = progress_bar("answers", total)
+    batches = timed_answers(backend, requests)
     with nullcontext(lambda _: None) if is_shown else bar as show:
         while True:
-            started = time.perf_counter()
             with console.status(f"{made} of {total} answers") if is_shown else nullcontext():
-                found = next(batches, None)
-            if found is None:
+                batch = next(batches, None)
+            if batch is None:
                 return
-
-            batch = [(asked, one) for asked, one in found if isinstance(one, Answer)]
             made += len(batch)
             show(made)
-            yield batch, time.perf_counter() - started
-
-
-def _row(prompts: Sequence[_Prompt], made: _Made) -> dict[str, Any]:
-    _, request, answer, speed = made
-    return {
-        "prompt": prompts[request.prompt].given,
-        "setting": request.setting.id,
-        "lambda": request.setting.lam,
-        "policy": request.setting.policy,
-        "sample": request.sample,
-        "response": answer.text,
-        "tokens": answer.tokens,
-        "thinking_tokens": answer.thinking_tokens,
-        "rejected_tokens": answer.rejected_tokens,
-        "truncated": answer.truncated,
-        "route": answer.route,
-        "confidence": answer.confidence,
-        "tokens_per_second": round(speed, 1),
-    }
+            yield from batch
 
 
 def _show(
-    prompts: Sequence[_Prompt],
-    made: Iterable[_Made],
+    prompts: "Sequence[UserPrompt]",
+    made: "Iterable[TimedAnswer]",
     backend: "LocalBackend",
     has_samples: bool,
 ) -> None:
@@ -309,8 +231,7 @@ def _show(
     for _, request, answer, speed in made:
         if request.prompt != last:
             last = request.prompt
-            given = prompts[last].given
-            text = given if isinstance(given, str) else "\n".join(m["content"] for m in given)
+            text = prompts[last].text
             result_console.print(text, style="bold", markup=False, soft_wrap=True)
         name = describe_setting(request.setting, backend.calibration) + (
             f" · sample {request.sample + 1}" if has_samples else ""

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -16,13 +16,17 @@ from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.lambdas import (
     Dial,
     Fixed,
-    Schedule,
     Setting,
+    TrainingLambda,
     parse_dial,
     parse_lambdas,
     parse_range,
+    parse_training_lambda,
     unique_settings,
 )
+
+if TYPE_CHECKING:
+    from flexalign.models.prompted import PromptPair
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -91,6 +95,23 @@ Template: TypeAlias = Annotated[
         "--template",
         metavar="KEY=VALUE",
         help="An argument of the chat template, such as enable_thinking=false; repeatable.",
+    ),
+]
+ReferencePrompt: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reference-prompt",
+        metavar="KEY=VALUE",
+        help="As --aligned-prompt, for λ = 0; without it, the model as it is.",
+    ),
+]
+AlignedPrompt: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--aligned-prompt",
+        metavar="KEY=VALUE",
+        help="Or the model itself under another prompt: system=TEXT, or an argument of its chat "
+        "template, such as enable_thinking=false; repeatable.",
     ),
 ]
 Dtype: TypeAlias = Annotated[
@@ -197,6 +218,42 @@ def read_setting(name: str, text: str) -> Setting:
         raise ConfigError(f"/lambda takes one finite number, such as 0.3; got {text!r}.") from None
 
 
+def read_prompt_pair(
+    reference: Sequence[str] | None, aligned: Sequence[str] | None
+) -> "PromptPair | None":
+    """Read ``--reference-prompt`` and ``--aligned-prompt``; None if neither is given.
+
+    Raises:
+        ConfigError: If one has another form than ``system=TEXT`` or ``KEY=VALUE``.
+    """
+    if not reference and not aligned:
+        return None
+    from flexalign.data.prompting import parse_prompt
+    from flexalign.models.prompted import PromptPair
+
+    return PromptPair(
+        parse_prompt(reference or [], "--reference-prompt"),
+        parse_prompt(aligned or [], "--aligned-prompt"),
+    )
+
+
+def read_side_prompts(
+    reference: Sequence[str] | None, aligned: Sequence[str] | None
+) -> dict[str, Any]:
+    """Read the two options for a recipe, as `RealignRecipe.load_each` takes them; each may be absent.
+
+    Raises:
+        ConfigError: As in :func:`read_prompt_pair`.
+    """
+    read = read_prompt_pair(reference, aligned)
+    if read is None:
+        return {}
+    given = {"reference_prompt": reference, "aligned_prompt": aligned}
+    return {
+        name: getattr(read, name.removesuffix("_prompt")) for name, texts in given.items() if texts
+    }
+
+
 def read_efforts(text: str | None, adapter: str | None) -> list[Setting]:
     """Read ``--effort 0,50,100`` by an adapter's calibration, and print the setting of each.
 
@@ -246,8 +303,8 @@ def read_range(text: str | None) -> tuple[float, float] | None:
     return None if text is None else parse_range(text)
 
 
-def parse_lambda_option(text: str | None) -> Fixed | list[Fixed] | Schedule | None:
-    """Read ``--lambda`` of a training command: a number, several, a JSON schedule, or none.
+def parse_lambda_option(text: str | None) -> Fixed | list[Fixed] | TrainingLambda | None:
+    """Read ``--lambda`` of a training command: a number, several, a range, JSON, or none.
 
     Raises:
         ConfigError: If it is a schedule that is malformed.
@@ -255,9 +312,9 @@ def parse_lambda_option(text: str | None) -> Fixed | list[Fixed] | Schedule | No
     """
     if text is None:
         return None
-    if text.lstrip().startswith("{"):
+    if text.lstrip().startswith("{") or ":" in text:
         try:
-            return Schedule.parse(text)
+            return parse_training_lambda(text)
         except FlexAlignError as error:
             raise type(error)(f"--lambda: {error}") from error
     values = parse_lambdas(text)

@@ -1,25 +1,29 @@
 """``flexalign realign``: train a student to be the pair at a λ of your choice."""
 
 import shlex
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from flexalign.cli.console import console, print_json
 from flexalign.cli.options import (
+    AlignedPrompt,
     AllowPickle,
     Assignments,
     DryTraining,
     Recipe,
     RecipeOutput,
+    ReferencePrompt,
     ResultAsJson,
     SkipBadRows,
     parse_lambda_option,
+    read_side_prompts,
 )
 from flexalign.cli.training import train
 
 if TYPE_CHECKING:
+    from flexalign.lambdas import LambdaRange
     from flexalign.training.plan import TrainingPlan
     from flexalign.training.run import Outcome
 
@@ -29,10 +33,14 @@ def realign(
     lam: Annotated[
         str | None,
         typer.Option(
-            "--lambda", help="λ instead of the recipe's: a number, several, or a JSON schedule."
+            "--lambda",
+            help="λ instead of the recipe's: a number, several, a JSON schedule, or for one LoRA of "
+            "every λ a range, 0:5.",
         ),
     ] = None,
     output: RecipeOutput = None,
+    reference_prompt: ReferencePrompt = None,
+    aligned_prompt: AlignedPrompt = None,
     assignments: Assignments = None,
     merge: Annotated[
         bool,
@@ -58,7 +66,11 @@ def realign(
 
     Then: [cyan]flexalign realign recipe.yaml --lambda 2 --set training.max_steps=100[/cyan]
 
+    One model under two prompts: [cyan]flexalign realign recipe.yaml --aligned-prompt "system=Be brief."[/cyan]
+
     Several λ from one cache: [cyan]flexalign realign recipe.yaml --lambda 0.5,1,2 --set teacher=cached[/cyan]
+
+    One LoRA for every λ: [cyan]flexalign realign recipe.yaml --lambda 0:5 --set lora.r=32[/cyan]
 
     Ctrl-C saves a checkpoint at the end of the step; the same command goes on from there.
     """
@@ -68,6 +80,7 @@ def realign(
     recipes = RealignRecipe.load_each(
         recipe,
         overrides=assignments or (),
+        **read_side_prompts(reference_prompt, aligned_prompt),
         lam=parse_lambda_option(lam),
         output=output,
         merge=merge or None,
@@ -91,7 +104,10 @@ def realign(
     if as_json and not console.quiet:
         print_json(result.to_json())
     for outcome in result.students or (result,):
-        _summarise(outcome, recipes[0].reference)
+        if outcome.lambda_range is None:
+            _summarise(outcome, recipes[0].models[0])
+        else:
+            _summarise_dial(outcome, recipes[0].reference, outcome.lambda_range)
 
 
 def _say_report(result: "Outcome") -> None:
@@ -136,13 +152,34 @@ def _summarise(outcome: "Outcome", reference: str) -> None:
     )
 
 
+def _summarise_dial(outcome: "Outcome", reference: str, trained: "LambdaRange") -> None:
+    console.print(f"the LoRA dial:       [bold]{escape(str(outcome.output))}[/bold]")
+    last = outcome.curve[-1]["step"] if outcome.curve else None
+    for row in outcome.curve:
+        if row["step"] in (0, last):
+            accuracy = f", accuracy {row['accuracy']:.3f}" if "accuracy" in row else ""
+            console.print(f"at λ = {row['lambda']:<13g} {row['tokens']:.1f} tokens{accuracy}")
+
+    console.print(f"its model card:      {escape(str(outcome.output / 'README.md'))}")
+    base, folder = shlex.quote(reference), shlex.quote(str(outcome.output))
+    lams = ",".join(f"{lam:g}" for lam in trained.marks)
+    console.print(
+        f"next: [cyan]flexalign generate {escape(base)} QUESTION --adapter {escape(folder)} "
+        f"--lambda {lams}[/cyan]",
+        soft_wrap=True,
+    )
+
+
 def _rows(plan: "TrainingPlan") -> dict[str, str]:
     """Return a plan as the rows of a table."""
+    from flexalign.models.pair import SIDES
+    from flexalign.models.prompted import PromptedModel
+
     facts = plan.facts
     data, memory = facts["data"], facts["memory_gib"]
     rows = {
-        "reference, aligned": f"{facts['reference']}, {facts['aligned']}",
-        "λ": f"{facts['lambda']}",
+        "reference, aligned": ", ".join(PromptedModel.parse(facts[side]).text for side in SIDES),
+        "λ": _describe_lambda(facts["lambda"]),
         "rows": f"{data['rows']:,}, of which {data['kept']:,} keep response tokens and "
         f"{data['truncated']:,} are shortened by the cut-off",
         "tokens": f"{data['prompt_tokens']:,} prompt, {data['response_tokens']:,} response; "
@@ -156,3 +193,12 @@ def _rows(plan: "TrainingPlan") -> dict[str, str]:
     if facts["rounds"] > 1:
         rows["λ"] += f", {facts['rounds']} rounds: effective {facts['effective_lambda']:g}"
     return rows
+
+
+def _describe_lambda(lam: Any) -> str:
+    if isinstance(lam, dict) and "low" in lam:
+        return (
+            f"every λ from {lam['low']:g} to {lam['high']:g}: one LoRA, whose strength is λ; each "
+            "row of a step draws its own"
+        )
+    return f"{lam}"

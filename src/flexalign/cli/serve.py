@@ -1,7 +1,5 @@
 """``flexalign serve``: a server of OpenAI's protocol with a dial on every request."""
 
-import shlex
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,11 +18,14 @@ from flexalign.cli.console import (
 from flexalign.cli.options import (
     Adapter,
     Aligned,
+    AlignedPrompt,
     AnyBase,
     Dtype,
     EngineName,
     Gate,
+    ReferencePrompt,
     Template,
+    read_prompt_pair,
     read_range,
     read_secret,
 )
@@ -32,7 +33,7 @@ from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
     from flexalign.serving.server import ServeOptions
-    from flexalign.serving.vllm.launch import Launch
+    from flexalign.serving.vllm.launch import DialSource, Launch
 
 _NEEDED = ("fastapi", "starlette", "uvicorn", "prometheus_client")
 _ROWS, _QUEUE = 32, 256
@@ -48,6 +49,8 @@ def serve(
     ] = None,
     adapter: Adapter = None,
     aligned: Aligned = None,
+    reference_prompt: ReferencePrompt = None,
+    aligned_prompt: AlignedPrompt = None,
     engine: Annotated[
         EngineName, typer.Option(help="local runs here; vllm starts vLLM (docs/vllm.md).")
     ] = EngineName.LOCAL,
@@ -132,7 +135,10 @@ def serve(
     """
     extras = "vllm,serving" if engine is EngineName.VLLM else "serving"
     require_packages("serving", *_NEEDED, install=f"'flexalign[{extras}]'")
-    limits = read_range(lambda_range)
+    limits, two_prompts = (
+        read_range(lambda_range),
+        read_prompt_pair(reference_prompt, aligned_prompt),
+    )
     key = read_secret(api_key_env)
     is_local = key is None and not insecure
     body_bytes = round(body_limit * 2**20)
@@ -140,15 +146,26 @@ def serve(
     from flexalign.serving.server import require_safe_address
 
     if engine is EngineName.VLLM:
+        if two_prompts is not None:
+            raise ConfigError(
+                "--reference-prompt and --aligned-prompt are served by --engine local alone: vLLM "
+                "runs one prompt for each request; leave --engine out."
+            )
         if template:
             raise ConfigError(
                 "--template is for the local engine; give vLLM its own flag behind --: "
                 "--default-chat-template-kwargs '{\"enable_thinking\": false}'."
             )
+        if aligned is not None:
+            raise ConfigError(
+                "--aligned is served by --engine local alone; on vLLM give --adapter."
+            )
+        if gate is not None:
+            raise ConfigError("--gate is served by --engine local alone; leave it out on vLLM.")
+        from flexalign.serving.vllm.launch import DialSource
         from flexalign.serving.vllm.middleware import FrontOptions
 
         require_safe_address(host, key, insecure=insecure)
-        source = _VllmSource(model, adapter, aligned, gate, any_base, prepared)
         settings = {
             "name": model_name or model,
             "host": host,
@@ -162,6 +179,7 @@ def serve(
             "front": FrontOptions(limits, body_bytes, playground, is_local),
             "flags": tuple(flags or ()),
         }
+        source = DialSource(model, adapter, any_base, prepared)
         _serve_on_vllm(source, settings, dry_run=dry_run, as_json=as_json)
         return
 
@@ -184,6 +202,7 @@ def serve(
         context,
         EngineLimits(batch_size or _ROWS, queue or _QUEUE),
         parse_template(template or []),
+        two_prompts,
     )
     _serve_here(
         options,
@@ -226,6 +245,11 @@ def _serve_here(
     with open_socket(host, port) as listening:
         with warnings_as_notes(), as_input_errors():
             service, rules = load_service(options)
+        if options.prompts is not None:
+            say(
+                "a request's own system message stays on both sides; the system messages of the "
+                "two prompts follow it."
+            )
         app = create_app(service, rules, **access)
         if playground:
             app = Playground(app)
@@ -272,29 +296,8 @@ def _print_address(
         print(url, flush=True)
 
 
-@dataclass(frozen=True)
-class _VllmSource:
-    """What vLLM serves.
-
-    Attributes:
-        model: The base, or a prepared folder.
-        adapter: The adapter on the base; None for a prepared folder.
-        aligned: The aligned model of a pair, which is refused on vLLM.
-        gate: A gate, which is refused on vLLM.
-        any_base: Accept an adapter that was made for another base.
-        prepared: The folder to prepare for vLLM; one in the cache if None.
-    """
-
-    model: str
-    adapter: str | None
-    aligned: str | None
-    gate: float | None
-    any_base: bool
-    prepared: Path | None
-
-
 def _serve_on_vllm(
-    source: _VllmSource, settings: dict[str, Any], *, dry_run: bool, as_json: bool
+    source: "DialSource", settings: dict[str, Any], *, dry_run: bool, as_json: bool
 ) -> None:
     """Prepare the folder and run vLLM's server until it is stopped.
 
@@ -303,42 +306,29 @@ def _serve_on_vllm(
         settings: The arguments of :class:`~flexalign.serving.vllm.launch.Launch` without the folder.
         dry_run: Only print the command.
         as_json: Print JSON.
-
-    Raises:
-        ConfigError: If vLLM is not installed, or an option cannot be served on it.
-        ServingError: If vLLM ends without being stopped.
     """
-    if source.aligned is not None:
-        raise ConfigError("--aligned is served by --engine local alone; on vLLM give --adapter.")
-    if source.gate is not None:
-        raise ConfigError("--gate is served by --engine local alone; leave it out on vLLM.")
-    from flexalign.serving.dial import adapter_rules
-    from flexalign.serving.server import open_socket
-    from flexalign.serving.vllm.folder import prepared_dial
     from flexalign.serving.vllm.launch import Launch, check_flags, require_vllm, run
-    from flexalign.systems.dials import read_dial
 
     check_flags(settings["flags"])
     if not dry_run:
         require_vllm()
     with as_input_errors():
-        launch = Launch(_vllm_folder(source), **settings)
-        given = source.adapter
-        dial = read_dial(given) if given else prepared_dial(launch.folder)
-        rules = adapter_rules(dial, launch.front.lambda_range)
+        launch = Launch(source.folder(), **settings)
+        rules = source.rules(launch.front.lambda_range)
     if dry_run:
         _show_launch(launch, as_json)
         return
 
-    # vLLM does not take port 0: a free port is found here and closed again before vLLM starts.
-    with open_socket(launch.host, launch.port) as free:
-        launch = replace(launch, port=free.getsockname()[1])
+    launch = launch.on_free_port()
+    if source.adapter is not None:
+        shown = escape(str(launch.folder))
+        console.print(f"preparing {shown} for vLLM, which takes a while to start")
     with as_input_errors():
-        _prepare_folder(source, launch.folder)
+        source.prepare()
 
     def announce() -> None:
         _print_address(
-            _launch_url(launch),
+            launch.url,
             launch.name,
             rules.lambda_range,
             engine="on vLLM",
@@ -349,56 +339,16 @@ def _serve_on_vllm(
     run(launch, announce)
 
 
-def _vllm_folder(source: _VllmSource) -> Path:
-    """Return the folder that vLLM will load.
-
-    Raises:
-        ConfigError: If no adapter is given and the model is not a prepared folder.
-    """
-    from flexalign.serving.vllm.folder import is_prepared
-    from flexalign.serving.vllm.launch import cached_folder
-
-    if source.adapter is not None:
-        cached = cached_folder(source.model, source.adapter, any_base=source.any_base)
-        return (source.prepared or cached).expanduser().absolute()
-    folder = Path(source.model).expanduser().absolute()
-    if not is_prepared(folder):
-        raise ConfigError(
-            "--engine vllm is about a dial; name the model's --adapter, or a folder that was "
-            "prepared. A model without one is served by vLLM alone."
-        )
-    return folder
-
-
-def _prepare_folder(source: _VllmSource, folder: Path) -> None:
-    """Write the folder that vLLM loads, unless the model is a prepared folder itself."""
-    from flexalign.serving.vllm.folder import prepare_folder
-    from flexalign.serving.vllm.launch import prepare_once
-
-    if source.adapter is None:
-        return
-    console.print(f"preparing {escape(str(folder))} for vLLM, which takes a while to start")
-    if source.prepared is not None:
-        prepare_folder(source.model, source.adapter, folder, any_base=source.any_base)
-    else:
-        prepare_once(source.model, source.adapter, folder, any_base=source.any_base)
-
-
 def _show_launch(launch: "Launch", as_json: bool) -> None:
     """Print the folder, the environment variables and the command, but not the key."""
-    variables = {name: value for name, value in launch.variables().items() if name.startswith("F")}
-    command = launch.command()
     if as_json:
-        shown = {"folder": str(launch.folder), "environment": variables, "command": command}
-        print_json(shown)
+        print_json(
+            {
+                "folder": str(launch.folder),
+                "environment": launch.public_variables(),
+                "command": launch.command(),
+            }
+        )
         return
-    words = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
     console.print(f"prepared in {escape(str(launch.folder))}; the key, if any, is in VLLM_API_KEY.")
-    print(" ".join([*words, shlex.join(command)]))
-
-
-def _launch_url(launch: "Launch") -> str:
-    from flexalign.serving.server import url_of
-
-    is_safe = any(flag.startswith("--ssl-certfile") for flag in launch.flags)
-    return url_of(launch.host, launch.port, scheme="https" if is_safe else "http")
+    print(launch.shell_line())

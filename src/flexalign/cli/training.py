@@ -183,8 +183,9 @@ class ConsoleEvents(Events):
     def measured(self, row: dict[str, Any]) -> None:
         """Print the length and accuracy of the student's answers."""
         accuracy = f", accuracy {row['accuracy']:.3f}" if "accuracy" in row else ""
+        at = f", λ = {row['lambda']:g}" if "lambda" in row else ""
         console.print(
-            f"step {row['step']}: {row['tokens']:.1f} tokens per answer, "
+            f"step {row['step']}{at}: {row['tokens']:.1f} tokens per answer, "
             f"{row['truncated']:.1%} truncated{accuracy}"
         )
 
@@ -204,7 +205,7 @@ class ConsoleEvents(Events):
             yield show
 
 
-_SHOWN = ("loss", "divergence", "lambda", "kl_reference", "kl_aligned")
+_SHOWN = ("loss", "divergence", "divergence_high", "lambda", "kl_reference", "kl_aligned")
 
 
 class StepProgress(StepObserver):
@@ -266,6 +267,9 @@ def show_plan(plan: "TrainingPlan", rows: Mapping[str, str], *, as_json: bool) -
         text = Text.assemble((sample["masked"], "dim"), ("«", "green"))
         text.append(sample["trained"], "bold green").append("»", "green")
         result_console.print(text, soft_wrap=True)
+        if "aligned" in sample:
+            told = Text.assemble("the aligned side's prompt: ", (sample["aligned"], "dim"))
+            result_console.print(told, soft_wrap=True)
 
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in rows.items():

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from flexalign._storage import write_json
 from flexalign.data.thinking import ThinkingTags
 from flexalign.data.traces import derive_seed
-from flexalign.errors import ConfigError
+from flexalign.errors import ConfigError, ServingError
 from flexalign.evaluation.grading import Answered, Grader
 from flexalign.evaluation.report import write_report
 from flexalign.evaluation.samples import ResultsFolder
@@ -39,6 +39,9 @@ from flexalign.systems import (
     open_backend,
     parse_systems,
 )
+
+_SHOWN = 5
+"""The most lost samples that a message names."""
 
 Progress = Callable[[int], None]
 """A function that is called with the number of samples made since its last call."""
@@ -159,11 +162,32 @@ class SweepResult:
         summary: The contents of ``summary.json``; None if there is no sample.
         made: Number of samples that this run added.
         lost: Samples that could not be made.
+        total: Number of samples that the sweep consists of.
     """
 
     summary: Summary | None
     made: int
     lost: "list[Lost]"
+    total: int
+
+    def require_complete(self) -> Summary:
+        """Return the summary of a sweep without lost samples.
+
+        Raises:
+            ServingError: If samples could not be made; it names the first ones, and why.
+        """
+        if not self.lost and self.summary is not None:
+            return self.summary
+        shown = "; ".join(
+            f"question {one.cell.question} of {one.cell.task} at {one.cell.setting.label}, "
+            f"{one.system}: {one.reason}"
+            for one in self.lost[:_SHOWN]
+        )
+        more = f"; and {len(self.lost) - _SHOWN} more" if len(self.lost) > _SHOWN else ""
+        raise ServingError(
+            f"{len(self.lost)} of {self.total} samples got no response ({shown}{more}). All others "
+            "are saved; give the same command again to ask for these."
+        )
 
 
 @dataclass(frozen=True)
@@ -205,6 +229,10 @@ class Sweep:
             raise ConfigError(f"a task is given twice, or two files have one name: {tasks}.")
 
         _check_options(self.samples, self.options)
+        if self.options.prompts is not None and all(one.kind != "prompts" for one in self.systems):
+            raise ConfigError(
+                "--reference-prompt and --aligned-prompt are about a system prompts:MODEL; name one."
+            )
         for system in self.systems:
             if not self.settings_of(system):
                 raise ConfigError(f"{system.name} takes none of the settings; give it a --lambda.")
@@ -345,7 +373,7 @@ class Sweep:
                 self.backends[system.name].release()
 
         summary = write_summary(folder) if folder.rows else None
-        return SweepResult(summary, len(folder.rows) - before, lost)
+        return SweepResult(summary, len(folder.rows) - before, lost, self.total)
 
 
 def _first(task: Task) -> Messages:

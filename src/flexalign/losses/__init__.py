@@ -30,15 +30,18 @@ DIVERGENCES: tuple[Divergence, ...] = ("reverse", "forward", "jsd")
 
 @dataclass(frozen=True)
 class DivergenceMetrics:
-    """The student's divergence from each of the two models, in nats per token, without gradients.
+    """What a batch measures beside its loss, in nats per token, without gradients.
 
     Attributes:
         kl_reference: KL(student‖reference), over the same tokens and denominator as the loss.
         kl_aligned: KL(student‖aligned), over the same tokens and denominator as the loss.
+        per_token: The divergence at each counted position, in order, shape ``(P,)``; their sum over
+            the denominator is the loss.
     """
 
     kl_reference: Tensor
     kl_aligned: Tensor
+    per_token: Tensor
 
 
 @overload
@@ -177,7 +180,7 @@ def fused_divergence(
         gradients=torch.is_grad_enabled(),
         score=score,
     )
-    total, kl_reference, kl_aligned = sum_in_chunks(
+    total, kl_reference, kl_aligned, per_token = sum_in_chunks(
         student_hidden.flatten(0, -2), student.weight, student.bias, task
     )
 
@@ -185,7 +188,7 @@ def fused_divergence(
     loss: Tensor = total / denominator
     if not metrics:
         return loss
-    return loss, DivergenceMetrics(kl_reference / denominator, kl_aligned / denominator)
+    return loss, DivergenceMetrics(kl_reference / denominator, kl_aligned / denominator, per_token)
 
 
 def _as_head(head: Head | Tensor) -> Head:

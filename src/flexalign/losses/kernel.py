@@ -17,8 +17,8 @@ from flexalign.losses.sequence import Score
 from flexalign.losses.teacher import (
     LOG_ZERO,
     FusedTeacher,
-    add_outer,
     add_product,
+    outer,
     write_logits,
 )
 
@@ -51,7 +51,7 @@ class DivergenceTask:
 
 def sum_in_chunks(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, task: DivergenceTask
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Sum the divergence over the counted positions, in nats.
 
     Args:
@@ -62,9 +62,12 @@ def sum_in_chunks(
 
     Returns:
         The sum, with its graph; and, without gradients, the sums of KL(student‖reference) and
-        KL(student‖aligned), which are zeros unless the task has ``metrics``.
+        KL(student‖aligned), which are zeros unless the task has ``metrics``, and the divergence of
+        each counted position, shape ``(P,)``.
     """
-    sums: tuple[Tensor, Tensor, Tensor] = _ChunkedDivergence.apply(hidden, weight, bias, task)  # type: ignore[no-untyped-call]
+    sums: tuple[Tensor, Tensor, Tensor, Tensor] = _ChunkedDivergence.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, task
+    )
     return sums
 
 
@@ -74,16 +77,19 @@ class _ChunkedDivergence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, task: DivergenceTask
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         needed = ctx.needs_input_grad[:3] if task.gradients else (False, False, False)
+        # The gradient of the weight is by far the largest. The first chunk writes it whole.
+        unfilled = torch.empty_like if len(task.positions) else torch.zeros_like
+        makers = (torch.zeros_like, unfilled, torch.zeros_like)
         grads = [
-            torch.zeros_like(tensor, dtype=dtype) if need and tensor is not None else None
-            for tensor, need in zip((hidden, weight, bias), needed, strict=True)
+            make(tensor, dtype=dtype) if need and tensor is not None else None
+            for make, tensor, need in zip(makers, (hidden, weight, bias), needed, strict=True)
         ]
 
         with torch.autocast(hidden.device.type, enabled=False):
-            sums = _sum_chunks(hidden, task, grads)
+            sums, values = _sum_chunks(hidden, task, grads)
 
         # Not save_for_backward: the gradients are not part of the graph, and backward changes them.
         ctx.grads, ctx.dtypes = (
@@ -91,8 +97,8 @@ class _ChunkedDivergence(torch.autograd.Function):
             (hidden.dtype, weight.dtype, None if bias is None else bias.dtype),
         )
         total, kl_reference, kl_aligned = sums.unbind()
-        ctx.mark_non_differentiable(kl_reference, kl_aligned)
-        return total, kl_reference, kl_aligned
+        ctx.mark_non_differentiable(kl_reference, kl_aligned, values)
+        return total, kl_reference, kl_aligned, values
 
     @staticmethod
     @once_differentiable
@@ -114,17 +120,21 @@ def _take_gradients(ctx: Any, grad_total: Tensor) -> list[Tensor | None]:
     ]
 
 
-def _sum_chunks(hidden: Tensor, task: DivergenceTask, grads: list[Tensor | None]) -> Tensor:
+def _sum_chunks(
+    hidden: Tensor, task: DivergenceTask, grads: list[Tensor | None]
+) -> tuple[Tensor, Tensor]:
     """Sum over the counted positions in chunks, and add to the gradients in place.
 
     Returns:
-        Sums over positions of the divergence, KL(s‖reference) and KL(s‖aligned): shape (3,).
+        Sums over positions of the divergence, KL(s‖reference) and KL(s‖aligned), shape (3,); and
+        the divergence of each position, shape (P,).
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     head = task.student
     rows_at_most = min(task.chunk_size, len(task.positions))
     buffers = hidden.new_empty((4, rows_at_most, head.vocab_size), dtype=dtype)
     sums = hidden.new_zeros(3, dtype=dtype)
+    values = hidden.new_empty(len(task.positions), dtype=dtype)
 
     for start in range(0, len(task.positions), task.chunk_size):
         chunk = slice(start, start + task.chunk_size)
@@ -150,8 +160,8 @@ def _sum_chunks(hidden: Tensor, task: DivergenceTask, grads: list[Tensor | None]
             fused = task.teacher.logits(rows, logits)
         _log_softmax(fused, log_t)
 
-        value, gradient = _divergence(log_s, log_t, logits, spare, task.beta)
-        sums[0] += value
+        values[chunk], gradient = _divergence(log_s, log_t, logits, spare, task.beta)
+        sums[0] += values[chunk].sum()
         if task.score is not None:
             task.score.add_to(gradient, logits, chunk)
 
@@ -160,12 +170,17 @@ def _sum_chunks(hidden: Tensor, task: DivergenceTask, grads: list[Tensor | None]
             gradient.mul_(slope)
         if head.scale != 1.0:
             gradient.mul_(head.scale)
-        _add_gradients(gradient, h, rows, head.weight, grads)
-    return sums
+        _add_gradients(gradient, h, rows, head.weight, start == 0, grads)
+    return sums, values
 
 
 def _add_gradients(
-    gradient: Tensor, h: Tensor, rows: Tensor, weight: Tensor, grads: list[Tensor | None]
+    gradient: Tensor,
+    h: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    is_first: bool,
+    grads: list[Tensor | None],
 ) -> None:
     grad_hidden, grad_weight, grad_bias = grads
     if grad_hidden is not None:
@@ -173,7 +188,7 @@ def _add_gradients(
         add_product(gradient, weight, part)
         grad_hidden[rows] = part
     if grad_weight is not None:
-        add_outer(gradient, h, weight, grad_weight)
+        outer(gradient, h, weight, grad_weight, add=not is_first)
     if grad_bias is not None:
         grad_bias.add_(gradient.sum(0))
 
@@ -181,20 +196,20 @@ def _add_gradients(
 def _divergence(
     log_s: Tensor, log_t: Tensor, one: Tensor, two: Tensor, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the divergence summed over a chunk, and its gradient by the student's logits.
+    """Return the divergence at each position of a chunk, and its gradient by the student's logits.
 
     All four tensors (C, V) are overwritten; the gradient is one of them. If β is 1, `one` holds the
     student's probabilities afterwards.
     """
     if beta == 0.0:  # Σ t·(log t − log s); gradient s − t
         t = torch.exp(log_t, out=one)
-        value = log_t.sub_(log_s).mul_(t).sum()
+        value = log_t.sub_(log_s).mul_(t).sum(-1)
         return value, log_s.exp_().sub_(t)
     if beta == 1.0:  # Σ s·(log s − log t); gradient s·(log s − log t − KL)
         s = torch.exp(log_s, out=one)
         terms = log_s.sub_(log_t).mul_(s)
         kl = terms.sum(-1, keepdim=True)
-        return kl.sum(), terms.addcmul_(s, kl, value=-1)
+        return kl.squeeze(-1), terms.addcmul_(s, kl, value=-1)
 
     # With x = log t/s: log m/s = softplus(x + logit β) + log(1−β). The constant cancels in the
     # gradient, (1−β)·s·(log s/m − KL(s‖m)), and is left out of it.
@@ -202,11 +217,11 @@ def _divergence(
     x = log_t.sub_(log_s)
     softplus = torch.add(x, math.log(beta) - math.log1p(-beta), out=one)
     torch.logaddexp(softplus, softplus.new_zeros(()), out=softplus)
-    from_teacher = x.sub_(softplus).mul_(t).sum()
+    from_teacher = x.sub_(softplus).mul_(t).sum(-1)
     s = log_s.exp_()
     terms = softplus.neg_().mul_(s)
     kl = terms.sum(-1, keepdim=True)
-    value = beta * from_teacher + (1 - beta) * kl.sum() - len(s) * math.log1p(-beta)
+    value = beta * from_teacher + (1 - beta) * kl.squeeze(-1) - math.log1p(-beta)
     return value, terms.addcmul_(s, kl, value=-1).mul_(1 - beta)
 
 

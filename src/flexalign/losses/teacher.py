@@ -158,12 +158,17 @@ def add_product(gradient: Tensor, weight: Tensor, out: Tensor) -> None:
         out.addmm_(gradient[:, rows], part)
 
 
-def add_outer(gradient: Tensor, hidden: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Add ``gradientᵀ·hidden``, the gradient of ``weight``, to ``out``: (C, V), (C, H) → (V, H)."""
+def outer(
+    gradient: Tensor, hidden: Tensor, weight: Tensor, out: Tensor, *, add: bool = False
+) -> None:
+    """Write ``gradientᵀ·hidden``, the gradient of ``weight``, into ``out``, or add it.
+
+    Shapes: (C, V), (C, H) → (V, H).
+    """
     if rounds_its_factor(weight):
-        _half_product(gradient.t(), hidden.to(weight.dtype), out, add=True)
+        _half_product(gradient.t(), hidden.to(weight.dtype), out, add=add)
     else:
-        out.addmm_(gradient.t(), hidden.to(out.dtype))
+        out.addmm_(gradient.t(), hidden.to(out.dtype), beta=int(add))
 
 
 def _half_product(left: Tensor, right: Tensor, out: Tensor, *, add: bool) -> None:

@@ -1,10 +1,12 @@
-"""Makes the miniature's models from a seed: a reference, an aligned model and a fast adapter.
+"""Makes the miniature's models and adapters from a seed.
 
 The reference is trained from random weights on traces with the habits `REFERENCE`. The aligned
 model is the reference, fine-tuned on traces with the habits `ALIGNED`. ``fast`` is a layer adapter
-on the reference, trained to answer without thinking. ``placebo`` is the control: the reference,
-fine-tuned on as many traces with its *own* habits, so that it differs from the reference only by
-noise.
+on the reference, trained to answer without thinking. ``hybrid`` is one model with both ways of
+thinking: the reference's habits by default, the aligned ones under the system message `SYSTEM`.
+``dial`` is one LoRA on the reference, whose strength is λ: it learns the pair's fusion for all λ of
+a range. ``placebo`` is the control: the reference, fine-tuned on as many traces with its *own* habits, so
+that it differs from the reference only by noise.
 """
 
 import copy
@@ -16,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
@@ -28,15 +31,19 @@ from transformers import (
 from transformers.trainer_callback import TrainerCallback
 
 from flexalign.inra import InRaModel
+from flexalign.lora_dial import LoRADial
+from flexalign.miniature import make_traces
 from flexalign.miniature.tokenizer import build_tokenizer
 from flexalign.miniature.world import (
     ALIGNED,
     REFERENCE,
+    SYSTEM,
     Habits,
     branches,
     sample_question,
     sample_trace,
 )
+from flexalign.training import realign
 
 CONTEXT_TOKENS = 1024
 _USUAL_TOKENS = 85
@@ -59,6 +66,8 @@ class Schooling:
         traces: Number of different traces, which are used repeatedly; None for a new trace in each
             step and row.
         without_thinking: Whether to train on right traces without their thinking.
+        told: The habits of every second trace, whose question comes with the system message
+            `SYSTEM`; None for no such traces.
     """
 
     habits: Habits
@@ -69,6 +78,7 @@ class Schooling:
     exact: bool = False
     traces: int | None = None
     without_thinking: bool = False
+    told: Habits | None = None
 
 
 REFERENCE_SCHOOLING = (
@@ -77,12 +87,34 @@ REFERENCE_SCHOOLING = (
 )
 ALIGNED_SCHOOLING = Schooling(ALIGNED, steps=800, learning_rate=3e-4)
 PLACEBO_SCHOOLING = Schooling(REFERENCE, steps=800, learning_rate=3e-4)
+HYBRID_SCHOOLING = Schooling(
+    REFERENCE, steps=1200, learning_rate=1e-3, by_length=True, exact=True, told=ALIGNED
+)
 FAST_SCHOOLING = Schooling(
     REFERENCE, steps=300, learning_rate=1e-3, batch_size=48, traces=600, without_thinking=True
 )
 """Few traces, so that thinking is an advantage: the model can compute a sum of five numbers in one
 step, and with many traces the fast mode would be more accurate than the reference, which is trained
 to make errors."""
+
+DIAL_STEPS = 400
+DIAL_RECIPE: dict[str, Any] = {
+    "lambda": {"low": 0, "high": 5},
+    "gate": 0.01,
+    "lora": {"r": 32, "lora_alpha": 32, "target_modules": "all-linear"},
+    "training": {
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "cosine",
+        "per_device_train_batch_size": 24,
+        "gradient_accumulation_steps": 1,
+        "train_sampling_strategy": "sequential",
+        "max_length": 512,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "use_cpu": True,
+    },
+}
+"""The realignment of ``dial``, without its models, steps and seed."""
 
 
 def build_all(output: Path, *, seed: int = 0, placebo: bool = False) -> Iterator[str]:
@@ -110,6 +142,68 @@ def build_all(output: Path, *, seed: int = 0, placebo: bool = False) -> Iterator
     teach(adapter.stream, FAST_SCHOOLING, seed)
     adapter.save(output / "fast")
     yield "fast"
+
+    hybrid = copy.deepcopy(reference)
+    teach(hybrid, HYBRID_SCHOOLING, seed + 3)
+    yield _save(hybrid, output, "hybrid")
+
+    make_dial(output, seed=seed)
+    yield "dial"
+
+
+def make_dial(parts: Path, *, seed: int) -> None:
+    """Train the LoRA dial of a reference and an aligned model, and write it beside them.
+
+    Args:
+        parts: The folder of the parts; it has ``reference`` and ``aligned``, and gets ``dial``.
+        seed: Seed of the traces, of the LoRA's initial weights and of the draws of λ.
+    """
+    batch_size = DIAL_RECIPE["training"]["per_device_train_batch_size"]
+    rows = make_traces(DIAL_STEPS * batch_size, seed + 4)
+    training = DIAL_RECIPE["training"] | {
+        "max_steps": DIAL_STEPS,
+        "warmup_steps": DIAL_STEPS // 10,
+        "seed": seed,
+    }
+    with TemporaryDirectory() as scratch:
+        realign(
+            DIAL_RECIPE
+            | {
+                "reference": str(parts / "reference"),
+                "aligned": str(parts / "aligned"),
+                "data": "miniature",
+                "output": f"{scratch}/dial",
+                "training": training,
+            },
+            data=Dataset.from_list(sorted_by_length(rows, batch_size, seed)),
+        )
+        dial = LoRADial.from_pretrained(parts / "reference", f"{scratch}/dial")
+
+    # The folder names its base by its known name instead of a path.
+    name = "miniature:reference"
+    dial.dial_config = replace(dial.dial_config, base=name)
+    dial.peft.peft_config["default"].base_model_name_or_path = name
+    dial.save_pretrained(parts / "dial")
+    (parts / "dial" / "README.md").unlink()
+
+
+def sorted_by_length(
+    rows: list[dict[str, Any]], batch_size: int, seed: int
+) -> list[dict[str, Any]]:
+    """Return traces in an order in which each batch has traces of similar length.
+
+    A batch is padded to its longest trace, so this halves the work of a training that takes its
+    rows in order. The batches themselves follow each other at random.
+
+    Args:
+        rows: The traces, as `make_traces` returns them.
+        batch_size: Traces in each batch.
+        seed: Seed of the order of the batches.
+    """
+    ordered = sorted(rows, key=lambda row: len(row["completion"][0]["content"].split()))
+    batches = [ordered[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    random.Random(seed).shuffle(batches)
+    return [row for batch in batches for row in batch]
 
 
 def make_adapter(reference: Path, layers: int = 1) -> "LayerAdapter":
@@ -221,10 +315,10 @@ def teach(
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerFast, question: str, trace: list[str]
+    tokenizer: PreTrainedTokenizerFast, question: str, trace: list[str], system: str = ""
 ) -> tuple[list[int], list[int]]:
     """Return the token ids of a question in the chat template, and of its trace with ``<eos>``."""
-    asked = tokenizer.convert_tokens_to_ids(["<bos>", *question.split()])
+    asked = tokenizer.convert_tokens_to_ids(["<bos>", *system.split(), *question.split()])
     answered = tokenizer.convert_tokens_to_ids([*trace, "<eos>"])
     return asked, answered
 
@@ -238,19 +332,21 @@ class _Traces(torch.utils.data.Dataset[dict[str, list[Any]]]):
         wanted = schooling.traces or schooling.steps * schooling.batch_size
         while len(self._rows) < wanted:
             question = sample_question(rng)
-            trace = sample_trace(question, schooling.habits, rng)
+            told = schooling.told if len(self._rows) % 2 else None
+            habits = told or schooling.habits
+            trace = sample_trace(question, habits, rng)
             if schooling.without_thinking:
                 if trace[-1] != str(question.answer):
                     continue
                 trace = [trace[0], *trace[-2:]]
 
-            asked, answered = encode(tokenizer, question.text, trace)
+            asked, answered = encode(tokenizer, question.text, trace, SYSTEM if told else "")
             targets: list[list[tuple[int, float]]] = [[(token, 1.0)] for token in answered]
             if schooling.exact:
                 for branch in branches(question, trace):
                     targets[branch.position] = [
                         (tokenizer.convert_tokens_to_ids(token), probability)
-                        for token, probability in branch.distribution(schooling.habits).items()
+                        for token, probability in branch.distribution(habits).items()
                     ]
 
             self._rows.append(

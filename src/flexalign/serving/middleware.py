@@ -3,12 +3,14 @@
 :class:`DialMiddleware` stands before vLLM's application of OpenAI's protocol, which it knows as bytes
 alone: it takes the dial out of a request's body, hands it over, and lets a :class:`DialWriter` write what
 became of it into the answer. The local server's routes read the dial themselves. :class:`KeyGate` and
-:class:`LoopbackGate` say who is served; they stand before either.
+:class:`LoopbackGate` say who is served, and :class:`RequestIds` names each answer; they stand before
+either.
 """
 
 import hmac
 import ipaddress
 import json
+import uuid
 from hashlib import sha256
 from typing import Any
 from urllib.parse import urlsplit
@@ -199,8 +201,44 @@ def path_of(scope: Scope) -> str:
     return path.rstrip("/")
 
 
+_REQUEST_ID = b"x-request-id"
+_ID_LENGTH = 128
+
+
+class RequestIds:
+    """Gives every answer the header ``x-request-id``: the client's own, or a new one.
+
+    A client's is echoed if it has at most 128 printable ASCII characters, so that it cannot break
+    a header or a log.
+    """
+
+    def __init__(self, app: Any) -> None:
+        """Stand before an application."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        """Serve a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == _REQUEST_ID), b"")
+        is_safe = 0 < len(given) <= _ID_LENGTH and all(33 <= letter <= 126 for letter in given)
+        own = given if is_safe else f"req_{uuid.uuid4().hex}".encode()
+
+        async def send_with_id(message: Scope) -> None:
+            if message["type"] == "http.response.start":
+                headers = [pair for pair in message.get("headers", ()) if pair[0] != _REQUEST_ID]
+                message = {**message, "headers": [*headers, (_REQUEST_ID, own)]}
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
+
+
 class KeyGate:
-    """Lets those requests under ``/v1``, and those that post anything, in that carry the right key."""
+    """Lets those requests under ``/v1``, and those that post anything, in that carry the right key.
+
+    It is a bearer token, or the header ``x-api-key``, which clients of Anthropic's protocol send.
+    """
 
     def __init__(self, app: Any, key: str) -> None:
         """Stand before an application; the comparison takes the same time for every wrong key."""
@@ -211,7 +249,8 @@ class KeyGate:
         """Serve a request."""
         is_http = scope["type"] == "http"
         if is_http and (scope["method"] == "POST" or path_of(scope).startswith("/v1")):
-            given = b"".join(v for name, v in scope["headers"] if name == b"authorization")
+            sent = dict(scope["headers"])
+            given = sent.get(b"authorization", b"Bearer " + sent.get(b"x-api-key", b""))
             if not hmac.compare_digest(sha256(given).digest(), self._digest):
                 error = ApiError(
                     401,
@@ -221,6 +260,8 @@ class KeyGate:
                 )
                 await send_error(error, send)
                 return
+            if b"authorization" not in sent:  # vLLM compares the key again
+                scope = {**scope, "headers": [*scope["headers"], (b"authorization", given)]}
         await self._app(scope, receive, send)
 
 

@@ -49,6 +49,7 @@ from flexalign.training.events import Events
 from flexalign.training.forward import HeadForm
 from flexalign.training.inputs import read_traces, settle_template
 from flexalign.training.memory import Sizes
+from flexalign.training.merge import Merge, is_lora
 from flexalign.training.models import Teacher, TrainingModels, running_dtype
 from flexalign.training.plan import TrainingPlan, plan_memory, plan_steps, sample_rows
 from flexalign.training.recipes import AdaptRecipe, BakeRecipe, Recipe
@@ -686,9 +687,10 @@ def bake(
     callbacks: Sequence[TrainerCallback] = (),
     command: str = "flexalign.bake",
 ) -> Outcome | TrainingPlan:
-    """Train a plain model that behaves as base and adapter do at one λ.
+    """Make a plain model that behaves as base and adapter do at one λ.
 
-    The result runs in one stream, at the cost of the base. The student starts at the base and
+    A LoRA dial is merged into its base, without training and data: its recipe has `base`,
+    `adapter`, `lambda` and `output`. A layer adapter is trained into a model: the result runs in one stream, at the cost of the base. The student starts at the base and
     learns the fusion of the two streams (TrRa). Its divergence from that fusion is measured on
     held-out rows. Runs are resumed as those of `adapt` are.
 
@@ -709,7 +711,7 @@ def bake(
         command: The command that the model card shows.
 
     Returns:
-        The outcome, with the divergences in `measures`. For a dry run, the plan.
+        The outcome, of a layer adapter with the divergences in `measures`. For a dry run, the plan.
 
     Raises:
         ConfigError: If a setting is unknown or out of its range, there are fewer than two rows, or
@@ -719,6 +721,14 @@ def bake(
         Stopped: If a signal ended the run early.
     """
     plan = BakeRecipe.of(recipe)
+    if is_lora(plan.adapter):
+        if data is not None:
+            raise ConfigError(f"data: {plan.adapter} is a LoRA, which is merged; leave data out.")
+        merge = Merge.of(plan, lambda_range, command)
+        return merge.plan() if dry_run else merge.run(events or Events())
+    if not plan.data and data is None:
+        raise ConfigError("data is missing; add a line `data: …`.")
+
     base = _read_baking(plan, lambda_range)
     settle_template(plan, base.tokenizer)
     rows = read_traces(plan.data, skip_bad_rows=skip_bad_rows) if data is None else data

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -47,6 +48,7 @@ class StudentAnswer(Protocol):
 Respond = Callable[[Any, Sequence[Any]], Sequence[StudentAnswer]]
 Judge = Callable[[StudentAnswer, str], bool]
 Bracket = Callable[[Sequence[float], bool], tuple[float, float, float]]
+AtLambda = Callable[[float], AbstractContextManager[None]]
 
 
 class Watcher(TrainerCallback):  # type: ignore[misc]
@@ -55,6 +57,10 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
     The untrained student is measured before step 0, and the trained one after the last step. Each
     measurement is a row of ``curve.jsonl``: mean tokens, the share of truncated answers and, over
     the prompts with a known answer, the share of correct ones.
+
+    A student whose strength is λ is measured at several λ, each a row with its `lambda`. Before
+    step 0 it is the reference at every λ, and at λ = 0 it remains the reference, so the first
+    measurement is at the λ nearest to 0 alone, and the later ones leave 0 out.
     """
 
     def __init__(
@@ -67,6 +73,8 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
         judge: Judge,
         bracket: Bracket,
         report: Callable[[dict[str, Any]], None] = lambda row: None,
+        lams: Sequence[float] = (),
+        at_lambda: AtLambda = lambda lam: contextlib.nullcontext(),
     ) -> None:
         """Create the watcher; it runs when training begins.
 
@@ -80,7 +88,10 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
             bracket: Returns low, mean and high of values, one per prompt. Its second argument is
                 whether the values are 0 or 1.
             report: Called with each row.
+            lams: The λ to measure at; empty for a student of one λ.
+            at_lambda: Returns a context in which the student runs at a λ.
         """
+        self._lams, self._at_lambda = tuple(lams), at_lambda
         self._prompts = list(prompts)
         self._known = list(known_answers)
         self._every = every_steps
@@ -91,12 +102,18 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
         """Delete rows after the step that training resumes from; measure if that step is due."""
         if not state.is_world_process_zero:
             return
-        curve = Path(args.output_dir) / CURVE
-        rows = [row for row in read_curve(curve.parent) if row["step"] <= state.global_step]
+        curve, step = Path(args.output_dir) / CURVE, state.global_step
+        rows = [row for row in read_curve(curve.parent) if row["step"] <= step]
+
+        # The rows of a step may be incomplete, if the run was killed while they were written.
+        complete = sum(row["step"] == step for row in rows) == len(self._lams_at(step))
+        is_missing = self._is_due(state) and not complete
+        if is_missing:
+            rows = [row for row in rows if row["step"] != step]
         with writing(CURVE, curve.parent):
             write_text(curve, "".join(map(_as_line, rows)))
-        if self._is_due(state) and all(row["step"] != state.global_step for row in rows):
-            self._measure(curve, state.global_step, kwargs["model"])
+        if is_missing:
+            self._measure(curve, step, kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure if the step is due, unless the run is stopping: it is then measured on resuming."""
@@ -107,11 +124,26 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
     def _is_due(self, state: Any) -> bool:
         return bool(state.global_step % self._every == 0 or state.global_step == state.max_steps)
 
+    def _lams_at(self, step: int) -> Sequence[float | None]:
+        """Return the λ of a step's rows; None stands for the student as it is."""
+        if not self._lams:
+            return (None,)
+        if step == 0:
+            return (min(self._lams, key=abs),)
+        return tuple(lam for lam in self._lams if lam != 0)
+
     def _measure(self, curve: Path, step: int, model: Any) -> None:
-        row = {"step": step, **self._figures(self._respond(model, self._prompts))}
+        rows: list[dict[str, Any]] = []
+        for lam in self._lams_at(step):
+            with contextlib.nullcontext() if lam is None else self._at_lambda(lam):
+                answers = self._respond(model, self._prompts)
+            named = {"step": step} if lam is None else {"step": step, "lambda": lam}
+            rows.append({**named, **self._figures(answers)})
+
         with writing(CURVE, curve.parent), curve.open("a", encoding="utf-8") as file:
-            file.write(_as_line(row))
-        self._report(row)
+            file.write("".join(map(_as_line, rows)))
+        for row in rows:
+            self._report(row)
 
     def _figures(self, answers: Sequence[StudentAnswer]) -> dict[str, Any]:
         low, tokens, high = self._bracket([float(answer.tokens) for answer in answers], False)
@@ -138,6 +170,8 @@ def make_watcher(
     answers: Sequence[str | None],
     tokenizer: PreTrainedTokenizerBase,
     report: Callable[[dict[str, Any]], None],
+    lams: Sequence[float] = (),
+    at_lambda: AtLambda = lambda lam: contextlib.nullcontext(),
 ) -> Watcher:
     """Create the watcher that generates, grades and summarises answers as the evaluation does.
 
@@ -147,6 +181,8 @@ def make_watcher(
         answers: One per prompt, None if it is not known.
         tokenizer: The student's tokenizer.
         report: Called with each row.
+        lams: As in `Watcher`, as is the next.
+        at_lambda: Returns a context in which the student runs at a λ.
     """
 
     def respond(model: Any, prompts: Sequence[Any]) -> Sequence[StudentAnswer]:
@@ -174,6 +210,8 @@ def make_watcher(
         judge=judge,
         bracket=bracket,
         report=report,
+        lams=lams,
+        at_lambda=at_lambda,
     )
 
 

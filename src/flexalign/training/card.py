@@ -90,6 +90,13 @@ _REALIGNED_TEXT = """\
 The student of a training-time realignment (TrRa, arXiv 2506.12704): started at the reference, it \
 learned the token distribution `softmax(λ·aligned + (1−λ)·reference)` over the two models' logits."""
 
+_DIAL_TEXT = """\
+# A LoRA whose strength is λ
+
+One LoRA for every λ of a range, from a training-time realignment (TrRa, arXiv 2506.12704): with its \
+strength at λ it learned the token distribution `softmax(λ·aligned + (1−λ)·reference)` over the two \
+models' logits. λ = 0 is the reference exactly; PEFT loads the folder at strength 1, which is λ = 1."""
+
 _ADAPTER_TEXT = """\
 # A layer adapter with a dial
 
@@ -102,6 +109,12 @@ _BAKED_TEXT = """\
 
 The student of a distillation from an InRa dial (arXiv 2506.12704) at one λ: it runs as any model
 does, with one stream. Divergences are in nats per token, to the dial, on rows held out."""
+
+_MERGED_TEXT = """\
+# A dial's setting as a plain model
+
+A LoRA whose strength is λ, merged into its base at one λ: it runs as any model does, and equals the \
+dial at that λ up to the rounding of the weights."""
 
 _METHODS = {
     "sft": "supervised fine-tuning on responses",
@@ -134,9 +147,10 @@ def _realigned(
         rounds = [("round", f"{round_number} of {recipe.rounds}; effective λ {effective:g}")]
 
     settings = [
-        ("reference (λ=0)", code(recipe.reference)),
-        ("aligned (λ=1)", code(recipe.aligned)),
-        ("λ", code(recipe.lam)),
+        ("reference (λ=0)", code(recipe.sides[0])),
+        ("aligned (λ=1)", code(recipe.sides[1])),
+        *_asked(recipe),
+        ("λ", _lambda_of(recipe)),
         *rounds,
         ("divergence", divergences[recipe.divergence]),
         ("gate τ", "off" if recipe.gate is None else f"{recipe.gate:g}"),
@@ -147,6 +161,14 @@ def _realigned(
         ("fingerprints of the pair", ", ".join(map(code, facts["pair"]))),
     ]
 
+    if recipe.lambda_range is not None:
+        usage = (
+            "from flexalign import LoRADial\n\n"
+            f'model = LoRADial.from_pretrained("{recipe.reference}", "this-folder")\n'
+            f"model.generate(**inputs, lam={recipe.lambda_range.at(0.5):g})"
+        )
+        return _Content("peft", ("realignment", "trra", "lora-dial"), _DIAL_TEXT, settings, usage)
+
     usage = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("this-folder")'
@@ -155,6 +177,24 @@ def _realigned(
     )
     library = "peft" if recipe.lora else "transformers"
     return _Content(library, ("realignment", "trra"), _REALIGNED_TEXT, settings, usage)
+
+
+def _asked(recipe: RealignRecipe) -> list[tuple[str, str]]:
+    """Return how a student of two prompts is asked: as the reference is."""
+    if recipe.prompts is None:
+        return []
+    prompt = recipe.prompts.reference
+    told = [f"system message {code(text)}" for text in (recipe.system, prompt.system) if text]
+    arguments = {**(recipe.template or {}), **prompt.template}
+    told += [f"template arguments {code(arguments)}"] if arguments else []
+    return [("ask it with", ", ".join(told) or "no prompt of its own, as the reference")]
+
+
+def _lambda_of(recipe: RealignRecipe) -> str:
+    asked = recipe.lambda_range
+    if asked is None:
+        return code(recipe.lam)
+    return f"every λ from {asked.low:g} to {asked.high:g}; each row of a step drew its own"
 
 
 def _adapter(recipe: AdaptRecipe, facts: Mapping[str, Any]) -> _Content:
@@ -185,17 +225,21 @@ def _adapter(recipe: AdaptRecipe, facts: Mapping[str, Any]) -> _Content:
 
 
 def _baked(recipe: BakeRecipe, facts: Mapping[str, Any]) -> _Content:
+    is_merged = "data" not in facts
+    prints = ("fingerprints of the models", ", ".join(map(code, facts["models"])))
     settings = [
         ("base", code(recipe.base)),
         ("adapter", code(recipe.adapter)),
         ("λ", f"{recipe.lam:g}"),
-        *_run_of_adapter(recipe, facts),
+        *([prints] if is_merged else _run_of_adapter(recipe, facts)),
     ]
     usage = (
         "from transformers import AutoModelForCausalLM\n\n"
         'model = AutoModelForCausalLM.from_pretrained("this-folder")'
     )
-    return _Content("transformers", ("realignment", "inra"), _BAKED_TEXT, settings, usage)
+    text = _MERGED_TEXT if is_merged else _BAKED_TEXT
+    tags = ("realignment", "lora-dial" if is_merged else "inra")
+    return _Content("transformers", tags, text, settings, usage)
 
 
 def _run_of_adapter(recipe: Recipe, facts: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -213,22 +257,37 @@ def _run_of_adapter(recipe: Recipe, facts: Mapping[str, Any]) -> list[tuple[str,
 def _curve_section(curve: Sequence[Mapping[str, Any]]) -> list[str]:
     if not curve:
         return []
+    note = (
+        f"Over {curve[-1]['prompts']} prompts; step 0 is the untrained student, brackets are "
+        "95 % intervals."
+    )
+    learned = ["## While it learned", _curve_table(curve, "step"), note]
+    if "lambda" not in curve[-1]:
+        return learned
+
+    # The reference was measured before step 0, every other λ after the last step.
+    last = curve[-1]["step"]
+    rows = [row for row in curve if row["step"] == last]
+    at_zero = [row for row in curve if row["step"] == 0 and row["lambda"] == 0 and last != 0]
+    by_lambda = sorted([*at_zero, *rows], key=lambda row: float(row["lambda"]))
+    return ["## The curve over λ", _curve_table(by_lambda, "lambda"), *learned]
+
+
+def _curve_table(curve: Sequence[Mapping[str, Any]], first: str) -> str:
     graded = any("accuracy" in row for row in curve)
-    head = ["step", "tokens per answer", "truncated", *(["accuracy"] if graded else [])]
+    keys = [first] if first == "lambda" or "lambda" not in curve[-1] else [first, "lambda"]
+    head = ["λ" if key == "lambda" else key for key in keys]
+    head += ["tokens per answer", "truncated", *(["accuracy"] if graded else [])]
     rows = [
         [
-            str(row["step"]),
+            *(f"{row[key]:.12g}" for key in keys),
             _with_interval(row["tokens"], row["tokens_ci"], "{:.1f}"),
             f"{row['truncated']:.1%}",
             *([_with_interval(row["accuracy"], row["accuracy_ci"], "{:.3f}")] if graded else []),
         ]
         for row in curve
     ]
-    note = (
-        f"Over {curve[-1]['prompts']} prompts; step 0 is the untrained student, brackets are "
-        "95 % intervals."
-    )
-    return ["## While it learned", table(head, rows), note]
+    return table(head, rows)
 
 
 def _with_interval(value: float, bounds: Sequence[float], form: str) -> str:

@@ -12,7 +12,7 @@ from trl import SFTConfig
 
 from flexalign._packages import require_packages
 from flexalign.errors import ConfigError
-from flexalign.lambdas import Schedule
+from flexalign.lambdas import LambdaRange, Schedule, TrainingLambda, parse_training_lambda
 from flexalign.losses import DIVERGENCES
 
 _TEACHERS = ("online", "cached")
@@ -49,8 +49,10 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
         default=1.0,
         metadata={
             "help": "λ of the fused teacher, equation 5: 0 the reference, 1 the aligned model, "
-            "above 1 beyond it. A number, or a schedule over the training step such as "
-            '{"kind": "linear", "start": 0, "end": 2, "steps": 200}.'
+            "above 1 beyond it. A number, a schedule over the training step such as "
+            '{"kind": "linear", "start": 0, "end": 2, "steps": 200}, or, for a LoRA student, a '
+            'range, {"low": 0, "high": 5} or "0:5": each row draws its own λ, which is the '
+            "strength of its LoRA."
         },
     )
     divergence: str = field(
@@ -134,11 +136,11 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
         require_settings_packages(self)
 
     @property
-    def schedule(self) -> Schedule:
-        """λ as a function of the training step."""
-        kept: Schedule = self.__dict__["_schedule"]
+    def schedule(self) -> TrainingLambda:
+        """λ as a function of the training step, or the range from which each row draws its own."""
+        kept: TrainingLambda = self.__dict__["_schedule"]
         if kept.to_json() != self.lam:  # the field was assigned after the check
-            kept = self.__dict__["_schedule"] = _as_schedule(self.lam)
+            kept = self.__dict__["_schedule"] = parse_training_lambda(self.lam)
         return kept
 
     def _check_realignment(self) -> None:
@@ -147,8 +149,8 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
                 f"lam: a trainer trains one λ, got {len(self.lam)}; make one for each (flexalign "
                 "realign --lambda 0.5,1 does, and from one cache if teacher='cached')."
             )
-        schedule = _as_schedule(self.lam)
-        if schedule.follows_thinking:
+        schedule = parse_training_lambda(self.lam)
+        if isinstance(schedule, Schedule) and schedule.follows_thinking:
             raise ConfigError(
                 "lam: a thinking schedule goes by generated tokens; in training λ is a number or "
                 "a schedule over the step (linear, cosine, piecewise)."
@@ -165,6 +167,11 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
             _require_share("gate", self.gate)
         _require_count("chunk_size", self.chunk_size)
         _require_count("rounds", self.rounds)
+        if isinstance(schedule, LambdaRange) and self.rounds != 1:
+            raise ConfigError(
+                f"rounds with a range of λ ({schedule}): the LoRA's strength reaches every λ of it "
+                "in one round; leave rounds out."
+            )
 
         if self.teacher == "cached":
             self._check_cached()
@@ -244,10 +251,6 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
                 "the loss has one denominator, the response tokens of the whole step, so leave "
                 "it out."
             )
-
-
-def _as_schedule(lam: Any) -> Schedule:
-    return lam if isinstance(lam, Schedule) else Schedule.parse(lam)
 
 
 def _settle_defaults(config: Any) -> None:

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_type_hints
 
@@ -20,7 +20,7 @@ import yaml
 from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
 from flexalign.errors import ConfigError, FlexAlignError
-from flexalign.lambdas import Fixed, Schedule
+from flexalign.lambdas import Fixed, LambdaRange, Schedule, TrainingLambda, parse_training_lambda
 from flexalign.training.settings import (
     Number,
     Section,
@@ -32,6 +32,7 @@ from flexalign.training.settings import (
 
 if TYPE_CHECKING:
     from flexalign.data.prompting import PromptSettings
+    from flexalign.models.prompted import PromptedModel, PromptPair
 
 
 class WatchSettings(Section):
@@ -77,29 +78,82 @@ def _read_mapping(value: object) -> object:
     return {} if value is None else value
 
 
-# λ is parsed here, once. All later code has a schedule over the training step.
+# λ is parsed here, once. All later code has a schedule over the training step, or a range.
 
 
-def _read_lambda(value: object) -> Schedule:
-    if isinstance(value, Schedule):
-        return value
-    if isinstance(value, Fixed):
-        return Schedule.constant(value)
+def _read_lambda(value: object) -> TrainingLambda:
     value = as_number(value)
+    if isinstance(value, Schedule | LambdaRange | Fixed):
+        return parse_training_lambda(value)
+    if isinstance(value, str) and ":" in value:
+        # YAML 1.1 reads 0:5 as text and 1:5 as the number 65, so no text is a range here.
+        raise ConfigError(f"lambda: write a range as {{low: 0, high: 5}}, got {value!r}.")
     if isinstance(value, bool) or not isinstance(value, int | float | Mapping):
         raise ConfigError(f"lambda must be a number or a mapping, got {value!r}.")
-    return Schedule.parse(value)
+    return parse_training_lambda(value)
 
 
 def _read_optional_lambda(value: object) -> Schedule | None:
-    return None if value is None else _read_lambda(value)
+    if value is None:
+        return None
+    schedule = _read_lambda(value)
+    if isinstance(schedule, LambdaRange):
+        raise ConfigError(
+            f"lambda: a range ({schedule}) is for a LoRA of flexalign realign; a layer adapter has "
+            "its own dial, so give its teacher one λ, such as 1."
+        )
+    return schedule
 
 
 def _read_single_lambda(value: object) -> Schedule:
     schedule = None if isinstance(value, Mapping | bool | list) else _read_lambda(value)
-    if schedule is None or schedule.kind != "constant":
+    if not isinstance(schedule, Schedule) or schedule.kind != "constant":
         raise ConfigError(f"lambda must be a number, got {value!r}.")
     return schedule
+
+
+# The sides of a pair: a model, or a model under a prompt of its own.
+
+
+def _read_side(value: object, side: str) -> "str | PromptedModel":
+    """Return a side without a prompt as text, its path or name, any other as `PromptedModel`."""
+    if isinstance(value, str | Path):
+        return str(value)
+    # Imported here because it needs torch, which a recipe without prompts does not.
+    from flexalign.models.prompted import PromptedModel
+
+    read = PromptedModel.parse(value, side)
+    return read if read.has_prompt else read.model
+
+
+def with_prompts(
+    tree: Mapping[str, Any],
+    reference: "PromptSettings | None" = None,
+    aligned: "PromptSettings | None" = None,
+) -> dict[str, Any]:
+    """Give the sides of a recipe's tree other prompts, as the command line's options do.
+
+    Args:
+        tree: A recipe in the form of the YAML file; not changed. Without `aligned`, the aligned side
+            is the reference's model.
+        reference: The reference's prompt instead of its own; None: no change.
+        aligned: The aligned side's, likewise.
+
+    Returns:
+        A new tree.
+    """
+    from flexalign.models.prompted import prompt_json
+
+    changed = dict(tree)
+    models = {
+        side: given.get("model") if isinstance(given := tree.get(side), Mapping) else given
+        for side in ("reference", "aligned")
+    }
+    for side, prompt in (("reference", reference), ("aligned", aligned)):
+        model = models[side] or models["reference"]
+        if prompt is not None and model is not None:
+            changed[side] = {"model": model, **prompt_json(prompt)}
+    return changed
 
 
 # The sections that belong to TRL and PEFT.
@@ -203,26 +257,84 @@ def one_for_each_lambda(tree: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+_LOSS = ("divergence", "beta", "gate", "chunk_size")
+_PROMPTING = ("template", "system", "thinking")
+
+
 class Recipe(Section):
     """The settings that all training runs have.
 
+    A key that several recipes have is declared here. A recipe adds its own keys, gives all of them
+    an order, and says in `meaning` where a key stands for something else than here.
+
     Attributes:
-        schedule: λ over the training step. None for a method without λ.
+        schedule: λ over the training step, or the range of a LoRA dial. None for a method without
+            λ.
         training: The trainer's settings that the file sets.
     """
 
     default_training: ClassVar[dict[str, Any]] = DEFAULT_TRAINING
     deciding: ClassVar[tuple[str, ...]] = ()
     """Keys that decide the trained weights, in addition to the models, the data and `training`."""
+    order: ClassVar[tuple[str, ...]] = ()
+    """All fields, in the order in which help texts, docs and saved recipes list them."""
+    meaning: ClassVar[Mapping[str, str]] = {}
+    """The description of inherited fields that stand for something else in this recipe."""
+    example: ClassVar[Mapping[str, Any]] = {}
+    """The example values of inherited fields in this recipe."""
 
-    if TYPE_CHECKING:  # each recipe declares these itself, in its own order
-        data: str
-        output: str
-        schedule: Schedule | None
-        template: dict[str, Any] | None
-        system: str | None
-        thinking: dict[str, Any] | None
-        training: dict[str, Any]
+    data: str = Field(description="Prompts with responses.", examples=["traces.jsonl"])
+    output: str = Field(
+        description="Folder of the model and its checkpoints: one run; started again, it goes on."
+    )
+    schedule: Annotated[TrainingLambda | None, PlainValidator(_read_optional_lambda)] = Field(
+        None, alias="lambda", description="λ of the fused teacher, or a schedule over the step."
+    )
+    divergence: str = Field(
+        "reverse",
+        description="`reverse`, KL(student‖teacher), the paper's; `forward`, or `jsd` (with "
+        "`beta`).",
+    )
+    beta: Number = Field(0.5, description="Where `jsd` lies: 0 is forward, 1 reverse.")
+    gate: Number | None = Field(
+        None,
+        description="τ: go beyond [0, 1] only at tokens where the two models differ by more, such "
+        "as 0.01; null for the paper's form.",
+    )
+    chunk_size: int = Field(256, description="Tokens whose logits exist at one time.")
+    template: dict[str, Any] | None = Field(
+        None,
+        description="Arguments of the chat template, such as {enable_thinking: false}; what was "
+        "sampled with others is refused. Null: none.",
+    )
+    system: str | None = Field(
+        None, description="The system message of conversations that have none."
+    )
+    thinking: dict[str, Any] | None = Field(
+        None,
+        description="The markers around the thinking, {open: TEXT, close: TEXT}; null: those that "
+        "the chat template or the vocabulary shows.",
+    )
+    training: Annotated[dict[str, Any], BeforeValidator(_read_mapping)] = Field(
+        default_factory=dict,
+        description="Any field of trl.SFTConfig. By default `DEFAULT_TRAINING`.",
+    )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        if not cls.order:
+            return
+        declared = dict(cls.model_fields)
+        if sorted(cls.order) != sorted(declared):
+            wrong = sorted(set(cls.order) ^ set(declared))
+            raise TypeError(f"{cls.__name__}.order and its fields differ: {', '.join(wrong)}.")
+
+        cls.model_fields.clear()
+        for name in cls.order:
+            field = cls.model_fields[name] = declared[name]
+            field.description = cls.meaning.get(name, field.description)
+            if name in cls.example:
+                field.examples = [cls.example[name]]
 
     def __init__(self, **values: Any) -> None:
         super().__init__(**_by_key(values))
@@ -311,7 +423,7 @@ class Recipe(Section):
         for key, name in self.keys().items():
             value = getattr(self, name)
             if value != type(self).model_fields[name].default and value != {}:
-                tree[key] = _plain(value)
+                tree[key] = plain_value(value)
         return tree
 
     def to_yaml(self) -> str:
@@ -322,7 +434,7 @@ class Recipe(Section):
     def identity(self) -> dict[str, Any]:
         """Return the settings that decide the trained weights, for `run.json`."""
         keys = self.keys()
-        own = {key: _plain(getattr(self, keys[key])) for key in self.deciding}
+        own = {key: plain_value(getattr(self, keys[key])) for key in self.deciding}
         # Left out if not set, so that runs from before these keys existed can be resumed.
         own |= {name: value for name in _PROMPTING if (value := getattr(self, name)) is not None}
         return own | {"training": decisive(self._identifying_training())}
@@ -372,38 +484,11 @@ def _by_key(given: Mapping[str, Any]) -> dict[str, Any]:
     return {("lambda" if name == "lam" else name): value for name, value in given.items()}
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """Return a value in the form of the YAML file."""
-    if isinstance(value, Schedule):
+    if hasattr(value, "to_json"):
         return value.to_json()
     return value.model_dump() if isinstance(value, Section) else value
-
-
-_DIVERGENCE = Field(
-    "reverse",
-    description="`reverse`, KL(student‖teacher), the paper's; `forward`, or `jsd` (with `beta`).",
-)
-_BETA = Field(0.5, description="Where `jsd` lies: 0 is forward, 1 reverse.")
-_GATE = Field(
-    None,
-    description="τ: go beyond [0, 1] only at tokens where the two models differ by more, such as "
-    "0.01; null for the paper's form.",
-)
-_CHUNK_SIZE = Field(256, description="Tokens whose logits exist at one time.")
-_LOSS = ("divergence", "beta", "gate", "chunk_size")
-
-_TEMPLATE = Field(
-    None,
-    description="Arguments of the chat template, such as {enable_thinking: false}; what was sampled "
-    "with others is refused. Null: none.",
-)
-_SYSTEM = Field(None, description="The system message of conversations that have none.")
-_THINKING = Field(
-    None,
-    description="The markers around the thinking, {open: TEXT, close: TEXT}; null: those that the "
-    "chat template or the vocabulary shows.",
-)
-_PROMPTING = ("template", "system", "thinking")
 
 
 class RealignRecipe(Recipe):
@@ -414,34 +499,38 @@ class RealignRecipe(Recipe):
         *_LOSS,
         *("teacher", "rounds", "rollouts", "rollout_objective", "rollout_max_new_tokens", "lora"),
     )
+    order: ClassVar[tuple[str, ...]] = (
+        *("reference", "aligned", "data", "output", "schedule"),
+        *_LOSS,
+        *("rounds", "teacher", "cache_dir"),
+        *("rollouts", "rollout_objective", "rollout_max_new_tokens"),
+        *("allow_pickle", "lora", "merge", "watch"),
+        *_PROMPTING,
+        "training",
+    )
+    meaning: ClassVar[Mapping[str, str]] = {
+        "data": "Traces, prompts with responses (flexalign sample): JSONL, JSON, Parquet or a "
+        "saved data set.",
+    }
+    example: ClassVar[Mapping[str, Any]] = {"output": "out/realigned"}
 
-    reference: str = Field(
-        description="λ = 0, and where the student starts: a model's path or known name.",
+    reference: Annotated[Any, PlainValidator(partial(_read_side, side="reference"))] = Field(
+        description="λ = 0, and where the student starts: a model's path or known name, or {model, "
+        "system, template}, a model under a prompt, under which the student is asked too.",
         examples=["miniature:reference"],
     )
-    aligned: str = Field(
-        description="λ = 1: a model's path or known name, or a PEFT adapter on the reference.",
+    aligned: Annotated[Any, PlainValidator(partial(_read_side, side="aligned"))] = Field(
+        description="λ = 1: a model's path or known name, a PEFT adapter on the reference, or "
+        "{model, system, template}, perhaps the reference's model under another prompt.",
         examples=["miniature:aligned"],
     )
-    data: str = Field(
-        description="Traces, prompts with responses (flexalign sample): JSONL, JSON, Parquet or a "
-        "saved data set.",
-        examples=["traces.jsonl"],
-    )
-    output: str = Field(
-        description="Folder of the model and its checkpoints: one run; started again, it goes on.",
-        examples=["out/realigned"],
-    )
-    schedule: Annotated[Schedule, PlainValidator(_read_lambda)] = Field(
+    schedule: Annotated[TrainingLambda, PlainValidator(_read_lambda)] = Field(
         alias="lambda",
         description="λ of the fused teacher (equation 5): a number, a list of numbers (a student "
-        "for each), or a schedule over the step, {kind: linear, start: 0, end: 2, steps: 200}.",
+        "for each), a schedule over the step, {kind: linear, start: 0, end: 2, steps: 200}, or, "
+        "with `lora`, a range, {low: 0, high: 5}: one LoRA for every λ in it.",
         examples=[2.0],
     )
-    divergence: str = _DIVERGENCE
-    beta: Number = _BETA
-    gate: Number | None = _GATE
-    chunk_size: int = _CHUNK_SIZE
     rounds: int = Field(
         1,
         description="1 is TrRa; k is TrRa-iter: each round takes the last one's result as aligned.",
@@ -479,13 +568,6 @@ class RealignRecipe(Recipe):
     watch: Annotated[WatchSettings | None, PlainValidator(_read_watch)] = Field(
         None, description="The student answers prompts while it learns; null: it does not."
     )
-    template: dict[str, Any] | None = _TEMPLATE
-    system: str | None = _SYSTEM
-    thinking: dict[str, Any] | None = _THINKING
-    training: Annotated[dict[str, Any], BeforeValidator(_read_mapping)] = Field(
-        default_factory=dict,
-        description="Any field of trl.SFTConfig. By default `DEFAULT_TRAINING`.",
-    )
 
     @classmethod
     def parse(cls, tree: Any) -> Self:
@@ -508,13 +590,17 @@ class RealignRecipe(Recipe):
         Args:
             path: As in `load`.
             overrides: As in `load`.
-            **given: As in `load`; `lam` may be a list.
+            **given: As in `load`; `lam` may be a list. `reference_prompt` and `aligned_prompt` are
+                prompts of the two sides, instead of the recipe's; see `with_prompts`.
 
         Raises:
             ConfigError: As in `load`, or if a λ occurs twice or is not a number.
             LambdaError: As in `load`.
         """
+        prompts = [given.pop(f"{side}_prompt", None) for side in ("reference", "aligned")]
         tree = read_tree(path, overrides, _by_key(given))
+        if any(prompt is not None for prompt in prompts):
+            tree = with_prompts(tree, *prompts)
         return [cls.parse(each) for each in one_for_each_lambda(tree)]
 
     @classmethod
@@ -533,6 +619,46 @@ class RealignRecipe(Recipe):
         if not isinstance(given, Mapping):
             return [cls.parse(given)]  # raises, and says what is wrong with the value
         return [cls.parse(each) for each in one_for_each_lambda(given)]
+
+    @cached_property
+    def models(self) -> tuple[str, str]:
+        """The models of the two sides, without their prompts."""
+        one, other = (getattr(side, "model", side) for side in (self.reference, self.aligned))
+        return one, other
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """The two sides as text, for messages and cards: each model, with its prompt if it has one."""
+        one, other = (getattr(side, "text", side) for side in (self.reference, self.aligned))
+        return one, other
+
+    @cached_property
+    def prompts(self) -> "PromptPair | None":
+        """The prompts of the two sides; None if neither has one.
+
+        The keys `template` and `system` hold for both sides, and a side's own stand beside them.
+
+        Raises:
+            ConfigError: If a side and `template` give one argument two values.
+        """
+        if isinstance(self.reference, str) and isinstance(self.aligned, str):
+            return None
+        from flexalign.models.prompted import PromptedModel, PromptPair
+
+        sides = [PromptedModel.parse(side) for side in (self.reference, self.aligned)]
+        for name, side in zip(("reference", "aligned"), sides, strict=True):
+            for key, value in (self.template or {}).items():
+                if side.prompt.template.get(key, value) != value:
+                    raise ConfigError(
+                        f"template.{key} is {value!r} for both sides, and {name}.template.{key} is "
+                        f"{side.prompt.template[key]!r}; leave one of the two out."
+                    )
+        return PromptPair(sides[0].prompt, sides[1].prompt)
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that decide the trained weights; the models go by fingerprint."""
+        told = super().identity()
+        return told if self.prompts is None else told | {"prompts": self.prompts.to_json()}
 
     @property
     def cache_folder(self) -> str:
@@ -558,9 +684,34 @@ class RealignRecipe(Recipe):
         except (ValueError, TypeError) as error:
             raise ConfigError(f"lora: {' '.join(str(error).split())}") from error
 
+    @property
+    def lambda_range(self) -> LambdaRange | None:
+        """The range of a LoRA dial; None for a student of one λ."""
+        return self.schedule if isinstance(self.schedule, LambdaRange) else None
+
     def _check_keys(self) -> None:
+        self.prompts  # noqa: B018 - reading them checks them
+        if self.lambda_range is not None:
+            self._check_range(self.lambda_range)
         if self.merge and self.lora is None:
             raise ConfigError("merge is for a LoRA student; add `lora:` or leave merge out.")
+
+    def _check_range(self, asked: LambdaRange) -> None:
+        if self.lora is None:
+            raise ConfigError(
+                f"lambda: a range ({asked}) trains one LoRA whose strength is λ; add `lora: {{r: "
+                "32}`, or give one λ."
+            )
+        if self.rounds != 1:
+            raise ConfigError(
+                f"rounds with a range of λ ({asked}): the LoRA's strength reaches every λ of it in "
+                "one round; leave rounds out."
+            )
+        if self.merge:
+            raise ConfigError(
+                f"merge with a range of λ ({asked}): a plain model has one λ; leave merge out and "
+                "make it with flexalign bake, at a λ of the range."
+            )
 
     def _check_sections(self) -> None:
         if self.lora is not None:
@@ -568,7 +719,15 @@ class RealignRecipe(Recipe):
 
             check_settings(self.lora, get_type_hints(LoraConfig), "lora")
         super()._check_sections()
-        self.peft_config()
+        settings = self.peft_config()
+        if self.lambda_range is not None:
+            from flexalign.lora_dial.scaling import require_linear
+
+            require_linear(settings, "lora")
+        if self.prompts is not None:
+            from flexalign.training.rows import require_responses
+
+            require_responses(self.arguments)
 
     def _identifying_training(self) -> dict[str, Any]:
         # Earlier versions recorded `max_steps: 200` here even where epochs decide. Such runs must
@@ -584,6 +743,8 @@ class RealignRecipe(Recipe):
 
 class _AdapterRecipe(Recipe):
     """The settings that the recipes with a layer adapter share: precision and checkpointing."""
+
+    base: str = Field(description="The base model's path or known name.", examples=["miniature"])
 
     def _settle(self, training: dict[str, Any], *, accelerated: bool) -> None:
         training.setdefault("bf16", accelerated and not training.get("fp16"))
@@ -607,20 +768,27 @@ class AdaptRecipe(_AdapterRecipe):
         *("method", "adapter_layers", "strip_thinking", "lambda"),
         *_LOSS,
     )
+    order: ClassVar[tuple[str, ...]] = (
+        *("base", "data", "output", "method", "adapter", "adapter_layers", "strip_thinking"),
+        *("aligned", "schedule"),
+        *_LOSS,
+        *_PROMPTING,
+        "training",
+    )
+    meaning: ClassVar[Mapping[str, str]] = {
+        "base": "The base model's path or known name; no weight of it changes.",
+        "data": "Prompts with responses; for `dpo` with `chosen` and `rejected`.",
+        "output": "Folder of the adapter and its checkpoints: one run; started again, it goes on.",
+        "schedule": "`trra`: λ of the fused teacher, or a schedule over the training step.",
+        "divergence": "`trra`: `reverse`, `forward` or `jsd` (with `beta`), as in realign.",
+        "beta": "`trra`: where `jsd` lies. (DPO's own β is `training.beta`.)",
+        "gate": "`trra`: extrapolate only where base and aligned differ by more.",
+        "chunk_size": "`trra`: tokens whose logits exist at one time.",
+        "training": "Any field of trl.SFTConfig (of DPOConfig for `dpo`). By default "
+        "`DEFAULT_ADAPT_TRAINING`.",
+    }
+    example: ClassVar[Mapping[str, Any]] = {"output": "out/fast", "schedule": 1.0}
 
-    base: str = Field(
-        description="The base model's path or known name; no weight of it changes.",
-        examples=["miniature"],
-    )
-    data: str = Field(
-        description="Prompts with responses; for `dpo` with `chosen` and `rejected`.",
-        examples=["traces.jsonl"],
-    )
-    output: str = Field(
-        description="Folder of the adapter and its checkpoints: one run; started again, it goes "
-        "on.",
-        examples=["out/fast"],
-    )
     method: Literal["sft", "dpo", "trra"] = Field(
         "sft",
         description="`sft`: learn the responses; `dpo`: prefer the chosen ones; `trra`: towards "
@@ -639,31 +807,6 @@ class AdaptRecipe(_AdapterRecipe):
         None,
         description="`trra`: the aligned model's path or known name, λ = 1.",
         examples=["miniature:aligned"],
-    )
-    schedule: Annotated[Schedule | None, PlainValidator(_read_optional_lambda)] = Field(
-        None,
-        alias="lambda",
-        description="`trra`: λ of the fused teacher, or a schedule over the training step.",
-        examples=[1.0],
-    )
-    divergence: str = Field(
-        "reverse",
-        description="`trra`: `reverse`, `forward` or `jsd` (with `beta`), as in realign.",
-    )
-    beta: Number = Field(
-        0.5, description="`trra`: where `jsd` lies. (DPO's own β is `training.beta`.)"
-    )
-    gate: Number | None = Field(
-        None, description="`trra`: extrapolate only where base and aligned differ by more."
-    )
-    chunk_size: int = Field(256, description="`trra`: tokens whose logits exist at one time.")
-    template: dict[str, Any] | None = _TEMPLATE
-    system: str | None = _SYSTEM
-    thinking: dict[str, Any] | None = _THINKING
-    training: Annotated[dict[str, Any], BeforeValidator(_read_mapping)] = Field(
-        default_factory=dict,
-        description="Any field of trl.SFTConfig (of DPOConfig for `dpo`). By default "
-        "`DEFAULT_ADAPT_TRAINING`.",
     )
 
     def _check_keys(self) -> None:
@@ -712,39 +855,37 @@ class AdaptRecipe(_AdapterRecipe):
 
 
 class BakeRecipe(_AdapterRecipe):
-    """The training of a plain model that behaves as base and adapter do at one λ."""
+    """A plain model that behaves as base and adapter do at one λ: trained, or of a LoRA merged."""
 
     deciding: ClassVar[tuple[str, ...]] = ("lambda", "held_out", *_LOSS)
+    order: ClassVar[tuple[str, ...]] = (
+        *("base", "adapter", "schedule", "data", "output", "held_out"),
+        *_LOSS,
+        *_PROMPTING,
+        "training",
+    )
+    meaning: ClassVar[Mapping[str, str]] = {
+        "output": "Folder of the plain model: one run; started again, it goes on.",
+        "gate": "As in equation 5.",
+    }
+    example: ClassVar[Mapping[str, Any]] = {"output": "out/baked"}
 
-    base: str = Field(description="The base model's path or known name.", examples=["miniature"])
     adapter: str = Field(
-        description="Folder of the adapter, which `flexalign adapt` made.", examples=["out/fast"]
+        description="Folder of the adapter, which `flexalign adapt` made; or of a LoRA dial, which "
+        "is merged: then `lambda` and `output` are all other keys.",
+        examples=["out/fast"],
+    )
+    data: str = Field(
+        "",
+        description="Prompts with responses; a share of them is held out. None for a LoRA.",
+        examples=["traces.jsonl"],
     )
     schedule: Annotated[Schedule, PlainValidator(_read_single_lambda)] = Field(
         alias="lambda", description="The setting of the dial, a number.", examples=[0.5]
     )
-    data: str = Field(
-        description="Prompts with responses; a share of them is held out.",
-        examples=["traces.jsonl"],
-    )
-    output: str = Field(
-        description="Folder of the plain model: one run; started again, it goes on.",
-        examples=["out/baked"],
-    )
     held_out: Number = Field(
         0.05,
         description="Share of the rows, from 0 to 1, on which the divergence to the dial is measured.",
-    )
-    divergence: str = _DIVERGENCE
-    beta: Number = _BETA
-    gate: Number | None = Field(None, description="As in equation 5.")
-    chunk_size: int = _CHUNK_SIZE
-    template: dict[str, Any] | None = _TEMPLATE
-    system: str | None = _SYSTEM
-    thinking: dict[str, Any] | None = _THINKING
-    training: Annotated[dict[str, Any], BeforeValidator(_read_mapping)] = Field(
-        default_factory=dict,
-        description="Any field of trl.SFTConfig. By default `DEFAULT_TRAINING`.",
     )
 
     def _check_keys(self) -> None:

@@ -24,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 from flexalign._storage import write_text
 from flexalign.data import data_fingerprint
 from flexalign.errors import CheckpointError, ConfigError, FlexAlignError
-from flexalign.lambdas import Schedule
+from flexalign.lambdas import LambdaRange, parse_training_lambda
 from flexalign.training.callbacks import StepClock, StepRelay, StopOnSignal, read_curve
 from flexalign.training.card import model_card, versions_in_use
 from flexalign.training.checkpoints import (
@@ -63,7 +63,8 @@ class Outcome:
             held-out rows, in nats per token.
         trained_parameters: For `adapt`, the number of trained parameters.
         merged: The folder of the merged model of a LoRA student, if the recipe asks for it.
-        effective_lambda: For a realignment, λ^rounds.
+        effective_lambda: For a realignment at one λ, λ^rounds.
+        lambda_range: For a LoRA dial, the range of λ that it was trained over.
         tokens_seen: For a realignment, the input tokens of the last round, without padding.
         curve: For a realignment, the rows of ``curve.jsonl`` of the last round.
         students: With several λ, the outcome of each.
@@ -76,6 +77,7 @@ class Outcome:
     trained_parameters: int | None = None
     merged: Path | None = None
     effective_lambda: float | None = None
+    lambda_range: LambdaRange | None = None
     tokens_seen: int | None = None
     curve: list[dict[str, Any]] = field(default_factory=list)
     students: tuple["Outcome", ...] = ()
@@ -85,12 +87,14 @@ class Outcome:
         """Return the outcome as JSON values; with several λ, the report."""
         if self.students:
             return self.report
-        if self.effective_lambda is None:
+        if self.tokens_seen is None:
             return {"output": str(self.output), "steps": self.steps, **self.measures}
+        ranged = {} if self.lambda_range is None else {"lambda_range": self.lambda_range.values}
         return {
             "output": str(self.output),
             "merged": str(self.merged) if self.merged else None,
             "effective_lambda": self.effective_lambda,
+            **ranged,
             "steps": self.steps,
             "tokens_seen": self.tokens_seen,
             "curve": self.curve,
@@ -150,17 +154,17 @@ def effective_lambda(lam: Any, rounds: int, *, extrapolate: bool = False) -> flo
 
     With r and a the logits of the reference and the aligned model, an exact first round gives
     r + λ(a − r). The second, with that result instead of a, gives r + λ²(a − r). A schedule counts
-    with its end value.
+    with its end value, a range with its upper end.
 
     Args:
-        lam: A number or a schedule.
+        lam: A number, a schedule or a range.
         rounds: Number of rounds.
         extrapolate: Allow several rounds beyond `LARGEST_EFFECTIVE_LAMBDA`.
 
     Raises:
         ConfigError: If several rounds exceed that and it is not allowed. One round takes any λ.
     """
-    end = (lam if isinstance(lam, Schedule) else Schedule.parse(lam)).end_value
+    end = parse_training_lambda(lam).end_value
     effective = float(end**rounds)
     if rounds > 1 and abs(effective) > LARGEST_EFFECTIVE_LAMBDA and not extrapolate:
         raise ConfigError(
@@ -269,7 +273,7 @@ class TrainingRun(ABC):
         if found.path is not None:
             self._events.say(f"{name}going on from {found.path}")
         elif several:
-            self._events.say(f"{name}reference {self.recipe.reference}, aligned {round_.aligned}")
+            self._events.say(f"{name}reference {self.recipe.models[0]}, aligned {round_.aligned}")
 
     def _publish(self, round_: Round, checkpoint: Path, measures: dict[str, float]) -> None:
         """Make the round's folder a complete model: weights, tokenizer, card, manifest."""

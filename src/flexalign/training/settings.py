@@ -275,8 +275,14 @@ class Section(BaseModel):
     @classmethod
     def _first_mistake(cls, error: ValidationError) -> Exception:
         found = error.errors(include_url=False)
-        order = {"extra_forbidden": 0, "missing": 2}
-        first = min(found, key=lambda mistake: order.get(mistake["type"], 1))
+        kinds = {"extra_forbidden": 0, "missing": 2}
+        places = {key: place for place, key in enumerate(cls.keys())}
+
+        def rank(mistake: Any) -> tuple[int, int]:
+            key = mistake["loc"][0] if mistake["loc"] else ""  # empty: about the whole section
+            return kinds.get(mistake["type"], 1), places.get(key, 0)
+
+        first = min(found, key=rank)
         cause = first.get("ctx", {}).get("error")
         if isinstance(cause, Exception):  # an error of this library, or a bug
             return cause

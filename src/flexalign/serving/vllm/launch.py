@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,9 +20,12 @@ from flexalign._packages import require_packages
 from flexalign._storage import replacing
 from flexalign.errors import ConfigError, ServingError
 from flexalign.models.sources import resolve, resolve_adapter
-from flexalign.serving.vllm.folder import is_prepared, prepare_folder
+from flexalign.serving.dial import DialRules, adapter_rules
+from flexalign.serving.server import open_socket, url_of
+from flexalign.serving.vllm.folder import is_prepared, prepare_folder, prepared_dial
 from flexalign.serving.vllm.middleware import KEY_VARIABLE, MIDDLEWARE, VARIABLE, FrontOptions
 from flexalign.serving.vllm.plugin import require_supported
+from flexalign.systems.dials import read_dial
 
 _OURS = {
     "--host": "--host",
@@ -111,6 +115,90 @@ class Launch:
         """Return the environment variables that it needs, the key among them."""
         secret = {KEY_VARIABLE: self.key} if self.key else {}
         return {VARIABLE: self.front.to_text(), **secret}
+
+    def public_variables(self) -> dict[str, str]:
+        """Return the environment variables that it needs, without the key."""
+        return {name: text for name, text in self.variables().items() if name != KEY_VARIABLE}
+
+    def shell_line(self) -> str:
+        """Return the command with its environment variables as one line of a shell, without the key."""
+        words = [f"{name}={shlex.quote(text)}" for name, text in self.public_variables().items()]
+        return " ".join([*words, shlex.join(self.command())])
+
+    @property
+    def url(self) -> str:
+        """The URL of the server's API."""
+        is_safe = any(flag.startswith("--ssl-certfile") for flag in self.flags)
+        return url_of(self.host, self.port, scheme="https" if is_safe else "http")
+
+    def on_free_port(self) -> "Launch":
+        """Return the launch with a free port if its port is 0, which vLLM does not take.
+
+        Raises:
+            ServingError: If the address is in use or not one of this machine.
+        """
+        with open_socket(self.host, self.port) as free:
+            return replace(self, port=free.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class DialSource:
+    """The dial that vLLM serves: a base with its adapter, or a folder that was prepared of them.
+
+    Attributes:
+        model: The base, or the prepared folder.
+        adapter: The adapter on the base; None for a prepared folder.
+        any_base: Accept an adapter that was made for another base.
+        place: The folder to prepare for vLLM; one in the cache if None.
+    """
+
+    model: str
+    adapter: str | None = None
+    any_base: bool = False
+    place: Path | None = None
+
+    def folder(self) -> Path:
+        """Return the folder that vLLM will load.
+
+        Raises:
+            ConfigError: If no adapter is given and the model is not a prepared folder.
+        """
+        if self.adapter is not None:
+            cached = cached_folder(self.model, self.adapter, any_base=self.any_base)
+            return (self.place or cached).expanduser().absolute()
+        folder = Path(self.model).expanduser().absolute()
+        if not is_prepared(folder):
+            raise ConfigError(
+                "--engine vllm is about a dial; name the model's --adapter, or a folder that was "
+                "prepared. A model without one is served by vLLM alone."
+            )
+        return folder
+
+    def rules(self, lambda_range: tuple[float, float] | None = None) -> DialRules:
+        """Return the rules of requests.
+
+        Args:
+            lambda_range: The least and the largest λ to permit; the adapter's own range if None.
+
+        Raises:
+            ConfigError: If there is no dial.
+            CheckpointError: If the adapter is damaged.
+        """
+        dial = read_dial(self.adapter) if self.adapter else prepared_dial(self.folder())
+        return adapter_rules(dial, lambda_range)
+
+    def prepare(self) -> None:
+        """Write the folder that vLLM loads, unless it was prepared before.
+
+        Raises:
+            FlexAlignError: As :func:`~flexalign.serving.vllm.folder.prepare_folder` does.
+        """
+        if self.adapter is None:
+            return
+        if self.place is not None:
+            prepare_folder(self.model, self.adapter, self.folder(), any_base=self.any_base)
+        else:
+            prepare_once(self.model, self.adapter, self.folder(), any_base=self.any_base)
 
 
 def require_vllm() -> None:

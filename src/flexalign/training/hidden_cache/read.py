@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from flexalign.errors import CheckpointError, ConfigError, DataError
-from flexalign.heads import Head
+from flexalign.heads import Head, are_equal
 from flexalign.models.pair import Heads
 from flexalign.training.hidden_cache.documents import KEY_BYTES, Document, documents_of
 from flexalign.training.hidden_cache.format import (
@@ -119,7 +119,7 @@ class HiddenStateCache:
                 self._location(document, f"row {number} of {what}")
 
     def heads(self, device: torch.device) -> Heads:
-        """Load both heads. If the pair shares its base, they are the same object."""
+        """Load both heads. If their values are equal, they are the same object."""
         mapped = MappedShard(self.folder / HEADS)
         heads: dict[str, Head] = {}
         for side, form in self.facts["heads"].items():
@@ -129,6 +129,8 @@ class HiddenStateCache:
             weight = mapped.tensor(f"{side}.weight").to(device)
             bias = mapped.tensor(f"{side}.bias").to(device) if f"{side}.bias" in mapped else None
             heads[side] = Head(weight, bias, form["scale"], form["softcap"])
+        if are_equal(heads["reference"], heads["aligned"]):
+            heads["aligned"] = heads["reference"]
         return Heads(**heads)
 
     def states(self, document: Document) -> States:
