@@ -243,9 +243,9 @@ def read_side_prompts(
     """Read the two options for a recipe, as `RealignRecipe.load_each` takes them; each may be absent.
 
     Raises:
-        ConfigError: As in :func:`read_prompts`.
+        ConfigError: As in :func:`read_prompt_pair`.
     """
-    read = read_prompts(reference, aligned)
+    read = read_prompt_pair(reference, aligned)
     if read is None:
         return {}
     given = {"reference_prompt": reference, "aligned_prompt": aligned}
