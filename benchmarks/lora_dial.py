@@ -220,10 +220,9 @@ def _base(pair: str) -> str:
 
 
 def _prompts() -> Any:
-    from flexalign.models.prompted import PromptPair
-
     from flexalign.data.prompting import PromptSettings
     from flexalign.miniature import SYSTEM
+    from flexalign.models.prompted import PromptPair
 
     return PromptPair(aligned=PromptSettings(system=SYSTEM))
 
@@ -322,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = {
         "work": str(WORK.with_name("lora_dial-quick") if chosen.quick else WORK),
         "questions": 100 if chosen.quick else 5000,
-        "judged": 100 if chosen.quick else 1000,
+        "judged": 100 if chosen.quick else 400,
         "steps": 20 if chosen.quick else 150,
         "dial_steps": 40 if chosen.quick else 400,
     }

@@ -137,10 +137,7 @@ def generate_responses(
                 )
             processors = LogitsProcessorList()
             if logits.processors(0):
-                # Of two prompts, the reference's is counted, as transformers would.
-                asked = [encoded[i] for i in batch]
-                own_ids = [p.reference.ids if isinstance(p, TwoPrompts) else p for p in asked]
-                lengths = torch.tensor([len(ids) for ids in own_ids])
+                lengths = torch.tensor([_prompt_length(encoded[i]) for i in batch])
                 width = inputs["input_ids"].shape[1]
                 processors.append(RowPenalties(logits, lengths, width))
             if is_seeded and seeds is not None:
@@ -300,6 +297,11 @@ def generation_settings(
 
 def _length(prompt: list[int] | TwoPrompts) -> int:
     return prompt.longest if isinstance(prompt, TwoPrompts) else len(prompt)
+
+
+def _prompt_length(prompt: list[int] | TwoPrompts) -> int:
+    """Return the tokens of a prompt that ``generate`` continues; of two, those of the reference's."""
+    return len(prompt.reference.ids if isinstance(prompt, TwoPrompts) else prompt)
 
 
 def _padded(
