@@ -321,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = {
         "work": str(WORK.with_name("lora_dial-quick") if chosen.quick else WORK),
         "questions": 100 if chosen.quick else 5000,
-        "judged": 100 if chosen.quick else 1000,
+        "judged": 100 if chosen.quick else 400,
         "steps": 20 if chosen.quick else 150,
         "dial_steps": 40 if chosen.quick else 400,
     }

@@ -22,11 +22,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from conftest import TinyPair
-from contract.subjects import inserted, stir
+from contract.subjects import inserted, put_lora, stir
 from flexalign.errors import CheckpointError, ConfigError, LambdaError
 from flexalign.evaluation.harness import HarnessModel
 from flexalign.generation import TwoModelDecoder
 from flexalign.inra import InRaModel
+from flexalign.lora_dial import LoRADial, LoRADialConfig
 from flexalign.miniature import folder as miniature_folder
 from flexalign.models.loading import load_tokenizer
 from flexalign.models.pair import ModelPair
@@ -179,6 +180,34 @@ def test_both_ends_give_the_numbers_of_hf(
     assert metrics.keys() == expected.keys()
     for name, row in metrics.items():
         assert row == pytest.approx(expected[name], rel=1e-4)
+
+
+def test_a_lora_dials_ends_give_the_numbers_of_hf(
+    tasks: TaskManager,
+    tiny: Dial,
+    tmp_path: Path,
+    tiny_model: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+):
+    model = put_lora(tiny_model(initializer_range=0.1), 0.2)
+    settings = LoRADialConfig("base", "", lambda_range=(0.0, 3.0))
+    LoRADial(model, settings).save_pretrained(tmp_path)
+    merged = tmp_path / "merged"  # by PEFT; hf's own peft= gives the base more tokens
+    model.merge_and_unload().save_pretrained(merged)
+    tiny_tokenizer.save_pretrained(merged)
+    for end, plain in ((0, tiny.base), (1, str(merged))):
+        ours, _ = measure(
+            *(tasks, "flexalign"), pretrained=tiny.base, adapter=str(tmp_path), **{"lambda": end}
+        )
+        theirs, _ = measure(tasks, "hf", pretrained=plain)
+        assert ours["offline_responses"] == theirs["offline_responses"]
+        for name in ("offline_choices", "offline_texts"):
+            for found, wanted in zip(ours[name], theirs[name], strict=True):
+                assert _numbers(found) == pytest.approx(_numbers(wanted), abs=1e-3)
+    with pytest.raises(LambdaError, match="extrapolate=True"):
+        HarnessModel(tiny.base, adapter=str(tmp_path), lam=4)
+    with pytest.raises(ConfigError, match="takes no gate"):
+        HarnessModel(tiny.base, adapter=str(tmp_path), lam=1, gate=0.1)
 
 
 def test_the_two_ends_differ(tasks: TaskManager, miniature: Dial):

@@ -108,6 +108,7 @@ class Service:
         since = monotonic()
         choice, sampling = request.choice, request.sampling
         self._require_model(request.model)
+        self._require_tokens([token for token, _ in sampling.logits.logit_bias], "logit_bias")
         try:
             self.engine.check(choice.dial)
         except ConfigError as error:
@@ -219,15 +220,18 @@ class Service:
             )
         if isinstance(prompt, str):
             return self._encoded(tuple(self.model.tokenizer(prompt)["input_ids"]))
-        outside = [token for token in prompt if not 0 <= token < self.model.vocabulary]
+        self._require_tokens(prompt, "prompt")
+        return self._encoded(prompt)
+
+    def _require_tokens(self, tokens: Sequence[int], key: str) -> None:
+        outside = [token for token in tokens if not 0 <= token < self.model.vocabulary]
         if outside:
             raise ApiError(
                 400,
-                f"prompt has the token id {as_sent(outside[0])}; this model's are 0 to "
+                f"{key} has the token id {as_sent(outside[0])}; this model's are 0 to "
                 f"{self.model.vocabulary - 1}.",
-                param="prompt",
+                param=key,
             )
-        return self._encoded(prompt)
 
     def _jobs(
         self, prompt: EncodedPrompt, request: ChatRequest | CompletionRequest
@@ -261,6 +265,7 @@ class Service:
                 sampling.logprobs,
                 # A completion has no thinking: its text is the model's as it is.
                 stops_after_thinking=isinstance(request, ChatRequest),
+                logits=sampling.logits,
                 aligned=prompt.aligned,
                 opened=prompt.opened,
             )
