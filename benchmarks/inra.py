@@ -44,8 +44,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flexalign.fusion import fuse
 from flexalign.generation.two_model import PairCache, TwoModelDecoder
-from flexalign.inra import InRaModel
-from flexalign.inra.cache import ADAPTER, BASE, BOTH
+from flexalign.inra import ADAPTER, BASE, BOTH, InRaModel
 from flexalign.models.pair import ModelPair
 
 RESULTS = Path(__file__).parent / "results" / "inra.json"

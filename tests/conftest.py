@@ -3,6 +3,7 @@
 Fixtures for all tests:
 
 * ``tiny_tokenizer``: a real byte-level BPE tokenizer with special tokens and a chat template.
+* ``hybrid_tokenizer``: that tokenizer with a template that reads ``enable_thinking``.
 * ``tiny_model(family="qwen2", vocab_size=None, seed=0, **config)``: a two-layer random model.
 * ``tiny_pair``: ``(reference, aligned)``, two model folders with that tokenizer. Read only.
 * ``run_cli(*args)``: the command line, in this process, with what it printed.
@@ -31,6 +32,7 @@ for _name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):
     os.environ.pop(_name, None)
 
 import contextlib
+import copy
 import io
 import ipaddress
 import random
@@ -73,6 +75,19 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+HYBRID_TEMPLATE = (
+    "{%- set ns = namespace(turns=0) %}"
+    "{% for message in messages %}"
+    "{% if message.role != 'system' or not drop_system %}"
+    "<|im_start|>{{ message.role }}\n"
+    "{% generation %}{{ message.content }}{% endgeneration %}<|im_end|>\n"
+    "{% if loop.first %}{% set ns.turns = 1 %}{% continue %}{% endif %}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
+    "{% else %}<think>\n{% endif %}{% endif %}"
+)
+"""A template with a switch for the thinking, as DeepSeek's and GLM's have one."""
 SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 CORPUS = (
     "user assistant system what is one plus two plus three",
@@ -177,6 +192,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         chat_template=CHAT_TEMPLATE,
         model_max_length=512,
     )
+
+
+@pytest.fixture
+def hybrid_tokenizer(tiny_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A copy of the tokenizer whose template opens the thinking, or closes it where it is told."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = HYBRID_TEMPLATE
+    return tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed; make test-full does so")
 
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from conftest import TinyPair
@@ -24,6 +27,7 @@ from flexalign.errors import CheckpointError, ConfigError, LambdaError
 from flexalign.evaluation.harness import HarnessModel
 from flexalign.generation import TwoModelDecoder
 from flexalign.inra import InRaModel
+from flexalign.miniature import folder as miniature_folder
 from flexalign.models.loading import load_tokenizer
 from flexalign.models.pair import ModelPair
 from twin import fuse64
@@ -261,11 +265,55 @@ def test_settings_are_recorded(tiny: Dial):
         ({"aligned": "miniature:aligned", "lambda": -1}, LambdaError, "safety.*extrapolate=True"),
         ({"adapter": "miniature:fast", "policy": "adaptive x"}, ConfigError, "'x' is not a number"),
         ({"adapter": "nowhere"}, CheckpointError, "nowhere holds no InRa adapter"),
+        # What `hf` takes for models that it loads itself, and what nobody takes.
+        ({"adapter": "a", "lamda": 1.0}, ConfigError, "'lamda'; did you mean 'lambda'"),
+        ({"load_in_8bit": True}, ConfigError, "no argument 'load_in_8bit'"),
+        ({"peft": "some/adapter"}, ConfigError, "peft=some/adapter is not served.*aligned="),
+        ({"revision": "abc"}, ConfigError, "revision=abc is not served"),
+        ({"backend": "seq2seq"}, ConfigError, "backend=seq2seq is not served"),
+        ({"tokenizer": "other"}, ConfigError, "tokenizer=other is not served"),
+        ({"adapter": "a", "mixed_precision_dtype": "bfloat16"}, ConfigError, "dtype="),
     ],
 )
 def test_what_cannot_be_is_refused(arguments: dict[str, Any], error: type, message: str):
     with pytest.raises(error, match=message):
         HarnessModel("miniature", device="cpu", **arguments)
+
+
+def test_what_hf_takes_by_default_is_taken_too():
+    model = HarnessModel(
+        "miniature", device="cpu", backend="causal", revision="main", peft=None, batch_size=3
+    )
+    assert (model.backend, model.batch_size) == ("causal", 3)
+
+
+@pytest.mark.parametrize("add_bos_token", [True, False, None])
+def test_bos_is_added_as_hf_adds_it(add_bos_token: bool | None):
+    given = {"device": "cpu", "add_bos_token": add_bos_token}
+    ours = HarnessModel("miniature", adapter="miniature:fast", lam=0.0, **given)
+    hf = HFLM(pretrained=str(miniature_folder("reference")), **given)
+
+    assert ours.tok_encode("1 + 2") == hf.tok_encode("1 + 2")
+    mine, theirs = ours.tok_batch_encode(["1 + 2"]), hf.tok_batch_encode(["1 + 2"])
+    assert torch.equal(mine[0], theirs[0])
+    begins_with_bos = ours.tok_encode("1 + 2")[0] == ours.tokenizer.bos_token_id
+    assert begins_with_bos is bool(add_bos_token)
+
+
+def test_the_cache_of_requests_tells_settings_apart(tiny: Dial, tmp_path: Path):
+    request = Instance("loglikelihood", {}, ("12+34=", "46"), 0)
+
+    def measured(lam: float, uses_cache: bool = True) -> tuple[list[Any], int]:
+        model = HarnessModel(tiny.base, adapter=tiny.adapter, lam=lam, device="cpu")
+        cached = CachingLM(model, str(tmp_path / "cache.db")) if uses_cache else model
+        runs, run = [], model._model_call
+        model._model_call = lambda *given: (runs.append(given), run(*given))[1]
+        return cached.loglikelihood([request]), len(runs)
+
+    for lam in (0.0, 1.0):
+        assert measured(lam) == (measured(lam, uses_cache=False)[0], 1)
+    assert measured(0.0)[0] != measured(1.0)[0]
+    assert [measured(lam)[1] for lam in (0.0, 1.0)] == [0, 0]
 
 
 @pytest.mark.filterwarnings("ignore:λ from 2 to 2")

@@ -1,7 +1,9 @@
 """A response as text: what of it counts, and what is told of it while it is written."""
 
+import re
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,8 +38,16 @@ def joined(pieces: list[Piece]) -> tuple[str, str]:
     )  # type: ignore[return-value]
 
 
+BLOCK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+
+
+def parts_of(text: str) -> tuple[str, str]:
+    """The thinking and the rest of a text that does not begin inside a thinking."""
+    return "".join(BLOCK.findall(text)), BLOCK.sub("", text)
+
+
 def closes_unopened(text: str) -> bool:
-    return TAGS.close in text and not text.lstrip().startswith(TAGS.open)
+    return TAGS.close in text and TAGS.open not in text.partition(TAGS.close)[0]
 
 
 @given(BITS)
@@ -47,7 +57,7 @@ def test_the_pieces_are_the_parts_of_the_whole(bits: list[str]) -> None:
     pieces = [piece for bit in bits for piece in split.put(bit)] + split.put("", is_last=True)
     assert all(piece.text for piece in pieces)
     if closes_unopened(text):
-        assert joined(pieces) == ("", text)
+        assert joined(pieces) == parts_of(text)
     else:
         parts = TAGS.split(text)
         assert joined(pieces) == (parts.thinking, parts.answer)
@@ -57,9 +67,26 @@ def test_the_pieces_are_the_parts_of_the_whole(bits: list[str]) -> None:
 def test_a_prompt_that_opened_the_thinking_counts(bits: list[str]) -> None:
     split = StreamedSplit(TAGS, opened=True)
     pieces = [piece for bit in bits for piece in split.put(bit)] + split.put("", is_last=True)
-    thinking, _, answer = "".join(bits).partition(TAGS.close)
-    assert joined(pieces) == (thinking, answer)
-    assert TAGS.split("".join(bits), opened=True)[:2] == (thinking, answer)
+    first, _, rest = "".join(bits).partition(TAGS.close)
+    more, answer = parts_of(rest)
+    assert joined(pieces) == (first + more, answer)
+    assert TAGS.split("".join(bits), opened=True)[:2] == (first + more, answer)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Sure.<think>a</think>b", ("a", "Sure.b")),
+        ("<think>a</think>b<think>c</think>d", ("ac", "bd")),
+        ("<think>a</think>b<think>c", ("a", "b<think>c")),
+        ("say <think> aloud", ("", "say <think> aloud")),
+    ],
+)
+def test_a_thinking_may_stand_anywhere(text: str, expected: tuple[str, str]) -> None:
+    split = StreamedSplit(TAGS)
+    pieces = [piece for letter in text for piece in split.put(letter)]
+    assert joined(pieces + split.put("", is_last=True)) == expected
+    assert TAGS.split(text)[:2] == expected
 
 
 def test_nothing_waits_that_is_certain() -> None:

@@ -1,17 +1,20 @@
 """How the miniature's parts are taught, and the fast adapter that ships."""
 
 import dataclasses
+import random
 
 import pytest
 import torch
 
 from flexalign.errors import ConfigError
 from flexalign.inra import InRaConfig, InRaModel
-from flexalign.miniature import REFERENCE, build, folder, make_questions
+from flexalign.miniature import ALIGNED, PARTS, REFERENCE, SYSTEM, build, folder, make_questions
 from flexalign.miniature.build import FAST_SCHOOLING, Schooling, _Traces, make_adapter, teach
 from flexalign.miniature.demo import judge, respond
+from flexalign.miniature.measure import branch_probabilities, mean_habits, told
 from flexalign.miniature.tokenizer import build_tokenizer
-from flexalign.models.loading import fingerprint, load_tokenizer
+from flexalign.miniature.world import sample_trace
+from flexalign.models.loading import fingerprint, load_model, load_tokenizer
 
 MEGABYTE = 2**20
 
@@ -57,7 +60,12 @@ def test_the_adapter_alone_is_taught_and_saved(tmp_path):
 
 @pytest.mark.slow
 def test_every_part_is_made_and_loads(tmp_path, monkeypatch):
-    for name in ("ALIGNED_SCHOOLING", "PLACEBO_SCHOOLING", "FAST_SCHOOLING"):
+    for name in (
+        "ALIGNED_SCHOOLING",
+        "PLACEBO_SCHOOLING",
+        "HYBRID_SCHOOLING",
+        "FAST_SCHOOLING",
+    ):
         short = dataclasses.replace(getattr(build, name), steps=1, batch_size=2, traces=4)
         monkeypatch.setattr(build, name, short)
     reference = [
@@ -65,13 +73,49 @@ def test_every_part_is_made_and_loads(tmp_path, monkeypatch):
     ]
     monkeypatch.setattr(build, "REFERENCE_SCHOOLING", reference)
     parts = list(build.build_all(tmp_path / "one", seed=3, placebo=True))
-    assert parts == ["reference", "aligned", "placebo", "fast"]
+    assert parts == ["reference", "aligned", "placebo", "fast", "hybrid"]
     again = list(build.build_all(tmp_path / "other", seed=3))
-    assert again == ["reference", "aligned", "fast"]
-    prints = {part: fingerprint(tmp_path / "one" / part) for part in parts[:3]}
-    assert len(set(prints.values())) == 3
-    assert all(fingerprint(tmp_path / "other" / part) == prints[part] for part in again[:2])
+    assert again == ["reference", "aligned", "fast", "hybrid"]
+    prints = {part: fingerprint(tmp_path / "one" / part) for part in parts if part != "fast"}
+    assert len(set(prints.values())) == 4
+    models = [part for part in again if part != "fast"]
+    assert all(fingerprint(tmp_path / "other" / part) == prints[part] for part in models)
     assert InRaModel.from_pretrained(tmp_path / "one" / "reference", tmp_path / "one" / "fast")
+
+
+def test_every_second_trace_is_told_to_think_the_aligned_way():
+    tokenizer = build_tokenizer(256)
+    schooling = Schooling(
+        REFERENCE, steps=40, learning_rate=1e-3, batch_size=4, exact=True, told=ALIGNED
+    )
+    rows = _Traces(tokenizer, schooling, seed=3)._rows
+    words = tokenizer.convert_tokens_to_ids(SYSTEM.split())
+    again = tokenizer.convert_tokens_to_ids("again")
+    for habits, chosen in ((REFERENCE, rows[::2]), (ALIGNED, rows[1::2])):
+        assert all((row["input_ids"][1:3] == words) is (habits is ALIGNED) for row in chosen)
+        going_on = [
+            dict(targets)[again]
+            for row in chosen
+            for targets in row["targets"]
+            if len(targets) > 1 and targets[-1][0] == again
+        ]
+        assert len(going_on) > 40
+        assert going_on == pytest.approx([habits.again] * len(going_on))
+
+
+def test_the_hybrid_has_the_habits_of_either_world():
+    model, tokenizer = load_model("miniature:hybrid"), load_tokenizer("miniature:hybrid")
+    questions = make_questions(300, seed=77)
+    rng = random.Random(5)
+
+    def logits(ids, attention):
+        return model(input_ids=ids, attention_mask=attention).logits
+
+    for habits, ask in ((REFERENCE, logits), (ALIGNED, told(logits, tokenizer, SYSTEM))):
+        traces = [sample_trace(question, habits, rng) for question in questions]
+        found = mean_habits(branch_probabilities({"own": ask}, tokenizer, questions, traces)["own"])
+        for habit in ("error", "check", "again", "quit"):
+            assert getattr(found, habit) == pytest.approx(getattr(habits, habit), abs=0.01), habit
 
 
 def test_exact_targets_are_the_habits_own_probabilities():
@@ -97,6 +141,12 @@ def test_what_ships_is_small_and_made_for_the_reference():
     path = folder("fast")
     assert (path / "inra_adapter.safetensors").stat().st_size < 1.5 * MEGABYTE
     assert InRaConfig.load(path).base_fingerprint == fingerprint("miniature:reference")
+
+
+def test_all_weights_together_are_small():
+    files = list(folder("reference").parent.rglob("*.safetensors"))
+    assert {file.parent.name for file in files} == set(PARTS)
+    assert sum(file.stat().st_size for file in files) < 12e6
 
 
 @pytest.mark.slow

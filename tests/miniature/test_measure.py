@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flexalign.fusion import fuse
-from flexalign.miniature import REFERENCE, make_questions
+from flexalign.miniature import REFERENCE, SYSTEM, make_questions
 from flexalign.miniature.build import CONTEXT_TOKENS, build_model, encode
 from flexalign.miniature.measure import (
     branch_probabilities,
@@ -13,6 +13,7 @@ from flexalign.miniature.measure import (
     mean_habits,
     outcome,
     split_trace,
+    told,
 )
 from flexalign.miniature.tokenizer import build_tokenizer
 from flexalign.miniature.world import Question, branches, sample_trace
@@ -121,3 +122,33 @@ def test_the_chat_template_frames_questions_as_training_does(tokenizer, response
     )["input_ids"]
     assert whole == asked + answered
     assert prompt == asked
+
+
+def test_logits_under_a_system_message_are_those_of_the_longer_prompt(tokenizer, models, responses):
+    questions, traces = responses
+    model = models[0]
+    found = branch_probabilities(
+        {"told": told(logits_of(model), tokenizer, SYSTEM)}, tokenizer, questions, traces
+    )["told"]
+    expected = {}
+    for question, trace in zip(questions, traces, strict=True):
+        asked, answered = encode(tokenizer, question.text, trace, SYSTEM)
+        messages = [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": question.text},
+        ]
+        assert tokenizer.apply_chat_template(messages)["input_ids"] == asked
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([asked + answered])).logits[0].double()
+        for branch in branches(question, trace):
+            at = logits[len(asked) + branch.position - 1].softmax(-1)
+            words = tokenizer.convert_tokens_to_ids(
+                [branch.otherwise] if branch.habit == "error" else list(branch.event)
+            )
+            value = float(at[words].sum())
+            expected.setdefault(branch.habit, []).append(
+                1 - value if branch.habit == "error" else value
+            )
+    assert found.keys() == expected.keys()
+    for habit, values in expected.items():
+        assert sorted(found[habit].values) == pytest.approx(sorted(values), abs=1e-6)

@@ -143,6 +143,11 @@ USER = {"role": "user"}
     [
         ({}, f"messages must be a list of at least one message, {MESSAGE}, got null."),
         ({"messages": "hi"}, f'messages must be a list of at least one message, {MESSAGE}, got "hi".'),
+        (
+            {"messages": [{"role": "robot", "content": "hi"}]},
+            "messages[0].role must be one of system, developer, user, assistant, tool, "
+            'got "robot".',
+        ),
         ({"messages": ["hi"]}, f'messages[0] must be an object with a role, {MESSAGE}, got "hi".'),
         (
             {"messages": [USER | {"content": "a"}, USER]},

@@ -88,6 +88,25 @@ def test_what_was_ignored_is_said_beside_an_error_too(app: Any):
     assert dict(sent[0]["headers"])[b"x-flexalign-ignored"] == b"reasoning_effort"
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "method"),
+    [(CHAT, ASKED, "POST"), (CHAT, ASKED | {"stream": True}, "POST"), (CHAT, {}, "POST")]
+    + [("/nowhere", b"", "GET"), ("/health", b"", "GET")],
+)
+def test_every_answer_has_an_id(app: Any, path: str, body: Any, method: str):
+    def id_of(*headers: tuple[bytes, bytes]) -> bytes:
+        sent = request(app, path, body, method=method, headers=headers)
+        (named,) = [value for name, value in sent[0]["headers"] if name == b"x-request-id"]
+        return named
+
+    assert id_of((b"x-request-id", b"mine-7")) == b"mine-7"
+    made = {id_of() for _ in range(3)}
+    assert len(made) == 3
+    # What could break a header, or fill a log, is not echoed.
+    for unsafe in (b"", b"a b", b"a\r\nx: y", b"\xe9", b"x" * 129):
+        assert id_of((b"x-request-id", unsafe)).startswith(b"req_")
+
+
 def test_a_client_that_leaves_before_its_body_is_whole_gets_nothing(app: Any):
     assert request(app, CHAT, (), leaves_after=0) == []
 

@@ -198,6 +198,51 @@ def test_an_evaluation_weighs_every_token_alike(
     assert trainer.evaluate()["eval_divergence"] == pytest.approx(float(expected), rel=1e-4)
 
 
+BEST = {
+    "max_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+}
+
+
+@pytest.mark.parametrize("metric", ["eval_mean_token_accuracy", "entropy", "eval_dvergence"])
+def test_a_metric_that_no_evaluation_measures_is_refused_at_once(
+    make_trainer: Callable[..., Any], metric: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"metric_for_best_model='{metric}' is not measured"):
+        make_trainer(eval_dataset=make_rows(8), metric_for_best_model=metric, **BEST)
+
+
+@pytest.mark.parametrize("metric", ["divergence", "eval_kl_aligned", "loss"])
+def test_the_best_model_is_found_by_what_is_measured(
+    make_trainer: Callable[..., Any], metric: str
+) -> None:
+    trainer = make_trainer(
+        eval_dataset=make_rows(8), metric_for_best_model=metric, greater_is_better=False, **BEST
+    )
+    trainer.train()
+    name = f"eval_{metric.removeprefix('eval_')}"
+    measured = [log[name] for log in trainer.state.log_history if name in log]
+    assert trainer.state.best_metric == min(measured[:2])
+
+
+def test_each_of_several_evaluations_has_its_own_divergence(
+    make_trainer: Callable[..., Any],
+) -> None:
+    rows = {"near": make_rows(8), "far": make_rows(6, seed=9)}
+    found = make_trainer(
+        eval_dataset=rows, metric_for_best_model="eval_far_divergence", **BEST
+    ).evaluate()
+    for name, one in rows.items():
+        alone = make_trainer(eval_dataset=one).evaluate()
+        assert found[f"eval_{name}_divergence"] == pytest.approx(alone["eval_divergence"])
+    with pytest.raises(ConfigError, match="did you mean 'eval_far_divergence'"):
+        make_trainer(eval_dataset=rows, metric_for_best_model="eval_for_divergence", **BEST)
+
+
 def test_text_rows_go_through_trls_templates_and_masks(
     make_trainer: Callable[..., Any], tiny_tokenizer: Any
 ) -> None:

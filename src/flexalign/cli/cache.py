@@ -7,12 +7,15 @@ from rich.markup import escape
 
 from flexalign.cli.console import console, print_json, result_console
 from flexalign.cli.options import (
+    AlignedPrompt,
     AllowPickle,
     Assignments,
     Recipe,
+    ReferencePrompt,
     ResultAsJson,
     SkipBadRows,
     known_dtype,
+    read_side_prompts,
 )
 from flexalign.cli.training import ConsoleEvents, training_session
 
@@ -30,6 +33,8 @@ def cache(
             help="What is stored: auto (what the models run in), float32, bfloat16 or float16.",
         ),
     ] = "auto",
+    reference_prompt: ReferencePrompt = None,
+    aligned_prompt: AlignedPrompt = None,
     assignments: Assignments = None,
     skip_bad_rows: SkipBadRows = False,
     allow_pickle: AllowPickle = False,
@@ -62,6 +67,7 @@ def cache(
     plan = RealignRecipe.load_each(
         recipe,
         overrides=assignments or (),
+        **read_side_prompts(reference_prompt, aligned_prompt),
         cache_dir=folder,
         allow_pickle=allow_pickle or None,
     )[0]

@@ -19,17 +19,20 @@ from flexalign.cli.console import (
 from flexalign.cli.options import (
     Adapter,
     Aligned,
+    AlignedPrompt,
     AnyBase,
     Dtype,
     Gate,
     LambdaRange,
     MaxNewTokens,
     Model,
+    ReferencePrompt,
     Temperature,
     Template,
     TopP,
     read_efforts,
     read_lambdas,
+    read_prompts,
     read_range,
     read_setting,
     read_settings,
@@ -54,6 +57,8 @@ def chat(
     model: Model,
     adapter: Adapter = None,
     aligned: Aligned = None,
+    reference_prompt: ReferencePrompt = None,
+    aligned_prompt: AlignedPrompt = None,
     lam: Annotated[
         str | None,
         typer.Option(
@@ -96,8 +101,10 @@ def chat(
     Example: [cyan]flexalign chat miniature --adapter miniature:fast --policy 'adaptive 0.5'[/cyan]
 
     Example: [cyan]flexalign chat models/base --aligned models/concise --lambda 1.5[/cyan]
+
+    Example: [cyan]flexalign chat models/hybrid --aligned-prompt enable_thinking=false --lambda 0.5[/cyan]
     """
-    limits = read_range(lambda_range)
+    limits, two_prompts = read_range(lambda_range), read_prompts(reference_prompt, aligned_prompt)
     policies = [policy] if policy is not None else []
     settings = read_settings(read_lambdas(lam), policies, read_efforts(effort, adapter))
     if len(settings) > 1:
@@ -107,7 +114,7 @@ def chat(
     from flexalign.data.prompting import parse_template
     from flexalign.systems import Conversation, LocalBackend, System, SystemOptions
 
-    named = System.of(model, adapter, aligned)
+    named = System.of(model, adapter, aligned, two_prompts)
     options = SystemOptions(
         temperature=temperature,
         top_p=top_p,
@@ -117,6 +124,7 @@ def chat(
         lambda_range=limits,
         any_base=any_base,
         template=parse_template(template or []),
+        prompts=two_prompts,
     )
     quieten_libraries()
     with warnings_as_notes():

@@ -19,6 +19,7 @@ from flexalign.cli.console import (
     warnings_as_notes,
 )
 from flexalign.cli.options import (
+    AlignedPrompt,
     BatchSize,
     Data,
     Dtype,
@@ -27,6 +28,7 @@ from flexalign.cli.options import (
     Instruction,
     LambdaRange,
     Policies,
+    ReferencePrompt,
     TaskMaxNewTokens,
     TaskTemperature,
     TaskTopP,
@@ -34,6 +36,7 @@ from flexalign.cli.options import (
     Workers,
     read_efforts,
     read_lambdas,
+    read_prompts,
     read_range,
     read_secret,
     read_settings,
@@ -58,8 +61,8 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="SYSTEM...",
-            help="model:PATH, dial:BASE,ADAPTER, pair:REF,ALIGNED, interpolate:REF,ALIGNED or "
-            "url:http://…; name= in front names it.",
+            help="model:PATH, dial:BASE,ADAPTER, pair:REF,ALIGNED, prompts:MODEL, "
+            "interpolate:REF,ALIGNED or url:http://…; name= in front names it.",
         ),
     ] = None,
     output: Annotated[
@@ -105,6 +108,8 @@ def evaluate(
     batch_size: BatchSize = 32,
     gate: Gate = None,
     lambda_range: LambdaRange = None,
+    reference_prompt: ReferencePrompt = None,
+    aligned_prompt: AlignedPrompt = None,
     template: Template = None,
     dtype: Dtype = "auto",
     engine: Annotated[
@@ -146,6 +151,9 @@ def evaluate(
     Example: [cyan]flexalign evaluate url:http://localhost:8000/v1 --task questions.jsonl
     --lambda 0,1 -o out/server[/cyan]
 
+    Example: [cyan]flexalign evaluate prompts:models/hybrid --aligned-prompt enable_thinking=false
+    --task math500 --data DIR --lambda 0,0.5,1,1.5 -o out/prompts[/cyan]
+
     Example: [cyan]flexalign evaluate --regrade -o out/sweep[/cyan]
     """
     if regrade:
@@ -163,6 +171,7 @@ def evaluate(
     from flexalign.systems import parse_systems
 
     asked = parse_systems(systems)
+    two_prompts = read_prompts(reference_prompt, aligned_prompt)
     settings = read_settings(lams, policy or [], read_efforts(effort, _only_adapter(effort, asked)))
     from flexalign.evaluation.sweep import plan_sweep
     from flexalign.evaluation.tasks import load_task
@@ -194,6 +203,7 @@ def evaluate(
             api_key=read_secret(api_key_env),
             engine=engine.value,
             template=parse_template(template or []),
+            prompts=two_prompts,
         )
         unreadable = _warn(sweep, workers)
         if dry_run or output is None:

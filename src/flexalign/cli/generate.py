@@ -21,6 +21,7 @@ from flexalign.cli.console import (
 from flexalign.cli.options import (
     Adapter,
     Aligned,
+    AlignedPrompt,
     AnyBase,
     BatchSize,
     Dtype,
@@ -29,11 +30,13 @@ from flexalign.cli.options import (
     MaxNewTokens,
     Model,
     Policies,
+    ReferencePrompt,
     Temperature,
     Template,
     TopP,
     read_efforts,
     read_lambdas,
+    read_prompts,
     read_range,
     read_settings,
 )
@@ -59,6 +62,8 @@ def generate(
     ] = None,
     adapter: Adapter = None,
     aligned: Aligned = None,
+    reference_prompt: ReferencePrompt = None,
+    aligned_prompt: AlignedPrompt = None,
     lam: Annotated[
         str | None,
         typer.Option(
@@ -109,12 +114,16 @@ def generate(
     Two models, further than the aligned one goes, many questions:
     [cyan]flexalign generate models/base --aligned models/concise --lambda 2 --gate 0.01
     --prompts questions.jsonl --json > answers.json[/cyan]
+
+    One model, without training: as it is, told to be brief, and beyond:
+    [cyan]flexalign generate smollm2 'Why is the sky blue?' --aligned-prompt
+    system='Answer in one short sentence.' --lambda 0,1,1.5[/cyan]
     """
     from flexalign.cli.console import quieten_libraries, warnings_as_notes
 
     if samples > 1 and temperature == 0:
         raise ConfigError("--samples are all equal at temperature 0; raise --temperature.")
-    limits = read_range(lambda_range)
+    limits, two_prompts = read_range(lambda_range), read_prompts(reference_prompt, aligned_prompt)
     settings = read_settings(read_lambdas(lam), policy or [], read_efforts(effort, adapter))
     prompts = _read_prompts(prompt, input_file)
 
@@ -123,7 +132,7 @@ def generate(
     from flexalign.systems import LocalBackend, System, SystemOptions
     from flexalign.systems.prompts import prompt_requests
 
-    system = System.of(model, adapter, aligned)
+    system = System.of(model, adapter, aligned, two_prompts)
     options = SystemOptions(
         temperature=temperature,
         top_p=top_p,
@@ -134,6 +143,7 @@ def generate(
         lambda_range=limits,
         any_base=any_base,
         template=parse_template(template or []),
+        prompts=two_prompts,
     )
     quieten_libraries()
     with warnings_as_notes():

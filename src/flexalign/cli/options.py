@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -24,6 +24,9 @@ from flexalign.lambdas import (
     parse_training_lambda,
     unique_settings,
 )
+
+if TYPE_CHECKING:
+    from flexalign.models.prompted import PromptPair
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -92,6 +95,23 @@ Template: TypeAlias = Annotated[
         "--template",
         metavar="KEY=VALUE",
         help="An argument of the chat template, such as enable_thinking=false; repeatable.",
+    ),
+]
+ReferencePrompt: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--reference-prompt",
+        metavar="KEY=VALUE",
+        help="As --aligned-prompt, for λ = 0; without it, the model as it is.",
+    ),
+]
+AlignedPrompt: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--aligned-prompt",
+        metavar="KEY=VALUE",
+        help="Or the model itself under another prompt: system=TEXT, or an argument of its chat "
+        "template, such as enable_thinking=false; repeatable.",
     ),
 ]
 Dtype: TypeAlias = Annotated[
@@ -196,6 +216,42 @@ def read_setting(name: str, text: str) -> Setting:
         return Setting.of(Fixed(float(text)))
     except ValueError:  # LambdaError is one too
         raise ConfigError(f"/lambda takes one finite number, such as 0.3; got {text!r}.") from None
+
+
+def read_prompts(
+    reference: Sequence[str] | None, aligned: Sequence[str] | None
+) -> "PromptPair | None":
+    """Read ``--reference-prompt`` and ``--aligned-prompt``; None if neither is given.
+
+    Raises:
+        ConfigError: If one has another form than ``system=TEXT`` or ``KEY=VALUE``.
+    """
+    if not reference and not aligned:
+        return None
+    from flexalign.data.prompting import parse_prompt
+    from flexalign.models.prompted import PromptPair
+
+    return PromptPair(
+        parse_prompt(reference or [], "--reference-prompt"),
+        parse_prompt(aligned or [], "--aligned-prompt"),
+    )
+
+
+def read_side_prompts(
+    reference: Sequence[str] | None, aligned: Sequence[str] | None
+) -> dict[str, Any]:
+    """Read the two options for a recipe, as `RealignRecipe.load_each` takes them; each may be absent.
+
+    Raises:
+        ConfigError: As in :func:`read_prompts`.
+    """
+    read = read_prompts(reference, aligned)
+    if read is None:
+        return {}
+    given = {"reference_prompt": reference, "aligned_prompt": aligned}
+    return {
+        name: getattr(read, name.removesuffix("_prompt")) for name, texts in given.items() if texts
+    }
 
 
 def read_efforts(text: str | None, adapter: str | None) -> list[Setting]:

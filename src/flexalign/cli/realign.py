@@ -8,14 +8,17 @@ from rich.markup import escape
 
 from flexalign.cli.console import console, print_json
 from flexalign.cli.options import (
+    AlignedPrompt,
     AllowPickle,
     Assignments,
     DryTraining,
     Recipe,
     RecipeOutput,
+    ReferencePrompt,
     ResultAsJson,
     SkipBadRows,
     parse_lambda_option,
+    read_side_prompts,
 )
 from flexalign.cli.training import train
 
@@ -36,6 +39,8 @@ def realign(
         ),
     ] = None,
     output: RecipeOutput = None,
+    reference_prompt: ReferencePrompt = None,
+    aligned_prompt: AlignedPrompt = None,
     assignments: Assignments = None,
     merge: Annotated[
         bool,
@@ -61,6 +66,8 @@ def realign(
 
     Then: [cyan]flexalign realign recipe.yaml --lambda 2 --set training.max_steps=100[/cyan]
 
+    One model under two prompts: [cyan]flexalign realign recipe.yaml --aligned-prompt "system=Be brief."[/cyan]
+
     Several λ from one cache: [cyan]flexalign realign recipe.yaml --lambda 0.5,1,2 --set teacher=cached[/cyan]
 
     One LoRA for every λ: [cyan]flexalign realign recipe.yaml --lambda 0:5 --set lora.r=32[/cyan]
@@ -73,6 +80,7 @@ def realign(
     recipes = RealignRecipe.load_each(
         recipe,
         overrides=assignments or (),
+        **read_side_prompts(reference_prompt, aligned_prompt),
         lam=parse_lambda_option(lam),
         output=output,
         merge=merge or None,
@@ -97,7 +105,7 @@ def realign(
         print_json(result.to_json())
     for outcome in result.students or (result,):
         if outcome.lambda_range is None:
-            _summarise(outcome, recipes[0].reference)
+            _summarise(outcome, recipes[0].models[0])
         else:
             _summarise_dial(outcome, recipes[0].reference, outcome.lambda_range)
 
@@ -164,10 +172,13 @@ def _summarise_dial(outcome: "Outcome", reference: str, trained: "LambdaRange") 
 
 def _rows(plan: "TrainingPlan") -> dict[str, str]:
     """Return a plan as the rows of a table."""
+    from flexalign.models.pair import SIDES
+    from flexalign.models.prompted import PromptedModel
+
     facts = plan.facts
     data, memory = facts["data"], facts["memory_gib"]
     rows = {
-        "reference, aligned": f"{facts['reference']}, {facts['aligned']}",
+        "reference, aligned": ", ".join(PromptedModel.parse(facts[side]).text for side in SIDES),
         "λ": _describe_lambda(facts["lambda"]),
         "rows": f"{data['rows']:,}, of which {data['kept']:,} keep response tokens and "
         f"{data['truncated']:,} are shortened by the cut-off",

@@ -18,11 +18,14 @@ from flexalign.cli.console import (
 from flexalign.cli.options import (
     Adapter,
     Aligned,
+    AlignedPrompt,
     AnyBase,
     Dtype,
     EngineName,
     Gate,
+    ReferencePrompt,
     Template,
+    read_prompts,
     read_range,
     read_secret,
 )
@@ -46,6 +49,8 @@ def serve(
     ] = None,
     adapter: Adapter = None,
     aligned: Aligned = None,
+    reference_prompt: ReferencePrompt = None,
+    aligned_prompt: AlignedPrompt = None,
     engine: Annotated[
         EngineName, typer.Option(help="local runs here; vllm starts vLLM (docs/vllm.md).")
     ] = EngineName.LOCAL,
@@ -130,7 +135,7 @@ def serve(
     """
     extras = "vllm,serving" if engine is EngineName.VLLM else "serving"
     require_packages("serving", *_NEEDED, install=f"'flexalign[{extras}]'")
-    limits = read_range(lambda_range)
+    limits, two_prompts = read_range(lambda_range), read_prompts(reference_prompt, aligned_prompt)
     key = read_secret(api_key_env)
     is_local = key is None and not insecure
     body_bytes = round(body_limit * 2**20)
@@ -138,6 +143,11 @@ def serve(
     from flexalign.serving.server import require_safe_address
 
     if engine is EngineName.VLLM:
+        if two_prompts is not None:
+            raise ConfigError(
+                "--reference-prompt and --aligned-prompt are served by --engine local alone: vLLM "
+                "runs one prompt for each request; leave --engine out."
+            )
         if template:
             raise ConfigError(
                 "--template is for the local engine; give vLLM its own flag behind --: "
@@ -189,6 +199,7 @@ def serve(
         context,
         EngineLimits(batch_size or _ROWS, queue or _QUEUE),
         parse_template(template or []),
+        two_prompts,
     )
     _serve_here(
         options,

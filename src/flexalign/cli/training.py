@@ -267,6 +267,9 @@ def show_plan(plan: "TrainingPlan", rows: Mapping[str, str], *, as_json: bool) -
         text = Text.assemble((sample["masked"], "dim"), ("«", "green"))
         text.append(sample["trained"], "bold green").append("»", "green")
         result_console.print(text, soft_wrap=True)
+        if "aligned" in sample:
+            told = Text.assemble("the aligned side's prompt: ", (sample["aligned"], "dim"))
+            result_console.print(told, soft_wrap=True)
 
     table = Table(show_header=False, box=None, padding=(0, 2))
     for name, value in rows.items():

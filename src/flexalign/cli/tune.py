@@ -19,11 +19,13 @@ from flexalign.cli.console import (
     say_instruction,
 )
 from flexalign.cli.options import (
+    AlignedPrompt,
     BatchSize,
     Data,
     Instruction,
     LambdaRange,
     OneTask,
+    ReferencePrompt,
     ResultAsJson,
     TaskMaxNewTokens,
     TaskTemperature,
@@ -121,6 +123,8 @@ def tune(
         float | None, typer.Option(help="Expected accuracy, for the plan; else one by task.")
     ] = None,
     lambda_range: LambdaRange = None,
+    reference_prompt: ReferencePrompt = None,
+    aligned_prompt: AlignedPrompt = None,
     workers: Workers = 1,
     dry_run: Annotated[
         bool,

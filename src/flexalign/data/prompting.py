@@ -143,8 +143,12 @@ class PromptSettings:
         return [{"role": "system", "content": self.system}, *prompt]
 
 
-def parse_template(texts: Iterable[str]) -> dict[str, Any]:
+def parse_template(texts: Iterable[str], option: str = "--template") -> dict[str, Any]:
     """Read template arguments from ``KEY=VALUE`` texts, each value as YAML.
+
+    Args:
+        texts: The texts.
+        option: The option that they were given with, for messages.
 
     Raises:
         ConfigError: If a text has no ``=``, or its value is not YAML.
@@ -153,11 +157,29 @@ def parse_template(texts: Iterable[str]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(
-                f"--template {text!r}: write KEY=VALUE, such as enable_thinking=false."
-            )
+            raise ConfigError(f"{option} {text!r}: write KEY=VALUE, such as enable_thinking=false.")
         try:
             arguments[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise ConfigError(f"--template {text!r}: the value {value!r} is not YAML.") from None
+            raise ConfigError(f"{option} {text!r}: the value {value!r} is not YAML.") from None
     return arguments
+
+
+def parse_prompt(texts: Iterable[str], option: str) -> PromptSettings:
+    """Read one side's prompt from ``system=TEXT`` and ``KEY=VALUE`` texts.
+
+    Args:
+        texts: The texts; ``system=`` is the system message, every other key a template argument.
+        option: The option that they were given with, such as ``--aligned-prompt``.
+
+    Raises:
+        ConfigError: If a text has another form, or there are two system messages.
+    """
+    given = list(texts)
+    systems = [text.partition("=")[2] for text in given if text.startswith("system=")]
+    if len(systems) > 1:
+        raise ConfigError(f"{option} has {len(systems)} system messages; give one.")
+    if systems and not systems[0].strip():
+        raise ConfigError(f"{option} system= is empty; give the message's text, or leave it out.")
+    arguments = [text for text in given if not text.startswith("system=")]
+    return PromptSettings(parse_template(arguments, option), systems[0] if systems else None)

@@ -9,7 +9,7 @@ token with which the template ends a response follows, and nothing else. One fun
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from functools import cached_property
@@ -149,17 +149,7 @@ class Rendering:
                 rendering or vocabulary, it cannot follow the prompt, or it contains the stop
                 token.
         """
-        try:
-            prompt = self.prompt(row["prompt"])
-        except DataError as error:
-            whole = row["prompt"] if isinstance(row["prompt"], str) else _conversation_of(row)
-            told = _refusal(whole, error.__cause__) if error.__cause__ else error
-            raise DataError(f"row {number}: {told}") from error
-        except Exception as error:  # a template is a program, and the row is its argument
-            raise DataError(
-                f"row {number}: the chat template fails on its messages ({error!r:.200}); change "
-                "them to what the template takes."
-            ) from error
+        prompt = self.prompt_of(row, number)
         self._require_sampled_here(row, number)
 
         ids, truncated = row.get("response_ids"), bool(row.get("truncated"))
@@ -178,6 +168,24 @@ class Rendering:
         if is_whole and prompt.stop_id is not None:
             response.append(prompt.stop_id)
         return RenderedRow(prompt, response, text, is_whole)
+
+    def prompt_of(self, row: Mapping[str, Any], number: int = 1) -> RenderedPrompt:
+        """Render a row's prompt; an error names the row.
+
+        Raises:
+            DataError: If the prompt cannot be rendered.
+        """
+        try:
+            return self.prompt(row["prompt"])
+        except DataError as error:
+            whole = row["prompt"] if isinstance(row["prompt"], str) else _conversation_of(row)
+            told = _refusal(whole, error.__cause__) if error.__cause__ else error
+            raise DataError(f"row {number}: {told}") from error
+        except Exception as error:  # a template is a program, and the row is its argument
+            raise DataError(
+                f"row {number}: the chat template fails on its messages ({error!r:.200}); change "
+                "them to what the template takes."
+            ) from error
 
     def _encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         ids = self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
@@ -552,11 +560,23 @@ def measure_lengths(
         DataError: If the data set is empty, every row is longer than the cut-off, or a row cannot
             be rendered.
     """
-    if len(dataset) == 0:
+    parts = split_tokens(dataset, tokenizer)
+    return lengths_of([(len(prompt), len(response)) for prompt, response in parts], max_length)
+
+
+def lengths_of(sizes: Sequence[tuple[int, int]], max_length: int | None) -> Lengths:
+    """Count the tokens of rows.
+
+    Args:
+        sizes: The tokens of each row's prompt and of its response.
+        max_length: As in `measure_lengths`.
+
+    Raises:
+        DataError: If there is no row, or every row is longer than the cut-off.
+    """
+    if not sizes:
         raise DataError("the data set is empty; nothing to work on.")
 
-    parts = split_tokens(dataset, tokenizer)
-    sizes = [(len(prompt), len(response)) for prompt, response in parts]
     lengths = [prompt + response for prompt, response in sizes]
     cut = max_length if max_length is not None else max(lengths)
     if min(lengths) > cut:
@@ -624,7 +644,7 @@ def tokenize_rows(dataset: Any, tokenizer: "PreTrainedTokenizerBase") -> Any:
         rendered = rendering.row(row, index + 1)
         return {"input_ids": rendered.input_ids, "completion_mask": rendered.completion_mask}
 
-    return _mapped(dataset, render, columns)
+    return map_rows(dataset, render, columns)
 
 
 def tokenize_preferences(dataset: Any, tokenizer: "PreTrainedTokenizerBase") -> Any:
@@ -657,7 +677,7 @@ def tokenize_preferences(dataset: Any, tokenizer: "PreTrainedTokenizerBase") -> 
             "rejected_ids": rejected.response_ids,
         }
 
-    return _mapped(dataset, render, columns)
+    return map_rows(dataset, render, columns)
 
 
 def _columns(dataset: "Dataset | IterableDataset") -> list[str]:
@@ -665,7 +685,14 @@ def _columns(dataset: "Dataset | IterableDataset") -> list[str]:
     return list(next(iter(dataset))) if names is None else list(names)
 
 
-def _mapped(dataset: Any, render: Any, columns: list[str]) -> Any:
+def map_rows(dataset: Any, render: Any, columns: list[str]) -> Any:
+    """Map rows with ``render(row, index)`` and remove columns, without hashing the tokenizer.
+
+    Args:
+        dataset: A `Dataset` or an `IterableDataset`.
+        render: Returns the new columns of a row.
+        columns: The columns to remove.
+    """
     from datasets import IterableDataset
 
     options: dict[str, Any] = {"with_indices": True, "remove_columns": columns}

@@ -15,10 +15,9 @@ class Split(NamedTuple):
     """A response in two parts.
 
     Attributes:
-        thinking: The text between the tags, without them.
-        answer: The text after the closing tag; the whole text if there is no thinking; empty if
-            the thinking has no closing tag.
-        closed: Whether the thinking, if there is any, has its closing tag.
+        thinking: The text between the tags, without them; of several thinkings, all.
+        answer: The rest of the text; empty if the first thinking has no closing tag.
+        closed: Whether every thinking has its closing tag.
     """
 
     thinking: str
@@ -93,26 +92,51 @@ class ThinkingTags:
         return prompt.rfind(self.open) > prompt.rfind(self.close)
 
     def split(self, text: str, *, opened: bool = False) -> Split:
-        """Split a response at the end of its thinking.
+        """Split a response into its thinking and its answer.
 
-        A closing tag without an opening one also ends a thinking, because many chat templates put
-        the opening tag into the prompt.
+        What stands between an opening and a closing tag is thinking, wherever it stands and however
+        often; the rest is the answer. A closing tag before any opening one also ends a thinking,
+        because many chat templates put the opening tag into the prompt. A tag without its partner
+        in what follows is text, unless it begins the response.
 
         Args:
             text: The response.
             opened: Whether the prompt has opened the tag. If not, a response with neither tag is
                 an answer.
         """
-        before, closed, after = text.partition(self.close)
-        start = before.lstrip()
-        inside = opened or bool(closed) or start.startswith(self.open)
-        if not inside:
-            if self.answer and start.startswith(self.answer):
-                text = start.removeprefix(self.answer)
-            return Split("", text, True)
+        thinking, answer = "", ""
+        inside = opened
+        if not opened:
+            text = self.begun(text)
+            before, closed, after = text.partition(self.close)
+            if text.startswith(self.open):
+                inside, text = True, text.removeprefix(self.open)
+            elif closed and self.open not in before:
+                thinking, text = before.lstrip(), after
 
         # After a tag in the prompt the thinking keeps the white space at its beginning.
-        return Split(before if opened else start.removeprefix(self.open), after, bool(closed))
+        while text:
+            part, found, rest = text.partition(self.close if inside else self.open)
+            if inside:
+                thinking, text, inside = thinking + part, rest, not found
+            elif self.close in rest:
+                answer, text, inside = answer + part, rest, True
+            else:
+                answer, text = answer + text, ""
+        return Split(thinking, answer, not inside)
+
+    def begun(self, text: str) -> str:
+        """Return a response without what stands before its first text.
+
+        That is white space before an opening tag, or the mark before an answer without thinking
+        (:attr:`answer`).
+        """
+        start = text.lstrip()
+        if start.startswith(self.open):
+            return start
+        if self.answer and start.startswith(self.answer):
+            return start.removeprefix(self.answer)
+        return text
 
     def count_tokens(
         self, text: str, tokenizer: "PreTrainedTokenizerBase", *, opened: bool = False

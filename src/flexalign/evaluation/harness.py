@@ -12,8 +12,11 @@ Prompts, batches, log-likelihoods and metrics are those of the harness: the clas
 ``hf`` with the logits of equation 5, so that both ends of the dial have the results of ``hf``.
 """
 
+import hashlib
+import inspect
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from flexalign._spelling import nearest
 from flexalign.errors import ConfigError
 from flexalign.generation import TwoModelDecoder
 from flexalign.generation.adapted import AdaptedModel
@@ -88,12 +92,14 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             **options: Other arguments of lm_eval's ``hf``: ``batch_size``, ``add_bos_token``, ….
 
         Raises:
-            ConfigError: If a model is missing, or the arguments contradict each other.
+            ConfigError: If a model is missing, an argument is unknown or not served, or the
+                arguments contradict each other.
             CheckpointError: If the adapter is missing or damaged.
             LambdaError: If λ is not finite, or not permitted.
         """
         asked = {"lambda": options.pop("lambda", None), "lam": lam, "policy": policy}
         setting = _read_setting(asked, adapter, aligned, gate)
+        check_arguments(options, has_dial=adapter is not None or aligned is not None)
         if adapter is not None:
             read_dial(adapter)  # a missing adapter raises CheckpointError here
 
@@ -110,6 +116,9 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         where = "auto" if parallelize else None if device == "cpu" else device
         model = backend.load(device_map=where)
         leader, tokenizer = _leader(model), getattr(model, "tokenizer", backend.text.tokenizer)
+        if options.get("add_bos_token") is not None:
+            # `hf` gives this to the tokenizer that it loads; this one is loaded already.
+            tokenizer.add_bos_token = bool(options["add_bos_token"])
 
         self._facts: dict[str, Any] = {"pretrained": pretrained}
         self._facts |= {"adapter": adapter} if adapter is not None else {}
@@ -120,13 +129,13 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         if dial is not None:
             self._facts |= {"dial": dial.to_json(), "gate": gate}
         self._facts["fingerprint"] = fingerprint(pretrained)
+        self._identity = backend.describe() | {"dial": self._facts.get("dial"), "gate": gate}
 
         super().__init__(
             pretrained=model,
-            backend="causal",
             tokenizer=tokenizer,
             max_length=max_length or resolve_max_length(leader.config, tokenizer),
-            **options,
+            **{"backend": "causal"} | options,
         )
 
     @property
@@ -138,6 +147,20 @@ class HarnessModel(HFLM):  # type: ignore[misc]
     def get_model_info(self) -> dict[str, Any]:
         """Return the models, the dial and the base's fingerprint, for lm_eval's results."""
         return {"model_num_parameters": self.model.num_parameters(), "flexalign": self._facts}
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Give the harness's cache of requests (``--use_cache``) a table of this setting's own.
+
+        The harness identifies a request by its prompt alone, so a second run at another λ would
+        get the answers of the first.
+        """
+        answers = cache_hook.dbdict
+        if answers is not None:
+            identity = json.dumps(self._identity, sort_keys=True)
+            table = f"flexalign_{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+            type(answers)(answers.filename, tablename=table).close()  # creates the table
+            answers.tablename = table
+        super().set_cache_hook(cache_hook)
 
     def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
         if self._dial is None:
@@ -208,6 +231,53 @@ def _read_setting(
         name = next(iter(given), "gate")
         raise ConfigError(f"{name}= needs a dial: adapter=… or aligned=… beside pretrained=….")
     return Setting.of(next(iter(given.values()))) if given else None
+
+
+_INSTEAD = {
+    "backend": "the models are causal ones; leave it out",
+    "peft": "name the PEFT adapter as aligned=…",
+    "delta": "save the sum as a model and give that as pretrained=…",
+    "tokenizer": "the tokenizer is the base's own, as the adapter was trained with it",
+    "use_fast_tokenizer": "the tokenizer is the base's own",
+    "revision": "give a folder that holds that revision as pretrained=…",
+    "subfolder": "give the folder itself as pretrained=…",
+    "gguf_file": "give a folder with the GGUF file as pretrained=…",
+    "autogptq": "give a model whose weights are not quantised",
+    "gptqmodel": "give a model whose weights are not quantised",
+    "mixed_precision_dtype": "give dtype=…, the type of the weights",
+    "tp_plan": "give parallelize=True, which distributes the layers",
+    "max_memory_per_gpu": "parallelize=True uses what is free",
+    "max_cpu_memory": "parallelize=True uses what is free",
+    "offload_folder": "parallelize=True does not offload",
+}
+"""Arguments of ``hf`` that have no effect here, and what to do instead."""
+
+
+def check_arguments(options: Mapping[str, Any], *, has_dial: bool) -> None:
+    """Refuse arguments that would have no effect.
+
+    Args:
+        options: The arguments of ``--model_args`` besides those that :class:`HarnessModel` declares.
+        has_dial: Whether the model has a dial.
+
+    Raises:
+        ConfigError: If one is unknown, or an argument of ``hf`` that is not served.
+    """
+    own = [*inspect.signature(HarnessModel.__init__).parameters][1:-1]
+    known = [*own, "lambda", *inspect.signature(HFLM.__init__).parameters]
+    known = [name for name in dict.fromkeys(known) if name not in ("self", "kwargs")]
+
+    for name, value in options.items():
+        if name not in known:
+            raise ConfigError(f"the model has no argument {name!r}{nearest(name, known)}")
+
+        # A value that asks for what is done anyway is not refused.
+        served = name not in _INSTEAD or value in (None, False, "")
+        served = served or (name, value) in {("backend", "causal"), ("revision", "main")}
+        served = served or (name == "backend" and value == "default")
+        served = served or (name == "mixed_precision_dtype" and not has_dial)
+        if not served:
+            raise ConfigError(f"{name}={value} is not served by this model: {_INSTEAD[name]}.")
 
 
 def _leader(model: Any) -> Any:

@@ -1,8 +1,9 @@
-"""A frozen base model with a trained dial on it: what InRa models and LoRA dials have in common.
+"""One base model with a dial: what InRa models, LoRA dials and two prompts have in common.
 
-:class:`AdaptedModel` adds the dial's settings to :class:`~flexalign.generation.fused.FusedDecoding`:
-its default λ, its range, its thinking tags and its calibrated threshold. :func:`load_base` and
-:func:`load_own_base` load the base.
+:class:`BasedModel` is a :class:`~flexalign.generation.fused.FusedDecoding` whose other attributes are
+those of one base. :class:`AdaptedModel` adds the settings of a trained dial: its default λ, its range,
+its thinking tags and its calibrated threshold. :func:`load_base` and :func:`load_own_base` load the
+base.
 """
 
 import warnings
@@ -29,30 +30,23 @@ Base: TypeAlias = str | Path | PreTrainedModel
 """A known name, a folder, or a loaded model."""
 
 
-class AdaptedModel(FusedDecoding, nn.Module):
-    """A base model with a trained dial. Attributes that this class does not have are the base's.
+class BasedModel(FusedDecoding, nn.Module):
+    """One model with a dial. Attributes that this class does not have are the base's.
 
     Attributes:
         base: The base model, a causal language model of transformers.
-        dial_config: The dial's settings.
         tokenizer: The base's tokenizer; None if it is not known.
     """
 
     base: PreTrainedModel
-    dial_config: DialConfig
 
     def __init__(
-        self,
-        base: PreTrainedModel,
-        dial_config: DialConfig,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> None:
-        """Join a base and the settings of its dial."""
+        """Keep a base."""
         super().__init__()
         self.base = base
-        self.dial_config = dial_config
         self.tokenizer = tokenizer
-        self._has_warned = False
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -88,6 +82,35 @@ class AdaptedModel(FusedDecoding, nn.Module):
         """
 
     @property
+    def _leader(self) -> PreTrainedModel:
+        return self.base
+
+    def _checked_lambda(self, lam: Any) -> Lambda:
+        lam = self._default_dial() if lam is None else lam
+        return as_lambda(torch.tensor(lam) if isinstance(lam, list | tuple) else lam)
+
+
+class AdaptedModel(BasedModel):
+    """A base model with a trained dial.
+
+    Attributes:
+        dial_config: The dial's settings.
+    """
+
+    dial_config: DialConfig
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        dial_config: DialConfig,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """Join a base and the settings of its dial."""
+        super().__init__(base, tokenizer)
+        self.dial_config = dial_config
+        self._has_warned = False
+
+    @property
     def thinking_tags(self) -> ThinkingTags | None:
         """The dial's thinking tags; None if the tokenizer's are used."""
         return self.dial_config.tags
@@ -96,17 +119,11 @@ class AdaptedModel(FusedDecoding, nn.Module):
         """Return a policy's threshold. If it sets none, the calibrated one, if there is one."""
         return self.dial_config.threshold(policy)
 
-    @property
-    def _leader(self) -> PreTrainedModel:
-        return self.base
-
     def _default_dial(self) -> float:
         return self.dial_config.default_lambda
 
     def _checked_lambda(self, lam: Any) -> Lambda:
-        if lam is None:
-            lam = self.dial_config.default_lambda
-        checked = as_lambda(torch.tensor(lam) if isinstance(lam, list | tuple) else lam)
+        checked = super()._checked_lambda(lam)
         if not self._has_warned:
             values = torch.as_tensor(checked).detach()
             self._note_range(float(values.min()), float(values.max()))

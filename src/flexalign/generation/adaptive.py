@@ -93,8 +93,9 @@ def generate_with_policies(
         ConfigError: If an option is not available with such a policy.
     """
     _check_options(model, dials, options)
+    own = {name: options.pop(name) for name in model.row_inputs if name in options}
     prompts = PromptBatch(
-        model, options.pop("input_ids"), options.pop("attention_mask", None), gate
+        model, options.pop("input_ids"), options.pop("attention_mask", None), gate, own
     )
     streamer = options.pop("streamer", None)
     repeats = model.generation_option("num_return_sequences", options) or 1
@@ -174,7 +175,12 @@ class PromptBatch:
     """
 
     def __init__(
-        self, model: DialModel, ids: Tensor, mask: Tensor | None, gate: float | None
+        self,
+        model: DialModel,
+        ids: Tensor,
+        mask: Tensor | None,
+        gate: float | None,
+        inputs: dict[str, Tensor] | None = None,
     ) -> None:
         """Store the prompts; the model does not run yet.
 
@@ -183,8 +189,10 @@ class PromptBatch:
             ids: The prompts' tokens, shape ``(B, T)``, left padded.
             mask: Their attention mask, shape ``(B, T)``; None: no padding.
             gate: As in ``generate``.
+            inputs: The model's ``row_inputs``, each of the shape of ``ids``.
         """
         self.model = model
+        self._inputs = inputs or {}
         self.ids = ids
         self._mask = torch.ones_like(ids) if mask is None else mask
         self._gate = gate
@@ -205,7 +213,10 @@ class PromptBatch:
             return
 
         needed = [(torch.tensor(list(dials)), self._dials(dials, options)) for dials in phases]
-        self._cache = self.model.prefill_phases(self.ids[:, :-1], self._mask[:, :-1], needed)
+        inputs = {name: value[:, :-1] for name, value in self._inputs.items()}
+        self._cache = self.model.prefill_phases(
+            self.ids[:, :-1], self._mask[:, :-1], needed, **inputs
+        )
 
     def generate(
         self,
@@ -229,6 +240,7 @@ class PromptBatch:
         given = options | {
             "input_ids": self.ids[on_device],
             "attention_mask": self._mask[on_device],
+            **{name: value[on_device] for name, value in self._inputs.items()},
         }
         if self._cache is not None:
             given["past_key_values"] = self.model.fork_cache(self._cache, rows, own_dials)

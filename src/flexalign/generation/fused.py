@@ -7,6 +7,7 @@ is parsed and checked once, stored per prompt before ``generate`` repeats rows, 
 :mod:`flexalign.generation.adaptive`, which calls the same ``generate`` for each phase.
 """
 
+import copy
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from flexalign.errors import ConfigError
 from flexalign.fusion import as_gate
 from flexalign.generation.adaptive import chooses_stream, generate_with_policies
 from flexalign.generation.confidence import ConfidenceTracker, LogProbRecorder
+from flexalign.generation.inherited import InheritedMethods, refuse_inner_outputs
 from flexalign.generation.interface import DialModel
 from flexalign.generation.row_lambdas import RowDials, TagTokens, read_dials
 from flexalign.lambdas import Adaptive
@@ -29,10 +31,9 @@ if TYPE_CHECKING:
 
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 _REPEATING = ("num_beams", "num_return_sequences")
-_INNER_OUTPUTS = ("output_hidden_states", "output_attentions")
 
 
-class FusedDecoding(GenerationMixin, DialModel):  # type: ignore[misc]
+class FusedDecoding(InheritedMethods, GenerationMixin, DialModel):  # type: ignore[misc]
     """`generate` with a λ, for a module whose ``forward`` returns fused logits.
 
     ``forward`` must take ``lam``, ``gate`` and ``lam_checked`` (λ has been checked already). A
@@ -116,6 +117,7 @@ class FusedDecoding(GenerationMixin, DialModel):  # type: ignore[misc]
             dials = RowDials.following(per_prompt)
 
         self.check_options(options)
+        _leave_cache_unnamed(options)
         options |= self._decoding_inputs(dials, options)
         return GenerationMixin.generate(
             self,
@@ -175,18 +177,20 @@ class FusedDecoding(GenerationMixin, DialModel):  # type: ignore[misc]
                 )
 
         cache = self.generation_option("cache_implementation", options)
-        if cache not in (None, "hybrid"):
+        if cache not in (None, "hybrid", "dynamic"):
             raise ConfigError(
                 f"cache_implementation={cache!r} is not available for fused models, which build "
                 "their own dynamic cache; leave it out."
             )
 
-        for name in _INNER_OUTPUTS:
-            if self.generation_option(name, options):
-                raise ConfigError(
-                    f"{name} is not available for fused models, which have two of each; "
-                    "run the models one by one for them."
-                )
+        if self.generation_option("guidance_scale", options) not in (None, 1.0):
+            raise ConfigError(
+                "guidance_scale is not available for fused models: its pass without the prompt "
+                "would run at the default λ; leave it out."
+            )
+
+        inner = ("output_hidden_states", "output_attentions")
+        refuse_inner_outputs({name: self.generation_option(name, options) for name in inner})
 
     def pad_token(self, options: dict[str, Any]) -> int:
         """Return the token that responses are padded with, as transformers chooses it."""
@@ -243,6 +247,15 @@ class FusedDecoding(GenerationMixin, DialModel):  # type: ignore[misc]
             if isinstance(tracker, ConfidenceTracker):
                 tracker.use_ends(criteria)
         return criteria
+
+
+def _leave_cache_unnamed(options: dict[str, Any]) -> None:
+    """Remove the name of the dynamic cache, in place: transformers takes no cache beside a name."""
+    options.pop("cache_implementation", None)
+    config = options.get("generation_config")
+    if config is not None and config.cache_implementation is not None:
+        options["generation_config"] = config = copy.copy(config)
+        config.cache_implementation = None
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:

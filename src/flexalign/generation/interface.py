@@ -26,7 +26,13 @@ class DialModel(ABC):
     """A model that generates with one dial per prompt.
 
     ``options`` are always the caller's arguments of ``generate`` other than the prompts and λ.
+
+    Attributes:
+        row_inputs: Names of tensors that belong to the prompts, each of the shape of ``input_ids``,
+            as a second prompt has them; ``generate`` and ``prefill_phases`` take them by name.
     """
+
+    row_inputs: tuple[str, ...] = ()
 
     @abstractmethod
     def generate(
@@ -50,7 +56,7 @@ class DialModel(ABC):
 
     @abstractmethod
     def prefill_phases(
-        self, input_ids: Tensor, attention_mask: Tensor, phases: Sequence[Phase]
+        self, input_ids: Tensor, attention_mask: Tensor, phases: Sequence[Phase], **inputs: Tensor
     ) -> Any:
         """Run prompts once for several generations and return their cache.
 
@@ -59,6 +65,7 @@ class DialModel(ABC):
             attention_mask: Shape ``(B, T)``.
             phases: For each generation, its rows of the batch and their dials, which know the λ of
                 the first generated token.
+            **inputs: The model's :attr:`row_inputs`.
 
         Returns:
             The cache; None if the model's cannot be copied, and each generation runs its prompts.

@@ -19,7 +19,9 @@ from flexalign.generation.adaptive import NEUTRAL, chooses_stream
 from flexalign.generation.row_lambdas import read_dials
 from flexalign.generation.seeded import SeededSampling
 from flexalign.generation.text import ResponseText
+from flexalign.generation.two_prompts import padded_prompts
 from flexalign.lambdas import Dial, Way
+from flexalign.models.prompted import TwoPrompts
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Response:
 def generate_responses(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt | TwoPrompts],
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -70,7 +72,8 @@ def generate_responses(
     Args:
         model: A model with transformers' ``generate``.
         tokenizer: Its tokenizer.
-        prompts: Texts, which are not changed, or lists of messages, for the chat template.
+        prompts: Texts, which are not changed, or lists of messages, for the chat template. For a
+            :class:`flexalign.generation.TwoPromptDecoder`, messages rendered under both prompts.
         max_new_tokens: Tokens after which a response is cut off.
         temperature: 0 is greedy.
         top_p: Probability mass sampled from, 0 < top_p ≤ 1.
@@ -107,7 +110,7 @@ def generate_responses(
     )
 
     # The longest prompts come first, so that a lack of memory shows in the first batch.
-    order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index]))
+    order = sorted(range(len(encoded)), key=lambda index: -_length(encoded[index]))
     responses: list[Response | None] = [None] * len(encoded)
     reader = _ResponseReader(tokenizer, settings)
     devices = [model.device] if model.device.type == "cuda" else []
@@ -115,7 +118,7 @@ def generate_responses(
         torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            inputs = left_padded([encoded[i] for i in batch], settings.pad_token_id, model.device)
+            inputs = _padded([encoded[i] for i in batch], settings.pad_token_id, model.device)
 
             # Only the dictionary has the streams that policies chose.
             settings.return_dict_in_generate = False
@@ -147,12 +150,16 @@ def _check(max_new_tokens: int, temperature: float, top_p: float, batch_size: in
         raise ConfigError(f"top_p must be above 0 and at most 1, got {top_p}.")
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Return the tokens that generation starts from.
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt | TwoPrompts
+) -> list[int] | TwoPrompts:
+    """Return the tokens that generation starts from; a prompt that is rendered already is kept.
 
     Raises:
         DataError: If there are none, or the prompt is a conversation that cannot be rendered.
     """
+    if isinstance(prompt, TwoPrompts):
+        return prompt
     ids = Rendering(tokenizer).prompt(prompt).ids
     if not ids:
         raise DataError(f"the prompt {prompt!r} is empty: there is no token to go on from.")
@@ -270,6 +277,19 @@ def generation_settings(
     for name in [name for name in given if name in settings.to_dict()]:
         setattr(settings, name, given.pop(name))
     return settings
+
+
+def _length(prompt: list[int] | TwoPrompts) -> int:
+    return prompt.longest if isinstance(prompt, TwoPrompts) else len(prompt)
+
+
+def _padded(
+    prompts: list[list[int] | TwoPrompts], pad: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Return prompts, all of one kind, as one left-padded batch for ``generate``."""
+    if isinstance(prompts[0], TwoPrompts):
+        return padded_prompts(cast("list[TwoPrompts]", prompts), pad, device)
+    return left_padded(cast("list[list[int]]", prompts), pad, device)
 
 
 def left_padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, Tensor]:

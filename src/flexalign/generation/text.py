@@ -148,7 +148,8 @@ class StreamedSplit:
 
     Joined, the pieces are the two parts that :meth:`ThinkingTags.split` returns. The exception is a
     response that closes a thinking it has not opened: text that was returned as the answer is not
-    returned again as thinking.
+    returned again as thinking. A thinking that begins inside the answer is held back until it is
+    closed: without its closing tag it is text.
     """
 
     def __init__(self, tags: ThinkingTags, *, opened: bool = False) -> None:
@@ -174,37 +175,52 @@ class StreamedSplit:
             return []
 
         pieces = []
-        if self._is_thinking:
-            thinking, closed, rest = self._held.partition(self._tags.close)
-            if not closed and not is_last:
-                # The last characters may be the beginning of the closing tag.
-                certain = len(thinking) - _overlap(thinking, self._tags.close)
-                thinking, rest = thinking[:certain], thinking[certain:]
-            pieces.append(Piece(thinking, True))
-            self._held = rest
-            self._is_thinking = not closed
+        while self._held:
+            if self._is_thinking:
+                piece = self._until(self._tags.close, is_last)
+                pieces.append(Piece(piece, True))
+                if self._held.startswith(self._tags.close):
+                    self._held = self._held.removeprefix(self._tags.close)
+                    self._is_thinking = False
+                    continue
+                break
 
-        if not self._is_thinking:
-            pieces.append(Piece(self._held, False))
-            self._held = ""
+            pieces.append(Piece(self._until(self._tags.open, is_last), False))
+            if not self._held.startswith(self._tags.open):
+                break
+            if self._tags.close in self._held:
+                self._held = self._held.removeprefix(self._tags.open)
+                self._is_thinking = True
+            elif is_last:
+                pieces.append(Piece(self._held, False))
+                self._held = ""
+            else:
+                break
         return [piece for piece in pieces if piece.text]
 
+    def _until(self, tag: str, is_last: bool) -> str:
+        """Take the text before a tag, or before what may be the beginning of one."""
+        text, found, _ = self._held.partition(tag)
+        if not found and not is_last:
+            text = text[: len(text) - overlap(text, tag)]
+        self._held = self._held[len(text) :]
+        return text
+
     def _begin(self, is_last: bool) -> bool:
-        """Decide whether the response starts with thinking; return whether that can be decided."""
-        start, tag, answer = self._held.lstrip(), self._tags.open, self._tags.answer
-        if not is_last and any(
-            len(start) < len(mark) and mark.startswith(start) for mark in (tag, answer)
-        ):
+        """Remove what stands before the response's first text; return whether that is clear."""
+        start = self._held.lstrip()
+        marks = (self._tags.open, self._tags.answer)
+        if not is_last and any(len(start) < len(m) and m.startswith(start) for m in marks):
             return False
-        self._is_begun, self._is_thinking = True, start.startswith(tag)
+        self._is_begun = True
+        self._held = self._tags.begun(self._held)
+        self._is_thinking = self._held.startswith(self._tags.open)
         if self._is_thinking:
-            self._held = start.removeprefix(tag)
-        elif answer and start.startswith(answer):
-            self._held = start.removeprefix(answer)
+            self._held = self._held.removeprefix(self._tags.open)
         return True
 
 
-def _overlap(text: str, tag: str) -> int:
+def overlap(text: str, tag: str) -> int:
     """Return how many of the text's last characters may be the beginning of a tag."""
     longest = min(len(text), len(tag) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(tag[:n])), 0)

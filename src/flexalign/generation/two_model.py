@@ -4,23 +4,21 @@ import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flexalign.data.rendering import stop_ids
 from flexalign.errors import ConfigError, UnsupportedModelError
 from flexalign.fusion import Lambda, as_lambda, fuse_logits
 from flexalign.generation.fused import FusedDecoding, positions_of
+from flexalign.generation.inherited import refuse_inner_outputs
 from flexalign.generation.interface import Phase
 from flexalign.generation.row_lambdas import RowDials, TagTokens
 from flexalign.models.adapters import inner_model
-from flexalign.models.pair import ModelPair, Side
-
-_SIDES: tuple[Side, Side] = ("reference", "aligned")
+from flexalign.models.pair import SIDES, ModelPair, Side
 
 _OPTIONAL = ("position_ids", "logits_to_keep")
 """Inputs that models of some families do not take."""
@@ -90,7 +88,7 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
         self.tokenizer = pair.tokenizer
         self.reference: Any = inner_model(pair.reference)
         self.aligned: Any = inner_model(pair.aligned)
-        self._takes = {side: _parameters(getattr(self, side)) for side in _SIDES}
+        self._takes = {side: _parameters(getattr(self, side)) for side in SIDES}
 
         # The reference's settings, and the end tokens of both.
         settings: Any = copy.deepcopy(self.reference.generation_config)
@@ -115,9 +113,11 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
         use_cache: bool = False,
         logits_to_keep: int = 0,
         inputs: dict[Side, dict[str, Any]] | None = None,
-        return_dict: bool = True,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
         lam_checked: bool = False,
-    ) -> CausalLMOutputWithPast:
+        **kwargs: Any,
+    ) -> Any:
         """Run both models and fuse their logits.
 
         Args:
@@ -131,16 +131,23 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
             logits_to_keep: Number of last positions to return logits of; 0: all.
             inputs: Separate inputs for each model, instead of those above. A model without inputs
                 does not run, and the logits are the other's.
-            return_dict: Part of transformers' interface, and ignored: the result is never a tuple.
+            labels: Shape ``(B, T)``, −100 where nothing is counted, for the loss of the fused
+                logits.
+            return_dict: False for a tuple.
             lam_checked: λ has been checked already, as ``generate`` does before the first token.
+            **kwargs: Other inputs of transformers' models, which are refused.
 
         Returns:
-            Logits of shape ``(B, T, V)`` in float32, and the caches.
+            Logits of shape ``(B, T, V)`` in float32, the caches, and the loss if there are labels.
 
         Raises:
             LambdaError: If λ is not finite or does not fit the batch.
-            ConfigError: If the gate is outside [0, 1].
+            ConfigError: If the gate is outside [0, 1], or an input is not served.
         """
+        refuse_inner_outputs(kwargs)
+        for name, value in kwargs.items():
+            if value is not None and value is not False:
+                raise ConfigError(f"forward takes no {name}: it would have to fit both models.")
         if not lam_checked:
             lam = as_lambda(lam)
         if inputs is None:
@@ -151,7 +158,7 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
                 "use_cache": use_cache,
                 "logits_to_keep": logits_to_keep,
             }
-            inputs = {side: self._inputs(side, common, past_key_values) for side in _SIDES}
+            inputs = {side: self._inputs(side, common, past_key_values) for side in SIDES}
 
         logits, cache = {}, PairCache()
         for side, given in inputs.items():
@@ -165,9 +172,8 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
             fused = fuse_logits(logits["reference"], aligned, lam, gate)
         else:
             (fused,) = logits.values()
-        return CausalLMOutputWithPast(
-            logits=fused.float(), past_key_values=cache if cache.caches() else None
-        )
+        kept = cache if cache.caches() else None
+        return self.fused_output(fused.float(), kept, labels, return_dict)
 
     def _inputs(
         self, side: Side, common: dict[str, Any], cache: PairCache | None
@@ -182,6 +188,44 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
             given["past_key_values"] = getattr(cache, side)
         return given
 
+    def set_attn_implementation(self, attn_implementation: Any, **options: Any) -> None:
+        """Set the attention of both models; arguments and errors are those of transformers."""
+        for side in SIDES:
+            getattr(self, side).set_attn_implementation(attn_implementation, **options)
+
+    def set_checkpointing(self, method: str, *args: Any, **options: Any) -> None:
+        """Switch activation checkpointing of both models."""
+        for side in SIDES:
+            getattr(getattr(self, side), method)(*args, **options)
+
+    @property
+    def loss_function(self) -> Any:
+        """The reference's loss of logits and labels."""
+        return self.reference.loss_function
+
+    @classmethod
+    def from_pretrained(cls, *_: Any, **__: Any) -> NoReturn:
+        """Not available: a pair is loaded by ``ModelPair.load``.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            "TwoModelDecoder.from_pretrained is not available: two models have two folders; write "
+            "TwoModelDecoder(ModelPair.load(reference, aligned))."
+        )
+
+    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
+        """Not available: each model is saved by its own ``save_pretrained``.
+
+        Raises:
+            ConfigError: Always.
+        """
+        raise ConfigError(
+            "TwoModelDecoder.save_pretrained is not available: it holds two models; save each, or "
+            "make one of both with flexalign realign or interpolate."
+        )
+
     # Methods that `generate` calls while it decodes.
 
     def prepare_inputs_for_generation(
@@ -193,7 +237,7 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
         prompt_tokens: int,
         tags: TagTokens | None = None,
         gate: float | None = None,
-        sides: tuple[Side, ...] = _SIDES,
+        sides: tuple[Side, ...] = SIDES,
         past_key_values: PairCache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
@@ -256,9 +300,9 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
         cache = options.get("past_key_values")
         if cache is None:
             is_kept = self.generation_option("return_dict_in_generate", options)
-            return {"sides": _SIDES if is_kept else needed}
+            return {"sides": SIDES if is_kept else needed}
 
-        held = tuple(side for side in _SIDES if getattr(cache, side, None) is not None)
+        held = tuple(side for side in SIDES if getattr(cache, side, None) is not None)
         if not isinstance(cache, PairCache) or not set(needed) <= set(held):
             raise ConfigError(
                 "past_key_values must be the PairCache that an earlier generation with "
@@ -272,7 +316,7 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
 
     @torch.no_grad()
     def prefill_phases(
-        self, input_ids: Tensor, attention_mask: Tensor, phases: Sequence[Phase]
+        self, input_ids: Tensor, attention_mask: Tensor, phases: Sequence[Phase], **_: Tensor
     ) -> PairCache:
         """Run prompts, ``(B, T)``, once, in each model that any of the phases needs."""
         common = {
@@ -303,7 +347,7 @@ def _sides(dials: RowDials) -> tuple[Side, ...]:
         return ("reference",)
     if all(end == 1 for end in dials.ends):
         return ("aligned",)
-    return _SIDES
+    return SIDES
 
 
 def _parameters(model: nn.Module) -> set[str]:

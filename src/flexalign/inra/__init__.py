@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 from flexalign._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from flexalign.inra.cache import ADAPTER, BASE, BOTH, StreamCache
+    from flexalign.generation.stream_cache import BOTH, StreamCache
     from flexalign.inra.configuration import InRaConfig
-    from flexalign.inra.modeling import InRaModel
+    from flexalign.inra.modeling import ADAPTER, BASE, InRaModel
 
 _HOMES = {
-    "ADAPTER": "flexalign.inra.cache",
-    "BASE": "flexalign.inra.cache",
-    "BOTH": "flexalign.inra.cache",
+    "ADAPTER": "flexalign.inra.modeling",
+    "BASE": "flexalign.inra.modeling",
+    "BOTH": "flexalign.generation.stream_cache",
     "InRaConfig": "flexalign.inra.configuration",
     "InRaModel": "flexalign.inra.modeling",
-    "StreamCache": "flexalign.inra.cache",
+    "StreamCache": "flexalign.generation.stream_cache",
 }
 
 __all__ = ["ADAPTER", "BASE", "BOTH", "InRaConfig", "InRaModel", "StreamCache"]

@@ -289,7 +289,7 @@ class LoRADial(AdaptedModel):
 
     @torch.no_grad()
     def prefill_phases(
-        self, input_ids: Tensor, attention_mask: Tensor, phases: Sequence[Phase]
+        self, input_ids: Tensor, attention_mask: Tensor, phases: Sequence[Phase], **_: Tensor
     ) -> "PrefilledRows | None":
         """Run prompts, ``(B, T)``, once for each λ that they continue at.
 

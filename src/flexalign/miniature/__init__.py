@@ -12,6 +12,7 @@ from flexalign.errors import ConfigError
 from flexalign.miniature.world import (
     ALIGNED,
     REFERENCE,
+    SYSTEM,
     Habits,
     Question,
     sample_question,
@@ -22,6 +23,7 @@ __all__ = [
     "ALIGNED",
     "PARTS",
     "REFERENCE",
+    "SYSTEM",
     "Habits",
     "Question",
     "folder",
@@ -29,9 +31,10 @@ __all__ = [
     "make_traces",
 ]
 
-PARTS = ("reference", "aligned", "fast")
+PARTS = ("reference", "aligned", "fast", "hybrid")
 """The parts in the package. `miniature:PART` can be given in place of a path. The first two are
-models; `fast` is an InRa adapter on the reference."""
+models; `fast` is an InRa adapter on the reference. `hybrid` is a model that has the reference's
+habits, and the aligned ones under the system message `SYSTEM`."""
 
 _WEIGHTS = Path(__file__).parent / "weights"
 

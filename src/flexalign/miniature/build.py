@@ -1,10 +1,11 @@
-"""Makes the miniature's models from a seed: a reference, an aligned model and a fast adapter.
+"""Makes the miniature's models and adapters from a seed.
 
 The reference is trained from random weights on traces with the habits `REFERENCE`. The aligned
 model is the reference, fine-tuned on traces with the habits `ALIGNED`. ``fast`` is a layer adapter
-on the reference, trained to answer without thinking. ``placebo`` is the control: the reference,
-fine-tuned on as many traces with its *own* habits, so that it differs from the reference only by
-noise.
+on the reference, trained to answer without thinking. ``hybrid`` is one model with both ways of
+thinking: the reference's habits by default, the aligned ones under the system message `SYSTEM`.
+``placebo`` is the control: the reference, fine-tuned on as many traces with its *own* habits, so
+that it differs from the reference only by noise.
 """
 
 import copy
@@ -32,6 +33,7 @@ from flexalign.miniature.tokenizer import build_tokenizer
 from flexalign.miniature.world import (
     ALIGNED,
     REFERENCE,
+    SYSTEM,
     Habits,
     branches,
     sample_question,
@@ -59,6 +61,8 @@ class Schooling:
         traces: Number of different traces, which are used repeatedly; None for a new trace in each
             step and row.
         without_thinking: Whether to train on right traces without their thinking.
+        told: The habits of every second trace, whose question comes with the system message
+            `SYSTEM`; None for no such traces.
     """
 
     habits: Habits
@@ -69,6 +73,7 @@ class Schooling:
     exact: bool = False
     traces: int | None = None
     without_thinking: bool = False
+    told: Habits | None = None
 
 
 REFERENCE_SCHOOLING = (
@@ -77,6 +82,9 @@ REFERENCE_SCHOOLING = (
 )
 ALIGNED_SCHOOLING = Schooling(ALIGNED, steps=800, learning_rate=3e-4)
 PLACEBO_SCHOOLING = Schooling(REFERENCE, steps=800, learning_rate=3e-4)
+HYBRID_SCHOOLING = Schooling(
+    REFERENCE, steps=1200, learning_rate=1e-3, by_length=True, exact=True, told=ALIGNED
+)
 FAST_SCHOOLING = Schooling(
     REFERENCE, steps=300, learning_rate=1e-3, batch_size=48, traces=600, without_thinking=True
 )
@@ -110,6 +118,10 @@ def build_all(output: Path, *, seed: int = 0, placebo: bool = False) -> Iterator
     teach(adapter.stream, FAST_SCHOOLING, seed)
     adapter.save(output / "fast")
     yield "fast"
+
+    hybrid = copy.deepcopy(reference)
+    teach(hybrid, HYBRID_SCHOOLING, seed + 3)
+    yield _save(hybrid, output, "hybrid")
 
 
 def make_adapter(reference: Path, layers: int = 1) -> "LayerAdapter":
@@ -221,10 +233,10 @@ def teach(
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerFast, question: str, trace: list[str]
+    tokenizer: PreTrainedTokenizerFast, question: str, trace: list[str], system: str = ""
 ) -> tuple[list[int], list[int]]:
     """Return the token ids of a question in the chat template, and of its trace with ``<eos>``."""
-    asked = tokenizer.convert_tokens_to_ids(["<bos>", *question.split()])
+    asked = tokenizer.convert_tokens_to_ids(["<bos>", *system.split(), *question.split()])
     answered = tokenizer.convert_tokens_to_ids([*trace, "<eos>"])
     return asked, answered
 
@@ -238,19 +250,21 @@ class _Traces(torch.utils.data.Dataset[dict[str, list[Any]]]):
         wanted = schooling.traces or schooling.steps * schooling.batch_size
         while len(self._rows) < wanted:
             question = sample_question(rng)
-            trace = sample_trace(question, schooling.habits, rng)
+            told = schooling.told if len(self._rows) % 2 else None
+            habits = told or schooling.habits
+            trace = sample_trace(question, habits, rng)
             if schooling.without_thinking:
                 if trace[-1] != str(question.answer):
                     continue
                 trace = [trace[0], *trace[-2:]]
 
-            asked, answered = encode(tokenizer, question.text, trace)
+            asked, answered = encode(tokenizer, question.text, trace, SYSTEM if told else "")
             targets: list[list[tuple[int, float]]] = [[(token, 1.0)] for token in answered]
             if schooling.exact:
                 for branch in branches(question, trace):
                     targets[branch.position] = [
                         (tokenizer.convert_tokens_to_ids(token), probability)
-                        for token, probability in branch.distribution(schooling.habits).items()
+                        for token, probability in branch.distribution(habits).items()
                     ]
 
             self._rows.append(

@@ -103,6 +103,34 @@ def branch_probabilities(
     return {name: _collect(values) for name, values in found.items()}
 
 
+def told(logits: Logits, tokenizer: PreTrainedTokenizerFast, system: str) -> Logits:
+    """Return the logits of the same model under a system message.
+
+    Example:
+        >>> logits = {"default": hybrid, "told": told(hybrid, tokenizer, SYSTEM)}
+
+    Args:
+        logits: The model. Its batches begin with ``<bos>`` and are padded on the right.
+        tokenizer: The miniature's tokenizer.
+        system: The system message, which stands between ``<bos>`` and the question.
+
+    Returns:
+        A function of the batches without the message. It gives the logits of their positions, so
+        that both ways can be measured in one call of :func:`branch_probabilities`.
+    """
+    words = torch.tensor(tokenizer.convert_tokens_to_ids(system.split()))
+
+    def function(ids: Tensor, attention: Tensor) -> Tensor:
+        inserted = words.expand(len(ids), -1)
+        found = logits(
+            torch.cat([ids[:, :1], inserted, ids[:, 1:]], dim=1),
+            torch.cat([attention[:, :1], torch.ones_like(inserted), attention[:, 1:]], dim=1),
+        )
+        return torch.cat([found[:, :1], found[:, 1 + len(words) :]], dim=1)
+
+    return function
+
+
 def mean_habits(values: Mapping[Habit, BranchValues]) -> Habits:
     """Return the habits' means as `Habits`, for the closed form."""
     return Habits(**{f.name: _mean(values, f.name) for f in fields(Habits)})  # type: ignore[arg-type]

@@ -60,6 +60,10 @@ class Habits:
 REFERENCE = Habits(error=0.35, check=0.995, again=0.7, catch=0.45, quit=0.003)
 ALIGNED = Habits(error=0.24, check=0.99, again=0.55, catch=0.45, quit=0.006)
 
+SYSTEM = "check ;"
+"""The system message under which the *hybrid* has the aligned habits, in the world's own words:
+check, then end the line. Without it the hybrid has the reference's habits."""
+
 
 @dataclass(frozen=True)
 class Question:

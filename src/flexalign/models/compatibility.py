@@ -88,6 +88,11 @@ class PairFacts:
     notes: tuple[str, ...]
 
     @property
+    def one_model(self) -> bool:
+        """Whether both sides are the same files, which are loaded once."""
+        return _one_source(self.reference, self.aligned)
+
+    @property
     def fits(self) -> bool:
         """Whether the two can be mixed."""
         return not self.problems
@@ -165,6 +170,7 @@ def examine_pair(
     *,
     dtype: torch.dtype | str = "auto",
     trust_remote_code: bool = False,
+    prompted: bool = False,
 ) -> PairFacts:
     """Compare two models by their configurations, tokenizers and tensor headers.
 
@@ -173,6 +179,7 @@ def examine_pair(
         aligned: The model of λ=1, or a PEFT adapter on the reference.
         dtype: The data type that they will be loaded in.
         trust_remote_code: As in `flexalign.models.loading.load_model`.
+        prompted: The two are asked under different prompts, so they may be equal.
 
     Raises:
         ConfigError: If one of them does not exist, or the reference is an adapter.
@@ -200,7 +207,7 @@ def examine_pair(
         warnings += [doubt] if doubt else []
 
     identical = adds_nothing(source.path) if shared else _is_same(one, other)
-    if identical:
+    if identical and not prompted:
         warnings.append(
             f"{other.name} equals the reference, {one.name}: there is nothing to realign."
         )
@@ -211,12 +218,19 @@ def examine_pair(
         aligned=other,
         vocab_size=None if problems else width,
         shared_base=shared,
-        gib=one.gib + other.gib,
+        gib=one.gib if _one_source(one, other) else one.gib + other.gib,
         identical=identical,
         problems=tuple(problems),
         warnings=tuple(warnings),
         notes=() if problems or note is None else (note,),
     )
+
+
+def _one_source(one: ModelFacts, other: ModelFacts) -> bool:
+    files = [
+        (facts.kind, facts.source.path.resolve(), facts.source.gguf_file) for facts in (one, other)
+    ]
+    return files[0] == files[1]
 
 
 def _examine_adapter(source: Source, base: ModelFacts) -> ModelFacts:

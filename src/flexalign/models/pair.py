@@ -34,6 +34,9 @@ from flexalign.models.weights import same_module
 
 Side: TypeAlias = Literal["reference", "aligned"]
 
+SIDES: tuple[Side, Side] = ("reference", "aligned")
+"""The two sides, in the order of λ = 0 and λ = 1."""
+
 _ADAPTER = "aligned"
 
 
@@ -53,6 +56,8 @@ class ModelPair:
         tokenizer: The tokenizer of both.
         vocab_size: V, the number of tokens in the logits of both; wider logits end in padding.
         shared_base: Whether the aligned model is a PEFT adapter on the reference.
+        one_model: Whether both sides are one module, without adapters; they differ in what they are
+            asked (`flexalign.models.prompted`).
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class ModelPair:
         )
         self.reference: Any = aligned if self.shared_base else reference
         self.aligned: Any = cast("Any", aligned)
+        self.one_model = not self.shared_base and aligned is reference
 
         self._adapters: dict[Side, tuple[str, ...]] = {"reference": ()}
         self._switch: AdapterSwitch | None = None
@@ -88,6 +94,7 @@ class ModelPair:
         trust_remote_code: bool = False,
         allow_pickle: bool = False,
         allow_oversize: bool = False,
+        prompted: bool = False,
     ) -> "ModelPair":
         """Check a pair and load it, frozen and in evaluation mode.
 
@@ -102,6 +109,8 @@ class ModelPair:
             trust_remote_code: Permit code in a checkpoint to run.
             allow_pickle: Permit pickled weights, whose loading can run code.
             allow_oversize: Load it even if the free memory seems too small.
+            prompted: The two are asked under different prompts, so they may be one model, which is
+                loaded once.
 
         Raises:
             PairMismatchError: If the two do not fit; its message names all problems.
@@ -114,7 +123,13 @@ class ModelPair:
         if aligned is None:
             raise ConfigError(f"a pair has two models; name the aligned one beside {reference}.")
 
-        facts = examine_pair(reference, aligned, dtype=dtype, trust_remote_code=trust_remote_code)
+        facts = examine_pair(
+            reference,
+            aligned,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            prompted=prompted,
+        )
         vocab_size = _judge(facts, device_map, allow_oversize)
         options: dict[str, Any] = {
             "dtype": dtype,
@@ -128,6 +143,8 @@ class ModelPair:
             second = load_adapter(
                 first, facts.aligned.source, name=_ADAPTER, allow_pickle=allow_pickle
             ).eval()
+        elif facts.one_model:
+            second = first
         else:
             second = load_model(facts.aligned.source, **options)
 
@@ -137,7 +154,12 @@ class ModelPair:
 
     @classmethod
     def of(
-        cls, reference: nn.Module, aligned: nn.Module, tokenizer: PreTrainedTokenizerBase
+        cls,
+        reference: nn.Module,
+        aligned: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        prompted: bool = False,
     ) -> "ModelPair":
         """Make a pair of two modules with one tokenizer. Neither is changed.
 
@@ -145,12 +167,15 @@ class ModelPair:
             reference: A transformers causal language model.
             aligned: Another, or a PEFT wrapper; if it wraps the reference, the base is shared.
             tokenizer: The tokenizer of both.
+            prompted: As in `load`.
         """
         widths = [_width(model) for model in (reference, aligned)]
         vocab_size, _ = shared_width(widths[0], widths[1], vocabulary_size(tokenizer))
         pair = cls(reference, aligned, tokenizer, vocab_size)
 
-        if not pair.shared_base and (reference is aligned or same_module(reference, aligned)):
+        if not (prompted or pair.shared_base) and (
+            pair.one_model or same_module(reference, aligned)
+        ):
             warnings.warn(
                 "the aligned model equals the reference: there is nothing to realign.",
                 stacklevel=2,
@@ -165,14 +190,14 @@ class ModelPair:
             UnsupportedModelError: If a head is not a (scaled, capped) matrix product.
         """
         reference = Head.of(inner_model(self.reference)).cut(self.vocab_size)
-        if self.shared_base:
+        if self.shared_base or self.one_model:
             return Heads(reference, reference)
         return Heads(reference, Head.of(inner_model(self.aligned)).cut(self.vocab_size))
 
     @contextmanager
     def running(self, side: Side) -> Iterator[Any]:
         """Yield the module of one side; in the block, a shared base has that side's adapters on."""
-        if side not in ("reference", "aligned"):
+        if side not in SIDES:
             raise ConfigError(f"a pair has the sides 'reference' and 'aligned', not {side!r}.")
         switch = self._switch
         with nullcontext() if switch is None else switch.use(self._adapters[side]):

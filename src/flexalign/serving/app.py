@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from flexalign.errors import FlexAlignError
 from flexalign.serving.dial import DialChoice, DialRules
 from flexalign.serving.errors import ApiError, Scope
-from flexalign.serving.middleware import KeyGate, LoopbackGate
+from flexalign.serving.middleware import KeyGate, LoopbackGate, RequestIds
 from flexalign.serving.protocol import (
     BODY_LIMIT,
     AnswerFormat,
@@ -71,7 +71,7 @@ def create_app(
         stack = KeyGate(stack, key)
     elif is_local:
         stack = LoopbackGate(stack)
-    return service.metrics.watched(stack)
+    return RequestIds(service.metrics.watched(stack))
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 :class:`DialMiddleware` stands before vLLM's application of OpenAI's protocol, which it knows as bytes
 alone: it takes the dial out of a request's body, hands it over, and lets a :class:`DialWriter` write what
 became of it into the answer. The local server's routes read the dial themselves. :class:`KeyGate` and
-:class:`LoopbackGate` say who is served; they stand before either.
+:class:`LoopbackGate` say who is served, and :class:`RequestIds` names each answer; they stand before
+either.
 """
 
 import hmac
 import ipaddress
 import json
+import uuid
 from hashlib import sha256
 from typing import Any
 from urllib.parse import urlsplit
@@ -197,6 +199,39 @@ def path_of(scope: Scope) -> str:
     """Return the path that a request asks for, whatever the server's root path."""
     path: str = scope["path"].removeprefix(scope.get("root_path", ""))
     return path.rstrip("/")
+
+
+_REQUEST_ID = b"x-request-id"
+_ID_LENGTH = 128
+
+
+class RequestIds:
+    """Gives every answer the header ``x-request-id``: the client's own, or a new one.
+
+    A client's is echoed if it has at most 128 printable ASCII characters, so that it cannot break
+    a header or a log.
+    """
+
+    def __init__(self, app: Any) -> None:
+        """Stand before an application."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        """Serve a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == _REQUEST_ID), b"")
+        is_safe = 0 < len(given) <= _ID_LENGTH and all(33 <= letter <= 126 for letter in given)
+        own = given if is_safe else f"req_{uuid.uuid4().hex}".encode()
+
+        async def send_with_id(message: Scope) -> None:
+            if message["type"] == "http.response.start":
+                headers = [pair for pair in message.get("headers", ()) if pair[0] != _REQUEST_ID]
+                message = {**message, "headers": [*headers, (_REQUEST_ID, own)]}
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)
 
 
 class KeyGate:

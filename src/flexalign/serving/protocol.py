@@ -212,6 +212,9 @@ _MOST_CHOICES = 128
 _MOST_STOPS = 16
 _MOST_LOGPROBS = 20
 
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+"""The roles of a message; templates render others as they please, or not at all."""
+
 _SUCH_AS_MESSAGE = 'such as {"role": "user", "content": "1+2?"}'
 _SUCH_AS_PART = 'such as {"type": "text", "text": "1+2?"}'
 
@@ -227,6 +230,8 @@ def _read_message(given: object, index: int) -> dict[str, Any]:
     where = f"messages[{index}]"
     if not isinstance(given, dict) or not isinstance(given.get("role"), str):
         raise _wrong(where, f"an object with a role, {_SUCH_AS_MESSAGE}", given)
+    if given["role"] not in _ROLES:
+        raise _wrong(f"{where}.role", f"one of {', '.join(_ROLES)}", given["role"])
 
     content = given.get("content")
     if content is None and given["role"] == "assistant":

@@ -210,6 +210,8 @@ class Service:
                 seed,
                 sampling.stop,
                 sampling.logprobs,
+                # A completion has no thinking: its text is the model's as it is.
+                stops_after_thinking=isinstance(request, ChatRequest),
             )
 
     def _require_room(self, jobs: int) -> None:

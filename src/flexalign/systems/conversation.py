@@ -82,7 +82,9 @@ class Conversation:
 
         reader = self.backend.text
         streamer = _Streamer(
-            StreamedResponse(reader.tokenizer, reader.tags, opened=reader.opens(messages)),
+            StreamedResponse(
+                reader.tokenizer, reader.tags, opened=reader.opens(messages, self.setting)
+            ),
             show,
         )
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Systems on this machine: a model, a dial, a pair, or weights between two models."""
+"""Systems on this machine: a model, a dial, a pair, two prompts, or weights between two models."""
 
 import hashlib
 import json
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from flexalign.data.prompting import PromptSettings
-from flexalign.data.rendering import Opening, Prompt, Rendering
+from flexalign.data.rendering import Opening, Prompt, RenderedPrompt, Rendering
 from flexalign.data.template import template_arguments
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError
-from flexalign.generation import TwoModelDecoder
+from flexalign.generation import TwoModelDecoder, TwoPromptDecoder
 from flexalign.generation.dial_config import DialConfig
 from flexalign.generation.responses import Response, generate_responses
 from flexalign.lambdas import (
@@ -32,8 +32,9 @@ from flexalign.lambdas import (
     way_dial,
 )
 from flexalign.models.interpolation import interpolate
-from flexalign.models.loading import fingerprint, load_model, load_tokenizer
-from flexalign.models.pair import ModelPair
+from flexalign.models.loading import fingerprint, load_config, load_model, load_tokenizer
+from flexalign.models.pair import SIDES, ModelPair
+from flexalign.models.prompted import PairRendering, PromptPair, TwoPrompts, context_of
 from flexalign.models.sources import resolve, resolve_adapter
 from flexalign.models.weights import fingerprint_file
 from flexalign.systems.dials import load_dial, read_dial, require_gate
@@ -53,7 +54,7 @@ class ModelText:
         self.tokenizer = tokenizer
         self.tags = tags or ThinkingTags.of(tokenizer)
 
-    def prompt(self, messages: Messages) -> Prompt:
+    def prompt(self, messages: Messages) -> Prompt | TwoPrompts:
         """Return the prompt for :func:`generate_responses`; text if there is no chat template."""
         if isinstance(messages, str) or self.tokenizer.chat_template:
             return messages
@@ -61,12 +62,22 @@ class ModelText:
 
     def render(self, messages: Messages) -> str:
         """Return the prompt as text."""
-        return Rendering(self.tokenizer, self.tags).prompt(self.prompt(messages)).text
+        return self._rendered(messages).text
 
-    def opens(self, messages: Messages) -> bool:
-        """Return whether the prompt leaves the thinking open: the response then begins inside it."""
-        prompt = Rendering(self.tokenizer, self.tags).prompt(self.prompt(messages))
-        return prompt.opening is Opening.OPENED
+    def opens(self, messages: Messages, setting: Setting = AS_IT_IS) -> bool:
+        """Return whether the prompt leaves the thinking open: the response then begins inside it.
+
+        Args:
+            messages: The prompt.
+            setting: The setting of the dial, which matters where there are two prompts.
+        """
+        return self._rendered(messages).opening is Opening.OPENED
+
+    def _rendered(self, messages: Messages) -> RenderedPrompt:
+        prompt = self.prompt(messages)
+        if isinstance(prompt, TwoPrompts):
+            return prompt.reference
+        return Rendering(self.tokenizer, self.tags).prompt(prompt)
 
     def length(self, messages: Messages) -> int:
         """Return the prompt's length in tokens, without special tokens that a tokenizer adds."""
@@ -100,14 +111,55 @@ class ModelText:
         )
 
 
+class TwoPromptText(ModelText):
+    """Writes both prompts of one model, and reads its responses.
+
+    Where one prompt leaves the thinking open and the other has closed it, a whole response is read
+    as a thinking and an answer if it closes the thinking, and as an answer if it does not. While it
+    is written, the prompt that is nearer to λ decides.
+
+    Attributes:
+        rendering: Renders conversations under both prompts.
+    """
+
+    def __init__(self, rendering: PairRendering, tags: ThinkingTags | None = None) -> None:
+        """Use a rendering; the thinking tags are those of its tokenizer if not given."""
+        super().__init__(rendering.tokenizers["reference"], tags)
+        self.rendering = rendering
+
+    def prompt(self, messages: Messages) -> TwoPrompts:
+        """Return both prompts for :func:`generate_responses`."""
+        return self.rendering.both(messages)
+
+    def render(self, messages: Messages) -> str:
+        """Return both prompts as text, each below its name."""
+        both = self.prompt(messages)
+        return "\n".join(f"[{side}]\n{getattr(both, side).text}" for side in SIDES)
+
+    def opens(self, messages: Messages, setting: Setting = AS_IT_IS) -> bool:
+        """Return whether the response begins inside the thinking, at a setting of the dial."""
+        return self.prompt(messages).opens_at(setting.lam)
+
+    def length(self, messages: Messages) -> int:
+        """Return the length of the longer prompt in tokens."""
+        return self.prompt(messages).longest
+
+    def whole(self, messages: Messages, response: str) -> str:
+        """Return a response with its opening tag, even if the prompt contains the tag."""
+        opened = self.prompt(messages).is_opened
+        is_thinking = self.tags.close in response if opened is None else opened
+        return self.tags.open + response if is_thinking else response
+
+
 class LocalBackend:
     """A system whose weights are on this machine.
 
-    The settings of a dial share one batch, and those of an InRa adapter one prefill. In every other
-    system each setting has its own, as only one model of a pair runs at λ = 0 and at λ = 1.
+    The settings of a dial, or of two prompts, share one batch, and those of an InRa adapter or of two
+    prompts one prefill. In every other system each setting has its own, as only one model of a pair
+    runs at λ = 0 and at λ = 1.
 
     Attributes:
-        kind: ``model``, ``dial``, ``pair`` or ``interpolate``.
+        kind: ``model``, ``dial``, ``pair``, ``prompts`` or ``interpolate``.
         config: The dial's configuration; None if it is not a dial.
         default: The setting that is used if none is given.
         permitted: The least and the largest λ that may be used; None for a pair without a range,
@@ -143,7 +195,7 @@ class LocalBackend:
             raise ConfigError("--any-base is about an adapter; name --adapter.")
 
         self._sources = [resolve(part) for part in self._parts[: 1 if self.kind == "dial" else 2]]
-        self.default = Setting.of(Fixed(1.0)) if self.kind == "pair" else AS_IT_IS
+        self.default = Setting.of(Fixed(1.0)) if self.kind in ("pair", "prompts") else AS_IT_IS
         self.permitted = self._options.lambda_range
         self.config: DialConfig | None = None
         if self.kind == "dial":
@@ -161,6 +213,19 @@ class LocalBackend:
         if self._options.template:
             self._bind_asked(tokenizer, self._options.template)
         self.text = ModelText(tokenizer, self.config.tags if self.config else None)
+        if self.kind == "prompts":
+            self.text = TwoPromptText(self._prompt_rendering(tokenizer))
+
+    def _prompt_rendering(self, tokenizer: Any) -> PairRendering:
+        """Check both prompts against the model's template and context, and return them bound."""
+        prompts = self._options.prompts
+        if prompts is None or prompts == PromptPair():
+            raise ConfigError(
+                f"prompts:{self._parts[0]} needs two prompts; give --aligned-prompt system=TEXT or "
+                "--aligned-prompt KEY=VALUE, an argument of its chat template, or --reference-prompt."
+            )
+        config = load_config(self._sources[0], trust_remote_code=self._trust_remote_code)
+        return PairRendering(tokenizer, prompts, context=context_of(config))
 
     @property
     def calibration(self) -> dict[str, Any] | None:
@@ -169,9 +234,11 @@ class LocalBackend:
 
     @property
     def name(self) -> str:
-        """The adapter or the pair, as named in messages."""
+        """The adapter, the prompts or the pair, as named in messages."""
         if self.kind == "dial":
             return f"the adapter {self._parts[1]}"
+        if self.kind == "prompts":
+            return f"{self._parts[0]} under two prompts"
         return f"the pair {','.join(self._parts)}"
 
     def _bind_asked(self, tokenizer: Any, asked: Mapping[str, Any]) -> None:
@@ -222,8 +289,8 @@ class LocalBackend:
         asked += ["--lambda-range"] * (self._options.lambda_range is not None)
         if asked:
             raise ConfigError(
-                f"{asked[0]} needs a dial, and the model alone has none; name its --adapter, or "
-                "the --aligned model beside it."
+                f"{asked[0]} needs a dial, and the model alone has none; name its --adapter, the "
+                "--aligned model beside it, or an --aligned-prompt."
             )
 
     def describe(self) -> dict[str, Any]:
@@ -235,12 +302,14 @@ class LocalBackend:
 
         tags = self.text.tags
         template = str(self.text.tokenizer.chat_template)
+        prompts = self._options.prompts if self.kind == "prompts" else None
         return {
             "kind": self.kind,
             "parts": parts,
             "dtype": self._options.dtype,
             "thinking_tags": [tags.open, tags.close],
             "template": hashlib.sha256(template.encode()).hexdigest()[:16],
+            **({} if prompts is None else {"prompts": prompts.to_json()}),
         }
 
     def render(self, messages: Messages) -> str:
@@ -255,7 +324,8 @@ class LocalBackend:
                 is one.
 
         Returns:
-            A transformers model, an `InRaModel`, a `LoRADial` or a `TwoModelDecoder`.
+            A transformers model, an `InRaModel`, a `LoRADial`, a `TwoModelDecoder` or a
+            `TwoPromptDecoder`.
 
         Raises:
             CheckpointError: If weights are missing or damaged.
@@ -274,7 +344,10 @@ class LocalBackend:
             any_base = self._options.any_base
             # The base is passed by its name, as the model stores it.
             return load_dial(self._parts[0], self._adapter, any_base=any_base, **loading)
-        return load_model(self._sources[0], **loading)
+        model = load_model(self._sources[0], **loading)
+        if isinstance(self.text, TwoPromptText):
+            return TwoPromptDecoder(model, self.text.rendering)
+        return model
 
     @cached_property
     def model(self) -> Any:
@@ -312,7 +385,7 @@ class LocalBackend:
     def _groups(self, requests: Sequence[Request]) -> list[list[Setting]]:
         """Return the settings in groups that are decoded together."""
         settings = list(dict.fromkeys(request.setting for request in requests))
-        if self.kind != "dial":
+        if self.kind not in ("dial", "prompts"):
             return [[setting] for setting in settings]
         alone = [[s] for s in settings if isinstance(s.dial, Adaptive | Route)]
         together = [s for s in settings if not isinstance(s.dial, Adaptive | Route)]
@@ -338,7 +411,7 @@ class LocalBackend:
         options = self._options
         dials = [_resolved(request) for request in block]
         more: dict[str, Any] = {}
-        if self.kind in ("dial", "pair"):
+        if self.kind in ("dial", "pair", "prompts"):
             more = {"lam": [dial for dial, _ in dials], "gate": options.gate}
 
         responses = generate_responses(
@@ -373,7 +446,7 @@ class LocalBackend:
 
 
 class _OnePrefill:
-    """A dial whose ``generate`` is a sweep: an InRa model then prefills each prompt once."""
+    """A dial whose ``generate`` is a sweep: a model of two streams then prefills each prompt once."""
 
     def __init__(self, model: Any, settings: int) -> None:
         self._model, self._settings = model, settings
@@ -386,6 +459,7 @@ class _OnePrefill:
     ) -> Any:
         """Generate for prompts that have one row per setting; the rows of a prompt are equal."""
         n = self._settings
+        options |= {name: options[name][::n] for name in self._model.row_inputs if name in options}
         return self._model.sweep(input_ids[::n], attention_mask[::n], lams=lam[:n], **options)
 
 

@@ -1,6 +1,7 @@
 """Systems as users name them, and how they are opened.
 
-A :class:`System` names a model, a dial, a pair, weights between two models, or a server.
+A :class:`System` names a model, a dial, a pair, one model under two prompts, weights between two
+models, or a server.
 :func:`open_backend` finds and checks its parts and returns the backend that answers for it; weights
 are loaded at the first answer.
 """
@@ -9,17 +10,22 @@ import re
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from flexalign.errors import ConfigError
 from flexalign.lambdas import Setting
 from flexalign.models.names import known_name
 
+if TYPE_CHECKING:
+    from flexalign.models.prompted import PromptPair
+
 Messages: TypeAlias = list[dict[str, Any]] | str
 """A prompt: a conversation, or text that the model continues without a chat template."""
 
-_FORM = re.compile(r"(?:(?P<name>[^:,]+)=)?(?P<kind>model|dial|pair|interpolate|url):(?P<rest>.+)")
-_PARTS = {"model": 1, "dial": 2, "pair": 2, "interpolate": 2, "url": 1}
+_FORM = re.compile(
+    r"(?:(?P<name>[^:,]+)=)?(?P<kind>model|dial|pair|prompts|interpolate|url):(?P<rest>.+)"
+)
+_PARTS = {"model": 1, "dial": 2, "pair": 2, "prompts": 1, "interpolate": 2, "url": 1}
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,7 @@ class System:
 
     Attributes:
         name: Its name in results.
-        kind: ``model``, ``dial``, ``pair``, ``interpolate`` or ``url``.
+        kind: ``model``, ``dial``, ``pair``, ``prompts``, ``interpolate`` or ``url``.
         parts: Its models, or its address.
     """
 
@@ -37,12 +43,25 @@ class System:
     parts: tuple[str, ...]
 
     @classmethod
-    def of(cls, model: str, adapter: str | None = None, aligned: str | None = None) -> "System":
-        """Make a system of a model and an adapter or an aligned model, as given by options.
+    def of(
+        cls,
+        model: str,
+        adapter: str | None = None,
+        aligned: str | None = None,
+        prompts: "PromptPair | None" = None,
+    ) -> "System":
+        """Make a system of a model and what its options give it: an adapter, an aligned model, prompts.
 
         Raises:
-            ConfigError: If both an adapter and an aligned model are given.
+            ConfigError: If more than one of them is given.
         """
+        if prompts is not None:
+            if adapter is not None or aligned is not None:
+                raise ConfigError(
+                    "--reference-prompt and --aligned-prompt are a dial of one model; leave them "
+                    f"out, or --{'adapter' if adapter is not None else 'aligned'}."
+                )
+            return cls("prompts", "prompts", (model,))
         if adapter is not None and aligned is not None:
             raise ConfigError("give --adapter or --aligned, not both: each is a dial of its own.")
         if adapter is not None:
@@ -66,7 +85,7 @@ def parse_system(text: str) -> System:
     if match is None:
         raise ConfigError(
             f"{text!r} is no system; write model:PATH, dial:BASE,ADAPTER, pair:REF,ALIGNED, "
-            "interpolate:REF,ALIGNED or url:http://…, with name= in front if you like"
+            "prompts:MODEL, interpolate:REF,ALIGNED or url:http://…, with name= in front if you like"
             + (f" (such as model:{text})." if ":" not in text else ".")
         )
     kind, rest = match["kind"], match["rest"]
@@ -125,6 +144,7 @@ class SystemOptions:
         api_key: The API key of an endpoint.
         engine: ``local`` or ``vllm``, for plain models.
         template: Arguments of the chat template, for what is on this machine.
+        prompts: The two prompts of systems of the kind ``prompts``.
     """
 
     temperature: float = 0.7
@@ -144,6 +164,7 @@ class SystemOptions:
     api_key: str | None = None
     engine: str = "local"
     template: Mapping[str, Any] | None = None
+    prompts: "PromptPair | None" = None
 
 
 class Request(Protocol):

@@ -130,11 +130,11 @@ def cache_filler(
 
     def load_pair() -> ModelPair:
         pair = ModelPair.load(
-            recipe.reference,
-            recipe.aligned,
+            *recipe.models,
             dtype=running_dtype(args),
             trust_remote_code=args.trust_remote_code,
             allow_pickle=args.allow_pickle,
+            prompted=inputs.pair_rows is not None,
         )
         for model in (pair.reference, pair.aligned):
             model.to(args.device)
@@ -154,8 +154,8 @@ def cache_filler(
         with events.filling(tokens) as show:
             cache = write_cache(
                 Path(recipe.cache_folder),
-                identity_of(inputs.fingerprints, data, inputs.tokenizer, args),
-                lambda: prepare_documents(inputs.traces, inputs.tokenizer, args),
+                identity_of(inputs.fingerprints, data, inputs.tokenizer, args, inputs.pair_rows),
+                lambda: prepare_documents(inputs.traces, inputs.tokenizer, args, inputs.pair_rows),
                 load_pair,
                 form=_form(recipe, inputs, dtype),
                 anyway=anyway,
@@ -175,7 +175,7 @@ def _form(recipe: RealignRecipe, inputs: Inputs, dtype: str) -> Form:
     return Form(
         widths=(hidden_width(facts.reference.config), hidden_width(facts.aligned.config)),
         vocab_size=facts.require_fit(),
-        shared_head=facts.shared_base,
+        shared_head=facts.shared_base or facts.one_model,
         dtype=_DTYPES.get(dtype) or begun or running,
         head_dtype=running,
     )

@@ -147,8 +147,9 @@ def _realigned(
         rounds = [("round", f"{round_number} of {recipe.rounds}; effective λ {effective:g}")]
 
     settings = [
-        ("reference (λ=0)", code(recipe.reference)),
-        ("aligned (λ=1)", code(recipe.aligned)),
+        ("reference (λ=0)", code(recipe.sides[0])),
+        ("aligned (λ=1)", code(recipe.sides[1])),
+        *_asked(recipe),
         ("λ", _lambda_of(recipe)),
         *rounds,
         ("divergence", divergences[recipe.divergence]),
@@ -176,6 +177,17 @@ def _realigned(
     )
     library = "peft" if recipe.lora else "transformers"
     return _Content(library, ("realignment", "trra"), _REALIGNED_TEXT, settings, usage)
+
+
+def _asked(recipe: RealignRecipe) -> list[tuple[str, str]]:
+    """Return how a student of two prompts is asked: as the reference is."""
+    if recipe.prompts is None:
+        return []
+    prompt = recipe.prompts.reference
+    told = [f"system message {code(text)}" for text in (recipe.system, prompt.system) if text]
+    arguments = {**(recipe.template or {}), **prompt.template}
+    told += [f"template arguments {code(arguments)}"] if arguments else []
+    return [("ask it with", ", ".join(told) or "no prompt of its own, as the reference")]
 
 
 def _lambda_of(recipe: RealignRecipe) -> str:

@@ -8,10 +8,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from flexalign.data import Lengths, load_prompts, load_traces, measure_lengths
-from flexalign.data.rendering import chat_template_of
+from flexalign.data.prompting import PromptSettings
+from flexalign.data.rendering import chat_template_of, lengths_of
 from flexalign.data.template import replace_template
 from flexalign.models.compatibility import PairFacts, examine_pair
 from flexalign.models.names import known_name
+from flexalign.training.pair_rows import PairRows, PairSurvey
 from flexalign.training.recipes import RealignRecipe, Recipe, WatchSettings
 
 
@@ -72,10 +74,13 @@ class Inputs:
 
     Attributes:
         pair: Facts about the two models.
-        tokenizer: Their tokenizer, with the chat template that training uses.
-        traces: The data.
-        lengths: The lengths of the data's rows.
+        tokenizer: Their tokenizer, with the chat template that training uses. Under two prompts it is
+            bound to the reference's, under which the student is asked.
+        traces: The data; prompts are as the student is asked.
+        lengths: The lengths of the data's rows. Under two prompts the longer one counts.
         watched: Prompts that the student answers during training; None if there are none.
+        pair_rows: Renders the data under two prompts; None if neither side has one.
+        survey: What the two prompts make of the data; None if neither side has one.
     """
 
     pair: PairFacts
@@ -83,6 +88,8 @@ class Inputs:
     traces: Dataset
     lengths: Lengths
     watched: Watched | None
+    pair_rows: PairRows | None = None
+    survey: PairSurvey | None = None
 
     @property
     def fingerprints(self) -> tuple[str | None, str | None]:
@@ -106,8 +113,11 @@ def read_inputs(
         PairMismatchError: If the two models do not fit.
     """
     arguments = recipe.arguments
+    prompts = recipe.prompts
     facts = examine_pair(
-        recipe.reference, recipe.aligned, trust_remote_code=arguments.trust_remote_code
+        *recipe.models,
+        trust_remote_code=arguments.trust_remote_code,
+        prompted=prompts is not None,
     )
     facts.require_fit()
 
@@ -115,13 +125,26 @@ def read_inputs(
     settle_template(recipe, tokenizer)
 
     traces = read_traces(recipe.data, skip_bad_rows=skip_bad_rows) if data is None else data
-    traces = recipe.prompting.apply(traces)
-    lengths = measure_lengths(traces, tokenizer, arguments.max_length)
+    asking: PromptSettings | PairRows = recipe.prompting
+    pair_rows = survey = None
+    if prompts is not None:
+        asking = pair_rows = PairRows.of_run(
+            tokenizer, prompts, arguments, facts.reference.source, common=recipe.prompting
+        )
+        tokenizer = pair_rows.tokenizer
+
+    traces = asking.apply(traces)
+    if pair_rows is None:
+        lengths = measure_lengths(traces, tokenizer, arguments.max_length)
+    else:
+        survey = pair_rows.survey(traces)
+        lengths = lengths_of(survey.sizes, arguments.max_length)
+
     watched = read_watched(recipe.watch) if recipe.watch else None
     if watched is not None:
         told = [
-            recipe.prompting.with_system({"prompt": prompt}, number)
+            asking.with_system({"prompt": prompt}, number)
             for number, prompt in enumerate(watched.prompts, start=1)
         ]
         watched = Watched(told, watched.answers)
-    return Inputs(facts, tokenizer, traces, lengths, watched)
+    return Inputs(facts, tokenizer, traces, lengths, watched, pair_rows, survey)

@@ -2,7 +2,8 @@
 
 A base that several of the three share is in memory once. Training a LoRA student that starts at the
 reference does not change the reference's weights, so the reference is the student with its adapters
-off. An aligned model that is an adapter on the reference is loaded into the same module.
+off. An aligned model that is an adapter on the reference is loaded into the same module. If both
+sides are one model under two prompts, they are one teacher, which is asked twice.
 """
 
 import copy
@@ -101,6 +102,8 @@ def have_equal_heads(reference: Teacher, aligned: Teacher) -> bool:
     """
     if reference.shares_student or aligned.shares_student:
         return False
+    if reference is aligned:  # one model under two prompts
+        return True
     with (
         gathered_head(reference.model, reference.form) as one,
         gathered_head(aligned.model, aligned.form) as other,
@@ -143,7 +146,9 @@ class TrainingModels:
 
     def models(self) -> dict[str, nn.Module]:
         """Return the modules by role; a teacher in the student's module is left out."""
-        teachers = {"reference": self.reference, "aligned": self.aligned}
+        teachers = {"reference": self.reference}
+        if self.aligned is not self.reference:
+            teachers["aligned"] = self.aligned
         own = {role: t.model for role, t in teachers.items() if t and not t.shares_student}
         return {"student": self.student, **own}
 
@@ -156,6 +161,7 @@ def assemble(
     args: TrRaConfig,
     peft_config: PeftConfig | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    prompted: bool = False,
 ) -> TrainingModels:
     """Load the models, check that they fit together, and share bases where possible.
 
@@ -167,6 +173,7 @@ def assemble(
         args: The settings. Precision and, for a new adapter, the seed are read from them.
         peft_config: Makes the student an adapter on its start.
         tokenizer: The tokenizer; required if the models are given as modules.
+        prompted: Both sides are asked under prompts of their own, so they may be one model.
 
     Raises:
         ConfigError: If models are missing or contradict each other.
@@ -185,7 +192,7 @@ def assemble(
         if not at_reference:
             require_one_vocabulary(reference, model, args)
     if pair is None:
-        pair = _load_pair(model, reference, aligned, args, peft_config, tokenizer)
+        pair = _load_pair(model, reference, aligned, args, peft_config, tokenizer, prompted)
 
     # An adapter on the reference does not change its weights, so both share one base.
     at_reference = at_reference or model is pair.reference
@@ -209,6 +216,7 @@ def _load_pair(
     args: TrRaConfig,
     peft_config: PeftConfig | None,
     tokenizer: PreTrainedTokenizerBase | None,
+    prompted: bool,
 ) -> ModelPair:
     start = model if reference is None else reference
     if start is None or aligned is None:
@@ -218,8 +226,9 @@ def _load_pair(
         **loading_options(args),
     }
     if isinstance(start, PLACES) and isinstance(aligned, PLACES):
-        return ModelPair.load(start, aligned, **options)
+        return ModelPair.load(start, aligned, prompted=prompted, **options)
 
+    is_one = start is aligned  # before the student may get a copy of it
     if isinstance(start, PLACES):
         tokenizer = tokenizer or load_tokenizer(start, trust_remote_code=args.trust_remote_code)
         start = load_model(start, **options)
@@ -228,23 +237,25 @@ def _load_pair(
     if tokenizer is None:
         raise ConfigError("the models are modules; give their tokenizer as processing_class.")
 
-    if isinstance(aligned, PLACES):
+    if is_one:
+        other: nn.Module = start
+    elif isinstance(aligned, PLACES):
         source = resolve(aligned)
-        other: nn.Module = (
+        other = (
             load_adapter(start, source, name=ALIGNED_ADAPTER, allow_pickle=args.allow_pickle)
             if source.is_adapter
             else load_model(source, **options)
         )
     else:
         other = aligned
-    return ModelPair.of(start, other, tokenizer)
+    return ModelPair.of(start, other, tokenizer, prompted=prompted)
 
 
 def _on_the_base(
     model: Model | None, pair: ModelPair, args: TrRaConfig, peft_config: PeftConfig | None
 ) -> TrainingModels:
     """Make the student an adapter on the pair's base, next to the aligned adapter if there is one."""
-    aligned_adapters = None
+    aligned_adapters: tuple[str, ...] | None = None
     folder = model if isinstance(model, PLACES) and peft_config is None else None
     onto: dict[str, Any] = {
         "name": STUDENT_ADAPTER,
@@ -252,6 +263,8 @@ def _on_the_base(
         "allow_pickle": args.allow_pickle,
     }
 
+    if pair.one_model:
+        aligned_adapters = ()  # the aligned side is the base too, under another prompt
     if isinstance(model, PeftModel):
         student = model
     elif not pair.shared_base:
@@ -275,7 +288,7 @@ def _on_the_base(
             student.save_pretrained, selected_adapters=[STUDENT_ADAPTER]
         )
 
-    aligned = (student if aligned_adapters else pair.aligned, aligned_adapters)
+    aligned = (pair.aligned if aligned_adapters is None else student, aligned_adapters)
     return _parts(student, pair, (student, ()), aligned)
 
 
@@ -345,9 +358,9 @@ def _parts(
         model, adapters = side
         return Teacher(model, adapters, forms[id(model)], shares_student=model is student)
 
-    return TrainingModels(
-        student, forms[id(student)], teacher(reference), teacher(aligned), pair.tokenizer
-    )
+    first = teacher(reference)
+    second = first if pair.one_model else teacher(aligned)
+    return TrainingModels(student, forms[id(student)], first, second, pair.tokenizer)
 
 
 # For all students, with teachers in memory or in a cache.

@@ -1,7 +1,9 @@
 """The loss of one step, equation 6, computed inside the student's wrapped forward.
 
 The teachers' hidden states come from the two models (:class:`Objective`) or from a cache
-(:class:`CachedObjective`). The KL to each model, which the log shows, needs the logits of both in
+(:class:`CachedObjective`). If the sides have prompts of their own, the aligned teacher runs on the
+same responses after its own prompt (:mod:`flexalign.training.pair_rows`), and its states are moved to
+the student's positions. The KL to each model, which the log shows, needs the logits of both in
 addition to the fused ones. Steps that are not logged do not compute them, so
 :class:`~flexalign.losses.teacher.FusedTeacher` can use fewer products.
 """
@@ -22,6 +24,7 @@ from flexalign.models.pair import Heads, Side
 from flexalign.training.forward import HeadForm, gathered_head, run_inside, run_with_head
 from flexalign.training.hidden_cache.read import CACHED
 from flexalign.training.models import Teacher
+from flexalign.training.pair_rows import ALIGNED_PROMPT, under_aligned_prompt
 
 Loss: TypeAlias = tuple[Tensor, DivergenceMetrics | None]
 """The loss, nats per response token, and the metrics over the same denominator, or None."""
@@ -108,7 +111,9 @@ class Objective(_Equation6):
 
         Args:
             wrapper: The student as the trainer wrapped it (DDP, FSDP, …), or unwrapped.
-            inputs: ``input_ids`` (B, T) and other inputs of the decoders, without labels.
+            inputs: ``input_ids`` (B, T) and other inputs of the decoders, without labels. With
+                `ALIGNED_PROMPT`, the aligned teacher runs after that prompt; the rows are then
+                padded on the right.
             mask: Shape (B, T − 1); True where the token that follows position t is trained on.
             lam: λ of this step: a number, or one per row or position, shape (B,) or (B, T − 1).
             num_items: The denominator: response tokens of the whole step.
@@ -120,10 +125,23 @@ class Objective(_Equation6):
         hidden: dict[Side, Tensor] = {}
         heads: dict[Side, Head] = {}
 
+        inputs = dict(inputs)
+        prompts = inputs.pop(ALIGNED_PROMPT, None)
+        own = (
+            under_aligned_prompt(inputs["input_ids"], inputs["attention_mask"], mask, prompts)
+            if prompts is not None and "aligned" in teachers
+            else None
+        )
+
+        def run(side: Side, given: Mapping[str, Any]) -> Tensor:
+            if own is None or side == "reference":
+                return teachers[side].hidden(given)[:, :-1]
+            return own.as_student(teachers[side].hidden(own.inputs))[:, :-1]
+
         def inside(**given: Any) -> Loss:
             for side, teacher in teachers.items():
                 if teacher.shares_student:
-                    hidden[side] = teacher.hidden(given)[:, :-1]
+                    hidden[side] = run(side, given)
             student_hidden = last_hidden(inner, **given)[:, :-1]
             return run_with_head(inner, self.form, student_hidden, loss)
 
@@ -149,7 +167,7 @@ class Objective(_Equation6):
         with ExitStack() as gathering:
             for side, teacher in teachers.items():
                 if not teacher.shares_student:
-                    hidden[side] = teacher.hidden(inputs)[:, :-1]
+                    hidden[side] = run(side, inputs)
                     if self.shares_head and heads:
                         heads[side] = heads["reference"]
                         continue
@@ -200,7 +218,9 @@ class CachedObjective(_Equation6):
             metrics: Compute the KL to both models too.
         """
         inner = inner_model(self.student)
-        given = {name: value for name, value in inputs.items() if name != CACHED}
+        given = {
+            name: value for name, value in inputs.items() if name not in (CACHED, ALIGNED_PROMPT)
+        }
         reference, aligned = (
             (torch.cat(inputs[CACHED][side]), getattr(self.heads, side)) for side in Heads._fields
         )

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from flexalign.data import Lengths, split_tokens
 from flexalign.errors import ConfigError
 from flexalign.training.memory import Sizes, estimate_memory
+from flexalign.training.pair_rows import PairRows
 
 _SAMPLES = 2
 
@@ -23,7 +24,7 @@ class TrainingPlan:
         facts: The recipe's main keys, the data's lengths, steps, parameters, memory in GiB and
             the state of the output folder, by name.
         samples: The first training rows: ``masked`` is the prompt, and ``trained`` the text whose
-            tokens the loss counts.
+            tokens the loss counts; under two prompts ``aligned`` is the aligned side's prompt.
     """
 
     facts: Mapping[str, Any]
@@ -103,10 +104,24 @@ def plan_memory(
 
 
 def sample_rows(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    pair_rows: PairRows | None = None,
 ) -> list[dict[str, str]]:
     """Return the first training rows as text: prompts, and the tokens that the loss counts."""
     first = rows.select(range(min(_SAMPLES, len(rows))))
+    if pair_rows is not None:
+        pairs = [pair_rows.row(row, number) for number, row in enumerate(first, start=1)]
+        return [
+            {
+                "masked": tokenizer.decode(pair.reference.prompt.ids),
+                "aligned": tokenizer.decode(pair.aligned.ids),
+                "trained": tokenizer.decode(pair.kept(max_length)),
+            }
+            for pair in pairs
+        ]
+
     samples = []
     for prompt, response in split_tokens(first, tokenizer):
         kept = len(response) if max_length is None else max(max_length - len(prompt), 0)

@@ -17,11 +17,14 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from flexalign._storage import write_json, write_text
+from flexalign.data.prompting import PromptSettings
 from flexalign.data.rendering import rendering_record
 from flexalign.data.thinking import ThinkingTags
 from flexalign.lambdas import require_forward
 from flexalign.models.compatibility import ModelFacts, PairFacts
 from flexalign.models.loading import load_adapter, load_model
+from flexalign.models.pair import SIDES
+from flexalign.models.prompted import PromptPair
 from flexalign.models.weights import tensor_infos
 from flexalign.training.cache import cache_filler
 from flexalign.training.callbacks import AtLambda, StepClock, make_watcher, read_curve
@@ -31,8 +34,9 @@ from flexalign.training.events import Events
 from flexalign.training.hidden_cache import HiddenStateCache
 from flexalign.training.inputs import Inputs, Watched, read_inputs
 from flexalign.training.memory import count_parameters
+from flexalign.training.pair_rows import PairRows
 from flexalign.training.plan import TrainingPlan, plan_memory, plan_steps, sample_rows
-from flexalign.training.recipes import RealignRecipe
+from flexalign.training.recipes import RealignRecipe, plain_value
 from flexalign.training.run import (
     LARGEST_EFFECTIVE_LAMBDA,
     Outcome,
@@ -44,6 +48,7 @@ from flexalign.training.run import (
     plan_rounds,
     trainer_state,
 )
+from flexalign.training.settings import as_yaml
 from flexalign.training.trainer import TrRaTrainer
 
 Given = str | Path | Mapping[str, Any] | RealignRecipe | Sequence[RealignRecipe]
@@ -129,6 +134,9 @@ def realign(
         require_forward(asked, "allow it with --extrapolate")
 
     inputs = read_inputs(recipes[0], skip_bad_rows=skip_bad_rows, data=data)
+    if inputs.survey is not None:
+        for doubt in inputs.survey.cautions():
+            events.caution(doubt)
     cache = cache_filler(recipes[0], inputs, events) if recipes[0].teacher == "cached" else None
     runs = [
         Realignment(
@@ -137,6 +145,7 @@ def realign(
             inputs.tokenizer,
             models=inputs.fingerprints,
             watched=inputs.watched,
+            pair_rows=inputs.pair_rows,
             cache=cache,
             extrapolate=extrapolate,
             command=command,
@@ -171,7 +180,11 @@ def _caution_of_distance(recipes: Sequence[RealignRecipe]) -> str | None:
         return None
     quantity = "λ" if recipe.rounds == 1 else "an effective λ"
     command = shlex.join(
-        ["flexalign", "inspect", recipe.reference, recipe.aligned, "--diff", recipe.data]
+        [
+            *("flexalign", "inspect", *dict.fromkeys(recipe.models)),
+            *_prompt_options(recipe.prompts),
+            *("--diff", recipe.data),
+        ]
     )
     return (
         f"{quantity} of {farthest:g} without a gate amplifies the pair's noise as well: measured on "
@@ -179,6 +192,18 @@ def _caution_of_distance(recipes: Sequence[RealignRecipe]) -> str | None:
         "λ = 10, but with `gate: 0.01` to 0.89 and 0.92; set `gate: τ`, for which "
         f"{command} proposes a τ."
     )
+
+
+def _prompt_options(prompts: PromptPair | None) -> Iterator[str]:
+    """Yield two prompts as the options of the command line."""
+    for side in SIDES if prompts is not None else ():
+        prompt: PromptSettings = getattr(prompts, side)
+        given = {} if prompt.system is None else {"system": prompt.system}
+        for name, value in (given | dict(prompt.template)).items():
+            yield from (
+                f"--{side}-prompt",
+                f"{name}={value if name == 'system' else as_yaml(value)}",
+            )
 
 
 class Realignment(TrainingRun):
@@ -191,6 +216,7 @@ class Realignment(TrainingRun):
         models: Fingerprints of the reference and the aligned model.
         command: The command line, for the model card.
         watched: Prompts that the student answers during training.
+        pair_rows: Renders the data under two prompts, if the sides have prompts of their own.
         cache: Makes missing parts of the cache of hidden states, and opens it, for a recipe with
             ``teacher: cached``. None: the cache is in the recipe's folder already.
         extrapolate: Allow several rounds beyond an effective λ of 4.
@@ -211,12 +237,13 @@ class Realignment(TrainingRun):
         models: Sequence[str | None],
         command: str,
         watched: Watched | None = None,
+        pair_rows: PairRows | None = None,
         cache: Callable[[], HiddenStateCache] | None = None,
         extrapolate: bool = False,
         events: Events | None = None,
     ) -> None:
         effective_lambda(recipe.schedule, recipe.rounds, extrapolate=extrapolate)
-        self._watched, self._cache = watched, cache
+        self._watched, self._cache, self._pair_rows = watched, cache, pair_rows
         self._at_lambda: AtLambda = lambda lam: nullcontext()
         super().__init__(recipe, data, tokenizer, models=models, command=command, events=events)
 
@@ -245,19 +272,22 @@ class Realignment(TrainingRun):
     def _trainer(self, callbacks: list[TrainerCallback], round_: Round) -> Iterator[Any]:
         args = self.recipe.training_arguments(round_.output)
         trainer = TrRaTrainer(
-            reference=self.recipe.reference,
+            reference=self.recipe.models[0],
             aligned=round_.aligned,
             args=args,
             train_dataset=self.data,
             processing_class=self.tokenizer,
             peft_config=self.recipe.peft_config(),
+            # A later round's aligned model is a student, which is asked as the reference is.
+            pair_rows=self._pair_rows if round_.number == 1 else None,
             cache=self._cache() if self._cache and args.teacher == "cached" else None,
             callbacks=callbacks,
         )
         self._at_lambda = trainer.at_lambda
         if trainer.dial is not None:
             tags = ThinkingTags.of(self.tokenizer)
-            system = {} if self.recipe.system is None else {"system": self.recipe.system}
+            asked = self.recipe.system if self._pair_rows is None else self._pair_rows.system
+            system = {} if asked is None else {"system": asked}
             trainer.dial = replace(
                 trainer.dial,
                 thinking_tags=(tags.open, tags.close),
@@ -266,7 +296,7 @@ class Realignment(TrainingRun):
         yield trainer
 
     def _plan_rounds(self) -> list[Round]:
-        return plan_rounds(self.recipe.aligned, self.recipe.output, self.recipe.rounds)
+        return plan_rounds(self.recipe.models[1], self.recipe.output, self.recipe.rounds)
 
     def _describe_models(self, prints: list[str | None]) -> dict[str, Any]:
         return {"pair": prints}
@@ -321,7 +351,7 @@ class Realignment(TrainingRun):
         if (merged / MANIFEST).exists():
             return
         self._events.say(f"merging the adapter into a plain model, {merged}")
-        model = load_model(self.recipe.reference, allow_pickle=self.recipe.allow_pickle)
+        model = load_model(self.recipe.models[0], allow_pickle=self.recipe.allow_pickle)
         model = load_adapter(model, self.output).merge_and_unload()
         with writing("the merged model", self.output):
             model.save_pretrained(merged)
@@ -341,8 +371,8 @@ def _plan(runs: Sequence[Realignment], inputs: Inputs) -> TrainingPlan:
     recipe, arguments = run.recipe, run.recipe.arguments
     steps, longest = plan_steps(arguments, inputs.lengths)
     facts = {
-        "reference": recipe.reference,
-        "aligned": recipe.aligned,
+        "reference": plain_value(recipe.reference),
+        "aligned": plain_value(recipe.aligned),
         "lambda": recipe.lam,
         "teacher": recipe.teacher,
         "rounds": recipe.rounds,
@@ -357,18 +387,20 @@ def _plan(runs: Sequence[Realignment], inputs: Inputs) -> TrainingPlan:
         facts["lambda"] = [each.recipe.lam for each in runs]
         facts["output"] = [each.recipe.output for each in runs]
         facts["output_state"] = [each.state for each in runs]
-    return TrainingPlan(facts, sample_rows(run.data, run.tokenizer, arguments.max_length))
+    return TrainingPlan(
+        facts, sample_rows(run.data, run.tokenizer, arguments.max_length, inputs.pair_rows)
+    )
 
 
 def _plan_memory(recipe: RealignRecipe, pair: PairFacts, longest: int) -> dict[str, Any]:
     config = pair.reference.config
-    heads = 1 if pair.shared_base else 2
+    heads = 1 if pair.shared_base or pair.one_model else 2
     return plan_memory(
         recipe.arguments,
         config,
         count_parameters(config, recipe.peft_config()),
         tokens=longest,
-        aligned_parameters=_count_aligned(pair.aligned),
+        aligned_parameters=0 if pair.one_model else _count_aligned(pair.aligned),
         cached_heads=heads if recipe.teacher == "cached" else None,
     )
 
@@ -418,7 +450,7 @@ class Costs:
         }
 
 
-def reckon(
+def estimate_costs(
     outcomes: Sequence[Outcome], clocks: Sequence[StepClock], cache: HiddenStateCache | None
 ) -> Costs | None:
     """Estimate the costs.
@@ -489,7 +521,7 @@ def _write_report(
         | {"seconds_per_step": run.clock.mean}
         for run, outcome in zip(runs, outcomes, strict=True)
     ]
-    costs = reckon(outcomes, [run.clock for run in runs], cache)
+    costs = estimate_costs(outcomes, [run.clock for run in runs], cache)
     report = {
         "teacher": runs[0].recipe.teacher,
         "cache": str(cache.folder) if cache else None,

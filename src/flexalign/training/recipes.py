@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_type_hints
 
@@ -32,6 +32,7 @@ from flexalign.training.settings import (
 
 if TYPE_CHECKING:
     from flexalign.data.prompting import PromptSettings
+    from flexalign.models.prompted import PromptedModel, PromptPair
 
 
 class WatchSettings(Section):
@@ -109,6 +110,50 @@ def _read_single_lambda(value: object) -> Schedule:
     if not isinstance(schedule, Schedule) or schedule.kind != "constant":
         raise ConfigError(f"lambda must be a number, got {value!r}.")
     return schedule
+
+
+# The sides of a pair: a model, or a model under a prompt of its own.
+
+
+def _read_side(value: object, side: str) -> "str | PromptedModel":
+    """Return a side without a prompt as text, its path or name, any other as `PromptedModel`."""
+    if isinstance(value, str | Path):
+        return str(value)
+    # Imported here because it needs torch, which a recipe without prompts does not.
+    from flexalign.models.prompted import PromptedModel
+
+    read = PromptedModel.parse(value, side)
+    return read if read.has_prompt else read.model
+
+
+def with_prompts(
+    tree: Mapping[str, Any],
+    reference: "PromptSettings | None" = None,
+    aligned: "PromptSettings | None" = None,
+) -> dict[str, Any]:
+    """Give the sides of a recipe's tree other prompts, as the command line's options do.
+
+    Args:
+        tree: A recipe in the form of the YAML file; not changed. Without `aligned`, the aligned side
+            is the reference's model.
+        reference: The reference's prompt instead of its own; None: no change.
+        aligned: The aligned side's, likewise.
+
+    Returns:
+        A new tree.
+    """
+    from flexalign.models.prompted import prompt_json
+
+    changed = dict(tree)
+    models = {
+        side: given.get("model") if isinstance(given := tree.get(side), Mapping) else given
+        for side in ("reference", "aligned")
+    }
+    for side, prompt in (("reference", reference), ("aligned", aligned)):
+        model = models[side] or models["reference"]
+        if prompt is not None and model is not None:
+            changed[side] = {"model": model, **prompt_json(prompt)}
+    return changed
 
 
 # The sections that belong to TRL and PEFT.
@@ -378,7 +423,7 @@ class Recipe(Section):
         for key, name in self.keys().items():
             value = getattr(self, name)
             if value != type(self).model_fields[name].default and value != {}:
-                tree[key] = _plain(value)
+                tree[key] = plain_value(value)
         return tree
 
     def to_yaml(self) -> str:
@@ -389,7 +434,7 @@ class Recipe(Section):
     def identity(self) -> dict[str, Any]:
         """Return the settings that decide the trained weights, for `run.json`."""
         keys = self.keys()
-        own = {key: _plain(getattr(self, keys[key])) for key in self.deciding}
+        own = {key: plain_value(getattr(self, keys[key])) for key in self.deciding}
         # Left out if not set, so that runs from before these keys existed can be resumed.
         own |= {name: value for name in _PROMPTING if (value := getattr(self, name)) is not None}
         return own | {"training": decisive(self._identifying_training())}
@@ -439,9 +484,9 @@ def _by_key(given: Mapping[str, Any]) -> dict[str, Any]:
     return {("lambda" if name == "lam" else name): value for name, value in given.items()}
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """Return a value in the form of the YAML file."""
-    if isinstance(value, Schedule | LambdaRange):
+    if hasattr(value, "to_json"):
         return value.to_json()
     return value.model_dump() if isinstance(value, Section) else value
 
@@ -469,12 +514,14 @@ class RealignRecipe(Recipe):
     }
     example: ClassVar[Mapping[str, Any]] = {"output": "out/realigned"}
 
-    reference: str = Field(
-        description="λ = 0, and where the student starts: a model's path or known name.",
+    reference: Annotated[Any, PlainValidator(partial(_read_side, side="reference"))] = Field(
+        description="λ = 0, and where the student starts: a model's path or known name, or {model, "
+        "system, template}, a model under a prompt, under which the student is asked too.",
         examples=["miniature:reference"],
     )
-    aligned: str = Field(
-        description="λ = 1: a model's path or known name, or a PEFT adapter on the reference.",
+    aligned: Annotated[Any, PlainValidator(partial(_read_side, side="aligned"))] = Field(
+        description="λ = 1: a model's path or known name, a PEFT adapter on the reference, or "
+        "{model, system, template}, perhaps the reference's model under another prompt.",
         examples=["miniature:aligned"],
     )
     schedule: Annotated[TrainingLambda, PlainValidator(_read_lambda)] = Field(
@@ -543,13 +590,17 @@ class RealignRecipe(Recipe):
         Args:
             path: As in `load`.
             overrides: As in `load`.
-            **given: As in `load`; `lam` may be a list.
+            **given: As in `load`; `lam` may be a list. `reference_prompt` and `aligned_prompt` are
+                prompts of the two sides, instead of the recipe's; see `with_prompts`.
 
         Raises:
             ConfigError: As in `load`, or if a λ occurs twice or is not a number.
             LambdaError: As in `load`.
         """
+        prompts = [given.pop(f"{side}_prompt", None) for side in ("reference", "aligned")]
         tree = read_tree(path, overrides, _by_key(given))
+        if any(prompt is not None for prompt in prompts):
+            tree = with_prompts(tree, *prompts)
         return [cls.parse(each) for each in one_for_each_lambda(tree)]
 
     @classmethod
@@ -568,6 +619,46 @@ class RealignRecipe(Recipe):
         if not isinstance(given, Mapping):
             return [cls.parse(given)]  # raises, and says what is wrong with the value
         return [cls.parse(each) for each in one_for_each_lambda(given)]
+
+    @cached_property
+    def models(self) -> tuple[str, str]:
+        """The models of the two sides, without their prompts."""
+        one, other = (getattr(side, "model", side) for side in (self.reference, self.aligned))
+        return one, other
+
+    @property
+    def sides(self) -> tuple[str, str]:
+        """The two sides as text, for messages and cards: each model, with its prompt if it has one."""
+        one, other = (getattr(side, "text", side) for side in (self.reference, self.aligned))
+        return one, other
+
+    @cached_property
+    def prompts(self) -> "PromptPair | None":
+        """The prompts of the two sides; None if neither has one.
+
+        The keys `template` and `system` hold for both sides, and a side's own stand beside them.
+
+        Raises:
+            ConfigError: If a side and `template` give one argument two values.
+        """
+        if isinstance(self.reference, str) and isinstance(self.aligned, str):
+            return None
+        from flexalign.models.prompted import PromptedModel, PromptPair
+
+        sides = [PromptedModel.parse(side) for side in (self.reference, self.aligned)]
+        for name, side in zip(("reference", "aligned"), sides, strict=True):
+            for key, value in (self.template or {}).items():
+                if side.prompt.template.get(key, value) != value:
+                    raise ConfigError(
+                        f"template.{key} is {value!r} for both sides, and {name}.template.{key} is "
+                        f"{side.prompt.template[key]!r}; leave one of the two out."
+                    )
+        return PromptPair(sides[0].prompt, sides[1].prompt)
+
+    def identity(self) -> dict[str, Any]:
+        """Return the settings that decide the trained weights; the models go by fingerprint."""
+        told = super().identity()
+        return told if self.prompts is None else told | {"prompts": self.prompts.to_json()}
 
     @property
     def cache_folder(self) -> str:
@@ -599,6 +690,7 @@ class RealignRecipe(Recipe):
         return self.schedule if isinstance(self.schedule, LambdaRange) else None
 
     def _check_keys(self) -> None:
+        self.prompts  # noqa: B018 - reading them checks them
         if self.lambda_range is not None:
             self._check_range(self.lambda_range)
         if self.merge and self.lora is None:
@@ -632,6 +724,10 @@ class RealignRecipe(Recipe):
             from flexalign.lora_dial.scaling import require_linear
 
             require_linear(settings, "lora")
+        if self.prompts is not None:
+            from flexalign.training.rows import require_responses
+
+            require_responses(self.arguments)
 
     def _identifying_training(self) -> dict[str, Any]:
         # Earlier versions recorded `max_steps: 200` here even where epochs decide. Such runs must

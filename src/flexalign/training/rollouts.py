@@ -19,6 +19,7 @@ from flexalign._modes import evaluating
 from flexalign.errors import DataError
 from flexalign.generation.responses import generation_settings, left_padded
 from flexalign.training.draws import LAMBDAS, RowLambdas
+from flexalign.training.pair_rows import ALIGNED_PROMPT, prompt_lengths
 from flexalign.training.rows import RenderedRows
 
 _SAMPLED = "sampled"
@@ -61,10 +62,9 @@ class Rollouts(RowLambdas, RenderedRows, SFTTrainer):  # type: ignore[misc]
         # Not TRL's unwrap_model_for_generation: it switches checkpointing off and on with a
         # deprecated method. In evaluation mode checkpointing has no effect.
         student = self.accelerator.unwrap_model(self.model_wrapped)
-        drawn = {LAMBDAS: batch[LAMBDAS]} if LAMBDAS in batch else {}
         with (
             evaluating(student),
-            self.at_lambda(drawn.get(LAMBDAS)),
+            self.at_lambda(batch.get(LAMBDAS)),
             torch.random.fork_rng(devices),
             self.accelerator.autocast(),
         ):
@@ -77,7 +77,10 @@ class Rollouts(RowLambdas, RenderedRows, SFTTrainer):  # type: ignore[misc]
                 max_new_tokens=self.args.rollout_max_new_tokens,
                 synced_gpus=True if self.is_fsdp_enabled else None,
             )
-        return sampled | drawn | {_SAMPLED: True}
+        # The student is asked under the reference's prompt, which is the batch's own. The teachers
+        # score the sample, each after its own prompt.
+        kept = {name: batch[name] for name in (LAMBDAS, ALIGNED_PROMPT) if name in batch}
+        return sampled | kept | {_SAMPLED: True}
 
 
 @torch.no_grad()
@@ -93,12 +96,14 @@ def sample_responses(
     """Replace the last response of every row of a batch by a sample from the model.
 
     Sampling is from the model's own distribution: temperature 1, without top-p or top-k. A row
-    without a response token (its prompt reaches the cut-off) still has none afterwards.
+    without a response token (its prompt reaches the cut-off) still has none afterwards. If the batch
+    has the aligned side's prompts, the longer of a row's two prompts decides the room.
 
     Args:
         model: The student, in evaluation mode.
         tokenizer: Its tokenizer.
-        batch: ``input_ids``, ``attention_mask`` and ``labels``, all (B, T), padded.
+        batch: ``input_ids``, ``attention_mask`` and ``labels``, all (B, T), padded; perhaps
+            `ALIGNED_PROMPT`.
         max_length: Tokens of a row at most; None: no limit.
         max_new_tokens: Tokens of a response at most; None: as many as `max_length` leaves.
         **options: More for ``generate``.
@@ -111,11 +116,13 @@ def sample_responses(
         DataError: If a row has no prompt.
     """
     rows = zip(batch["input_ids"], batch["attention_mask"].bool(), batch["labels"], strict=True)
+    others = prompt_lengths(batch[ALIGNED_PROMPT]).tolist() if ALIGNED_PROMPT in batch else None
     prompts, rooms = [], []
-    for ids, attended, labels in rows:
+    for number, (ids, attended, labels) in enumerate(rows):
         prompt, is_answered = _split_off_prompt(ids[attended], labels[attended] != _IGNORED)
         prompts.append(prompt)
-        rooms.append(_room(len(prompt), max_length, max_new_tokens) if is_answered else 0)
+        longer = len(prompt) if others is None else max(len(prompt), others[number])
+        rooms.append(_room(longer, max_length, max_new_tokens) if is_answered else 0)
 
     settings = generation_settings(model, tokenizer, max(1, *rooms), 1.0, 1.0, {})
     inputs = left_padded(prompts, settings.pad_token_id, batch["input_ids"].device)

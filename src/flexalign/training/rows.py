@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from flexalign.data.rendering import tokenize_preferences, tokenize_rows
 from flexalign.data.template import bind_template, bound_thinking, template_arguments
+from flexalign.errors import ConfigError
+from flexalign.training.pair_rows import ALIGNED_PROMPT, PairRows
 
 if TYPE_CHECKING:
     from trl import DPOTrainer as _DPOTrainer
@@ -17,9 +19,21 @@ class RenderedRows(_SFTTrainer):  # type: ignore[misc]
 
     TRL prepares all other rows: `messages` with `assistant_only_loss`, rows with a formatting
     function, and token ids.
+
+    With `pair_rows`, every row is rendered under two prompts, and has the aligned side's as the column
+    `ALIGNED_PROMPT`.
     """
 
-    def __init__(self, *args: Any, processing_class: Any = None, **options: Any) -> None:
+    _signature_columns: list[str] | None
+
+    def __init__(
+        self,
+        *args: Any,
+        processing_class: Any = None,
+        pair_rows: PairRows | None = None,
+        **options: Any,
+    ) -> None:
+        self._pair_rows = pair_rows
         # TRL replaces the template by that of `chat_template_path`, which has nothing bound to it.
         self._bound = _bound_to(processing_class)
         super().__init__(*args, processing_class=processing_class, **options)
@@ -33,7 +47,10 @@ class RenderedRows(_SFTTrainer):  # type: ignore[misc]
         formatting_func: Any,
         dataset_name: str,
     ) -> Any:
-        if formatting_func is None and not args.assistant_only_loss:
+        if self._pair_rows is not None:
+            require_responses(args, formatting_func)
+            dataset = self._pair_rows.tokenize(dataset, args.max_length)
+        elif formatting_func is None and not args.assistant_only_loss:
             tokenizer = getattr(processing_class, "tokenizer", processing_class)
             if self._bound != _bound_to(tokenizer):
                 bind_template(tokenizer, *self._bound)
@@ -41,6 +58,34 @@ class RenderedRows(_SFTTrainer):  # type: ignore[misc]
         return super()._prepare_dataset(
             dataset, processing_class, args, packing, formatting_func, dataset_name
         )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = self._signature_columns or []
+        if self._pair_rows is not None and ALIGNED_PROMPT not in columns:
+            self._signature_columns = [*columns, ALIGNED_PROMPT]
+
+
+def require_responses(args: Any, formatting_func: Any = None) -> None:
+    """Check that a run under two prompts trains on one response for each prompt, in a row of its own.
+
+    Raises:
+        ConfigError: If a setting trains on other tokens, or joins rows.
+    """
+    refused = {
+        "packing": args.packing,
+        "padding_free": args.padding_free,
+        "assistant_only_loss": args.assistant_only_loss,
+        "completion_only_loss: false": args.completion_only_loss is False,
+        "truncation_mode: keep_end": args.truncation_mode == "keep_end",
+        "a formatting function": formatting_func is not None,
+    }
+    for name, is_set in refused.items():
+        if is_set:
+            raise ConfigError(
+                f"training.{name} with two prompts: the two sides see one response after prompts "
+                "of different lengths, one in a row; leave it out."
+            )
 
 
 def _bound_to(tokenizer: Any) -> tuple[dict[str, Any], tuple[str, str] | None]:

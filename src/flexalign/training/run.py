@@ -273,7 +273,7 @@ class TrainingRun(ABC):
         if found.path is not None:
             self._events.say(f"{name}going on from {found.path}")
         elif several:
-            self._events.say(f"{name}reference {self.recipe.reference}, aligned {round_.aligned}")
+            self._events.say(f"{name}reference {self.recipe.models[0]}, aligned {round_.aligned}")
 
     def _publish(self, round_: Round, checkpoint: Path, measures: dict[str, float]) -> None:
         """Make the round's folder a complete model: weights, tokenizer, card, manifest."""

@@ -27,6 +27,7 @@ from flexalign.training.models import (
     require_trainable,
     with_adapter,
 )
+from flexalign.training.pair_rows import PairRows
 
 _NO_START = "teacher='cached' holds no model; give the student's start as model."
 
@@ -50,6 +51,7 @@ def require_fit(
     dataset: Any,
     tokenizer: PreTrainedTokenizerBase,
     args: TrRaConfig,
+    pair_rows: PairRows | None = None,
 ) -> None:
     """Check, before anything is loaded, that a cache is of the pair and the data of a run.
 
@@ -59,6 +61,7 @@ def require_fit(
         dataset: The training data, as the trainer takes it.
         tokenizer: The pair's tokenizer.
         args: The settings.
+        pair_rows: Renders the data under two prompts, if the sides have prompts of their own.
 
     Raises:
         ConfigError: If the cache does not fit; names the differences.
@@ -70,7 +73,11 @@ def require_fit(
         raise ConfigError("teacher='cached': give an adapter as its folder, or leave it out.")
     prints = tuple(None if model is None else fingerprint(model) for model in pair)
     identity = identity_of(
-        cast("tuple[str | None, str | None]", prints), data_fingerprint(dataset), tokenizer, args
+        cast("tuple[str | None, str | None]", prints),
+        data_fingerprint(dataset),
+        tokenizer,
+        args,
+        pair_rows,
     )
     if len(given) < len(pair):
         del identity["pair"]

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from flexalign._spelling import nearest
 from flexalign.data.rendering import rendering_record
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, FlexAlignError
@@ -30,6 +31,7 @@ from flexalign.losses import Divergence, DivergenceMetrics
 from flexalign.models.adapters import inner_model
 from flexalign.models.loading import fingerprint
 from flexalign.models.pair import ModelPair
+from flexalign.models.prompted import PromptedModel
 from flexalign.models.sources import resolve
 from flexalign.training.checkpoints import SealedCheckpoints, what_stands, writing
 from flexalign.training.config import TrRaConfig
@@ -47,7 +49,9 @@ from flexalign.training.models import (
 )
 from flexalign.training.objective import CachedObjective, Objective
 from flexalign.training.packing import require_packable
+from flexalign.training.pair_rows import PairCollator, PairRows, split_sides
 from flexalign.training.rollouts import Rollouts
+from flexalign.training.rows import require_responses
 from flexalign.training.student import assemble_student, require_fit, tokenizer_of
 
 BATCH = "nan-batch.safetensors"
@@ -73,6 +77,11 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
     A module or pair whose base is shared in this way is changed in place, and must afterwards be
     used only through the trainer.
 
+    The reference and the aligned model may have a prompt each (`PromptedModel`), and then be one model.
+    The student is asked under the reference's prompt. The aligned teacher sees its own prompt followed
+    by the same response tokens (`flexalign.training.pair_rows`). The tokenizer that is saved with the
+    student has the reference's template arguments bound.
+
     With ``teacher="cached"`` no teacher is loaded. The hidden states are read from `args.cache_dir`
     (see `flexalign.training.hidden_cache`), and `reference` and `aligned` are only compared with
     the pair of the cache.
@@ -95,11 +104,12 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
 
     Args:
         model: The student's start. None: the reference, as in the paper.
-        reference: The model of λ=0. None: `model` as it is at the start.
-        aligned: The model of λ=1.
+        reference: The model of λ=0, perhaps under a prompt. None: `model` as it is at the start.
+        aligned: The model of λ=1, perhaps under a prompt.
         pair: Reference and aligned model, loaded and checked, instead of these two.
         parts: Student and teachers, already assembled, instead of these four.
         cache: The teachers' hidden states, already open, instead of `args.cache_dir`.
+        pair_rows: Renders rows under two prompts, instead of the prompts of the two sides.
         args: The settings.
         train_dataset: As `SFTTrainer` takes it. Use `prompt` and `completion` (or `messages` with
             `assistant_only_loss`) so that only responses are trained on.
@@ -130,14 +140,15 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
     def __init__(
         self,
         model: str | nn.Module | None = None,
-        reference: str | nn.Module | None = None,
-        aligned: str | nn.Module | None = None,
+        reference: str | nn.Module | PromptedModel | None = None,
+        aligned: str | nn.Module | PromptedModel | None = None,
         *,
         args: TrRaConfig,
         train_dataset: Dataset | IterableDataset,
         pair: ModelPair | None = None,
         parts: TrainingModels | None = None,
         cache: HiddenStateCache | None = None,
+        pair_rows: PairRows | None = None,
         eval_dataset: Dataset | IterableDataset | dict[str, Any] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
@@ -147,21 +158,38 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
         for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if options.get(name) is not None:
                 raise ConfigError(f"{name}: the loss builds no logits and is fixed; leave it out.")
+        require_metric(args.metric_for_best_model, eval_dataset)
+        one, other, prompts = split_sides(reference, aligned)
         if isinstance(args.schedule, LambdaRange):
-            _require_lora(args.schedule, model, reference, peft_config, parts)
+            _require_lora(args.schedule, model, one, peft_config, parts)
+        start = one if model is None else model
+        if prompts is not None and pair_rows is None:
+            tokenizer = processing_class or tokenizer_of(start, args)
+            pair_rows = PairRows.of_run(tokenizer, prompts, args, start)
+        if pair_rows is not None:
+            require_responses(args)
+            processing_class = pair_rows.tokenizer
 
         if args.teacher == "cached":
             if pair is not None or parts is not None:
                 raise ConfigError("teacher='cached' takes no loaded teachers; leave pair out.")
-            start = reference if model is None else model
             processing_class = processing_class or tokenizer_of(start, args)
             cache = cache or HiddenStateCache.open(args.cache_dir or "")
-            require_fit(cache, (reference, aligned), train_dataset, processing_class, args)
+            require_fit(cache, (one, other), train_dataset, processing_class, args, pair_rows)
             parts = assemble_student(
-                model, reference, args, cache.vocab_size, peft_config, processing_class
+                model, one, args, cache.vocab_size, peft_config, processing_class
             )
         elif parts is None:
-            parts = assemble(model, reference, aligned, pair, args, peft_config, processing_class)
+            parts = assemble(
+                model,
+                one,
+                other,
+                pair,
+                args,
+                peft_config,
+                processing_class,
+                prompted=pair_rows is not None,
+            )
 
         choose_attention(parts, args)
         if args.packing or args.padding_free:  # in both cases documents share a row
@@ -176,6 +204,7 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
             eval_dataset=eval_dataset,
             processing_class=processing_class or parts.tokenizer,
             callbacks=list(callbacks) if callbacks is not None else None,
+            pair_rows=pair_rows,
             **options,
         )
         _restore_forward(inner_model(parts.student), forward)
@@ -189,7 +218,7 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
         self.dial: LoRADialConfig | None = None
         if self.lambda_range is not None:
             self.scale = _strength_of(parts, self.lambda_range)
-            self.dial = _describe_dial(parts, model if reference is None else reference, args)
+            self.dial = _describe_dial(parts, model if one is None else one, args, pair_rows)
         self._last_lam = self.lam
         self._meters = {"train": Meter(self.lambda_range), "eval": Meter(self.lambda_range)}
 
@@ -215,12 +244,15 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
             heads = cache.heads(self.accelerator.device)
             return CachedObjective(parts.student, parts.form, heads, **equation)
 
+        if self._pair_rows is not None:
+            self.data_collator = PairCollator(self.data_collator)
         if parts.reference is None or parts.aligned is None:
             raise ConfigError(
                 "parts hold no teachers, and teacher='online' needs both; give them, or a cache and "
                 "teacher='cached'."
             )
-        for teacher in (parts.reference, parts.aligned):
+        one, other = parts.reference, parts.aligned
+        for teacher in (one,) if one is other else (one, other):
             teacher.prepare(
                 self.accelerator, deepspeed=self.is_deepspeed_enabled, fsdp=self.is_fsdp_enabled
             )
@@ -303,7 +335,9 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
         """Log, with the divergence, λ, both KL and the tokens seen so far."""
         means = self._meters[self._mode].take_means(self.accelerator)
         if means:
-            prefix = "" if self._mode == "train" else "eval_"
+            # Each of several evaluation data sets has its own prefix, as its loss has.
+            losses = [key for key in logs if key.endswith("_loss")]
+            prefix = "" if self._mode == "train" else [*losses, "eval_loss"][0][: -len("loss")]
             values = {"lambda": self._last_lam, **means}
             logs.update({prefix + name: value for name, value in values.items()})
             if self._mode == "train":
@@ -360,6 +394,32 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
             )
 
 
+_METRICS = ("loss", "divergence", "lambda", "kl_reference", "kl_aligned")
+_SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
+"""What an evaluation measures, and how fast it was."""
+
+
+def require_metric(name: str | None, eval_dataset: Any) -> None:
+    """Refuse a `metric_for_best_model` that no evaluation measures, before the first step.
+
+    Args:
+        name: The metric, with or without ``eval_``; None if none is asked for.
+        eval_dataset: The data set, or a mapping of several.
+
+    Raises:
+        ConfigError: If the metric will not be there.
+    """
+    if name is None or eval_dataset is None:
+        return
+    sets = [f"{key}_" for key in eval_dataset] if isinstance(eval_dataset, Mapping) else [""]
+    known = [prefix + metric for prefix in sets for metric in (*_METRICS, *_SPEEDS)]
+    if name.removeprefix("eval_") not in known:
+        raise ConfigError(
+            f"metric_for_best_model={name!r} is not measured by this trainer, which builds no "
+            f"logits{nearest(name.removeprefix('eval_'), known, prefix='eval_')}"
+        )
+
+
 def _require_lora(
     within: LambdaRange,
     model: Model | None,
@@ -407,14 +467,19 @@ def _strength_of(parts: TrainingModels, within: LambdaRange) -> LoRAScale:
 
 
 def _describe_dial(
-    parts: TrainingModels, reference: Model | None, args: TrRaConfig
+    parts: TrainingModels,
+    reference: Model | None,
+    args: TrRaConfig,
+    pair_rows: PairRows | None,
 ) -> LoRADialConfig:
     """Return the settings of the dial that a student becomes, as far as the trainer knows them."""
     source = resolve(reference) if isinstance(reference, PLACES) else None
     named = getattr(inner_model(parts.student), "name_or_path", "") if source is None else reference
     # A GGUF file's fingerprint is of its bytes; that of a dial's base is of its weights.
     from_file = source is not None and source.gguf_file is None and not source.is_adapter
-    tags = ThinkingTags.of(parts.tokenizer)
+    tokenizer = parts.tokenizer if pair_rows is None else pair_rows.tokenizer
+    system = None if pair_rows is None else pair_rows.system
+    tags = ThinkingTags.of(tokenizer)
     within = cast(LambdaRange, args.schedule)
     return LoRADialConfig(
         base=str(named),
@@ -423,7 +488,7 @@ def _describe_dial(
         lambda_range=within.values,
         gate=args.gate,
         thinking_tags=(tags.open, tags.close),
-        rendering=rendering_record(parts.tokenizer),
+        rendering=rendering_record(tokenizer) | ({} if system is None else {"system": system}),
     )
 
 

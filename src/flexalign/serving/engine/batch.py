@@ -20,9 +20,9 @@ from flexalign.errors import UnsupportedModelError
 from flexalign.generation.fused import positions_of
 from flexalign.generation.interface import Phase
 from flexalign.generation.row_lambdas import RowDials
+from flexalign.generation.stream_cache import StreamCache
 from flexalign.generation.two_model import PairCache, TwoModelDecoder
 from flexalign.inra import InRaModel
-from flexalign.inra.cache import StreamCache
 from flexalign.lora_dial import LoRADial
 
 

@@ -27,6 +27,7 @@ class Job:
         top_p: Probability mass sampled from.
         seed: Seeds its sampling; see :class:`flexalign.generation.seeded.SeededSampling`.
         stop: Texts that end it and are not in it.
+        stops_after_thinking: Whether they are looked for only outside its thinking.
         logprobs: Number of likeliest tokens to report at each token; None for no log-probabilities.
     """
 
@@ -38,6 +39,7 @@ class Job:
     seed: int = 0
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    stops_after_thinking: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
+from flexalign.data.thinking import ThinkingTags
 from flexalign.generation.confidence import ConfidenceTracker
 from flexalign.generation.row_lambdas import TagTokens
 from flexalign.generation.seeded import SeededSampling
-from flexalign.generation.text import ResponseText, StreamedText
+from flexalign.generation.text import ResponseText, StreamedText, overlap
 from flexalign.lambdas import Adaptive, Fixed, Route, Schedule, Way, way_dial
 from flexalign.serving.engine.jobs import AnswerPiece, Ended, Finish, Generation, WrittenToken
 
@@ -195,7 +196,10 @@ class AnswerSequence:
         self._written = []
         self._tokens = []
         self._text = ""
-        self._running = StoppedText(self._settings.reader, job.stop)
+        reader = self._settings.reader
+        tags = reader.tags if job.stops_after_thinking else None
+        opened = tags is not None and reader.is_opened_by(job.prompt)
+        self._running = StoppedText(reader, job.stop, tags, opened=opened)
         is_greedy = job.temperature == 0 or self._fast is not None
         self._sampling = (
             None if is_greedy else SeededSampling([job.seed], job.temperature, job.top_p)
@@ -235,7 +239,7 @@ def _written_token(token: int, logits: Tensor, alternatives: int | None) -> Writ
 
 
 class StoppedText:
-    """Decodes tokens to text, piece by piece, up to the first stop text.
+    """Decodes tokens to text, piece by piece, up to the first stop text after the thinking.
 
     Text that may be the beginning of a stop text is held back until it is clear that it is not, so that
     no text is returned that a later token could remove.
@@ -244,16 +248,28 @@ class StoppedText:
         has_stopped: Whether a stop text was found.
     """
 
-    def __init__(self, reader: ResponseText, stops: Sequence[str]) -> None:
+    def __init__(
+        self,
+        reader: ResponseText,
+        stops: Sequence[str],
+        tags: ThinkingTags | None = None,
+        *,
+        opened: bool = False,
+    ) -> None:
         """Begin an answer.
 
         Args:
             reader: Decodes tokens to text.
             stops: The stop texts.
+            tags: The tags around a thinking in which no stop text is looked for; None: there is
+                none.
+            opened: Whether the prompt has opened the thinking.
         """
         self.has_stopped = False
         self._text = StreamedText(reader)
         self._stops = stops
+        self._tags = tags
+        self._is_thinking = opened and tags is not None
         self._held = ""
 
     def put(self, token: int) -> str:
@@ -269,16 +285,26 @@ class StoppedText:
         return text
 
     def _until_stop(self, new: str) -> str:
-        text = self._held + new
-        found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if found:
-            self.has_stopped, self._held = True, ""
-            return text[: min(found)]
+        if not self._stops:
+            return new
+        text, self._held = self._held + new, ""
+        final = ""
 
-        # Hold the longest end of the text that begins a stop text.
-        longest = max(map(len, self._stops), default=1) - 1
-        start = max(0, len(text) - longest)
-        while start < len(text) and not any(stop.startswith(text[start:]) for stop in self._stops):
-            start += 1
-        self._held = text[start:]
-        return text[:start]
+        while text:
+            marks = [self._tags.close] if self._tags and self._is_thinking else list(self._stops)
+            if self._tags and not self._is_thinking:
+                marks.append(self._tags.open)
+            found = [(place, mark) for mark in marks if (place := text.find(mark)) >= 0]
+            if not found:
+                # The end of the text may be the beginning of a mark.
+                longest = max(overlap(text, mark) for mark in marks)
+                self._held = text[len(text) - longest :]
+                return final + text[: len(text) - longest]
+
+            place, mark = min(found)
+            if not self._is_thinking and mark in self._stops:
+                self.has_stopped = True
+                return final + text[:place]
+            final, text = final + text[: place + len(mark)], text[place + len(mark) :]
+            self._is_thinking = not self._is_thinking
+        return final

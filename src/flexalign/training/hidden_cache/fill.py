@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flexalign._storage import write_bytes
 from flexalign.errors import ConfigError
-from flexalign.models.pair import ModelPair, Side
+from flexalign.models.pair import SIDES, ModelPair
 from flexalign.training.checkpoints import writing
 from flexalign.training.hidden_cache.documents import KEY_BYTES, Document
 from flexalign.training.hidden_cache.format import (
@@ -41,8 +41,6 @@ from flexalign.training.hidden_cache.format import (
 )
 from flexalign.training.hidden_cache.read import HiddenStateCache
 from flexalign.training.output import is_unused
-
-SIDES: tuple[Side, Side] = ("reference", "aligned")
 
 _BATCH_TOKENS = 4096
 _PATIENCE_SECONDS = 0.2
@@ -258,14 +256,18 @@ class _Work:
             for side, head in zip(SIDES, pair.heads, strict=True)
         }
 
-        seconds = 0.0
-        for batch in _batches([len(document.tokens) for document in documents]):
+        seconds, like = 0.0, pair.heads.reference.weight
+        for batch in _batches([document.longest for document in documents]):
             began = time.perf_counter()
-            inputs = _padded([documents[number] for number in batch], pair.heads.reference.weight)
-            hidden = {side: pair.hidden(side, **inputs) for side in SIDES}
+            hidden = {
+                side: pair.hidden(
+                    side, **_padded([documents[number].of_side(side) for number in batch], like)
+                )
+                for side in SIDES
+            }
             for row, number in enumerate(batch):
-                where = torch.from_numpy(documents[number].positions)
                 for side in SIDES:
+                    where = torch.from_numpy(documents[number].of_side(side).positions)
                     kept = hidden[side][row, where.to(hidden[side].device)]
                     tensors[side][starts[number] : starts[number + 1]] = kept
             seconds += time.perf_counter() - began

@@ -21,6 +21,7 @@ from flexalign._storage import write_bytes
 from flexalign.data.rendering import chat_template_of
 from flexalign.data.template import template_arguments
 from flexalign.errors import ConfigError
+from flexalign.training.pair_rows import PairRows
 
 OWNER = "cache.json"
 """The identity of the cache: its pair, data and settings. Written first."""
@@ -286,11 +287,16 @@ _NAMES = {
     "assistant_only": "assistant_only_loss",
     "eos_token": "the end token",
     "vocabulary": "the number of tokens",
+    "prompts": "the prompts of the two sides",
 }
 
 
 def identity_of(
-    pair: tuple[str | None, str | None], data: str, tokenizer: Any, args: Any
+    pair: tuple[str | None, str | None],
+    data: str,
+    tokenizer: Any,
+    args: Any,
+    pair_rows: PairRows | None = None,
 ) -> dict[str, Any]:
     """Return everything that decides which hidden states a run needs.
 
@@ -299,6 +305,7 @@ def identity_of(
         data: Fingerprint of the data set.
         tokenizer: The pair's tokenizer.
         args: The run's ``TrRaConfig``.
+        pair_rows: Renders the data under two prompts, if the sides have prompts of their own.
     """
     template = chat_template_of(tokenizer, args.chat_template_path)
     arguments = template_arguments(tokenizer)
@@ -312,6 +319,7 @@ def identity_of(
         "assistant_only": args.assistant_only_loss,
         "eos_token": args.eos_token or tokenizer.eos_token,
         "vocabulary": len(tokenizer),
+        "prompts": None if pair_rows is None else pair_rows.prompts.to_json(),
         **({"template_arguments": arguments} if arguments else {}),
     }
 

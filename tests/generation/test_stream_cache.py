@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from flexalign.inra.cache import PreallocatedLayer, StreamCache
+from flexalign.generation.stream_cache import PreallocatedLayer, StreamCache
 
 
 def states(tokens: int, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:

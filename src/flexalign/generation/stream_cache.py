@@ -1,14 +1,15 @@
-"""The cache of both streams, and the stacking of their rows in one batch.
+"""The cache of two streams of one model, and the stacking of their rows in one batch.
 
-The base stream is embeddings → layers; the adapter stream is embeddings → adapter → layers. As rows
-of one batch they take one pass, which reads each weight once. A :class:`StackPlan` holds which rows
-of a batch run in which stream, and their places in the stack.
+Each stream has an end of λ: the first is λ = 0, the second λ = 1. Of an InRa model the first is the
+base and the second the base with its adapter; of one model under two prompts they are the prompts.
+As rows of one batch they take one pass, which reads each weight once. A :class:`StackPlan` holds
+which rows of a batch run in which stream, and their places in the stack.
 
 The :class:`StreamCache` holds the keys and values of the stack's rows: for each layer of the model,
-and for each adapter layer. It is built from the model's configuration, so a layer with a sliding
-window has a sliding cache, and an adapter layer's cache has the type of layer 0's. Callers, such as
-beam search, reorder and repeat it by rows of the batch. Its plain layers are
-:class:`PreallocatedLayer`.
+and for each layer that only the second stream has. It is built from the model's configuration, so a
+layer with a sliding window has a sliding cache, and an additional layer's cache has the type of
+layer 0's. Callers, such as beam search, reorder and repeat it by rows of the batch. Its plain layers
+are :class:`PreallocatedLayer`.
 """
 
 import copy
@@ -21,8 +22,8 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from flexalign.errors import ConfigError, UnsupportedModelError
 
-BASE, ADAPTER, BOTH = 1, 2, 3
-"""The streams that a row runs in, as bits: BOTH is ``BASE | ADAPTER``."""
+FIRST, SECOND, BOTH = 1, 2, 3
+"""The streams that a row runs in, as bits: BOTH is ``FIRST | SECOND``."""
 
 _RESERVED_TOKENS = 128
 """Tokens of space added at each copy. The space is small compared with a long prompt, and the copy,
@@ -32,16 +33,16 @@ once in 128 tokens, is cheap compared with the attention of those tokens."""
 class StackPlan:
     """Which rows of a batch run in which stream, and their places in the stack.
 
-    The stack holds the base stream's rows first, then the adapter stream's.
+    The stack holds the first stream's rows, then the second's.
 
     Attributes:
-        streams: Per row of the batch: BASE, ADAPTER, BOTH, or 0 for neither. Shape ``(B,)``, on
+        streams: Per row of the batch: FIRST, SECOND, BOTH, or 0 for neither. Shape ``(B,)``, on
             the CPU. The tensors below are on the batch's device.
         rows: Per row of the stack: its row in the batch. Shape ``(N,)``.
-        adapter_start: The first row of the stack that runs through the adapter.
+        second_start: The first row of the stack that is in the second stream.
         is_mixed: Whether any row runs in both streams.
-        base_at: Per row of the batch: its place in the base stream's part, or −1. Shape ``(B,)``.
-        adapter_at: The same for the adapter stream, counted from the stack's start.
+        first_at: Per row of the batch: its place in the first stream's part, or −1. Shape ``(B,)``.
+        second_at: The same for the second stream, counted from the stack's start.
     """
 
     def __init__(self, streams: Tensor, device: torch.device) -> None:
@@ -54,27 +55,35 @@ class StackPlan:
         self.streams = streams = streams.to("cpu")
         self.device = device
 
-        base, adapter = ((streams & code).nonzero().flatten() for code in (BASE, ADAPTER))
-        self.rows = torch.cat([base, adapter]).to(device)
-        self.adapter_start = len(base)
-        self.base_at = self._places(base, 0)
-        self.adapter_at = self._places(adapter, self.adapter_start)
+        first, second = ((streams & code).nonzero().flatten() for code in (FIRST, SECOND))
+        self.rows = torch.cat([first, second]).to(device)
+        self.second_start = len(first)
+        self.first_at = self._places(first, 0)
+        self.second_at = self._places(second, self.second_start)
         self.is_mixed = bool((streams == BOTH).any())
 
         # For `split`: a row that runs in one stream only is used for both.
-        self._reference = torch.where(self.base_at < 0, self.adapter_at, self.base_at)
-        self._aligned = torch.where(self.adapter_at < 0, self.base_at, self.adapter_at)
+        self._reference = torch.where(self.first_at < 0, self.second_at, self.first_at)
+        self._aligned = torch.where(self.second_at < 0, self.first_at, self.second_at)
         self._has_batch_size = len(self.rows) == len(streams) and not self.is_mixed
 
     def has(self, needed: Tensor) -> bool:
         """Return whether every row runs in the streams that it needs."""
         return bool((needed & ~self.streams == 0).all())
 
-    def stack(self, value: Any) -> Any:
+    def stack(self, value: Any, second: Any = None) -> Any:
         """Reorder a tensor of the batch, ``(B, …)``, into the stack's rows, ``(N, …)``.
 
         A value that is not a tensor with B rows is returned unchanged.
+
+        Args:
+            value: The value of both streams, or of the first.
+            second: The second stream's tensor, of the same shape, if it has one of its own.
         """
+        if second is not None:
+            rows = self.rows.to(value.device)
+            parts = rows[: self.second_start], rows[self.second_start :]
+            return torch.cat([value[parts[0]], second.to(value.device)[parts[1]]])
         if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != len(self.streams):
             return value
         if self._is_batch(len(value)):
@@ -95,7 +104,7 @@ class StackPlan:
 
     def _is_batch(self, rows: int) -> bool:
         """Return whether all rows run in the same single stream, so that stack and batch are equal."""
-        return self._has_batch_size and self.adapter_start in (0, rows)
+        return self._has_batch_size and self.second_start in (0, rows)
 
     def _places(self, rows: Tensor, start: int) -> Tensor:
         places = torch.full_like(self.streams, -1)
@@ -110,12 +119,12 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
         plan: The stacking of its rows; None before its first use.
     """
 
-    def __init__(self, config: Any, adapter_layers: int) -> None:
+    def __init__(self, config: Any, more_layers: int = 0) -> None:
         """Build an empty cache.
 
         Args:
-            config: The base model's configuration.
-            adapter_layers: Number of adapter layers.
+            config: The model's configuration.
+            more_layers: Number of layers that only the second stream has.
 
         Raises:
             UnsupportedModelError: If a layer caches anything other than keys and values.
@@ -124,7 +133,7 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
         self._depth = len(self.layers)
         self.plan: StackPlan | None = None
 
-        for _ in range(adapter_layers):
+        for _ in range(more_layers):
             self.layers.append(DynamicCache(config=config).layers[0])
 
         # Sliding layers are subclasses and are not replaced: their windows are short.
@@ -136,7 +145,7 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
             if not isinstance(layer, DynamicLayer) or isinstance(layer, LinearAttentionLayer):
                 raise UnsupportedModelError(
                     f"layer {index} of this {config.model_type} keeps a {type(layer).__name__}; "
-                    "InRa serves models whose layers all cache keys and values (no recurrent "
+                    "its two streams need layers that all cache keys and values (no recurrent "
                     "ones)."
                 )
 
@@ -175,9 +184,9 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
 
         new = StackPlan(kept, old.device)
         sources = rows.to(old.device)[new.rows]
-        base = old.base_at[sources[: new.adapter_start]]
-        adapter = old.adapter_at[sources[new.adapter_start :]]
-        self._index(torch.cat([base, adapter]), adapter - old.adapter_start)
+        first = old.first_at[sources[: new.second_start]]
+        second = old.second_at[sources[new.second_start :]]
+        self._index(torch.cat([first, second]), second - old.second_start)
         self.plan = new
 
     def fork(self, rows: Tensor, streams: Tensor) -> "StreamCache":
@@ -207,21 +216,21 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
 
         # The place of each stream of each row, once the other's rows are appended to this one's.
         shift = len(mine.rows)
-        base = torch.where(mine.base_at < 0, theirs.base_at + shift, mine.base_at)
-        adapter = torch.where(mine.adapter_at < 0, theirs.adapter_at + shift, mine.adapter_at)
+        first = torch.where(mine.first_at < 0, theirs.first_at + shift, mine.first_at)
+        second = torch.where(mine.second_at < 0, theirs.second_at + shift, mine.second_at)
 
-        # The adapter's layers hold only rows of the adapter stream, so places count from its start.
-        in_adapter = torch.where(
-            mine.adapter_at < 0,
-            theirs.adapter_at - theirs.adapter_start + shift - mine.adapter_start,
-            mine.adapter_at - mine.adapter_start,
+        # The second stream's own layers hold only its rows, so places count from its start.
+        in_second = torch.where(
+            mine.second_at < 0,
+            theirs.second_at - theirs.second_start + shift - mine.second_start,
+            mine.second_at - mine.second_start,
         )
 
         for layer, more in zip(self.layers, other.layers, strict=True):
             if not more.is_initialized:
                 continue
             if not layer.is_initialized:
-                # An adapter layer of a cache without the adapter stream: it has no rows yet.
+                # A layer of the second stream, in a cache without that stream: it has no rows yet.
                 layer.lazy_initialization(more.keys, more.values)
                 layer.keys, layer.values = more.keys[:0], more.values[:0]
                 if hasattr(more, "cumulative_length"):
@@ -229,10 +238,10 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
             layer.keys = torch.cat([layer.keys, more.keys])
             layer.values = torch.cat([layer.values, more.values])
 
-        base_rows, adapter_rows = new.rows[: new.adapter_start], new.rows[new.adapter_start :]
+        first_rows, second_rows = new.rows[: new.second_start], new.rows[new.second_start :]
         self._index(
-            torch.cat([base[base_rows], adapter[adapter_rows]]),
-            in_adapter[adapter_rows],
+            torch.cat([first[first_rows], second[second_rows]]),
+            in_second[second_rows],
         )
         self.plan = new
 
@@ -263,11 +272,11 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
             raise ConfigError("the cache is empty; run the prompts first.")
         return self.plan
 
-    def _index(self, stack: Tensor, adapters: Tensor) -> None:
-        """Keep rows of the model's layers, and rows of the adapter's, in this order."""
+    def _index(self, stack: Tensor, second: Tensor) -> None:
+        """Keep rows of the model's layers, and of the second stream's own, in this order."""
         for index, layer in enumerate(self.layers):
             if layer.get_seq_length() > 0:
-                layer.batch_select_indices(stack if index < self._depth else adapters)
+                layer.batch_select_indices(stack if index < self._depth else second)
 
 
 class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
