@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed; make test-full does so")
 
@@ -131,7 +131,13 @@ def _paths(folder: Path, names: Any) -> list[str]:
     return [str(folder / name) for name in names]
 
 
-def measure(tasks: TaskManager, model: str, names: list[str] | None = None, **arguments: Any):
+def measure(
+    tasks: TaskManager,
+    model: str,
+    names: list[str] | None = None,
+    asked: dict[str, Any] | None = None,
+    **arguments: Any,
+):
     """Every request's outcome and the metrics, task by task."""
     results = lm_eval.simple_evaluate(
         model=model,
@@ -141,6 +147,7 @@ def measure(tasks: TaskManager, model: str, names: list[str] | None = None, **ar
         batch_size=3,
         device="cpu",
         bootstrap_iters=0,
+        **(asked or {}),
     )
     outcomes = {
         name: [sample["resps"] for sample in sorted(rows, key=lambda row: row["doc_id"])]
@@ -210,6 +217,66 @@ def test_a_pair_is_measured_at_its_lambda(tasks: TaskManager, tiny_pair: TinyPai
     tokens = torch.randint(6, 300, (2, 7), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(model._model_call(tokens), decoder(tokens, lam=2.0, gate=0.05).logits)
+
+
+def test_two_prompts_are_hf_under_each_of_them(tasks: TaskManager, hybrid_folder: Path):
+    names = ["offline_responses", "offline_choices"]
+    brief = "the answer is six."
+    for end, told in enumerate((None, brief)):
+        ours, _ = measure(
+            tasks,
+            "flexalign",
+            names,
+            {"apply_chat_template": True},
+            pretrained=str(hybrid_folder),
+            aligned_system=brief,
+            **{"lambda": end},
+        )
+        theirs, _ = measure(
+            tasks,
+            "hf",
+            names,
+            {"apply_chat_template": True, "system_instruction": told},
+            pretrained=str(hybrid_folder),
+        )
+        assert ours["offline_responses"] == theirs["offline_responses"]
+        for found, wanted in zip(ours["offline_choices"], theirs["offline_choices"], strict=True):
+            assert _numbers(found) == pytest.approx(_numbers(wanted), abs=1e-4)
+
+
+@torch.no_grad()
+def test_two_prompts_in_between_are_equation_5(hybrid_folder: Path, hybrid_tokenizer: Any):
+    template = "{enable_thinking: false}"
+    model = HarnessModel(
+        str(hybrid_folder), aligned_template=template, lam=1.7, dtype="float32", device="cpu"
+    )
+    context = model.apply_chat_template([{"role": "user", "content": "1+2="}])
+    assert context.endswith("<think>\n")
+    continuations = ["3", " the answer is six"]
+    found = model.loglikelihood(
+        [Instance("loglikelihood", {}, (context, text), 0) for text in continuations]
+    )
+
+    plain = AutoModelForCausalLM.from_pretrained(hybrid_folder)
+    prompts = [context, context.removesuffix("\n") + "\n\n</think>\n\n"]
+    for text, (likelihood, _) in zip(continuations, found, strict=True):
+        ids = hybrid_tokenizer(text, add_special_tokens=False)["input_ids"]
+        logits = []
+        for prompt in prompts:
+            before = hybrid_tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            own = plain(torch.tensor([before + ids])).logits[0, len(before) - 1 : -1]
+            logits.append(own.double())
+        fused = fuse64(*logits, 1.7).log_softmax(-1)
+        expected = float(fused.gather(-1, torch.tensor(ids)[:, None]).sum())
+        assert likelihood == pytest.approx(expected, abs=1e-4)
+
+
+def test_two_prompts_need_conversations(tasks: TaskManager):
+    model = {"pretrained": "miniature", "aligned_system": "check"}
+    with pytest.raises(ConfigError, match="--apply_chat_template"):
+        measure(tasks, "flexalign", ["offline_responses"], **model)
+    with pytest.raises(ConfigError, match="alike under both"):
+        measure(tasks, "flexalign", ["offline_texts"], {"apply_chat_template": True}, **model)
 
 
 def test_a_policy_chooses_the_way_of_every_response(tasks: TaskManager, miniature: Dial):
