@@ -393,13 +393,15 @@ def main() -> None:
     parser.add_argument("--prefills", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON file of the rows")
     parser.add_argument("--add", action="store_true", help="add rounds to what is recorded")
     parser.add_argument("--quick", action="store_true", help="a small row, nothing written")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.quick:
         arguments.rows, arguments.rounds, arguments.new_tokens = ["float32:32:1"], 3, 16
-    results = {"rows": []} if not RESULTS.exists() else json.loads(RESULTS.read_text())
+    path: Path = arguments.results
+    results = {"rows": []} if not path.exists() else json.loads(path.read_text())
     results["machine"] = machine()
     print("\n".join(HEADER), flush=True)
     for dtype in dict.fromkeys(row.split(":")[0] for row in arguments.rows):
@@ -421,9 +423,9 @@ def main() -> None:
             print(*(" | ".join([name, *table(row, one)]) for one in found), sep="\n", flush=True)
             if not arguments.quick:
                 merge(results, row, arguments.add)
-                RESULTS.parent.mkdir(exist_ok=True)
-                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-                RESULTS.with_suffix(".md").write_text(markdown(results))
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(json.dumps(results, indent=1) + "\n")
+                path.with_suffix(".md").write_text(markdown(results))
 
 
 if __name__ == "__main__":
