@@ -131,3 +131,14 @@ def test_eager_attention_is_sdpa_attention(subject: DialSubject, tmp_path: Path)
     before = dial(**subject.batch, lam=MIXED).logits[subject.real]
     base.set_attn_implementation("eager")
     assert_near(dial(**subject.batch, lam=MIXED).logits[subject.real], before)
+
+
+@pytest.mark.parametrize("subject", ["llama", "gemma2", *RECURRENT, "qwen3_next"], indirect=True)
+@torch.no_grad()
+def test_a_rejected_fast_answer_is_the_slow_one(subject: DialSubject) -> None:
+    """Caches of keys and values are shared between both answers; with others prompts run again."""
+    policy = {"policy": "adaptive", "threshold": 1, "fast_lambda": 3, "slow_lambda": 0.5}
+    batch = {key: subject.batch[key] for key in ("input_ids", "attention_mask")}
+    settings = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    expected = subject.dial.generate(**batch, lam=0.5, **settings)
+    assert torch.equal(subject.dial.generate(**batch, policy=policy, **settings), expected)
