@@ -67,12 +67,14 @@ def tasks(pairs: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) ->
     """
     found = []
     for seed in seeds:
-        for method in methods:
-            if "miniature" in pairs and (seed == 0 or method in ("dial", "student", "scaled")):
-                gates = (GATE, None) if method in ("dial", "pair", "student") else (GATE,)
-                found += [Task("miniature", method, gate, seed) for gate in gates]
-            if "hybrid" in pairs and seed == 0 and method in ("dial", "pair", "student"):
-                found.append(Task("hybrid", method, GATE, seed))
+        for gate in (GATE, None):
+            for method in methods:
+                is_trained = method in ("dial", "student", "scaled")
+                has_gates = method in ("dial", "student", "pair")
+                if "miniature" in pairs and (seed == 0 or is_trained) and (gate or has_gates):
+                    found.append(Task("miniature", method, gate, seed))
+                if "hybrid" in pairs and seed == 0 and gate and has_gates:
+                    found.append(Task("hybrid", method, gate, seed))
     return found
 
 
@@ -152,7 +154,7 @@ def _realign(
 
     base = _base(task.pair)
     rows = sorted_by_length(
-        make_traces(steps * BATCH_SIZE, seed=1_000 + task.seed), BATCH_SIZE, task.seed
+        make_traces(steps * BATCH_SIZE, seed=task.seed + 4), BATCH_SIZE, task.seed
     )
     recipe = DIAL_RECIPE | {
         "reference": base,
