@@ -142,9 +142,7 @@ def split(data: Path, sizes: Sizes) -> tuple[list[Any], list[Any]]:
     """Return the held-out prompts, and those of the training, each once, in a fixed order."""
     found = {json.dumps(prompt): prompt for prompt in load_prompts(data)["prompt"]}
     short = [
-        prompt
-        for prompt in found.values()
-        if len(prompt[-1]["content"].split()) <= LONGEST_PROMPT
+        prompt for prompt in found.values() if len(prompt[-1]["content"].split()) <= LONGEST_PROMPT
     ]
     random.Random(SEED).shuffle(short)
     return short[: sizes.held_out], short[sizes.held_out :][: sizes.traces]

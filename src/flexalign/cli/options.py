@@ -74,7 +74,7 @@ AllowPickle: TypeAlias = Annotated[
 
 Model: TypeAlias = Annotated[str, typer.Argument(help="A model folder or a known name.")]
 Adapter: TypeAlias = Annotated[
-    str | None, typer.Option(help="An InRa adapter on the model: its dial.")
+    str | None, typer.Option(help="The model's dial: an InRa adapter, a LoRA dial or a PEFT LoRA.")
 ]
 Aligned: TypeAlias = Annotated[
     str | None, typer.Option(help="Or the aligned model of a pair, fused as both decode.")

@@ -3,7 +3,7 @@
 ::
 
     model:PATH                   a model as it is
-    dial:BASE,ADAPTER            an InRa adapter on its base
+    dial:BASE,ADAPTER            an InRa adapter or a LoRA dial on its base
     pair:REF,ALIGNED             two models, fused as they decode
     prompts:MODEL                one model under two prompts, fused as they decode
     interpolate:REF,ALIGNED      weights between two models
