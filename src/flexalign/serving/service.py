@@ -77,6 +77,7 @@ class Service:
         since = monotonic()
         choice, sampling = request.choice, request.sampling
         self._require_model(request.model)
+        self._require_tokens([token for token, _ in sampling.logits.logit_bias], "logit_bias")
         try:
             self.engine.check(choice.dial)
         except ConfigError as error:
@@ -173,15 +174,18 @@ class Service:
     def _encode(self, prompt: str | TokenIds) -> TokenIds:
         if isinstance(prompt, str):
             return tuple(self.model.tokenizer(prompt)["input_ids"])
-        outside = [token for token in prompt if not 0 <= token < self.model.vocabulary]
+        self._require_tokens(prompt, "prompt")
+        return prompt
+
+    def _require_tokens(self, tokens: Sequence[int], key: str) -> None:
+        outside = [token for token in tokens if not 0 <= token < self.model.vocabulary]
         if outside:
             raise ApiError(
                 400,
-                f"prompt has the token id {as_sent(outside[0])}; this model's are 0 to "
+                f"{key} has the token id {as_sent(outside[0])}; this model's are 0 to "
                 f"{self.model.vocabulary - 1}.",
-                param="prompt",
+                param=key,
             )
-        return prompt
 
     def _jobs(self, ids: TokenIds, request: ChatRequest | CompletionRequest) -> Iterator[Job]:
         """Yield a job for each answer to one prompt; the first has the request's own seed."""
@@ -212,6 +216,7 @@ class Service:
                 sampling.logprobs,
                 # A completion has no thinking: its text is the model's as it is.
                 stops_after_thinking=isinstance(request, ChatRequest),
+                logits=sampling.logits,
             )
 
     def _require_room(self, jobs: int) -> None:

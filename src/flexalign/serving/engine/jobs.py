@@ -6,10 +6,11 @@ The values of a :class:`Job` are typed and checked before; the engine does not c
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
+from flexalign.generation.penalties import LogitsSettings
 from flexalign.lambdas import Dial, Way
 
 Finish = Literal["stop", "length", "cancelled"]
@@ -28,6 +29,7 @@ class Job:
         seed: Seeds its sampling; see :class:`flexalign.generation.seeded.SeededSampling`.
         stop: Texts that end it and are not in it.
         stops_after_thinking: Whether they are looked for only outside its thinking.
+        logits: Limits on its tokens, penalties and biases.
         logprobs: Number of likeliest tokens to report at each token; None for no log-probabilities.
     """
 
@@ -40,6 +42,7 @@ class Job:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     stops_after_thinking: bool = False
+    logits: LogitsSettings = field(default_factory=LogitsSettings)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from flexalign.lambdas import Adaptive, Dial, Fixed, Route, Schedule, way_dial
 from flexalign.models.loading import load_tokenizer
 from flexalign.serving.dial import DIAL_KEYS, DialChoice, DialRules, adapter_rules, refuse_misspelt
 from flexalign.serving.errors import ApiError, Scope, send_error
+from flexalign.serving.facades import with_facades
 from flexalign.serving.middleware import (
     PATHS,
     DialMiddleware,
@@ -155,6 +156,7 @@ def build_front(app: Any, folder: Path, options: FrontOptions, key: str | None) 
 
     stack: Any = VllmDialMiddleware(app, rules, settings, reader, body_limit=options.body_limit)
     stack = ErrorRewriting(RoutesWithoutDial(stack, rules, options.body_limit))
+    stack = with_facades(stack, body_limit=options.body_limit)
     if key:
         stack = KeyGate(stack, key)
     elif options.is_local:
