@@ -103,9 +103,16 @@ def test_evaluate_and_tune(run_cli: Any, dial: Path, tmp_path: Path) -> None:
     assert {row["n_samples"] for row in summary["rows"]} == {6}
     result = run_cli("evaluate", system, "--task", BASE, "--lambda", "0,7", "-o", tmp_path / "no")
     assert (result.exit_code, "outside the range [0, 5]" in result.stderr) == (2, True)
-    result = run_cli("tune", *asked, "-o", tmp_path / "tuned", "--margin", "0.9", "--json")
-    assert result.exit_code in (0, 1), result.stderr
-    assert json.loads((tmp_path / "tuned" / "tuned.json").read_text())
+
+
+def test_tune(run_cli: Any, dial: Path, tmp_path: Path) -> None:
+    asked = ("tune", f"dial:{BASE},{dial}", "--task", BASE, "--limit", 20, "--lambda", "2.5")
+    result = run_cli(*asked, *SHORT, "-o", tmp_path / "tuned", "--margin", "0.9", "--json")
+    assert result.exit_code == 0, result.stderr
+    tuned = json.loads((tmp_path / "tuned" / "tuned.json").read_text())
+    assert tuned == json.loads(result.stdout)
+    rows = (tmp_path / "tuned" / "samples.jsonl").read_text().splitlines()
+    assert {json.loads(row)["lambda"] for row in rows} == {0.0, 2.5}
 
 
 def test_calibrate(run_cli: Any, dial: Path, plain: Path, tmp_path: Path) -> None:

@@ -14,21 +14,26 @@ def test_the_demo_trains_measures_and_draws(run_cli, tmp_path):
     result = run_cli("demo", "-o", output, "--questions", 40, "--steps", 8, "--json")
     assert result.exit_code == 0, result.stderr
     assert "reference: answers\n" in result.stderr
+    assert result.stderr.count(": trains\n") == 2
+    assert "one LoRA: trains\n" in result.stderr
     assert "λ=2, 2 rounds: trains\n" in result.stderr
     printed = json.loads(result.stdout)
     rows, dial = printed["rows"], printed["dial"]
     assert [row["name"] for row in rows] == [
         "reference",
         "aligned",
+        "λ=0.5",
         "λ=1",
         "λ=2",
+        "λ=3",
+        "λ=5",
         "λ=2, 2 rounds",
     ]
     stored = json.loads((output / "demo.json").read_text(encoding="utf-8"))
     assert (stored["rows"], stored["dial"]) == (rows, dial)
     assert (output / "pareto.png").read_bytes().startswith(b"\x89PNG")
-    for row, lam in zip(rows, (0, 1, 1, 2, 4), strict=True):
-        expected = expected_outcome(token_level(REFERENCE, ALIGNED, lam))
+    for row, lam in zip(rows, (0, 1, 0.5, 1, 2, 3, 5, 4), strict=True):
+        expected = expected_outcome(token_level(REFERENCE, ALIGNED, lam, gate=0.01))
         assert row["expected"]["tokens"] == pytest.approx(expected.tokens)
     reference, aligned, *_, twice = rows
     assert reference["tokens"] > aligned["tokens"]

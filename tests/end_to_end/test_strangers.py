@@ -116,7 +116,7 @@ def read(path: Path) -> Any:
 
 
 def test_the_papers_shape_is_reproduced_and_drawn(stranger: Stranger):
-    stranger.type("demo", "--questions", "100", "--steps", "20")
+    stranger.type("demo", "--questions", "100", "--steps", "60")
     assert "out/demo/pareto.png" in stranger.said[-1]
     demo = {row["name"]: row for row in read(stranger.home / "out/demo/demo.json")["rows"]}
     tokens = [demo[name]["tokens"] for name in ("reference", "aligned", "λ=2", "λ=2, 2 rounds")]

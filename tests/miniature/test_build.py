@@ -1,22 +1,43 @@
 """How the miniature's parts are taught, and the fast adapter that ships."""
 
 import dataclasses
+import json
 import random
 
 import pytest
 import torch
 
 from flexalign.errors import ConfigError
+from flexalign.fusion import fuse
 from flexalign.inra import InRaConfig, InRaModel
-from flexalign.miniature import ALIGNED, PARTS, REFERENCE, SYSTEM, build, folder, make_questions
-from flexalign.miniature.build import FAST_SCHOOLING, Schooling, _Traces, make_adapter, teach
-from flexalign.miniature.demo import judge, respond
+from flexalign.lora_dial import LoRADial
+from flexalign.miniature import (
+    ALIGNED,
+    PARTS,
+    REFERENCE,
+    SYSTEM,
+    build,
+    folder,
+    make_questions,
+    make_traces,
+)
+from flexalign.miniature.build import (
+    FAST_SCHOOLING,
+    Schooling,
+    _Traces,
+    make_adapter,
+    sorted_by_length,
+    teach,
+)
+from flexalign.miniature.closed_form import expected_outcome, token_level
+from flexalign.miniature.demo import judge, load_pair, respond
 from flexalign.miniature.measure import branch_probabilities, mean_habits, told
 from flexalign.miniature.tokenizer import build_tokenizer
 from flexalign.miniature.world import sample_trace
 from flexalign.models.loading import fingerprint, load_model, load_tokenizer
 
 MEGABYTE = 2**20
+MODELS = ("reference", "aligned", "placebo", "hybrid")
 
 
 def taught_rows(schooling):
@@ -72,15 +93,22 @@ def test_every_part_is_made_and_loads(tmp_path, monkeypatch):
         dataclasses.replace(one, steps=1, batch_size=2) for one in build.REFERENCE_SCHOOLING
     ]
     monkeypatch.setattr(build, "REFERENCE_SCHOOLING", reference)
+    monkeypatch.setattr(build, "DIAL_STEPS", 2)
     parts = list(build.build_all(tmp_path / "one", seed=3, placebo=True))
-    assert parts == ["reference", "aligned", "placebo", "fast", "hybrid"]
+    assert parts == ["reference", "aligned", "placebo", "fast", "hybrid", "dial"]
     again = list(build.build_all(tmp_path / "other", seed=3))
-    assert again == ["reference", "aligned", "fast", "hybrid"]
-    prints = {part: fingerprint(tmp_path / "one" / part) for part in parts if part != "fast"}
+    assert again == ["reference", "aligned", "fast", "hybrid", "dial"]
+    prints = {part: fingerprint(tmp_path / "one" / part) for part in parts if part in MODELS}
     assert len(set(prints.values())) == 4
-    models = [part for part in again if part != "fast"]
+    models = [part for part in again if part in MODELS]
     assert all(fingerprint(tmp_path / "other" / part) == prints[part] for part in models)
-    assert InRaModel.from_pretrained(tmp_path / "one" / "reference", tmp_path / "one" / "fast")
+    made = tmp_path / "one"
+    assert InRaModel.from_pretrained(made / "reference", made / "fast")
+    dial = LoRADial.from_pretrained(made / "reference", made / "dial")
+    assert (dial.dial_config.lambda_range, dial.dial_config.gate) == ((0.0, 5.0), 0.01)
+    names = json.loads((made / "dial" / "adapter_config.json").read_text())
+    assert names["base_model_name_or_path"] == dial.dial_config.base == "miniature:reference"
+    assert str(tmp_path) not in "".join(file.read_text() for file in (made / "dial").glob("*.json"))
 
 
 def test_every_second_trace_is_told_to_think_the_aligned_way():
@@ -116,6 +144,46 @@ def test_the_hybrid_has_the_habits_of_either_world():
         found = mean_habits(branch_probabilities({"own": ask}, tokenizer, questions, traces)["own"])
         for habit in ("error", "check", "again", "quit"):
             assert getattr(found, habit) == pytest.approx(getattr(habits, habit), abs=0.01), habit
+
+
+def test_the_dial_follows_the_pairs_own_form_over_its_whole_range():
+    reference, aligned, tokenizer = load_pair()
+    dial = LoRADial.from_pretrained("miniature:reference", "miniature:dial")
+    questions = make_questions(150, seed=77)
+    rng = random.Random(6)
+
+    def logits(model, **options):
+        return lambda ids, attention: (
+            model(input_ids=ids, attention_mask=attention, **options).logits
+        )
+
+    for lam in (0.25, 1.0, 2.0, 3.5, 5.0):
+
+        def pair(ids, attention, lam=lam):
+            both = (logits(one)(ids, attention) for one in (reference, aligned))
+            return fuse(*both, lam, dial.dial_config.gate)
+
+        world = token_level(REFERENCE, ALIGNED, lam, dial.dial_config.gate)
+        traces = [sample_trace(question, world, rng) for question in questions]
+        found = branch_probabilities(
+            {"pair": pair, "dial": logits(dial, lam=lam)}, tokenizer, questions, traces
+        )
+        own, learnt = (mean_habits(found[name]) for name in ("pair", "dial"))
+        for habit in ("again", "check", "error"):
+            near = pytest.approx(getattr(own, habit), abs=0.01)
+            assert getattr(learnt, habit) == near, (lam, habit)
+        outcomes = [expected_outcome(habits) for habits in (learnt, own)]
+        assert outcomes[0].accuracy == pytest.approx(outcomes[1].accuracy, abs=0.015), lam
+
+
+def test_batches_of_similar_length_hold_the_same_rows():
+    rows = make_traces(48, seed=5)
+    found = sorted_by_length(rows, 8, seed=1)
+    lengths = [len(row["completion"][0]["content"].split()) for row in found]
+    batches = [lengths[start : start + 8] for start in range(0, 48, 8)]
+    assert sorted(map(str, found)) == sorted(map(str, rows))
+    assert sorted(batches) == [sorted(lengths)[start : start + 8] for start in range(0, 48, 8)]
+    assert batches != sorted(batches)
 
 
 def test_exact_targets_are_the_habits_own_probabilities():

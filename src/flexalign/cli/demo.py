@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 _LEGEND = """
 eq. 5: what equation 5 gives in closed form. again: how often the model goes
-over a line once more; the aligned model does it less, λ turns that further."""
+over a line once more; the aligned model does it less, λ turns that further.
+λ=0.5 to 5 are one LoRA, whose strength is given with each request."""
 
 _DIAL_LEGEND = """
-One model with a layer more, λ given with each request. λ=1 answers without
-thinking, adaptive thinks where that answer is unsure (rejected answers are
-counted), the coin thinks at random. over coin: accuracy above the line
-between slow and fast."""
+A layer more, trained to answer at once. λ=1 answers without thinking, adaptive
+thinks where that answer is unsure (rejected answers are counted), the coin
+thinks at random. over coin: accuracy above the line between slow and fast."""
 
 
 def demo(
@@ -37,21 +37,22 @@ def demo(
         int, typer.Option("--questions", min=10, help="Questions that each model answers.")
     ] = 800,
     steps: Annotated[
-        int, typer.Option("--steps", min=1, help="Training steps of each student.")
-    ] = 60,
+        int,
+        typer.Option("--steps", min=1, help="Training steps of the LoRA, and of the second round."),
+    ] = 120,
     seed: Annotated[int, typer.Option("--seed", help="Of questions, training and sampling.")] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the figures as JSON, alone, on stdout.")
     ] = False,
 ) -> None:
-    """Realign the built-in miniature at λ = 1 and 2, and twice over; needs no data and no network.
+    """Realign the built-in miniature once, for every λ; needs no data and no network.
 
     Then one adapter's dial on the same questions: mixed, adaptive, and the coin to beat.
 
     Two tiny models ship with flexalign: a [bold]reference[/bold] that thinks long and an
-    [bold]aligned[/bold] one that errs less and repeats itself less. The demo trains a student at
-    each λ, lets every model answer the same questions, and holds accuracy, tokens and the habit
-    that was turned down against what equation 5 gives in closed form.
+    [bold]aligned[/bold] one that errs less and repeats itself less. The demo trains one LoRA
+    whose strength is λ, asks it at several λ, and adds a second round. Accuracy, tokens and
+    the habit that is turned down stand beside what equation 5 gives in closed form.
 
     Example: [cyan]flexalign demo --output out/demo[/cyan]
     """

@@ -62,12 +62,12 @@ def lora(
 ) -> None:
     """Write plain PEFT adapters, one for each λ, in OUTPUT/lambda=0.5/ and so on.
 
-    Any engine that serves LoRA serves them by name, without flexalign:
+    Any engine that serves LoRA serves them by name, without flexalign.
 
-    [cyan]flexalign export out/dial --lambda 0.5,1,2 --output out/adapters[/cyan]
+    Example: [cyan]flexalign export out/dial --lambda 0.5,1,2 --output out/adapters[/cyan]
 
-    [cyan]vllm serve BASE --enable-lora --max-lora-rank 32 --lora-modules
-    slow=out/adapters/lambda=0.5 fast=out/adapters/lambda=2[/cyan]
+    Then: [cyan]vllm serve BASE --enable-lora --max-lora-rank 32 --lora-modules
+    half=out/adapters/lambda=0.5 double=out/adapters/lambda=2[/cyan]
     """
     limits = read_range(lambda_range)
     lams = [dial.lam for dial in parse_lambdas(lam)]

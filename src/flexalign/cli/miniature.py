@@ -65,7 +65,7 @@ def build(
         typer.Option("--placebo", help="Also the control: trained on with the reference's data."),
     ] = False,
 ) -> None:
-    """Make the models that ship with the package again, from nothing (about 20 minutes).
+    """Make the models that ship with the package again, from nothing (about 40 minutes).
 
     Example: [cyan]flexalign miniature build --seed 0 --output weights[/cyan]
     """

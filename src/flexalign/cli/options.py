@@ -218,7 +218,7 @@ def read_setting(name: str, text: str) -> Setting:
         raise ConfigError(f"/lambda takes one finite number, such as 0.3; got {text!r}.") from None
 
 
-def read_prompts(
+def read_prompt_pair(
     reference: Sequence[str] | None, aligned: Sequence[str] | None
 ) -> "PromptPair | None":
     """Read ``--reference-prompt`` and ``--aligned-prompt``; None if neither is given.
@@ -243,9 +243,9 @@ def read_side_prompts(
     """Read the two options for a recipe, as `RealignRecipe.load_each` takes them; each may be absent.
 
     Raises:
-        ConfigError: As in :func:`read_prompts`.
+        ConfigError: As in :func:`read_prompt_pair`.
     """
-    read = read_prompts(reference, aligned)
+    read = read_prompt_pair(reference, aligned)
     if read is None:
         return {}
     given = {"reference_prompt": reference, "aligned_prompt": aligned}

@@ -137,7 +137,7 @@ def generate_responses(
                 )
             processors = LogitsProcessorList()
             if logits.processors(0):
-                lengths = torch.tensor([len(encoded[i]) for i in batch])
+                lengths = torch.tensor([_prompt_length(encoded[i]) for i in batch])
                 processors.append(RowPenalties(logits, lengths))
             if is_seeded and seeds is not None:
                 own_seeds = [seeds[i] for i in batch]
@@ -296,6 +296,11 @@ def generation_settings(
 
 def _length(prompt: list[int] | TwoPrompts) -> int:
     return prompt.longest if isinstance(prompt, TwoPrompts) else len(prompt)
+
+
+def _prompt_length(prompt: list[int] | TwoPrompts) -> int:
+    """Return the tokens of a prompt that ``generate`` continues; of two, those of the reference's."""
+    return len(prompt.reference.ids if isinstance(prompt, TwoPrompts) else prompt)
 
 
 def _padded(

@@ -31,10 +31,11 @@ __all__ = [
     "make_traces",
 ]
 
-PARTS = ("reference", "aligned", "fast", "hybrid")
+PARTS = ("reference", "aligned", "fast", "hybrid", "dial")
 """The parts in the package. `miniature:PART` can be given in place of a path. The first two are
 models; `fast` is an InRa adapter on the reference. `hybrid` is a model that has the reference's
-habits, and the aligned ones under the system message `SYSTEM`."""
+habits, and the aligned ones under the system message `SYSTEM`. `dial` is one LoRA on the reference,
+whose strength is λ from 0 to 5."""
 
 _WEIGHTS = Path(__file__).parent / "weights"
 

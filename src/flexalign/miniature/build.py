@@ -4,7 +4,8 @@ The reference is trained from random weights on traces with the habits `REFERENC
 model is the reference, fine-tuned on traces with the habits `ALIGNED`. ``fast`` is a layer adapter
 on the reference, trained to answer without thinking. ``hybrid`` is one model with both ways of
 thinking: the reference's habits by default, the aligned ones under the system message `SYSTEM`.
-``placebo`` is the control: the reference, fine-tuned on as many traces with its *own* habits, so
+``dial`` is one LoRA on the reference, whose strength is λ: it learns the pair's fusion for all λ of
+a range. ``placebo`` is the control: the reference, fine-tuned on as many traces with its *own* habits, so
 that it differs from the reference only by noise.
 """
 
@@ -17,6 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
@@ -29,6 +31,8 @@ from transformers import (
 from transformers.trainer_callback import TrainerCallback
 
 from flexalign.inra import InRaModel
+from flexalign.lora_dial import LoRADial
+from flexalign.miniature import make_traces
 from flexalign.miniature.tokenizer import build_tokenizer
 from flexalign.miniature.world import (
     ALIGNED,
@@ -39,6 +43,7 @@ from flexalign.miniature.world import (
     sample_question,
     sample_trace,
 )
+from flexalign.training import realign
 
 CONTEXT_TOKENS = 1024
 _USUAL_TOKENS = 85
@@ -92,6 +97,25 @@ FAST_SCHOOLING = Schooling(
 step, and with many traces the fast mode would be more accurate than the reference, which is trained
 to make errors."""
 
+DIAL_STEPS = 400
+DIAL_RECIPE: dict[str, Any] = {
+    "lambda": {"low": 0, "high": 5},
+    "gate": 0.01,
+    "lora": {"r": 32, "lora_alpha": 32, "target_modules": "all-linear"},
+    "training": {
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "cosine",
+        "per_device_train_batch_size": 24,
+        "gradient_accumulation_steps": 1,
+        "train_sampling_strategy": "sequential",
+        "max_length": 512,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "use_cpu": True,
+    },
+}
+"""The realignment of ``dial``, without its models, steps and seed."""
+
 
 def build_all(output: Path, *, seed: int = 0, placebo: bool = False) -> Iterator[str]:
     """Make all parts from a seed, and yield the name of each one after its folder is written.
@@ -122,6 +146,64 @@ def build_all(output: Path, *, seed: int = 0, placebo: bool = False) -> Iterator
     hybrid = copy.deepcopy(reference)
     teach(hybrid, HYBRID_SCHOOLING, seed + 3)
     yield _save(hybrid, output, "hybrid")
+
+    make_dial(output, seed=seed)
+    yield "dial"
+
+
+def make_dial(parts: Path, *, seed: int) -> None:
+    """Train the LoRA dial of a reference and an aligned model, and write it beside them.
+
+    Args:
+        parts: The folder of the parts; it has ``reference`` and ``aligned``, and gets ``dial``.
+        seed: Seed of the traces, of the LoRA's initial weights and of the draws of λ.
+    """
+    batch_size = DIAL_RECIPE["training"]["per_device_train_batch_size"]
+    rows = make_traces(DIAL_STEPS * batch_size, seed + 4)
+    training = DIAL_RECIPE["training"] | {
+        "max_steps": DIAL_STEPS,
+        "warmup_steps": DIAL_STEPS // 10,
+        "seed": seed,
+    }
+    with TemporaryDirectory() as scratch:
+        realign(
+            DIAL_RECIPE
+            | {
+                "reference": str(parts / "reference"),
+                "aligned": str(parts / "aligned"),
+                "data": "miniature",
+                "output": f"{scratch}/dial",
+                "training": training,
+            },
+            data=Dataset.from_list(sorted_by_length(rows, batch_size, seed)),
+        )
+        dial = LoRADial.from_pretrained(parts / "reference", f"{scratch}/dial")
+
+    # The folder names its base by its known name instead of a path.
+    name = "miniature:reference"
+    dial.dial_config = replace(dial.dial_config, base=name)
+    dial.peft.peft_config["default"].base_model_name_or_path = name
+    dial.save_pretrained(parts / "dial")
+    (parts / "dial" / "README.md").unlink()
+
+
+def sorted_by_length(
+    rows: list[dict[str, Any]], batch_size: int, seed: int
+) -> list[dict[str, Any]]:
+    """Return traces in an order in which each batch has traces of similar length.
+
+    A batch is padded to its longest trace, so this halves the work of a training that takes its
+    rows in order. The batches themselves follow each other at random.
+
+    Args:
+        rows: The traces, as `make_traces` returns them.
+        batch_size: Traces in each batch.
+        seed: Seed of the order of the batches.
+    """
+    ordered = sorted(rows, key=lambda row: len(row["completion"][0]["content"].split()))
+    batches = [ordered[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    random.Random(seed).shuffle(batches)
+    return [row for batch in batches for row in batch]
 
 
 def make_adapter(reference: Path, layers: int = 1) -> "LayerAdapter":

@@ -1,14 +1,14 @@
 """Realigns the miniature and compares the students with its closed form.
 
 :func:`run_demo` is what ``flexalign demo`` runs in minutes; the results document uses the same
-functions with longer trainings. Students are trained at several λ, and their accuracy, tokens and
-habits are compared with those of equation 5. Then the dial of one adapter is measured, with the
-policies that choose between its two ends.
+functions with longer trainings. One LoRA is trained for all λ, and its accuracy, tokens and habits
+at several λ are compared with those of equation 5; so is a student of two rounds. Then the dial of
+an InRa adapter is measured, with the policies that choose between its two ends.
 """
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
+from peft import LoraConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 
 from flexalign._storage import write_json
@@ -29,9 +30,12 @@ from flexalign.evaluation.frontier import (
 )
 from flexalign.evaluation.samples import Samples
 from flexalign.generation.responses import generate_responses
+from flexalign.generation.two_prompts import TwoPromptDecoder
 from flexalign.inra import InRaModel
+from flexalign.lambdas import LambdaRange
+from flexalign.lora_dial import LoRADial
 from flexalign.miniature import ALIGNED, REFERENCE, folder, make_questions, make_traces
-from flexalign.miniature.build import encode
+from flexalign.miniature.build import encode, sorted_by_length
 from flexalign.miniature.closed_form import HabitsOutcome, expected_outcome, token_level
 from flexalign.miniature.measure import count_branches, is_right, mean_habits, split_trace
 from flexalign.miniature.world import Habits, Question
@@ -56,6 +60,8 @@ class Training:
         rollouts: Share of the batches that the student samples.
         rollout_objective: The objective of these batches.
         seed: Seed of the traces and of their order.
+        by_length: Whether each batch has traces of similar length, which halves the work.
+        rank: Rank of the LoRA; only for a dial.
     """
 
     steps: int = 150
@@ -65,6 +71,8 @@ class Training:
     rollouts: float = 0.0
     rollout_objective: str = "token"
     seed: int = 0
+    by_length: bool = False
+    rank: int = 32
 
 
 @dataclass(frozen=True)
@@ -123,14 +131,62 @@ def realign(
         start: The student's initial model, which is changed in place; a new copy of the reference
             if None.
     """
-    reference, _, tokenizer = load_pair()
     student = load_model(str(folder("reference"))) if start is None else start
+    trainer = _trainer(student, aligned, lam, output, training, gate, callbacks)
+    trainer.train()
+    return student.eval()
+
+
+def realign_dial(
+    aligned: PreTrainedModel,
+    within: LambdaRange,
+    output: Path,
+    training: Training,
+    gate: float | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> LoRADial:
+    """Train one LoRA on the miniature's reference for all λ of a range, and return the dial.
+
+    Args:
+        aligned: The aligned model.
+        within: The range of λ.
+        output: The trainer's output folder, in which the dial's folder is written too.
+        training: Options of the training, with a `rank`.
+        gate: The gate τ of the teacher.
+        callbacks: Callbacks of the trainer.
+    """
+    trainer = _trainer(None, aligned, within.to_json(), output, training, gate, callbacks)
+    trainer.train()
+    trainer.save_model(str(output / "dial"))
+    return LoRADial.from_pretrained("miniature:reference", output / "dial")
+
+
+def _trainer(
+    student: PreTrainedModel | None,
+    aligned: PreTrainedModel,
+    lam: float | dict[str, float],
+    output: Path,
+    training: Training,
+    gate: float | None,
+    callbacks: Sequence[TrainerCallback],
+) -> TrRaTrainer:
+    """Return the trainer of a student, or of a LoRA on the reference if there is none."""
+    tokenizer = load_tokenizer(str(folder("reference")))
     rows = make_traces(training.steps * training.batch_size, seed=1_000 + training.seed)
+    if training.by_length:
+        rows = sorted_by_length(rows, training.batch_size, training.seed)
+
+    lora = None
+    if student is None:
+        lora = LoraConfig(
+            r=training.rank, lora_alpha=training.rank, target_modules="all-linear", lora_dropout=0.0
+        )
 
     trainer = TrRaTrainer(
         student,
-        reference=reference,
+        reference="miniature:reference",
         aligned=aligned,
+        peft_config=lora,
         args=TrRaConfig(
             output_dir=str(output),
             lam=lam,
@@ -143,6 +199,7 @@ def realign(
             lr_scheduler_type="cosine",
             warmup_steps=training.steps // 10,
             per_device_train_batch_size=training.batch_size,
+            train_sampling_strategy="sequential" if training.by_length else "random",
             max_length=512,
             gradient_checkpointing=False,
             bf16=False,
@@ -159,10 +216,8 @@ def realign(
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
-
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return student.eval()
+    return trainer
 
 
 def respond(
@@ -177,10 +232,13 @@ def respond(
     **generate_options: Any,
 ) -> list[list[str]]:
     """Sample one trace of a model for each question; temperature 0 is greedy."""
+    prompts: list[Any] = [[{"role": "user", "content": question.text}] for question in questions]
+    if isinstance(model, TwoPromptDecoder):
+        prompts = [model.rendering.both(prompt) for prompt in prompts]
     responses = generate_responses(
         model,
         tokenizer,
-        [[{"role": "user", "content": question.text}] for question in questions],
+        prompts,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         batch_size=batch_size,
@@ -380,7 +438,16 @@ def _require_same(first: JudgedAnswers, second: JudgedAnswers) -> None:
 # The demo itself.
 
 _LEARNING_RATE = 1e-3
-"""For short trainings; the results document uses half of it and more steps."""
+"""For a short training of a student; the results document uses half of it and more steps."""
+
+_DIAL_LEARNING_RATE = 3e-3
+"""For a short training of the LoRA; a rank of 32 bears more than all weights do."""
+
+_LAMBDAS = (0.5, 1.0, 2.0, 3.0, 5.0)
+"""The settings at which the LoRA answers."""
+
+_GATE = 0.01
+"""τ of all trainings: what both models do alike is not extrapolated, so that λ = 5 is useful."""
 
 _QUESTION_SEED = 10_000
 """Added to the demo's seed for its questions; far from the seeds of training data."""
@@ -389,7 +456,10 @@ _THRESHOLD = 0.44
 """The adaptive policy's threshold; ``benchmarks/dial.py`` chose it on other questions."""
 
 _LIMIT = 200
-"""Limit on new tokens at λ = 0.5, where a response may not end."""
+"""Limit on new tokens of the fast adapter at λ = 0.5, where a response may not end."""
+
+_LORA_LIMIT = 400
+"""The same for the LoRA, which breaks at λ = 5 if it has had few steps."""
 
 
 @dataclass(frozen=True)
@@ -422,7 +492,7 @@ def run_demo(
     Args:
         output: Folder for ``pareto.png`` and ``demo.json``; it must exist.
         questions: Number of questions that each model answers.
-        steps: Training steps of each student.
+        steps: Training steps of the LoRA, and of the student of two rounds.
         seed: Seed of questions, training and sampling.
         progress: Called with the name of the current step, how much of it is done, and how much
             there is; for each step first with 0 done.
@@ -430,44 +500,58 @@ def run_demo(
     Returns:
         The measurements of the models, and the figures of the dial's settings.
     """
-    training = Training(steps=steps, learning_rate=_LEARNING_RATE, seed=seed)
     asked = make_questions(questions, seed=_QUESTION_SEED + seed)
+    training = Training(steps=steps, learning_rate=_LEARNING_RATE, seed=seed, by_length=True)
     measurements: list[Measurement] = []
 
     with TemporaryDirectory() as scratch:
         reference, aligned, tokenizer = load_pair()
 
-        def ask(name: str, model: Any, **options: Any) -> list[list[str]]:
-            what = f"{name}: answers"
-            progress(what, 0, questions)
+        def ask(name: str, model: Any, repeats: int = 1, **options: Any) -> list[list[str]]:
+            what, wanted = f"{name}: answers", questions * repeats
+            progress(what, 0, wanted)
             return respond(
                 model,
                 tokenizer,
-                asked,
+                asked * repeats,
                 seed=seed + 1,
                 progress=lambda done, total: progress(what, done, total),
                 **options,
             )
 
-        def answer(name: str, model: Any, lam: float) -> list[list[str]]:
-            traces = ask(name, model)
-            habits = token_level(REFERENCE, ALIGNED, lam)
+        def note(name: str, traces: list[list[str]], lam: float) -> None:
+            habits = token_level(REFERENCE, ALIGNED, lam, _GATE)
             measurements.append(measure(name, asked, traces, expected_habits=habits))
-            return traces
 
-        def train(name: str, towards: Any, lam: float) -> Any:
+        def steps_of(name: str) -> list[TrainerCallback]:
             what = f"{name}: trains"
             progress(what, 0, steps)
-            callback = _StepCallback(lambda done: progress(what, done, steps))
-            return realign(towards, lam, Path(scratch), training, callbacks=[callback])
+            return [_StepCallback(lambda done: progress(what, done, steps))]
 
-        # The pair, and students of one and of two rounds.
-        slow = judge(asked, answer("reference", reference, 0))
-        answer("aligned", aligned, 1)
-        answer("λ=1", train("λ=1", aligned, 1), 1)
-        once = train("λ=2", aligned, 2)
-        answer("λ=2", once, 2)
-        answer("λ=2, 2 rounds", train("λ=2, 2 rounds", once, 2), 4)
+        # The pair.
+        written = ask("reference", reference)
+        slow = judge(asked, written)
+        note("reference", written, 0)
+        note("aligned", ask("aligned", aligned), 1)
+
+        # One LoRA for all λ. Each question is asked at each λ, in batches of mixed λ.
+        one = realign_dial(
+            aligned,
+            LambdaRange(0, max(_LAMBDAS)),
+            Path(scratch),
+            replace(training, learning_rate=_DIAL_LEARNING_RATE),
+            _GATE,
+            steps_of("one LoRA"),
+        )
+        lams = [lam for lam in _LAMBDAS for _ in asked]
+        written = ask("one LoRA", one, len(_LAMBDAS), lam=lams, max_new_tokens=_LORA_LIMIT)
+        for number, lam in enumerate(_LAMBDAS):
+            note(f"λ={lam:g}", written[number * questions :][:questions], lam)
+
+        # A second round begins with the LoRA's λ = 2 in the place of the aligned model.
+        name = "λ=2, 2 rounds"
+        twice = realign(one.merged(2), 2, Path(scratch), training, _GATE, steps_of(name))
+        note(name, ask(name, twice), 4)
 
         # The dial of the fast adapter.
         dial = InRaModel.from_pretrained("miniature:reference", "miniature:fast")
@@ -490,13 +574,18 @@ def run_demo(
     rows = [DialRow(name, weigh(answers, fast, slow)) for name, answers in settings.items()]
     picture(
         output / "pareto.png",
-        {"the pair": measurements[:2], "realigned": measurements[2:]},
-        [closed_form_curve(highest=5)],
+        {
+            "the pair": measurements[:2],
+            "one LoRA": measurements[2:-1],
+            "two rounds": measurements[-1:],
+        },
+        [closed_form_curve(_GATE, highest=max(_LAMBDAS))],
     )
     figures = {
         "questions": questions,
         "steps": steps,
         "seed": seed,
+        "gate": _GATE,
         "rows": [measurement.to_json() for measurement in measurements],
         "dial": [row.to_json() for row in rows],
     }

@@ -206,6 +206,7 @@ class _Routes:
 
     def _model(self) -> dict[str, Any]:
         model = self._service.model
+        prompts = None if model.rendering is None else model.rendering.prompts
         return {
             "id": model.name,
             "object": "model",
@@ -213,6 +214,7 @@ class _Routes:
             "owned_by": "flexalign",
             "max_model_len": model.context,
             "dial": self._rules.to_json(),
+            **({} if prompts is None else {"prompts": prompts.to_json()}),
         }
 
 

@@ -34,7 +34,7 @@ def dial(tmp_path_factory: pytest.TempPathFactory) -> Path:
     low = LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", init_lora_weights=False)
     get_peft_model(load_model(resolve("miniature")), low).save_pretrained(folder)
     base = fingerprint(resolve("miniature"))
-    LoRADialConfig("miniature", base, lambda_range=(0.0, 1.5)).save(folder)
+    LoRADialConfig("miniature", base, lambda_range=(-1.0, 2.0)).save(folder)
     return folder
 
 
@@ -64,7 +64,11 @@ def written(ours: LoRADial, question: str, dial: Any, tokens: int = 40) -> str:
 
 
 def closed(text: str) -> str:
-    """A text whose last thinking is closed: a message does not say whether it was."""
+    """A text whose last thinking is closed: a message does not say whether it was.
+
+    vLLM's detokenizer puts a space before its first word: the miniature's tokenizer has no decoder.
+    """
+    text = text.strip()
     return text if "</think>" in text or "<think>" not in text else f"{text}</think>"
 
 

@@ -21,7 +21,7 @@ class Job:
     """One answer to be written.
 
     Attributes:
-        prompt: Its tokens, at least one.
+        prompt: Its tokens, at least one; of two prompts, the reference's.
         dial: A number, a schedule or a policy; None on a model without a dial.
         max_tokens: Tokens at which it is cut off.
         temperature: 0 is greedy.
@@ -31,6 +31,8 @@ class Job:
         stops_after_thinking: Whether they are looked for only outside its thinking.
         logits: Limits on its tokens, penalties and biases.
         logprobs: Number of likeliest tokens to report at each token; None for no log-probabilities.
+        aligned: The tokens of the aligned prompt, where the model is asked under two.
+        opened: Whether the thinking is open at the prompt's end; None to read it from its tokens.
     """
 
     prompt: tuple[int, ...]
@@ -43,6 +45,13 @@ class Job:
     logprobs: int | None = None
     stops_after_thinking: bool = False
     logits: LogitsSettings = field(default_factory=LogitsSettings)
+    aligned: tuple[int, ...] | None = None
+    opened: bool | None = None
+
+    @property
+    def prompts(self) -> tuple[tuple[int, ...], ...]:
+        """Its prompts: one, or the reference's and the aligned one."""
+        return (self.prompt,) if self.aligned is None else (self.prompt, self.aligned)
 
 
 @dataclass(frozen=True)

@@ -65,13 +65,13 @@ class AnswerSequence:
 
     Attributes:
         generation: The generation that it belongs to.
-        next_token: The token that goes into the model next.
+        next_token: The token that goes into the model next; before the first, the last of each prompt.
         ended: How it ended; None while it is written.
         is_rejected: Whether it is a fast answer below the threshold.
         dial: The dial of the current attempt.
     """
 
-    next_token: int
+    next_token: int | tuple[int, ...]
     ended: Ended | None
     is_rejected: bool
     dial: Fixed | Schedule
@@ -196,6 +196,8 @@ class AnswerSequence:
     def _begin(self, dial: Fixed | Schedule) -> None:
         job = self._job
         self.next_token = job.prompt[-1]
+        if job.aligned is not None:
+            self.next_token = (job.prompt[-1], job.aligned[-1])
         self.ended = None
         self.is_rejected = False
         self.dial = dial
@@ -205,7 +207,7 @@ class AnswerSequence:
         self._text = ""
         reader = self._settings.reader
         tags = reader.tags if job.stops_after_thinking else None
-        opened = tags is not None and reader.is_opened_by(job.prompt)
+        opened = reader.is_opened_by(job.prompt) if job.opened is None else job.opened
         self._running = StoppedText(reader, job.stop, tags, opened=opened)
         self._penalties = job.logits.processors(len(job.prompt))
         self._sampling = None

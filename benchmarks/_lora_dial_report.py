@@ -1,0 +1,283 @@
+"""The tables of `lora_dial.py`, from its stored cells."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RAW = Path("benchmarks/results/lora_dial.json")
+REPORT = Path("benchmarks/results/lora_dial.md")
+
+GATE = 0.01
+PLAIN = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
+GATED = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
+JUDGED = ("again", "check", "error")
+_SIGNS = {"again": "r", "check": "c", "error": "ε"}
+METHODS = ("dial", "pair", "student", "scaled", "interpolated")
+_NAMES = {
+    "pair": "two models",
+    "scaled": "LoRA of λ = 1, scaled",
+    "interpolated": "interpolated weights",
+}
+
+HABIT_MARGIN, ACCURACY_MARGIN = 0.01, 0.015
+CUT, GAIN = 0.45, 0.10
+"""What is to be reached: departures of the dial, and of λ = 5 from the reference."""
+
+Row = dict[str, Any]
+
+
+def publish(results: dict[str, Any]) -> None:
+    """Write the figures and their tables."""
+    RAW.parent.mkdir(parents=True, exist_ok=True)
+    RAW.write_text(
+        json.dumps(results | {"options": _told(results)}, indent=1, ensure_ascii=False) + "\n",
+        encoding="utf-8",
+    )
+    REPORT.write_text(report(results), encoding="utf-8")
+
+
+def report(results: dict[str, Any]) -> str:
+    """The document of all cells that are there."""
+    options = results["options"]
+    rows = [row for row in results["rows"] if row["pair"] == "miniature"]
+    hybrid = [row for row in results["rows"] if row["pair"] == "hybrid"]
+    seeds = {
+        method: sorted({row["seed"] for row in rows if row["method"] == method})
+        for method in METHODS
+    }
+    lines = [
+        "# One LoRA for every λ",
+        "",
+        f"`python benchmarks/lora_dial.py`: {options['questions']} questions of the miniature at "
+        f"temperature 1 for each setting and seed; habits at the branches of "
+        f"{options['judged']} of the responses. Seeds measured: "
+        + "; ".join(
+            f"{_NAMES.get(method, method)} {', '.join(map(str, own)) or 'none'}"
+            for method, own in seeds.items()
+        )
+        + ". Figures are means over the seeds; brackets are from the lowest to the highest end of "
+        "their 95 % intervals. *pair*: the pair's own form, the fusion of both models' "
+        "probabilities at the same branches.",
+        "",
+    ]
+    for gate in (None, GATE):
+        lines += _dial_table(rows, gate)
+    for gate in (None, GATE):
+        lines += _methods_table(rows, gate)
+    return "\n".join([*lines, *_targets(rows), *_costs(rows), *_hybrid_tables(hybrid)])
+
+
+def _dial_table(rows: Sequence[Row], gate: float | None) -> list[str]:
+    found = _by_lambda(_of(rows, "dial", gate))
+    if not found:
+        return []
+    lines = [
+        f"## The dial, {_named(gate)}",
+        "",
+        "| λ | r dial / pair | c | ε | accuracy | pair | tokens | pair |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for lam, same in found.items():
+        habits = " | ".join(
+            f"{_mean(same, 'model_habits', h):.3f} / {_mean(same, 'pair_habits', h):.3f}"
+            for h in JUDGED
+        )
+        lines.append(
+            f"| {lam:g} | {habits} | {_accuracy(same)} "
+            f"| {_mean(same, 'pair_outcome', 'accuracy'):.3f} | {_tokens(same)} "
+            f"| {_mean(same, 'pair_outcome', 'tokens'):.1f} |"
+        )
+    lines += [
+        "",
+        f"Dial minus pair at the same branches, simultaneous 95 % intervals over the three habits, "
+        f"{_named(gate)}:",
+        "",
+        "| λ | seed | r | c | ε |",
+        "|---|---|---|---|---|",
+    ]
+    for lam, same in found.items():
+        for row in same:
+            departures = " | ".join(_departure(row, habit) for habit in JUDGED)
+            lines.append(f"| {lam:g} | {row['seed']} | {departures} |")
+    return [*lines, ""]
+
+
+def _methods_table(rows: Sequence[Row], gate: float | None) -> list[str]:
+    """All methods side by side; what knows no gate stands in both tables."""
+    columns = {}
+    for method in METHODS:
+        own = _of(rows, method, GATE if method in ("scaled", "interpolated") else gate)
+        if own:
+            columns[method] = _by_lambda(own)
+    if len(columns) < 2:
+        return []
+    lines = [
+        f"## Beside what it replaces, {_named(gate)}: accuracy, tokens",
+        "",
+        "| λ | " + " | ".join(_NAMES.get(method, method) for method in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for lam in PLAIN if gate is None else GATED:
+        cells = [
+            f"{_accuracy(same)}, {_tokens(same)}" if (same := column.get(lam)) else "–"
+            for column in columns.values()
+        ]
+        lines.append(f"| {lam:g} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _targets(rows: Sequence[Row]) -> list[str]:
+    """What was to be reached, and what is."""
+    lines = ["## To be reached", ""]
+    for gate in (None, GATE):
+        own = _of(rows, "dial", gate)
+        if not own:
+            continue
+        habit, row = max(
+            ((habit, row) for row in own for habit in row["departure"]),
+            key=lambda one: abs(one[1]["departure"][one[0]][1]),
+        )
+        worst = row["departure"][habit][1]
+        lines.append(
+            f"- {_named(gate)}: the largest departure of a habit from the pair's own form is "
+            f"{worst:+.4f} ({_SIGNS[habit]} at λ = {row['lambda']:g}, seed {row['seed']}); "
+            f"to be within ±{HABIT_MARGIN:g}: {_yes(abs(worst) <= HABIT_MARGIN)}."
+        )
+        gaps = {
+            lam: _mean_of(same, "accuracy") - _mean(same, "pair_outcome", "accuracy")
+            for lam, same in _by_lambda(own).items()
+        }
+        lam = max(gaps, key=lambda lam: abs(gaps[lam]))
+        lines.append(
+            f"- {_named(gate)}: the largest departure of the accuracy, mean over the seeds, is "
+            f"{gaps[lam]:+.3f} (λ = {lam:g}); to be within ±{ACCURACY_MARGIN:g}: "
+            f"{_yes(abs(gaps[lam]) <= ACCURACY_MARGIN)}."
+        )
+    five = _by_lambda(_of(rows, "dial", GATE)).get(5.0)
+    if five:
+        from flexalign.miniature import REFERENCE
+        from flexalign.miniature.closed_form import expected_outcome
+
+        base = expected_outcome(REFERENCE)
+        cut = 1 - _mean_of(five, "tokens") / base.tokens
+        gain = _mean_of(five, "accuracy") - base.accuracy
+        lines.append(
+            f"- {_named(GATE)}, λ = 5: {cut:.1%} fewer tokens than the reference's closed form "
+            f"({base.tokens:.1f}) at an accuracy of {gain:+.3f} to its {base.accuracy:.3f}; to be "
+            f"at least {CUT:.0%} and {GAIN:+.2f}: {_yes(cut >= CUT and gain >= GAIN)}."
+        )
+    return [*lines, ""]
+
+
+def _costs(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "## Cost of training",
+        "",
+        "Steps of 24 traces, and seconds of one core, mean over the trainings.",
+        "",
+        "| | λ | steps | seconds |",
+        "|---|---|---|---|",
+    ]
+    for method, gate, what in (
+        ("dial", None, "0 to 3, all"),
+        ("dial", GATE, "0 to 5, all"),
+        ("student", None, "one"),
+        ("student", GATE, "one"),
+        ("scaled", GATE, "one (1)"),
+    ):
+        costs = [row["training"] for row in _of(rows, method, gate)]
+        if costs:
+            seconds = sum(cost["cpu_seconds"] for cost in costs) / len(costs)
+            lines.append(
+                f"| {method}, {_named(gate)} | {what} | {costs[0]['steps']} | {seconds:.0f} |"
+            )
+    return [*lines, ""]
+
+
+def _hybrid_tables(rows: Sequence[Row]) -> list[str]:
+    """One model under two prompts: all methods beside the closed form, and their departures."""
+    columns = {method: _by_lambda(own) for method in METHODS if (own := _of(rows, method, GATE))}
+    if not columns:
+        return []
+    names = {"pair": "two prompts, decoded"}
+    lines = [
+        f"## One model under two prompts, {_named(GATE)}",
+        "",
+        "`miniature:hybrid` without a system message is λ = 0, and under its system message λ = 1. "
+        "*Closed form*: equation 5 over the habits of the two worlds that it was trained on.",
+        "",
+        "| λ | closed form | " + " | ".join(names.get(name, name) for name in columns) + " |",
+        "|---|---|" + "---|" * len(columns),
+    ]
+    for lam in GATED:
+        same = [column[lam] for column in columns.values() if lam in column]
+        if same:
+            world = same[0][0]["expected"]
+            cells = [
+                f"{_accuracy(own)}, {_tokens(own)}" if (own := column.get(lam)) else "–"
+                for column in columns.values()
+            ]
+            told = f"{world['accuracy']:.3f}, {world['tokens']:.1f}"
+            lines.append(f"| {lam:g} | {told} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Model minus the fusion of the two prompts at the same branches:",
+        "",
+        "| | λ | r | c | ε |",
+        "|---|---|---|---|---|",
+    ]
+    for method, column in columns.items():
+        for lam, same in column.items():
+            if "departure" in same[0]:
+                departures = " | ".join(_departure(same[0], habit) for habit in JUDGED)
+                lines.append(f"| {method} | {lam:g} | {departures} |")
+    return [*lines, ""]
+
+
+def _of(rows: Sequence[Row], method: str, gate: float | None) -> list[Row]:
+    return [row for row in rows if row["method"] == method and row["gate"] == gate]
+
+
+def _by_lambda(rows: Sequence[Row]) -> dict[float, list[Row]]:
+    found: dict[float, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (row["lambda"], row["seed"])):
+        found.setdefault(row["lambda"], []).append(row)
+    return found
+
+
+def _mean(rows: Sequence[Row], key: str, name: str) -> float:
+    return float(sum(row[key][name] for row in rows) / len(rows))
+
+
+def _mean_of(rows: Sequence[Row], key: str) -> float:
+    return float(sum(row[key] for row in rows) / len(rows))
+
+
+def _accuracy(rows: Sequence[Row]) -> str:
+    ends = [row["accuracy_interval"] for row in rows]
+    low, high = min(end[0] for end in ends), max(end[1] for end in ends)
+    return f"{_mean_of(rows, 'accuracy'):.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _tokens(rows: Sequence[Row]) -> str:
+    return f"{_mean_of(rows, 'tokens'):.1f}"
+
+
+def _departure(row: Row, habit: str) -> str:
+    if habit not in row["departure"]:
+        return "–"
+    low, mean, high = row["departure"][habit]
+    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+def _named(gate: float | None) -> str:
+    return "plain" if gate is None else f"gated (τ = {gate:g})"
+
+
+def _yes(reached: bool) -> str:
+    return "yes" if reached else "no"
+
+
+def _told(results: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in results["options"].items() if key != "work"}
