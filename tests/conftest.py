@@ -4,6 +4,7 @@ Fixtures for all tests:
 
 * ``tiny_tokenizer``: a real byte-level BPE tokenizer with special tokens and a chat template.
 * ``hybrid_tokenizer``: that tokenizer with a template that reads ``enable_thinking``.
+* ``hybrid_folder``: a model's folder with that tokenizer.
 * ``tiny_model(family="qwen2", vocab_size=None, seed=0, **config)``: a two-layer random model.
 * ``tiny_pair``: ``(reference, aligned)``, two model folders with that tokenizer. Read only.
 * ``run_cli(*args)``: the command line, in this process, with what it printed.
@@ -36,6 +37,7 @@ import copy
 import io
 import ipaddress
 import random
+import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -200,6 +202,17 @@ def hybrid_tokenizer(tiny_tokenizer: PreTrainedTokenizerFast) -> PreTrainedToken
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = HYBRID_TEMPLATE
     return tokenizer
+
+
+@pytest.fixture
+def hybrid_folder(
+    tiny_pair: TinyPair, hybrid_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> Path:
+    """A model's folder with that tokenizer."""
+    folder = tmp_path / "hybrid"
+    shutil.copytree(tiny_pair.reference, folder)
+    hybrid_tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

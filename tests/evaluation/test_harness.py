@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed; make test-full does so")
 
@@ -22,11 +22,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from conftest import TinyPair
-from contract.subjects import inserted, stir
+from contract.subjects import inserted, put_lora, stir
 from flexalign.errors import CheckpointError, ConfigError, LambdaError
 from flexalign.evaluation.harness import HarnessModel
 from flexalign.generation import TwoModelDecoder
 from flexalign.inra import InRaModel
+from flexalign.lora_dial import LoRADial, LoRADialConfig
 from flexalign.miniature import folder as miniature_folder
 from flexalign.models.loading import load_tokenizer
 from flexalign.models.pair import ModelPair
@@ -131,7 +132,13 @@ def _paths(folder: Path, names: Any) -> list[str]:
     return [str(folder / name) for name in names]
 
 
-def measure(tasks: TaskManager, model: str, names: list[str] | None = None, **arguments: Any):
+def measure(
+    tasks: TaskManager,
+    model: str,
+    names: list[str] | None = None,
+    asked: dict[str, Any] | None = None,
+    **arguments: Any,
+):
     """Every request's outcome and the metrics, task by task."""
     results = lm_eval.simple_evaluate(
         model=model,
@@ -141,6 +148,7 @@ def measure(tasks: TaskManager, model: str, names: list[str] | None = None, **ar
         batch_size=3,
         device="cpu",
         bootstrap_iters=0,
+        **(asked or {}),
     )
     outcomes = {
         name: [sample["resps"] for sample in sorted(rows, key=lambda row: row["doc_id"])]
@@ -172,6 +180,34 @@ def test_both_ends_give_the_numbers_of_hf(
     assert metrics.keys() == expected.keys()
     for name, row in metrics.items():
         assert row == pytest.approx(expected[name], rel=1e-4)
+
+
+def test_a_lora_dials_ends_give_the_numbers_of_hf(
+    tasks: TaskManager,
+    tiny: Dial,
+    tmp_path: Path,
+    tiny_model: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+):
+    model = put_lora(tiny_model(initializer_range=0.1), 0.2)
+    settings = LoRADialConfig("base", "", lambda_range=(0.0, 3.0))
+    LoRADial(model, settings).save_pretrained(tmp_path)
+    merged = tmp_path / "merged"  # by PEFT; hf's own peft= gives the base more tokens
+    model.merge_and_unload().save_pretrained(merged)
+    tiny_tokenizer.save_pretrained(merged)
+    for end, plain in ((0, tiny.base), (1, str(merged))):
+        ours, _ = measure(
+            *(tasks, "flexalign"), pretrained=tiny.base, adapter=str(tmp_path), **{"lambda": end}
+        )
+        theirs, _ = measure(tasks, "hf", pretrained=plain)
+        assert ours["offline_responses"] == theirs["offline_responses"]
+        for name in ("offline_choices", "offline_texts"):
+            for found, wanted in zip(ours[name], theirs[name], strict=True):
+                assert _numbers(found) == pytest.approx(_numbers(wanted), abs=1e-3)
+    with pytest.raises(LambdaError, match="extrapolate=True"):
+        HarnessModel(tiny.base, adapter=str(tmp_path), lam=4)
+    with pytest.raises(ConfigError, match="takes no gate"):
+        HarnessModel(tiny.base, adapter=str(tmp_path), lam=1, gate=0.1)
 
 
 def test_the_two_ends_differ(tasks: TaskManager, miniature: Dial):
@@ -210,6 +246,66 @@ def test_a_pair_is_measured_at_its_lambda(tasks: TaskManager, tiny_pair: TinyPai
     tokens = torch.randint(6, 300, (2, 7), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(model._model_call(tokens), decoder(tokens, lam=2.0, gate=0.05).logits)
+
+
+def test_two_prompts_are_hf_under_each_of_them(tasks: TaskManager, hybrid_folder: Path):
+    names = ["offline_responses", "offline_choices"]
+    brief = "the answer is six."
+    for end, told in enumerate((None, brief)):
+        ours, _ = measure(
+            tasks,
+            "flexalign",
+            names,
+            {"apply_chat_template": True},
+            pretrained=str(hybrid_folder),
+            aligned_system=brief,
+            **{"lambda": end},
+        )
+        theirs, _ = measure(
+            tasks,
+            "hf",
+            names,
+            {"apply_chat_template": True, "system_instruction": told},
+            pretrained=str(hybrid_folder),
+        )
+        assert ours["offline_responses"] == theirs["offline_responses"]
+        for found, wanted in zip(ours["offline_choices"], theirs["offline_choices"], strict=True):
+            assert _numbers(found) == pytest.approx(_numbers(wanted), abs=1e-4)
+
+
+@torch.no_grad()
+def test_two_prompts_in_between_are_equation_5(hybrid_folder: Path, hybrid_tokenizer: Any):
+    template = "{enable_thinking: false}"
+    model = HarnessModel(
+        str(hybrid_folder), aligned_template=template, lam=1.7, dtype="float32", device="cpu"
+    )
+    context = model.apply_chat_template([{"role": "user", "content": "1+2="}])
+    assert context.endswith("<think>\n")
+    continuations = ["3", " the answer is six"]
+    found = model.loglikelihood(
+        [Instance("loglikelihood", {}, (context, text), 0) for text in continuations]
+    )
+
+    plain = AutoModelForCausalLM.from_pretrained(hybrid_folder)
+    prompts = [context, context.removesuffix("\n") + "\n\n</think>\n\n"]
+    for text, (likelihood, _) in zip(continuations, found, strict=True):
+        ids = hybrid_tokenizer(text, add_special_tokens=False)["input_ids"]
+        logits = []
+        for prompt in prompts:
+            before = hybrid_tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            own = plain(torch.tensor([before + ids])).logits[0, len(before) - 1 : -1]
+            logits.append(own.double())
+        fused = fuse64(*logits, 1.7).log_softmax(-1)
+        expected = float(fused.gather(-1, torch.tensor(ids)[:, None]).sum())
+        assert likelihood == pytest.approx(expected, abs=1e-4)
+
+
+def test_two_prompts_need_conversations(tasks: TaskManager):
+    model = {"pretrained": "miniature", "aligned_system": "check"}
+    with pytest.raises(ConfigError, match="--apply_chat_template"):
+        measure(tasks, "flexalign", ["offline_responses"], **model)
+    with pytest.raises(ConfigError, match="alike under both"):
+        measure(tasks, "flexalign", ["offline_texts"], {"apply_chat_template": True}, **model)
 
 
 def test_a_policy_chooses_the_way_of_every_response(tasks: TaskManager, miniature: Dial):

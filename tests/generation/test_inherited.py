@@ -16,8 +16,10 @@ from flexalign.errors import ConfigError
 from flexalign.generation import TwoModelDecoder, TwoPromptDecoder
 from flexalign.generation.inherited import REFUSED
 from flexalign.inra import InRaModel
+from flexalign.lora_dial import LoRADial, LoRADialConfig
 from flexalign.models.pair import ModelPair
 from flexalign.models.prompted import PromptPair
+from lora_folders import miniature_lora
 
 WHOLE = {
     *("generate", "prepare_inputs_for_generation", "save_pretrained", "from_pretrained"),
@@ -63,7 +65,12 @@ def two_prompts() -> TwoPromptDecoder:
     return TwoPromptDecoder.from_pretrained("miniature", prompts, dtype="float32")
 
 
-@pytest.fixture(params=["inra", "two_models", "two_prompts"])
+@pytest.fixture(scope="module")
+def lora_dial() -> LoRADial:
+    return LoRADial(miniature_lora(), LoRADialConfig("miniature", "")).eval()
+
+
+@pytest.fixture(params=["inra", "two_models", "two_prompts", "lora_dial"])
 def model(request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue(request.param)
 

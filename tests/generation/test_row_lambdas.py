@@ -81,3 +81,17 @@ def test_tags_of_several_tokens_are_refused(tiny_tokenizer):
 def test_refusals(lam, error):
     with pytest.raises(error):
         RowDials.of(lam, 2)
+
+
+def test_the_first_lambda_is_known_before_the_first_token(tiny_tokenizer):
+    opening = tiny_tokenizer.convert_tokens_to_ids("<think>")
+    tags = TagTokens(tiny_tokenizer, ThinkingTags("<think>", "</think>"))
+    thinking = Schedule.parse({"kind": "thinking", "think": 0.0, "answer": 3.0})
+    linear = Schedule.parse({"kind": "linear", "start": -1, "end": 3, "steps": 6})
+    dials = RowDials.following([Fixed(0.5), linear, thinking, thinking])
+    assert dials.first.tolist() == [0.5, -1.0, 3.0, 3.0]
+    prompts = torch.tensor([[7, 8], [7, opening], [7, opening], [7, 8]])
+    assert dials.begin(prompts, tags).first.tolist() == [0.5, -1.0, 0.0, 3.0]
+    assert RowDials.of(torch.tensor([[0.1, 0.2], [0.3, 0.4]]), 2).first.tolist() == pytest.approx(
+        [0.1, 0.3]
+    )

@@ -128,6 +128,19 @@ def test_gate_and_lambda_matter_in_the_test_above(decoder: TwoPromptDecoder, mod
     assert len({str(row) for row in rows.values()}) == len(rows)
 
 
+def test_either_prompt_may_be_the_longer_one(model: Any, hybrid_tokenizer: Any) -> None:
+    """Transformers leaves out the mask of a prompt without padding: here that of the reference."""
+    told = PromptPair(PROMPTS.aligned, PROMPTS.reference)
+    decoder = TwoPromptDecoder(model, PairRendering(hybrid_tokenizer, told))
+    for asked in ASKED:
+        both = decoder.rendering.both(asked)
+        assert len(both.reference.ids) > len(both.aligned.ids)
+        for lam in (0.0, 0.5, 1.0, 2.0):
+            settings = [{}, {"use_cache": False}, {"prefill_chunk_size": 7}]
+            found = [greedy(decoder, decoder.encode([asked]), lam=lam, **how) for how in settings]
+            assert found == [[recompute(model, both, lam)]] * 3
+
+
 @pytest.mark.parametrize(("lam", "side"), [(0.0, "reference"), (1.0, "aligned")])
 def test_the_ends_are_the_model_under_one_prompt_which_alone_runs(
     decoder: TwoPromptDecoder, model: Any, lam: float, side: str, monkeypatch: pytest.MonkeyPatch

@@ -229,3 +229,35 @@ def test_a_layer_that_sees_tokens_in_another_order_is_refused():
     layer.mlp = _Shuffled(layer.mlp)
     with pytest.raises(UnsupportedModelError, match="disturb each other"):
         LoRADial(model, LoRADialConfig("base", ""))
+
+
+def test_a_policy_beside_a_thinking_schedule_reads_whole_prompts(dial, tiny_tokenizer):
+    opening = tiny_tokenizer.convert_tokens_to_ids("<think>")
+    prompts = torch.tensor([[7, 8, 9, opening], [7, 8, 9, 12]])
+    thinking = {"kind": "thinking", "think": 0.0, "answer": 3.0}
+    policy = Adaptive(1.0, fast_lambda=2.0, slow_lambda=0.5)
+    settings = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None}
+    # The tag is the last token, which the shared prefill leaves out.
+    together = dial.generate(prompts, policy=[thinking, policy], **settings)
+    alone = dial.generate(prompts[:1], lam=thinking, **settings)
+    assert together[0].tolist() == alone[0].tolist()
+    assert alone[0].tolist() != dial.generate(prompts[:1], lam=3.0, **settings)[0].tolist()
+
+
+def test_a_checkpointed_forward_runs_again_at_its_own_lambda(dial, inputs):
+    weights = dict(dial.peft.named_parameters())
+
+    def gradients() -> dict[str, torch.Tensor]:
+        dial.zero_grad()
+        loss = dial(**inputs, lam=MIXED, labels=inputs["input_ids"]).loss
+        loss.backward()
+        return {name: p.grad.clone() for name, p in weights.items() if p.grad is not None}
+
+    dial.train()
+    expected = gradients()
+    dial.base.enable_input_require_grads()
+    dial.gradient_checkpointing_enable()
+    found = gradients()
+    assert found.keys() == expected.keys() != set()
+    for name, gradient in found.items():
+        assert torch.allclose(gradient, expected[name], atol=1e-6)

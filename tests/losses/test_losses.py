@@ -353,6 +353,27 @@ def test_a_frozen_head_gets_no_gradient() -> None:
     assert case.student_head.weight.grad is None
 
 
+@pytest.mark.parametrize("chunk_size", [4, 256])
+@pytest.mark.parametrize("count", [None, 0])
+def test_no_memory_is_read_before_it_is_written(chunk_size: int, count: int | None) -> None:
+    case = make_case("all")
+    if count == 0:
+        case = dataclasses.replace(case, mask=torch.zeros_like(case.mask))
+
+    def loss(case: Case) -> Tensor:
+        return fused_divergence(**case.arguments(), lam=2.0, chunk_size=chunk_size)
+
+    expected = with_gradients(case, loss)
+    torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
+    try:
+        assert torch.isnan(torch.empty(3)).all()
+        found = with_gradients(case, loss)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_without_gradients_none_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case("bias")
     for leaf in (case.student_hidden, case.student_head.weight, case.student_head.bias):

@@ -72,8 +72,8 @@ def start_vllm(start_server: Any) -> Callable[..., Server]:
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed here; make test-full runs this in .venv-vllm")
 
-    def start(*args: str, port: int = 0) -> Server:
-        dial = ("miniature", "--adapter", "miniature:fast", "--lambda-range=-1,2")
+    def start(*args: str, port: int = 0, adapter: str = "miniature:fast") -> Server:
+        dial = ("miniature", "--adapter", adapter, "--lambda-range=-1,2")
         more = ("--engine", "vllm", "--dtype", "float32", *args)
         return start_server(*dial, *more, "--", "--enforce-eager", "--block-size", "32", port=port)
 

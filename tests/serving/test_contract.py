@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterator
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 import torch
@@ -77,6 +78,37 @@ def test_a_stream_is_the_whole_in_pieces(client: openai.OpenAI):
     assert None in dials
     [one] = client.chat.completions.create(**asked | {"n": 1}).choices
     assert one.message.content == answer.choices[0].message.content
+
+
+def test_other_protocols_tell_what_the_chat_tells(client: openai.OpenAI, either: Server):
+    asked: dict[str, Any] = {"model": "miniature", "temperature": 0, "extra_body": {"lambda": 0.2}}
+    limit = 80
+    chat = client.chat.completions.create(
+        messages=messages(QUESTIONS[0]), max_tokens=limit, **asked
+    )
+    message = chat.choices[0].message
+
+    response = client.responses.create(input=QUESTIONS[0], max_output_tokens=limit, **asked)
+    assert response.output_text == message.content
+    assert [item.type for item in response.output] == ["reasoning", "message"]
+    assert response.output[0].content[0].text == message.reasoning
+    assert response.model_extra["dial"] == chat.model_extra["dial"]
+    assert response.usage.output_tokens == chat.usage.completion_tokens
+    with client.responses.stream(input=QUESTIONS[0], max_output_tokens=limit, **asked) as stream:
+        texts = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        final = stream.get_final_response()
+    assert "".join(texts) == final.output_text == message.content
+
+    body = {"model": "miniature", "messages": messages(QUESTIONS[0]), "max_tokens": limit}
+    told = httpx2.post(
+        f"{either.root}/v1/messages",
+        json=body | {"temperature": 0, "lambda": 0.2},
+        headers={"x-api-key": KEY},
+        timeout=120,
+    ).json()
+    thinking, text = told["content"]
+    assert (thinking["thinking"], text["text"]) == (message.reasoning, message.content)
+    assert told["usage"]["output_tokens"] == chat.usage.completion_tokens
 
 
 def test_completions_take_texts_and_tokens(client: openai.OpenAI):

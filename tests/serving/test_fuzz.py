@@ -21,11 +21,19 @@ GOOD: dict[str, dict[str, Any]] = {
     PATHS[0]: {"messages": [{"role": "user", "content": "1+2?"}], "max_tokens": 2},
     PATHS[1]: {"prompt": "1+2?", "max_tokens": 2},
 }
+FACADES: dict[str, dict[str, Any]] = {
+    "/v1/responses": {"input": "1+2?", "max_output_tokens": 2},
+    "/v1/messages": {"messages": [{"role": "user", "content": "1+2?"}], "max_tokens": 2},
+}
 KEYS = [
     *("messages", "prompt", "model", "max_tokens", "max_completion_tokens", "n", "seed", "stop"),
     *("temperature", "top_p", "stream", "stream_options", "logprobs", "top_logprobs", "user"),
     *("lambda", "effort", "reasoning_effort", "control", "tools", "logit_bias", "metadata"),
     *("echo", "response_format", "frequency_penalty", "lamda", "λ", "", "\u0000", "a" * 3000),
+]
+FACADE_KEYS = [
+    *("input", "instructions", "max_output_tokens", "reasoning", "text", "store", "system"),
+    *("stop_sequences", "output_config", "thinking", "include", "messages", "top_k"),
 ]
 INNER = ["role", "content", "type", "text", "policy", "kind", "start", "end", "steps", "points"]
 INNER += ["threshold", "share", "measure", "think", "answer", "budget", "include_usage", "lambda"]
@@ -76,24 +84,24 @@ def path_of(number: int) -> str:
     return PATHS[number // 10 % 2]
 
 
-def body(number: int) -> bytes:
+def body(number: int, good: dict[str, Any] | None = None, keys: list[str] = KEYS) -> bytes:
     """The same for the same number."""
     draw = random.Random(number)
-    good = GOOD[path_of(number)]
+    good = good or GOOD[path_of(number)]
     kind = number % 10
     if kind == 0:
         return draw.choice(RAW)
     if kind == 1:
         return nested(draw)
     if kind == 2:
-        return repr({draw.choice(KEYS): any_value(draw) for _ in range(6)}).encode()
+        return repr({draw.choice(keys): any_value(draw) for _ in range(6)}).encode()
     if kind == 3:
         whole = json.dumps(good).encode()
         place = draw.randrange(len(whole))
         return whole[:place] + bytes([draw.randrange(256)]) + whole[place + draw.randrange(3) :]
     if kind < 6:
-        return json.dumps({draw.choice(KEYS): any_value(draw) for _ in range(6)}).encode()
-    changed = {draw.choice(KEYS): any_value(draw) for _ in range(draw.randrange(1, 3))}
+        return json.dumps({draw.choice(keys): any_value(draw) for _ in range(6)}).encode()
+    changed = {draw.choice(keys): any_value(draw) for _ in range(draw.randrange(1, 3))}
     return json.dumps(good | changed, ensure_ascii=bool(number % 2)).encode()
 
 
@@ -151,6 +159,29 @@ def test_no_body_breaks_the_application(app: Any):
     assert statuses[200] > 30
     assert statuses[400] > 500
     require_served(*served)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FACADES)
+def test_no_body_breaks_another_protocol(app: Any, path: str):
+    async def run() -> dict[int, int]:
+        statuses: dict[int, int] = {}
+        for number in range(BODIES):
+            content = body(number, FACADES[path], KEYS + FACADE_KEYS)
+            status, told = read(await exchange(app, path, content))
+            assert status < 500, (number, content[:500], told)
+            # A stream that has begun tells its failure as an event.
+            is_failed = b'"response.failed"' in told or b'"type": "api_error"' in told
+            assert not is_failed, (number, content[:500], told)
+            assert status == 200 or json.loads(told)["error"]["message"], (number, told)
+            statuses[status] = statuses.get(status, 0) + 1
+        served = read(await exchange(app, path, json.dumps(FACADES[path]).encode()))
+        assert served[0] == 200
+        return statuses
+
+    statuses = asyncio.run(run())
+    assert statuses[200] > 15
+    assert statuses[400] > 500
 
 
 @pytest.mark.full

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexalign.generation.penalties import LogitsSettings
 from flexalign.serving.errors import ApiError
 from flexalign.serving.protocol import read_chat, read_completion
 
@@ -44,6 +45,7 @@ def test_everything_is_read():
         response_format={"type": "text"},
     )
     sampling = asked.sampling
+    assert sampling.logits == LogitsSettings()
     assert (asked.model, sampling.max_tokens, sampling.temperature) == ("m", 5, 0.0)
     assert (sampling.top_p, sampling.seed, sampling.stop, sampling.n) == (0.5, -3, ("a", "b"), 2)
     assert (sampling.logprobs, sampling.stream, sampling.include_usage) == (3, True, True)
@@ -105,8 +107,19 @@ def test_prompts_have_four_forms(prompt: Any, prompts: Any):
         ("stream_options", []),
         ("logprobs", 3),
         ("top_logprobs", 3),
-        ("frequency_penalty", 0.5),
-        ("logit_bias", {"1": 2}),
+        ("frequency_penalty", 2.5),
+        ("presence_penalty", "high"),
+        ("repetition_penalty", 0),
+        ("top_k", -2),
+        ("top_k", 1.5),
+        ("min_p", 1.1),
+        ("logit_bias", {"1": 101}),
+        ("logit_bias", {"one": 1}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"1": True}),
+        ("logit_bias", {"1": float("nan")}),
+        ("logit_bias", [1]),
+        ("logit_bias", {str(token): 1 for token in range(1025)}),
         ("tools", [{"type": "function"}]),
         ("response_format", {"type": "json_object"}),
         ("temprature", 0.5),
@@ -116,6 +129,20 @@ def test_what_would_change_the_answer_and_is_not_served_is_refused(param: str, v
     with pytest.raises(ApiError) as caught:
         chat(**{param: value})
     assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_limits_penalties_and_biases_are_read():
+    asked = chat(
+        top_k=20,
+        min_p=0.05,
+        repetition_penalty=1.1,
+        presence_penalty=-0.5,
+        frequency_penalty=0.5,
+        logit_bias={"7": -100, "3": 0, "12": 1.5},
+    )
+    bias = ((7, -100.0), (12, 1.5))
+    assert asked.sampling.logits == LogitsSettings(20, 0.05, 1.1, -0.5, 0.5, bias)
+    assert chat(top_k=-1).sampling.logits.top_k == 0
 
 
 def test_a_misspelt_key_names_the_nearest():

@@ -90,8 +90,13 @@ def test_what_was_ignored_is_said_beside_an_error_too(app: Any):
 
 @pytest.mark.parametrize(
     ("path", "body", "method"),
-    [(CHAT, ASKED, "POST"), (CHAT, ASKED | {"stream": True}, "POST"), (CHAT, {}, "POST")]
-    + [("/nowhere", b"", "GET"), ("/health", b"", "GET")],
+    [
+        (CHAT, ASKED, "POST"),
+        (CHAT, ASKED | {"stream": True}, "POST"),
+        (CHAT, {}, "POST"),
+        ("/nowhere", b"", "GET"),
+        ("/health", b"", "GET"),
+    ],
 )
 def test_every_answer_has_an_id(app: Any, path: str, body: Any, method: str):
     def id_of(*headers: tuple[bytes, bytes]) -> bytes:

@@ -22,14 +22,17 @@ from transformers import PreTrainedTokenizerBase
 
 from flexalign._modes import evaluating
 from flexalign.data.formats import load_traces
-from flexalign.data.rendering import bind_as_sampled, split_tokens
+from flexalign.data.rendering import Rendering, bind_as_sampled, split_tokens
 from flexalign.errors import DataError
 from flexalign.fusion import total_variation
 from flexalign.heads import Head
-from flexalign.models.pair import ModelPair
+from flexalign.models.adapters import inner_model
+from flexalign.models.compatibility import shared_width, vocabulary_size
+from flexalign.models.pair import SIDES, ModelPair
+from flexalign.models.prompted import PairRendering
 
-TokenizedRow: TypeAlias = tuple[list[int], list[int]]
-"""Token ids of a prompt and of its response."""
+TokenizedRow: TypeAlias = tuple[list[int], list[int]] | tuple[list[int], list[int], list[int]]
+"""Token ids of a prompt and of its response; under two prompts, also of the aligned prompt."""
 
 NO_DIFFERENCE = 1e-4
 """Total variations below this value are replaced by it. They have no effect at any λ in use."""
@@ -60,6 +63,41 @@ def load_rows(
     rows = rows.select(range(min(limit or len(rows), len(rows))))
     bind_as_sampled(tokenizer, rows)
     return list(split_tokens(rows, tokenizer))
+
+
+def load_prompted_rows(
+    traces: str | Path, rendering: PairRendering, limit: int | None = None
+) -> list[TokenizedRow]:
+    """Read traces as token ids under both prompts of one model.
+
+    A row's response is fitted to the reference's prompt; the same tokens follow the aligned one.
+
+    Args:
+        traces: As in :func:`load_rows`.
+        rendering: The two prompts.
+        limit: Take only the first rows, this many.
+
+    Raises:
+        DataError: If they cannot be read, or a prompt cannot be rendered.
+    """
+    rows = load_traces(traces)
+    rows = rows.select(range(min(limit or len(rows), len(rows))))
+    own = Rendering(rendering.tokenizers["reference"])
+
+    found: list[TokenizedRow] = []
+    for number, row in enumerate(rows, start=1):
+        aligned = rendering.both(row["prompt"]).aligned
+        asked = rendering.messages("reference", row["prompt"])
+        rendered = own.row({**row, "prompt": asked}, number)
+        found.append((rendered.prompt.ids, rendered.response_ids, aligned.ids))
+    return found
+
+
+def one_model_pair(model: Any, tokenizer: PreTrainedTokenizerBase) -> ModelPair:
+    """Return one model as both sides of a pair, for rows under two prompts."""
+    width = int(inner_model(model).get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+    vocab_size, _ = shared_width(width, width, vocabulary_size(tokenizer))
+    return ModelPair(model, model, tokenizer, vocab_size)
 
 
 @dataclass(frozen=True)
@@ -156,7 +194,8 @@ def measure_difference(
 
     Args:
         pair: The two models.
-        rows: Prompts and responses, as `flexalign.data.split_tokens` yields them.
+        rows: Prompts and responses, as `flexalign.data.split_tokens` or
+            :func:`load_prompted_rows` returns them.
         batch_size: Rows scored together.
         chunk_size: Tokens whose logits exist at one time.
         shown: Maximal number of falling tokens, of rising tokens, and of shifts.
@@ -165,7 +204,7 @@ def measure_difference(
     Raises:
         DataError: If the rows have no response tokens.
     """
-    if not any(response for _, response in rows):
+    if not any(row[1] for row in rows):
         raise DataError("the traces have no response tokens to compare the two models on.")
 
     # Per model, the sum of the probabilities of each token over all positions.
@@ -173,7 +212,7 @@ def measure_difference(
     device = next(pair.reference.parameters()).device
     with evaluating(pair.reference), evaluating(pair.aligned):
         chunks = score_responses(
-            lambda **inputs: [pair.hidden(side, **inputs) for side in ("reference", "aligned")],
+            pair_hidden(pair),
             pair.heads,
             rows,
             device=device,
@@ -285,6 +324,16 @@ def _text(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
     return str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
 
+def _right_padded(tokens: list[list[int]], device: torch.device) -> dict[str, Tensor]:
+    longest = max(map(len, tokens))
+    padded = [row + [row[-1]] * (longest - len(row)) for row in tokens]
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in tokens]
+    return {
+        "input_ids": torch.tensor(padded, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
+
+
 def propose_gate(variations: NDArray[np.float64]) -> tuple[float | None, float, float]:
     """Propose a gate between noise and difference, from total variations (TVs).
 
@@ -323,6 +372,19 @@ def _weighted_quantile(ordered: NDArray[np.float64], share: float) -> float:
     return float(ordered[int(np.searchsorted(sums, share * sums[-1]))])
 
 
+def pair_hidden(pair: ModelPair) -> Callable[..., list[Tensor]]:
+    """Return a function that returns both sides' final hidden states.
+
+    It takes the reference's inputs, and as ``aligned`` those of the aligned side if they differ.
+    """
+
+    def hidden(aligned: dict[str, Tensor] | None = None, **inputs: Tensor) -> list[Tensor]:
+        own = {"reference": inputs, "aligned": inputs if aligned is None else aligned}
+        return [pair.hidden(side, **own[side]) for side in SIDES]
+
+    return hidden
+
+
 def score_responses(
     hidden: Callable[..., Sequence[Tensor]],
     heads: Sequence[Head],
@@ -338,7 +400,8 @@ def score_responses(
     The longest rows come first, so that a lack of memory shows in the first batch.
 
     Args:
-        hidden: Returns both models' final hidden states of ``input_ids`` and ``attention_mask``.
+        hidden: Returns both models' final hidden states of ``input_ids`` and ``attention_mask``;
+            of rows under two prompts, it gets those of the aligned side as ``aligned``.
         heads: Both models' heads.
         rows: Prompts and responses. The tokens of the responses are predicted.
         device: The models' device.
@@ -346,7 +409,7 @@ def score_responses(
         chunk_size: The maximal N.
         progress: Called after each batch with (rows done, rows in all).
     """
-    order = sorted(range(len(rows)), key=lambda index: -sum(map(len, rows[index])))
+    order = sorted(range(len(rows)), key=lambda index: -sum(map(len, rows[index][:2])))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         yield from _score_batch(hidden, heads, rows, batch, device, chunk_size)
@@ -364,13 +427,7 @@ def _score_batch(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Score some of the rows together. Their logits exist for one chunk at a time."""
     tokens = [rows[index][0] + rows[index][1] for index in batch]
-    longest = max(map(len, tokens))
-    padded = [row + [row[-1]] * (longest - len(row)) for row in tokens]
-    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in tokens]
-    inputs = {
-        "input_ids": torch.tensor(padded, device=device),
-        "attention_mask": torch.tensor(mask, device=device),
-    }
+    inputs = _right_padded(tokens, device)
 
     # The hidden state before a token predicts it. Nothing predicts the first token of a row.
     places = [
@@ -379,11 +436,23 @@ def _score_batch(
         for position in range(max(len(rows[index][0]), 1), len(row))
     ]
 
-    states = hidden(**inputs)
+    # Under two prompts the same response stands later, or earlier, on the aligned side.
+    second = [(*row, row[0])[2] for row in (rows[index] for index in batch)]
+    if any(len(rows[index]) == 3 for index in batch):
+        own_tokens = [prompt + rows[index][1] for prompt, index in zip(second, batch, strict=True)]
+        states = hidden(aligned=_right_padded(own_tokens, device), **inputs)
+    else:
+        states = hidden(**inputs)
+    shifts = torch.tensor(
+        [len(prompt) - len(rows[index][0]) for prompt, index in zip(second, batch, strict=True)]
+    )
+
     for start in range(0, len(places), chunk_size):
         here = torch.tensor(places[start : start + chunk_size])
+        there = here[:, 1] + shifts[here[:, 0]]
         logits = [
-            head(own[here[:, 0], here[:, 1]]).cpu() for head, own in zip(heads, states, strict=True)
+            head(own[here[:, 0], columns]).cpu()
+            for head, own, columns in zip(heads, states, (here[:, 1], there), strict=True)
         ]
         where = torch.stack([torch.tensor(batch)[here[:, 0]], here[:, 1] + 1])
         yield logits[0], logits[1], where

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from flexalign._modes import evaluating
 from flexalign._storage import write_json
-from flexalign.analysis.difference import TokenizedRow, load_rows, score_responses
+from flexalign.analysis.difference import (
+    TokenizedRow,
+    load_prompted_rows,
+    load_rows,
+    one_model_pair,
+    pair_hidden,
+    score_responses,
+)
 from flexalign.errors import ConfigError, DataError
 from flexalign.fusion import as_lambda, fuse
 from flexalign.heads import Head
@@ -25,7 +32,9 @@ from flexalign.inra import InRaModel
 from flexalign.lora_dial import LoRADialConfig
 from flexalign.models.compatibility import examine_pair
 from flexalign.models.pair import ModelPair
-from flexalign.systems import LocalBackend, System
+from flexalign.models.prompted import PromptPair
+from flexalign.systems import LocalBackend, System, SystemOptions
+from flexalign.systems.local import TwoPromptText
 
 PREVIEW_LAMBDAS = tuple(round(0.2 * step, 1) for step in range(1, 51))
 """0.2 to 10 in steps of 0.2."""
@@ -75,13 +84,18 @@ class Preview:
 
 
 def open_preview(
-    system: System, traces: str | Path, *, limit: int | None = None
+    system: System,
+    traces: str | Path,
+    prompts: PromptPair | None = None,
+    *,
+    limit: int | None = None,
 ) -> tuple[ModelPair | InRaModel, list[TokenizedRow]]:
     """Read traces and load the system that is previewed on them: what :func:`preview` takes.
 
     Args:
-        system: A pair or a dial.
+        system: A pair, a dial, or one model under two prompts.
         traces: A file or a saved data set, as `flexalign.data.load_traces` takes it.
+        prompts: The two prompts of ``prompts:MODEL``.
         limit: Take only the first rows, this many.
 
     Raises:
@@ -90,9 +104,19 @@ def open_preview(
         DataError: If the traces cannot be read.
         PairMismatchError: If its parts do not fit together.
     """
-    if system.kind not in ("pair", "dial"):
-        raise ConfigError(f"{system.name} has no two models or streams; give pair: or dial:.")
-    backend = LocalBackend(system)
+    if system.kind not in ("pair", "dial", "prompts"):
+        raise ConfigError(
+            f"{system.name} has no two models or streams; give pair:, prompts: or dial:."
+        )
+    if prompts is not None and system.kind != "prompts":
+        raise ConfigError(
+            "--reference-prompt and --aligned-prompt are about a system prompts:MODEL; name one."
+        )
+    backend = LocalBackend(system, options=SystemOptions(prompts=prompts))
+    if isinstance(backend.text, TwoPromptText):
+        prompted = load_prompted_rows(traces, backend.text.rendering, limit)
+        decoder = backend.load(device_map=None)
+        return one_model_pair(decoder.base, backend.text.tokenizer), prompted
     if isinstance(backend.config, LoRADialConfig):
         raise ConfigError(
             f"{system.name} is a LoRA dial: one stream, which holds no two distributions to mix; "
@@ -133,7 +157,7 @@ def preview(
         DataError: If the rows have no response tokens.
         LambdaError: If a λ is not finite.
     """
-    if not any(response for _, response in rows):
+    if not any(row[1] for row in rows):
         raise DataError("the traces have no response tokens to look at.")
 
     ordered = sorted({float(as_lambda(lam)) for lam in lams})
@@ -202,12 +226,8 @@ def _scoring(
         return
 
     pair = system
-
-    def hidden(**inputs: Tensor) -> list[Tensor]:
-        return [pair.hidden("reference", **inputs), pair.hidden("aligned", **inputs)]
-
     with evaluating(pair.reference), evaluating(pair.aligned):
-        yield hidden, pair.heads, next(pair.reference.parameters()).device
+        yield pair_hidden(pair), pair.heads, next(pair.reference.parameters()).device
 
 
 def _likeliest(logits: Tensor, k: int) -> Tensor:

@@ -174,7 +174,7 @@ class Tuning:
             )
         if system.kind == "model":
             raise ConfigError(
-                f"{system.name} has no dial to tune; give dial:, pair: or interpolate:."
+                f"{system.name} has no dial to tune; give dial:, pair:, prompts: or interpolate:."
             )
         how = sampling_options([task], **sampling)
         sweep = Sweep([system], [task], compared, options.samples, options.seed, options=how)

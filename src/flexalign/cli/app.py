@@ -17,6 +17,7 @@ from flexalign.cli.compare import compare
 from flexalign.cli.console import console
 from flexalign.cli.demo import demo
 from flexalign.cli.evaluate import evaluate
+from flexalign.cli.export import export
 from flexalign.cli.generate import generate
 from flexalign.cli.inspect import inspect
 from flexalign.cli.miniature import miniature
@@ -75,6 +76,7 @@ app.command(cls=RealignCommand)(realign)
 app.command()(sample)
 app.command()(serve)
 app.command()(tune)
+app.add_typer(export)
 app.add_typer(miniature)
 
 

@@ -39,7 +39,7 @@ _COARSE = 0.1
 
 def calibrate(
     base: Annotated[str, typer.Argument(help="The adapter's base: a folder or a known name.")],
-    adapter: Annotated[str, typer.Option(help="The InRa adapter that is calibrated.")],
+    adapter: Annotated[str, typer.Option(help="The InRa adapter or LoRA dial that is calibrated.")],
     task: Annotated[
         str,
         typer.Option(
@@ -97,7 +97,7 @@ def calibrate(
 
     Effort 100 spends the tokens of λ = 0, effort 0 those of the fastest setting, and between them
     tokens follow a straight line; above 100 λ goes below 0, where the range permits it. What each
-    effort costs and gets right is written into the adapter's inra_config.json.
+    effort costs and gets right is written into the adapter's inra_config.json, or the LoRA's lora_dial.json.
 
     The built-in miniature, into a copy of its adapter, and then used:
 

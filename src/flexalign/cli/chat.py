@@ -32,7 +32,7 @@ from flexalign.cli.options import (
     TopP,
     read_efforts,
     read_lambdas,
-    read_prompts,
+    read_prompt_pair,
     read_range,
     read_setting,
     read_settings,
@@ -104,7 +104,10 @@ def chat(
 
     Example: [cyan]flexalign chat models/hybrid --aligned-prompt enable_thinking=false --lambda 0.5[/cyan]
     """
-    limits, two_prompts = read_range(lambda_range), read_prompts(reference_prompt, aligned_prompt)
+    limits, two_prompts = (
+        read_range(lambda_range),
+        read_prompt_pair(reference_prompt, aligned_prompt),
+    )
     policies = [policy] if policy is not None else []
     settings = read_settings(read_lambdas(lam), policies, read_efforts(effort, adapter))
     if len(settings) > 1:
@@ -148,6 +151,7 @@ def _describe_start(setting: "Setting", backend: "LocalBackend") -> str:
     ends = {
         "dial": "0 is the base model, 1 the adapter whole",
         "pair": "0 is the reference, 1 the aligned model",
+        "prompts": "0 is the reference's prompt, 1 the aligned prompt",
     }
     start = f"{describe_setting(setting, backend.calibration)}; λ: {ends[backend.kind]}"
     if backend.permitted is None:

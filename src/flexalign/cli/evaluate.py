@@ -36,7 +36,7 @@ from flexalign.cli.options import (
     Workers,
     read_efforts,
     read_lambdas,
-    read_prompts,
+    read_prompt_pair,
     read_range,
     read_secret,
     read_settings,
@@ -171,7 +171,7 @@ def evaluate(
     from flexalign.systems import parse_systems
 
     asked = parse_systems(systems)
-    two_prompts = read_prompts(reference_prompt, aligned_prompt)
+    two_prompts = read_prompt_pair(reference_prompt, aligned_prompt)
     settings = read_settings(lams, policy or [], read_efforts(effort, _only_adapter(effort, asked)))
     from flexalign.evaluation.sweep import plan_sweep
     from flexalign.evaluation.tasks import load_task

@@ -36,7 +36,7 @@ from flexalign.cli.options import (
     TopP,
     read_efforts,
     read_lambdas,
-    read_prompts,
+    read_prompt_pair,
     read_range,
     read_settings,
 )
@@ -123,7 +123,10 @@ def generate(
 
     if samples > 1 and temperature == 0:
         raise ConfigError("--samples are all equal at temperature 0; raise --temperature.")
-    limits, two_prompts = read_range(lambda_range), read_prompts(reference_prompt, aligned_prompt)
+    limits, two_prompts = (
+        read_range(lambda_range),
+        read_prompt_pair(reference_prompt, aligned_prompt),
+    )
     settings = read_settings(read_lambdas(lam), policy or [], read_efforts(effort, adapter))
     prompts = _read_prompts(prompt, input_file)
 

@@ -8,13 +8,20 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flexalign.cli.console import print_json, progress_bar, result_console
-from flexalign.cli.options import AllowPickle, Dtype
+from flexalign.cli.console import print_json, progress_bar, result_console, warnings_as_notes
+from flexalign.cli.options import (
+    AlignedPrompt,
+    AllowPickle,
+    Dtype,
+    ReferencePrompt,
+    read_prompt_pair,
+)
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
     from flexalign.analysis.difference import Difference, TokenChange
     from flexalign.models.compatibility import ModelFacts, PairFacts
+    from flexalign.models.prompted import PromptPair
 
 
 def inspect(
@@ -25,9 +32,11 @@ def inspect(
         str | None,
         typer.Argument(help="The aligned model, or a PEFT adapter on the reference."),
     ] = None,
+    reference_prompt: ReferencePrompt = None,
+    aligned_prompt: AlignedPrompt = None,
     diff: Annotated[
         Path | None,
-        typer.Option(help="Responses (JSONL, …) on which to see where the two models differ."),
+        typer.Option(help="Responses (JSONL, …) on which to see where the two differ."),
     ] = None,
     limit: Annotated[
         int, typer.Option(min=1, help="Only the first rows of --diff, this many.")
@@ -56,16 +65,27 @@ def inspect(
     [cyan]flexalign inspect models/base models/concise[/cyan]
 
     [cyan]flexalign inspect models/base models/concise --diff traces.jsonl[/cyan]
+
+    [cyan]flexalign inspect smollm2 --aligned-prompt system='Answer in one short sentence.'
+    --diff traces.jsonl[/cyan]
     """
     from flexalign.models.compatibility import examine, examine_pair
     from flexalign.models.sources import aligned_beside
+
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    prompts = read_prompt_pair(reference_prompt, aligned_prompt)
+    if prompts is not None:
+        if aligned is not None:
+            raise ConfigError("two prompts are a dial of one model; leave them out, or ALIGNED.")
+        loading = {**options, "allow_pickle": allow_pickle}
+        _inspect_prompts(model, prompts, diff, limit, batch_size, loading, as_json=as_json)
+        return
 
     if diff is not None and aligned is None:
         aligned = aligned_beside(model)
         if aligned is None:
             raise ConfigError("--diff compares two models; name the aligned one too.")
 
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if aligned is None:
         one = examine(model, **options)
         if as_json:
@@ -107,6 +127,61 @@ def _measure(
         return measure_difference(
             pair, rows, batch_size=batch_size, progress=lambda done, _: show(done)
         )
+
+
+def _inspect_prompts(
+    model: str,
+    prompts: "PromptPair",
+    diff: Path | None,
+    limit: int,
+    batch_size: int,
+    loading: dict[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    """Show both prompts of one model, and, on responses, what the aligned prompt turns."""
+    from flexalign.analysis.difference import (
+        load_prompted_rows,
+        measure_difference,
+        one_model_pair,
+    )
+    from flexalign.models.compatibility import examine
+    from flexalign.models.loading import load_model, load_tokenizer
+    from flexalign.models.prompted import PairRendering
+
+    trusted = loading["trust_remote_code"]
+    facts = examine(model, dtype=loading["dtype"], trust_remote_code=trusted)
+    tokenizer = load_tokenizer(model, trust_remote_code=trusted)
+    with warnings_as_notes():
+        rendering = PairRendering(tokenizer, prompts)
+    both = rendering.both([{"role": "user", "content": "…"}])
+    shown = {
+        side: {"text": prompt.text, "tokens": len(prompt.ids), "thinking": prompt.opening.value}
+        for side, prompt in (("reference", both.reference), ("aligned", both.aligned))
+    }
+    if not as_json:
+        _show_models(facts)
+        for side, prompt in shown.items():
+            result_console.print(
+                f"[bold]the {side} prompt[/bold], {prompt['tokens']} tokens, thinking "
+                f"{prompt['thinking']}:"
+            )
+            result_console.print(str(prompt["text"]), markup=False, soft_wrap=True)
+
+    difference = None
+    if diff is not None:
+        rows = load_prompted_rows(diff, rendering, limit)
+        pair = one_model_pair(load_model(model, **loading), rendering.tokenizers["reference"])
+        with progress_bar("reading under both prompts", len(rows)) as show:
+            difference = measure_difference(
+                pair, rows, batch_size=batch_size, progress=lambda done, _: show(done)
+            )
+
+    if as_json:
+        extra = {} if difference is None else {"difference": difference.to_json()}
+        print_json(facts.to_json() | {"prompts": prompts.to_json(), "rendered": shown} | extra)
+    elif difference is not None:
+        _show_difference(difference)
 
 
 def _show_models(*models: "ModelFacts") -> None:

@@ -74,7 +74,7 @@ AllowPickle: TypeAlias = Annotated[
 
 Model: TypeAlias = Annotated[str, typer.Argument(help="A model folder or a known name.")]
 Adapter: TypeAlias = Annotated[
-    str | None, typer.Option(help="An InRa adapter on the model: its dial.")
+    str | None, typer.Option(help="The model's dial: an InRa adapter, a LoRA dial or a PEFT LoRA.")
 ]
 Aligned: TypeAlias = Annotated[
     str | None, typer.Option(help="Or the aligned model of a pair, fused as both decode.")
@@ -218,7 +218,7 @@ def read_setting(name: str, text: str) -> Setting:
         raise ConfigError(f"/lambda takes one finite number, such as 0.3; got {text!r}.") from None
 
 
-def read_prompts(
+def read_prompt_pair(
     reference: Sequence[str] | None, aligned: Sequence[str] | None
 ) -> "PromptPair | None":
     """Read ``--reference-prompt`` and ``--aligned-prompt``; None if neither is given.
@@ -243,9 +243,9 @@ def read_side_prompts(
     """Read the two options for a recipe, as `RealignRecipe.load_each` takes them; each may be absent.
 
     Raises:
-        ConfigError: As in :func:`read_prompts`.
+        ConfigError: As in :func:`read_prompt_pair`.
     """
-    read = read_prompts(reference, aligned)
+    read = read_prompt_pair(reference, aligned)
     if read is None:
         return {}
     given = {"reference_prompt": reference, "aligned_prompt": aligned}

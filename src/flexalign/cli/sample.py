@@ -9,12 +9,16 @@ from rich.markup import escape
 
 from flexalign.cli.console import console, print_json, progress_bar, resumable
 from flexalign.cli.options import (
+    AlignedPrompt,
     Dtype,
     MaxNewTokens,
+    ReferencePrompt,
     SkipBadRows,
     Temperature,
     Template,
     TopP,
+    read_lambdas,
+    read_prompt_pair,
     read_secret,
 )
 from flexalign.errors import ConfigError
@@ -66,6 +70,15 @@ def sample(
             help="Write rendered text instead of messages; training does not need it.",
         ),
     ] = False,
+    reference_prompt: ReferencePrompt = None,
+    aligned_prompt: AlignedPrompt = None,
+    lam: Annotated[
+        str | None,
+        typer.Option(
+            "--lambda",
+            help="With two prompts: 0 is the reference's, 1 the aligned one, and the default.",
+        ),
+    ] = None,
     template: Template = None,
     system_message: Annotated[
         str | None, typer.Option("--system", help="The system message of prompts that have none.")
@@ -88,6 +101,9 @@ def sample(
 
     Example: [cyan]flexalign sample --endpoint http://localhost:8000/v1 --model-name R1
     --prompts math.json -n 4 -o traces.jsonl[/cyan]
+
+    Example: [cyan]flexalign sample smollm2 --aligned-prompt system='Answer in one short sentence.'
+    --lambda 1.5 --prompts questions.jsonl -o brief.jsonl[/cyan]
     """
     from flexalign.data.prompting import PromptSettings, parse_template
     from flexalign.data.traces import SamplingSettings
@@ -97,14 +113,23 @@ def sample(
     settings = SamplingSettings(
         samples, max_new_tokens, temperature, top_p, batch_size, seed, plain
     )
+    two_prompts, dials = read_prompt_pair(reference_prompt, aligned_prompt), read_lambdas(lam)
+    if len(dials) > 1 or (dials and two_prompts is None):
+        raise ConfigError("--lambda is one λ between two prompts; give --aligned-prompt with it.")
     if endpoint is None:
         _refuse({"--model-name": model_name, "--api-key-env": api_key_env}, "without --endpoint")
         if model is None:
             raise ConfigError("name a MODEL, or a server with --endpoint and --model-name.")
-        system = System.of(model)
+        system = System.of(model, prompts=two_prompts)
     else:
         _refuse(
-            {"MODEL": model, "--plain": plain or None, "--template": template or None},
+            {
+                "MODEL": model,
+                "--plain": plain or None,
+                "--template": template or None,
+                "--reference-prompt": reference_prompt or None,
+                "--aligned-prompt": aligned_prompt or None,
+            },
             "with --endpoint",
         )
         if model_name is None:
@@ -116,6 +141,7 @@ def sample(
         api_key=read_secret(api_key_env),
         concurrency=concurrency,
         timeout_seconds=600.0,
+        prompts=two_prompts,
     )
 
     run = SampleRun(
@@ -125,6 +151,7 @@ def sample(
         settings,
         options=options,
         prompting=PromptSettings(parse_template(template or []), system_message),
+        lam=dials[0] if dials else None,
         limit=limit,
         skip_bad_rows=skip_bad_rows,
     )

@@ -25,7 +25,7 @@ from flexalign.cli.options import (
     Gate,
     ReferencePrompt,
     Template,
-    read_prompts,
+    read_prompt_pair,
     read_range,
     read_secret,
 )
@@ -135,7 +135,10 @@ def serve(
     """
     extras = "vllm,serving" if engine is EngineName.VLLM else "serving"
     require_packages("serving", *_NEEDED, install=f"'flexalign[{extras}]'")
-    limits, two_prompts = read_range(lambda_range), read_prompts(reference_prompt, aligned_prompt)
+    limits, two_prompts = (
+        read_range(lambda_range),
+        read_prompt_pair(reference_prompt, aligned_prompt),
+    )
     key = read_secret(api_key_env)
     is_local = key is None and not insecure
     body_bytes = round(body_limit * 2**20)
@@ -242,6 +245,11 @@ def _serve_here(
     with open_socket(host, port) as listening:
         with warnings_as_notes(), as_input_errors():
             service, rules = load_service(options)
+        if options.prompts is not None:
+            say(
+                "a request's own system message stays on both sides; the system messages of the "
+                "two prompts follow it."
+            )
         app = create_app(service, rules, **access)
         if playground:
             app = Playground(app)

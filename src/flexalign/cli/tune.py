@@ -32,6 +32,7 @@ from flexalign.cli.options import (
     TaskTopP,
     Workers,
     read_lambdas,
+    read_prompt_pair,
     read_range,
 )
 from flexalign.errors import ConfigError
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from flexalign.calibration import Constraint, ProofPlan, Tuned
     from flexalign.calibration.tune import Tuning
     from flexalign.lambdas import Setting
+    from flexalign.models.prompted import PromptPair
     from flexalign.systems import System
 
 _LAMBDAS = "0.25,0.5,0.75,1"
@@ -154,8 +156,9 @@ def tune(
     From a sweep that is there, at no cost:
     [cyan]flexalign tune --from out/sweep --margin 0.02 -o out/tuned[/cyan]
     """
+    two_prompts = read_prompt_pair(reference_prompt, aligned_prompt)
     if preview is not None:
-        _preview(system, preview, lambdas, top_k, limit, batch_size, output, as_json)
+        _preview(system, two_prompts, preview, lambdas, top_k, limit, batch_size, output, as_json)
         return
 
     given = [*read_lambdas(lambdas), *(policies or [])]
@@ -217,13 +220,14 @@ def tune(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         lambda_range=limits,
+        prompts=two_prompts,
     )
     _warn_of_margin(planned, kept)
     if dry_run or output is None:
         _show_prompt(tuning)
         _show_plan(planned, kept, as_json)
         return
-    _show(tuning, _draw(tuning, output, workers), output, as_json, parsed)
+    _show(tuning, _draw(tuning, output, workers), output, as_json, parsed, two_prompts)
 
 
 def _show_prompt(tuning: "Tuning") -> None:
@@ -249,6 +253,7 @@ def _show(
     output: Path,
     as_json: bool,
     system: "System | None" = None,
+    prompts: "PromptPair | None" = None,
 ) -> None:
     """Print the result and the next step."""
     from flexalign.lambdas import LAMBDA_LEGEND
@@ -271,31 +276,49 @@ def _show(
     console.print(LAMBDA_LEGEND, style="dim")
 
     chosen = next((setting for setting in tuning.settings if setting.id == tuned.chosen), None)
-    following = next_step(system, chosen)
+    following = next_step(system, chosen, prompts)
     if following is not None:
         console.print(f"next: {following}", markup=False, soft_wrap=True)
 
 
-def next_step(system: "System | None", chosen: "Setting | None") -> str | None:
+def next_step(
+    system: "System | None", chosen: "Setting | None", prompts: "PromptPair | None" = None
+) -> str | None:
     """Return the next command for a result; None if there is none to propose.
 
     Args:
         system: The system that was tuned; None if its answers came from a folder.
         chosen: The chosen setting; None if none was proved.
+        prompts: The two prompts of the system, if it has two.
     """
     if chosen is None:
         return "more questions, more --samples or a wider --margin; --plan says what would do"
-    if system is None or system.kind not in ("dial", "pair"):
+    if system is None or system.kind not in ("dial", "pair", "prompts"):
         return None
     if system.kind == "pair" and chosen.lam is not None:
         return f"flexalign realign recipe.yaml --lambda {chosen.lam:g}, for one model that does it"
 
-    second = "--adapter" if system.kind == "dial" else "--aligned"
+    second = {"dial": "--adapter", "pair": "--aligned"}.get(system.kind)
+    dial = [second, system.parts[1]] if second is not None else _as_options(prompts)
     turned = ["--policy", json.dumps(chosen.policy)]
     if chosen.lam is not None:
         turned = ["--lambda", f"{chosen.lam:g}"]
-    words = ["flexalign", "generate", system.parts[0], second, system.parts[1], *turned]
-    return shlex.join(words)
+    return shlex.join(["flexalign", "generate", system.parts[0], *dial, *turned])
+
+
+def _as_options(prompts: "PromptPair | None") -> list[str]:
+    """Return the options that give two prompts."""
+    if prompts is None:
+        return []
+    words = []
+    for option, prompt in (
+        ("--reference-prompt", prompts.reference),
+        ("--aligned-prompt", prompts.aligned),
+    ):
+        given = [] if prompt.system is None else [f"system={prompt.system}"]
+        given += [f"{name}={json.dumps(value)}" for name, value in prompt.template.items()]
+        words += [word for text in given for word in (option, text)]
+    return words
 
 
 def _warn_of_margin(planned: "ProofPlan", kept: "Constraint") -> None:
@@ -348,6 +371,7 @@ def _show_plan(planned: "ProofPlan", kept: "Constraint", as_json: bool) -> None:
 
 def _preview(
     system: str | None,
+    prompts: "PromptPair | None",
     traces: Path,
     lambdas: str | None,
     top_k: int,
@@ -358,14 +382,16 @@ def _preview(
 ) -> None:
     """Read traces with both models of a system; print and write the effect of λ on their tokens."""
     if system is None:
-        raise ConfigError("SYSTEM is missing; say what is previewed: pair:REF,ALIGNED or a dial:.")
+        raise ConfigError(
+            "SYSTEM is missing; say what is previewed: pair:REF,ALIGNED, prompts: or dial:."
+        )
     asked = None if lambdas is None else [one.lam for one in parse_lambdas(lambdas)]
     from flexalign.analysis.preview import PREVIEW_LAMBDAS, open_preview, preview, write_preview
     from flexalign.cli.console import quieten_libraries
     from flexalign.systems import parse_system
 
     quieten_libraries()
-    model, rows = open_preview(parse_system(system), traces, limit=limit)
+    model, rows = open_preview(parse_system(system), traces, prompts, limit=limit)
     with progress_bar("reading with both models", len(rows)) as show:
         found = preview(
             model,

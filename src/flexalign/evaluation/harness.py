@@ -4,6 +4,8 @@
 
     python -m flexalign.evaluation.harness --model flexalign --tasks gsm8k \\
         --model_args pretrained=models/base,adapter=out/adapter,lambda=0.5
+    python -m flexalign.evaluation.harness --model flexalign --tasks gsm8k --apply_chat_template \\
+        --model_args "pretrained=models/base,aligned_system=Answer briefly.,lambda=1.5"
 
 This is the harness's own command with one more model: lm_eval does not search for models outside
 its own list. In Python, importing this module registers the model.
@@ -17,19 +19,24 @@ import inspect
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import PurePath
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from flexalign._spelling import nearest
+from flexalign.data.prompting import PromptSettings
 from flexalign.errors import ConfigError
-from flexalign.generation import TwoModelDecoder
-from flexalign.generation.adapted import AdaptedModel
+from flexalign.generation import TwoModelDecoder, TwoPromptDecoder
+from flexalign.generation.adapted import BasedModel
+from flexalign.generation.fused import positions_of
 from flexalign.lambdas import Adaptive, Fixed, Route, Setting
 from flexalign.models.loading import fingerprint
+from flexalign.models.prompted import PromptPair, TwoPrompts, require_context
 from flexalign.systems import LocalBackend, System, SystemOptions
 from flexalign.systems.dials import read_dial
 
@@ -61,6 +68,10 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         pretrained: str,
         adapter: str | None = None,
         aligned: str | None = None,
+        reference_system: str | None = None,
+        reference_template: Any = None,
+        aligned_system: str | None = None,
+        aligned_template: Any = None,
         lam: Any = None,
         policy: Any = None,
         gate: float | None = None,
@@ -78,6 +89,12 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             pretrained: A folder or a known name: the base of an adapter, or the reference.
             adapter: A dial on the base: an InRa adapter or a LoRA.
             aligned: Instead of an adapter, the model of λ = 1, or a PEFT adapter on the reference.
+            reference_system: The system message of the prompt of λ = 0, for one model under two
+                prompts; these need ``--apply_chat_template``.
+            reference_template: Its template arguments, a mapping or YAML of one, such as
+                ``{enable_thinking: true}``.
+            aligned_system: The system message of the prompt of λ = 1.
+            aligned_template: Its template arguments.
             lam: The setting, ``lambda`` on the command line: a number, or a schedule's JSON. If
                 not given, the adapter's default, or 1 for a pair.
             policy: Instead of `lam`, a policy such as ``adaptive 0.5``. Policies and schedules only
@@ -98,14 +115,18 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             LambdaError: If λ is not finite, or not permitted.
         """
         asked = {"lambda": options.pop("lambda", None), "lam": lam, "policy": policy}
-        setting = _read_setting(asked, adapter, aligned, gate)
-        check_arguments(options, has_dial=adapter is not None or aligned is not None)
+        prompts = _read_prompts(
+            (reference_template, reference_system), (aligned_template, aligned_system)
+        )
+        setting = _read_setting(asked, adapter, aligned, prompts, gate)
+        has_dial = adapter is not None or aligned is not None or prompts is not None
+        check_arguments(options, has_dial=has_dial)
         if adapter is not None:
             read_dial(adapter)  # a missing adapter raises CheckpointError here
 
         backend = LocalBackend(
-            System.of(pretrained, adapter, aligned),
-            options=SystemOptions(dtype=dtype, gate=gate),
+            System.of(pretrained, adapter, aligned, prompts),
+            options=SystemOptions(dtype=dtype, gate=gate, prompts=prompts),
             trust_remote_code=trust_remote_code,
         )
         setting = setting or backend.default
@@ -123,8 +144,10 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         self._facts: dict[str, Any] = {"pretrained": pretrained}
         self._facts |= {"adapter": adapter} if adapter is not None else {}
         self._facts |= {"aligned": aligned} if aligned is not None else {}
+        self._facts |= {"prompts": prompts.to_json()} if prompts is not None else {}
+        self._prompts = _PromptTexts(model) if isinstance(model, TwoPromptDecoder) else None
         dial = setting.dial
-        self._dial = dial
+        self._dial, self._gate = dial, gate
         self._asked = {} if dial is None else {"lam": dial, "gate": gate}
         if dial is not None:
             self._facts |= {"dial": dial.to_json(), "gate": gate}
@@ -162,22 +185,94 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             answers.tablename = table
         super().set_cache_hook(cache_hook)
 
-    def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
-        if self._dial is None:
-            logits: Tensor = super()._model_call(inps)
-            return logits
+    # One model under two prompts: the harness knows the reference's text, and each text leads to both.
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Render a conversation; of two prompts, return the reference's."""
+        if self._prompts is None:
+            rendered: str = super().apply_chat_template(chat_history, add_generation_prompt)
+            return rendered
+        if not add_generation_prompt:
+            raise ConfigError(
+                "two prompts have no place for a task's gen_prefix, the beginning of an answer; "
+                "measure a task without one."
+            )
+        return self._prompts.render(chat_history)
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Encode contexts; of two prompts, return the reference's and keep the aligned ones."""
+        if self._prompts is None:
+            encoded: tuple[Tensor, Tensor] = super().tok_batch_encode(
+                strings, padding_side, left_truncate_len, truncation
+            )
+            return encoded
+        return self._prompts.encode(strings, left_truncate_len)
+
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        if self._prompts is None:
+            scored: list[tuple[float, bool]] = super()._loglikelihood_tokens(
+                requests, disable_tqdm, override_bs
+            )
+            return scored
+
+        lam = self._one_lambda()
+        size = override_bs or (1 if self.batch_size == "auto" else int(self.batch_size))
+        found: list[tuple[float, bool]] = []
+        for start in range(0, len(requests), size):
+            batch = requests[start : start + size]
+            scores = self._prompts.score(batch, lam, self._gate)
+            for (texts, _, _), score in zip(batch, scores, strict=True):
+                self.cache_hook.add_partial("loglikelihood", texts, score)
+            found += scores
+        return found
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+        """Score whole texts, which two prompts do not have."""
+        if self._prompts is not None:
+            raise ConfigError(
+                "whole texts are scored without a prompt, and so alike under both; measure a task "
+                "with questions."
+            )
+        scored: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
+        return scored
+
+    def _one_lambda(self) -> float:
+        """Return the λ of log-likelihoods.
+
+        Raises:
+            ConfigError: If the setting is a policy or a schedule.
+        """
         if not isinstance(self._dial, Fixed):
             raise ConfigError(
                 "log-likelihoods need one λ (lambda=0.5): a policy or a schedule chooses it for "
                 "responses, and this task has answers to be scored."
             )
+        return self._dial.lam
+
+    def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
+        if self._dial is None:
+            logits: Tensor = super()._model_call(inps)
+            return logits
+        lam = self._one_lambda()
         with torch.no_grad():
-            fused: Tensor = self.model(inps, lam=self._dial.lam, gate=self._asked["gate"]).logits
+            fused: Tensor = self.model(inps, lam=lam, gate=self._asked["gate"]).logits
         return fused
 
     def _model_generate(
         self, context: Tensor, max_length: int, stop: Sequence[str], **options: Any
     ) -> Tensor:
+        if self._prompts is not None:
+            options |= self._prompts.take_aligned()
         if not isinstance(self._dial, Adaptive | Route):
             written: Tensor = super()._model_generate(
                 context, max_length, stop, **options, **self._asked
@@ -196,6 +291,90 @@ class HarnessModel(HFLM):  # type: ignore[misc]
             **self._asked,
         )
         return routed
+
+
+class _PromptTexts:
+    """The contexts of the harness, which are texts, and both prompts that each of them stands for."""
+
+    def __init__(self, model: TwoPromptDecoder) -> None:
+        self._model = model
+        self._known: dict[str, TwoPrompts] = {}
+        self._aligned: dict[str, Tensor] = {}
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Render a conversation under both prompts; return the reference's text."""
+        both = self._model.rendering.both([dict(message) for message in messages])
+        self._known[both.reference.text] = both
+        return both.reference.text
+
+    def encode(self, texts: Sequence[str], room: int | None) -> tuple[Tensor, Tensor]:
+        """Return ids and mask of the reference's prompts, and keep those of the aligned ones.
+
+        Raises:
+            ConfigError: If a text was not rendered here.
+            DataError: If a prompt is longer than the room for it.
+        """
+        both = [self._find(text) for text in texts]
+        for prompt in both:
+            require_context(len(prompt.reference.ids), len(prompt.aligned.ids), room)
+        inputs = self._model.encode(both)
+        self._aligned = {name: inputs[name] for name in self._model.row_inputs}
+        return inputs["input_ids"], inputs["attention_mask"]
+
+    def take_aligned(self) -> dict[str, Tensor]:
+        """Return the aligned prompts of the last batch that was encoded."""
+        aligned, self._aligned = self._aligned, {}
+        return aligned
+
+    @torch.no_grad()
+    def score(self, requests: Any, lam: float, gate: float | None) -> list[tuple[float, bool]]:
+        """Return the log-likelihood of each continuation, and whether it is the greedy one."""
+        rows, continuations = [], []
+        for (context, text), _, moved in requests:
+            both = self._find(context)
+            sides = (both.reference, both.aligned)
+            white = {side.text[len(side.text.rstrip()) :] for side in sides}
+            if len(white) == 1 and white != {""}:
+                # As in `hf`: the white space at the prompt's end is scored with the continuation.
+                continuation, prompts = moved, [self._ids(side.text.rstrip()) for side in sides]
+            else:
+                continuation, prompts = self._ids(text), [side.ids for side in sides]
+            # The last token of a continuation predicts nothing.
+            whole = [prompt + continuation[:-1] for prompt in prompts]
+            pairs = zip(sides, whole, strict=True)
+            rows.append(TwoPrompts(*(replace(side, ids=ids) for side, ids in pairs)))
+            continuations.append(continuation)
+
+        inputs = self._model.encode(rows)
+        longest = max(map(len, continuations))
+        logits = self._model(
+            **inputs,
+            position_ids=positions_of(inputs["attention_mask"]),
+            lam=lam,
+            gate=gate,
+            logits_to_keep=longest,
+        ).logits
+
+        # Prompts are padded on the left, so a continuation's predictions are the last columns.
+        found = []
+        for row, continuation in zip(logits, continuations, strict=True):
+            own = row[-len(continuation) :].float().log_softmax(-1)
+            tokens = torch.tensor(continuation, device=own.device)
+            likelihood = float(own.gather(-1, tokens[:, None]).sum())
+            found.append((likelihood, bool((own.argmax(-1) == tokens).all())))
+        return found
+
+    def _ids(self, text: str) -> list[int]:
+        tokenizer: Any = self._model.tokenizer
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _find(self, text: str) -> TwoPrompts:
+        if text not in self._known:
+            raise ConfigError(
+                "two prompts need a conversation to be rendered under both: say "
+                "--apply_chat_template, and leave --cache_requests out."
+            )
+        return self._known[text]
 
 
 class _StopTexts(StoppingCriteria):  # type: ignore[misc]
@@ -218,8 +397,24 @@ class _StopTexts(StoppingCriteria):  # type: ignore[misc]
         return torch.tensor(found, device=input_ids.device)
 
 
+def _read_prompts(
+    reference: tuple[Any, str | None], aligned: tuple[Any, str | None]
+) -> PromptPair | None:
+    """Read template arguments and system message of both prompts; None if neither is given."""
+    read = [
+        PromptSettings.parse(yaml.safe_load(given) if isinstance(given, str) else given, system)
+        for given, system in (reference, aligned)
+    ]
+    prompts = PromptPair(*read)
+    return None if prompts == PromptPair() else prompts
+
+
 def _read_setting(
-    asked: dict[str, Any], adapter: str | None, aligned: str | None, gate: float | None
+    asked: dict[str, Any],
+    adapter: str | None,
+    aligned: str | None,
+    prompts: PromptPair | None,
+    gate: float | None,
 ) -> Setting | None:
     """Read the setting, which has several names; None if it is not given."""
     given = {name: value for name, value in asked.items() if value is not None}
@@ -227,9 +422,12 @@ def _read_setting(
         raise ConfigError("give adapter= or aligned=, not both: each makes a dial of its own.")
     if len(given) > 1:
         raise ConfigError(f"give one of {' and '.join(given)}: they are names of one dial.")
-    if (given or gate is not None) and adapter is None and aligned is None:
+    has_dial = adapter is not None or aligned is not None or prompts is not None
+    if (given or gate is not None) and not has_dial:
         name = next(iter(given), "gate")
-        raise ConfigError(f"{name}= needs a dial: adapter=… or aligned=… beside pretrained=….")
+        raise ConfigError(
+            f"{name}= needs a dial: adapter=…, aligned=… or aligned_system=… beside pretrained=…."
+        )
     return Setting.of(next(iter(given.values()))) if given else None
 
 
@@ -284,7 +482,7 @@ def _leader(model: Any) -> Any:
     """Return the transformers model with the configuration of a loaded system."""
     if isinstance(model, TwoModelDecoder):
         return model.reference
-    return model.base if isinstance(model, AdaptedModel) else model
+    return model.base if isinstance(model, BasedModel) else model
 
 
 def main() -> None:

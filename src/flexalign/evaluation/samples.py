@@ -148,13 +148,16 @@ class Samples:
                 f"{right.shape} and {lengths.shape}."
             )
         count, each = right.shape
-        names = range(count) if questions is None else questions
-        return cls(
+        names = list(range(count) if questions is None else questions)
+        made = cls(
             np.repeat(_objects(names), each),
             right.ravel(),
             lengths.ravel(),
             sample=np.tile(np.arange(each), count),
         )
+        if each and len(set(names)) == count:
+            made._grouping = names, np.repeat(np.arange(count), each)
+        return made
 
     def to_rows(self) -> list[dict[str, Any]]:
         """Return one mapping for each sample, with the columns as keys; NaN becomes None."""
@@ -186,25 +189,32 @@ class Samples:
         if missing:
             raise DataError(f"there is no sample of question {missing[0]!r}.")
 
-        _, index = self._grouping
-        order = np.argsort(index, kind="stable")
-        starts = np.concatenate([[0], np.cumsum(self.counts)])
-        rows = [order[starts[places[q]] : starts[places[q] + 1]] for q in questions]
-        chosen = self.select(np.concatenate(rows) if rows else np.zeros(0, dtype=np.intp))
+        # In `order`, the samples of a question are one run; the wanted runs are put in a row.
+        order = np.argsort(self._grouping[1], kind="stable")
+        wanted = np.array([places[name] for name in questions], dtype=np.intp)
+        counts = self.counts
+        sizes = counts[wanted]
+        first = (np.cumsum(counts) - counts)[wanted]
+        ends = np.cumsum(sizes)
+        within = np.arange(sizes.sum()) - np.repeat(ends - sizes, sizes)
 
-        # The grouping is known here; computing it again is slow for the many calls of a tuning.
-        sizes = [len(part) for part in rows]
-        chosen.__dict__["_grouping"] = (list(questions), np.repeat(np.arange(len(rows)), sizes))
+        chosen = self.select(order[np.repeat(first, sizes) + within])
+        chosen._grouping = list(questions), np.repeat(np.arange(len(wanted)), sizes)
         return chosen
 
     def joined(self, other: "Samples") -> "Samples":
         """Return these samples, followed by the other ones."""
-        return Samples(
+        joined = Samples(
             **{
                 name: np.concatenate([getattr(self, name), getattr(other, name)])
                 for name in _COLUMNS
             }
         )
+        (own, index), (more, others) = self._grouping, other._grouping
+        places = {name: place for place, name in enumerate(dict.fromkeys([*own, *more]))}
+        moved = np.array([places[name] for name in more], dtype=np.intp)
+        joined._grouping = list(places), np.concatenate([index, moved[others]])
+        return joined
 
     # Figures by question.
 
@@ -248,7 +258,11 @@ class Samples:
 
     @cached_property
     def _grouping(self) -> tuple[list[Any], NDArray[np.intp]]:
-        """The questions, and for each sample the index of its question, shape (n,)."""
+        """The questions, and for each sample the index of its question, shape (n,).
+
+        It takes a step for each sample, so methods that know it of the samples they make set it:
+        a tuning makes many.
+        """
         places: dict[Hashable, int] = {}
         index = np.fromiter(
             (places.setdefault(question, len(places)) for question in self.question),

@@ -229,6 +229,10 @@ class Sweep:
             raise ConfigError(f"a task is given twice, or two files have one name: {tasks}.")
 
         _check_options(self.samples, self.options)
+        if self.options.prompts is not None and all(one.kind != "prompts" for one in self.systems):
+            raise ConfigError(
+                "--reference-prompt and --aligned-prompt are about a system prompts:MODEL; name one."
+            )
         for system in self.systems:
             if not self.settings_of(system):
                 raise ConfigError(f"{system.name} takes none of the settings; give it a --lambda.")

@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 from flexalign.errors import ConfigError
 from flexalign.generation.confidence import ConfidenceTracker
 from flexalign.generation.interface import DialModel
+from flexalign.generation.penalties import RowPenalties
 from flexalign.generation.row_lambdas import RowDials
 from flexalign.generation.seeded import SeededSampling
 from flexalign.generation.text import ResponseText
@@ -248,7 +249,7 @@ class PromptBatch:
             self._cache = None
 
         processors = [
-            one.keep(rows) if isinstance(one, SeededSampling) else one
+            one.keep(rows) if isinstance(one, SeededSampling | RowPenalties) else one
             for one in options.get("logits_processor") or []
             if tracker is None or not isinstance(one, SeededSampling)
         ]

@@ -16,6 +16,7 @@ from flexalign._modes import evaluating
 from flexalign.data.rendering import Prompt, Rendering, stop_ids
 from flexalign.errors import ConfigError, DataError, LambdaError
 from flexalign.generation.adaptive import NEUTRAL, chooses_stream
+from flexalign.generation.penalties import LogitsSettings, RowPenalties
 from flexalign.generation.row_lambdas import read_dials
 from flexalign.generation.seeded import SeededSampling
 from flexalign.generation.text import ResponseText
@@ -56,6 +57,7 @@ def generate_responses(
     max_new_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    logits: LogitsSettings | None = None,
     batch_size: int = 32,
     seed: int = 0,
     seeds: Sequence[int] | None = None,
@@ -77,6 +79,7 @@ def generate_responses(
         max_new_tokens: Tokens after which a response is cut off.
         temperature: 0 is greedy.
         top_p: Probability mass sampled from, 0 < top_p ≤ 1.
+        logits: Limits on tokens, penalties and biases; None for none.
         batch_size: Responses generated together.
         seed: Seed of all sampling.
         seeds: One seed per prompt, instead of ``seed``; see
@@ -100,6 +103,11 @@ def generate_responses(
 
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     dials = _read_dials(generate_kwargs, len(prompts))
+    logits = logits or LogitsSettings()
+    if temperature > 0 and not is_seeded:
+        limits = {"top_k": logits.top_k or None, "min_p": logits.min_p or None}
+        given = {name: value for name, value in limits.items() if value is not None}
+        generate_kwargs = given | generate_kwargs
     settings = generation_settings(
         model,
         tokenizer,
@@ -127,9 +135,16 @@ def generate_responses(
                 settings.return_dict_in_generate = not isinstance(own, Tensor) and chooses_stream(
                     own
                 )
+            processors = LogitsProcessorList()
+            if logits.processors(0):
+                lengths = torch.tensor([_prompt_length(encoded[i]) for i in batch])
+                processors.append(RowPenalties(logits, lengths))
             if is_seeded and seeds is not None:
-                sampling = SeededSampling([seeds[i] for i in batch], temperature, top_p)
-                generate_kwargs["logits_processor"] = LogitsProcessorList([sampling])
+                own_seeds = [seeds[i] for i in batch]
+                token_limits = (logits.top_k, logits.min_p)
+                processors.append(SeededSampling(own_seeds, temperature, top_p, *token_limits))
+            if processors:
+                generate_kwargs["logits_processor"] = processors
 
             written = model.generate(**inputs, generation_config=settings, **generate_kwargs)
             found = reader.read_all(written, inputs["input_ids"].shape[1])
@@ -281,6 +296,11 @@ def generation_settings(
 
 def _length(prompt: list[int] | TwoPrompts) -> int:
     return prompt.longest if isinstance(prompt, TwoPrompts) else len(prompt)
+
+
+def _prompt_length(prompt: list[int] | TwoPrompts) -> int:
+    """Return the tokens of a prompt that ``generate`` continues; of two, those of the reference's."""
+    return len(prompt.reference.ids if isinstance(prompt, TwoPrompts) else prompt)
 
 
 def _padded(

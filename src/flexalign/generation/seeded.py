@@ -7,11 +7,12 @@ Two settings of a dial that use one seed get the same noise, so their difference
 variance (common random numbers).
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, MinPLogitsWarper, TopKLogitsWarper
 
 _LEAST_TEMPERATURE = 1e-8
 """Lower temperatures are raised to this one, at which only the likeliest token is sampled and the
@@ -26,30 +27,42 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
     """Samples each row's next token with that row's seed; use it with greedy decoding.
 
     The returned scores leave only the sampled token, which ``do_sample=False`` then chooses. It is
-    sampled from softmax(logits / temperature), limited to the smallest set of likeliest tokens that
-    has a probability of ``top_p``, as transformers does.
+    sampled from softmax(logits / temperature), limited to the ``top_k`` likeliest tokens, then to the
+    smallest set of likeliest tokens that has a probability of ``top_p``, then to those that have at
+    least ``min_p`` of the likeliest one's probability, as transformers does.
 
     Attributes:
         seeds: One for each row of the batch. For a batch of some of the rows, see :meth:`keep`.
     """
 
-    def __init__(self, seeds: Sequence[int], temperature: float = 1.0, top_p: float = 1.0) -> None:
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+    ) -> None:
         """Create the sampling of a batch.
 
         Args:
             seeds: One for each row.
             temperature: Above 0.
             top_p: Probability mass sampled from, 0 < top_p ≤ 1.
+            top_k: Number of likeliest tokens sampled from; 0 for all.
+            min_p: Least probability, as a share of the likeliest token's, 0 ≤ min_p ≤ 1.
         """
         self.seeds = torch.tensor(list(seeds), dtype=torch.int64)
         self._temperature = max(temperature, _LEAST_TEMPERATURE)
         self._top_p = top_p
+        self._top_k = TopKLogitsWarper(top_k) if top_k else None
+        self._min_p = MinPLogitsWarper(min_p) if min_p else None
         self._prompt_tokens: int | None = None
 
     def keep(self, rows: Tensor) -> "SeededSampling":
         """Return the same sampling for some of the rows, from its first token."""
-        kept = SeededSampling([], self._temperature, self._top_p)
-        kept.seeds = self.seeds[rows.to(self.seeds.device)]
+        kept = copy.copy(self)
+        kept.__dict__.update(seeds=self.seeds[rows.to(self.seeds.device)], _prompt_tokens=None)
         return kept
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -57,7 +70,12 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
         if self._prompt_tokens is None:
             self._prompt_tokens = input_ids.shape[1]
         index = input_ids.shape[1] - self._prompt_tokens
-        logits, ids = _likeliest(scores.float() / self._temperature, self._top_p)
+        logits = scores.float() / self._temperature
+        if self._top_k is not None:
+            logits = self._top_k(input_ids, logits)
+        logits, ids = _likeliest(logits, self._top_p)
+        if self._min_p is not None:
+            logits = self._min_p(input_ids, logits)
         noise = _gumbel(self.seeds.to(scores.device), index, ids)
         chosen = ids.gather(1, (logits.double() + noise).argmax(1, keepdim=True))
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)

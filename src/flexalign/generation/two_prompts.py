@@ -130,8 +130,9 @@ class TwoPromptDecoder(TwoStreamModel):
         ids, mask, positions = (
             inputs.pop(name, None) for name in ("aligned_ids", "aligned_mask", "aligned_positions")
         )
-        if positions is None and mask is not None and inputs.get("position_ids") is not None:
-            positions = positions_of(mask)[:, -inputs["position_ids"].shape[1] :]
+        first = inputs.get("position_ids")
+        if positions is None and mask is not None and first is not None:
+            positions = positions_of(mask)[:, -first.shape[1] :]
         return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
     def _default_dial(self) -> float:
@@ -196,21 +197,33 @@ class TwoPromptDecoder(TwoStreamModel):
             tags=tags,
             **kwargs,
         )
-        ids, mask = prepared["input_ids"], prepared["attention_mask"]
+        ids = prepared["input_ids"]
         if aligned_ids is None or aligned_mask is None:
             raise ConfigError("generate needs aligned_ids and aligned_mask; encode makes both.")
 
+        # Transformers leaves a mask without padding out, but the other prompt may have padding.
+        cache = prepared.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length()
+        mask = prepared.get("attention_mask")
+        if mask is None:
+            mask = torch.ones((len(ids), past + ids.shape[1]), device=ids.device, dtype=torch.long)
+
         # The columns that run now, of all so far: those of the prompt differ, and those of the
         # response are the same.
-        columns, width = mask.shape[1], aligned_ids.shape[1]
-        start = columns - ids.shape[1]
-        if start < width:
-            prompt = aligned_ids[:, start:columns].to(ids.device)
+        width, columns = aligned_ids.shape[1], mask.shape[1]
+        if past < width:
+            prompt = aligned_ids[:, past:columns].to(ids.device)
             prepared["aligned_ids"] = torch.cat([prompt, ids[:, prompt.shape[1] :]], 1)
-        own = aligned_mask[:, :columns].to(mask.device)
-        written = own.new_ones((len(own), max(0, columns - width)))
-        prepared["aligned_mask"] = torch.cat([own, written], 1)
-        return prepared
+        own = aligned_mask[:, :columns].to(ids.device)
+        own = torch.cat([own, own.new_ones((len(own), columns - own.shape[1]))], 1)
+
+        new = slice(columns - ids.shape[1], None)
+        return prepared | {
+            "attention_mask": mask,
+            "aligned_mask": own,
+            "position_ids": positions_of(mask)[:, new],
+            "aligned_positions": positions_of(own)[:, new],
+        }
 
     def _decoding_inputs(self, dials: RowDials, options: dict[str, Any]) -> dict[str, Any]:
         if options.get("inputs_embeds") is not None:

@@ -13,18 +13,19 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flexalign._modes import evaluating
 from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
 from flexalign.generation.adapted import AdaptedModel, Base, load_own_base, model_name, sweep_dials
 from flexalign.generation.fused import positions_of
+from flexalign.generation.inherited import refuse_inner_outputs
 from flexalign.generation.interface import Phase
 from flexalign.generation.row_lambdas import RowDials
 from flexalign.lambdas import finite_lambda
 from flexalign.lora_dial.configuration import LoRADialConfig, check_folder
-from flexalign.lora_dial.scaling import LoRAScale, Strength
-from flexalign.models.adapters import AdapterSwitch, read_adapter_config, unfit_tensor
+from flexalign.lora_dial.projections import LoRAProjections
+from flexalign.lora_dial.scaling import LoRAScale
+from flexalign.models.adapters import read_adapter_config, unfit_tensor
 from flexalign.models.loading import load_adapter
 from flexalign.models.sources import Source, resolve_adapter
 from flexalign.models.weights import tensor_infos
@@ -41,12 +42,13 @@ GATE_REFUSED = (
 class LoRADial(AdaptedModel):
     """A base model with one LoRA, whose strength is λ: one stream and one cache for every λ.
 
-    λ = 0 is the base and λ = 1 is PEFT's own forward, both exactly. Rows of one batch may have
-    different λ. A cache holds each key and value as the λ of its token made it: a prompt is read at
-    the λ of the first token after it, so a prefilled prompt is shared only between equal λ. Where λ
-    changes inside a sequence (a schedule, ``(B, T)``, or a cache that is continued at another λ),
-    the tokens before the change are not run again; the result is then close to equation 5 and not
-    the student of either λ (docs/lora-dial.md says how close).
+    λ = 0 is the base exactly. λ = 1 is PEFT's own forward: exactly with gradients, and to rounding
+    without, where :mod:`~flexalign.lora_dial.projections` takes the same products together. Rows of
+    one batch may have different λ. A cache holds each key and value as the λ of its token made it:
+    a prompt is read at the λ of the first token after it, so a prefilled prompt is shared only
+    between equal λ. Where λ changes inside a sequence (a schedule, ``(B, T)``, or a cache that is
+    continued at another λ), the tokens before the change are not run again; the result is then
+    close to equation 5 and not the student of either λ (docs/lora-dial.md says how close).
 
     Attributes that this class does not have (``config``, ``device``, …) are the base's.
 
@@ -57,7 +59,8 @@ class LoRADial(AdaptedModel):
     Attributes:
         base: The base model with the LoRA in its layers.
         peft: PEFT's wrapper of it.
-        scale: The strength of the LoRA in these layers.
+        projections: The LoRA's layers at inference, where λ reaches them.
+        scale: The strength of the LoRA on PEFT's own layers, with gradients for instance.
         dial_config: The dial's settings.
         tokenizer: The base's tokenizer; None if it is not known.
     """
@@ -79,8 +82,8 @@ class LoRADial(AdaptedModel):
         """
         super().__init__(model.get_base_model(), dial_config, tokenizer)
         self.peft = model
-        self.scale = LoRAScale(model, ADAPTER)
-        self._switch = AdapterSwitch(model)
+        self.projections = LoRAProjections(model, ADAPTER)
+        self.scale = self.projections.scale
         self._takes = set(inspect.signature(self.base.forward).parameters)
         probe_rows(self, model_name(self.base))
 
@@ -153,9 +156,11 @@ class LoRADial(AdaptedModel):
         logits_to_keep: int | Tensor = 0,
         lam: Any = None,
         gate: float | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
         lam_checked: bool = False,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> Any:
         """Return the logits of a batch, each row (or token) at its λ.
 
         Args:
@@ -169,19 +174,24 @@ class LoRADial(AdaptedModel):
                 indices.
             lam: A number, a list, ``(B,)`` or ``(B, T)``; the dial's default if not given.
             gate: Must be None.
+            labels: Shape ``(B, T)``, −100 where nothing is counted, for the loss.
+            return_dict: False for a tuple.
             lam_checked: λ has been checked already, as ``generate`` does before the first token.
             **kwargs: Other arguments of the base.
 
         Returns:
-            ``logits`` of shape ``(B, T, V)``, or ``(B, kept, V)``, and ``past_key_values``.
+            ``logits`` of shape ``(B, T, V)``, or ``(B, kept, V)``, ``past_key_values``, and the loss
+            if there are labels.
 
         Raises:
             LambdaError: If λ is not finite or does not fit the batch.
-            ConfigError: If a gate is given.
+            ConfigError: If a gate is given, or an output that this model does not return.
         """
         if gate is not None:
             raise ConfigError(GATE_REFUSED)
-        if input_ids is None and inputs_embeds is None:
+        refuse_inner_outputs(kwargs, self.base.config)
+        prompts = input_ids if input_ids is not None else inputs_embeds
+        if prompts is None:
             raise ConfigError("forward needs input_ids or inputs_embeds.")
         if not lam_checked:
             lam = self._checked_lambda(lam)
@@ -199,31 +209,38 @@ class LoRADial(AdaptedModel):
             if name in self._takes and value is not None
         }
 
-        with self.strength(lam):
+        with self.projections.at(lam, *prompts.shape[:2]):
             output = self.base(**given, use_cache=keeps)
 
         logits = output.logits
         if "logits_to_keep" not in self._takes:
             kept: Any = logits_to_keep
             logits = logits[:, slice(-kept, None) if isinstance(kept, int) else kept]
-        return CausalLMOutputWithPast(
-            logits=logits, past_key_values=getattr(output, "past_key_values", None)
-        )
+        # Backward runs a checkpointed forward again, so λ must still be there.
+        if torch.is_grad_enabled() and self.training and self.base.is_activation_checkpointing:
+            self.scale.set(lam)
+        cache = getattr(output, "past_key_values", None)
+        return self.fused_output(logits, cache, labels, return_dict)
 
-    @contextmanager
-    def strength(self, lam: Strength) -> Iterator[None]:
-        """Run the base at a λ inside the block: the one place where λ reaches the LoRA.
+    def set_checkpointing(self, method: str, *args: Any, **options: Any) -> None:
+        """Switch activation checkpointing of the base."""
+        getattr(self.base, method)(*args, **options)
+
+    def merge(self, lam: float | None) -> None:
+        """Keep the LoRA's layers a second time, with the LoRA at one λ in their weights.
+
+        Where all rows of a batch have this λ, a step then takes as long as the base's. All other λ
+        work as before, λ = 0 exactly too, because the base's weights do not change. It takes as
+        much memory as the weights that the LoRA adapts, and is never done by itself, since requests
+        mix λ. :meth:`merged` returns a plain model instead.
 
         Args:
-            lam: One number, ``(B,)`` or ``(B, T)``; checked already.
+            lam: λ, or None to free the copy.
+
+        Raises:
+            LambdaError: If λ is not finite.
         """
-        lam = _constant(lam)
-        if isinstance(lam, float) and lam == 0:  # without the LoRA: the same, and fewer products
-            with self._switch.use(()):
-                yield
-            return
-        with self.scale.at(lam):
-            yield
+        self.projections.merge(lam)
 
     # Generation: caches, and sweeps of λ.
 
@@ -381,14 +398,6 @@ class PrefilledRows:
         index = torch.tensor([self.places[key] for key in wanted])
         own.batch_select_indices(index.to(own.layers[0].keys.device))
         return own
-
-
-def _constant(lam: Strength) -> Strength:
-    """Return one number for a tensor whose values are equal, else the tensor."""
-    if not isinstance(lam, Tensor):
-        return None if lam is None else float(lam)
-    first = float(lam.flatten()[0])
-    return first if bool((lam == first).all()) else lam
 
 
 # The test of a model when it is loaded. λ belongs to a row, and a layer that gets its tokens in an

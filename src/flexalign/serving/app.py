@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from flexalign.errors import FlexAlignError
 from flexalign.serving.dial import DialChoice, DialRules
 from flexalign.serving.errors import ApiError, Scope
+from flexalign.serving.facades import with_facades
 from flexalign.serving.middleware import KeyGate, LoopbackGate, RequestIds
 from flexalign.serving.protocol import (
     BODY_LIMIT,
@@ -66,7 +67,7 @@ def create_app(
     for kind in (ApiError, FlexAlignError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
 
-    stack: Any = app
+    stack: Any = with_facades(app, body_limit=body_limit)
     if key is not None:
         stack = KeyGate(stack, key)
     elif is_local:
@@ -205,6 +206,7 @@ class _Routes:
 
     def _model(self) -> dict[str, Any]:
         model = self._service.model
+        prompts = None if model.rendering is None else model.rendering.prompts
         return {
             "id": model.name,
             "object": "model",
@@ -212,6 +214,7 @@ class _Routes:
             "owned_by": "flexalign",
             "max_model_len": model.context,
             "dial": self._rules.to_json(),
+            **({} if prompts is None else {"prompts": prompts.to_json()}),
         }
 
 

@@ -163,7 +163,7 @@ class DialRules:
             "lambda_range": list(self.lambda_range),
             "effort": self.effort is not None,
             "meaning": LAMBDA_LEGEND,
-        }
+        } | ({"only_ends": True} if isinstance(self.lambda_range, OnlyEnds) else {})
 
     def choose(self, body: dict[str, Any]) -> DialChoice:
         """Read the dial of a body and remove its keys.

@@ -235,7 +235,10 @@ class RequestIds:
 
 
 class KeyGate:
-    """Lets those requests under ``/v1``, and those that post anything, in that carry the right key."""
+    """Lets those requests under ``/v1``, and those that post anything, in that carry the right key.
+
+    It is a bearer token, or the header ``x-api-key``, which clients of Anthropic's protocol send.
+    """
 
     def __init__(self, app: Any, key: str) -> None:
         """Stand before an application; the comparison takes the same time for every wrong key."""
@@ -246,7 +249,8 @@ class KeyGate:
         """Serve a request."""
         is_http = scope["type"] == "http"
         if is_http and (scope["method"] == "POST" or path_of(scope).startswith("/v1")):
-            given = b"".join(v for name, v in scope["headers"] if name == b"authorization")
+            sent = dict(scope["headers"])
+            given = sent.get(b"authorization", b"Bearer " + sent.get(b"x-api-key", b""))
             if not hmac.compare_digest(sha256(given).digest(), self._digest):
                 error = ApiError(
                     401,
@@ -256,6 +260,8 @@ class KeyGate:
                 )
                 await send_error(error, send)
                 return
+            if b"authorization" not in sent:  # vLLM compares the key again
+                scope = {**scope, "headers": [*scope["headers"], (b"authorization", given)]}
         await self._app(scope, receive, send)
 
 

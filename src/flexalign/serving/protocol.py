@@ -26,6 +26,7 @@ from pydantic import (
 
 from flexalign._spelling import nearest
 from flexalign.data.thinking import ThinkingTags
+from flexalign.generation.penalties import LogitsSettings
 from flexalign.generation.text import StreamedSplit
 from flexalign.serving.dial import DialChoice, DialFields
 from flexalign.serving.engine import AnswerPiece, WrittenToken
@@ -190,9 +191,6 @@ _WITHOUT_EFFECT = {
 """Keys that are accepted and have no effect."""
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
@@ -202,14 +200,13 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    "top_k": (0, -1),
-    "min_p": (0,),
-    "repetition_penalty": (1,),
 }
 """Keys that are known but not served, and the values at which they have no effect."""
 
 _MOST_CHOICES = 128
 _MOST_STOPS = 16
+_MOST_BIAS = 100
+_MOST_BIASES = 1024
 _MOST_LOGPROBS = 20
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -281,10 +278,38 @@ def _read_stops(given: object) -> tuple[str, ...]:
     return tuple(stops)
 
 
-def _refuse_zero(value: object) -> object:
-    if value == 0 and not isinstance(value, bool):
-        raise _wrong("top_p", "a number above 0 and at most 1", value)
-    return value
+def _above_zero(key: str, most: int) -> BeforeValidator:
+    """Return a validator that refuses 0; pydantic's own limits refuse the rest."""
+
+    def refuse_zero(value: object) -> object:
+        if value == 0 and not isinstance(value, bool):
+            raise _wrong(key, f"a number above 0 and at most {most}", value)
+        return value
+
+    return BeforeValidator(refuse_zero)
+
+
+def _read_top_k(value: object) -> object:
+    return 0 if value == -1 and not isinstance(value, bool) else value
+
+
+def _read_biases(given: object) -> tuple[tuple[int, float], ...]:
+    wanted = (
+        f'an object of token ids and numbers from -{_MOST_BIAS} to {_MOST_BIAS}, {{"15": -100}}'
+    )
+    if not isinstance(given, dict) or len(given) > _MOST_BIASES:
+        raise _wrong("logit_bias", f"{wanted}, {_MOST_BIASES} at most", given)
+
+    biases = []
+    for token, bias in given.items():
+        is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
+        if not (token.isascii() and token.isdigit() and len(token) < 10):
+            raise _wrong("logit_bias", wanted, token)
+        if not is_number or not abs(bias) <= _MOST_BIAS:
+            raise _wrong("logit_bias", wanted, bias)
+        if bias:
+            biases.append((int(token), float(bias)))
+    return tuple(biases)
 
 
 def _wrong(where: str, wanted: str, given: object) -> ValueError:
@@ -314,6 +339,12 @@ Stops = Annotated[
 ]
 """Texts that end an answer."""
 
+LogitBias = Annotated[
+    tuple[tuple[int, float], ...],
+    PlainValidator(_read_biases, json_schema_input_type=dict[str, float]),
+]
+"""Token ids with what is added to their logits."""
+
 
 class StreamOptions(BaseModel):
     """What a stream contains beside its answers."""
@@ -329,8 +360,27 @@ class SamplingBody(BaseModel):
     model_config = ConfigDict(strict=True)
 
     temperature: float = Field(1.0, ge=0, le=2, description="0 takes the likeliest token.")
-    top_p: Annotated[float, BeforeValidator(_refuse_zero)] = Field(
+    top_p: Annotated[float, _above_zero("top_p", 1)] = Field(
         1.0, ge=0, le=1, description="Probability mass sampled from; above 0."
+    )
+    top_k: Annotated[int, BeforeValidator(_read_top_k)] = Field(
+        0, ge=0, description="Number of likeliest tokens sampled from; 0 or −1 for all."
+    )
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="Least probability, as a share of the likeliest token's."
+    )
+    repetition_penalty: Annotated[float, _above_zero("repetition_penalty", 10)] = Field(
+        1.0, ge=0, le=10, description="Of tokens in the prompt or the answer; 1 for none."
+    )
+    presence_penalty: float = Field(
+        0.0, ge=-2, le=2, description="Subtracted from logits of tokens in the answer."
+    )
+    frequency_penalty: float = Field(
+        0.0, ge=-2, le=2, description="The same, for each time that a token is in the answer."
+    )
+    logit_bias: LogitBias = Field(
+        (),
+        description=f"Token ids and what is added to their logits, −{_MOST_BIAS} to {_MOST_BIAS}.",
     )
     seed: int | None = Field(
         None, ge=-(2**63), le=2**63 - 1, description="One seed gives one answer."
@@ -356,6 +406,14 @@ class SamplingBody(BaseModel):
             logprobs=logprobs,
             stream=self.stream,
             include_usage=bool(options and options.include_usage),
+            logits=LogitsSettings(
+                self.top_k,
+                self.min_p,
+                self.repetition_penalty,
+                self.presence_penalty,
+                self.frequency_penalty,
+                self.logit_bias,
+            ),
         )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from flexalign.generation.penalties import LogitsSettings
 from flexalign.serving.dial import DialChoice
 from flexalign.serving.engine import AnswerPiece, Ended, Generation, WrittenToken
 
@@ -29,6 +30,7 @@ class SamplingOptions:
         logprobs: Number of likeliest tokens to report at each token; None for no log-probabilities.
         stream: Whether the answer is sent as it is written.
         include_usage: Whether a stream ends with its token counts.
+        logits: Limits on tokens, penalties and biases.
     """
 
     max_tokens: int | None
@@ -40,6 +42,7 @@ class SamplingOptions:
     logprobs: int | None
     stream: bool
     include_usage: bool
+    logits: LogitsSettings
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from flexalign.data.rendering import stop_ids
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, ServingError
 from flexalign.fusion import gated_lambda
-from flexalign.generation import TwoModelDecoder
+from flexalign.generation import TwoModelDecoder, TwoPromptDecoder
 from flexalign.lambdas import Fixed
 from flexalign.lora_dial import LoRADial
+from flexalign.models.prompted import PromptPair
 from flexalign.serving.dial import DialRules, adapter_rules
 from flexalign.serving.engine import (
     Engine,
@@ -32,6 +33,7 @@ from flexalign.serving.engine import (
     PairRunner,
     PlainRunner,
     Runner,
+    TwoPromptRunner,
 )
 from flexalign.serving.middleware import is_loopback
 from flexalign.serving.service import ServedModel, Service
@@ -56,6 +58,7 @@ class ServeOptions:
             that is lower.
         limits: The limits of the engine.
         template: Arguments of the chat template, for every request.
+        prompts: Instead of an adapter or an aligned model, the two prompts of the model.
 
     Raises:
         ConfigError: If options exclude each other, or a number is out of its range.
@@ -72,18 +75,21 @@ class ServeOptions:
     context: int | None = None
     limits: EngineLimits = field(default_factory=EngineLimits)
     template: Mapping[str, Any] = field(default_factory=dict)
+    prompts: PromptPair | None = None
 
     def __post_init__(self) -> None:
         """Check all that needs no weights."""
         if self.adapter and self.aligned:
             raise ConfigError("give --adapter or --aligned, not both: each is a dial of its own.")
+        # Raises if the prompts have another dial beside them.
+        System.of(self.model, self.adapter, self.aligned, self.prompts)
         if self.any_base and not self.adapter:
             raise ConfigError("--any-base is about an adapter; name --adapter.")
-        is_dial = self.adapter or self.aligned
+        is_dial = self.adapter or self.aligned or self.prompts
         if not is_dial and (self.lambda_range is not None or self.gate is not None):
             raise ConfigError(
                 "--lambda-range and --gate are about a dial, and the model alone has none; name "
-                "its --adapter, or the --aligned model beside it."
+                "its --adapter, the --aligned model beside it, or an --aligned-prompt."
             )
         if self.context is not None and self.context < 2:
             raise ConfigError(f"--context must be at least 2 tokens, got {self.context}.")
@@ -113,6 +119,7 @@ def load_service(options: ServeOptions) -> tuple[Service, DialRules]:
         tags,
         min(limits, default=4096),
         min(config.vocab_size for config in configs),
+        model.rendering if isinstance(model, TwoPromptDecoder) else None,
     )
 
     ends = _ends(model.generation_config.eos_token_id, tokenizer)
@@ -128,24 +135,27 @@ def _open(options: ServeOptions) -> tuple[Runner, Any, ThinkingTags | None, Dial
         Its runner, its tokenizer, its thinking tags if an adapter has them, and its rules.
     """
     backend = LocalBackend(
-        System.of(options.model, options.adapter, options.aligned),
+        System.of(options.model, options.adapter, options.aligned, options.prompts),
         options=SystemOptions(
             gate=options.gate,
             dtype=options.dtype,
             lambda_range=options.lambda_range,
             any_base=options.any_base,
             template=options.template,
+            prompts=options.prompts,
         ),
     )
 
     tokenizer, settings = backend.text.tokenizer, backend.config
     if backend.kind == "model":
         return PlainRunner(backend.load()), tokenizer, None, DialRules(None)
+    pair_rules = DialRules(Fixed(1.0), options.lambda_range or (0.0, 1.0))
+    if backend.kind == "prompts":
+        return TwoPromptRunner(backend.load(), options.gate), tokenizer, None, pair_rules
     if settings is None:
         decoder = backend.load()
         PromptSettings(options.template).bind(decoder.tokenizer)
-        rules = DialRules(Fixed(1.0), options.lambda_range or (0.0, 1.0))
-        return PairRunner(decoder, options.gate), decoder.tokenizer, None, rules
+        return PairRunner(decoder, options.gate), decoder.tokenizer, None, pair_rules
 
     rules = adapter_rules(settings, options.lambda_range)
     model = backend.load()

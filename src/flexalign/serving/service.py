@@ -18,6 +18,8 @@ from flexalign.data.thinking import ThinkingTags
 from flexalign.data.traces import derive_seed
 from flexalign.errors import ConfigError, DataError
 from flexalign.generation.text import ResponseText
+from flexalign.lambdas import Fixed
+from flexalign.models.prompted import PairRendering
 from flexalign.serving.engine import AnswerPiece, Engine, Generation, Job
 from flexalign.serving.errors import ApiError, as_sent
 from flexalign.serving.metrics import Metrics
@@ -41,6 +43,7 @@ class ServedModel:
         tags: The tags around its thinking.
         context: The most tokens of a prompt and its answer together.
         vocabulary: The number of token ids.
+        rendering: Renders conversations under both prompts, if the model is asked under two.
     """
 
     name: str
@@ -48,6 +51,34 @@ class ServedModel:
     tags: ThinkingTags
     context: int
     vocabulary: int
+    rendering: PairRendering | None = None
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """The tokens of a prompt.
+
+    Attributes:
+        ids: Its tokens; of two prompts, the reference's.
+        opened: Whether it leaves the thinking open.
+        aligned: The tokens of the aligned prompt, where the model is asked under two.
+    """
+
+    ids: TokenIds
+    opened: bool
+    aligned: TokenIds | None = None
+
+    def __len__(self) -> int:
+        """Return its number of tokens; of two prompts, those of the longer one."""
+        return max(len(self.ids), len(self.aligned or ()))
+
+    @property
+    def told(self) -> str:
+        """Which of two prompts is the longer one, for messages; empty where there is one."""
+        if self.aligned is None:
+            return ""
+        side = "aligned" if len(self.aligned) > len(self.ids) else "reference"
+        return f" under the {side} prompt"
 
 
 class Service:
@@ -77,6 +108,7 @@ class Service:
         since = monotonic()
         choice, sampling = request.choice, request.sampling
         self._require_model(request.model)
+        self._require_tokens([token for token, _ in sampling.logits.logit_bias], "logit_bias")
         try:
             self.engine.check(choice.dial)
         except ConfigError as error:
@@ -88,15 +120,15 @@ class Service:
         else:
             prompts = [await run_in_threadpool(self._encode, prompt) for prompt in request.prompts]
 
-        jobs = [job for ids in prompts for job in self._jobs(ids, request)]
+        jobs = [(prompt, job) for prompt in prompts for job in self._jobs(prompt, request)]
         self._require_room(len(jobs))
 
         # A prompt with several answers is counted once, with the first of them.
         drafts = []
-        for index, job in enumerate(jobs):
-            counted = 0 if index % sampling.n else len(job.prompt)
-            drafts.append(AnswerDraft(index, counted, self._reader.is_opened_by(job.prompt)))
-        generations = self.engine.submit(jobs, asyncio.get_running_loop())
+        for index, (prompt, _) in enumerate(jobs):
+            counted = 0 if index % sampling.n else len(prompt)
+            drafts.append(AnswerDraft(index, counted, prompt.opened))
+        generations = self.engine.submit([job for _, job in jobs], asyncio.get_running_loop())
         self.metrics.began(choice.dial, sum(map(len, prompts)))
         return RunningRequest(sampling, choice, drafts, generations, since)
 
@@ -150,7 +182,7 @@ class Service:
                 code="model_not_found",
             )
 
-    def _encode_chat(self, request: ChatRequest) -> TokenIds:
+    def _encode_chat(self, request: ChatRequest) -> EncodedPrompt:
         tokenizer = self.model.tokenizer
         if not tokenizer.chat_template:
             raise ApiError(
@@ -160,7 +192,12 @@ class Service:
             )
         try:
             messages = [dict(message) for message in request.messages]
-            return tuple(Rendering(tokenizer).prompt(messages).ids)
+            if self.model.rendering is not None:
+                both = self.model.rendering.both(messages)
+                dial = request.choice.dial
+                opened = both.opens_at(dial.lam if isinstance(dial, Fixed) else None)
+                return EncodedPrompt(tuple(both.reference.ids), opened, tuple(both.aligned.ids))
+            return self._encoded(tuple(Rendering(tokenizer).prompt(messages).ids))
         except DataError as error:
             raise ApiError(400, f"messages: {error}", param="messages") from error
         except Exception as error:  # a template is a program, and these are its arguments
@@ -170,39 +207,55 @@ class Service:
                 param="messages",
             ) from error
 
-    def _encode(self, prompt: str | TokenIds) -> TokenIds:
+    def _encoded(self, ids: TokenIds) -> EncodedPrompt:
+        return EncodedPrompt(ids, self._reader.is_opened_by(ids))
+
+    def _encode(self, prompt: str | TokenIds) -> EncodedPrompt:
+        if self.model.rendering is not None:
+            raise ApiError(
+                400,
+                "prompt: this server asks its model under two prompts, which only messages can "
+                "have; send them to /v1/chat/completions.",
+                param="prompt",
+            )
         if isinstance(prompt, str):
-            return tuple(self.model.tokenizer(prompt)["input_ids"])
-        outside = [token for token in prompt if not 0 <= token < self.model.vocabulary]
+            return self._encoded(tuple(self.model.tokenizer(prompt)["input_ids"]))
+        self._require_tokens(prompt, "prompt")
+        return self._encoded(prompt)
+
+    def _require_tokens(self, tokens: Sequence[int], key: str) -> None:
+        outside = [token for token in tokens if not 0 <= token < self.model.vocabulary]
         if outside:
             raise ApiError(
                 400,
-                f"prompt has the token id {as_sent(outside[0])}; this model's are 0 to "
+                f"{key} has the token id {as_sent(outside[0])}; this model's are 0 to "
                 f"{self.model.vocabulary - 1}.",
-                param="prompt",
+                param=key,
             )
-        return prompt
 
-    def _jobs(self, ids: TokenIds, request: ChatRequest | CompletionRequest) -> Iterator[Job]:
+    def _jobs(
+        self, prompt: EncodedPrompt, request: ChatRequest | CompletionRequest
+    ) -> Iterator[Job]:
         """Yield a job for each answer to one prompt; the first has the request's own seed."""
         sampling = request.sampling
-        if not ids:
+        if not prompt.ids or prompt.aligned == ():
             raise ApiError(400, "prompt is empty: there is no token to go on from.", param="prompt")
 
-        room = self.model.context - len(ids)
+        room = self.model.context - len(prompt)
         limit = sampling.max_tokens if sampling.max_tokens is not None else max(room, 1)
         if limit > room:
             raise ApiError(
                 400,
-                f"the prompt has {len(ids)} tokens and may get {limit} more; this server's context "
-                f"is {self.model.context}. Shorten the prompt, or ask for fewer max_tokens.",
+                f"the prompt has {len(prompt)} tokens{prompt.told} and may get {limit} more; this "
+                f"server's context is {self.model.context}. Shorten the prompt, or ask for fewer "
+                "max_tokens.",
                 code="context_length_exceeded",
             )
 
         for number in range(sampling.n):
             seed = sampling.seed if number == 0 else derive_seed(sampling.seed, number)
             yield Job(
-                ids,
+                prompt.ids,
                 request.choice.dial,
                 limit,
                 sampling.temperature,
@@ -212,6 +265,9 @@ class Service:
                 sampling.logprobs,
                 # A completion has no thinking: its text is the model's as it is.
                 stops_after_thinking=isinstance(request, ChatRequest),
+                logits=sampling.logits,
+                aligned=prompt.aligned,
+                opened=prompt.opened,
             )
 
     def _require_room(self, jobs: int) -> None:

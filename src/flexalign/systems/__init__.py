@@ -3,8 +3,9 @@
 ::
 
     model:PATH                   a model as it is
-    dial:BASE,ADAPTER            an InRa adapter on its base
+    dial:BASE,ADAPTER            an InRa adapter or a LoRA dial on its base
     pair:REF,ALIGNED             two models, fused as they decode
+    prompts:MODEL                one model under two prompts, fused as they decode
     interpolate:REF,ALIGNED      weights between two models
     url:http://…                 a server of OpenAI's protocol
     mine=dial:BASE,ADAPTER       any of these under a name of the user's

@@ -31,6 +31,7 @@ from flexalign.data.traces import (
 )
 from flexalign.errors import ConfigError
 from flexalign.generation.responses import generate_responses
+from flexalign.lambdas import Adaptive, Route, Setting
 from flexalign.models.loading import fingerprint
 from flexalign.models.sources import resolve
 from flexalign.systems.endpoint import EndpointBackend
@@ -40,7 +41,7 @@ from flexalign.systems.open import System, SystemOptions, open_backend, parse_sy
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_KINDS = ("model", "url")
+_KINDS = ("model", "prompts", "url")
 
 
 def sample(
@@ -53,21 +54,27 @@ def sample(
     prompting: PromptSettings | None = None,
     limit: int | None = None,
     skip_bad_rows: bool = False,
+    lam: object = None,
     progress: Callable[[int], None] | None = None,
 ) -> TraceSummary:
     """Answer prompts and write the responses, in the form that `load_traces` reads.
 
     Args:
-        system: A model's folder or known name, ``model:PATH``, or ``url:http://…``.
+        system: A model's folder or known name, ``model:PATH``, ``prompts:MODEL`` or
+            ``url:http://…``.
         prompts: A file or a saved data set, as `load_prompts` takes it.
         output: The JSONL file to write or to continue.
         settings: How responses are sampled; if not given, one for each prompt at temperature 1.
         options: How the system is run: ``dtype`` of a model on this machine; ``model_name``,
-            ``api_key``, ``concurrency``, ``timeout_seconds`` and ``attempts`` of a server.
+            ``api_key``, ``concurrency``, ``timeout_seconds`` and ``attempts`` of a server;
+            ``prompts`` of ``prompts:MODEL``.
         prompting: A system message for prompts that have none, and, for a model on this machine,
             arguments of the chat template; the rows keep what they were sampled with.
         limit: Take only this many prompts, the first ones.
         skip_bad_rows: Leave out rows that cannot be used.
+        lam: λ between two prompts, a number or a schedule; 1 if not given. The rows keep the
+            prompt without the two prompts' own system messages, and the reference's template
+            arguments: what a student is asked.
         progress: Called with the number of rows in the file after each batch.
 
     Returns:
@@ -87,6 +94,7 @@ def sample(
         prompting=prompting,
         limit=limit,
         skip_bad_rows=skip_bad_rows,
+        lam=lam,
     )
     return run.finish(progress)
 
@@ -112,12 +120,15 @@ class SampleRun:
         prompting: PromptSettings | None = None,
         limit: int | None = None,
         skip_bad_rows: bool = False,
+        lam: object = None,
     ) -> None:
         """Open the system and read the prompts. No weights are loaded and nothing is written."""
         self.settings = settings or SamplingSettings()
         self._output = Path(output)
         prompting = prompting or PromptSettings()
-        self._generator = _open_generator(_system_of(system), self.settings, options, prompting)
+        self._generator = _open_generator(
+            _system_of(system), self.settings, options, prompting, lam
+        )
 
         loaded = load_prompts(prompts, skip_bad_rows=skip_bad_rows)
         self.prompts: Dataset = prompting.apply(loaded)
@@ -191,12 +202,16 @@ def _open_generator(
     settings: SamplingSettings,
     options: SystemOptions | None,
     prompting: PromptSettings,
+    lam: object,
 ) -> _Generator:
     if system.kind not in _KINDS:
         raise ConfigError(
-            f"{system.name}: traces are sampled from one model or from a server; give model:PATH "
-            "or url:http://…."
+            f"{system.name}: traces are sampled from one model or from a server; give model:PATH, "
+            "prompts:MODEL or url:http://…."
         )
+    if lam is not None and system.kind != "prompts":
+        raise ConfigError(f"{system.name} is sampled as it is; λ is for prompts:MODEL.")
+    asked = [] if lam is None else [Setting.of(lam)]
 
     options = replace(
         options or SystemOptions(),
@@ -206,7 +221,10 @@ def _open_generator(
         batch_size=settings.batch_size,
     )
 
-    backend = open_backend(system, options=options)
+    if system.kind == "prompts":
+        # The arguments are both prompts', and must be bound before those of each side.
+        options = replace(options, template=prompting.template or None)
+    backend = open_backend(system, asked, options)
     if isinstance(backend, EndpointBackend):
         if prompting.template:
             raise ConfigError(
@@ -214,7 +232,7 @@ def _open_generator(
             )
         return _SampledServer(backend, system, options)
     if isinstance(backend, LocalBackend):
-        return _SampledModel(backend, system, options, prompting)
+        return _SampledModel(backend, system, options, prompting, asked, plain=settings.plain)
     raise ConfigError("traces are sampled by the local engine, or from a server; leave engine out.")
 
 
@@ -227,16 +245,34 @@ class _SampledModel:
         system: System,
         options: SystemOptions,
         prompting: PromptSettings,
+        asked: Sequence[Setting],
+        *,
+        plain: bool,
     ) -> None:
         (name,) = system.parts
         self._backend, self._options = backend, options
         self._tokenizer = backend.text.tokenizer
-        self.source = {
+        self.source: dict[str, Any] = {
             "model": name,
             "fingerprint": fingerprint(resolve(name)),
             "dtype": options.dtype,
         }
-        prompting.bind(self._tokenizer)
+        self._dial: dict[str, Any] = {}
+        if options.prompts is None:
+            prompting.bind(self._tokenizer)
+        else:
+            if plain:
+                raise ConfigError(
+                    "--plain has no meaning with two prompts: the text of a row would be one of "
+                    "the two; leave it out."
+                )
+            (setting,) = asked or [backend.default]
+            dial = setting.dial
+            if dial is None or isinstance(dial, Adaptive | Route):
+                raise ConfigError(f"traces are sampled at one λ or a schedule, not {setting.id}.")
+            self._dial = {"lam": dial}
+            self.source["prompts"] = options.prompts.to_json()
+            self.source["lambda"] = dial.to_json()
         self.rendering: dict[str, Any] | None = sampling_record(self._tokenizer)
 
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Sequence[Sampled]:
@@ -245,16 +281,19 @@ class _SampledModel:
         return generate_responses(
             self._backend.model,
             self._tokenizer,
-            prompts,
+            [self._backend.text.prompt(prompt) for prompt in prompts] if self._dial else prompts,
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             top_p=options.top_p,
             batch_size=options.batch_size,
             seed=seeds[0],
+            **self._dial,
         )
 
     def render(self, prompt: Prompt) -> str:
-        """Return the text that the model gets."""
+        """Return the text that the model gets; of two prompts, both."""
+        if self._dial:
+            return self._backend.render(prompt)
         return prompt if isinstance(prompt, str) else plain_prompt(self._tokenizer, prompt)
 
 

@@ -450,7 +450,7 @@ class Costs:
         }
 
 
-def reckon(
+def estimate_costs(
     outcomes: Sequence[Outcome], clocks: Sequence[StepClock], cache: HiddenStateCache | None
 ) -> Costs | None:
     """Estimate the costs.
@@ -521,7 +521,7 @@ def _write_report(
         | {"seconds_per_step": run.clock.mean}
         for run, outcome in zip(runs, outcomes, strict=True)
     ]
-    costs = reckon(outcomes, [run.clock for run in runs], cache)
+    costs = estimate_costs(outcomes, [run.clock for run in runs], cache)
     report = {
         "teacher": runs[0].recipe.teacher,
         "cache": str(cache.folder) if cache else None,

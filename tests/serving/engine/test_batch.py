@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from contract.subjects import make_base, stir
-from flexalign.generation import TwoModelDecoder
+from flexalign.data.prompting import PromptSettings
+from flexalign.generation import TwoModelDecoder, TwoPromptDecoder
 from flexalign.generation.row_lambdas import RowDials
 from flexalign.inra import InRaModel
 from flexalign.models.pair import ModelPair
-from flexalign.serving.engine import InRaRunner, PairRunner, PlainRunner, Runner
+from flexalign.models.prompted import PairRendering, PromptPair
+from flexalign.serving.engine import InRaRunner, PairRunner, PlainRunner, Runner, TwoPromptRunner
 from flexalign.serving.engine.batch import Batch
 from twin import fuse64
 
@@ -22,6 +24,23 @@ JOINING = {0: [(7, 0.0), (3, 1.0)], 2: [(12, 0.3)], 5: [(1, 2.0), (5, -0.5)], 8:
 """By step: the rows that join, (tokens of the prompt, λ); some are longer than all before."""
 LEAVING = {4: 0, 6: 1, 7: 0}
 """By step: the place of the row that leaves; at 6 it is the longest, and its padding goes too."""
+
+
+@dataclass
+class TwoPromptLine:
+    """A row under two prompts that writes whatever is likeliest."""
+
+    prompts: tuple[list[int], list[int]]
+    fixed: float
+    written: list[int] = field(default_factory=list)
+    seen: list[Tensor] = field(default_factory=list)
+
+    @property
+    def next_token(self) -> int | tuple[int, ...]:
+        return self.written[-1] if self.written else tuple(one[-1] for one in self.prompts)
+
+    def lam(self) -> float:
+        return self.fixed
 
 
 @dataclass
@@ -99,6 +118,56 @@ def test_two_streams(family: str):
         return fuse64(base, adapter, lam)
 
     check(drive(InRaRunner(model)), alone)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_two_prompts(family: str, hybrid_tokenizer: Any):
+    """Either prompt may be the longer one, and a row that leaves may be the longest by one alone."""
+    base = make_base(family)
+    prompts = PromptPair(aligned=PromptSettings(system="check"))
+    runner = TwoPromptRunner(TwoPromptDecoder(base, PairRendering(hybrid_tokenizer, prompts)))
+    joining = {
+        0: [(7, 2, 0.0), (3, 9, 1.0)],
+        2: [(2, 13, 0.3)],
+        5: [(1, 1, 2.0), (9, 1, -0.5)],
+        8: [(1, 6, 1.0)],
+    }
+
+    generator = torch.Generator().manual_seed(0)
+    batch: Batch[TwoPromptLine] = Batch(runner)
+    everybody: list[TwoPromptLine] = []
+    for step in range(12):
+        if step in LEAVING:
+            batch.keep([p for p in range(len(batch.sequences)) if p != LEAVING[step]])
+        for *lengths, lam in joining.get(step, ()):
+            first, second = (
+                torch.randint(3, 97, (int(n),), generator=generator).tolist() for n in lengths
+            )
+            line = TwoPromptLine((first, second), lam)
+            width = max(2, len(first), len(second)) - 1
+            ids, mask = torch.zeros((2, 1, 2, width), dtype=torch.long)
+            for side, prompt in enumerate(line.prompts):
+                if len(prompt) > 1:
+                    ids[0, side, 1 - len(prompt) :] = torch.tensor(prompt[:-1])
+                    mask[0, side, 1 - len(prompt) :] = 1
+            rows, dials = torch.arange(1), RowDials.of(lam, 1)
+            cache = runner.prefill(ids, mask, [(rows, dials)])
+            batch.add([line], runner.fork(cache, rows, dials), mask)
+            everybody.append(line)
+        for line, row in zip(batch.sequences, batch.step(), strict=True):
+            line.seen.append(row)
+            line.written.append(int(row.argmax()))
+
+    assert [len(line.seen) for line in everybody] == [4, 7, 4, 7, 7, 4]
+    for line in everybody:
+        for step, row in enumerate(line.seen):
+            sides = [
+                base(torch.tensor([prompt + line.written[:step]])).logits[0, -1].double()
+                for prompt in line.prompts
+            ]
+            expected = fuse64(*sides, line.fixed)
+            torch.testing.assert_close(row.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2"])

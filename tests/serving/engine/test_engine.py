@@ -12,6 +12,7 @@ import torch
 from contract.subjects import make_base
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, ServingError, UnsupportedModelError
+from flexalign.generation.penalties import LogitsSettings
 from flexalign.generation.responses import generate_responses
 from flexalign.inra import InRaModel
 from flexalign.lambdas import Adaptive, Fixed, Route, Schedule
@@ -101,6 +102,75 @@ def test_a_fast_answer_is_shown_to_nobody_until_it_is_accepted(
     assert slow.pieces > 1
 
 
+LIMITED = [
+    LogitsSettings(repetition_penalty=1.3, logit_bias=((9, 4.0), (12, -100.0))),
+    LogitsSettings(top_k=3, min_p=0.2, frequency_penalty=0.6),
+    LogitsSettings(presence_penalty=1.5),
+]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_limits_and_penalties_are_those_of_the_library(
+    engine: Callable[..., Engine],
+    write: Any,
+    dial: InRaModel,
+    tiny_tokenizer: Any,
+    temperature: float,
+):
+    dials = [Fixed(0.0), Fixed(0.5), Adaptive(1.0)]
+    jobs = [
+        Job(
+            tuple(tiny_tokenizer(PROMPTS[number])["input_ids"]),
+            dials[number],
+            max_tokens=12,
+            temperature=temperature,
+            top_p=0.95,
+            seed=number,
+            logits=LIMITED[number],
+        )
+        for number in range(3)
+    ]
+    for number, answer in enumerate(write(engine(), jobs)):
+        asked: dict[str, Any] = {
+            "max_new_tokens": 12,
+            "temperature": temperature,
+            "top_p": 0.95,
+            "seeds": [number],
+            "lam": [dials[number]],
+        }
+        [expected] = generate_responses(
+            dial, tiny_tokenizer, [PROMPTS[number]], logits=LIMITED[number], **asked
+        )
+        [plain] = generate_responses(dial, tiny_tokenizer, [PROMPTS[number]], **asked)
+        assert answer.ended.token_ids == expected.token_ids != plain.token_ids
+
+
+def test_greedy_penalties_are_those_of_transformers_generate(
+    engine: Callable[..., Engine], write: Any, dial: InRaModel, tiny_tokenizer: Any
+):
+    for prompt in PROMPTS:
+        inputs = tiny_tokenizer(prompt, return_tensors="pt")
+        job = Job(
+            tuple(inputs["input_ids"][0].tolist()),
+            Fixed(0.5),
+            max_tokens=12,
+            temperature=0,
+            logits=LIMITED[0],
+        )
+        [answer] = write(engine(), [job])
+        expected = dial.generate(
+            **inputs,
+            lam=0.5,
+            max_new_tokens=12,
+            do_sample=False,
+            repetition_penalty=1.3,
+            sequence_bias={(9,): 4.0, (12,): -100.0},
+        )
+        written = expected[0, len(job.prompt) :].tolist()
+        assert list(answer.ended.token_ids) == written[: len(answer.ended.token_ids)]
+        assert len(written) - len(answer.ended.token_ids) <= 1  # the end token
+
+
 def test_log_probabilities_are_the_models_own(
     engine: Callable[..., Engine], write: Any, dial: InRaModel, tiny_tokenizer: Any
 ):
@@ -158,7 +228,8 @@ def test_who_leaves_makes_room_within_one_step(engine: Callable[..., Engine], ti
         async for piece in pieces:
             last = piece
         assert last.ended.finish == "cancelled"
-        assert started.tokens_written - before <= 3  # the step under way, and the next one's
+        # Its own tokens, all that were written before: the step under way, and the next one's.
+        assert len(last.ended.token_ids) - before <= 3
         assert (await last_piece(third)).ended.finish == "length"
 
     asyncio.run(run())

@@ -1,5 +1,6 @@
 """Engines of vLLM, and what their answers are held against."""
 
+import copy
 import importlib
 import importlib.util
 import json
@@ -8,17 +9,23 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from flexalign.heads import Head
 from flexalign.inra import InRaModel
 from flexalign.lambdas import Schedule
+from flexalign.lora_dial import LoRADialConfig
+from flexalign.models.loading import fingerprint
+from flexalign.models.sources import resolve
 from flexalign.serving.vllm.folder import prepare_folder
 from twin import fuse64
 
@@ -44,12 +51,14 @@ class Dialled(NamedTuple):
         model: Both, in transformers.
         adapter_stream: A plain model one layer deeper, whose first layer is the adapter.
         tags: The tokens that open and close the thinking.
+        default: λ of a request without one.
     """
 
     folder: Path
     model: InRaModel
     adapter_stream: Any
     tags: tuple[int, int]
+    default: float = 0.0
 
     def logits(self, tokens: list[int], lams: list[float]) -> Tensor:
         """Equation 5 in float64 over two whole models: (T, V), one λ per position."""
@@ -60,18 +69,66 @@ class Dialled(NamedTuple):
 
     def lambdas(self, dial: Any, tokens: list[int], prompt_length: int) -> list[float]:
         """λ at every position, from the whole sequence."""
-        if isinstance(dial, float):
-            return [dial] * len(tokens)
-        schedule, lams = Schedule.parse(dial), []
-        for end in range(1, len(tokens) + 1):
-            opened, closed = (
-                max((i for i, token in enumerate(tokens[:end]) if token == tag), default=-1)
-                for tag in self.tags
-            )
-            index = max(0, end - prompt_length)
-            where = {"inside": opened > closed, "thinking_tokens": end - 1 - opened}
-            lams.append(schedule.at(index, **where))
-        return lams
+        return followed(dial, tokens, prompt_length, self.tags)
+
+
+class LoRADialled(NamedTuple):
+    """A base with a LoRA dial.
+
+    Attributes:
+        base: The base's folder.
+        adapter: The LoRA's.
+        folder: What vLLM loads.
+        model: Both, as PEFT has them.
+        tags: The tokens that open and close the thinking.
+        default: λ of a request without one.
+    """
+
+    base: Path
+    adapter: Path
+    folder: Path
+    model: Any
+    tags: tuple[int, int]
+    default: float = 0.75
+
+    def logits(self, tokens: list[int], lams: list[float]) -> Tensor:
+        """One forward in float64 whose LoRA layers are W·x + λ·s·B·(A·x), λ per position: (T, V)."""
+        factor = torch.tensor(lams, dtype=torch.float64)[:, None]
+        model = copy.deepcopy(self.model).double()
+        for layer in [m for m in model.modules() if isinstance(m, LoraLayer)]:
+            layer.forward = partial(_scaled, layer, factor)
+        with torch.no_grad():
+            logits: Tensor = model(torch.tensor([tokens])).logits[0]
+        return logits
+
+    def lambdas(self, dial: Any, tokens: list[int], prompt_length: int) -> list[float]:
+        """λ at every position: over the whole prompt that of the first generated token."""
+        lams = followed(dial, tokens, prompt_length, self.tags)
+        return [lams[prompt_length - 1]] * (prompt_length - 1) + lams[prompt_length - 1 :]
+
+
+def _scaled(layer: Any, factor: Tensor, x: Tensor) -> Tensor:
+    low = layer.lora_B["default"](layer.lora_A["default"](x))
+    total: Tensor = layer.base_layer(x) + factor * layer.scaling["default"] * low
+    return total
+
+
+def followed(
+    dial: Any, tokens: list[int], prompt_length: int, tags: tuple[int, int]
+) -> list[float]:
+    """λ at every position, each by its own place."""
+    if isinstance(dial, float):
+        return [dial] * len(tokens)
+    schedule, lams = Schedule.parse(dial), []
+    for end in range(1, len(tokens) + 1):
+        opened, closed = (
+            max((i for i, token in enumerate(tokens[:end]) if token == tag), default=-1)
+            for tag in tags
+        )
+        index = max(0, end - prompt_length)
+        where = {"inside": opened > closed, "thinking_tokens": end - 1 - opened}
+        lams.append(schedule.at(index, **where))
+    return lams
 
 
 @pytest.fixture(scope="session")
@@ -100,6 +157,34 @@ def dialled(tmp_path_factory, tiny_model, tiny_tokenizer) -> Callable[..., Diall
         assert Head.of(deeper).weight.equal(Head.of(base).weight)
         tags = tiny_tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
         return Dialled(folder, model.eval(), deeper, tuple(tags))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def lora_dialled(tmp_path_factory, tiny_model, tiny_tokenizer) -> Callable[..., LoRADialled]:
+    """Make a family's tiny model with a LoRA dial of several ranks and scalings."""
+
+    def make(family: str, lora: dict[str, Any] | None = None, **config: Any) -> LoRADialled:
+        settings = {"hidden_size": 128, "head_dim": 32, "initializer_range": 0.2} | config
+        base = tiny_model(family, **settings)
+        where = tmp_path_factory.mktemp(family)
+        base.save_pretrained(where / "base")
+        tiny_tokenizer.save_pretrained(where / "base")
+        lora = {"rank_pattern": {"k_proj": 2}, "alpha_pattern": {"up_proj": 3}} | (lora or {})
+        lora = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"} | lora
+        torch.manual_seed(1)
+        model = get_peft_model(base, LoraConfig(**lora, init_lora_weights=False)).eval()
+        model.save_pretrained(where / "adapter")
+        LoRADialConfig(
+            str(where / "base"),
+            fingerprint(resolve(where / "base")),
+            lambda_range=(-1.0, 3.0),
+            default_lambda=0.75,
+        ).save(where / "adapter")
+        folder = prepare_folder(where / "base", where / "adapter", where / "folder")
+        tags = tiny_tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+        return LoRADialled(where / "base", where / "adapter", folder, model, tuple(tags))
 
     return make
 

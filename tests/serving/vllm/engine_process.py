@@ -1,7 +1,7 @@
 """An engine of vLLM in a process of its own: JSON lines in, JSON lines out.
 
 Run as ``python engine_process.py SETTINGS`` where SETTINGS is a JSON object: ``options`` of
-``vllm.LLM``, and ``without``, the parts of the plugin to leave out ("hook", "check").
+``vllm.LLM``, and ``without``, the parts of the plugin to leave out ("hook", "check", "salt").
 """
 
 import json
@@ -30,12 +30,14 @@ def main() -> None:
 
 
 def _leave_out(parts: list[str]) -> None:
-    from flexalign.serving.vllm import runner_v1
+    from flexalign.serving.vllm import plugin, runner_v1
 
     if "hook" in parts:
         runner_v1.install = lambda: None
     if "check" in parts:
         runner_v1.require_delivery = lambda: None
+    if "salt" in parts:
+        plugin.separate_prefixes = lambda: None
 
 
 def _answer(llm, requests: list[dict]) -> dict:

@@ -6,14 +6,22 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from flexalign.errors import CheckpointError, ConfigError, PairMismatchError, UnsupportedModelError
+from flexalign.errors import (
+    CheckpointError,
+    ConfigError,
+    LambdaError,
+    PairMismatchError,
+    UnsupportedModelError,
+)
 from flexalign.inra import InRaConfig, InRaModel
-from flexalign.models.loading import load_model
-from flexalign.models.sources import Source
+from flexalign.lambdas import Fixed, require_range
+from flexalign.lora_dial import LoRADialConfig
+from flexalign.models.loading import fingerprint, load_model
+from flexalign.models.sources import Source, resolve
 from flexalign.serving.vllm import folder as module
-from flexalign.serving.vllm.folder import is_prepared, prepare_folder
+from flexalign.serving.vllm.folder import is_prepared, prepare_folder, prepared_dial
 from flexalign.serving.vllm.lambdas import DialSettings
 
 
@@ -155,3 +163,85 @@ def test_a_base_that_is_a_peft_adapter_is_refused(tmp_path, tiny_pair, adapter):
     with pytest.raises(UnsupportedModelError, match="merge it"):
         prepare_folder(tmp_path / "peft", adapter, tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
+
+
+@pytest.fixture
+def lora(tmp_path, tiny_pair):
+    """A LoRA dial of several ranks and scalings, as PEFT has it too."""
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["q_proj", "v_proj", "o_proj", "up_proj"],
+        rank_pattern={"layers.1.self_attn.v_proj": 2},
+        alpha_pattern={"up_proj": 3},
+        use_rslora=True,
+        init_lora_weights=False,
+    )
+    peft = get_peft_model(load_model(tiny_pair.reference), config)
+    peft.save_pretrained(tmp_path / "lora")
+    found = fingerprint(resolve(tiny_pair.reference))
+    LoRADialConfig("base", found, lambda_range=(0.0, 5.0)).save(tmp_path / "lora")
+    return peft, tmp_path / "lora"
+
+
+def test_a_lora_dial_is_written_by_vllms_layers(tmp_path, tiny_pair, lora):
+    peft, path = lora
+    folder = prepare_folder(tiny_pair.reference, path, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    dial = config.pop("flexalign")
+    base = json.loads((tiny_pair.reference / "config.json").read_text())
+    assert config == base | {"architectures": ["LoRADialQwen2ForCausalLM"]}
+    ranks = {}
+    for layer, width in (("model.layers.0.", 4), ("model.layers.1.", 2)):
+        ranks[f"{layer}self_attn.qkv_proj"] = [4, 0, width]
+        ranks[f"{layer}self_attn.o_proj"] = [4]
+        ranks[f"{layer}mlp.gate_up_proj"] = [0, 4]
+    assert dial == {"default_lambda": 1.0, "thinking_tokens": [4, 5], "ranks": ranks}
+
+    found = _weights(folder)
+    expected = load_file(tiny_pair.reference / "model.safetensors")
+    assert expected.keys() < found.keys()
+    for name, layer in peft.base_model.model.named_modules():
+        if hasattr(layer, "lora_A"):
+            down, up = found.pop(f"{name}.lora_a.weight"), found.pop(f"{name}.lora_b")
+            delta = layer.get_delta_weight("default")
+            torch.testing.assert_close(up[:, : len(down)] @ down, delta, atol=1e-6, rtol=1e-5)
+            assert not up[:, len(down) :].any()
+    assert found.keys() == expected.keys()
+    assert prepared_dial(folder) == LoRADialConfig.load(path)
+    assert not (folder / "adapter_config.json").exists()
+
+
+def test_a_plain_lora_keeps_its_two_ends(tmp_path, tiny_pair, lora):
+    _, path = lora
+    (path / "lora_dial.json").unlink()
+    folder = prepare_folder(tiny_pair.reference, path, tmp_path / "out")
+    assert not (folder / "lora_dial" / "lora_dial.json").exists()
+    with pytest.raises(LambdaError, match="plain LoRA"):
+        require_range(prepared_dial(folder).lambda_range, [("0.5", Fixed(0.5))], "it")
+
+
+def test_a_lora_dial_of_another_base_or_shape_is_refused(
+    tmp_path, tiny_pair, tiny_model, tiny_tokenizer, lora
+):
+    _, path = lora
+    with pytest.raises(PairMismatchError, match="was made for"):
+        prepare_folder(tiny_pair.aligned, path, tmp_path / "out")
+    prepare_folder(tiny_pair.aligned, path, tmp_path / "out", any_base=True)
+    tiny_model("qwen2", intermediate_size=96).save_pretrained(tmp_path / "other")
+    tiny_tokenizer.save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="does not fit this base"):
+        prepare_folder(tmp_path / "other", path, tmp_path / "out", any_base=True)
+
+
+def test_layers_of_a_lora_that_vllm_does_not_serve_are_named(tmp_path, tiny_pair, lora):
+    _, path = lora
+    weights = path / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors["base_model.model.lm_head.lora_A.weight"] = torch.zeros(4, 64)
+    tensors["base_model.model.lm_head.lora_B.weight"] = torch.zeros(8, 4)
+    save_file(tensors, weights)
+    with pytest.raises(UnsupportedModelError, match="lm_head"):
+        prepare_folder(tiny_pair.reference, path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,12 +1,13 @@
 """λ of every token, however the engine cuts a request into steps."""
 
+import json
 import random
 
 import numpy as np
 import pytest
 import torch
 
-from flexalign.errors import ConfigError, LambdaError
+from flexalign.errors import ConfigError, LambdaError, ServingError
 from flexalign.generation.row_lambdas import RowDials, TagTokens
 from flexalign.lambdas import Schedule
 from flexalign.serving.vllm.lambdas import DialSettings, RequestDial, TokenLambdas, read_lambda
@@ -130,3 +131,70 @@ def test_other_arguments_are_nobodys_business():
 def test_a_thinking_schedule_needs_tags_that_are_tokens():
     with pytest.raises(ConfigError, match="tags that are one token each"):
         read_lambda({"lambda": DIALS[3]}, DialSettings())
+
+
+@pytest.mark.parametrize("dial", DIALS, ids=str)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_lora_dials_prompt_is_read_at_the_lambda_of_its_first_token(dial, seed, tags):
+    """However it is cut into steps, cached or started again."""
+    draw = random.Random(seed)
+    prompt_length, length = draw.randrange(1, 20), 40
+    tokens = _sequence(draw, length)
+    expected = _expected(dial, tokens, prompt_length, tags)
+    expected[:prompt_length] = [expected[prompt_length - 1]] * prompt_length
+    for _ in range(5):
+        known = draw.randrange(prompt_length, length)
+        request = RequestDial(
+            Schedule.parse(dial), prompt_length, (4, 5), tokens[:known], whole_prompt=True
+        )
+        start = draw.randrange(known)
+        while start < length:
+            count = draw.randrange(1, length - start + 1)
+            found = request.at(start, count, tokens[start : start + count])
+            assert found == pytest.approx(expected[start : start + count])
+            start += count
+
+
+def test_a_salt_is_shared_at_equal_lambda_alone():
+    def salt(dial, prompt, given=None):
+        request = RequestDial(Schedule.parse(dial), len(prompt), (4, 5), prompt, whole_prompt=True)
+        return request.salt(given)
+
+    prompt = [6, 6, 6, 6]
+    assert salt(0.0, prompt) == salt(-0.0, [7]) == salt({"kind": "constant", "start": 0}, [8])
+    assert salt(0.1, prompt) == salt(float(np.float32(0.1)), prompt)
+    thinking = {"kind": "thinking", "think": 0.0, "answer": 1.0}
+    different = [
+        salt(0.0, prompt),
+        salt(1.0, prompt),
+        salt(1.0 + 1e-6, prompt),
+        salt(1.0, prompt, "tenant"),
+        salt(DIALS[1], prompt),
+        salt(DIALS[1], [*prompt, 6]),
+        salt(DIALS[2], prompt),
+        salt(thinking, prompt),
+        salt(thinking, [6, 6, 6, 4]),
+    ]
+    assert len(set(different)) == len(different)
+
+
+def test_a_request_whose_prefix_is_not_told_apart_is_refused():
+    settings = DialSettings(default_lambda=1.0, ranks={"model.layers.0.mlp.down_proj": [4]})
+    for needs, extra_args in ((True, {"flexalign_salted": True}), (False, None)):
+        lambdas = TokenLambdas(torch.zeros(2), settings, needs_salt=needs)
+        params = _Params(0.5)
+        params.extra_args = extra_args
+        assert lambdas.start(params, 1, [6]).constant == 1.0
+    with pytest.raises(ServingError, match="--no-enable-prefix-caching"):
+        TokenLambdas(torch.zeros(2), settings, needs_salt=True).start(_Params(0.5), 1, [6])
+
+
+def test_settings_come_back_from_json():
+    ranks = {"model.layers.0.self_attn.qkv_proj": [4, 0, 4]}
+    for settings in (DialSettings(2, 0.5, (4, 5)), DialSettings(1, 0.5, None, ranks)):
+
+        class Config:
+            flexalign = json.loads(json.dumps(settings.to_json()))
+
+        assert DialSettings.of(Config) == settings
+        assert settings.is_lora == (settings.ranks is not None)

@@ -12,7 +12,12 @@ import torch
 from flexalign.errors import ConfigError, ServingError, UnsupportedModelError
 from flexalign.serving.vllm import plugin
 from flexalign.serving.vllm.folder import prepare_folder
-from flexalign.serving.vllm.lambdas import ARCHITECTURES, DialSettings, TokenLambdas
+from flexalign.serving.vllm.lambdas import (
+    ARCHITECTURES,
+    LORA_ARCHITECTURES,
+    DialSettings,
+    TokenLambdas,
+)
 from flexalign.serving.vllm.plugin import refuse_unsupported
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what vLLM warns of is not ours to mend
@@ -69,7 +74,8 @@ def test_outside_the_range_nothing_is_changed(unhooked, monkeypatch):
     original = SamplingParams.verify
     plugin.register()
     assert SamplingParams.verify is original
-    assert set(ARCHITECTURES.values()) <= set(ModelRegistry.get_supported_archs())
+    ours = {*ARCHITECTURES.values(), *LORA_ARCHITECTURES.values()}
+    assert ours <= set(ModelRegistry.get_supported_archs())
 
 
 def test_a_vllm_of_another_shape_breaks_nobody(monkeypatch, caplog):
@@ -264,7 +270,7 @@ def test_model_runner_2_gets_its_lambda_by_the_official_hook(vllm):
 def test_a_model_with_a_dial_brings_its_state(vllm):
     from flexalign.serving.vllm import models, runner_v2
 
-    for name in ARCHITECTURES.values():
+    for name in (*ARCHITECTURES.values(), *LORA_ARCHITECTURES.values()):
         assert getattr(models, name).get_model_state_cls() is runner_v2.DialModelState
     runner_v2.require_delivery(None, object.__new__(models.InRaLlamaForCausalLM))
     with pytest.raises(ServingError, match="does not ask the model"):
@@ -289,3 +295,86 @@ def test_the_entry_point_is_declared():
 
     [found] = [e for e in entry_points(group="vllm.general_plugins") if e.name == "flexalign"]
     assert found.load() is plugin.register
+
+
+LORA = DialSettings(1, 0.25, (4, 5), {"model.layers.0.mlp.down_proj": [4]})
+
+
+def test_a_lora_dial_refuses_what_could_hand_its_cache_on(config):
+    transfer = config()
+    transfer.kv_transfer_config = SimpleNamespace(kv_connector="any")
+    refuse_unsupported(transfer)  # InRa's keys and values depend on no λ
+    transfer.model_config.hf_config.flexalign = LORA.to_json()
+    with pytest.raises(UnsupportedModelError, match=r"a KV connector.*--kv-transfer-config"):
+        refuse_unsupported(transfer)
+    transfer.kv_transfer_config = None
+    refuse_unsupported(transfer)
+    transfer.lora_config = SimpleNamespace()
+    with pytest.raises(UnsupportedModelError, match="LoRA beside the dial's own"):
+        refuse_unsupported(transfer)
+
+
+@pytest.fixture
+def processor(vllm, monkeypatch):
+    """vLLM's InputProcessor with the plugin, whose own work is one request of three tokens."""
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    def process_inputs(self, params, **options):
+        given = {"cache_salt": None, "resumable": False, "prompt_token_ids": [6, 6, 6]}
+        return SimpleNamespace(sampling_params=params.clone(), **given | options)
+
+    monkeypatch.setattr(InputProcessor, "process_inputs", process_inputs)
+    plugin.separate_prefixes()
+
+    def process(settings, lam, **options):
+        one = object.__new__(InputProcessor)
+        one.model_config = SimpleNamespace(hf_config=SimpleNamespace())
+        if settings is not None:
+            one.model_config.hf_config.flexalign = settings.to_json()
+        params = SamplingParams(extra_args={} if lam is None else {"lambda": lam})
+        before = dict(params.extra_args)
+        request = one.process_inputs(params, **options)
+        assert params.extra_args == before, "a client's parameters stay as they are"
+        return request
+
+    return process
+
+
+def test_requests_to_a_lora_dial_are_salted_by_their_lambda(processor):
+    def salt(lam, **options):
+        request = processor(LORA, lam, **options)
+        assert request.sampling_params.extra_args["flexalign_salted"] is True
+        return request.cache_salt
+
+    assert salt(0.5) == salt(0.5) == salt(0.5, prompt_token_ids=[7])
+    assert salt(None) == salt(0.25)
+    assert len({salt(0.5), salt(0.75), salt(0.5, cache_salt="mine"), salt(None)}) == 4
+    with pytest.raises(Exception, match="streamed"):
+        salt(0.5, resumable=True)
+
+
+@pytest.mark.parametrize("settings", [None, SETTINGS], ids=["plain", "InRa"])
+def test_other_models_share_prefixes_as_they_did(processor, settings):
+    request = processor(settings, 0.5, cache_salt="mine")
+    assert request.cache_salt == "mine"
+    assert request.sampling_params.extra_args == {"lambda": 0.5}
+
+
+def test_the_check_tells_a_salted_vllm_from_one_that_is_not(processor, monkeypatch):
+    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    plugin.require_separate_prefixes()
+    hooked = InputProcessor.process_inputs
+    plugin.separate_prefixes()
+    assert InputProcessor.process_inputs is hooked
+    with monkeypatch.context() as patched:
+        patched.setattr(InputProcessor, "process_inputs", hooked.__wrapped__)
+        with pytest.raises(ServingError, match="share a cached prefix"):
+            plugin.require_separate_prefixes()
+    for broken in (lambda *_: (None, 0), lambda: None):
+        with monkeypatch.context() as patched:
+            patched.setattr(kv_cache_utils, "generate_block_hash_extra_keys", broken)
+            with pytest.raises(ServingError, match="share a cached prefix"):
+                plugin.require_separate_prefixes()

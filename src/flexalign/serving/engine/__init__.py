@@ -5,7 +5,14 @@ while it is written, and sequences join and leave the ``batch`` between steps. E
 of the library's own models.
 """
 
-from flexalign.serving.engine.batch import InRaRunner, LoRARunner, PairRunner, PlainRunner, Runner
+from flexalign.serving.engine.batch import (
+    InRaRunner,
+    LoRARunner,
+    PairRunner,
+    PlainRunner,
+    Runner,
+    TwoPromptRunner,
+)
 from flexalign.serving.engine.jobs import AnswerPiece, Ended, Generation, Job, WrittenToken
 from flexalign.serving.engine.scheduler import Engine, EngineLimits
 
@@ -21,5 +28,6 @@ __all__ = [
     "PairRunner",
     "PlainRunner",
     "Runner",
+    "TwoPromptRunner",
     "WrittenToken",
 ]

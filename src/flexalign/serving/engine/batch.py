@@ -1,9 +1,9 @@
 """The batch: sequences that join and leave between two steps, and the model that runs them.
 
 A :class:`Batch` has the sequences, left padded to one width, with their cache and its mask. Everything
-that depends on the model is done by a :class:`Runner`. There is one for an InRa model, one for a pair, one
-for a plain model and one for a LoRA dial: they differ only in their caches. Their forward is that of the library and of
-transformers.
+that depends on the model is done by a :class:`Runner`. There is one for each kind of model: they differ
+only in their caches, and one of them runs two prompts of each sequence. Their forward is that of the
+library and of transformers.
 """
 
 import copy
@@ -22,7 +22,7 @@ from flexalign.generation.interface import Phase
 from flexalign.generation.row_lambdas import RowDials
 from flexalign.generation.stream_cache import StreamCache
 from flexalign.generation.two_model import PairCache, TwoModelDecoder
-from flexalign.inra import InRaModel
+from flexalign.generation.two_streams import TwoStreamModel
 from flexalign.lora_dial import LoRADial
 
 
@@ -33,9 +33,12 @@ class Runner(Protocol):
 
     Attributes:
         model: The module.
+        prompts: Number of prompts of a sequence. If it is 2, ids, masks, tokens and positions have
+            an axis for the two after the rows: ``(B, 2, T)``.
     """
 
     model: Any
+    prompts: int
 
     def prefill(self, ids: Tensor, mask: Tensor, phases: Sequence[Phase]) -> Any:
         """Run prompts, ``(B, T)`` left padded, and return a cache for all phases."""
@@ -68,10 +71,11 @@ class BatchMember(Protocol):
     """What a batch needs of a sequence.
 
     Attributes:
-        next_token: The token that goes into the model next.
+        next_token: The token that goes into the model next; of two prompts whose last tokens differ,
+            one for each.
     """
 
-    next_token: int
+    next_token: int | tuple[int, ...]
 
     def lam(self) -> float:
         """Return λ of the token that is chosen next."""
@@ -103,7 +107,7 @@ class Batch(Generic[_Member]):
             cache: Their cache, of width ``mask.shape[1]``. The batch owns and changes it from now.
             mask: Shape ``(len(sequences), T)``, left padded.
         """
-        width = max(self._mask.shape[1], _needed_width(mask))
+        width = max(self._mask.shape[-1], _needed_width(mask))
         mask = _padded(mask, width)
         self._runner.reframe(cache, width)
 
@@ -140,29 +144,41 @@ class Batch(Generic[_Member]):
 
     def step(self) -> Tensor:
         """Run the next token of every sequence; return the logits after it, ``(B, V)``, in float32."""
-        tokens = torch.tensor([[one.next_token] for one in self.sequences], device=self._device)
+        tokens = next_tokens([one.next_token for one in self.sequences], self._runner.prompts)
+        tokens = tokens.to(self._device)
         lam = torch.tensor([one.lam() for one in self.sequences], dtype=torch.float64)
         # Padding has no position: a token's is the number of real tokens before it.
-        positions = self._mask.sum(1, keepdim=True)
+        positions = self._mask.sum(-1, keepdim=True)
         self._mask = nn.functional.pad(self._mask, (0, 1), value=1)
         logits: Tensor = self._runner.step(tokens, self._mask, positions, lam, self._cache)
         return logits.float()
 
 
+def next_tokens(tokens: Sequence[int | tuple[int, ...]], prompts: int) -> Tensor:
+    """Return the next token of each row, ``(B, 1)``; of two prompts for each, ``(B, 2, 1)``."""
+    if prompts == 1:
+        return torch.tensor(tokens)[:, None]
+    both = [token if isinstance(token, tuple) else (token,) * prompts for token in tokens]
+    return torch.tensor(both)[:, :, None]
+
+
 def _needed_width(mask: Tensor) -> int:
     """Return the length of the longest row; at least 1, as a cache cannot have width 0."""
-    return max(1, int(mask.sum(1).amax()))
+    return max(1, int(mask.sum(-1).amax()))
 
 
 def _padded(mask: Tensor, width: int) -> Tensor:
     """Bring a mask to a width on the left; negative padding removes columns."""
-    return nn.functional.pad(mask, (width - mask.shape[1], 0))
+    return nn.functional.pad(mask, (width - mask.shape[-1], 0))
 
 
 class InRaRunner:
     """Runs an InRa model: two streams of one module; each row runs in the streams its dial needs."""
 
-    def __init__(self, model: InRaModel, gate: float | None = None) -> None:
+    prompts = 1
+    model: TwoStreamModel
+
+    def __init__(self, model: TwoStreamModel, gate: float | None = None) -> None:
         """Serve a model; ``gate`` is that of :func:`flexalign.fusion.fuse`."""
         self.model = model
         self._gate = gate
@@ -204,8 +220,40 @@ class InRaRunner:
         return logits
 
 
+class TwoPromptRunner(InRaRunner):
+    """Runs one model under two prompts: the streams of each row are its prompts."""
+
+    prompts = 2
+
+    def prefill(self, ids: Tensor, mask: Tensor, phases: Sequence[Phase]) -> StreamCache:
+        """Run prompts, ``(B, 2, T)``, through the streams that the phases need."""
+        second = {"aligned_ids": ids[:, 1], "aligned_mask": mask[:, 1]}
+        return self.model.prefill_phases(ids[:, 0], mask[:, 0], phases, **second)
+
+    def step(
+        self, tokens: Tensor, mask: Tensor, positions: Tensor, lam: Tensor, cache: StreamCache
+    ) -> Tensor:
+        """Run one token per row and prompt, ``(B, 2, 1)``, and fuse them."""
+        output = self.model(
+            tokens[:, 0],
+            mask[:, 0],
+            positions[:, 0],
+            cache,
+            aligned_ids=tokens[:, 1],
+            aligned_mask=mask[:, 1],
+            aligned_positions=positions[:, 1],
+            lam=lam,
+            gate=self._gate,
+            lam_checked=True,
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+
 class PairRunner:
     """Runs the two models of a pair. Both run every row, as some row of a batch may need either."""
+
+    prompts = 1
 
     def __init__(self, model: TwoModelDecoder, gate: float | None = None) -> None:
         """Serve a pair; ``gate`` is that of :func:`flexalign.fusion.fuse`.
@@ -271,6 +319,8 @@ class PairRunner:
 
 class PlainRunner:
     """Runs one model without a dial."""
+
+    prompts = 1
 
     def __init__(self, model: Any) -> None:
         """Serve a model.

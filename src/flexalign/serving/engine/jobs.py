@@ -6,10 +6,11 @@ The values of a :class:`Job` are typed and checked before; the engine does not c
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
+from flexalign.generation.penalties import LogitsSettings
 from flexalign.lambdas import Dial, Way
 
 Finish = Literal["stop", "length", "cancelled"]
@@ -20,7 +21,7 @@ class Job:
     """One answer to be written.
 
     Attributes:
-        prompt: Its tokens, at least one.
+        prompt: Its tokens, at least one; of two prompts, the reference's.
         dial: A number, a schedule or a policy; None on a model without a dial.
         max_tokens: Tokens at which it is cut off.
         temperature: 0 is greedy.
@@ -28,7 +29,10 @@ class Job:
         seed: Seeds its sampling; see :class:`flexalign.generation.seeded.SeededSampling`.
         stop: Texts that end it and are not in it.
         stops_after_thinking: Whether they are looked for only outside its thinking.
+        logits: Limits on its tokens, penalties and biases.
         logprobs: Number of likeliest tokens to report at each token; None for no log-probabilities.
+        aligned: The tokens of the aligned prompt, where the model is asked under two.
+        opened: Whether the thinking is open at the prompt's end; None to read it from its tokens.
     """
 
     prompt: tuple[int, ...]
@@ -40,6 +44,14 @@ class Job:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     stops_after_thinking: bool = False
+    logits: LogitsSettings = field(default_factory=LogitsSettings)
+    aligned: tuple[int, ...] | None = None
+    opened: bool | None = None
+
+    @property
+    def prompts(self) -> tuple[tuple[int, ...], ...]:
+        """Its prompts: one, or the reference's and the aligned one."""
+        return (self.prompt,) if self.aligned is None else (self.prompt, self.aligned)
 
 
 @dataclass(frozen=True)

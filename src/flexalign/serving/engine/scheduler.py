@@ -23,7 +23,7 @@ from flexalign.errors import ConfigError, ServingError
 from flexalign.generation.row_lambdas import RowDials, TagTokens
 from flexalign.generation.text import ResponseText
 from flexalign.lambdas import Adaptive, Dial, Fixed, Schedule
-from flexalign.serving.engine.batch import Batch, Runner
+from flexalign.serving.engine.batch import Batch, Runner, next_tokens
 from flexalign.serving.engine.jobs import Generation, Job, Outbox
 from flexalign.serving.engine.sequence import AnswerSequence, DecodingSettings
 
@@ -292,8 +292,8 @@ class Engine:
             while self._waiting and self.running + len(chosen) < self._limits.rows:
                 generation = self._waiting[0]
                 # Prompts are padded to the longest, and equal ones are one row.
-                longest = max(longest, len(generation.job.prompt))
-                prompts = {one.job.prompt for one in chosen} | {generation.job.prompt}
+                longest = max(longest, *map(len, generation.job.prompts))
+                prompts = {one.job.prompts for one in chosen} | {generation.job.prompts}
                 if chosen and longest * len(prompts) > self._limits.prefill_tokens:
                     break
                 chosen.append(self._waiting.popleft())
@@ -319,13 +319,13 @@ class Engine:
         A prompt of one token is prefilled as one column of padding.
         """
         # Answers to one prompt share its row of the prefill.
-        own_prompts = [one.generation.job.prompt for one in sequences]
+        own_prompts = [one.generation.job.prompts for one in sequences]
         prompts = list(dict.fromkeys(own_prompts))
-        width = max(2, *map(len, prompts)) - 1
-        ids = torch.tensor([[self._pad] * (width + 1 - len(p)) + list(p[:-1]) for p in prompts])
-        mask = torch.tensor([[0] * (width + 1 - len(p)) + [1] * (len(p) - 1) for p in prompts])
-        device = self._runner.model.device
-        ids, mask = ids.to(device), mask.to(device)
+        width = max(2, *(len(p) for own in prompts for p in own)) - 1
+        ids, mask = self._stacked(
+            [[[self._pad] * (width + 1 - len(p)) + list(p[:-1]) for p in own] for own in prompts],
+            [[[0] * (width + 1 - len(p)) + [1] * (len(p) - 1) for p in own] for own in prompts],
+        )
 
         # A row is prefilled for every dial that continues from it: each sequence's own, and the
         # slow dial of those that begin fast.
@@ -344,6 +344,12 @@ class Engine:
         own_cache = self._runner.fork(cache, rows, _beginning(sequences))
         self._batch.add(sequences, own_cache, mask[rows])
         self._saved |= saved
+
+    def _stacked(self, *values: list[list[list[int]]]) -> list[Tensor]:
+        """Return values ``(B, prompts, T)`` as tensors, without the axis where there is one prompt."""
+        device = self._runner.model.device
+        tensors = [torch.tensor(value, device=device) for value in values]
+        return [one[:, 0] if self._runner.prompts == 1 else one for one in tensors]
 
 
 def _beginning(sequences: Sequence[AnswerSequence]) -> RowDials:
@@ -368,7 +374,7 @@ def require_working(runner: Runner, token: int) -> None:
     """
     batch: Batch[_ProbeSequence] = Batch(runner)
     probe = _ProbeSequence(token)
-    ids = torch.tensor([[token]], device=runner.model.device)
+    ids = next_tokens([token], runner.prompts).to(runner.model.device)
     mask = torch.zeros_like(ids)
     dials = RowDials.following([Fixed(probe.lam())])
     batch.add([probe], runner.prefill(ids, mask, [(torch.tensor([0]), dials)]), mask)
@@ -379,7 +385,7 @@ def require_working(runner: Runner, token: int) -> None:
 class _ProbeSequence:
     """A sequence of one token, at a λ that needs both streams, or both models of a pair."""
 
-    next_token: int
+    next_token: int | tuple[int, ...]
 
     def lam(self) -> float:
         return 0.5

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from flexalign.data.thinking import ThinkingTags
@@ -64,13 +65,13 @@ class AnswerSequence:
 
     Attributes:
         generation: The generation that it belongs to.
-        next_token: The token that goes into the model next.
+        next_token: The token that goes into the model next; before the first, the last of each prompt.
         ended: How it ended; None while it is written.
         is_rejected: Whether it is a fast answer below the threshold.
         dial: The dial of the current attempt.
     """
 
-    next_token: int
+    next_token: int | tuple[int, ...]
     ended: Ended | None
     is_rejected: bool
     dial: Fixed | Schedule
@@ -79,6 +80,7 @@ class AnswerSequence:
     _tokens: list[WrittenToken]
     _text: str
     _running: "StoppedText"
+    _penalties: LogitsProcessorList
     _sampling: SeededSampling | None
 
     def __init__(self, generation: Generation, settings: DecodingSettings) -> None:
@@ -130,8 +132,13 @@ class AnswerSequence:
         """
         job = self._job
         token = likeliest
+        scores = logits
+        if self._penalties:
+            ids = torch.tensor([[*job.prompt, *self._written]], device=logits.device)
+            scores = self._penalties(ids, logits.clone())
         if self._sampling is not None:
-            scores = self._sampling(self._ids_of_length(), logits)
+            scores = self._sampling(self._ids_of_length(), scores)
+        if scores is not logits:
             token = int(scores.argmax(-1))
         if self._fast is not None:
             self._fast.tracker.recorder(self._ids_of_length(), logits)
@@ -189,6 +196,8 @@ class AnswerSequence:
     def _begin(self, dial: Fixed | Schedule) -> None:
         job = self._job
         self.next_token = job.prompt[-1]
+        if job.aligned is not None:
+            self.next_token = (job.prompt[-1], job.aligned[-1])
         self.ended = None
         self.is_rejected = False
         self.dial = dial
@@ -198,12 +207,13 @@ class AnswerSequence:
         self._text = ""
         reader = self._settings.reader
         tags = reader.tags if job.stops_after_thinking else None
-        opened = tags is not None and reader.is_opened_by(job.prompt)
+        opened = reader.is_opened_by(job.prompt) if job.opened is None else job.opened
         self._running = StoppedText(reader, job.stop, tags, opened=opened)
-        is_greedy = job.temperature == 0 or self._fast is not None
-        self._sampling = (
-            None if is_greedy else SeededSampling([job.seed], job.temperature, job.top_p)
-        )
+        self._penalties = job.logits.processors(len(job.prompt))
+        self._sampling = None
+        if job.temperature != 0 and self._fast is None:
+            limits = (job.logits.top_k, job.logits.min_p)
+            self._sampling = SeededSampling([job.seed], job.temperature, job.top_p, *limits)
 
     def _judge(self, fast: _FastTrial) -> None:
         tracker = fast.tracker

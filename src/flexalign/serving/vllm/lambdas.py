@@ -8,9 +8,13 @@ batch.
 generated tokens is p + 1 − (length of the prompt), and 0 for the prompt's own tokens. That is so
 in a prompt that comes in chunks, in a request that is computed again after it was preempted, and
 in drafts of which several are verified at once; so a schedule is right in all of them.
+
+With a LoRA dial λ is also in the keys and values of the prompt. As in the local engine, the whole
+prompt is read at the λ of the first generated token.
 """
 
 import itertools
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -20,11 +24,14 @@ import torch
 from torch import Tensor
 
 from flexalign._spelling import misspelt
-from flexalign.errors import ConfigError
+from flexalign.errors import ConfigError, ServingError
 from flexalign.lambdas import Schedule
 
 CONFIG_KEY = "flexalign"
 """The key of ``config.json`` under which the settings stand."""
+
+SALT_KEY = "flexalign_salted"
+"""The key of ``extra_args`` that says that the request's prefix is told apart by λ."""
 
 LAMBDA_KEY = "lambda"
 """The key of ``SamplingParams.extra_args``; over HTTP, of ``vllm_xargs``."""
@@ -35,7 +42,15 @@ ARCHITECTURES = {
     "qwen2": "InRaQwen2ForCausalLM",
     "qwen3": "InRaQwen3ForCausalLM",
 }
-"""The class of ``flexalign.serving.vllm.models`` that serves a family, by its ``model_type``."""
+"""The class of ``flexalign.serving.vllm.models`` that serves a family with InRa, by ``model_type``."""
+
+LORA_ARCHITECTURES = {
+    "llama": "LoRADialLlamaForCausalLM",
+    "mistral": "LoRADialMistralForCausalLM",
+    "qwen2": "LoRADialQwen2ForCausalLM",
+    "qwen3": "LoRADialQwen3ForCausalLM",
+}
+"""The class that serves a family with a LoRA dial."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +58,29 @@ class DialSettings:
     """An adapter's settings, as far as the engine needs them.
 
     Attributes:
-        adapter_layers: Number of layers in the adapter.
+        adapter_layers: Number of layers in an InRa adapter.
         default_lambda: λ where a request gives none.
         thinking_tokens: The tokens that open and close the thinking; None where the tags are not
             one token each, so that schedules that follow the thinking are refused.
+        ranks: Of a LoRA dial, by the name of a linear layer of vLLM's model, such as
+            ``model.layers.0.self_attn.qkv_proj``: the rank of each of its parts, 0 for one without
+            LoRA. None for an InRa adapter.
     """
 
     adapter_layers: int = 1
     default_lambda: float = 0.0
     thinking_tokens: tuple[int, int] | None = None
+    ranks: Mapping[str, Sequence[int]] | None = None
+
+    @property
+    def is_lora(self) -> bool:
+        """Whether it is a LoRA dial, whose keys and values depend on λ."""
+        return self.ranks is not None
 
     def to_json(self) -> dict[str, Any]:
         """Return what stands under the key."""
-        return asdict(self)
+        unused = "adapter_layers" if self.is_lora else "ranks"
+        return {name: value for name, value in asdict(self).items() if name != unused}
 
     @classmethod
     def of(cls, config: Any) -> "DialSettings":
@@ -72,7 +97,10 @@ class DialSettings:
             )
         tokens = given["thinking_tokens"]
         return cls(
-            given["adapter_layers"], given["default_lambda"], tuple(tokens) if tokens else None
+            given.get("adapter_layers", 1),
+            given["default_lambda"],
+            tuple(tokens) if tokens else None,
+            given.get("ranks"),
         )
 
 
@@ -110,6 +138,7 @@ class RequestDial:
     Attributes:
         constant: Its λ, if that is the same for every token; else None.
         schedule: Its λ by token.
+        first: The λ of its whole prompt; None where every position has its own.
     """
 
     def __init__(
@@ -118,6 +147,8 @@ class RequestDial:
         prompt_length: int,
         thinking_tokens: tuple[int, int] | None = None,
         known: Sequence[int] = (),
+        *,
+        whole_prompt: bool = False,
     ) -> None:
         """Start a request.
 
@@ -127,6 +158,8 @@ class RequestDial:
             thinking_tokens: The tokens that open and close the thinking.
             known: Its first tokens: the prompt, and what was generated before it was preempted.
                 They are looked at where the engine has them cached and does not run them again.
+            whole_prompt: Read the prompt at the λ of the first generated token; ``known`` must then
+                hold all of it.
         """
         self.schedule = schedule
         self.constant = schedule.at(0) if schedule.kind == "constant" else None
@@ -136,6 +169,12 @@ class RequestDial:
         self._seen = 0
         self._tags: list[tuple[int, bool]] = []
         """Positions of the tags so far, and whether each opens the thinking."""
+        self.first: float | None = None
+        if whole_prompt and prompt_length:
+            last = prompt_length - 1
+            [self.first] = RequestDial(schedule, prompt_length, thinking_tokens, known).at(
+                last, 1, known[last:prompt_length]
+            )
 
     def at(self, start: int, count: int, token_ids: Sequence[int] = ()) -> list[float]:
         """Return λ at the positions from ``start`` on.
@@ -145,6 +184,29 @@ class RequestDial:
             count: How many.
             token_ids: The tokens there; only a schedule that follows the thinking asks.
         """
+        values = self._values(start, count, token_ids)
+        if self.first is not None:
+            inside = min(count, max(0, self._prompt_length - 1 - start))
+            values[:inside] = [self.first] * inside
+        return values
+
+    def salt(self, given: str | None) -> str:
+        """Return what two requests must share, beside their tokens, to share keys and values.
+
+        That is λ at every position. Under a schedule it follows from the schedule, the length of
+        the prompt, the λ that the prompt is read at, and the tokens.
+
+        Args:
+            given: The request's own salt, which it must share too.
+        """
+        if self.constant is not None:
+            lams: list[Any] = [float(np.float32(self.constant)) + 0.0]  # −0 is 0
+        else:
+            lams = [self.schedule.to_json(), self._prompt_length, self.first]
+        return json.dumps([*lams, given])
+
+    def _values(self, start: int, count: int, token_ids: Sequence[int]) -> list[float]:
+        """Return each position's own λ."""
         positions = range(start, start + count)
         if not self.schedule.follows_thinking:
             return [self.schedule.at(self._index(position)) for position in positions]
@@ -192,9 +254,17 @@ class TokenLambdas:
         settings: The folder's.
     """
 
-    def __init__(self, values: Tensor, settings: DialSettings) -> None:
+    def __init__(self, values: Tensor, settings: DialSettings, *, needs_salt: bool = False) -> None:
+        """Start without requests.
+
+        Args:
+            values: As above, of any content.
+            settings: The folder's.
+            needs_salt: Refuse a request whose prefix is not told apart by λ.
+        """
         self.values = values
         self.settings = settings
+        self._needs_salt = needs_salt
         self._requests: dict[str, tuple[Any, RequestDial]] = {}
 
     def start(
@@ -206,12 +276,22 @@ class TokenLambdas:
             sampling_params: Its ``SamplingParams``.
             prompt_length: As in :class:`RequestDial`.
             *known: Its first tokens, in parts.
+
+        Raises:
+            ServingError: If it could share a prefix with a request of another λ.
         """
+        extra_args = sampling_params.extra_args
+        if self._needs_salt and not (extra_args or {}).get(SALT_KEY):
+            raise ServingError(
+                "a request came past vLLM's InputProcessor, so that its prefix is not told apart by "
+                "λ; start the engine with --no-enable-prefix-caching."
+            )
         return RequestDial(
-            read_lambda(sampling_params.extra_args, self.settings),
+            read_lambda(extra_args, self.settings),
             prompt_length,
             self.settings.thinking_tokens,
             list(itertools.chain.from_iterable(part or () for part in known)),
+            whole_prompt=self.settings.is_lora,
         )
 
     def dial(

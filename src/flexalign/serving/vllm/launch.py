@@ -19,13 +19,13 @@ from pathlib import Path
 from flexalign._packages import require_packages
 from flexalign._storage import replacing
 from flexalign.errors import ConfigError, ServingError
-from flexalign.inra.configuration import InRaConfig
 from flexalign.models.sources import resolve, resolve_adapter
 from flexalign.serving.dial import DialRules, adapter_rules
 from flexalign.serving.server import open_socket, url_of
-from flexalign.serving.vllm.folder import is_prepared, prepare_folder
+from flexalign.serving.vllm.folder import is_prepared, prepare_folder, prepared_dial
 from flexalign.serving.vllm.middleware import KEY_VARIABLE, MIDDLEWARE, VARIABLE, FrontOptions
 from flexalign.serving.vllm.plugin import require_supported
+from flexalign.systems.dials import read_dial
 
 _OURS = {
     "--host": "--host",
@@ -184,8 +184,8 @@ class DialSource:
             ConfigError: If there is no dial.
             CheckpointError: If the adapter is damaged.
         """
-        dial = resolve_adapter(self.adapter) if self.adapter else self.folder()
-        return adapter_rules(InRaConfig.load(dial), lambda_range)
+        dial = read_dial(self.adapter) if self.adapter else prepared_dial(self.folder())
+        return adapter_rules(dial, lambda_range)
 
     def prepare(self) -> None:
         """Write the folder that vLLM loads, unless it was prepared before.

@@ -24,11 +24,12 @@ import torch
 
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, FlexAlignError
-from flexalign.inra.configuration import InRaConfig
+from flexalign.generation.dial_config import DialConfig
 from flexalign.lambdas import Adaptive, Dial, Fixed, Route, Schedule, way_dial
 from flexalign.models.loading import load_tokenizer
 from flexalign.serving.dial import DIAL_KEYS, DialChoice, DialRules, adapter_rules, refuse_misspelt
 from flexalign.serving.errors import ApiError, Scope, send_error
+from flexalign.serving.facades import with_facades
 from flexalign.serving.middleware import (
     PATHS,
     DialMiddleware,
@@ -43,6 +44,7 @@ from flexalign.serving.middleware import (
 from flexalign.serving.playground import Playground
 from flexalign.serving.protocol import BODY_LIMIT, parse_body, read_body
 from flexalign.serving.vllm.adaptive import StreamedFastAnswer, fast_body, join_chunks
+from flexalign.serving.vllm.folder import prepared_dial
 from flexalign.serving.vllm.lambdas import LAMBDA_KEY
 from flexalign.serving.vllm.responses import ResponseRewriter, ThinkingReader, are_ids
 
@@ -146,7 +148,7 @@ def build_front(app: Any, folder: Path, options: FrontOptions, key: str | None) 
         CheckpointError: If the folder holds no adapter.
         ConfigError: If the options do not fit it.
     """
-    settings = InRaConfig.load(folder)
+    settings = prepared_dial(folder)
     rules = adapter_rules(settings, options.lambda_range)
     tokenizer = load_tokenizer(folder)
     reader = ThinkingReader(tokenizer, settings.tags or ThinkingTags.of(tokenizer))
@@ -154,6 +156,7 @@ def build_front(app: Any, folder: Path, options: FrontOptions, key: str | None) 
 
     stack: Any = VllmDialMiddleware(app, rules, settings, reader, body_limit=options.body_limit)
     stack = ErrorRewriting(RoutesWithoutDial(stack, rules, options.body_limit))
+    stack = with_facades(stack, body_limit=options.body_limit)
     if key:
         stack = KeyGate(stack, key)
     elif options.is_local:
@@ -172,7 +175,7 @@ class VllmDialMiddleware(DialMiddleware):
         self,
         app: Any,
         rules: DialRules,
-        settings: InRaConfig,
+        settings: DialConfig,
         reader: ThinkingReader,
         *,
         body_limit: int = BODY_LIMIT,

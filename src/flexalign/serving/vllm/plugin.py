@@ -6,20 +6,25 @@ raises nothing: a version of vLLM that is not supported is an error where a mode
 loaded, and nowhere else.
 
 A malformed λ is refused when its request comes in (:func:`install`), and a configuration with which
-answers could be wrong while the model loads (:func:`refuse_unsupported`).
+answers could be wrong while the model loads (:func:`refuse_unsupported`). With a LoRA dial, whose
+keys and values depend on λ, requests share a prefix at equal λ alone (:func:`separate_prefixes`).
 """
 
 import logging
 import re
 from functools import wraps
+from types import SimpleNamespace
 from typing import Any
 
-from flexalign.errors import ConfigError, FlexAlignError, UnsupportedModelError
+from flexalign.errors import ConfigError, FlexAlignError, ServingError, UnsupportedModelError
 from flexalign.serving.vllm.lambdas import (
     ARCHITECTURES,
     CONFIG_KEY,
     LAMBDA_KEY,
+    LORA_ARCHITECTURES,
+    SALT_KEY,
     DialSettings,
+    RequestDial,
     read_lambda,
 )
 
@@ -36,10 +41,11 @@ def register() -> None:
     try:
         from vllm import ModelRegistry
 
-        for architecture in ARCHITECTURES.values():
+        for architecture in (*ARCHITECTURES.values(), *LORA_ARCHITECTURES.values()):
             ModelRegistry.register_model(architecture, f"{_MODELS}:{architecture}")
         if _is_supported(_installed()):
             install()
+            separate_prefixes()
     except Exception:
         _log.warning("flexalign's models could not be registered in vLLM.", exc_info=True)
 
@@ -106,6 +112,92 @@ def _check(extra_args: dict[str, Any] | None, settings: DialSettings) -> None:
         raise VLLMValidationError(str(error), parameter=LAMBDA_KEY, value=value) from error
 
 
+def separate_prefixes() -> None:
+    """Let requests to a LoRA dial share a cached prefix at equal λ alone. Twice is once.
+
+    λ becomes part of the request's ``cache_salt``, which is vLLM's own means to keep prefixes apart.
+    This relies on ``InputProcessor.process_inputs``, which makes the engine's request of every
+    prompt, in the process that takes it. A mark in the request's parameters, which are a copy by
+    then, tells the model's process that it was done.
+    """
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    original = InputProcessor.process_inputs
+    if getattr(original, "separates_prefixes", False):
+        return
+
+    @wraps(original)
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = original(self, *args, **kwargs)
+        config = self.model_config.hf_config
+        if request.sampling_params is not None and hasattr(config, CONFIG_KEY):
+            settings = DialSettings.of(config)
+            if settings.is_lora:
+                _salt(request, settings)
+        return request
+
+    process_inputs.separates_prefixes = True  # type: ignore[attr-defined]
+    InputProcessor.process_inputs = process_inputs
+
+
+def _salt(request: Any, settings: DialSettings) -> None:
+    """Put λ into a request's salt.
+
+    Raises:
+        VLLMValidationError: If its prompt comes in parts, each of which may have another λ.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    if request.resumable:
+        raise VLLMValidationError("a LoRA dial is not served with a prompt that is streamed in.")
+    params, prompt = request.sampling_params, request.prompt_token_ids
+    dial = RequestDial(
+        read_lambda(params.extra_args, settings),
+        len(prompt),
+        settings.thinking_tokens,
+        prompt,
+        whole_prompt=True,
+    )
+    request.cache_salt = dial.salt(request.cache_salt)
+    params.extra_args = {**(params.extra_args or {}), SALT_KEY: True}
+
+
+def require_separate_prefixes() -> None:
+    """See that vLLM keeps prefixes of different λ apart.
+
+    Raises:
+        ServingError: If it does not.
+    """
+    try:
+        from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys
+        from vllm.v1.engine.input_processor import InputProcessor
+
+        found = [
+            generate_block_hash_extra_keys(
+                SimpleNamespace(
+                    cache_salt=salt, mm_features=[], lora_request=None, prompt_embeds=None
+                ),
+                0,
+                32,
+                0,
+            )[0]
+            for salt in ("0.0", "1.0", "1.0")
+        ]
+        is_hooked = getattr(InputProcessor.process_inputs, "separates_prefixes", False)
+        is_apart = is_hooked and found[0] != found[1] == found[2]
+    except Exception as error:
+        raise ServingError(f"{_SHARED} ({type(error).__name__}: {error})") from error
+    if not is_apart:
+        raise ServingError(_SHARED)
+
+
+_SHARED = (
+    "requests of different λ would share a cached prefix: vLLM does not treat cache_salt as the "
+    "plugin relies on; start it with --no-enable-prefix-caching, or install the versions of "
+    "constraints-vllm.txt."
+)
+
+
 def refuse_unsupported(vllm_config: Any) -> None:
     """Refuse a configuration of vLLM with which answers could be wrong.
 
@@ -125,11 +217,15 @@ def _refusals(config: Any) -> list[tuple[bool, str, str]]:
     speculation = config.speculative_config
     exact_caches = ("auto", str(model.dtype).removeprefix("torch."))
     hf_config = model.hf_config
+    transfer = getattr(config, "kv_transfer_config", None)
+    is_lora = DialSettings.of(hf_config).is_lora
 
     return [
         (
             parallel.pipeline_parallel_size > 1,
-            "pipeline parallelism, as both streams meet before the head",
+            "pipeline parallelism, which was not tried"
+            if is_lora
+            else "pipeline parallelism, as both streams meet before the head",
             "use --tensor-parallel-size",
         ),
         (
@@ -144,7 +240,9 @@ def _refusals(config: Any) -> list[tuple[bool, str, str]]:
         ),
         (
             config.lora_config is not None,
-            "LoRA, whose table of tokens knows one stream alone",
+            "LoRA beside the dial's own"
+            if is_lora
+            else "LoRA, whose table of tokens knows one stream alone",
             "leave out --enable-lora; merge the LoRA into the base before its adapter is trained",
         ),
         (
@@ -156,6 +254,11 @@ def _refusals(config: Any) -> list[tuple[bool, str, str]]:
             cache.cache_dtype not in exact_caches,
             f"a quantised KV cache ({cache.cache_dtype}), whose scales are one stream's",
             "leave out --kv-cache-dtype",
+        ),
+        (
+            is_lora and transfer is not None,
+            "a KV connector, which may hand keys and values of one λ to a request of another",
+            "leave out --kv-transfer-config",
         ),
         (
             speculation is not None and speculation.method not in _SPECULATION,

@@ -39,6 +39,7 @@ export function readSettings(text, model) {
       return setting.effort(value);
     }
     if (value < low || value > high) throw new Error(`λ = ${numeral(value)} is outside this server’s range, ${numeral(low)} to ${numeral(high)}.`);
+    if (model.dial.only_ends && value !== low && value !== high) throw new Error(`This server’s adapter has λ = ${numeral(low)} and λ = ${numeral(high)} alone.`);
     return setting.lambda(value);
   });
 }
@@ -69,7 +70,8 @@ export function dialControl(model) {
     byId("dial-hint").textContent = HINTS[now];
     if (isAuto) return;
     const [low, high] = ranges[now];
-    const step = now === "effort" ? 5 : high - low > 4 ? 0.1 : 0.05;
+    const onlyEnds = now === "lambda" && model.dial.only_ends;
+    const step = onlyEnds ? high - low : now === "effort" ? 5 : high - low > 4 ? 0.1 : 0.05;
     // Steps count from the least value: one on the grid keeps 0 and 1 on it.
     Object.assign(slider, { min: Math.floor(low / step + 1e-9) * step, max: high, step, value: values[now] });
     Object.assign(exact, { min: low, max: high, value: values[now] });

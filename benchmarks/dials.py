@@ -1,27 +1,34 @@
-"""Decoding with the dial beside the plain model: time and peak memory as ratios to plain.
+"""Decoding with each dial beside the plain model: time, cache and memory as ratios to plain.
 
 Run it from the repository:
 
-    python benchmarks/inra.py                          # every row, an hour on two cores
-    python benchmarks/inra.py --rows float32:32:1      # one row (dtype:prompt:batch) into the table
-    python benchmarks/inra.py --rows float32:32:1 --methods inra --add --rounds 3     # more rounds
-    python benchmarks/inra.py --quick                  # a small row, nothing written
+    python benchmarks/dials.py                          # every row, hours on two cores
+    python benchmarks/dials.py --rows float32:32:1      # one row (dtype:prompt:batch) into the table
+    python benchmarks/dials.py --rows float32:32:1 --methods inra --add --rounds 3    # more rounds
+    python benchmarks/dials.py --quick                  # a small row, nothing written
 
 Methods, all by transformers' own ``generate``, greedy:
 
 * ``plain``: the base model;
+* ``lora``: a LoRA dial, rank 16 on all linear layers, another λ in every row of the batch;
+* ``lora, λ=0``: the same dial where no low-rank term is needed;
+* ``lora, kept merged``: the same dial with one λ in all rows, merged weights kept for it;
+* ``lora, merged``: ``LoRADial.merged``, a plain model;
+* ``PEFT``: PEFT's own forward of the same LoRA, which has one strength;
+* ``PEFT, mixed batch``: four strengths as four adapters, and ``adapter_names=`` row by row;
 * ``inra``: both streams as rows of one batch, λ = 0.5;
 * ``two passes``: the paper's way, the base stream and then the adapter stream, each with its own
   cache and head product;
 * ``two models``: equation 5 over two whole models;
-* ``λ=0``, ``λ=1``: InRa where one stream is all that is needed.
+* ``inra, λ=0``, ``inra, λ=1``: InRa where one stream is all that is needed.
 
 The model has the shape of SmolLM2-135M (30 layers, width 576, vocabulary 49152) with random
 weights; prompts are random tokens. A round decodes with every method in turn, each from its own
 copy of a prefilled cache; a ratio is the median over rounds of a method's time to the plain time
 of the same round, with its quartiles. Beside it stand the best rounds' ratio and that of CPU
-times, which other work on the machine disturbs less. Prefill is timed by itself. Memory is
-weights, plus the larger growth of the resident set, by the kernel's high-water mark, in prefill
+times, which other work on the machine disturbs less. The targets are compared with the ratio of
+CPU times where one thread runs, and of times where several do (which wait for each other). Prefill is timed by itself. Memory
+is weights, plus the larger growth of the resident set, by the kernel's high-water mark, in prefill
 and in decoding with its cache.
 """
 
@@ -38,6 +45,7 @@ from typing import Any
 
 import torch
 from _machine import MIB, machine, peak_growth
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -45,9 +53,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from flexalign.fusion import fuse
 from flexalign.generation.two_model import PairCache, TwoModelDecoder
 from flexalign.inra import ADAPTER, BASE, BOTH, InRaModel
+from flexalign.lora_dial import LoRADial, LoRADialConfig
 from flexalign.models.pair import ModelPair
 
-RESULTS = Path(__file__).parent / "results" / "inra.json"
+RESULTS = Path(__file__).parent / "results" / "dials.json"
 SHAPE = LlamaConfig(
     vocab_size=49152,
     hidden_size=576,
@@ -60,17 +69,35 @@ SHAPE = LlamaConfig(
 ROWS = [f"float32:{prompt}:{batch}" for prompt in (32, 512) for batch in (1, 4, 16)]
 ROWS += [row.replace("float32", "bfloat16") for row in ROWS]
 LAM = 0.5
-TARGETS = {
-    ("inra", "float32:32:1"): 1.2,
-    ("inra", "float32:32:4"): 1.1,
-    ("inra", "float32:32:16"): 1.35,
-    ("inra", "float32:512:16"): 1.5,
-} | {
-    (name, row): most
-    for name, most in (("λ=0", 1.03), ("λ=1", 1.08))
-    for row in ROWS
-    if row.startswith("float32")
-}
+KEPT = 1.5
+"""λ of the merged weights."""
+STRENGTHS = ("at_half", "at_one", "at_two", "at_three")
+"""PEFT's adapters, one for a strength."""
+TARGETS = (
+    {
+        (name, row): most
+        for name, most in (
+            ("lora", 1.1),
+            ("lora, λ=0", 1.02),
+            ("lora, kept merged", 1.02),
+            ("lora, merged", 1.02),
+        )
+        for row in ROWS
+        if row.startswith("float32")
+    }
+    | {
+        ("inra", "float32:32:1"): 1.2,
+        ("inra", "float32:32:4"): 1.1,
+        ("inra", "float32:32:16"): 1.35,
+        ("inra", "float32:512:16"): 1.5,
+    }
+    | {
+        (name, row): most
+        for name, most in (("inra, λ=0", 1.03), ("inra, λ=1", 1.08))
+        for row in ROWS
+        if row.startswith("float32")
+    }
+)
 """The largest ratio of decoding time to plain that was aimed at."""
 
 
@@ -114,7 +141,14 @@ class Method:
     def weights(self) -> int:
         """Bytes of its parameters, shared ones once."""
         parameters = {id(p): p for module in self.modules for p in module.parameters()}
-        return sum(p.numel() * p.element_size() for p in parameters.values())
+        return sum(p.nbytes for p in parameters.values())
+
+
+def cache_bytes(cache: Any) -> int:
+    """Return the bytes of a cache's keys and values."""
+    if isinstance(cache, PairCache):
+        return sum(cache_bytes(one) for one in cache.caches())
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def decoder_prefill(model: Any) -> Callable[[Tensor], DynamicCache]:
@@ -124,6 +158,19 @@ def decoder_prefill(model: Any) -> Callable[[Tensor], DynamicCache]:
         return cache
 
     return prefill
+
+
+def with_lora(base: Any, *adapters: str) -> Any:
+    """Return a copy of a base with LoRAs of one rank on all linear layers; both matrices random."""
+    settings = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear")
+    first, *rest = adapters
+    model = get_peft_model(copy.deepcopy(base), settings, adapter_name=first)
+    for name in rest:
+        model.add_adapter(name, copy.deepcopy(settings))
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            nn.init.normal_(parameter, std=0.01)
+    return model.requires_grad_(False).eval()
 
 
 def moved(parameters: Any) -> None:
@@ -158,16 +205,51 @@ def all_methods(dtype: torch.dtype) -> dict[str, Method]:
     def pair_prefill(tokens: Tensor) -> PairCache:
         return PairCache(*(decoder_prefill(model)(tokens) for model in (base, aligned)))
 
+    dial = LoRADial(with_lora(base, "default"), LoRADialConfig("", "", lambda_range=(0.0, 5.0)))
+    dial.requires_grad_(False).eval()
+    merged = dial.merged(KEPT)
+    dial.merge(KEPT)
+    peft = with_lora(base, *STRENGTHS)
+    peft.set_adapter(STRENGTHS[0])
+
+    def lora(lams: Callable[[int], Any]) -> Method:
+        def fill(tokens: Tensor) -> Any:
+            cache = DynamicCache(config=base.config)
+            dial(tokens, past_key_values=cache, logits_to_keep=1, lam=lams(len(tokens)))
+            return cache
+
+        def generate(tokens: Tensor, **options: Any) -> Any:
+            return dial.generate(tokens, lam=lams(len(tokens)), **options)
+
+        return Method(fill, generate, [dial])
+
+    def names(rows: int) -> list[str]:
+        return [STRENGTHS[row % len(STRENGTHS)] for row in range(rows)]
+
+    def peft_fill(tokens: Tensor) -> Any:
+        cache = DynamicCache(config=base.config)
+        peft(tokens, past_key_values=cache, logits_to_keep=1)
+        return cache
+
+    def peft_generate(tokens: Tensor, **options: Any) -> Any:
+        return peft.generate(input_ids=tokens, adapter_names=names(len(tokens)), **options)
+
     def by(model: Any) -> Callable[..., Any]:
         return lambda tokens, **options: model.generate(tokens, lam=LAM, **options)
 
     return {
         "plain": Method(decoder_prefill(base), base.generate, [base]),
+        "lora": lora(lambda rows: torch.linspace(0.5, 3.0, rows)),
+        "lora, λ=0": lora(lambda _: 0.0),
+        "lora, kept merged": lora(lambda _: KEPT),
+        "lora, merged": Method(decoder_prefill(merged), merged.generate, [merged]),
+        "PEFT": Method(peft_fill, peft.generate, [peft]),
+        "PEFT, mixed batch": Method(peft_fill, peft_generate, [peft]),
         "inra": stream(BOTH, LAM),
         "two passes": Method(passes_prefill, by(passes), [passes]),
         "two models": Method(pair_prefill, by(two), [base, aligned]),
-        "λ=0": stream(BASE, 0.0),
-        "λ=1": stream(ADAPTER, 1.0),
+        "inra, λ=0": stream(BASE, 0.0),
+        "inra, λ=1": stream(ADAPTER, 1.0),
     }
 
 
@@ -194,7 +276,8 @@ def measure(
         return times
 
     found: dict[str, dict[str, list[float]]] = {
-        name: {"decode": [], "decode_cpu": [], "prefill": [], "mib": []} for name in methods
+        name: {"decode": [], "decode_cpu": [], "prefill": [], "mib": [], "cache": []}
+        for name in methods
     }
     caches: dict[str, Any] = {}
     for _ in range(prefills):
@@ -204,6 +287,7 @@ def measure(
                 caches[name] = method.prefill(tokens[:, :-1])
                 found[name]["prefill"].append(time.perf_counter() - start)
             found[name]["mib"] = [method.weights() / MIB + grown["mib"]]
+            found[name]["cache"] = [cache_bytes(caches[name]) / MIB]
     for name, method in methods.items():  # also warms up
         with peak_growth() as grown:
             decode(method, copy.deepcopy(caches[name]))
@@ -223,6 +307,11 @@ def ratios(row: dict[str, Any], name: str, key: str) -> list[float]:
     return [one / other for one, other in zip(own, plain, strict=True)]
 
 
+def best(row: dict[str, Any], name: str, key: str) -> str:
+    """A method's best round to the best plain one."""
+    return f"{min(row['methods'][name][key]) / min(row['methods']['plain'][key]):.2f}"
+
+
 def spread(values: list[float]) -> str:
     if len(values) < 3:
         return f"{statistics.median(values):.2f}"
@@ -234,7 +323,9 @@ def table(row: dict[str, Any], name: str) -> list[str]:
     """One row of the table as cells, after its name."""
     own = row["methods"][name]
     target = TARGETS.get((name, row["row"]))
-    reached = statistics.median(ratios(row, name, "decode"))
+    reached = statistics.median(
+        ratios(row, name, "decode_cpu" if row["threads"] == 1 else "decode")
+    )
     verdict = ""
     if target:
         verdict = f"≤ {target:g}: " + ("met" if reached <= target else "**not met**")
@@ -243,32 +334,35 @@ def table(row: dict[str, Any], name: str) -> list[str]:
         str(len(own["decode"])),
         f"{1000 * statistics.median(own['decode']) / row['new_tokens']:.1f}",
         spread(ratios(row, name, "decode")),
+        spread(ratios(row, name, "decode_cpu")),
         verdict,
-        f"{min(own['decode']) / min(row['methods']['plain']['decode']):.2f}",
-        f"{statistics.median(ratios(row, name, 'decode_cpu')):.2f}",
+        best(row, name, "decode"),
+        best(row, name, "decode_cpu"),
         f"{statistics.median(ratios(row, name, 'prefill')):.2f}",
         f"{statistics.median(ratios(row, name, 'mib')):.2f}",
+        f"{ratios(row, name, 'cache')[0]:.2f}" if "cache" in own else "",
     ]
 
 
 HEADER = [
-    "| dtype | prompt | batch | tokens | method | rounds | ms/step | time to plain (quartiles) "
-    "| target | best round to best | CPU time to plain | prefill to plain | memory to plain |",
-    "|---|--:|--:|--:|---|--:|--:|--:|---|--:|--:|--:|--:|",
+    "| dtype | prompt | batch | threads | tokens | method | rounds | ms/step "
+    "| time to plain (quartiles) | CPU time to plain (quartiles) | target | best round to best "
+    "| the same of CPU times | prefill to plain | memory to plain | cache to plain |",
+    "|---|--:|--:|--:|--:|---|--:|--:|---|---|---|--:|--:|--:|--:|--:|",
 ]
 
 
 def markdown(results: dict[str, Any]) -> str:
     lines = list(HEADER)
     for row in results["rows"]:
-        facts = [*row["row"].split(":"), str(row["new_tokens"])]
+        facts = [*row["row"].split(":"), str(row["threads"]), str(row["new_tokens"])]
         for name in row["methods"]:
             lines.append("| " + " | ".join([*facts, *table(row, name)]) + " |")
     facts = results["machine"]
     return (
-        "# Decoding with the dial beside the plain model\n\n"
-        f"`python benchmarks/inra.py`, the shape of SmolLM2-135M, torch {facts['torch']}, "
-        f"{facts['cpu']}, {facts['threads']} threads. What the columns mean: the script's head.\n\n"
+        "# Decoding with each dial beside the plain model\n\n"
+        f"`python benchmarks/dials.py`, the shape of SmolLM2-135M, torch {facts['torch']}, "
+        f"{facts['cpu']}, {facts['cores']} cores. What the columns mean: the script's head.\n\n"
         + "\n".join(lines)
         + "\n"
     )
@@ -279,8 +373,10 @@ def merge(results: dict[str, Any], row: dict[str, Any], add: bool) -> None:
     rows: dict[str, dict[str, Any]] = {one["row"]: one for one in results["rows"]}
     old = rows.get(row["row"])
     if add and old is not None:
-        if (old["new_tokens"], set(old["methods"])) != (row["new_tokens"], set(row["methods"])):
-            raise SystemExit("rounds can be added to the same methods and tokens only.")
+        if any(old[key] != row[key] for key in ("new_tokens", "threads")) or set(
+            old["methods"]
+        ) != set(row["methods"]):
+            raise SystemExit("rounds can be added to the same methods, tokens and threads only.")
         for name, times in old["methods"].items():
             for key in ("decode", "decode_cpu", "prefill"):
                 times[key] += row["methods"][name][key]
@@ -297,13 +393,15 @@ def main() -> None:
     parser.add_argument("--prefills", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON file of the rows")
     parser.add_argument("--add", action="store_true", help="add rounds to what is recorded")
     parser.add_argument("--quick", action="store_true", help="a small row, nothing written")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.quick:
         arguments.rows, arguments.rounds, arguments.new_tokens = ["float32:32:1"], 3, 16
-    results = {"rows": []} if not RESULTS.exists() else json.loads(RESULTS.read_text())
+    path: Path = arguments.results
+    results = {"rows": []} if not path.exists() else json.loads(path.read_text())
     results["machine"] = machine()
     print("\n".join(HEADER), flush=True)
     for dtype in dict.fromkeys(row.split(":")[0] for row in arguments.rows):
@@ -316,13 +414,18 @@ def main() -> None:
             found = measure(
                 methods, name, arguments.rounds, arguments.prefills, arguments.new_tokens
             )
-            row = {"row": name, "new_tokens": arguments.new_tokens, "methods": found}
+            row = {
+                "row": name,
+                "threads": arguments.threads,
+                "new_tokens": arguments.new_tokens,
+                "methods": found,
+            }
             print(*(" | ".join([name, *table(row, one)]) for one in found), sep="\n", flush=True)
             if not arguments.quick:
                 merge(results, row, arguments.add)
-                RESULTS.parent.mkdir(exist_ok=True)
-                RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-                RESULTS.with_suffix(".md").write_text(markdown(results))
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(json.dumps(results, indent=1) + "\n")
+                path.with_suffix(".md").write_text(markdown(results))
 
 
 if __name__ == "__main__":
