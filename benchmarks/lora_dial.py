@@ -116,10 +116,10 @@ def _lora(task: Task, lam: Any, gate: float | None, folder: Path, options: dict[
     """Train a LoRA, or load it if it was trained before; return it with what its training cost."""
     from flexalign.lora_dial import LoRADial
 
-    steps = options["dial_steps"] if isinstance(lam, dict) else options["steps"]
+    steps = options["dial_steps"]
     cost = folder.with_name(folder.name + ".cost.json")
     if not cost.is_file():
-        _store(cost, _realign(task, lam, gate, folder, steps, 3e-3, lora=True))
+        _store(cost, _realign(task, lam, gate, folder, steps, 1.5e-3, lora=True))
     dial = LoRADial.from_pretrained(_base(task.pair), folder)
     return dial, json.loads(cost.read_text(encoding="utf-8"))
 
@@ -325,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "questions": 100 if chosen.quick else 5000,
         "judged": 100 if chosen.quick else 400,
         "steps": 20 if chosen.quick else 150,
-        "dial_steps": 40 if chosen.quick else 400,
+        "dial_steps": 40 if chosen.quick else 700,
     }
     seeds = [0] if chosen.quick else chosen.seeds
     if not chosen.rewrite:

@@ -244,6 +244,12 @@ MODELS = {
     "full": {"reference": "reference", "aligned": "aligned", "lora": False},
     "tied": {"reference": "tied", "aligned": "tied_aligned", "lora": False},
     "shared base": {"reference": "reference", "aligned": "adapter", "lora": True},
+    "range": {
+        "reference": "reference",
+        "aligned": "adapter",
+        "lora": True,
+        "lam": {"low": -0.5, "high": 3},
+    },
 }
 
 

@@ -84,7 +84,9 @@ def trained(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     trainer = TrRaTrainer(
         reference=str(folder / case["reference"]),
         aligned=str(folder / case["aligned"]),
-        args=TrRaConfig(output_dir=str(folder / case["output"]), lam=LAM, **case["options"]),
+        args=TrRaConfig(
+            output_dir=str(folder / case["output"]), lam=case.get("lam", LAM), **case["options"]
+        ),
         train_dataset=Dataset.from_list(case["rows"]),
         processing_class=AutoTokenizer.from_pretrained(folder / "reference"),
         peft_config=LoraConfig(r=4, target_modules="all-linear") if case["lora"] else None,
