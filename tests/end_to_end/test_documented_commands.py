@@ -55,7 +55,11 @@ STAND_INS = {
     "reference": ("models/base", "models/R1", "BASE", "REF"),
     "aligned": ("models/concise", "ALIGNED"),
     "fast": ("ADAPTER", "out/adapter"),
+    "hybrid": ("models/hybrid",),
 }
+AT_HAND = {"lora-dial": {"dial": "out/dial"}}
+"""What a page takes for granted, and others make."""
+
 BEFORE = {
     "tune": "evaluate dial:BASE,ADAPTER --task math500 --lambda 0,1 --samples 2 --limit 40 --max-new-tokens 99 -o out/sweep",
 }
@@ -160,6 +164,8 @@ def test_the_commands_of_a_page(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lines = commands(page)
+    for part, name in AT_HAND.get(page.stem, {}).items():
+        shutil.copytree(weights_folder(part), sandbox / name)
     if page.stem in BEFORE:
         lines = [f"flexalign {BEFORE[page.stem]}", *lines]
     if "-o questions.jsonl" in " ".join(lines):
