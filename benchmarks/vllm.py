@@ -62,7 +62,7 @@ def folders(where: Path, rank: int) -> dict[str, Path]:
     from flexalign.inra import InRaModel
     from flexalign.miniature import folder
     from flexalign.serving.vllm.folder import prepare_folder
-    from inra import SHAPE
+    from dials import SHAPE
 
     torch.manual_seed(0)
     config = SHAPE
