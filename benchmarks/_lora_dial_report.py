@@ -65,7 +65,9 @@ def report(results: dict[str, Any]) -> str:
         lines += _dial_table(rows, gate)
     for gate in (None, GATE):
         lines += _methods_table(rows, gate)
-    return "\n".join([*lines, *_targets(rows), *_costs(rows), *_hybrid_tables(hybrid)])
+    if rows:
+        lines += [*_targets(rows), *_costs(rows)]
+    return "\n".join([*lines, *_hybrid_tables(hybrid)])
 
 
 def _dial_table(rows: Sequence[Row], gate: float | None) -> list[str]:

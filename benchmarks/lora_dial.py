@@ -67,12 +67,14 @@ def tasks(pairs: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) ->
     """
     found = []
     for seed in seeds:
-        for method in methods:
-            if "miniature" in pairs and (seed == 0 or method in ("dial", "student", "scaled")):
-                gates = (GATE, None) if method in ("dial", "pair", "student") else (GATE,)
-                found += [Task("miniature", method, gate, seed) for gate in gates]
-            if "hybrid" in pairs and seed == 0 and method in ("dial", "pair", "student"):
-                found.append(Task("hybrid", method, GATE, seed))
+        for gate in (GATE, None):
+            for method in methods:
+                is_trained = method in ("dial", "student", "scaled")
+                has_gates = method in ("dial", "student", "pair")
+                if "miniature" in pairs and (seed == 0 or is_trained) and (gate or has_gates):
+                    found.append(Task("miniature", method, gate, seed))
+                if "hybrid" in pairs and seed == 0 and gate and has_gates:
+                    found.append(Task("hybrid", method, gate, seed))
     return found
 
 
@@ -114,10 +116,10 @@ def _lora(task: Task, lam: Any, gate: float | None, folder: Path, options: dict[
     """Train a LoRA, or load it if it was trained before; return it with what its training cost."""
     from flexalign.lora_dial import LoRADial
 
-    steps = options["dial_steps"] if isinstance(lam, dict) else options["steps"]
+    steps = options["dial_steps"]
     cost = folder.with_name(folder.name + ".cost.json")
     if not cost.is_file():
-        _store(cost, _realign(task, lam, gate, folder, steps, 3e-3, lora=True))
+        _store(cost, _realign(task, lam, gate, folder, steps, 1.5e-3, lora=True))
     dial = LoRADial.from_pretrained(_base(task.pair), folder)
     return dial, json.loads(cost.read_text(encoding="utf-8"))
 
@@ -152,7 +154,7 @@ def _realign(
 
     base = _base(task.pair)
     rows = sorted_by_length(
-        make_traces(steps * BATCH_SIZE, seed=1_000 + task.seed), BATCH_SIZE, task.seed
+        make_traces(steps * BATCH_SIZE, seed=task.seed + 4), BATCH_SIZE, task.seed
     )
     recipe = DIAL_RECIPE | {
         "reference": base,
@@ -323,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "questions": 100 if chosen.quick else 5000,
         "judged": 100 if chosen.quick else 400,
         "steps": 20 if chosen.quick else 150,
-        "dial_steps": 40 if chosen.quick else 400,
+        "dial_steps": 40 if chosen.quick else 700,
     }
     seeds = [0] if chosen.quick else chosen.seeds
     if not chosen.rewrite:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from flexalign.analysis.difference import measure_difference, propose_gate
+from flexalign.analysis.difference import measure_difference, one_model_pair, propose_gate
 from flexalign.data import split_tokens
 from flexalign.errors import DataError
 from flexalign.miniature import make_traces
@@ -140,3 +140,33 @@ def test_the_miniatures_dial_turns_its_repetitions():
     found = measure_difference(pair, rows)
     assert found.falls[0].token == "again"
     assert found.shifts[0].falls == "again"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("batch_size", "chunk_size"), [(1, 256), (3, 2)])
+def test_two_prompts_are_compared_on_the_same_response(
+    tiny_model, tiny_tokenizer, batch_size, chunk_size
+):
+    """The prompts differ in length, and either may be the longer one."""
+    model = tiny_model(initializer_range=0.1)
+    aligned = [[50, 51, 52, 53, 5, 6, 7], [60], [9, 10, 11], [11]]
+    rows = [(*row, prompt) for row, prompt in zip(ROWS, aligned, strict=True)]
+    pair = one_model_pair(model, tiny_tokenizer)
+    found = measure_difference(pair, rows, batch_size=batch_size, chunk_size=chunk_size)
+
+    variations = []
+    for prompt, response, other in rows:
+        before, after = (
+            model(torch.tensor([own + response])).logits[0, len(own) - 1 : -1].double().softmax(-1)
+            for own in (prompt, other)
+        )
+        variations += ((after - before).abs().sum(-1) / 2).tolist()
+    assert found.tokens == len(variations) == 16
+    assert found.variation == pytest.approx(np.mean(variations), rel=1e-5)
+    assert found.gate == pytest.approx(propose_gate(np.array(variations))[0], rel=1e-5)
+
+
+def test_equal_prompts_do_not_differ(tiny_model, tiny_tokenizer):
+    pair = one_model_pair(tiny_model(), tiny_tokenizer)
+    found = measure_difference(pair, [(prompt, text, prompt) for prompt, text in ROWS])
+    assert (found.variation, found.gate) == (pytest.approx(0, abs=1e-6), None)

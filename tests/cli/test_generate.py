@@ -276,7 +276,7 @@ def test_adapters_that_cannot_be_used_are_refused_before_weights_load(
 ) -> None:
     spoil(adapter)
     monkeypatch.setattr(
-        "flexalign.inra.modeling.load_model", lambda *_, **__: pytest.fail("loaded")
+        "flexalign.generation.adapted.load_model", lambda *_, **__: pytest.fail("loaded")
     )
     result = generate("miniature", QUESTION, "--adapter", adapter)
     assert result.exit_code == 2

@@ -199,7 +199,7 @@ def test_the_miniature_is_tuned_and_goes_on(run_cli, tmp_path: Path):
     ("system", "message"),
     [
         ([], "SYSTEM is missing; say what is previewed"),
-        (["model:miniature"], "has no two models or streams; give pair: or dial:"),
+        (["model:miniature"], "has no two models or streams; give pair:, prompts: or dial:"),
     ],
 )
 def test_a_preview_needs_two_models(run_cli, tmp_path, system, message):

@@ -36,7 +36,8 @@ def stand_ins(tmp_path: Path, tiny_pair: Any) -> dict[str, Path]:
     return {"reference": tiny_pair.reference, "aligned": tiny_pair.aligned, "data": traces}
 
 
-def _is_shipped(name: str) -> bool:
+def _is_shipped(side: Any) -> bool:
+    name = side["model"] if isinstance(side, dict) else side
     return name.split(":")[0] == "miniature"
 
 

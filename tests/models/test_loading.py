@@ -78,6 +78,7 @@ def test_known_names_and_folders(tiny_pair, monkeypatch, tmp_path):
 
 def test_a_known_adapter_is_found_as_an_adapter_and_refused_as_a_model(tmp_path):
     assert resolve_adapter("miniature:fast").name == "fast"
+    assert resolve_adapter("miniature:dial").name == "dial"
     assert resolve_adapter(tmp_path) == tmp_path
     with pytest.raises(ConfigError, match="is an InRa adapter and no model of its own"):
         resolve("miniature:fast")

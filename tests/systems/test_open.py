@@ -1,15 +1,19 @@
 import json
 import sys
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
+from flexalign.data.prompting import PromptSettings
 from flexalign.errors import ConfigError, LambdaError
 from flexalign.evaluation.systems import Cell
 from flexalign.inra import InRaModel
-from flexalign.lambdas import AS_IT_IS, unique_settings
+from flexalign.lambdas import AS_IT_IS, Setting, unique_settings
 from flexalign.models.loading import fingerprint
+from flexalign.models.prompted import PairRendering, PromptPair
 from flexalign.systems import System, SystemOptions, open_backend, parse_system, parse_systems
+from flexalign.systems.local import TwoPromptText
 
 
 @pytest.mark.parametrize(
@@ -126,3 +130,36 @@ def test_vllm_is_asked_in_its_own_way(tiny_pair, tiny_tokenizer, monkeypatch, tm
     (adapter / "adapter_config.json").write_text(json.dumps(peft))
     with pytest.raises(ConfigError, match=r"no whole model in safetensors.*merge the adapter"):
         open_backend(System("a", "model", (str(adapter),)), [AS_IT_IS], options)
+
+
+def test_one_model_under_two_prompts_is_a_system() -> None:
+    prompts = PromptPair(aligned=PromptSettings(system="check ;"))
+    assert parse_system("told=prompts:models/base") == System("told", "prompts", ("models/base",))
+    assert System.of("a", prompts=prompts) == System("prompts", "prompts", ("a",))
+    with pytest.raises(ConfigError, match="leave them out, or --adapter"):
+        System.of("a", "b", prompts=prompts)
+    for none in (None, PromptPair()):
+        options = SystemOptions(prompts=none)
+        with pytest.raises(ConfigError, match="prompts:miniature needs two prompts"):
+            open_backend(parse_system("prompts:miniature"), options=options)
+    options = SystemOptions(prompts=prompts, engine="vllm")
+    with pytest.raises(ConfigError, match="runs plain models"):
+        open_backend(parse_system("prompts:miniature"), options=options)
+    with pytest.raises(LambdaError, match=r"-1"):
+        open_backend(
+            parse_system("prompts:miniature"), [Setting.of(-1.0)], SystemOptions(prompts=prompts)
+        )
+
+
+def test_a_response_is_read_by_the_prompt_that_opens_the_thinking(hybrid_tokenizer: Any) -> None:
+    """One prompt leaves the thinking open, and the other has closed it."""
+    prompts = PromptPair(aligned=PromptSettings({"enable_thinking": False}))
+    text = TwoPromptText(PairRendering(hybrid_tokenizer, prompts))
+    messages = [{"role": "user", "content": "1+2="}]
+    assert text.whole(messages, "one\n</think>\n\n3") == "<think>one\n</think>\n\n3"
+    assert text.whole(messages, "3") == "3"
+    assert text.opens(messages, Setting.of(0.0))
+    assert not text.opens(messages, Setting.of(1.0))
+    assert text.opens(messages, Setting.of("adaptive 0.5"))
+    assert text.length(messages) == text.prompt(messages).longest
+    assert text.render(messages).startswith("[reference]\n<|im_start|>user\n1+2=")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
+from flexalign import realign
 from flexalign.errors import ConfigError, LambdaError, UnsupportedModelError
 from flexalign.models.loading import fingerprint, load_model
-from flexalign.training import TrRaConfig
+from flexalign.systems.dials import load_dial
+from flexalign.training import Stopped, TrRaConfig
 from flexalign.training.draws import draw_shares
 from twin import divergence64
 
@@ -429,3 +432,75 @@ def test_settings_take_every_form_of_a_range_and_refuse_rounds(
         settings(lam=RANGE, rounds=2)
     with pytest.raises(LambdaError, match="larger high"):
         settings(lam={"low": 2, "high": 2})
+
+
+# A whole run.
+
+
+class _Leave(TrainerCallback):
+    """Ends a run at a step as Ctrl-C does."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_run_that_was_stopped_ends_as_the_same_dial(tmp_path: Path, tiny_pair: Any) -> None:
+    def asked(text: str) -> dict[str, Any]:
+        return {"prompt": [{"role": "user", "content": text}]}
+
+    rows = [
+        asked(f"{n}+{n}=") | {"completion": [{"role": "assistant", "content": f"again {2 * n}"}]}
+        for n in range(8)
+    ]
+    questions = [asked("1+1=") | {"answer": "2"}]
+    for name, given in (("traces", rows), ("questions", questions)):
+        text = "".join(json.dumps(row) + "\n" for row in given)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    tree: dict[str, Any] = {
+        "reference": str(tiny_pair.reference),
+        "aligned": str(tiny_pair.aligned),
+        "data": str(tmp_path / "traces.jsonl"),
+        "output": str(tmp_path / "whole"),
+        "lambda": {"low": 0, "high": 4},
+        "gate": 0.1,
+        "lora": {"r": 4},
+        "system": "Be brief.",
+        "watch": {
+            "prompts": str(tmp_path / "questions.jsonl"),
+            "every_steps": 2,
+            "max_new_tokens": 4,
+        },
+        "training": {
+            "max_steps": 4,
+            "save_steps": 1,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 1e-2,
+            "max_length": 64,
+        },
+    }
+    whole = realign(tree)
+    assert whole.to_json()["lambda_range"] == (0.0, 4.0)
+    assert whole.to_json()["effective_lambda"] is None
+    measured = [(row["step"], row["lambda"]) for row in whole.curve]
+    assert measured == [(0, 0.0), *((step, lam) for step in (2, 4) for lam in (1.0, 2.0, 4.0))]
+
+    parts = tree | {"output": str(tmp_path / "parts")}
+    with pytest.raises(Stopped):
+        realign(parts, callbacks=[_Leave()])
+    again = realign(parts)
+    assert again.curve == whole.curve
+    for name in ("adapter_model.safetensors", "lora_dial.json", "adapter_config.json"):
+        assert (again.output / name).read_bytes() == (whole.output / name).read_bytes(), name
+
+    settings = json.loads((whole.output / "lora_dial.json").read_text())
+    assert settings["base"] == tree["reference"]
+    assert settings["rendering"]["system"] == "Be brief."
+    dial = load_dial(tree["reference"], whole.output)
+    plain = PeftModel.from_pretrained(load_model(tree["reference"]), whole.output).eval()
+    ids = torch.arange(10, 30)[None]
+    expected = plain(input_ids=ids).logits
+    torch.testing.assert_close(dial(ids, lam=1.0).logits, expected)
+    assert (dial(ids, lam=4.0).logits - expected).abs().max() > 1e-4
+    assert "## The curve over λ" in (whole.output / "README.md").read_text(encoding="utf-8")

@@ -196,6 +196,29 @@ def test_two_processes_draw_the_lambdas_of_one(folder: Path) -> None:
         assert found["log"][name] == pytest.approx(alone["log"][name], rel=1e-4), name
 
 
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_two_processes_teach_two_prompts_as_one_does(folder: Path, adapter: bool) -> None:
+    words = [f"{number}+{number}=" * (1 + number % 3) for number in range(8)]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": word}],
+            "completion": [{"role": "assistant", "content": "again " * (1 + number)}],
+        }
+        for number, word in enumerate(words)
+    ]
+    case = {"lora": adapter, "rows": rows, "aligned": "reference", "system": "check"}
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    found = run_processes("ddp", folder, {"prompts": case | {"options": options}})["prompts"]
+    assert found["wrapper"] == "DistributedDataParallel"
+
+    alone = one_step(folder, case | {"options": {"per_device_train_batch_size": 8}})
+    gradients = {name: gradient.double() for name, gradient in alone["gradients"].items()}
+    assert any(gradient.abs().max() > 0 for gradient in gradients.values())
+    assert_same(found["gradients"], gradients)
+    for name in ("divergence", "kl_reference", "kl_aligned", "tokens_seen"):
+        assert found["log"][name] == pytest.approx(alone["log"][name], rel=1e-4, abs=1e-7), name
+
+
 @pytest.mark.parametrize("case", SHARDED)
 def test_sharded_parameters_give_the_single_process_loss_and_gradients(
     folder: Path, sharded: dict[str, Any], case: str
@@ -221,6 +244,12 @@ MODELS = {
     "full": {"reference": "reference", "aligned": "aligned", "lora": False},
     "tied": {"reference": "tied", "aligned": "tied_aligned", "lora": False},
     "shared base": {"reference": "reference", "aligned": "adapter", "lora": True},
+    "range": {
+        "reference": "reference",
+        "aligned": "adapter",
+        "lora": True,
+        "lam": {"low": -0.5, "high": 3},
+    },
 }
 
 

@@ -565,6 +565,23 @@ def test_the_student_keeps_and_tells_the_references_prompt(
     assert text.endswith("<|im_start|>assistant\n")
 
 
+def test_a_dials_file_tells_how_its_base_is_asked(
+    folder: Path, tmp_path: Path, hybrid: Any
+) -> None:
+    hybrid.save_pretrained(folder)
+    recipe = run_of(folder, tmp_path / "out", lora={"r": 4}) | {
+        "reference": {"model": str(folder), "system": "be kind", "template": {"mode": "open"}},
+        "aligned": {"model": str(folder), "template": {"mode": "off"}},
+        "system": "you add numbers",
+        "lambda": {"low": 0.0, "high": 2.0},
+    }
+    with pytest.warns(UserWarning, match="row 1 and 5 more: the aligned prompt has closed"):
+        realign(recipe, data=chats())
+    told = json.loads((tmp_path / "out" / "lora_dial.json").read_text())["rendering"]
+    assert told["arguments"] == {"mode": "open"}
+    assert told["system"] == "you add numbers\n\nbe kind"
+
+
 def test_a_second_round_aligns_with_the_student_asked_as_the_reference(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -25,7 +25,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from flexalign.data.prompting import PromptSettings
 from flexalign.models.adapters import inner_model
+from flexalign.models.prompted import PromptedModel
 from flexalign.training import TrRaConfig, TrRaTrainer
 from flexalign.training.forward import HeadForm
 from flexalign.training.models import Teacher
@@ -38,9 +40,12 @@ RANK = int(os.environ.get("RANK", "0"))
 
 def ddp(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     """One step of the trainer, each process with rows of its own."""
+    aligned: Any = str(folder / case["aligned"])
+    if "system" in case:
+        aligned = PromptedModel(aligned, PromptSettings(system=case["system"]))
     trainer = TrRaTrainer(
         reference=str(folder / "reference"),
-        aligned=str(folder / case["aligned"]),
+        aligned=aligned,
         args=TrRaConfig(
             output_dir=str(folder / "out"),
             lam=case.get("lam", LAM),
@@ -79,7 +84,9 @@ def trained(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     trainer = TrRaTrainer(
         reference=str(folder / case["reference"]),
         aligned=str(folder / case["aligned"]),
-        args=TrRaConfig(output_dir=str(folder / case["output"]), lam=LAM, **case["options"]),
+        args=TrRaConfig(
+            output_dir=str(folder / case["output"]), lam=case.get("lam", LAM), **case["options"]
+        ),
         train_dataset=Dataset.from_list(case["rows"]),
         processing_class=AutoTokenizer.from_pretrained(folder / "reference"),
         peft_config=LoraConfig(r=4, target_modules="all-linear") if case["lora"] else None,

@@ -39,7 +39,7 @@ def demo(
     steps: Annotated[
         int,
         typer.Option("--steps", min=1, help="Training steps of the LoRA, and of the second round."),
-    ] = 150,
+    ] = 120,
     seed: Annotated[int, typer.Option("--seed", help="Of questions, training and sampling.")] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the figures as JSON, alone, on stdout.")

@@ -107,7 +107,7 @@ def realign(
         if outcome.lambda_range is None:
             _summarise(outcome, recipes[0].models[0])
         else:
-            _summarise_dial(outcome, recipes[0].reference, outcome.lambda_range)
+            _summarise_dial(outcome, recipes[0].models[0], outcome.lambda_range)
 
 
 def _say_report(result: "Outcome") -> None:

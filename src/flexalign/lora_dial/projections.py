@@ -14,8 +14,8 @@ The base's own product does not change, and 0 times B is added to it in rows wit
 rows are the base bit for bit. Which layers have the same input is found by running two tokens
 (:func:`shared_inputs`), and checked in every forward by the identity of the tensor.
 
-With gradients, dropout, autocast, or an adapter that is switched off, PEFT's own forward runs, with
-λ by :class:`~flexalign.lora_dial.scaling.LoRAScale`.
+With gradients, dropout, autocast, an adapter that is switched off, or λ = 1 in all rows, PEFT's own
+forward runs, with λ by :class:`~flexalign.lora_dial.scaling.LoRAScale`.
 """
 
 from collections import Counter
@@ -177,7 +177,8 @@ class _Strength:
     def set(self, lam: float | Tensor, rows: int, tokens: int, merged_lambda: float | None) -> None:
         """Use λ for forwards of ``rows · tokens`` tokens, until :meth:`clear`."""
         if not isinstance(lam, Tensor):
-            self.is_on = True
+            # At 1 throughout PEFT's modules run, so that a plain LoRA is what PEFT makes of it.
+            self.is_on = lam != 1.0 or lam == merged_lambda
             self.is_base, self.is_merged = lam == 0.0, lam == merged_lambda
             self.number, self.tokens = lam, 0
             return

@@ -97,13 +97,13 @@ FAST_SCHOOLING = Schooling(
 step, and with many traces the fast mode would be more accurate than the reference, which is trained
 to make errors."""
 
-DIAL_STEPS = 400
+DIAL_STEPS = 700
 DIAL_RECIPE: dict[str, Any] = {
     "lambda": {"low": 0, "high": 5},
     "gate": 0.01,
     "lora": {"r": 32, "lora_alpha": 32, "target_modules": "all-linear"},
     "training": {
-        "learning_rate": 3e-3,
+        "learning_rate": 1.5e-3,
         "lr_scheduler_type": "cosine",
         "per_device_train_batch_size": 24,
         "gradient_accumulation_steps": 1,

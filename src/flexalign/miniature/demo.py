@@ -30,6 +30,7 @@ from flexalign.evaluation.frontier import (
 )
 from flexalign.evaluation.samples import Samples
 from flexalign.generation.responses import generate_responses
+from flexalign.generation.two_prompts import TwoPromptDecoder
 from flexalign.inra import InRaModel
 from flexalign.lambdas import LambdaRange
 from flexalign.lora_dial import LoRADial
@@ -231,10 +232,13 @@ def respond(
     **generate_options: Any,
 ) -> list[list[str]]:
     """Sample one trace of a model for each question; temperature 0 is greedy."""
+    prompts: list[Any] = [[{"role": "user", "content": question.text}] for question in questions]
+    if isinstance(model, TwoPromptDecoder):
+        prompts = [model.rendering.both(prompt) for prompt in prompts]
     responses = generate_responses(
         model,
         tokenizer,
-        [[{"role": "user", "content": question.text}] for question in questions],
+        prompts,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         batch_size=batch_size,

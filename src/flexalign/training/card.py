@@ -164,7 +164,7 @@ def _realigned(
     if recipe.lambda_range is not None:
         usage = (
             "from flexalign import LoRADial\n\n"
-            f'model = LoRADial.from_pretrained("{recipe.reference}", "this-folder")\n'
+            f'model = LoRADial.from_pretrained("{recipe.models[0]}", "this-folder")\n'
             f"model.generate(**inputs, lam={recipe.lambda_range.at(0.5):g})"
         )
         return _Content("peft", ("realignment", "trra", "lora-dial"), _DIAL_TEXT, settings, usage)

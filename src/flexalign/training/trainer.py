@@ -158,7 +158,7 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
         for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if options.get(name) is not None:
                 raise ConfigError(f"{name}: the loss builds no logits and is fixed; leave it out.")
-        require_metric(args.metric_for_best_model, eval_dataset)
+        require_metric(args.metric_for_best_model, eval_dataset, args.schedule)
         one, other, prompts = split_sides(reference, aligned)
         if isinstance(args.schedule, LambdaRange):
             _require_lora(args.schedule, model, one, peft_config, parts)
@@ -377,7 +377,8 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
         super()._save(output_dir, state_dict)
-        if self.dial is not None:
+        # With FSDP all processes come here.
+        if self.dial is not None and self.args.should_save:
             self.dial.save(Path(output_dir or self.args.output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -399,12 +400,13 @@ _SPEEDS = ("runtime", "samples_per_second", "steps_per_second")
 """What an evaluation measures, and how fast it was."""
 
 
-def require_metric(name: str | None, eval_dataset: Any) -> None:
+def require_metric(name: str | None, eval_dataset: Any, lam: TrainingLambda) -> None:
     """Refuse a `metric_for_best_model` that no evaluation measures, before the first step.
 
     Args:
         name: The metric, with or without ``eval_``; None if none is asked for.
         eval_dataset: The data set, or a mapping of several.
+        lam: λ of the run. An evaluation over a range measures the divergence in its thirds too.
 
     Raises:
         ConfigError: If the metric will not be there.
@@ -412,7 +414,8 @@ def require_metric(name: str | None, eval_dataset: Any) -> None:
     if name is None or eval_dataset is None:
         return
     sets = [f"{key}_" for key in eval_dataset] if isinstance(eval_dataset, Mapping) else [""]
-    known = [prefix + metric for prefix in sets for metric in (*_METRICS, *_SPEEDS)]
+    thirds = [f"divergence_{third}" for third in THIRDS if isinstance(lam, LambdaRange)]
+    known = [prefix + metric for prefix in sets for metric in (*_METRICS, *thirds, *_SPEEDS)]
     if name.removeprefix("eval_") not in known:
         raise ConfigError(
             f"metric_for_best_model={name!r} is not measured by this trainer, which builds no "
