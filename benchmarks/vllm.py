@@ -56,13 +56,13 @@ RANK = 32
 def folders(where: Path, rank: int) -> dict[str, Path]:
     """Write the plain model and those with a dial."""
     import torch
+    from dials import SHAPE
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
 
     from flexalign.inra import InRaModel
     from flexalign.miniature import folder
     from flexalign.serving.vllm.folder import prepare_folder
-    from inra import SHAPE
 
     torch.manual_seed(0)
     config = SHAPE
