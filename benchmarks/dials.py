@@ -137,11 +137,13 @@ class Method:
     prefill: Callable[[Tensor], Any]
     generate: Callable[..., Tensor]
     modules: list[nn.Module]
+    copied: int = 0
+    """Bytes of weights that are no parameters."""
 
     def weights(self) -> int:
         """Bytes of its parameters, shared ones once."""
         parameters = {id(p): p for module in self.modules for p in module.parameters()}
-        return sum(p.nbytes for p in parameters.values())
+        return self.copied + sum(p.nbytes for p in parameters.values())
 
 
 def cache_bytes(cache: Any) -> int:
@@ -209,10 +211,11 @@ def all_methods(dtype: torch.dtype) -> dict[str, Method]:
     dial.requires_grad_(False).eval()
     merged = dial.merged(KEPT)
     dial.merge(KEPT)
+    adapted = sum(layer.base_layer.weight.nbytes for layer in dial.scale.layers.values())
     peft = with_lora(base, *STRENGTHS)
     peft.set_adapter(STRENGTHS[0])
 
-    def lora(lams: Callable[[int], Any]) -> Method:
+    def lora(lams: Callable[[int], Any], copied: int = 0) -> Method:
         def fill(tokens: Tensor) -> Any:
             cache = DynamicCache(config=base.config)
             dial(tokens, past_key_values=cache, logits_to_keep=1, lam=lams(len(tokens)))
@@ -221,7 +224,7 @@ def all_methods(dtype: torch.dtype) -> dict[str, Method]:
         def generate(tokens: Tensor, **options: Any) -> Any:
             return dial.generate(tokens, lam=lams(len(tokens)), **options)
 
-        return Method(fill, generate, [dial])
+        return Method(fill, generate, [dial], copied)
 
     def names(rows: int) -> list[str]:
         return [STRENGTHS[row % len(STRENGTHS)] for row in range(rows)]
@@ -241,7 +244,7 @@ def all_methods(dtype: torch.dtype) -> dict[str, Method]:
         "plain": Method(decoder_prefill(base), base.generate, [base]),
         "lora": lora(lambda rows: torch.linspace(0.5, 3.0, rows)),
         "lora, λ=0": lora(lambda _: 0.0),
-        "lora, kept merged": lora(lambda _: KEPT),
+        "lora, kept merged": lora(lambda _: KEPT, adapted),
         "lora, merged": Method(decoder_prefill(merged), merged.generate, [merged]),
         "PEFT": Method(peft_fill, peft.generate, [peft]),
         "PEFT, mixed batch": Method(peft_fill, peft_generate, [peft]),

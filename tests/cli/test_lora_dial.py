@@ -155,6 +155,19 @@ def test_a_calibration_of_a_plain_lora_keeps_its_two_settings(plain: Path) -> No
     assert stored.lambda_range == (0.0, 1.0)
 
 
+def test_the_written_file_is_named(
+    run_cli: Any, dial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "flexalign.cli.calibrate._run", lambda *_: Calibration.from_json(CALIBRATION)
+    )
+    save = ("--save-to", tmp_path / "new")
+    result = run_cli("calibrate", BASE, "--adapter", dial, "--task", BASE, *save)
+    assert result.exit_code == 0, result.stderr
+    assert f"Written to {tmp_path / 'new'}/lora_dial.json" in result.stderr
+    assert read_dial(tmp_path / "new").calibration is not None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

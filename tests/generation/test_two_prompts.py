@@ -10,6 +10,7 @@ from flexalign.data.prompting import PromptSettings
 from flexalign.data.rendering import Opening, RenderedPrompt
 from flexalign.errors import ConfigError, DataError, LambdaError, UnsupportedModelError
 from flexalign.generation import TwoPromptDecoder, generate_responses
+from flexalign.generation.penalties import LogitsSettings
 from flexalign.generation.two_prompts import padded_prompts
 from flexalign.lambdas import Adaptive, Route, Schedule
 from flexalign.models.prompted import PairRendering, PromptPair, TwoPrompts
@@ -304,6 +305,18 @@ def test_responses_are_those_of_their_rows(decoder: TwoPromptDecoder, model: Any
     for response, prompts, lam in zip(responses, both, MIXED, strict=True):
         expected = recompute(model, prompts, lam, ends=ends)
         assert list(response.token_ids) == [token for token in expected if token not in ends]
+
+
+def test_penalties_count_the_references_prompt(decoder: TwoPromptDecoder) -> None:
+    """A batch is padded to its longest prompt, of either side, and no row depends on another."""
+    both = [decoder.rendering.both(asked) for asked in ASKED]
+    settings: dict[str, Any] = {"max_new_tokens": STEPS, "temperature": 0, "lam": 0.5}
+    logits = LogitsSettings(repetition_penalty=1.5, frequency_penalty=0.5)
+    tokenizer = decoder.tokenizer
+    together = generate_responses(decoder, tokenizer, both, logits=logits, **settings)
+    alone = [generate_responses(decoder, tokenizer, [p], logits=logits, **settings) for p in both]
+    assert together == [one for (one,) in alone]
+    assert together != generate_responses(decoder, tokenizer, both, **settings)
 
 
 def test_stop_tokens_of_both_templates_end_a_response(model: Any, hybrid_tokenizer: Any) -> None:

@@ -268,11 +268,18 @@ def test_hooks_are_called() -> None:
     model = with_lora()
     path = LoRAProjections(model)
     layer = next(iter(path.scale.layers.values()))
-    seen: list[str] = []
-    layer.register_forward_hook(lambda *_: seen.append("layer"))
-    layer.base_layer.register_forward_hook(lambda *_: seen.append("base"))
-    run(path, model, LAMS)
-    assert seen == ["base", "layer"]
+    expected = run(path, model, LAMS)
+    seen: list[tuple[str, Tensor]] = []
+    layer.base_layer.register_forward_hook(lambda *call: seen.append(("base", call[2])))
+    layer.register_forward_hook(lambda *call: seen.append(("layer", call[2])))
+    assert torch.equal(run(path, model, LAMS), expected)
+    with path.scale.at(LAMS):
+        logits(model)
+    (_, base), (_, whole), (_, peft_base), (_, peft_whole) = seen
+    assert [name for name, _ in seen] == ["base", "layer"] * 2
+    assert torch.equal(base, peft_base)
+    assert near(whole, peft_whole)
+    assert not near(whole, base)
 
 
 def test_outside_the_block_and_after_removal_the_model_is_pefts() -> None:
@@ -306,3 +313,25 @@ def test_an_adapter_of_another_name() -> None:
                 parameter.normal_()
     path = LoRAProjections(model, "style")
     assert near(run(path, model, 1.0), logits(model))
+
+
+def test_a_dial_takes_this_path_and_keeps_merged_weights_when_asked() -> None:
+    subject = dial_subject_of("llama")
+    dial = subject.dial
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+
+    def written(lam: Any) -> Tensor:
+        tokens: Tensor = dial.generate(**subject.batch, lam=lam, **settings)
+        return tokens
+
+    before = {lam: written(lam) for lam in (0.0, 2.0, 3.0)}
+    steps = 4 * 2 * 7
+    assert counted("aten::addmm_", lambda: written([0.5, 2.0, 3.0])) == steps
+    assert counted("aten::addmm_", lambda: written(0.0)) == 0
+    dial.merge(2.0)
+    assert counted("aten::addmm_", lambda: written(2.0)) == 0
+    assert counted("aten::addmm_", lambda: written([2.0, 2.0, 3.0])) == steps
+    for lam, tokens in before.items():
+        assert torch.equal(written(lam), tokens)
+    dial.merge(None)
+    assert counted("aten::addmm_", lambda: written(2.0)) == steps

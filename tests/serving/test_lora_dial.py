@@ -1,5 +1,6 @@
 """A LoRA dial on the local server: every request its own λ, in one batch, as the library writes it."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,8 +39,6 @@ def ask(app: Any, question: str, **body: Any) -> tuple[int, Any]:
     sent: list[Any] = []
     body = {"messages": [{"role": "user", "content": question}], "max_tokens": TOKENS} | body
     request(app, CHAT, {"temperature": 0, **body}, method="POST", sent=sent)
-    import json
-
     return sent[0]["status"], json.loads(b"".join(m.get("body", b"") for m in sent[1:]))
 
 

@@ -118,6 +118,7 @@ def calibrate(
     from flexalign.calibration.calibrate import plan_calibration
     from flexalign.calibration.fitting import describe_loss
     from flexalign.evaluation.tasks import load_task
+    from flexalign.systems.dials import read_dial
 
     asked = load_task(task, data=data, limit=limit, seed=seed, instruction=instruction)
     with as_input_errors():
@@ -150,7 +151,8 @@ def calibrate(
         print_json(calibration.to_json())
     else:
         _show(calibration)
-    console.print(f"Written to {escape(str(written))}/inra_config.json.", soft_wrap=True)
+    file = read_dial(written).CONFIG_FILE
+    console.print(f"Written to {escape(str(written))}/{file}.", soft_wrap=True)
     parts = escape(shlex.join([base, "--adapter", str(save_to or adapter)]))
     console.print(
         f"next: [cyan]flexalign serve {parts}[/cyan], to whose requests `effort` is a number and "

@@ -64,7 +64,7 @@ def lora(
 
     Any engine that serves LoRA serves them by name, without flexalign.
 
-    Example: [cyan]flexalign export out/dial --lambda 0.5,1,2 --output out/adapters[/cyan]
+    Example: [cyan]flexalign export lora out/dial --lambda 0.5,1,2 --output out/adapters[/cyan]
 
     Then: [cyan]vllm serve BASE --enable-lora --max-lora-rank 32 --lora-modules
     half=out/adapters/lambda=0.5 double=out/adapters/lambda=2[/cyan]

@@ -426,7 +426,8 @@ def _read_setting(
     if (given or gate is not None) and not has_dial:
         name = next(iter(given), "gate")
         raise ConfigError(
-            f"{name}= needs a dial: adapter=…, aligned=… or aligned_system=… beside pretrained=…."
+            f"{name}= needs a dial: adapter=… or aligned=… beside pretrained=…, or the model's own "
+            "aligned_system=…."
         )
     return Setting.of(next(iter(given.values()))) if given else None
 

@@ -118,16 +118,19 @@ class RowPenalties(LogitsProcessor):  # type: ignore[misc]
     so a row would depend on the other rows of its batch.
     """
 
-    def __init__(self, settings: LogitsSettings, prompt_lengths: Tensor) -> None:
+    def __init__(
+        self, settings: LogitsSettings, prompt_lengths: Tensor, width: int | None = None
+    ) -> None:
         """Create the penalties of a batch.
 
         Args:
             settings: The penalties and biases.
             prompt_lengths: Tokens of each prompt without padding, shape ``(B,)``.
+            width: Tokens of each prompt with padding; those of the longest if not given.
         """
         self._settings = settings
         self._lengths = prompt_lengths.tolist()
-        self._width = max(self._lengths)
+        self._width = max(self._lengths) if width is None else width
 
     def keep(self, rows: Tensor) -> "RowPenalties":
         """Return the same penalties for some of the rows."""

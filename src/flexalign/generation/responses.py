@@ -138,7 +138,8 @@ def generate_responses(
             processors = LogitsProcessorList()
             if logits.processors(0):
                 lengths = torch.tensor([_prompt_length(encoded[i]) for i in batch])
-                processors.append(RowPenalties(logits, lengths))
+                width = inputs["input_ids"].shape[1]
+                processors.append(RowPenalties(logits, lengths, width))
             if is_seeded and seeds is not None:
                 own_seeds = [seeds[i] for i in batch]
                 token_limits = (logits.top_k, logits.min_p)

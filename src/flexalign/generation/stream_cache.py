@@ -145,8 +145,8 @@ class StreamCache(DynamicCache):  # type: ignore[misc]
             if not isinstance(layer, DynamicLayer) or isinstance(layer, LinearAttentionLayer):
                 raise UnsupportedModelError(
                     f"layer {index} of this {config.model_type} keeps a {type(layer).__name__}; "
-                    "its two streams need layers that all cache keys and values (no recurrent "
-                    "ones)."
+                    "the two streams of InRa or of two prompts need layers that all cache keys "
+                    "and values (no recurrent ones)."
                 )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -42,9 +42,9 @@ GATE_REFUSED = (
 class LoRADial(AdaptedModel):
     """A base model with one LoRA, whose strength is λ: one stream and one cache for every λ.
 
-    λ = 0 is the base exactly. λ = 1 is PEFT's own forward: exactly with gradients, and to rounding
-    without, where :mod:`~flexalign.lora_dial.projections` takes the same products together. Rows of
-    one batch may have different λ. A cache holds each key and value as the λ of its token made it:
+    λ = 0 is the base exactly, and λ = 1 in all rows PEFT's own forward. Between and beyond,
+    :mod:`~flexalign.lora_dial.projections` takes PEFT's products together. Rows of one batch may
+    have different λ. A cache holds each key and value as the λ of its token made it:
     a prompt is read at the λ of the first token after it, so a prefilled prompt is shared only
     between equal λ. Where λ changes inside a sequence (a schedule, ``(B, T)``, or a cache that is
     continued at another λ), the tokens before the change are not run again; the result is then

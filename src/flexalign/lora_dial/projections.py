@@ -14,8 +14,8 @@ The base's own product does not change, and 0 times B is added to it in rows wit
 rows are the base bit for bit. Which layers have the same input is found by running two tokens
 (:func:`shared_inputs`), and checked in every forward by the identity of the tensor.
 
-With gradients, dropout, autocast, or an adapter that is switched off, PEFT's own forward runs, with
-λ by :class:`~flexalign.lora_dial.scaling.LoRAScale`.
+With gradients, dropout, autocast, an adapter that is switched off, or λ = 1 in all rows, PEFT's own
+forward runs, with λ by :class:`~flexalign.lora_dial.scaling.LoRAScale`.
 """
 
 from collections import Counter
@@ -109,6 +109,7 @@ class LoRAProjections:
             group.refresh()
         self._weights = [weight for group in self._groups for weight in group.weights()]
         self._stamp = _stamp(self._weights)
+        self._is_held = not any(weight.is_meta for weight in self._weights)
         self.merge(self.merged_lambda)
 
     def merge(self, lam: float | None) -> None:
@@ -141,7 +142,8 @@ class LoRAProjections:
         """Whether this path computes what PEFT's modules would; makes its weights current."""
         layer = self._groups[0].projections[0].layer
         is_plain = (
-            not torch.is_grad_enabled()
+            self._is_held  # not offloaded
+            and not torch.is_grad_enabled()
             and not self._model.training
             and not torch.is_autocast_enabled("cpu")
             and not torch.is_autocast_enabled(layer.base_layer.weight.device.type)
@@ -175,7 +177,8 @@ class _Strength:
     def set(self, lam: float | Tensor, rows: int, tokens: int, merged_lambda: float | None) -> None:
         """Use λ for forwards of ``rows · tokens`` tokens, until :meth:`clear`."""
         if not isinstance(lam, Tensor):
-            self.is_on = True
+            # At 1 throughout PEFT's modules run, so that a plain LoRA is what PEFT makes of it.
+            self.is_on = lam != 1.0 or lam == merged_lambda
             self.is_base, self.is_merged = lam == 0.0, lam == merged_lambda
             self.number, self.tokens = lam, 0
             return
@@ -278,7 +281,9 @@ class _Projection:
         """Read the layer's weights again; return A times the scaling, ``(r, H)``, in W's dtype."""
         a, b, weight = self.weights()
         self._up = b.detach().to(weight.dtype).T
-        self._weight = weight if type(self._base) is nn.Linear else None
+        # accelerate puts a forward of its own into a module whose weights it moves.
+        is_plain = type(self._base) is nn.Linear and "forward" not in vars(self._base)
+        self._weight = weight if is_plain else None
         self._bias = self._base.bias
         scaling: float = self.layer.scaling[self._adapter]
         return (_precise(a) * scaling).to(weight.dtype)
@@ -300,10 +305,13 @@ class _Projection:
         if strength.is_merged and self._merged is not None:
             return functional.linear(hidden, self._merged, self._bias)
 
-        # Calling the base's module takes as long as a small product; only hooks need the call.
+        # Calling the base's module takes as long as a small product; only hooks need the call, and
+        # what they have seen must not be written to.
         base = self._base
-        if self._weight is None or base._forward_hooks or base._forward_pre_hooks:
-            output: Tensor = base(hidden)
+        if base._forward_hooks or base._forward_pre_hooks:
+            output: Tensor = base(hidden).clone()
+        elif self._weight is None:
+            output = base(hidden)
         else:
             output = functional.linear(hidden, self._weight, self._bias)
         if strength.is_base:

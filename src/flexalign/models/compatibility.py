@@ -75,6 +75,7 @@ class PairFacts:
         problems: Why they do not fit; empty if they do.
         warnings: Differences that the user should check.
         notes: How small differences are handled.
+        one_model: Whether the two are one model under two prompts, which is loaded once.
     """
 
     reference: ModelFacts
@@ -86,11 +87,7 @@ class PairFacts:
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
-
-    @property
-    def one_model(self) -> bool:
-        """Whether both sides are the same files, which are loaded once."""
-        return _one_source(self.reference, self.aligned)
+    one_model: bool = False
 
     @property
     def fits(self) -> bool:
@@ -212,17 +209,19 @@ def examine_pair(
             f"{other.name} equals the reference, {one.name}: there is nothing to realign."
         )
 
+    one_model = prompted and _one_source(one, other)
     width, note = shared_width(one.width, other.width, min(one.vocabulary, other.vocabulary))
     return PairFacts(
         reference=one,
         aligned=other,
         vocab_size=None if problems else width,
         shared_base=shared,
-        gib=one.gib if _one_source(one, other) else one.gib + other.gib,
+        gib=one.gib if one_model else one.gib + other.gib,
         identical=identical,
         problems=tuple(problems),
         warnings=tuple(warnings),
         notes=() if problems or note is None else (note,),
+        one_model=one_model,
     )
 
 

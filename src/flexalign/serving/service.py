@@ -265,9 +265,9 @@ class Service:
                 sampling.logprobs,
                 # A completion has no thinking: its text is the model's as it is.
                 stops_after_thinking=isinstance(request, ChatRequest),
-                logits=sampling.logits,
                 aligned=prompt.aligned,
                 opened=prompt.opened,
+                logits=sampling.logits,
             )
 
     def _require_room(self, jobs: int) -> None:

@@ -119,6 +119,11 @@ def _read_side(value: object, side: str) -> "str | PromptedModel":
     """Return a side without a prompt as text, its path or name, any other as `PromptedModel`."""
     if isinstance(value, str | Path):
         return str(value)
+    if value is None or isinstance(value, bool | int | float | list):
+        raise ConfigError(
+            f"{side} must be text, a model's path or name, or a mapping {{model, system, template}}, "
+            f"got {value!r}."
+        )
     # Imported here because it needs torch, which a recipe without prompts does not.
     from flexalign.models.prompted import PromptedModel
 

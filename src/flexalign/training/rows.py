@@ -47,13 +47,14 @@ class RenderedRows(_SFTTrainer):  # type: ignore[misc]
         formatting_func: Any,
         dataset_name: str,
     ) -> Any:
+        if formatting_func is None and not args.assistant_only_loss:
+            tokenizer = getattr(processing_class, "tokenizer", processing_class)
+            if self._bound != _bound_to(tokenizer):
+                bind_template(tokenizer, *self._bound)
         if self._pair_rows is not None:
             require_responses(args, formatting_func)
             dataset = self._pair_rows.tokenize(dataset, args.max_length)
         elif formatting_func is None and not args.assistant_only_loss:
-            tokenizer = getattr(processing_class, "tokenizer", processing_class)
-            if self._bound != _bound_to(tokenizer):
-                bind_template(tokenizer, *self._bound)
             dataset = tokenize_rows(dataset, tokenizer)
         return super()._prepare_dataset(
             dataset, processing_class, args, packing, formatting_func, dataset_name

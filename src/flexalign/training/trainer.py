@@ -377,7 +377,8 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
         super()._save(output_dir, state_dict)
-        if self.dial is not None:
+        # With FSDP all processes come here.
+        if self.dial is not None and self.args.should_save:
             self.dial.save(Path(output_dir or self.args.output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -133,8 +133,9 @@ def test_a_sliding_window(lora_dialled, engine):
 
 
 def test_compiled_models_of_one_base_and_two_ranks(llama, engine, lora_dialled):
-    """What is compiled for one LoRA is not taken for another."""
-    for dial in (llama, lora_dialled("llama", {"r": 3}, tie_word_embeddings=True)):
+    """What is compiled for one LoRA is not taken for another, and is as good when it is loaded."""
+    other = lora_dialled("llama", {"r": 3}, tie_word_embeddings=True)
+    for dial in (llama, other, llama):
         compiled = engine(dial.folder, enforce_eager=False, max_num_batched_tokens=64)
         requests = mixed(prompts_of(dial, [3, 40, 7, 90, 12, 33, 64, 5, 20], 11))
         assert wrong(dial, requests, compiled(*requests)) == []

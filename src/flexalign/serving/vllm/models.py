@@ -279,7 +279,7 @@ class _LoRALinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         super().__init__()
         self._ranks = tuple(ranks)
         self._sizes = _part_sizes(layer)
-        self._lambdas = lambdas
+        self._lambdas = lambdas[:, None]
 
         weight = layer.weight
         down = torch.zeros(sum(ranks), weight.shape[1], dtype=weight.dtype)
@@ -311,7 +311,7 @@ class _LoRALinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the layer's output for the tokens ``x``, ``(N, input)``."""
         low = super().apply(layer.lora_a, x)
-        low = (low * self._lambdas[: x.shape[0], None]).to(x.dtype)
+        low = (low * self._lambdas[: x.shape[0]]).to(x.dtype)
         output: Tensor = super().apply(layer, torch.cat([x, low], dim=-1), bias)
         return output
 
