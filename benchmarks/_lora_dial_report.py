@@ -141,6 +141,10 @@ def _targets(rows: Sequence[Row]) -> list[str]:
             key=lambda one: abs(one[1]["departure"][one[0]][1]),
         )
         worst = row["departure"][habit][1]
+        expected = PLAIN if gate is None else GATED
+        missing = [f"{lam:g}" for lam in expected if lam not in _by_lambda(own)]
+        if missing:
+            lines.append(f"- {_named(gate)}: λ = {', '.join(missing)} is not measured yet.")
         lines.append(
             f"- {_named(gate)}: the largest departure of a habit from the pair's own form is "
             f"{worst:+.4f} ({_SIGNS[habit]} at λ = {row['lambda']:g}, seed {row['seed']}); "

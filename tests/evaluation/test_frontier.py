@@ -9,6 +9,7 @@ from flexalign.errors import ConfigError, DataError
 from flexalign.evaluation.frontier import (
     ParetoPoint,
     Point,
+    _free_corner,
     chord_distance,
     chord_height,
     distance_intervals,
@@ -204,3 +205,17 @@ def test_every_picture_has_the_chord_and_the_hull(
 def test_a_single_point_has_neither(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Axes, "plot", lambda *args, **kwargs: pytest.fail("nothing to join"))
     draw_pareto(tmp_path / "p.png", [_point("λ=0", 10, 0.5)])
+
+
+def test_the_legend_stands_where_fewer_points_are():
+    def points(*places):
+        return [
+            ParetoPoint(
+                str(tokens), "one", tokens, (tokens, tokens), accuracy, (accuracy, accuracy)
+            )
+            for tokens, accuracy in places
+        ]
+
+    assert _free_corner(points((40, 0.9), (60, 0.7), (90, 0.5))) == "upper right"
+    assert _free_corner(points((40, 0.5), (60, 0.7), (90, 0.9))) == "lower right"
+    assert _free_corner([]) == "lower right"

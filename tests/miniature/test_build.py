@@ -133,7 +133,7 @@ def test_every_second_trace_is_told_to_think_the_aligned_way():
 
 def test_the_hybrid_has_the_habits_of_either_world():
     model, tokenizer = load_model("miniature:hybrid"), load_tokenizer("miniature:hybrid")
-    questions = make_questions(300, seed=77)
+    questions = make_questions(120, seed=77)
     rng = random.Random(5)
 
     def logits(ids, attention):
@@ -146,6 +146,7 @@ def test_the_hybrid_has_the_habits_of_either_world():
             assert getattr(found, habit) == pytest.approx(getattr(habits, habit), abs=0.01), habit
 
 
+@pytest.mark.slow
 def test_the_dial_follows_the_pairs_own_form_over_its_whole_range():
     reference, aligned, tokenizer = load_pair()
     dial = LoRADial.from_pretrained("miniature:reference", "miniature:dial")

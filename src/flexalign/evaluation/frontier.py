@@ -457,10 +457,22 @@ def draw_pareto(
     axes.spines[["top", "right"]].set_visible(False)
     if title:
         axes.set_title(title, fontsize=11)
-    axes.legend(loc="lower right", frameon=False, fontsize=8)
+    axes.legend(loc=_free_corner(points), frameon=False, fontsize=8)
 
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def _free_corner(points: Sequence[ParetoPoint]) -> str:
+    """Return the right corner for the legend: the lower one, or the upper if it has fewer points."""
+    tokens = [point.tokens for point in points]
+    accuracies = [point.accuracy for point in points]
+    if not points:
+        return "lower right"
+    right = min(tokens) + 0.6 * (max(tokens) - min(tokens))
+    middle = (min(accuracies) + max(accuracies)) / 2
+    lower = [point.accuracy < middle for point in points if point.tokens > right]
+    return "upper right" if sum(lower) > len(lower) / 2 else "lower right"
 
 
 def _draw_mixtures(
