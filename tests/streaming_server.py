@@ -6,10 +6,10 @@ from typing import Any
 
 import uvicorn
 
+from flexalign.serving.address import open_socket
 from flexalign.serving.dial import DialRules
 from flexalign.serving.middleware import CHOICE, DialMiddleware
 from flexalign.serving.playground import Playground
-from flexalign.serving.server import open_socket
 
 
 class StreamingServer:

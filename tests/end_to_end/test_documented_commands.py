@@ -101,7 +101,8 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     _write(home / "questions.jsonl", plain)
     _write(home / "DIR" / "math500.jsonl", plain)
     worked = [{"question": problem, "answer": f"#### {answer}"} for problem, answer in asked]
-    _write(home / "data" / "gsm8k.jsonl", worked)
+    for place in ("data", "DIR"):
+        _write(home / place / "gsm8k.jsonl", worked)
     (home / "question.txt").write_text(asked[0][0], encoding="utf-8")
     monkeypatch.chdir(home)
     monkeypatch.setenv("KEY", "sesame")

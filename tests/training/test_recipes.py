@@ -158,7 +158,10 @@ def test_only_the_rows_of_a_step_count_not_over_what_they_are_spread(
         ({"teacher": "cached", "rounds": 2}, "every round has another aligned"),
         ({"rollouts": 1.5}, "rollouts must be a number from 0 to 1"),
         ({"merge": True}, "merge is for a LoRA student"),
-        ({"reference": 3}, "reference must be a model or {model, system, template}, got 3"),
+        (
+            {"reference": 3},
+            r"reference must be text, .* or a mapping \{model, system, template\}, got 3",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(change: dict[str, Any], message: str) -> None:

@@ -236,9 +236,10 @@ def _serve_here(
         playground: Serve the playground page too.
         as_json: Print the address as JSON.
     """
+    from flexalign.serving.address import open_socket, url_of
     from flexalign.serving.app import create_app
     from flexalign.serving.playground import Playground
-    from flexalign.serving.server import load_service, open_socket, run_server, url_of
+    from flexalign.serving.server import load_service, run_server
 
     quieten_libraries()
     # The socket comes first: an address in use is an error before minutes of loading.
@@ -280,7 +281,7 @@ def _print_address(
     """Print what is served on stderr, and only the address on stdout.
 
     Args:
-        url: The URL of :func:`flexalign.serving.server.url_of`.
+        url: The URL of :func:`flexalign.serving.address.url_of`.
         model: The model's name in requests.
         lambda_range: The least and the largest λ of requests.
         engine: The engine, such as "on vLLM"; empty for this process.

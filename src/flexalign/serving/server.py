@@ -5,7 +5,6 @@ ASGI application.
 """
 
 import logging
-import os
 import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -190,28 +189,6 @@ def require_safe_address(host: str, key: str | None, *, insecure: bool) -> None:
         )
 
 
-def open_socket(host: str, port: int) -> socket.socket:
-    """Listen at an address; port 0 takes a free port.
-
-    Raises:
-        ServingError: If the address is in use or not one of this machine.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
-        raise ServingError(
-            f"{host}, port {port}: {reason}; choose another --host or --port (--port 0 takes a free one)."
-        ) from error
-
-
-def url_of(host: str, port: int, *, scheme: str = "http") -> str:
-    """Return the URL of a server's API."""
-    shown = f"[{host}]" if ":" in host else host
-    return f"{scheme}://{shown}:{port}/v1"
-
-
 def run_server(
     app: Any, listening: socket.socket, *, grace: float, is_well: Callable[[], bool]
 ) -> None:
@@ -219,7 +196,7 @@ def run_server(
 
     Args:
         app: The ASGI application.
-        listening: The socket of :func:`open_socket`.
+        listening: The socket of :func:`flexalign.serving.address.open_socket`.
         grace: Seconds in which running answers must finish.
         is_well: Returns whether the engine runs. If it does not, the server ends too, so that a
             process manager can restart it.

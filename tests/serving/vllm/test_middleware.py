@@ -227,7 +227,7 @@ def test_what_would_not_arrive_is_refused(folder: Path, body: Any, param: str):
 
 @pytest.mark.parametrize(
     "path",
-    ["/v1/responses", "/v1/messages", "/invocations", "/inference/v1/generate", f"{CHAT}/batch"],
+    ["/v1/embeddings", "/invocations", "/inference/v1/generate", f"{CHAT}/batch"],
 )
 def test_other_routes_have_no_dial_and_say_so(folder: Path, path: str):
     vllm = Vllm()
@@ -241,6 +241,27 @@ def test_other_routes_have_no_dial_and_say_so(folder: Path, path: str):
     others = {"input": "a", "reasoning": {"summary": "auto", "effort": None}}
     assert ask(app, path, **others) == (200, {"id": "other"})
     assert vllm.bodies == [others]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/responses", {"input": "1+2?"}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "1+2?"}], "max_tokens": 9}),
+    ],
+)
+def test_other_protocols_reach_the_chat_with_their_dial(
+    folder: Path, path: str, body: dict[str, Any]
+):
+    vllm = Vllm()
+    app = before(vllm, folder)
+    ask(app, path, **body, **{"lambda": 0.25})
+    [sent] = vllm.bodies
+    assert sent["messages"] == [{"role": "user", "content": "1+2?"}]
+    assert sent["vllm_xargs"]["lambda"] == 0.25
+    for wrong in ({"lambda": 7}, {"lamda": 1}, xargs(2)):
+        assert ask(app, path, **body, **wrong)[0] == 400
+    assert len(vllm.bodies) == 1
 
 
 def test_a_root_path_is_no_way_round(folder: Path):
@@ -470,7 +491,7 @@ def test_models_tell_their_dial(folder: Path):
 
 def test_a_key_guards_all_that_answers(folder: Path):
     app = before(Vllm(), folder, key="sesame")
-    for path in (CHAT, "/invocations", "/v1/responses"):
+    for path in (CHAT, "/invocations", "/v1/embeddings"):
         assert ask(app, path, messages=[])[0] == 401
         assert ask(app, path, messages=[], key="sesame")[0] == 200
 

@@ -20,8 +20,8 @@ from flexalign._packages import require_packages
 from flexalign._storage import replacing
 from flexalign.errors import ConfigError, ServingError
 from flexalign.models.sources import resolve, resolve_adapter
+from flexalign.serving.address import open_socket, url_of
 from flexalign.serving.dial import DialRules, adapter_rules
-from flexalign.serving.server import open_socket, url_of
 from flexalign.serving.vllm.folder import is_prepared, prepare_folder, prepared_dial
 from flexalign.serving.vllm.middleware import KEY_VARIABLE, MIDDLEWARE, VARIABLE, FrontOptions
 from flexalign.serving.vllm.plugin import require_supported
