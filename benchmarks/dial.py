@@ -64,9 +64,9 @@ def choose_threshold(fast: Found, slow: Found) -> float:
 
 def summarise(found: Found, fast: Found, slow: Found) -> dict[str, Any]:
     """What a setting is worth: intervals, differences to the slow mode, height over the coin."""
-    from flexalign.miniature.demo import weigh
+    from flexalign.miniature.demo import compare_with_ends
 
-    worth = weigh(found["answers"], fast["answers"], slow["answers"])
+    worth = compare_with_ends(found["answers"], fast["answers"], slow["answers"])
     return {
         "system": found["system"],
         "setting": found["setting"],

@@ -11,10 +11,10 @@ from flexalign.miniature.demo import (
     JudgedAnswers,
     adaptive,
     coin,
+    compare_with_ends,
     confidences,
     judge,
     respond,
-    weigh,
 )
 from flexalign.miniature.world import Question
 from flexalign.models.loading import load_tokenizer
@@ -50,7 +50,7 @@ def test_the_coin_lies_on_the_line_between_the_ends():
     found = coin(fast, slow, 0.3, seed=1)
     assert found.right.mean() == pytest.approx(0.7 * 0.5 + 0.3 * 0.8, abs=0.02)
     assert found.mean_tokens == pytest.approx(0.7 * 3 + 0.3 * slow.mean_tokens, rel=0.05)
-    low, height, high = weigh(found, fast, slow).over_coin
+    low, height, high = compare_with_ends(found, fast, slow).over_coin
     assert low < 0 < high
     assert abs(height) < 0.02
 
@@ -60,7 +60,7 @@ def test_a_policy_that_knows_stands_above_the_coin():
     knows = draw.random(3000) < 0.6
     fast = JudgedAnswers(knows, np.full(3000, 3))
     slow = JudgedAnswers(draw.random(3000) < 0.8, np.full(3000, 90))
-    worth = weigh(adaptive(fast, slow, np.where(knows, 0.9, 0.1), 0.5), fast, slow)
+    worth = compare_with_ends(adaptive(fast, slow, np.where(knows, 0.9, 0.1), 0.5), fast, slow)
     assert worth.accuracy.mean == pytest.approx(0.6 + 0.4 * 0.8, abs=0.03)
     assert worth.tokens.mean == pytest.approx(3 + 0.4 * 90, rel=0.1)
     assert worth.difference.low > 0.05
@@ -68,7 +68,11 @@ def test_a_policy_that_knows_stands_above_the_coin():
 
 
 def test_the_ends_lie_on_their_own_line():
-    assert weigh(SLOW, FAST, SLOW).over_coin == weigh(FAST, FAST, SLOW).over_coin == (0, 0, 0)
+    assert (
+        compare_with_ends(SLOW, FAST, SLOW).over_coin
+        == compare_with_ends(FAST, FAST, SLOW).over_coin
+        == (0, 0, 0)
+    )
 
 
 def test_traces_are_judged_by_answer_and_length():

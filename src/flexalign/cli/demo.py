@@ -150,9 +150,9 @@ def _dial_table(rows: "list[DialRow]") -> "Table":
     table = _empty_table("One adapter, its dial", "setting")
     for column in ("accuracy [95 %]", "tokens", "cut", "over coin [95 %]"):
         table.add_column(column, justify="right", no_wrap=True)
-    slow_tokens = rows[0].worth.tokens.mean
+    slow_tokens = rows[0].figures.tokens.mean
     for row in rows:
-        accuracy, tokens, over = row.worth.accuracy, row.worth.tokens, row.worth.over_coin
+        accuracy, tokens, over = row.figures.accuracy, row.figures.tokens, row.figures.over_coin
         table.add_row(
             row.name,
             f"{accuracy.mean:.3f} [{accuracy.low:.2f}, {accuracy.high:.2f}]",

@@ -331,7 +331,7 @@ class JudgedAnswers:
 
 
 @dataclass(frozen=True)
-class Worth:
+class CascadeFigures:
     """The accuracy and the tokens of a setting, compared with the dial's ends, with 95 % intervals.
 
     Attributes:
@@ -411,7 +411,9 @@ def coin(fast: JudgedAnswers, slow: JudgedAnswers, share: float, seed: int = 0) 
     )
 
 
-def weigh(answers: JudgedAnswers, fast: JudgedAnswers, slow: JudgedAnswers) -> Worth:
+def compare_with_ends(
+    answers: JudgedAnswers, fast: JudgedAnswers, slow: JudgedAnswers
+) -> CascadeFigures:
     """Compare a setting with the dial's two ends, on the same questions."""
     _require_same(answers, slow)
     questions = range(len(slow.right))
@@ -419,7 +421,7 @@ def weigh(answers: JudgedAnswers, fast: JudgedAnswers, slow: JudgedAnswers) -> W
     place = next((i for i, end in enumerate((slow, fast)) if end is answers), 2)
     distances = distance_intervals(measured, ends=(0, 1))
     chords = [one.chord for one in distances if one.chord is not None]
-    return Worth(
+    return CascadeFigures(
         clustered_interval(answers.right, questions, share=True),
         clustered_interval(answers.tokens, questions, share=False),
         paired_difference_interval(answers.right, questions, slow.right, questions),
@@ -468,15 +470,15 @@ class DialRow:
 
     Attributes:
         name: The setting's name in the table.
-        worth: Its figures, compared with the dial's two ends.
+        figures: Its figures, compared with the dial's two ends.
     """
 
     name: str
-    worth: Worth
+    figures: CascadeFigures
 
     def to_json(self) -> dict[str, Any]:
         """Return all fields by name; an interval is low, estimate, high."""
-        return {"name": self.name, **asdict(self.worth)}
+        return {"name": self.name, **asdict(self.figures)}
 
 
 def run_demo(
@@ -571,7 +573,9 @@ def run_demo(
         f"coin, {share:.0%} slow": coin(fast, slow, min(max(share, 0.0), 1.0), seed),
     }
 
-    rows = [DialRow(name, weigh(answers, fast, slow)) for name, answers in settings.items()]
+    rows = [
+        DialRow(name, compare_with_ends(answers, fast, slow)) for name, answers in settings.items()
+    ]
     picture(
         output / "pareto.png",
         {
