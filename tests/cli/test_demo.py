@@ -33,7 +33,7 @@ def dialled(name: str, accuracy: float, tokens: float, over: float) -> SimpleNam
         tokens=interval(tokens, tokens - 1, tokens + 1),
         over_coin=interval(over, over - 0.01, over + 0.01),
     )
-    return SimpleNamespace(name=name, worth=worth, to_json=lambda: {"name": name})
+    return SimpleNamespace(name=name, figures=worth, to_json=lambda: {"name": name})
 
 
 @pytest.fixture
