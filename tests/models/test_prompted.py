@@ -16,6 +16,7 @@ from flexalign.models.prompted import (
     check_prompt,
     prompted_messages,
     template_variables,
+    without_system,
 )
 
 USER = {"role": "user", "content": "1+2?"}
@@ -169,3 +170,26 @@ def test_plain_text_has_no_place_for_a_prompt(hybrid_tokenizer: Any) -> None:
     rendering = PairRendering(hybrid_tokenizer, PromptPair(aligned=PromptSettings(system=BRIEF)))
     with pytest.raises(DataError, match="plain text, which is the same under both prompts"):
         rendering.both("1+2=")
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [USER],
+        [{"role": "system", "content": "Be kind."}, USER],
+        [{"role": "developer", "content": "Be kind."}, USER],
+        [{"role": "system", "content": [{"type": "text", "text": "Be kind."}]}, USER],
+        [{"role": "user", "content": BRIEF}],
+        [{"role": "user", "content": f"Say it.\n\n{BRIEF}"}],
+    ],
+)
+def test_a_system_message_is_put_in_once_and_taken_out_again(
+    messages: list[dict[str, Any]],
+) -> None:
+    prompt = PromptSettings(system=BRIEF)
+    told = prompted_messages(prompt, messages)
+    assert told != messages
+    assert prompted_messages(prompt, told) == told
+    assert without_system(prompt, told) == messages
+    # A conversation without it stays, also where the user writes the same words.
+    assert without_system(prompt, messages) == messages

@@ -35,6 +35,7 @@ from flexalign.errors import ConfigError, DataError
 from flexalign.models.pair import SIDES, Side
 
 _KEYS = ("model", "system", "template")
+_SYSTEM_ROLES = ("system", "developer")
 
 
 @dataclass(frozen=True)
@@ -148,18 +149,40 @@ def prompted_messages(
     """
     if prompt.system is None:
         return list(messages)
-    if not messages or messages[0]["role"] not in ("system", "developer"):
+    if not messages or messages[0]["role"] not in _SYSTEM_ROLES:
         return [{"role": "system", "content": prompt.system}, *messages]
 
     first, *rest = messages
     content = first.get("content") or ""
     if not isinstance(content, str):
+        if content[-1].get("text") == prompt.system:
+            return list(messages)
         added = [*content, {"type": "text", "text": prompt.system}]
         return [{**first, "content": added}, *rest]
     if content == prompt.system or content.endswith(f"\n\n{prompt.system}"):
         return list(messages)
     joined = f"{content}\n\n{prompt.system}" if content.strip() else prompt.system
     return [{**first, "content": joined}, *rest]
+
+
+def without_system(prompt: PromptSettings, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Undo :func:`prompted_messages`: take a prompt's system message out of a conversation.
+
+    Args:
+        prompt: The prompt.
+        messages: A conversation, with its system message or without; not changed.
+    """
+    # A user may write the same words: only a system message is the prompt's.
+    if prompt.system is None or not messages or messages[0]["role"] not in _SYSTEM_ROLES:
+        return list(messages)
+    first, *rest = messages
+    content = first.get("content")
+    if content == prompt.system:
+        return rest
+    if isinstance(content, str):
+        return [{**first, "content": content.removesuffix(f"\n\n{prompt.system}")}, *rest]
+    parts = [part for part in content or [] if part.get("text") != prompt.system]
+    return [{**first, "content": parts}, *rest]
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,9 @@ from flexalign.models.prompted import (
     PairRendering,
     PromptedModel,
     PromptPair,
+    context_of,
     prompted_messages,
+    without_system,
 )
 from flexalign.models.sources import resolve
 
@@ -137,8 +139,7 @@ class PairRows:
             tokenizer = copy.deepcopy(tokenizer)
             replace_template(tokenizer, chat_template_of(tokenizer, args.chat_template_path))
         config: Any = model.config if isinstance(model, nn.Module) else load_config(resolve(model))
-        context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        limits = [limit for limit in (args.max_length, context) if limit is not None]
+        limits = [limit for limit in (args.max_length, context_of(config)) if limit is not None]
         return cls(tokenizer, prompts, common=common, limit=min(limits, default=None))
 
     @property
@@ -307,25 +308,6 @@ def split_sides(reference: Any, aligned: Any) -> tuple[Any, Any, PromptPair | No
         return models[0], models[1], None
     prompts = [PromptSettings() if side is None else side.prompt for side in sides]
     return models[0], models[1], PromptPair(*prompts)
-
-
-def without_system(prompt: PromptSettings, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Undo :func:`~flexalign.models.prompted.prompted_messages`: take a prompt's system message out.
-
-    Args:
-        prompt: The prompt.
-        messages: A conversation that has its system message; not changed.
-    """
-    if prompt.system is None or not messages:
-        return list(messages)
-    first, *rest = messages
-    content = first.get("content")
-    if content == prompt.system:
-        return rest
-    if isinstance(content, str):
-        return [{**first, "content": content.removesuffix(f"\n\n{prompt.system}")}, *rest]
-    parts = [part for part in content or [] if part.get("text") != prompt.system]
-    return [{**first, "content": parts}, *rest]
 
 
 @dataclass(frozen=True)
