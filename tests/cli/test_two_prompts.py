@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from flexalign.analysis.difference import load_prompted_rows
 from flexalign.cli.tune import next_step
 from flexalign.data.prompting import PromptSettings
 from flexalign.lambdas import Setting
 from flexalign.miniature.world import SYSTEM
 from flexalign.models.loading import load_model, load_tokenizer
-from flexalign.models.prompted import PromptPair
+from flexalign.models.prompted import PairRendering, PromptPair
 from flexalign.systems import parse_system
 
 MODEL = "miniature:hybrid"
@@ -161,3 +162,54 @@ def test_equal_prompts_are_noted(run_cli: Callable[..., Any]) -> None:
     result = run_cli("generate", MODEL, QUESTION, *same, "--max-new-tokens", 1)
     assert result.exit_code == 0
     assert "nothing to turn" in " ".join(result.stderr.split())
+
+
+def test_sampled_rows_are_what_a_student_is_asked(
+    run_cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Where the reference has a system message too, sample, inspect and realign agree on it."""
+    both = ("--reference-prompt", "system=check check ;", *TOLD)
+    asked, output = tmp_path / "asked.jsonl", tmp_path / "traces.jsonl"
+    asked.write_text(json.dumps({"problem": QUESTION}) + "\n")
+    sampled = run_cli(
+        "sample", MODEL, *both, "--prompts", asked, "-o", output, "--max-new-tokens", 30,
+        "--temperature", 0,
+    )  # fmt: skip
+    assert sampled.exit_code == 0, sampled.stderr
+    row = json.loads(output.read_text())
+    system = {"role": "system", "content": "check check ;"}
+    assert row["prompt"] == [system, {"role": "user", "content": QUESTION}]
+    assert row["completion"][0]["content"].strip() == plain(QUESTION, SYSTEM)
+
+    # The reader strips the reference's message from the aligned side again.
+    prompts = PromptPair(PromptSettings(system="check check ;"), PromptSettings(system=SYSTEM))
+    tokenizer = load_tokenizer(MODEL)
+    ((reference, _, aligned),) = load_prompted_rows(output, PairRendering(tokenizer, prompts))
+    assert tokenizer.decode(reference).startswith("<bos> check check ; 9")
+    assert tokenizer.decode(aligned).startswith("<bos> check ; 9")
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"reference: {MODEL}\naligned: {MODEL}\ndata: {output}\noutput: {tmp_path / 'student'}\n"
+        "lambda: 1\nlora: {r: 4}\ntraining: {max_steps: 1}\n"
+    )
+    planned = run_cli("realign", recipe, *both, "--dry-run")
+    assert planned.exit_code == 0, planned.stderr
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "1+2?"}, {"prompt": QUESTION}], "row 1: the prompt is plain text"),
+        ([{"problem": "1+2?"}, {"problem": QUESTION * 200}], "row 2: the prompt has 1201 tokens"),
+    ],
+)
+def test_sample_refuses_a_prompt_before_it_loads_the_model(
+    run_cli: Callable[..., Any], tmp_path: Path, rows: list[dict[str, Any]], message: str
+) -> None:
+    asked, output = tmp_path / "asked.jsonl", tmp_path / "traces.jsonl"
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run_cli("sample", MODEL, *TOLD, "--prompts", asked, "-o", output)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    assert not output.exists()

@@ -29,7 +29,7 @@ from flexalign.heads import Head
 from flexalign.models.adapters import inner_model
 from flexalign.models.compatibility import shared_width, vocabulary_size
 from flexalign.models.pair import SIDES, ModelPair
-from flexalign.models.prompted import PairRendering
+from flexalign.models.prompted import PairRendering, without_system
 
 TokenizedRow: TypeAlias = tuple[list[int], list[int]] | tuple[list[int], list[int], list[int]]
 """Token ids of a prompt and of its response; under two prompts, also of the aligned prompt."""
@@ -86,8 +86,12 @@ def load_prompted_rows(
 
     found: list[TokenizedRow] = []
     for number, row in enumerate(rows, start=1):
-        aligned = rendering.both(row["prompt"]).aligned
-        asked = rendering.messages("reference", row["prompt"])
+        # Rows that were sampled under two prompts have the reference's system message.
+        prompt = row["prompt"]
+        if not isinstance(prompt, str):
+            prompt = without_system(rendering.prompts.reference, prompt)
+        aligned = rendering.both(prompt).aligned
+        asked = rendering.messages("reference", prompt)
         rendered = own.row({**row, "prompt": asked}, number)
         found.append((rendered.prompt.ids, rendered.response_ids, aligned.ids))
     return found

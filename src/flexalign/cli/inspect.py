@@ -146,14 +146,15 @@ def _inspect_prompts(
         one_model_pair,
     )
     from flexalign.models.compatibility import examine
-    from flexalign.models.loading import load_model, load_tokenizer
-    from flexalign.models.prompted import PairRendering
+    from flexalign.models.loading import load_config, load_model, load_tokenizer
+    from flexalign.models.prompted import PairRendering, context_of
 
     trusted = loading["trust_remote_code"]
     facts = examine(model, dtype=loading["dtype"], trust_remote_code=trusted)
     tokenizer = load_tokenizer(model, trust_remote_code=trusted)
     with warnings_as_notes():
-        rendering = PairRendering(tokenizer, prompts)
+        context = context_of(load_config(model, trust_remote_code=trusted))
+        rendering = PairRendering(tokenizer, prompts, context=context)
     both = rendering.both([{"role": "user", "content": "…"}])
     shown = {
         side: {"text": prompt.text, "tokens": len(prompt.ids), "thinking": prompt.opening.value}

@@ -29,10 +29,11 @@ from flexalign.data.traces import (
     open_run,
     sampling_record,
 )
-from flexalign.errors import ConfigError
+from flexalign.errors import ConfigError, DataError
 from flexalign.generation.responses import generate_responses
 from flexalign.lambdas import Adaptive, Route, Setting
 from flexalign.models.loading import fingerprint
+from flexalign.models.prompted import TwoPrompts, prompted_messages, without_system
 from flexalign.models.sources import resolve
 from flexalign.systems.endpoint import EndpointBackend
 from flexalign.systems.local import LocalBackend
@@ -134,6 +135,8 @@ class SampleRun:
         self.prompts: Dataset = prompting.apply(loaded)
         if limit is not None:
             self.prompts = self.prompts.select(range(min(limit, len(self.prompts))))
+        if isinstance(self._generator, _SampledModel):
+            self.prompts = self._generator.asked(self.prompts)
         self.total = len(self.prompts) * self.settings.samples
         self.done = 0
 
@@ -275,13 +278,40 @@ class _SampledModel:
             self.source["lambda"] = dial.to_json()
         self.rendering: dict[str, Any] | None = sampling_record(self._tokenizer)
 
+    def asked(self, prompts: "Dataset") -> "Dataset":
+        """Return the prompts as a student is asked: of two prompts, under the reference's.
+
+        Raises:
+            DataError: If a prompt cannot be rendered under both prompts, or is longer than the
+                model's context.
+        """
+        if self._options.prompts is None:
+            return prompts
+        rows = prompts.to_list()
+        for number, row in enumerate(rows, start=1):
+            try:
+                self._both(row["prompt"])
+            except DataError as error:
+                raise DataError(f"row {number}: {error}") from error
+            row["prompt"] = prompted_messages(self._options.prompts.reference, row["prompt"])
+        return type(prompts).from_list(rows)
+
+    def _both(self, prompt: Prompt) -> Prompt | TwoPrompts:
+        """Render a conversation, with the reference's system message or without, for both sides."""
+        return self._backend.text.prompt(self._bare(prompt))
+
+    def _bare(self, prompt: Prompt) -> Prompt:
+        if self._options.prompts is None or isinstance(prompt, str):
+            return prompt
+        return without_system(self._options.prompts.reference, prompt)
+
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Sequence[Sampled]:
         """Answer a batch of prompts; the first seed seeds the whole batch."""
         options = self._options
         return generate_responses(
             self._backend.model,
             self._tokenizer,
-            [self._backend.text.prompt(prompt) for prompt in prompts] if self._dial else prompts,
+            [self._both(prompt) for prompt in prompts] if self._dial else prompts,
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             top_p=options.top_p,
@@ -293,7 +323,7 @@ class _SampledModel:
     def render(self, prompt: Prompt) -> str:
         """Return the text that the model gets; of two prompts, both."""
         if self._dial:
-            return self._backend.render(prompt)
+            return self._backend.render(self._bare(prompt))
         return prompt if isinstance(prompt, str) else plain_prompt(self._tokenizer, prompt)
 
 
