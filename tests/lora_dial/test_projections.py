@@ -335,3 +335,13 @@ def test_a_dial_takes_this_path_and_keeps_merged_weights_when_asked() -> None:
         assert torch.equal(written(lam), tokens)
     dial.merge(None)
     assert counted("aten::addmm_", lambda: written(2.0)) == steps
+
+
+@pytest.mark.parametrize("shape", [(0,), (2,), (3, 1), (1, 7)])
+def test_equal_numbers_in_a_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
+    model = with_lora()
+    path = LoRAProjections(model)
+    for number in (0.0, 1.0, 2.0):
+        with pytest.raises(LambdaError, match="does not fit the input"):
+            run(path, model, torch.full(shape, number))
+    assert torch.equal(run(path, model, torch.tensor([2.0])), run(path, model, 2.0))

@@ -191,6 +191,25 @@ def test_a_range_of_lambda_survives_its_own_yaml_and_identifies_the_run() -> Non
     assert Recipe.parse(MINIMAL | {"lora": {"r": 4}}).lambda_range is None
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{low: 5, high: 0}", "lambda: a range of λ goes from low to a larger high"),
+        ("{low: 0}", "lambda: a range of λ needs 'high'"),
+        ("{low: a, high: 5}", "lambda: low must be a finite number"),
+        ("1:5", "lambda: write a range as {low: 0, high: 5}, got '1:5'"),
+    ],
+)
+def test_a_wrong_range_in_a_file_is_refused_by_its_key(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    path = _write(tmp_path, MINIMAL | {"lora": {"r": 4}})
+    path.write_text(f"{path.read_text()}lambda: {text}\n")
+    with pytest.raises(FlexAlignError) as caught:
+        Recipe.load(path)
+    assert str(caught.value).startswith(message)
+
+
 def test_other_trainings_take_no_range() -> None:
     common = {"base": "b", "data": "d.jsonl", "output": "o", "lambda": {"low": 0, "high": 5}}
     with pytest.raises(ConfigError, match=r"a range \(0:5\) is for a LoRA of flexalign realign"):
@@ -199,6 +218,8 @@ def test_other_trainings_take_no_range() -> None:
         BakeRecipe.parse(common | {"adapter": "x"})
     with pytest.raises(ConfigError, match="lambda must be a number"):
         BakeRecipe.parse(common | {"adapter": "x", "lambda": LambdaRange(0, 5)})
+    with pytest.raises(ConfigError, match="bake each λ into an output of its own"):
+        BakeRecipe.parse(common | {"adapter": "x", "lambda": [1, 2]})
 
 
 def test_a_list_of_lambda_is_a_recipe_for_each(tmp_path: Path) -> None:

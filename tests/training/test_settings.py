@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -90,3 +91,12 @@ def test_files_that_hold_no_mapping_are_refused(tmp_path: Any, content: Any, mes
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=message):
         read_yaml(path)
+
+
+def test_a_number_with_a_colon_is_text_and_not_to_the_base_of_60(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("range: 1:5\nfloat: 1:30.5\nwhole: 1_000\nhex: 0x10\nreal: 2.5\n")
+    expected = {"range": "1:5", "float": "1:30.5", "whole": 1000, "hex": 16, "real": 2.5}
+    assert read_yaml(path) == expected
+    assert split_assignment("lambda=1:5") == ("lambda", "1:5")
+    assert split_assignment("steps=20") == ("steps", 20)

@@ -84,9 +84,10 @@ class LoRAProjections:
             tokens: T, the number of tokens in each row.
 
         Raises:
-            LambdaError: If one number is not finite, or a tensor has more than two dimensions.
+            LambdaError: If one number is not finite, or a tensor has more than two dimensions. A
+                tensor that does not fit the tokens is refused by the first layer.
         """
-        lam = _simplest(lam)
+        lam = _simplest(lam, rows, tokens)
         with self.scale.at(lam):
             if not self._serves():
                 yield
@@ -365,10 +366,12 @@ def shared_inputs(model: PeftModel, layers: dict[str, Linear]) -> list[list[str]
     return [*groups.values(), *alone]
 
 
-def _simplest(lam: Lambda) -> float | Tensor:
+def _simplest(lam: Lambda, rows: int, tokens: int) -> float | Tensor:
     """Return one number if λ is the same for all rows and tokens, else the tensor."""
     if not isinstance(lam, Tensor):
         return lam
+    if lam.numel() != 1 and (lam.shape not in ((rows,), (rows, tokens)) or not lam.numel()):
+        return lam  # LoRAScale refuses it
     first = float(lam.reshape(-1)[0])
     return first if bool((lam == first).all()) else lam.detach()
 

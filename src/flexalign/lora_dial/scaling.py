@@ -214,8 +214,9 @@ def _require_plain(layer: LoraLayer, name: str, adapter: str) -> None:
     if type(layer) is not Linear or not _is_plain(type(base)):
         raise UnsupportedModelError(
             f"{name} is a {type(base).__name__} under PEFT's {type(layer).__name__}; λ scales LoRA "
-            "on torch's Linear and the linear layers of transformers' models alone. Load the base without quantisation, "
-            "and leave this module out of target_modules."
+            "on torch's Linear and the linear layers of transformers' models alone. Leave this "
+            "module out of target_modules; if it is a quantised layer, load the base without "
+            "quantisation."
         )
     if not base.weight.is_floating_point() or base.weight.dtype.itemsize < 2:
         raise UnsupportedModelError(

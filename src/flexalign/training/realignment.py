@@ -130,7 +130,7 @@ def realign(
     events = events or Events()
     recipes = RealignRecipe.each(recipe)
     if not extrapolate:
-        asked = [(f"λ = {each.lam}", each.schedule) for each in recipes]
+        asked = [(f"λ = {each.lambda_range or each.lam}", each.schedule) for each in recipes]
         require_forward(asked, "allow it with --extrapolate")
 
     inputs = read_inputs(recipes[0], skip_bad_rows=skip_bad_rows, data=data)

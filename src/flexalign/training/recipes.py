@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_t
 import yaml
 from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
-from flexalign.errors import ConfigError, FlexAlignError
+from flexalign.errors import ConfigError, FlexAlignError, LambdaError
 from flexalign.lambdas import Fixed, LambdaRange, Schedule, TrainingLambda, parse_training_lambda
 from flexalign.training.settings import (
     Number,
@@ -86,11 +86,17 @@ def _read_lambda(value: object) -> TrainingLambda:
     if isinstance(value, Schedule | LambdaRange | Fixed):
         return parse_training_lambda(value)
     if isinstance(value, str) and ":" in value:
-        # YAML 1.1 reads 0:5 as text and 1:5 as the number 65, so no text is a range here.
+        # Other readers of YAML 1.1 take 1:5 for the number 65, so no text is a range here.
         raise ConfigError(f"lambda: write a range as {{low: 0, high: 5}}, got {value!r}.")
     if isinstance(value, bool) or not isinstance(value, int | float | Mapping):
         raise ConfigError(f"lambda must be a number or a mapping, got {value!r}.")
-    return parse_training_lambda(value)
+    try:
+        return parse_training_lambda(value)
+    except (ConfigError, LambdaError) as error:
+        message = str(error)
+        if not message.startswith("lambda"):
+            message = f"lambda: {message}"
+        raise type(error)(message) from error
 
 
 def _read_optional_lambda(value: object) -> Schedule | None:
@@ -106,7 +112,12 @@ def _read_optional_lambda(value: object) -> Schedule | None:
 
 
 def _read_single_lambda(value: object) -> Schedule:
-    schedule = None if isinstance(value, Mapping | bool | list) else _read_lambda(value)
+    if isinstance(value, LambdaRange | list) or (isinstance(value, Mapping) and "low" in value):
+        raise ConfigError(
+            "lambda must be a number, got several λ or a range; a plain model has one, so bake each "
+            "λ into an output of its own."
+        )
+    schedule = None if isinstance(value, Mapping | bool) else _read_lambda(value)
     if not isinstance(schedule, Schedule) or schedule.kind != "constant":
         raise ConfigError(f"lambda must be a number, got {value!r}.")
     return schedule

@@ -17,6 +17,25 @@ from flexalign.errors import ConfigError
 # Reading: a YAML file that holds one mapping, and the overrides of the command line.
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 but for numbers to the base of 60: ``1:5`` is text here, and not 65."""
+
+    def number(self, node: yaml.ScalarNode) -> Any:
+        """Return a number, or the text if it has a colon."""
+        if ":" in node.value:
+            return node.value
+        is_whole = node.tag.endswith(":int")
+        return self.construct_yaml_int(node) if is_whole else self.construct_yaml_float(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.number)
+
+
+def _load(text: str) -> Any:
+    return yaml.load(text, _Loader)  # a SafeLoader
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file that holds one mapping.
 
@@ -25,7 +44,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = _load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"the recipe {path} is not there; check the path.") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -50,7 +69,7 @@ def split_assignment(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise ConfigError(f"--set {text!r}: write key=value, such as training.max_steps=100.")
     try:
-        return key.strip(), yaml.safe_load(value)
+        return key.strip(), _load(value)
     except yaml.YAMLError:
         raise ConfigError(f"--set {text!r}: the value {value!r} is not YAML.") from None
 
