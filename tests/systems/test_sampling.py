@@ -8,7 +8,7 @@ import pytest
 
 from chat_server import say
 from flexalign.data import SamplingSettings, load_traces
-from flexalign.errors import ConfigError
+from flexalign.errors import ConfigError, LambdaError
 from flexalign.systems import parse_system, sample
 
 
@@ -52,7 +52,48 @@ def test_a_server_is_asked_for_its_only_model(serve, questions: Path, tmp_path: 
     assert manifest["source"] == {"endpoint": server.url, "model": "only"}
 
 
-def test_what_has_a_dial_is_not_sampled(questions: Path, tmp_path: Path):
-    pair = parse_system("pair:miniature")
-    with pytest.raises(ConfigError, match="sampled from one model or from a server"):
-        sample(pair, questions, tmp_path / "traces.jsonl")
+@pytest.mark.parametrize(
+    ("dial", "ends"),
+    [
+        ("dial:miniature,miniature:dial", ["miniature:reference", None]),
+        ("dial:miniature,miniature:fast", ["miniature:reference", None]),
+        ("pair:miniature", ["miniature:reference", "miniature:aligned"]),
+    ],
+)
+def test_a_dial_is_sampled_at_its_lambda(
+    dial: str, ends: list[str | None], questions: Path, tmp_path: Path
+):
+    settings = SamplingSettings(max_new_tokens=24, temperature=0)
+
+    def texts(system: str, lam: object = None) -> list[str]:
+        output = tmp_path / f"{system}-{lam}.jsonl"
+        sample(system, questions, output, settings, lam=lam)
+        rows = map(json.loads, output.read_text("utf-8").splitlines())
+        return [row["completion"][0]["content"] for row in rows]
+
+    for lam, end in enumerate(ends):
+        if end is not None:
+            assert texts(dial, lam) == texts(end)
+    assert texts(dial, 0) != texts(dial, 1)
+
+
+def test_the_lambda_belongs_to_the_run(questions: Path, tmp_path: Path):
+    output = tmp_path / "traces.jsonl"
+    settings = SamplingSettings(max_new_tokens=4)
+    sample("dial:miniature,miniature:dial", questions, output, settings, lam=2)
+    with pytest.raises(ConfigError, match="lambda"):
+        sample("dial:miniature,miniature:dial", questions, output, settings, lam=3)
+    manifest = json.loads((tmp_path / "traces.jsonl.manifest.json").read_text("utf-8"))
+    assert manifest["source"]["lambda"] == {"policy": "fixed", "lambda": 2.0}
+    assert manifest["source"]["beside"]["name"] == "miniature:dial"
+
+
+def test_what_is_no_dial_takes_no_lambda(questions: Path, tmp_path: Path):
+    output = tmp_path / "traces.jsonl"
+    with pytest.raises(ConfigError, match="is sampled as it is"):
+        sample("model:miniature", questions, output, lam=1)
+    with pytest.raises(ConfigError, match="sampled from models or from a server"):
+        sample(parse_system("interpolate:miniature"), questions, output)
+    with pytest.raises(LambdaError, match="outside the range"):
+        sample("dial:miniature,miniature:dial", questions, output, lam=7)
+    assert not output.exists()

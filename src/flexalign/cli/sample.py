@@ -9,8 +9,12 @@ from rich.markup import escape
 
 from flexalign.cli.console import console, print_json, progress_bar, resumable
 from flexalign.cli.options import (
+    Adapter,
+    Aligned,
     AlignedPrompt,
+    AnyBase,
     Dtype,
+    LambdaRange,
     MaxNewTokens,
     ReferencePrompt,
     SkipBadRows,
@@ -19,6 +23,7 @@ from flexalign.cli.options import (
     TopP,
     read_lambdas,
     read_prompt_pair,
+    read_range,
     read_secret,
 )
 from flexalign.errors import ConfigError
@@ -70,15 +75,19 @@ def sample(
             help="Write rendered text instead of messages; training does not need it.",
         ),
     ] = False,
+    adapter: Adapter = None,
+    aligned: Aligned = None,
     reference_prompt: ReferencePrompt = None,
     aligned_prompt: AlignedPrompt = None,
     lam: Annotated[
         str | None,
         typer.Option(
             "--lambda",
-            help="With two prompts: 0 is the reference's, 1 the aligned one, and the default.",
+            help="Of --adapter, --aligned or two prompts: 0 is the reference, 1 the other.",
         ),
     ] = None,
+    lambda_range: LambdaRange = None,
+    any_base: AnyBase = False,
     template: Template = None,
     system_message: Annotated[
         str | None, typer.Option("--system", help="The system message of prompts that have none.")
@@ -114,19 +123,25 @@ def sample(
         samples, max_new_tokens, temperature, top_p, batch_size, seed, plain
     )
     two_prompts, dials = read_prompt_pair(reference_prompt, aligned_prompt), read_lambdas(lam)
-    if len(dials) > 1 or (dials and two_prompts is None):
-        raise ConfigError("--lambda is one λ between two prompts; give --aligned-prompt with it.")
+    has_dial = any(side is not None for side in (two_prompts, adapter, aligned))
+    if len(dials) > 1 or (dials and not has_dial):
+        raise ConfigError(
+            "--lambda is one λ between two sides; give --aligned-prompt, --adapter or --aligned "
+            "with it."
+        )
     if endpoint is None:
         _refuse({"--model-name": model_name, "--api-key-env": api_key_env}, "without --endpoint")
         if model is None:
             raise ConfigError("name a MODEL, or a server with --endpoint and --model-name.")
-        system = System.of(model, prompts=two_prompts)
+        system = System.of(model, adapter, aligned, two_prompts)
     else:
         _refuse(
             {
                 "MODEL": model,
                 "--plain": plain or None,
                 "--template": template or None,
+                "--adapter": adapter,
+                "--aligned": aligned,
                 "--reference-prompt": reference_prompt or None,
                 "--aligned-prompt": aligned_prompt or None,
             },
@@ -142,6 +157,8 @@ def sample(
         concurrency=concurrency,
         timeout_seconds=600.0,
         prompts=two_prompts,
+        lambda_range=read_range(lambda_range),
+        any_base=any_base,
     )
 
     run = SampleRun(

@@ -42,7 +42,7 @@ from flexalign.systems.open import System, SystemOptions, open_backend, parse_sy
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_KINDS = ("model", "prompts", "url")
+_KINDS = ("model", "dial", "pair", "prompts", "url")
 
 
 def sample(
@@ -61,8 +61,8 @@ def sample(
     """Answer prompts and write the responses, in the form that `load_traces` reads.
 
     Args:
-        system: A model's folder or known name, ``model:PATH``, ``prompts:MODEL`` or
-            ``url:http://…``.
+        system: A model's folder or known name, ``model:PATH``, ``dial:BASE,ADAPTER``,
+            ``pair:REF,ALIGNED``, ``prompts:MODEL`` or ``url:http://…``.
         prompts: A file or a saved data set, as `load_prompts` takes it.
         output: The JSONL file to write or to continue.
         settings: How responses are sampled; if not given, one for each prompt at temperature 1.
@@ -73,9 +73,9 @@ def sample(
             arguments of the chat template; the rows keep what they were sampled with.
         limit: Take only this many prompts, the first ones.
         skip_bad_rows: Leave out rows that cannot be used.
-        lam: λ between two prompts, a number or a schedule; 1 if not given. The rows keep the
-            prompt without the two prompts' own system messages, and the reference's template
-            arguments: what a student is asked.
+        lam: λ of a dial, a pair or two prompts, a number or a schedule; the system's default if not
+            given. Of two prompts, the rows keep the prompt without the two prompts' own system
+            messages, and the reference's template arguments: what a student is asked.
         progress: Called with the number of rows in the file after each batch.
 
     Returns:
@@ -209,11 +209,13 @@ def _open_generator(
 ) -> _Generator:
     if system.kind not in _KINDS:
         raise ConfigError(
-            f"{system.name}: traces are sampled from one model or from a server; give model:PATH, "
-            "prompts:MODEL or url:http://…."
+            f"{system.name}: traces are sampled from models or from a server; give model:PATH, "
+            "dial:BASE,ADAPTER, pair:REF,ALIGNED, prompts:MODEL or url:http://…."
         )
-    if lam is not None and system.kind != "prompts":
-        raise ConfigError(f"{system.name} is sampled as it is; λ is for prompts:MODEL.")
+    if lam is not None and system.kind in ("model", "url"):
+        raise ConfigError(
+            f"{system.name} is sampled as it is; λ is for an adapter, a pair or two prompts."
+        )
     asked = [] if lam is None else [Setting.of(lam)]
 
     options = replace(
@@ -224,8 +226,9 @@ def _open_generator(
         batch_size=settings.batch_size,
     )
 
-    if system.kind == "prompts":
-        # The arguments are both prompts', and must be bound before those of each side.
+    if system.kind not in ("model", "url"):
+        # Of two prompts the arguments are both prompts', and must be bound before those of each
+        # side; a dial compares them with those of its training.
         options = replace(options, template=prompting.template or None)
     backend = open_backend(system, asked, options)
     if isinstance(backend, EndpointBackend):
@@ -252,7 +255,7 @@ class _SampledModel:
         *,
         plain: bool,
     ) -> None:
-        (name,) = system.parts
+        name = system.parts[0]
         self._backend, self._options = backend, options
         self._tokenizer = backend.text.tokenizer
         self.source: dict[str, Any] = {
@@ -261,10 +264,10 @@ class _SampledModel:
             "dtype": options.dtype,
         }
         self._dial: dict[str, Any] = {}
-        if options.prompts is None:
+        if system.kind == "model":
             prompting.bind(self._tokenizer)
         else:
-            if plain:
+            if plain and options.prompts is not None:
                 raise ConfigError(
                     "--plain has no meaning with two prompts: the text of a row would be one of "
                     "the two; leave it out."
@@ -274,7 +277,10 @@ class _SampledModel:
             if dial is None or isinstance(dial, Adaptive | Route):
                 raise ConfigError(f"traces are sampled at one λ or a schedule, not {setting.id}.")
             self._dial = {"lam": dial}
-            self.source["prompts"] = options.prompts.to_json()
+            if options.prompts is not None:
+                self.source["prompts"] = options.prompts.to_json()
+            else:
+                self.source["beside"] = backend.describe()["parts"][1]
             self.source["lambda"] = dial.to_json()
         self.rendering: dict[str, Any] | None = sampling_record(self._tokenizer)
 
