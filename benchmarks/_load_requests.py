@@ -119,10 +119,20 @@ def wrong_answers(answers: list[tuple[Asked, str, Any]]) -> list[str]:
                 Fixed(told[0] if isinstance(told, list) else told) if is_route else parse_dial(dial)
             ],
         )
-        expected = alone.text.partition("again")[0] if "stop" in asked.body else alone.text
+        expected = _stopped(alone.text, asked) if "stop" in asked.body else alone.text
         if _bare(text) != _bare(expected):
             wrong.append(f"{json.dumps(asked.body)}: {text!r} instead of {expected!r}")
     return wrong
+
+
+def _stopped(text: str, asked: Asked) -> str:
+    """Cut a response at the stop text: of a chat, which is looked for after the thinking."""
+    if asked.path != PATHS[0]:
+        return text.partition("again")[0]
+    if text.lstrip().startswith("<think>"):
+        thinking, closed, answer = text.partition("</think>")
+        return thinking + closed + answer.partition("again")[0]
+    return text.partition("again")[0]
 
 
 def _bare(text: str) -> str:

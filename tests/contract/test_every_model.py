@@ -90,4 +90,7 @@ def test_a_lora_dial_is_served_or_refused(family: str) -> None:
     mixed = dial(TOKENS, MASK, lam=[0.5, 2.0]).logits
     for row, lam in enumerate((0.5, 2.0)):
         same = dial(TOKENS, MASK, lam=lam).logits[row]
-        assert float((mixed[row] - same)[real[row]].abs().max()) <= 1e-5
+        scale = max(
+            1.0, float(same[real[row]].abs().max())
+        )  # large logits are rounded more coarsely
+        assert float((mixed[row] - same)[real[row]].abs().max()) <= 1e-5 * scale

@@ -57,7 +57,11 @@ STAND_INS = {
     "fast": ("ADAPTER", "out/adapter"),
     "hybrid": ("models/hybrid",),
 }
-AT_HAND = {"lora-dial": {"dial": "out/dial"}}
+AT_HAND = {
+    "lora-dial": {"dial": "out/dial"},
+    "vllm": {"dial": "out/dial"},
+    "serve": {"dial": "out/lora-dial"},
+}
 """What a page takes for granted, and others make."""
 
 BEFORE = {

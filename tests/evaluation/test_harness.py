@@ -360,7 +360,7 @@ def test_settings_are_recorded(tiny: Dial):
         ({"adapter": "miniature:fast", "lambda": 2}, LambdaError, "extrapolate=True"),
         ({"aligned": "miniature:aligned", "lambda": -1}, LambdaError, "safety.*extrapolate=True"),
         ({"adapter": "miniature:fast", "policy": "adaptive x"}, ConfigError, "'x' is not a number"),
-        ({"adapter": "nowhere"}, CheckpointError, "nowhere holds no InRa adapter"),
+        ({"adapter": "nowhere"}, CheckpointError, "nowhere holds no dial"),
         # What `hf` takes for models that it loads itself, and what nobody takes.
         ({"adapter": "a", "lamda": 1.0}, ConfigError, "'lamda'; did you mean 'lambda'"),
         ({"load_in_8bit": True}, ConfigError, "no argument 'load_in_8bit'"),
