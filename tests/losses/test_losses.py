@@ -426,6 +426,16 @@ def test_metrics_are_the_distances_to_both_models(kind: str, divergence: Any) ->
     )
     assert_agree([2 * halved.kl_aligned], [metrics.kl_aligned])
 
+    # Each token's own divergence is what it would be alone.
+    assert metrics.per_token.shape == (int(case.mask.sum()),)
+    assert not metrics.per_token.requires_grad
+    places = case.mask.flatten().nonzero().squeeze(-1)
+    for index in (0, 1, len(places) - 1):
+        alone = torch.zeros_like(case.mask).flatten()
+        alone[places[index]] = True
+        arguments = case.arguments() | {"mask": alone.reshape(case.mask.shape)}
+        assert_agree([metrics.per_token[index]], [fused_divergence(**arguments, **settings)])
+
 
 def test_a_student_that_equals_the_teacher_is_at_distance_zero() -> None:
     case = make_case()
