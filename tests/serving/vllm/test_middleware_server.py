@@ -105,7 +105,8 @@ def test_no_route_gets_round_the_operators_range(vllm_server: Server):
         ("/v1/messages", chat | extras),
         ("/invocations", chat | extras),
         ("/inference/v1/generate", token_ids),
-        ("/v1/responses", {"model": "miniature", "input": "1", "lambda": 0.5}),
+        ("/v1/responses", {"model": "miniature", "input": "1", "lambda": 5}),
+        ("/v1/messages", chat | {"lambda": 5}),
     ):
         headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
         request = urllib.request.Request(
@@ -114,7 +115,12 @@ def test_no_route_gets_round_the_operators_range(vllm_server: Server):
         with pytest.raises(urllib.error.HTTPError) as caught:
             urllib.request.urlopen(request)
         assert caught.value.code == 400, path
-        assert json.load(caught.value)["error"]["code"] == "invalid_dial", path
+        error = json.load(caught.value)["error"]
+        if path == "/v1/messages":  # in the form of its protocol, which has no code
+            assert error["type"] == "invalid_request_error"
+            assert "lambda" in error["message"]
+        else:
+            assert error["code"] == "invalid_dial", path
 
 
 def test_nothing_answers_without_the_key(vllm_server: Server):
