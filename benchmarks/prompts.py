@@ -3,7 +3,7 @@
     make smollm2
     python benchmarks/prompts.py --data alpaca_en_demo.json           # about 20 minutes of one core
     python benchmarks/prompts.py --data alpaca_en_demo.json --quick   # a few minutes, nothing kept
-    python benchmarks/prompts.py --rewrite                            # only the table again
+    python benchmarks/prompts.py --data … --rewrite                   # only the table of what is there
 
 λ = 0 is the model as it is, λ = 1 the same model told "Answer in one short sentence.". *Pair* is
 equation 5 while decoding, two streams of one model. *Peer* is transformers' ``generate`` with the
@@ -70,16 +70,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rewrite", action="store_true", help="only write the table again")
     chosen = parser.parse_args()
-    if chosen.rewrite:
-        write_text(REPORT, report(json.loads(RAW.read_text(encoding="utf-8"))))
-        return
     if chosen.data is None:
         parser.error("name the file of instructions with --data")
 
     sizes = QUICK if chosen.quick else Sizes()
     work = chosen.work / "quick" if chosen.quick else chosen.work
     work.mkdir(parents=True, exist_ok=True)
-    results = measure(chosen.data, work, sizes)
+    collected = collect if chosen.rewrite else measure
+    results = collected(chosen.data, work, sizes)
     if chosen.quick:
         print(report(results))
         return
@@ -121,12 +119,20 @@ def measure(data: Path, work: Path, sizes: Sizes) -> dict[str, Any]:
         student = load_adapter(load_model(MODEL, dtype=torch.float32), output)
         answer(name, student, asked)
 
-    names = [f"pair {lam:g}" for lam in LAMBDAS] + ["peer 0", "peer 1"]
-    names += [f"{'on' if rollouts else 'off'}-policy {lam:g}" for lam, rollouts in STUDENTS]
+    return collect(data, work, sizes)
+
+
+def collect(data: Path, work: Path, sizes: Sizes) -> dict[str, Any]:
+    """Return the rows of all that is measured, and the names of what is not."""
+    asked, _ = split(data, sizes)
+    wanted = [f"pair {lam:g}" for lam in LAMBDAS] + ["peer 0", "peer 1"]
+    wanted += [f"{'on' if rollouts else 'off'}-policy {lam:g}" for lam, rollouts in STUDENTS]
+    names = [name for name in wanted if (work / f"{name}.json").is_file()]
     answers = {name: json.loads((work / f"{name}.json").read_text("utf-8")) for name in names}
     return {
         "sizes": vars(sizes),
         "data": data.name,
+        "missing": [name for name in wanted if name not in names],
         "rows": [row_of(name, answers) for name in names],
         "first": {name: answers[name]["value"][0]["text"] for name in names},
         "first_prompt": asked[0][-1]["content"],
@@ -263,6 +269,11 @@ def report(results: dict[str, Any]) -> str:
         "",
         f"The plain model under each prompt (*peer*) gives the pair's answers at λ = 0 and 1 in "
         f"{equal[0]:.0%} and {equal[1]:.0%} of the prompts, word by word.",
+        *(
+            ["", f"Not measured yet: {', '.join(results['missing'])}."]
+            if results["missing"]
+            else []
+        ),
         "",
         f"The first held-out prompt: {results['first_prompt']!r}",
         "",
