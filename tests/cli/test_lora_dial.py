@@ -138,7 +138,7 @@ def test_a_calibration_is_stored_beside_the_lora(
     names = {"adapter_model.safetensors", "adapter_config.json", "lora_dial.json"}
     assert {path.name for path in calibrated.iterdir()} == names
     stored, before = read_dial(calibrated), read_dial(dial)
-    assert stored.calibration is not None
+    assert stored.calibration == Calibration.from_json(CALIBRATION).to_json()
     assert (stored.lambda_range, stored.base) == (before.lambda_range, before.base)
     assert not is_packaged(calibrated)
     asked = ("generate", BASE, QUESTION, "--adapter", calibrated, "--temperature", 0)
@@ -165,7 +165,7 @@ def test_the_written_file_is_named(
     result = run_cli("calibrate", BASE, "--adapter", dial, "--task", BASE, *save)
     assert result.exit_code == 0, result.stderr
     assert f"Written to {tmp_path / 'new'}/lora_dial.json" in result.stderr
-    assert read_dial(tmp_path / "new").calibration is not None
+    assert read_dial(tmp_path / "new").calibration == Calibration.from_json(CALIBRATION).to_json()
 
 
 @pytest.mark.parametrize(

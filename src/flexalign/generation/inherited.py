@@ -6,6 +6,7 @@ would act on a part of the whole, or ignore λ, is refused by name. The others a
 return a fact about the leading model, which is the same for the whole.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -101,6 +102,7 @@ class InheritedMethods(_RefusedMethods):
     loss_function: Any
     """The leading model's loss of logits and labels."""
 
+    @abstractmethod
     def set_checkpointing(self, method: str, *args: Any, **options: Any) -> None:
         """Call a method that switches activation checkpointing on or off, on every part.
 
@@ -109,7 +111,6 @@ class InheritedMethods(_RefusedMethods):
             *args: Its arguments.
             **options: Its named arguments.
         """
-        raise NotImplementedError
 
     def gradient_checkpointing_enable(self, *args: Any, **options: Any) -> None:
         """Recompute activations in the backward pass; arguments are those of transformers."""
