@@ -7,7 +7,6 @@ base.
 """
 
 import warnings
-from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,7 +20,7 @@ from flexalign.errors import ConfigError, LambdaError, UnsupportedModelError
 from flexalign.fusion import Lambda, as_lambda
 from flexalign.generation.dial_config import DialConfig, require_base
 from flexalign.generation.fused import FusedDecoding
-from flexalign.generation.row_lambdas import read_dials
+from flexalign.generation.row_lambdas import RowDials, read_dials
 from flexalign.lambdas import Adaptive, Dial
 from flexalign.models.loading import fingerprint, load_model, load_tokenizer
 from flexalign.models.sources import resolve
@@ -56,7 +55,10 @@ class BasedModel(FusedDecoding, nn.Module):
                 raise
             return getattr(self.base, name)
 
-    @abstractmethod
+    def set_checkpointing(self, method: str, *args: Any, **options: Any) -> None:
+        """Switch activation checkpointing of the base."""
+        getattr(self.base, method)(*args, **options)
+
     def sweep(
         self,
         input_ids: Tensor,
@@ -65,7 +67,9 @@ class BasedModel(FusedDecoding, nn.Module):
         lams: Sequence[Any] | Tensor,
         **options: Any,
     ) -> Any:
-        """Generate from every prompt at several λ.
+        """Generate from every prompt at several λ, as one batch.
+
+        Where the cache does not depend on λ, each prompt is prefilled once for all λ.
 
         Args:
             input_ids: Prompts, shape ``(B, T)``, left padded.
@@ -79,6 +83,32 @@ class BasedModel(FusedDecoding, nn.Module):
         Raises:
             LambdaError: If there is no λ, or one is not finite.
             ConfigError: If an option is not available here.
+        """
+        settings = _sweep_dials(lams, options)
+        repeats = len(settings)
+        dials = RowDials.following(settings * len(input_ids))
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+
+        self._prefill_sweep(input_ids, mask, dials, options)
+        own = {name: options[name] for name in self.row_inputs if name in options}
+        options |= {name: value.repeat_interleave(repeats, 0) for name, value in own.items()}
+        return self.generate(
+            input_ids=input_ids.repeat_interleave(repeats, 0),
+            attention_mask=mask.repeat_interleave(repeats, 0),
+            lam=dials,
+            **options,
+        )
+
+    def _prefill_sweep(
+        self, input_ids: Tensor, mask: Tensor, dials: RowDials, options: dict[str, Any]
+    ) -> None:
+        """Put a cache of the prompts into the options, in place, if one serves several λ.
+
+        Args:
+            input_ids: Prompts, shape ``(B, T)``.
+            mask: Shape ``(B, T)``.
+            dials: The dials of all ``B·n`` rows.
+            options: The options of ``generate``.
         """
 
     @property
@@ -143,7 +173,7 @@ class AdaptedModel(BasedModel):
         )
 
 
-def sweep_dials(lams: Sequence[Any] | Tensor, options: dict[str, Any]) -> list[Dial]:
+def _sweep_dials(lams: Sequence[Any] | Tensor, options: dict[str, Any]) -> list[Dial]:
     """Parse the settings of a sweep.
 
     Raises:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from flexalign.errors import ConfigError, LambdaError
 from flexalign.fusion import Lambda, fuse_hidden, fuse_logits
-from flexalign.generation.adapted import BasedModel, sweep_dials
+from flexalign.generation.adapted import BasedModel
 from flexalign.generation.fused import positions_of
 from flexalign.generation.inherited import refuse_inner_outputs
 from flexalign.generation.interface import Phase
@@ -152,10 +152,6 @@ class TwoStreamModel(BasedModel):
         logits = self._fused_logits(plan, hidden[:, kept], lam, gate)
         return self.fused_output(logits, cache, labels, return_dict)
 
-    def set_checkpointing(self, method: str, *args: Any, **options: Any) -> None:
-        """Switch activation checkpointing of the base."""
-        getattr(self.base, method)(*args, **options)
-
     def stream_hidden(
         self,
         input_ids: Tensor,
@@ -251,54 +247,25 @@ class TwoStreamModel(BasedModel):
 
     # Generation: which streams a prompt needs, its cache, and sweeps of λ.
 
-    def sweep(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        lams: Sequence[Any] | Tensor,
-        **options: Any,
-    ) -> Any:
-        """Generate from every prompt at several λ: one prefill, then all λ as one batch.
+    def _prefill_sweep(
+        self, input_ids: Tensor, mask: Tensor, dials: RowDials, options: dict[str, Any]
+    ) -> None:
+        """Prefill each prompt once, in every stream that one of its λ needs."""
+        if input_ids.shape[1] == 1 or self.generation_option("use_cache", options) is False:
+            return
 
-        Args:
-            input_ids: Prompts, shape ``(B, T)``, left padded.
-            attention_mask: Shape ``(B, T)``.
-            lams: The n settings, each as :meth:`generate` takes it as ``lam``.
-            **options: As in :meth:`generate`.
+        self.check_options(options)
+        prompts, repeats = len(input_ids), len(dials.ends) // len(input_ids)
+        streams = self._streams(dials, options)
+        grid = streams.reshape(prompts, repeats)
+        union = (grid & FIRST).amax(1) | (grid & SECOND).amax(1)
 
-        Returns:
-            As :meth:`generate`, with ``B·n`` rows: prompt 0 at every λ, then prompt 1, and so on.
-
-        Raises:
-            LambdaError: If there is no λ, or one is not finite.
-            ConfigError: If an option is not available here.
-        """
-        settings = sweep_dials(lams, options)
-        prompts, repeats = len(input_ids), len(settings)
-        dials = RowDials.following(settings * prompts)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        own = {name: options.pop(name) for name in self.row_inputs if name in options}
-
-        # Each prompt is prefilled once, in every stream that one of its λ needs. Its last token is
-        # left out, because generate must be given at least one token that is not in the cache.
-        if input_ids.shape[1] > 1 and self.generation_option("use_cache", options) is not False:
-            self.check_options(options)
-            streams = self._streams(dials, options)
-            grid = streams.reshape(prompts, repeats)
-            union = (grid & FIRST).amax(1) | (grid & SECOND).amax(1)
-            before = {name: value[:, :-1] for name, value in own.items()}
-            cache = self.prefill(input_ids[:, :-1], mask[:, :-1], union, **before)
-            cache.take(torch.arange(prompts).repeat_interleave(repeats), streams)
-            options["past_key_values"] = cache
-
-        options |= {name: value.repeat_interleave(repeats, 0) for name, value in own.items()}
-        return self.generate(
-            input_ids=input_ids.repeat_interleave(repeats, 0),
-            attention_mask=mask.repeat_interleave(repeats, 0),
-            lam=dials,
-            **options,
-        )
+        # The last token is left out, because generate must be given at least one token that is not
+        # in the cache.
+        own = {name: options[name][:, :-1] for name in self.row_inputs if name in options}
+        cache = self.prefill(input_ids[:, :-1], mask[:, :-1], union, **own)
+        cache.take(torch.arange(prompts).repeat_interleave(repeats), streams)
+        options["past_key_values"] = cache
 
     def prefill_phases(
         self, input_ids: Tensor, attention_mask: Tensor, phases: Sequence[Phase], **inputs: Tensor

@@ -16,7 +16,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from flexalign._modes import evaluating
 from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
-from flexalign.generation.adapted import AdaptedModel, Base, load_own_base, model_name, sweep_dials
+from flexalign.generation.adapted import AdaptedModel, Base, load_own_base, model_name
 from flexalign.generation.fused import positions_of
 from flexalign.generation.inherited import refuse_inner_outputs
 from flexalign.generation.interface import Phase
@@ -222,10 +222,6 @@ class LoRADial(AdaptedModel):
         cache = getattr(output, "past_key_values", None)
         return self.fused_output(logits, cache, labels, return_dict)
 
-    def set_checkpointing(self, method: str, *args: Any, **options: Any) -> None:
-        """Switch activation checkpointing of the base."""
-        getattr(self.base, method)(*args, **options)
-
     def merge(self, lam: float | None) -> None:
         """Keep the LoRA's layers a second time, with the LoRA at one λ in their weights.
 
@@ -270,39 +266,6 @@ class LoRADial(AdaptedModel):
         if gate is not None:
             raise ConfigError(GATE_REFUSED)
         return super().generate(inputs, lam=lam, policy=policy, **options)
-
-    def sweep(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        lams: Sequence[Any] | Tensor,
-        **options: Any,
-    ) -> Any:
-        """Generate from every prompt at several λ, as one batch: one prefill for each λ.
-
-        Args:
-            input_ids: Prompts, shape ``(B, T)``, left padded.
-            attention_mask: Shape ``(B, T)``.
-            lams: The n settings, each as :meth:`generate` takes it as ``lam``.
-            **options: As in :meth:`generate`.
-
-        Returns:
-            As :meth:`generate`, with ``B·n`` rows: prompt 0 at every λ, then prompt 1, and so on.
-
-        Raises:
-            LambdaError: If there is no λ, or one is not finite.
-            ConfigError: If an option is not available here.
-        """
-        settings = sweep_dials(lams, options)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        repeats = len(settings)
-        return self.generate(
-            input_ids=input_ids.repeat_interleave(repeats, 0),
-            attention_mask=mask.repeat_interleave(repeats, 0),
-            lam=RowDials.following(settings * len(input_ids)),
-            **options,
-        )
 
     @torch.no_grad()
     def prefill_phases(
