@@ -61,6 +61,12 @@ class LogitsSettings:
             if not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"{name} must be a finite number, got {getattr(self, name)!r}.")
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether logits are changed before tokens are limited: penalties or biases."""
+        limits = {"top_k", "min_p"}
+        return any(name not in limits for name in self.to_json())
+
     def to_json(self) -> dict[str, Any]:
         """Return the settings that have an effect, by name."""
         given = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
@@ -128,20 +134,23 @@ class RowPenalties(LogitsProcessor):  # type: ignore[misc]
             prompt_lengths: Tokens of each prompt without padding, shape ``(B,)``.
             width: Tokens of each prompt with padding; those of the longest if not given.
         """
-        self._settings = settings
-        self._lengths = prompt_lengths.tolist()
-        self._width = max(self._lengths) if width is None else width
+        lengths = prompt_lengths.tolist()
+        width = max(lengths) if width is None else width
+        # Of each row: where its prompt begins, and its processors.
+        self._rows = [(width - length, settings.processors(length)) for length in lengths]
 
     def keep(self, rows: Tensor) -> "RowPenalties":
         """Return the same penalties for some of the rows."""
         kept = copy.copy(self)
-        kept.__dict__.update(_lengths=[self._lengths[row] for row in rows.tolist()])
+        kept.__dict__.update(_rows=[self._rows[row] for row in rows.tolist()])
         return kept
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return the changed scores, shape ``(B, V)``."""
         changed = [
-            self._settings.processors(length)(ids[None, self._width - length :], row[None])
-            for length, ids, row in zip(self._lengths, input_ids, scores.clone(), strict=True)
+            processors(ids[None, start:], row[None])
+            for (start, processors), ids, row in zip(
+                self._rows, input_ids, scores.clone(), strict=True
+            )
         ]
         return torch.cat(changed)

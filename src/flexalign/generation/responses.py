@@ -105,9 +105,9 @@ def generate_responses(
     dials = _read_dials(generate_kwargs, len(prompts))
     logits = logits or LogitsSettings()
     if temperature > 0 and not is_seeded:
-        limits = {"top_k": logits.top_k or None, "min_p": logits.min_p or None}
-        given = {name: value for name, value in limits.items() if value is not None}
-        generate_kwargs = given | generate_kwargs
+        # With seeds, the logits processor applies them.
+        limits = {"top_k": logits.top_k, "min_p": logits.min_p}
+        generate_kwargs = {k: value for k, value in limits.items() if value} | generate_kwargs
     settings = generation_settings(
         model,
         tokenizer,
@@ -136,7 +136,7 @@ def generate_responses(
                     own
                 )
             processors = LogitsProcessorList()
-            if logits.processors(0):
+            if logits.has_penalties:
                 lengths = torch.tensor([_prompt_length(encoded[i]) for i in batch])
                 width = inputs["input_ids"].shape[1]
                 processors.append(RowPenalties(logits, lengths, width))
