@@ -1,5 +1,6 @@
 """Template arguments, a system message and thinking markers, as recipes and commands give them."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -46,11 +47,10 @@ def test_keys_of_another_form_are_refused(keys: dict[str, Any], message: str) ->
 
 
 def test_what_is_bound_is_what_the_tokenizer_shows(tiny_tokenizer: Any) -> None:
-    import copy
-
     tokenizer = copy.deepcopy(tiny_tokenizer)
     PromptSettings.parse().bind(tokenizer)
     assert tokenizer.chat_template == tiny_tokenizer.chat_template
+    tokenizer.chat_template += "{% if a or b %}{% endif %}"  # a template that reads the two
     PromptSettings.parse({"a": 1}, thinking=("<|bos|>", "<|pad|>")).bind(tokenizer)
     assert template_arguments(tokenizer) == {"a": 1}
     assert bound_thinking(tokenizer) == ("<|bos|>", "<|pad|>")
@@ -62,6 +62,14 @@ def test_what_is_bound_is_what_the_tokenizer_shows(tiny_tokenizer: Any) -> None:
     assert bound_thinking(tokenizer) == ("<|bos|>", "<|pad|>")
     PromptSettings.parse({"a": 3}).bind(tokenizer)
     assert template_arguments(tokenizer) == {"a": 3, "b": 2}
+
+
+def test_an_argument_that_the_template_does_not_read_is_named(tiny_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template += "{% if enable_thinking %}{% endif %}"
+    PromptSettings.parse({"enable_thinking": True}).bind(tokenizer)
+    with pytest.raises(ConfigError, match=r"'enable_thinkin'.*did you mean 'enable_thinking'"):
+        PromptSettings.parse({"enable_thinkin": True}).bind(tokenizer)
 
 
 def test_a_system_message_stands_before_conversations_without_one() -> None:

@@ -8,6 +8,7 @@ import pytest
 from conftest import HYBRID_TEMPLATE
 from flexalign.data.prompting import PromptSettings, parse_prompt
 from flexalign.data.rendering import Opening
+from flexalign.data.template_arguments import template_variables
 from flexalign.errors import ConfigError, DataError
 from flexalign.models.prompted import (
     PairRendering,
@@ -15,7 +16,6 @@ from flexalign.models.prompted import (
     PromptPair,
     check_prompt,
     prompted_messages,
-    template_variables,
     without_system,
 )
 

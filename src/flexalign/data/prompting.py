@@ -89,11 +89,17 @@ class PromptSettings:
         unless these settings name them.
 
         Raises:
-            ConfigError: As in :func:`flexalign.data.template.bind_template`.
+            ConfigError: If the template does not read an argument, or as in
+                :func:`flexalign.data.template.bind_template`.
         """
         if self.template or self.thinking:
             arguments = {**template_arguments(tokenizer), **self.template}
             bind_template(tokenizer, arguments, self.thinking or bound_thinking(tokenizer))
+
+            # Reads templates with jinja2, which is not loaded for help.
+            from flexalign.data.template_arguments import require_read
+
+            require_read(tokenizer, self.template, "template")
 
     def apply(self, dataset: "Dataset") -> "Dataset":
         """Put the system message before conversations that have none.

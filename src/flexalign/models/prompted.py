@@ -13,10 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
 from flexalign._spelling import nearest
@@ -29,7 +25,7 @@ from flexalign.data.rendering import (
     render_chat,
     stop_ids,
 )
-from flexalign.data.template import bare_template
+from flexalign.data.template_arguments import require_read
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, DataError
 from flexalign.models.pair import SIDES, Side
@@ -355,15 +351,7 @@ def check_prompt(tokenizer: PreTrainedTokenizerBase, prompt: PromptSettings, sid
             "that has one."
         )
 
-    known = template_variables(tokenizer)
-    for name in prompt.template:
-        if name not in known:
-            otherwise = None if known else "it reads no argument"
-            raise ConfigError(
-                f"the {side} prompt sets {name!r}, which the chat template does not read"
-                + nearest(name, sorted(known), otherwise=otherwise)
-            )
-
+    require_read(tokenizer, prompt.template, f"the {side} prompt")
     if prompt.system is not None:
         system = {"role": "system", "content": prompt.system}
         question = {"role": "user", "content": "1"}
@@ -376,41 +364,3 @@ def check_prompt(tokenizer: PreTrainedTokenizerBase, prompt: PromptSettings, sid
                 f"the {side} prompt has a system message, and the chat template has no place for "
                 "one; leave system out, or give a template that renders it."
             ) from error
-
-
-_GIVEN = (
-    "messages",
-    "tools",
-    "documents",
-    "add_generation_prompt",
-    "raise_exception",
-    "strftime_now",
-)
-"""Variables of chat templates that transformers sets, beside the special tokens."""
-
-
-def template_variables(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Return the names that a tokenizer's chat template reads and that are not set by the library."""
-    template: Any = bare_template(tokenizer) or ""
-    texts = list(template.values()) if isinstance(template, dict) else [template]
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[_GenerationBlock, jinja2.ext.loopcontrols],
-    )
-    found: set[str] = set()
-    for text in texts:
-        found |= jinja2.meta.find_undeclared_variables(environment.parse(text))
-    return found - set(_GIVEN) - set(tokenizer.special_tokens_map)
-
-
-class _GenerationBlock(jinja2.ext.Extension):
-    """Parses the block ``{% generation %}`` of transformers' chat templates, and keeps its body."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 reads it from the class)
-
-    def parse(self, parser: Any) -> Any:
-        """Return the statements in the block."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body, lineno=line)
