@@ -10,7 +10,7 @@ from flexalign.cli.console import console, print_json
 from flexalign.cli.options import (
     Assignments,
     DryTraining,
-    LambdaRange,
+    PermittedRange,
     Recipe,
     RecipeOutput,
     ResultAsJson,
@@ -29,7 +29,7 @@ def bake(
     lam: Annotated[
         str | None, typer.Option("--lambda", help="λ instead of the recipe's, a number.")
     ] = None,
-    lambda_range: LambdaRange = None,
+    lambda_range: PermittedRange = None,
     output: RecipeOutput = None,
     assignments: Assignments = None,
     skip_bad_rows: SkipBadRows = False,

@@ -11,7 +11,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from flexalign.cli.console import as_input_errors, console, print_json, say
-from flexalign.cli.options import LambdaRange, ResultAsJson, read_range
+from flexalign.cli.options import PermittedRange, ResultAsJson, read_range
 from flexalign.lambdas import parse_lambdas
 
 _DEFAULT = "lora"
@@ -54,7 +54,7 @@ def lora(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder to write; it must be new or empty.")
     ],
-    lambda_range: LambdaRange = None,
+    lambda_range: PermittedRange = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and write nothing.")
     ] = False,

@@ -82,7 +82,7 @@ Aligned: TypeAlias = Annotated[
 Gate: TypeAlias = Annotated[
     float | None, typer.Option(help="Extrapolate only where the two differ by more.")
 ]
-LambdaRange: TypeAlias = Annotated[
+PermittedRange: TypeAlias = Annotated[
     str | None,
     typer.Option(help="λ to permit, such as -1,2; else an adapter's own, and a pair's λ ≥ 0."),
 ]

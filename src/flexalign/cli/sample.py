@@ -14,8 +14,8 @@ from flexalign.cli.options import (
     AlignedPrompt,
     AnyBase,
     Dtype,
-    LambdaRange,
     MaxNewTokens,
+    PermittedRange,
     ReferencePrompt,
     SkipBadRows,
     Temperature,
@@ -86,7 +86,7 @@ def sample(
             help="Of --adapter, --aligned or two prompts: 0 is the reference, 1 the other.",
         ),
     ] = None,
-    lambda_range: LambdaRange = None,
+    lambda_range: PermittedRange = None,
     any_base: AnyBase = False,
     template: Template = None,
     system_message: Annotated[

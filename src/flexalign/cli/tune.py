@@ -23,8 +23,8 @@ from flexalign.cli.options import (
     BatchSize,
     Data,
     Instruction,
-    LambdaRange,
     OneTask,
+    PermittedRange,
     ReferencePrompt,
     ResultAsJson,
     TaskMaxNewTokens,
@@ -124,7 +124,7 @@ def tune(
     accuracy: Annotated[
         float | None, typer.Option(help="Expected accuracy, for the plan; else one by task.")
     ] = None,
-    lambda_range: LambdaRange = None,
+    lambda_range: PermittedRange = None,
     reference_prompt: ReferencePrompt = None,
     aligned_prompt: AlignedPrompt = None,
     workers: Workers = 1,
