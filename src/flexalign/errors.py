@@ -39,6 +39,10 @@ class ConfigError(FlexAlignError, ValueError):
     """A setting is unknown, missing, or contradicts another one."""
 
 
+class WeightsWaitError(ConfigError):
+    """Weights are needed that a dry run leaves at the hub; raised and caught as a ConfigError."""
+
+
 class LambdaError(FlexAlignError, ValueError):
     """A λ is not a finite number, is outside the permitted range, or does not fit the batch."""
 

@@ -128,7 +128,8 @@ def test_dpo_and_trra_by_option(
         ({"method": "dpo", "strip_thinking": True}, "leave it out with method dpo"),
         ({"adapter_layers": 0}, "adapter_layers must be at least 1"),
         ({"base": "no/such"}, "there is no model"),
-        ({"adapter": "no/such"}, "holds no InRa adapter"),
+        ({"adapter": "./no/such"}, "holds no InRa adapter"),
+        ({"adapter": "no/such"}, "there is no adapter"),
         ({"method": "trra", "lambda": 1.0, "aligned": "miniature:aligned"}, "do not fit: "),
     ],
 )

@@ -30,6 +30,7 @@ from flexalign.evaluation.samples import ResultsFolder, Samples
 from flexalign.evaluation.sweep import Progress, Sweep, sampling_options
 from flexalign.evaluation.tasks import Task, load_task
 from flexalign.lambdas import Adaptive, Measure, Setting
+from flexalign.models.hub import name_of
 from flexalign.models.sources import resolve_adapter
 from flexalign.systems import System, SystemOptions
 from flexalign.systems.dials import read_dial
@@ -244,6 +245,11 @@ def plan_calibration(
         raise ConfigError(
             f"{adapter} is part of the package and stays as it is; name a folder for a calibrated "
             "copy with --save-to, such as --save-to out/fast."
+        )
+    if target is None and is_stored and name_of(folder) is not None:
+        raise ConfigError(
+            f"{adapter} is from the hub, and what was fetched stays as it is; name a folder for a "
+            "calibrated copy with --save-to, such as --save-to out/fast."
         )
     if target is not None and is_packaged(target):
         raise ConfigError(f"--save-to {target} is inside the package; name a folder outside it.")

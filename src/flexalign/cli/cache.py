@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from flexalign.cli.console import console, print_json, result_console
+from flexalign.cli.console import console, print_json, result_console, say
 from flexalign.cli.options import (
     AlignedPrompt,
     AllowPickle,
@@ -108,3 +108,7 @@ def _show(facts: dict[str, Any], *, as_json: bool) -> None:
         f"{facts['gib']:.3g} GiB in {escape(facts['cache'])}; {facts['free_gib']:.3g} GiB are "
         f"free. A run's steps see the rows {facts['epochs']:g} times."
     )
+    if "downloads" in facts:
+        from flexalign.models.hub import describe_sizes
+
+        say(f"would download {describe_sizes(facts['downloads'])} from the hub.")

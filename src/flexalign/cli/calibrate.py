@@ -16,6 +16,7 @@ from flexalign.cli.console import (
     result_console,
     resumable_bar,
     say_instruction,
+    without_downloads,
 )
 from flexalign.cli.options import (
     BatchSize,
@@ -38,7 +39,9 @@ _COARSE = 0.1
 
 
 def calibrate(
-    base: Annotated[str, typer.Argument(help="The adapter's base: a folder or a known name.")],
+    base: Annotated[
+        str, typer.Argument(help="The adapter's base: a folder, hub id or known name.")
+    ],
     adapter: Annotated[str, typer.Option(help="The InRa adapter or LoRA dial that is calibrated.")],
     task: Annotated[
         str,
@@ -121,7 +124,7 @@ def calibrate(
     from flexalign.systems.dials import read_dial
 
     asked = load_task(task, data=data, limit=limit, seed=seed, instruction=instruction)
-    with as_input_errors():
+    with as_input_errors(), without_downloads(dry_run=dry_run):
         plan = plan_calibration(
             base,
             adapter,

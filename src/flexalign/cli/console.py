@@ -91,6 +91,20 @@ def resumable_bar(
         yield advance
 
 
+@contextmanager
+def without_downloads(*, dry_run: bool) -> Iterator[None]:
+    """In a dry run, leave weights at the hub, and say at the end what would be downloaded."""
+    if not dry_run:
+        yield
+        return
+    from flexalign.models.hub import downloads_wait
+
+    with downloads_wait() as waiting:
+        yield
+    if waiting.sizes:
+        say(f"would download {waiting.text} from the hub.")
+
+
 # Messages of libraries.
 
 

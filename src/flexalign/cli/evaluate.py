@@ -17,6 +17,7 @@ from flexalign.cli.console import (
     resumable_bar,
     say_instruction,
     warnings_as_notes,
+    without_downloads,
 )
 from flexalign.cli.options import (
     AlignedPrompt,
@@ -180,7 +181,7 @@ def evaluate(
     tasks = [load_task(name, **drawn) for name in task]  # type: ignore[arg-type]
     say_instruction(instruction, tasks)
 
-    with warnings_as_notes():
+    with warnings_as_notes(), without_downloads(dry_run=dry_run):
         sweep = plan_sweep(
             asked,
             tasks,

@@ -8,7 +8,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flexalign.cli.console import print_json, progress_bar, result_console, warnings_as_notes
+from flexalign.cli.console import (
+    print_json,
+    progress_bar,
+    result_console,
+    warnings_as_notes,
+    without_downloads,
+)
 from flexalign.cli.options import (
     AlignedPrompt,
     AllowPickle,
@@ -26,7 +32,8 @@ if TYPE_CHECKING:
 
 def inspect(
     model: Annotated[
-        str, typer.Argument(help="A model folder or a known name; of a pair, the reference.")
+        str,
+        typer.Argument(help="A model's folder, hub id or known name; of a pair, the reference."),
     ],
     aligned: Annotated[
         str | None,
@@ -87,14 +94,16 @@ def inspect(
             raise ConfigError("--diff compares two models; name the aligned one too.")
 
     if aligned is None:
-        one = examine(model, **options)
+        with without_downloads(dry_run=True):
+            one = examine(model, **options)
         if as_json:
             print_json(one.to_json())
         else:
             _show_models(one)
         return
 
-    facts = examine_pair(model, aligned, **options)
+    with without_downloads(dry_run=diff is None):
+        facts = examine_pair(model, aligned, **options)
     if not as_json:
         _show_models(facts.reference, facts.aligned)
         _show_verdict(facts)
@@ -150,7 +159,8 @@ def _inspect_prompts(
     from flexalign.models.prompted import PairRendering, context_of
 
     trusted = loading["trust_remote_code"]
-    facts = examine(model, dtype=loading["dtype"], trust_remote_code=trusted)
+    with without_downloads(dry_run=diff is None):
+        facts = examine(model, dtype=loading["dtype"], trust_remote_code=trusted)
     tokenizer = load_tokenizer(model, trust_remote_code=trusted)
     with warnings_as_notes():
         context = context_of(load_config(model, trust_remote_code=trusted))

@@ -72,7 +72,21 @@ AllowPickle: TypeAlias = Annotated[
     bool, typer.Option("--allow-pickle", help="Permit pickled weights, which can run code.")
 ]
 
-Model: TypeAlias = Annotated[str, typer.Argument(help="A model folder or a known name.")]
+PushTo: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        "--push",
+        metavar="ORG/NAME",
+        help="Upload the finished folder to this repository of the hub.",
+    ),
+]
+Private: TypeAlias = Annotated[
+    bool, typer.Option("--private", help="The repository of --push is private; made so if new.")
+]
+
+Model: TypeAlias = Annotated[
+    str, typer.Argument(help="A model's folder, hub id (org/name[@revision]) or known name.")
+]
 Adapter: TypeAlias = Annotated[
     str | None, typer.Option(help="The model's dial: an InRa adapter, a LoRA dial or a PEFT LoRA.")
 ]

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from flexalign.cli.console import console, print_json, progress_bar, resumable
+from flexalign.cli.console import (
+    console,
+    print_json,
+    progress_bar,
+    resumable,
+    without_downloads,
+)
 from flexalign.cli.options import (
     Adapter,
     Aligned,
@@ -46,7 +52,8 @@ def sample(
         Path, typer.Option("--output", "-o", help="JSONL file to write, or to go on with.")
     ],
     model: Annotated[
-        str | None, typer.Argument(help="A model folder or a known name; none with --endpoint.")
+        str | None,
+        typer.Argument(help="A model's folder, hub id or known name; none with --endpoint."),
     ] = None,
     endpoint: Annotated[
         str | None,
@@ -161,20 +168,21 @@ def sample(
         any_base=any_base,
     )
 
-    run = SampleRun(
-        system,
-        prompts,
-        output,
-        settings,
-        options=options,
-        prompting=PromptSettings(parse_template(template or []), system_message),
-        lam=dials[0] if dials else None,
-        limit=limit,
-        skip_bad_rows=skip_bad_rows,
-    )
-    if dry_run:
-        _preview(run, as_json)
-        return
+    with without_downloads(dry_run=dry_run):
+        run = SampleRun(
+            system,
+            prompts,
+            output,
+            settings,
+            options=options,
+            prompting=PromptSettings(parse_template(template or []), system_message),
+            lam=dials[0] if dials else None,
+            limit=limit,
+            skip_bad_rows=skip_bad_rows,
+        )
+        if dry_run:
+            _preview(run, as_json)
+            return
 
     done = run.begin()
     if done:

@@ -14,6 +14,7 @@ from flexalign.cli.console import (
     quieten_libraries,
     say,
     warnings_as_notes,
+    without_downloads,
 )
 from flexalign.cli.options import (
     Adapter,
@@ -41,7 +42,8 @@ _ROWS, _QUEUE = 32, 256
 
 def serve(
     model: Annotated[
-        str, typer.Argument(help="A model folder or a known name; of a pair, the reference.")
+        str,
+        typer.Argument(help="A model's folder, hub id or known name; of a pair, the reference."),
     ],
     flags: Annotated[
         list[str] | None,
@@ -313,7 +315,7 @@ def _serve_on_vllm(
     check_flags(settings["flags"])
     if not dry_run:
         require_vllm()
-    with as_input_errors():
+    with as_input_errors(), without_downloads(dry_run=dry_run):
         launch = Launch(source.folder(), **settings)
         rules = source.rules(launch.front.lambda_range)
     if dry_run:

@@ -17,6 +17,7 @@ from flexalign.cli.console import (
     result_console,
     resumable_bar,
     say_instruction,
+    without_downloads,
 )
 from flexalign.cli.options import (
     AlignedPrompt,
@@ -209,24 +210,25 @@ def tune(
 
     say_instruction(instruction, [asked])
     parsed = parse_system(system)
-    tuning = Tuning.of_system(
-        parsed,
-        asked,
-        kept,
-        given,
-        options,
-        temperature=temperature,
-        top_p=top_p,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        lambda_range=limits,
-        prompts=two_prompts,
-    )
-    _warn_of_margin(planned, kept)
-    if dry_run or output is None:
-        _show_prompt(tuning)
-        _show_plan(planned, kept, as_json)
-        return
+    with without_downloads(dry_run=dry_run):
+        tuning = Tuning.of_system(
+            parsed,
+            asked,
+            kept,
+            given,
+            options,
+            temperature=temperature,
+            top_p=top_p,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            lambda_range=limits,
+            prompts=two_prompts,
+        )
+        _warn_of_margin(planned, kept)
+        if dry_run or output is None:
+            _show_prompt(tuning)
+            _show_plan(planned, kept, as_json)
+            return
     _show(tuning, _draw(tuning, output, workers), output, as_json, parsed, two_prompts)
 
 

@@ -22,6 +22,7 @@ from flexalign.errors import (
     PairMismatchError,
 )
 from flexalign.lambdas import Adaptive, OnlyEnds, finite_lambda
+from flexalign.models.hub import fetch_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -202,10 +203,14 @@ def require_base(settings: DialConfig, found: str, name: str, folder: Path) -> N
 def require_whole(settings: DialConfig | type[DialConfig], folder: Path) -> None:
     """Check that a dial's weights file is complete, without loading it.
 
+    That of a repository at the hub is fetched, or left there for now (`models.hub.downloads_wait`).
+
     Raises:
         CheckpointError: If it is missing, truncated or corrupt.
     """
     path = folder / settings.WEIGHTS_FILE
+    if not fetch_weights(folder):
+        return
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: the folder holds no complete {settings.KIND}.")
     try:

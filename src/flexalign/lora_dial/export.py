@@ -17,6 +17,7 @@ from flexalign._storage import replacing
 from flexalign.errors import ConfigError, UnsupportedModelError
 from flexalign.lambdas import Fixed, finite_lambda, require_range
 from flexalign.lora_dial.configuration import ADAPTER_FILE, LoRADialConfig, check_folder
+from flexalign.models.hub import require_weights
 from flexalign.models.sources import resolve_adapter
 
 _INRA_FILE = "inra_config.json"
@@ -98,6 +99,7 @@ def export_lora(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} is there already; move it away or name another output.")
 
+    require_weights(folder)
     weights = folder / LoRADialConfig.WEIGHTS_FILE
     tensors = load_file(weights)
     unknown = sorted(name for name in tensors if not name.endswith(_MATRICES))

@@ -14,8 +14,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from flexalign.errors import ConfigError, PairMismatchError, UnsupportedModelError
+from flexalign.models.hub import check_before_download, fetch_weights, name_of
 from flexalign.models.loading import fingerprint, load_config, load_tokenizer, skeleton
-from flexalign.models.sources import Model, Source, resolve
+from flexalign.models.sources import Model, Source, hub_id, resolve
 from flexalign.models.weights import same_folder, tensor_infos
 
 GIB = 2**30
@@ -35,7 +36,7 @@ class ModelFacts:
         eos_token: The token that ends a response.
         has_chat_template: Whether its tokenizer has a chat template.
         thinking_tags: The tags around its thinking; None if it has none.
-        fingerprint: Of its weights; None if they are pickled.
+        fingerprint: Of its weights; None if they are pickled, or still at the hub.
         source: Where it is.
         config: Its transformers configuration.
         tokenizer: Its tokenizer.
@@ -123,7 +124,7 @@ def examine(
     """Return the facts of a model without loading its weights.
 
     Args:
-        model: A known name, a folder, a GGUF file, or a `Source`.
+        model: A known name, a folder, a GGUF file, a hub id, or a `Source`.
         dtype: The data type that it will be loaded in.
         trust_remote_code: As in `flexalign.models.loading.load_model`.
 
@@ -171,6 +172,8 @@ def examine_pair(
 ) -> PairFacts:
     """Compare two models by their configurations, tokenizers and tensor headers.
 
+    What needs no weights is compared before weights are fetched from the hub.
+
     Args:
         reference: The model of λ=0.
         aligned: The model of λ=1, or a PEFT adapter on the reference.
@@ -184,6 +187,14 @@ def examine_pair(
         UnsupportedModelError: If one cannot be realigned.
     """
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    return check_before_download(
+        lambda: _compare_models(reference, aligned, prompted=prompted, **options)
+    )
+
+
+def _compare_models(
+    reference: Model, aligned: Model, *, prompted: bool, **options: Any
+) -> PairFacts:
     one = examine(reference, **options)
     if one.kind == "adapter":
         raise ConfigError(
@@ -203,7 +214,10 @@ def examine_pair(
         problems += [problem] if problem else []
         warnings += [doubt] if doubt else []
 
-    identical = adds_nothing(source.path) if shared else _is_same(one, other)
+    if shared:
+        identical = fetch_weights(source.path) and adds_nothing(source.path)
+    else:
+        identical = _is_same(one, other)
     if identical and not prompted:
         warnings.append(
             f"{other.name} equals the reference, {one.name}: there is nothing to realign."
@@ -234,9 +248,10 @@ def _one_source(one: ModelFacts, other: ModelFacts) -> bool:
 
 def _examine_adapter(source: Source, base: ModelFacts) -> ModelFacts:
     """Examine an adapter as one on the reference; the base that it names is not read."""
-    infos = tensor_infos(source.path)
+    is_here = fetch_weights(source.path)
+    infos = tensor_infos(source.path) if is_here else {}
     changed = [name for name in infos if ".lm_head." in name]
-    if changed or not infos:
+    if is_here and (changed or not infos):
         raise UnsupportedModelError(
             f"the adapter {source} changes lm_head, so that the head is not one matrix; train it "
             "without lm_head among target_modules and modules_to_save, or merge it into a model."
@@ -250,8 +265,8 @@ def _examine_adapter(source: Source, base: ModelFacts) -> ModelFacts:
         base,
         name=source.name,
         kind="adapter",
-        gib=weight_bytes(source, base.config, "auto") / GIB,
-        fingerprint=fingerprint(source),
+        gib=weight_bytes(source, base.config, "auto") / GIB if is_here else 0.0,
+        fingerprint=fingerprint(source) if is_here else None,
         eos_token=tokenizer.eos_token,
         vocabulary=vocabulary_size(tokenizer),
         has_chat_template=bool(tokenizer.chat_template),
@@ -278,14 +293,22 @@ def _compare_base(base: ModelFacts, adapter: ModelFacts) -> tuple[str | None, st
     from flexalign.models.adapters import read_adapter_config, unfit_tensor
 
     config = read_adapter_config(adapter.source)
-    unfit = unfit_tensor(base.config, config, tensor_infos(adapter.source.path))
+    unfit = None
+    if fetch_weights(adapter.source.path):
+        unfit = unfit_tensor(base.config, config, tensor_infos(adapter.source.path))
     if unfit is not None:
         return f"the adapter {adapter.name} is not of the base {base.name}: {unfit}.", None
 
     named = str(config.base_model_name_or_path)
+    at_hub = hub_id(named)
+    if at_hub is not None and at_hub == hub_id(base.source):
+        return None, None
     try:
-        meant = resolve(named)
+        # Nothing is fetched only to compare it.
+        meant = None if at_hub is not None else resolve(named)
     except ConfigError:
+        meant = None
+    if meant is None:
         if Path(named).name in (Path(base.name).name, base.source.path.name):
             return None, None
         return None, (
@@ -296,7 +319,7 @@ def _compare_base(base: ModelFacts, adapter: ModelFacts) -> tuple[str | None, st
     # The fingerprints of two file formats cannot be compared.
     if (meant.gguf_file is None) != (base.source.gguf_file is None):
         return None, None
-    if fingerprint(meant) == base.fingerprint:
+    if not fetch_weights(base.source.path) or fingerprint(meant) == base.fingerprint:
         return None, None
     return (
         f"the adapter {adapter.name} was made for {named}, whose weights are not those of "
@@ -451,7 +474,8 @@ def weight_bytes(source: Source, config: Any, dtype: torch.dtype | str) -> int:
     except ConfigError:
         infos = None
     if infos is None:
-        return _count_parameters(config) * (size or torch.float32.itemsize)
+        stored = torch.float32 if name_of(source.path) is None else config.dtype
+        return _count_parameters(config) * (size or (stored or torch.float32).itemsize)
     return sum(
         torch.Size(info.shape).numel() * (size or _STORED_BYTES.get(info.dtype, 1))
         for info in infos

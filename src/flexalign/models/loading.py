@@ -1,7 +1,8 @@
-"""Loads configurations, tokenizers, models and PEFT adapters from disk.
+"""Loads configurations, tokenizers, models and PEFT adapters.
 
-Nothing is fetched from a hub. Weights are read from safetensors (or GGUF, de-quantised) unless
-the caller permits pickles, and code in a checkpoint runs only if the caller permits it.
+What `resolve` names is read from disk; the weights of a repository at the hub are fetched first.
+Weights are read from safetensors (or GGUF, de-quantised) unless the caller permits pickles, and code
+in a checkpoint runs only if the caller permits it.
 """
 
 from typing import Any
@@ -15,7 +16,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
+from flexalign.errors import (
+    CheckpointError,
+    ConfigError,
+    UnsupportedModelError,
+    WeightsWaitError,
+)
+from flexalign.models.hub import fetch_weights, pickled_weights
 from flexalign.models.sources import (
     Model,
     Source,
@@ -116,7 +123,7 @@ def load_model(
     A GGUF file is de-quantised. A PEFT adapter is returned as a PEFT wrapper of its base.
 
     Args:
-        model: A known name, a folder, a GGUF file, or a :class:`Source`.
+        model: A known name, a folder, a GGUF file, a hub id, or a :class:`Source`.
         dtype: Data type of the weights; ``"auto"`` is the stored one.
         device_map: As in transformers.
         trust_remote_code: Permit code in the checkpoint to run.
@@ -185,7 +192,7 @@ def load_adapter(
 
     Args:
         base: A transformers model, or a PEFT wrapper of one, which gets another adapter.
-        adapter: The adapter's folder.
+        adapter: The adapter's folder or hub id.
         name: The adapter's name in the wrapper.
         trainable: Whether it will be trained.
         allow_pickle: Permit pickled weights, whose loading can run code.
@@ -242,6 +249,14 @@ def fingerprint(model: Model | nn.Module) -> str:
     return fingerprint_folder(source.path)
 
 
+def known_fingerprint(model: Model) -> str | None:
+    """Fingerprint as `fingerprint` does; None for weights that `downloads_wait` leaves at the hub."""
+    try:
+        return fingerprint(model)
+    except WeightsWaitError:
+        return None
+
+
 def _is_known(raw: dict[str, Any]) -> bool:
     return raw.get("model_type") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -285,9 +300,12 @@ def _require_text_model(source: Source, config: Any) -> None:
 def _require_weights(source: Source, allow_pickle: bool) -> None:
     try:
         tensor_infos(source.path)
+    except WeightsWaitError:
+        raise
     except ConfigError:
         name = "adapter_model.bin" if source.is_adapter else "pytorch_model*.bin"
         pickled = sorted(file.name for file in source.path.glob(name))
+        pickled = pickled or pickled_weights(source.path)
         if not pickled:
             raise
         if not allow_pickle:
@@ -297,6 +315,7 @@ def _require_weights(source: Source, allow_pickle: bool) -> None:
                 "and save it with save_pretrained, as safetensors. flexalign realign, cache and "
                 "inspect take it as it is with --allow-pickle."
             ) from None
+        fetch_weights(source.path, pickled=True)
 
 
 def _forget_quantisation(model: Any) -> None:

@@ -1,13 +1,18 @@
-"""Finds models and adapters on disk: known names, folders, GGUF files, and bases of adapters."""
+"""Finds models and adapters by what users write: known names, folders, GGUF files, and hub ids.
+
+A folder goes before a repository of the hub with the same name. Of a repository, only the small files
+are fetched here (see `flexalign.models.hub`).
+"""
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flexalign._packages import require_packages
+from flexalign._storage import write_json
 from flexalign.errors import CheckpointError, ConfigError
+from flexalign.models.hub import HubName, locate, name_of
 from flexalign.models.names import known_name, known_names
 
 
@@ -35,13 +40,15 @@ class Source:
 
 
 Model = str | Path | Source
-"""A known name (`flexalign.models.names`), a folder, a GGUF file, or a result of `resolve`."""
+"""A known name (`flexalign.models.names`), a folder, a GGUF file, the id of a repository at the hub
+(``org/name`` or ``org/name@revision``, as text), or a result of `resolve`."""
 
 
 def resolve(model: Model) -> Source:
-    """Find a model: a known name, a folder, or a GGUF file.
+    """Find a model: a known name, a folder, a GGUF file, or a repository at the hub.
 
-    A folder with the name of a known model is given as ``./name``.
+    A folder with the name of a known model is given as ``./name``. Of a repository, the weights are
+    fetched once something reads them.
 
     Raises:
         ConfigError: If there is no such model; its message says what is missing and how to get it.
@@ -56,15 +63,16 @@ def resolve(model: Model) -> Source:
         if not (path / "inra_config.json").is_file():
             return _source_of(name, path)
     else:
-        path = Path(name).expanduser()
+        at_hub = _at_hub(model)
+        path = Path(name).expanduser() if at_hub is None else locate(at_hub)
 
     if path.is_file() and path.suffix == ".gguf":
         return _source_of(name, path)
     if not path.is_dir():
         examples = ", ".join(model for entry in known_names() for model in entry.models)
         raise ConfigError(
-            f"there is no model {name!r}: it is no folder here, and no known name ({examples}). "
-            f"Models are read from disk; {_how_to_get(name)}"
+            f"there is no model {name!r}: it is no folder here, and no known name ({examples}); "
+            "name a folder that is there, or a model at the hub, as org/name."
         )
 
     if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
@@ -80,17 +88,40 @@ def resolve(model: Model) -> Source:
         return Source(name, path, files[0])
     if files:
         raise ConfigError(f"{name} has {len(files)} GGUF files; name one: {', '.join(files)}.")
+    if name_of(path) is not None:
+        raise ConfigError(
+            f"{name} has no config.json at the hub, so it is no model; if it has GGUF files, fetch "
+            f"one and name it: hf download {name.partition('@')[0]} FILE.gguf --local-dir models."
+        )
     raise ConfigError(f"{name} has no config.json, so it is no model; give a model's folder.")
 
 
 def resolve_adapter(adapter: str | Path) -> Path:
-    """Return an InRa adapter's folder, from a part of a known name or a path; it may not exist."""
+    """Return a dial's folder, from a part of a known name, a path, or a repository at the hub.
+
+    Returns:
+        The folder; that of a path may not exist. The weights of a repository are fetched once
+        something reads them.
+
+    Raises:
+        ConfigError: If it has the form of a hub id and is neither a folder nor a repository.
+    """
     name = str(adapter)
     known = known_name(name)
     if known is not None and known[1]:
         entry, part = known
         return entry.locate(part)
-    return Path(name).expanduser()
+    at_hub = _at_hub(adapter)
+    return Path(name).expanduser() if at_hub is None else locate(at_hub, "adapter")
+
+
+def hub_id(model: Model) -> str | None:
+    """Return the repository that a model is from, ``org/name``; None for a folder or a known name."""
+    if isinstance(model, Source):
+        found = name_of(model.path)
+    else:
+        found = None if known_name(str(model)) is not None else _at_hub(model)
+    return None if found is None else found.repo
 
 
 def aligned_beside(reference: Model) -> str | None:
@@ -115,18 +146,39 @@ def base_of(adapter: Source) -> Source:
     """Return the base that a PEFT adapter names.
 
     Raises:
-        ConfigError: If the base does not exist.
+        ConfigError: If the base is neither here nor at the hub.
         CheckpointError: If the adapter's configuration is damaged.
     """
     name = read_json(adapter.path / "adapter_config.json").get("base_model_name_or_path")
     try:
         return resolve(str(name))
     except ConfigError as error:
+        if hub_id(str(name)) is not None:
+            raise ConfigError(
+                f"{adapter} is a PEFT adapter on {name!r}: {str(error).rstrip('.')}; or name its "
+                "base as the model (in a pair: as the reference)."
+            ) from error
         raise ConfigError(
             f"{adapter} is a PEFT adapter on {name!r}, which is not there; name its base as the "
             "model (in a pair: as the reference), or set base_model_name_or_path in its "
             "adapter_config.json."
         ) from error
+
+
+def name_base_by_id(adapter: Path) -> None:
+    """Name the base of a saved PEFT adapter by its id, if it was loaded from the hub.
+
+    PEFT names the folder in the hub's cache, which is another one on another machine.
+
+    Args:
+        adapter: The adapter's folder; any other folder is left as it is.
+    """
+    file = adapter / "adapter_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    found = name_of(Path(str(settings.get("base_model_name_or_path"))))
+    if found is not None:
+        named = {"base_model_name_or_path": found.repo, "revision": found.revision}
+        write_json(file, settings | named)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -148,9 +200,8 @@ def _source_of(name: str, path: Path) -> Source:
     return Source(name, path)
 
 
-def _how_to_get(name: str) -> str:
-    """Return the advice for a model that does not exist, for messages."""
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        folder = name.partition("/")[2]
-        return f"fetch one first, such as with: hf download {name} --local-dir models/{folder}"
-    return "name a folder that is there, or fetch one first with: hf download"
+def _at_hub(model: str | Path) -> HubName | None:
+    """Return the repository that a text names, if nothing on disk has that name."""
+    if isinstance(model, Path) or Path(model).exists():
+        return None
+    return HubName.parse(model)

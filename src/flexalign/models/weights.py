@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from flexalign.errors import CheckpointError, ConfigError
+from flexalign.models.hub import require_weights
 
 _SAMPLED_VALUES = 64
 """Values of each tensor that enter the fingerprint, evenly spaced."""
@@ -30,10 +31,13 @@ class TensorInfo(NamedTuple):
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a model or of a PEFT adapter; all of them exist.
 
+    Those of a repository at the hub are fetched.
+
     Raises:
-        ConfigError: If the folder has no safetensors.
+        ConfigError: If the folder has no safetensors, or they cannot be fetched.
         CheckpointError: If its index is damaged or names files that are missing.
     """
+    require_weights(folder)
     for name in ("model", "adapter_model"):
         whole, index = (folder / f"{name}.safetensors{end}" for end in ("", ".index.json"))
         if whole.is_file():
@@ -88,7 +92,8 @@ def same_module(one: nn.Module, other: nn.Module) -> bool:
 
 
 def fingerprint_file(file: Path) -> str:
-    """Fingerprint a file of another format (GGUF) by its size and blocks of its bytes."""
+    """Fingerprint a file as a whole (GGUF, a dial's weights) by its size and blocks of its bytes."""
+    require_weights(file.parent)
     size = file.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with file.open("rb") as data:

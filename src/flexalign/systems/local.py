@@ -31,8 +31,9 @@ from flexalign.lambdas import (
     require_range,
     way_dial,
 )
+from flexalign.models.hub import fetch_weights, note_weights
 from flexalign.models.interpolation import interpolate
-from flexalign.models.loading import fingerprint, load_config, load_model, load_tokenizer
+from flexalign.models.loading import known_fingerprint, load_config, load_model, load_tokenizer
 from flexalign.models.pair import SIDES, ModelPair
 from flexalign.models.prompted import PairRendering, PromptPair, TwoPrompts, context_of
 from flexalign.models.sources import resolve, resolve_adapter
@@ -195,6 +196,8 @@ class LocalBackend:
             raise ConfigError("--any-base is about an adapter; name --adapter.")
 
         self._sources = [resolve(part) for part in self._parts[: 1 if self.kind == "dial" else 2]]
+        for source in self._sources:
+            note_weights(source.path)
         self.default = Setting.of(Fixed(1.0)) if self.kind in ("pair", "prompts") else AS_IT_IS
         self.permitted = self._options.lambda_range
         self.config: DialConfig | None = None
@@ -295,9 +298,11 @@ class LocalBackend:
 
     def describe(self) -> dict[str, Any]:
         """Return names, fingerprints, the data type and the thinking tags."""
-        parts = [{"name": str(s), "fingerprint": fingerprint(s)} for s in self._sources]
+        parts = [{"name": str(s), "fingerprint": known_fingerprint(s)} for s in self._sources]
         if self.config is not None:
-            weights = fingerprint_file(self._adapter / self.config.WEIGHTS_FILE)
+            weights = None
+            if fetch_weights(self._adapter):
+                weights = fingerprint_file(self._adapter / self.config.WEIGHTS_FILE)
             parts.append({"name": self._parts[1], "fingerprint": weights})
 
         tags = self.text.tags

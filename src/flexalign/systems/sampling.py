@@ -32,7 +32,7 @@ from flexalign.data.traces import (
 from flexalign.errors import ConfigError, DataError
 from flexalign.generation.responses import generate_responses
 from flexalign.lambdas import Adaptive, Route, Setting
-from flexalign.models.loading import fingerprint
+from flexalign.models.loading import known_fingerprint
 from flexalign.models.prompted import TwoPrompts, prompted_messages, without_system
 from flexalign.models.sources import resolve
 from flexalign.systems.endpoint import EndpointBackend
@@ -260,7 +260,7 @@ class _SampledModel:
         self._tokenizer = backend.text.tokenizer
         self.source: dict[str, Any] = {
             "model": name,
-            "fingerprint": fingerprint(resolve(name)),
+            "fingerprint": known_fingerprint(resolve(name)),
             "dtype": options.dtype,
         }
         self._dial: dict[str, Any] = {}

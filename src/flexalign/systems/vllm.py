@@ -6,6 +6,7 @@ from typing import Any
 
 from flexalign._packages import require_packages
 from flexalign.errors import ConfigError
+from flexalign.models.hub import note_weights
 from flexalign.models.loading import fingerprint, load_tokenizer
 from flexalign.models.sources import resolve
 from flexalign.systems.local import ModelText
@@ -33,6 +34,7 @@ class VllmBackend:
                 f"{path} is no whole model in safetensors, which --engine vllm needs; merge the "
                 "adapter or save the model first."
             )
+        note_weights(self._source.path)
         self._options = options
         self._text = ModelText(load_tokenizer(self._source))
 

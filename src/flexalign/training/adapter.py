@@ -40,6 +40,7 @@ from flexalign.inra.modeling import InRaModel
 from flexalign.lambdas import require_forward, require_range
 from flexalign.models.adapters import inner_model
 from flexalign.models.compatibility import ModelFacts, examine, examine_pair
+from flexalign.models.hub import check_before_download, downloads_wait, fetch_weights
 from flexalign.models.loading import fingerprint, load_model, skeleton
 from flexalign.models.pair import ModelPair
 from flexalign.models.sources import resolve_adapter
@@ -492,8 +493,9 @@ def _count(config: Any, name: str) -> tuple[int, int]:
     return total, first
 
 
-def _fingerprint_adapter(adapter: str) -> str:
-    return fingerprint_file(resolve_adapter(adapter) / WEIGHTS_FILE)
+def _fingerprint_adapter(adapter: str) -> str | None:
+    folder = resolve_adapter(adapter)
+    return fingerprint_file(folder / WEIGHTS_FILE) if fetch_weights(folder) else None
 
 
 def _plan(run: TrainingRun, base: Base, rows: Dataset, lengths: Lengths) -> TrainingPlan:
@@ -614,16 +616,20 @@ def adapt(
         if plan.schedule is not None and not extrapolate:
             require_forward([(f"λ = {plan.lam}", plan.schedule)], "allow it with --extrapolate")
 
-    base = _read_adaptation(plan) if loaded is None else _take_loaded(plan, loaded, tokenizer)
-    tokenizer = tokenizer or base.tokenizer
-    settle_template(plan, tokenizer)
-    trained, rows = _read_rows(plan, tokenizer, data, skip_bad_rows=skip_bad_rows)
-    lengths = measure_lengths(rows, tokenizer, plan.arguments.max_length)
+    def prepare() -> tuple[Adaptation, Base, Dataset, Lengths]:
+        base = _read_adaptation(plan) if loaded is None else _take_loaded(plan, loaded, tokenizer)
+        asking = tokenizer or base.tokenizer
+        settle_template(plan, asking)
+        trained, rows = _read_rows(plan, asking, data, skip_bad_rows=skip_bad_rows)
+        lengths = measure_lengths(rows, asking, plan.arguments.max_length)
+        run = Adaptation(plan, trained, asking, models=base.prints, command=command, events=events)
+        run.base = loaded
+        return run, base, rows, lengths
 
-    run = Adaptation(plan, trained, tokenizer, models=base.prints, command=command, events=events)
-    run.base = loaded
     if dry_run:
-        return _plan(run, base, rows, lengths)
+        with downloads_wait() as waiting:
+            return _plan(*prepare()).with_downloads(waiting)
+    run, base, _, _ = check_before_download(prepare)
     return replace(run.run(callbacks), trained_parameters=base.sizes.trainable)
 
 
@@ -724,18 +730,26 @@ def bake(
     if is_lora(plan.adapter):
         if data is not None:
             raise ConfigError(f"data: {plan.adapter} is a LoRA, which is merged; leave data out.")
-        merge = Merge.of(plan, lambda_range, command)
-        return merge.plan() if dry_run else merge.run(events or Events())
+        if dry_run:
+            with downloads_wait() as waiting:
+                return Merge.of(plan, lambda_range, command).plan().with_downloads(waiting)
+        merge = check_before_download(partial(Merge.of, plan, lambda_range, command))
+        return merge.run(events or Events())
     if not plan.data and data is None:
         raise ConfigError("data is missing; add a line `data: …`.")
 
-    base = _read_baking(plan, lambda_range)
-    settle_template(plan, base.tokenizer)
-    rows = read_traces(plan.data, skip_bad_rows=skip_bad_rows) if data is None else data
-    rows = plan.prompting.apply(rows)
-    if len(rows) < 2:
-        raise ConfigError(f"{plan.data} has one row; held_out needs at least one more.")
-    lengths = measure_lengths(rows, base.tokenizer, plan.arguments.max_length)
+    def prepare() -> tuple[Baking, Base, Dataset, Lengths]:
+        base = _read_baking(plan, lambda_range)
+        settle_template(plan, base.tokenizer)
+        rows = read_traces(plan.data, skip_bad_rows=skip_bad_rows) if data is None else data
+        rows = plan.prompting.apply(rows)
+        if len(rows) < 2:
+            raise ConfigError(f"{plan.data} has one row; held_out needs at least one more.")
+        lengths = measure_lengths(rows, base.tokenizer, plan.arguments.max_length)
+        run = Baking(plan, rows, base.tokenizer, models=base.prints, command=command, events=events)
+        return run, base, rows, lengths
 
-    run = Baking(plan, rows, base.tokenizer, models=base.prints, command=command, events=events)
-    return _plan(run, base, rows, lengths) if dry_run else run.run(callbacks)
+    if dry_run:
+        with downloads_wait() as waiting:
+            return _plan(*prepare()).with_downloads(waiting)
+    return check_before_download(prepare)[0].run(callbacks)

@@ -11,6 +11,7 @@ from datasets import Dataset
 from flexalign.data import data_fingerprint
 from flexalign.errors import ConfigError
 from flexalign.models.compatibility import GIB
+from flexalign.models.hub import check_before_download, downloads_wait
 from flexalign.models.pair import ModelPair
 from flexalign.training.events import Events
 from flexalign.training.hidden_cache import (
@@ -63,7 +64,9 @@ def fill_cache(
         CheckpointError: If the folder cannot be written to.
     """
     first = RealignRecipe.each(recipe)[0]
-    inputs = read_inputs(first, skip_bad_rows=skip_bad_rows, data=data)
+    inputs = check_before_download(
+        lambda: read_inputs(first, skip_bad_rows=skip_bad_rows, data=data)
+    )
     return cache_filler(first, inputs, events or Events(), dtype=dtype, anyway=anyway)()
 
 
@@ -83,7 +86,8 @@ def plan_cache(
         skip_bad_rows: As in `fill_cache`.
     """
     first = RealignRecipe.each(recipe)[0]
-    inputs = read_inputs(first, skip_bad_rows=skip_bad_rows, data=data)
+    with downloads_wait() as waiting:
+        inputs = read_inputs(first, skip_bad_rows=skip_bad_rows, data=data)
     form = _form(first, inputs, dtype)
     folder = Path(first.cache_folder)
     size = inputs.lengths.response_tokens * form.token_bytes + form.head_bytes
@@ -96,6 +100,7 @@ def plan_cache(
         "gib": round(size / GIB, 4),
         "free_gib": round(free_bytes(folder) / GIB, 4),
         "epochs": plan_steps(first.arguments, inputs.lengths)[0]["epochs"],
+        **({"downloads": waiting.sizes} if waiting.sizes else {}),
     }
 
 

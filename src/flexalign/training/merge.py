@@ -16,6 +16,7 @@ from flexalign.lambdas import require_range
 from flexalign.lora_dial.configuration import ADAPTER_FILE, LoRADialConfig, check_folder
 from flexalign.lora_dial.modeling import LoRADial
 from flexalign.models.compatibility import examine
+from flexalign.models.hub import fetch_weights
 from flexalign.models.sources import resolve_adapter
 from flexalign.models.weights import fingerprint_file
 from flexalign.training.card import model_card, versions_in_use
@@ -95,7 +96,9 @@ class Merge:
             require_range(
                 lambda_range or settings.lambda_range, asked, f"the adapter {recipe.adapter}"
             )
-            prints = [base.fingerprint, fingerprint_file(folder / settings.WEIGHTS_FILE)]
+            prints = [base.fingerprint, None]
+            if fetch_weights(folder):
+                prints[1] = fingerprint_file(folder / settings.WEIGHTS_FILE)
 
         facts = {"task": "Merge", "models": prints}
         identity = {"lambda": recipe.lam, **facts}

@@ -9,10 +9,14 @@ from flexalign._differences import differences
 from flexalign._storage import write_json
 from flexalign.errors import CheckpointError, ConfigError, FlexAlignError
 from flexalign.lambdas import Schedule
+from flexalign.models.hub import is_waiting
 from flexalign.training.checkpoints import MANIFEST, fault_of
 
 RUN = "run.json"
 """The file with the identity of the folder's run: everything that decides the trained weights."""
+
+_PRINTS = ("pair", "models")
+"""The keys of the fingerprints of a run's models."""
 
 State = Literal["new", "unfinished", "done"]
 
@@ -50,6 +54,8 @@ def state_of_output(output: Path, identity: Mapping[str, Any]) -> State:
     now = json.loads(json.dumps(identity))
     if before.get("lambda") != now.get("lambda"):
         before = _in_current_form(before)
+    if is_waiting():  # fingerprints of weights that are still at the hub are not known yet
+        before, now = ({k: v for k, v in run.items() if k not in _PRINTS} for run in (before, now))
     unlike = list(differences(before, now))
     if unlike:
         raise ConfigError(

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flexalign.data import Lengths, split_tokens
 from flexalign.errors import ConfigError
+from flexalign.models.hub import Downloads
 from flexalign.training.memory import Sizes, estimate_memory
 from flexalign.training.pair_rows import PairRows
 
@@ -22,13 +23,19 @@ class TrainingPlan:
 
     Attributes:
         facts: The recipe's main keys, the data's lengths, steps, parameters, memory in GiB and
-            the state of the output folder, by name.
+            the state of the output folder, by name; ``downloads`` if there are any.
         samples: The first training rows: ``masked`` is the prompt, and ``trained`` the text whose
             tokens the loss counts; under two prompts ``aligned`` is the aligned side's prompt.
     """
 
     facts: Mapping[str, Any]
     samples: Sequence[Mapping[str, str]]
+
+    def with_downloads(self, waiting: Downloads) -> "TrainingPlan":
+        """Return the plan with the weights that would be downloaded, bytes by repository."""
+        if not waiting.sizes:
+            return self
+        return TrainingPlan({**self.facts, "downloads": waiting.sizes}, self.samples)
 
     def to_json(self) -> dict[str, Any]:
         """Return facts and samples as one mapping of JSON values."""

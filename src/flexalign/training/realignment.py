@@ -22,6 +22,12 @@ from flexalign.data.rendering import rendering_record
 from flexalign.data.thinking import ThinkingTags
 from flexalign.lambdas import require_forward
 from flexalign.models.compatibility import ModelFacts, PairFacts
+from flexalign.models.hub import (
+    check_before_download,
+    downloads_wait,
+    fetch_weights,
+    is_waiting,
+)
 from flexalign.models.loading import load_adapter, load_model
 from flexalign.models.pair import SIDES
 from flexalign.models.prompted import PromptPair
@@ -133,35 +139,48 @@ def realign(
         asked = [(f"λ = {each.lambda_range or each.lam}", each.schedule) for each in recipes]
         require_forward(asked, "allow it with --extrapolate")
 
-    inputs = read_inputs(recipes[0], skip_bad_rows=skip_bad_rows, data=data)
+    def prepare() -> tuple[list[Realignment], Inputs, Callable[[], HiddenStateCache] | None]:
+        inputs = read_inputs(recipes[0], skip_bad_rows=skip_bad_rows, data=data)
+        is_cached = recipes[0].teacher == "cached" and not is_waiting()
+        cache = cache_filler(recipes[0], inputs, events) if is_cached else None
+        runs = [
+            Realignment(
+                each,
+                inputs.traces,
+                inputs.tokenizer,
+                models=inputs.fingerprints,
+                watched=inputs.watched,
+                pair_rows=inputs.pair_rows,
+                cache=cache,
+                extrapolate=extrapolate,
+                command=command,
+                events=events,
+            )
+            for each in recipes
+        ]
+        return runs, inputs, cache
+
+    if dry_run:
+        with downloads_wait() as waiting:
+            runs, inputs, _ = prepare()
+            plan = _plan(runs, inputs).with_downloads(waiting)
+        _give_cautions(recipes, inputs, events)
+        return plan
+
+    runs, inputs, cache = check_before_download(prepare)
+    _give_cautions(recipes, inputs, events)
+    outcomes = [run.run(callbacks) for run in runs]
+    return outcomes[0] if len(runs) == 1 else _join(runs, outcomes, cache)
+
+
+def _give_cautions(recipes: Sequence[RealignRecipe], inputs: Inputs, events: Events) -> None:
+    """Give the cautions about the data and about λ."""
     if inputs.survey is not None:
         for doubt in inputs.survey.cautions():
             events.caution(doubt)
-    cache = cache_filler(recipes[0], inputs, events) if recipes[0].teacher == "cached" else None
-    runs = [
-        Realignment(
-            each,
-            inputs.traces,
-            inputs.tokenizer,
-            models=inputs.fingerprints,
-            watched=inputs.watched,
-            pair_rows=inputs.pair_rows,
-            cache=cache,
-            extrapolate=extrapolate,
-            command=command,
-            events=events,
-        )
-        for each in recipes
-    ]
-
     caution = _caution_of_distance(recipes)
     if caution is not None:
         events.caution(caution)
-    if dry_run:
-        return _plan(runs, inputs)
-
-    outcomes = [run.run(callbacks) for run in runs]
-    return outcomes[0] if len(runs) == 1 else _join(runs, outcomes, cache)
 
 
 def _caution_of_distance(recipes: Sequence[RealignRecipe]) -> str | None:
@@ -407,6 +426,8 @@ def _plan_memory(recipe: RealignRecipe, pair: PairFacts, longest: int) -> dict[s
 
 def _count_aligned(model: ModelFacts) -> int:
     if model.kind == "adapter":
+        if not fetch_weights(model.source.path):
+            return 0
         return sum(math.prod(info.shape) for info in tensor_infos(model.source.path).values())
     return count_parameters(model.config).base
 

@@ -531,12 +531,12 @@ class RealignRecipe(Recipe):
     example: ClassVar[Mapping[str, Any]] = {"output": "out/realigned"}
 
     reference: Annotated[Any, PlainValidator(partial(_read_side, side="reference"))] = Field(
-        description="λ = 0, and where the student starts: a model's path or known name, or {model, "
+        description="λ = 0, and where the student starts: a model's path, hub id or known name, or {model, "
         "system, template}, a model under a prompt, under which the student is asked too.",
         examples=["miniature:reference"],
     )
     aligned: Annotated[Any, PlainValidator(partial(_read_side, side="aligned"))] = Field(
-        description="λ = 1: a model's path or known name, a PEFT adapter on the reference, or "
+        description="λ = 1: a model's path, hub id or known name, a PEFT adapter on the reference, or "
         "{model, system, template}, perhaps the reference's model under another prompt.",
         examples=["miniature:aligned"],
     )
@@ -760,7 +760,9 @@ class RealignRecipe(Recipe):
 class _AdapterRecipe(Recipe):
     """The settings that the recipes with a layer adapter share: precision and checkpointing."""
 
-    base: str = Field(description="The base model's path or known name.", examples=["miniature"])
+    base: str = Field(
+        description="The base model's path, hub id or known name.", examples=["miniature"]
+    )
 
     def _settle(self, training: dict[str, Any], *, accelerated: bool) -> None:
         training.setdefault("bf16", accelerated and not training.get("fp16"))
@@ -792,7 +794,7 @@ class AdaptRecipe(_AdapterRecipe):
         "training",
     )
     meaning: ClassVar[Mapping[str, str]] = {
-        "base": "The base model's path or known name; no weight of it changes.",
+        "base": "The base model's path, hub id or known name; no weight of it changes.",
         "data": "Prompts with responses; for `dpo` with `chosen` and `rejected`.",
         "output": "Folder of the adapter and its checkpoints: one run; started again, it goes on.",
         "schedule": "`trra`: λ of the fused teacher, or a schedule over the training step.",
@@ -821,7 +823,7 @@ class AdaptRecipe(_AdapterRecipe):
     )
     aligned: str | None = Field(
         None,
-        description="`trra`: the aligned model's path or known name, λ = 1.",
+        description="`trra`: the aligned model's path, hub id or known name, λ = 1.",
         examples=["miniature:aligned"],
     )
 

@@ -25,6 +25,7 @@ from flexalign._storage import write_text
 from flexalign.data import data_fingerprint
 from flexalign.errors import CheckpointError, ConfigError, FlexAlignError
 from flexalign.lambdas import LambdaRange, parse_training_lambda
+from flexalign.models.sources import name_base_by_id
 from flexalign.training.callbacks import StepClock, StepRelay, StopOnSignal, read_curve
 from flexalign.training.card import model_card, versions_in_use
 from flexalign.training.checkpoints import (
@@ -442,6 +443,7 @@ def publish(checkpoint: Path, output: Path, card: str, **facts: Any) -> None:
     with writing("the model", output):
         leave_out = shutil.ignore_patterns(*_TRAINER_FILES)
         shutil.copytree(checkpoint, output, ignore=leave_out, dirs_exist_ok=True)
+        name_base_by_id(output)
         write_text(output / "README.md", card)
         seal(output, **facts)
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from flexalign._packages import require_packages
 from flexalign._storage import replacing
 from flexalign.errors import ConfigError, ServingError
+from flexalign.models.hub import name_of
 from flexalign.models.sources import resolve, resolve_adapter
 from flexalign.serving.address import open_socket, url_of
 from flexalign.serving.dial import DialRules, adapter_rules
@@ -243,8 +244,11 @@ def cached_folder(model: str, adapter: str, *, any_base: bool = False) -> Path:
         ConfigError: If a part is not there.
     """
     base, dial = resolve(model), resolve_adapter(adapter)
-    files = sorted(path for folder in (base.path, dial) for path in folder.glob("*"))
+    # A snapshot of the hub has the name of its commit, and may be without its weights yet.
+    folders = [folder for folder in (base.path, dial) if name_of(folder) is None]
+    files = sorted(path for folder in folders for path in folder.glob("*"))
     state = [(str(path.resolve()), path.stat().st_mtime_ns, path.stat().st_size) for path in files]
+    state += [(str(folder), 0, 0) for folder in (base.path, dial) if folder not in folders]
     key = sha256(json.dumps([str(base), str(dial.resolve()), state]).encode()).hexdigest()[:16]
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
