@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
@@ -511,3 +512,13 @@ def test_a_teacher_that_lambda_leaves_out_runs_at_logged_steps_only(
     trainer.train()
     assert passes == [1]
     assert_same(found[0], expected)
+
+
+def test_the_model_carries_the_tags_of_trl_and_of_the_method(
+    make_trainer: Callable[..., Any],
+) -> None:
+    trainer = make_trainer(make_rows(2))
+    assert trainer.model.model_tags == ["trl", "flexalign", "trra"]
+    trainer.create_model_card()
+    data = ModelCard.load(f"{trainer.args.output_dir}/README.md").data
+    assert {"trl", "flexalign", "trra"} <= set(data.tags)

@@ -4,11 +4,18 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from flexalign.lora_dial.configuration import check_folder
+from flexalign.models.origin import Origin, dataset_ids
+from flexalign.models.sources import hub_id, resolve_adapter
 from flexalign.training.recipes import AdaptRecipe, BakeRecipe, RealignRecipe, Recipe
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 _PACKAGES = ("flexalign", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
@@ -53,20 +60,39 @@ def model_card(
     else:
         raise TypeError(f"there is no card of a {type(recipe).__name__}")
 
-    header = {
-        "library_name": content.library,
-        "pipeline_tag": "text-generation",
-        "tags": ["flexalign", *content.tags],
-    }
+    origin = Origin.of(content.base)
     parts = [
-        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"---\n{_header(recipe, content, origin, curve)}---",
         content.text,
         table(("setting", "value"), content.settings),
         *_curve_section(curve),
+        *origin.section,
         f"## Made by\n\n```sh\n{command}\n```\n\nwith\n\n```yaml\n{recipe.to_yaml()}```",
         "## Versions",
         table(("package", "version"), list(versions_in_use().items())),
         f"## Use\n\n```python\n{content.usage}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def export_card(adapter: str, folders: Sequence[str], command: str) -> str:
+    """Return the card of a LoRA dial's adapters at several λ: the header, and what each folder is.
+
+    Args:
+        adapter: The dial.
+        folders: The name of each adapter's folder.
+        command: The command line, as one line.
+    """
+    origin = Origin.of(check_folder(resolve_adapter(adapter)).base or "(not named)")
+    header = _as_yaml(
+        origin.header("adapter"), library="peft", tags=("realignment", "trra", "lora-dial")
+    )
+    parts = [
+        f"---\n{header}---",
+        _EXPORT_TEXT,
+        "\n".join(f"- {code(name)}" for name in folders),
+        *origin.section,
+        f"## Made by\n\n```sh\n{command}\n```",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -80,6 +106,79 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Write a table, in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+# The header, by which the hub links the folder.
+
+
+def _header(
+    recipe: Recipe, content: "_Content", origin: Origin, curve: Sequence[Mapping[str, Any]]
+) -> str:
+    """Return the header as YAML, in the form of huggingface_hub's ``ModelCardData``."""
+    watch = recipe.watch if isinstance(recipe, RealignRecipe) else None
+    return _as_yaml(
+        origin.header(content.relation, content.others),
+        datasets=dataset_ids(recipe.data) or None,
+        library=content.library,
+        tags=content.tags,
+        eval_results=_results(curve, watch.prompts) if watch is not None and curve else None,
+        model_name=Path(recipe.output).name,
+    )
+
+
+def _as_yaml(origin: Mapping[str, Any], *, library: str, tags: Sequence[str], **others: Any) -> str:
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        **origin,
+        library_name=library,
+        pipeline_tag="text-generation",
+        tags=["flexalign", *tags],
+        **others,
+    )
+    values: dict[str, Any] = data.to_dict()  # type: ignore[no-untyped-call]
+    values.pop("model_name", None)  # a part of `model-index` alone
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _results(curve: Sequence[Mapping[str, Any]], prompts: str) -> "list[EvalResult]":
+    """Return the measurements after training as the results of ``model-index``."""
+    from huggingface_hub import EvalResult
+
+    name = Path(prompts).name
+    results = []
+    for row in _measured_last(curve):
+        at = f" at λ = {row['lambda']:.12g}" if "lambda" in row else ""
+        figures = {"tokens": "tokens per answer", "truncated": "share of answers cut off"}
+        if "accuracy" in row:
+            figures = {"accuracy": "accuracy", **figures}
+        results += [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=Path(prompts).stem,
+                dataset_name=f"{name}, its first {row['prompts']} prompts",
+                metric_type=key,
+                metric_value=row[key],
+                metric_name=f"{meaning}{at}",
+                metric_args={"lambda": row["lambda"]} if "lambda" in row else None,
+            )
+            for key, meaning in figures.items()
+        ]
+    return results
+
+
+def _measured_last(curve: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the rows of the trained student; of a dial one for each λ, in order.
+
+    The reference, λ = 0, was measured before step 0, every other λ after the last step.
+    """
+    last = curve[-1]["step"]
+    rows = [row for row in curve if row["step"] == last]
+    if "lambda" not in curve[-1]:
+        return rows
+    at_zero = [row for row in curve if row["step"] == 0 and row["lambda"] == 0 and last != 0]
+    return sorted([*at_zero, *rows], key=lambda row: float(row["lambda"]))
 
 
 # The parts that differ between the kinds of runs.
@@ -116,6 +215,12 @@ _MERGED_TEXT = """\
 A LoRA whose strength is λ, merged into its base at one λ: it runs as any model does, and equals the \
 dial at that λ up to the rounding of the weights."""
 
+_EXPORT_TEXT = """\
+# A LoRA dial at several λ
+
+Plain PEFT adapters, one for each λ, of one LoRA whose strength is λ (TrRa, arXiv 2506.12704). Load
+one with PEFT's `subfolder`, or serve all by name with any engine that serves LoRA."""
+
 _METHODS = {
     "sft": "supervised fine-tuning on responses",
     "dpo": "direct preference optimisation against the base stream",
@@ -125,13 +230,22 @@ _METHODS = {
 
 @dataclass(frozen=True)
 class _Content:
-    """The parts of a card that depend on the kind of run."""
+    """The parts of a card that depend on the kind of run.
 
+    Attributes:
+        base: The model that the result was made from.
+        relation: What it is to that model, as the hub has it.
+        others: Ids at the hub of further models that it was made from.
+    """
+
+    base: str
+    relation: str
     library: str
     tags: tuple[str, ...]
     text: str
     settings: list[tuple[str, str]]
     usage: str
+    others: tuple[str, ...] = ()
 
 
 def _realigned(
@@ -161,13 +275,15 @@ def _realigned(
         ("fingerprints of the pair", ", ".join(map(code, facts["pair"]))),
     ]
 
+    tags = ("trl", "realignment", "trra")
     if recipe.lambda_range is not None:
         usage = (
             "from flexalign import LoRADial\n\n"
             f'model = LoRADial.from_pretrained("{recipe.models[0]}", "this-folder")\n'
             f"model.generate(**inputs, lam={recipe.lambda_range.at(0.5):g})"
         )
-        return _Content("peft", ("realignment", "trra", "lora-dial"), _DIAL_TEXT, settings, usage)
+        own = (*tags, "lora-dial")
+        return _Content(recipe.models[0], "adapter", "peft", own, _DIAL_TEXT, settings, usage)
 
     usage = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -175,8 +291,8 @@ def _realigned(
         f"{'  # needs peft installed' if recipe.lora else ''}\n"
         'tokenizer = AutoTokenizer.from_pretrained("this-folder")'
     )
-    library = "peft" if recipe.lora else "transformers"
-    return _Content(library, ("realignment", "trra"), _REALIGNED_TEXT, settings, usage)
+    relation, library = ("adapter", "peft") if recipe.lora else ("finetune", "transformers")
+    return _Content(recipe.models[0], relation, library, tags, _REALIGNED_TEXT, settings, usage)
 
 
 def _asked(recipe: RealignRecipe) -> list[tuple[str, str]]:
@@ -221,7 +337,8 @@ def _adapter(recipe: AdaptRecipe, facts: Mapping[str, Any]) -> _Content:
         "model.generate(**inputs, lam=0.5)"
     )
     settings += _run_of_adapter(recipe, facts)
-    return _Content("flexalign", ("realignment", "inra"), _ADAPTER_TEXT, settings, usage)
+    tags = ("trl", "realignment", "inra")
+    return _Content(recipe.base, "adapter", "flexalign", tags, _ADAPTER_TEXT, settings, usage)
 
 
 def _baked(recipe: BakeRecipe, facts: Mapping[str, Any]) -> _Content:
@@ -238,8 +355,15 @@ def _baked(recipe: BakeRecipe, facts: Mapping[str, Any]) -> _Content:
         'model = AutoModelForCausalLM.from_pretrained("this-folder")'
     )
     text = _MERGED_TEXT if is_merged else _BAKED_TEXT
-    tags = ("realignment", "lora-dial" if is_merged else "inra")
-    return _Content("transformers", tags, text, settings, usage)
+    tags: tuple[str, ...] = ("realignment", "lora-dial" if is_merged else "inra")
+
+    # A merge, to the hub, is of several models; without the LoRA's id there is one to name.
+    merged = hub_id(recipe.adapter) if is_merged else None
+    others = () if merged is None else (merged,)
+    relation = "merge" if others else "finetune"
+    if not is_merged:
+        tags = ("trl", *tags)
+    return _Content(recipe.base, relation, "transformers", tags, text, settings, usage, others)
 
 
 def _run_of_adapter(recipe: Recipe, facts: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -265,11 +389,7 @@ def _curve_section(curve: Sequence[Mapping[str, Any]]) -> list[str]:
     if "lambda" not in curve[-1]:
         return learned
 
-    # The reference was measured before step 0, every other λ after the last step.
-    last = curve[-1]["step"]
-    rows = [row for row in curve if row["step"] == last]
-    at_zero = [row for row in curve if row["step"] == 0 and row["lambda"] == 0 and last != 0]
-    by_lambda = sorted([*at_zero, *rows], key=lambda row: float(row["lambda"]))
+    by_lambda = _measured_last(curve)
     return ["## The curve over λ", _curve_table(by_lambda, "lambda"), *learned]
 
 

@@ -127,7 +127,7 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
             it.
     """
 
-    _tag_names = ["flexalign", "trra"]  # noqa: RUF012
+    _tag_names = ["trl", "flexalign", "trra"]  # noqa: RUF012
     _name = "TrRa"
     _paper = {  # noqa: RUF012
         "title": "Flexible Realignment of Language Models",
