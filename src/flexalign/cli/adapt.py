@@ -10,13 +10,15 @@ from flexalign.cli.console import console, print_json
 from flexalign.cli.options import (
     Assignments,
     DryTraining,
+    Private,
+    PushTo,
     Recipe,
     RecipeOutput,
     ResultAsJson,
     SkipBadRows,
     parse_lambda_option,
 )
-from flexalign.cli.training import train
+from flexalign.cli.training import planned_push, train
 
 
 def adapt(
@@ -38,6 +40,8 @@ def adapt(
         bool, typer.Option("--extrapolate", help="Method trra: allow λ < 0.")
     ] = False,
     skip_bad_rows: SkipBadRows = False,
+    push: PushTo = None,
+    private: Private = False,
     dry_run: DryTraining = False,
     as_json: ResultAsJson = False,
 ) -> None:
@@ -65,6 +69,7 @@ def adapt(
         output=output,
         strip_thinking=strip_thinking or None,
     )
+    target = planned_push(push, private=private)
     from flexalign.training import adapter as library
 
     outcome = train(
@@ -72,6 +77,7 @@ def adapt(
         plan,
         dry_run=dry_run,
         as_json=as_json,
+        push=target,
         extrapolate=extrapolate,
         skip_bad_rows=skip_bad_rows,
     )

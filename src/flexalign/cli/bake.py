@@ -11,6 +11,8 @@ from flexalign.cli.options import (
     Assignments,
     DryTraining,
     PermittedRange,
+    Private,
+    PushTo,
     Recipe,
     RecipeOutput,
     ResultAsJson,
@@ -18,7 +20,7 @@ from flexalign.cli.options import (
     parse_lambda_option,
     read_range,
 )
-from flexalign.cli.training import train
+from flexalign.cli.training import planned_push, train
 
 
 def bake(
@@ -33,6 +35,8 @@ def bake(
     output: RecipeOutput = None,
     assignments: Assignments = None,
     skip_bad_rows: SkipBadRows = False,
+    push: PushTo = None,
+    private: Private = False,
     dry_run: DryTraining = False,
     as_json: ResultAsJson = False,
 ) -> None:
@@ -62,6 +66,7 @@ def bake(
         lam=parse_lambda_option(lam),
         output=output,
     )
+    target = planned_push(push, private=private)
     from flexalign.training import adapter as library
 
     outcome = train(
@@ -69,6 +74,7 @@ def bake(
         plan,
         dry_run=dry_run,
         as_json=as_json,
+        push=target,
         lambda_range=limits,
         skip_bad_rows=skip_bad_rows,
     )

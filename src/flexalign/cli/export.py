@@ -10,8 +10,9 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from flexalign.cli.console import as_input_errors, console, print_json, say
-from flexalign.cli.options import PermittedRange, ResultAsJson, read_range
+from flexalign.cli.console import as_input_errors, console, print_json, say, without_downloads
+from flexalign.cli.options import PermittedRange, Private, PushTo, ResultAsJson, read_range
+from flexalign.cli.training import command_line, planned_push
 from flexalign.lambdas import parse_lambdas
 
 _DEFAULT = "lora"
@@ -49,12 +50,14 @@ def _root() -> None:
 
 @export.command()
 def lora(
-    folder: Annotated[str, typer.Argument(help="A LoRA dial's folder, or a known name.")],
+    folder: Annotated[str, typer.Argument(help="A LoRA dial's folder, hub id or known name.")],
     lam: Annotated[str, typer.Option("--lambda", help="The strengths, such as 0.5,1,2.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder to write; it must be new or empty.")
     ],
     lambda_range: PermittedRange = None,
+    push: PushTo = None,
+    private: Private = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and write nothing.")
     ] = False,
@@ -71,15 +74,28 @@ def lora(
     """
     limits = read_range(lambda_range)
     lams = [dial.lam for dial in parse_lambdas(lam)]
+    target = planned_push(push, private=private)
     from flexalign.lora_dial.export import export_lora
 
-    with as_input_errors():
+    with as_input_errors(), without_downloads(dry_run=dry_run):
+        if target is not None and not dry_run:
+            export_lora(folder, lams, output, lambda_range=limits, dry_run=True)
+            target.create()
         found = export_lora(folder, lams, output, lambda_range=limits, dry_run=dry_run)
 
+    if target is not None and not dry_run:
+        from flexalign._storage import write_text
+        from flexalign.training.card import export_card
+
+        card = export_card(folder, [path.name for path in found.adapters.values()], command_line())
+        write_text(output / "README.md", card)
+        say(f"uploaded: {target.upload(output)}")
     if as_json:
         print_json(found.to_json() | {"dry_run": dry_run})
         return
     if dry_run:
+        if target is not None:
+            say(f"would upload {output} to {target.repo}.")
         say(f"a dry run: nothing is written; it would be {found.size / 2**20:.1f} MiB.")
     for path in found.adapters.values():
         console.print(escape(str(path)), soft_wrap=True)

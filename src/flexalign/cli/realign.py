@@ -12,6 +12,8 @@ from flexalign.cli.options import (
     AllowPickle,
     Assignments,
     DryTraining,
+    Private,
+    PushTo,
     Recipe,
     RecipeOutput,
     ReferencePrompt,
@@ -20,7 +22,7 @@ from flexalign.cli.options import (
     parse_lambda_option,
     read_side_prompts,
 )
-from flexalign.cli.training import train
+from flexalign.cli.training import planned_push, train
 
 if TYPE_CHECKING:
     from flexalign.lambdas import LambdaRange
@@ -52,6 +54,8 @@ def realign(
     ] = False,
     skip_bad_rows: SkipBadRows = False,
     allow_pickle: AllowPickle = False,
+    push: PushTo = None,
+    private: Private = False,
     dry_run: DryTraining = False,
     as_json: ResultAsJson = False,
 ) -> None:
@@ -86,6 +90,7 @@ def realign(
         merge=merge or None,
         allow_pickle=allow_pickle or None,
     )
+    target = planned_push(push, private=private, recipes=len(recipes))
     from flexalign.training import realignment
 
     result = train(
@@ -93,6 +98,7 @@ def realign(
         recipes,
         dry_run=dry_run,
         as_json=as_json,
+        push=target,
         table=_rows,
         extrapolate=extrapolate,
         skip_bad_rows=skip_bad_rows,
@@ -172,6 +178,7 @@ def _summarise_dial(outcome: "Outcome", reference: str, trained: "LambdaRange") 
 
 def _rows(plan: "TrainingPlan") -> dict[str, str]:
     """Return a plan as the rows of a table."""
+    from flexalign.models.hub import describe_sizes
     from flexalign.models.pair import SIDES
     from flexalign.models.prompted import PromptedModel
 
@@ -190,6 +197,8 @@ def _rows(plan: "TrainingPlan") -> dict[str, str]:
         + ", ".join(f"{name} {size:.3g}" for name, size in memory.items() if name != "total"),
         "output": f"{facts['output']} ({facts['output_state']})",
     }
+    if "downloads" in facts:
+        rows["would download"] = describe_sizes(facts["downloads"])
     if facts["rounds"] > 1:
         rows["λ"] += f", {facts['rounds']} rounds: effective {facts['effective_lambda']:g}"
     return rows

@@ -24,9 +24,11 @@ from flexalign.cli.console import (
     say,
     warnings_as_notes,
 )
+from flexalign.errors import ConfigError
 from flexalign.training.events import Events, StepObserver
 
 if TYPE_CHECKING:
+    from flexalign.models.push import Push
     from flexalign.training.plan import TrainingPlan
     from flexalign.training.recipes import RecipeKey
     from flexalign.training.run import Outcome
@@ -128,6 +130,7 @@ def train(
     *,
     dry_run: bool,
     as_json: bool,
+    push: "Push | None" = None,
     table: "Callable[[TrainingPlan], dict[str, str]] | None" = None,
     **options: Any,
 ) -> "Outcome | None":
@@ -138,6 +141,7 @@ def train(
         recipe: Its recipe.
         dry_run: Only show the plan.
         as_json: Show the plan as JSON.
+        push: Where the finished folder is uploaded to.
         table: Returns the rows of a plan's table; by default :func:`plan_rows`.
         **options: More arguments of the function.
 
@@ -148,17 +152,48 @@ def train(
 
     with training_session():
         result = function(
-            recipe, dry_run=dry_run, events=ConsoleEvents(), command=command_line(), **options
+            recipe, dry_run=dry_run, events=ConsoleEvents(push), command=command_line(), **options
         )
+        if not isinstance(result, TrainingPlan) and push is not None and not console.quiet:
+            say(f"uploaded: {push.upload(result.output)}")
     if isinstance(result, TrainingPlan):
         show_plan(result, (table or plan_rows)(result), as_json=as_json)
+        if push is not None:
+            say(f"would upload {result.facts['output']} to {push.repo} at the end.")
         return None
     outcome: Outcome = result
     return outcome
 
 
+def planned_push(repo: str | None, *, private: bool, recipes: int = 1) -> "Push | None":
+    """Check ``--push`` and ``--private`` before anything is read; None without ``--push``.
+
+    Raises:
+        ConfigError: If an upload could not succeed, or there would be several folders.
+    """
+    if repo is None:
+        if private:
+            raise ConfigError("--private is about --push; name the repository, or leave it out.")
+        return None
+    if recipes > 1:
+        raise ConfigError(
+            f"--push {repo}: with several λ there is a model for each, and a repository holds one; "
+            "leave --push out, and upload each folder with: hf upload."
+        )
+    from flexalign.models.push import Push
+
+    return Push.checked(repo, private=private)
+
+
 class ConsoleEvents(Events):
-    """Shows a run on the terminal."""
+    """Shows a run on the terminal.
+
+    Args:
+        push: Where the finished folder is uploaded to; the repository is made before training.
+    """
+
+    def __init__(self, push: "Push | None" = None) -> None:
+        self._push = push
 
     def say(self, line: str) -> None:
         """Print a line."""
@@ -173,7 +208,13 @@ class ConsoleEvents(Events):
         console.print(f"[yellow]caution:[/yellow] {escape(line)}", soft_wrap=True)
 
     def begin(self, run: Any) -> None:
-        """Print that a run is finished already, or the effective λ of its rounds."""
+        """Print that a run is finished already, or the effective λ of its rounds.
+
+        Raises:
+            ConfigError: If the repository of an upload cannot be made.
+        """
+        if self._push is not None and not console.quiet:
+            self._push.create()
         rounds = len(run.rounds)
         if run.state == "done":
             say(f"{run.recipe.output} holds this run already, finished.")
@@ -278,9 +319,13 @@ def show_plan(plan: "TrainingPlan", rows: Mapping[str, str], *, as_json: bool) -
 
 
 def plan_rows(plan: "TrainingPlan") -> dict[str, str]:
-    """Return the rows of a plan's table: all its facts, unchanged."""
+    """Return the rows of a plan's table: all its facts, unchanged but for sizes."""
+    from flexalign.models.hub import describe_sizes
+
     rows = {}
     for name, value in plan.facts.items():
+        if name == "downloads":
+            value = describe_sizes(value)
         if isinstance(value, dict):
             value = ", ".join(f"{key} {part}" for key, part in value.items())
         rows[name.replace("_", " ")] = str(value)
