@@ -2,12 +2,16 @@
 
 Content is written to a hidden file or folder beside its path, flushed to the disk, and moved to its
 path in one step. A reader never sees a part of it, and a failure removes the part.
+
+Every file has the permissions that the umask gives, also where a library writes it for its owner
+alone (:func:`following_umask`).
 """
 
 import json
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,6 +42,39 @@ def replacing(path: Path) -> Iterator[Path]:
         with suppress(OSError):
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def following_umask(folder: Path) -> Iterator[None]:
+    """Give files that the block writes to a folder the permissions that the umask gives.
+
+    safetensors (since 0.8) writes to a temporary file, which its owner alone may read, and moves
+    it to its name. Files that the block does not write keep their permissions.
+
+    Args:
+        folder: The folder; it need not exist before. Folders inside it are not looked at.
+    """
+    before = _versions(folder)
+    yield
+    written = [file for file, version in _versions(folder).items() if before.get(file) != version]
+    if not written:
+        return
+
+    # A process has no way to read its umask without changing it, for all its threads.
+    probe = folder / f".umask.{socket.gethostname()}-{os.getpid()}.partial"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in written:
+        file.chmod(mode)
+
+
+def _versions(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Return what identifies the content of each file of a folder; links are left out."""
+    if not folder.is_dir():
+        return {}
+    files = [path for path in folder.iterdir() if path.is_file() and not path.is_symlink()]
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
 def write_bytes(path: Path, content: bytes) -> None:
