@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.trainer_callback import TrainerCallback
 
+from flexalign._storage import following_umask
 from flexalign.inra import InRaModel
 from flexalign.lora_dial import LoRADial
 from flexalign.miniature import make_traces
@@ -414,6 +415,7 @@ def _summed_loss(batch_size: int) -> Callable[..., Tensor]:
 
 def _save(model: LlamaForCausalLM, output: Path, part: str) -> str:
     """Write a transformers model folder (weights, config, tokenizer), and return the part's name."""
-    model.save_pretrained(output / part)
+    with following_umask(output / part):
+        model.save_pretrained(output / part)
     build_tokenizer(CONTEXT_TOKENS).save_pretrained(output / part)
     return part

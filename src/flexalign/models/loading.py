@@ -4,12 +4,9 @@ Nothing is fetched from a hub. Weights are read from safetensors (or GGUF, de-qu
 the caller permits pickles, and code in a checkpoint runs only if the caller permits it.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.modeling_utils import set_zero3_state
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -30,6 +27,10 @@ from flexalign.models.weights import (
     fingerprint_module,
     tensor_infos,
 )
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _NO_TEXT_MODEL = (
@@ -106,7 +107,7 @@ def load_tokenizer(model: Model, *, trust_remote_code: bool = False) -> PreTrain
 def load_model(
     model: Model,
     *,
-    dtype: torch.dtype | str = "auto",
+    dtype: "torch.dtype | str" = "auto",
     device_map: Any = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
@@ -127,6 +128,9 @@ def load_model(
         CheckpointError: If weights are missing or damaged.
         UnsupportedModelError: As in `load_config`.
     """
+    import torch
+    from transformers import AutoModelForCausalLM
+
     source = resolve(model)
     if source.is_adapter:
         base = load_model(
@@ -150,8 +154,9 @@ def load_model(
         where |= {"local_files_only": True, "use_safetensors": None if allow_pickle else True}
 
     try:
+        # Absolute, because an adapter that is trained on it names its base by this path.
         loaded, info = AutoModelForCausalLM.from_pretrained(
-            source.path, output_loading_info=True, **where
+            source.path.absolute(), output_loading_info=True, **where
         )
     except RuntimeError as error:
         if "size mismatch" not in str(error) and "mismatched" not in str(error):
@@ -215,11 +220,15 @@ def skeleton(config: Any) -> Any:
     Args:
         config: A transformers configuration.
     """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_utils import set_zero3_state
+
     with torch.device("meta"), set_zero3_state():
         return AutoModelForCausalLM.from_config(config)
 
 
-def fingerprint(model: Model | nn.Module) -> str:
+def fingerprint(model: "Model | nn.Module") -> str:
     """Fingerprint weights by tensor names, shapes and sampled values rounded to bf16.
 
     It does not change with a cast to bfloat16 or with other sharding, and a module has the same
@@ -234,7 +243,7 @@ def fingerprint(model: Model | nn.Module) -> str:
         ConfigError: If there are no weights in safetensors or GGUF.
         CheckpointError: If files are missing or damaged.
     """
-    if isinstance(model, nn.Module):
+    if not isinstance(model, Model):
         return fingerprint_module(model)
     source = resolve(model)
     if source.gguf_file is not None:

@@ -500,6 +500,13 @@ def _by_key(given: Mapping[str, Any]) -> dict[str, Any]:
     return {("lambda" if name == "lam" else name): value for name, value in given.items()}
 
 
+def _with_lambda(tree: Mapping[str, Any], is_needed: bool) -> Mapping[str, Any]:
+    """Return a recipe's mapping, with λ = 1 where it has none and needs none."""
+    if is_needed or tree.get("lambda") is not None:
+        return tree
+    return {**tree, "lambda": 1.0}
+
+
 def plain_value(value: Any) -> Any:
     """Return a value in the form of the YAML file."""
     if hasattr(value, "to_json"):
@@ -597,7 +604,12 @@ class RealignRecipe(Recipe):
 
     @classmethod
     def load_each(
-        cls, path: str | Path, *, overrides: Sequence[str] = (), **given: Any
+        cls,
+        path: str | Path,
+        *,
+        overrides: Sequence[str] = (),
+        needs_lambda: bool = True,
+        **given: Any,
     ) -> list[Self]:
         """Read a recipe with one λ or a list of them: one recipe for each λ.
 
@@ -606,6 +618,8 @@ class RealignRecipe(Recipe):
         Args:
             path: As in `load`.
             overrides: As in `load`.
+            needs_lambda: Whether the recipe must have a λ. If not, one without it gets λ = 1, for
+                what does not depend on λ.
             **given: As in `load`; `lam` may be a list. `reference_prompt` and `aligned_prompt` are
                 prompts of the two sides, instead of the recipe's; see `with_prompts`.
 
@@ -617,23 +631,25 @@ class RealignRecipe(Recipe):
         tree = read_tree(path, overrides, _by_key(given))
         if any(prompt is not None for prompt in prompts):
             tree = with_prompts(tree, *prompts)
-        return [cls.parse(each) for each in one_for_each_lambda(tree)]
+        return [cls.parse(each) for each in one_for_each_lambda(_with_lambda(tree, needs_lambda))]
 
     @classmethod
-    def each(cls, given: Any) -> list[Self]:
+    def each(cls, given: Any, *, needs_lambda: bool = True) -> list[Self]:
         """Return one recipe for each λ.
 
         Args:
             given: As in `of`, or a list of such values.
+            needs_lambda: As in `load_each`.
         """
         if isinstance(given, list | tuple):
             return [cls.of(each) for each in given]
         if isinstance(given, Recipe):
             return [cls.of(given)]
         if isinstance(given, str | Path):
-            return cls.load_each(given)
+            return cls.load_each(given, needs_lambda=needs_lambda)
         if not isinstance(given, Mapping):
             return [cls.parse(given)]  # raises, and says what is wrong with the value
+        given = _with_lambda(given, needs_lambda)
         return [cls.parse(each) for each in one_for_each_lambda(given)]
 
     @cached_property
