@@ -11,18 +11,30 @@ from flexalign.data import Lengths, load_prompts, load_traces, measure_lengths
 from flexalign.data.prompting import PromptSettings
 from flexalign.data.rendering import chat_template_of, lengths_of
 from flexalign.data.template import replace_template
+from flexalign.errors import ConfigError
 from flexalign.models.compatibility import PairFacts, examine_pair
 from flexalign.models.names import known_name
 from flexalign.training.pair_rows import PairRows, PairSurvey
 from flexalign.training.recipes import RealignRecipe, Recipe, WatchSettings
 
 
-def read_traces(data: str, *, skip_bad_rows: bool) -> Dataset:
-    """Read training data from a path, or from a known name that has traces."""
-    entry, part = known_name(data) or (None, "")
+def read_traces(recipe: Recipe, *, skip_bad_rows: bool) -> Dataset:
+    """Read a recipe's data from a path, or from a known name that has traces.
+
+    Raises:
+        ConfigError: If `columns` is given for a known name, or names an unknown field.
+        DataError: If the data cannot be read, or a row cannot be used.
+    """
+    entry, part = known_name(recipe.data) or (None, "")
     if entry is not None and entry.traces is not None and not part:
+        if recipe.columns is not None:
+            raise ConfigError(
+                f"columns is for files, and {recipe.data} has traces of its own; leave it out."
+            )
         return Dataset.from_list(entry.traces())
-    return load_traces(data, skip_bad_rows=skip_bad_rows)
+    return load_traces(
+        recipe.data, skip_bad_rows=skip_bad_rows, columns=recipe.columns, places=True
+    )
 
 
 def settle_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -124,7 +136,7 @@ def read_inputs(
     tokenizer = facts.tokenizer
     settle_template(recipe, tokenizer)
 
-    traces = read_traces(recipe.data, skip_bad_rows=skip_bad_rows) if data is None else data
+    traces = read_traces(recipe, skip_bad_rows=skip_bad_rows) if data is None else data
     asking: PromptSettings | PairRows = recipe.prompting
     pair_rows = survey = None
     if prompts is not None:

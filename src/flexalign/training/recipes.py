@@ -300,6 +300,11 @@ class Recipe(Section):
     """The example values of inherited fields in this recipe."""
 
     data: str = Field(description="Prompts with responses.", examples=["traces.jsonl"])
+    columns: dict[str, Any] | None = Field(
+        None,
+        description="The data's own names for fields, such as {prompt: QUERY, completion: REPLY}; "
+        "all other columns are then left out. Null: the known names.",
+    )
     output: str = Field(
         description="Folder of the model and its checkpoints: one run; started again, it goes on."
     )
@@ -457,8 +462,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        from flexalign.data.columns import check_columns  # imports datasets
+
         self._check_keys()
         self.prompting  # noqa: B018 - reading the keys checks them
+        check_columns(self.columns)
         # Importing the trainers takes seconds, so the keys that need none are checked before.
         self.training.update(parse_training(self.training, self._settings_class()))
         self._check_sections()
@@ -516,7 +524,7 @@ class RealignRecipe(Recipe):
         *("teacher", "rounds", "rollouts", "rollout_objective", "rollout_max_new_tokens", "lora"),
     )
     order: ClassVar[tuple[str, ...]] = (
-        *("reference", "aligned", "data", "output", "schedule"),
+        *("reference", "aligned", "data", "columns", "output", "schedule"),
         *_LOSS,
         *("rounds", "teacher", "cache_dir"),
         *("rollouts", "rollout_objective", "rollout_max_new_tokens"),
@@ -525,8 +533,8 @@ class RealignRecipe(Recipe):
         "training",
     )
     meaning: ClassVar[Mapping[str, str]] = {
-        "data": "Traces, prompts with responses (flexalign sample): JSONL, JSON, Parquet or a "
-        "saved data set.",
+        "data": "Traces, prompts with responses (flexalign sample): JSONL, JSON, CSV (also .gz), "
+        "Parquet, a folder of shards or a saved data set; FOLDER/train is a split.",
     }
     example: ClassVar[Mapping[str, Any]] = {"output": "out/realigned"}
 
@@ -785,7 +793,16 @@ class AdaptRecipe(_AdapterRecipe):
         *_LOSS,
     )
     order: ClassVar[tuple[str, ...]] = (
-        *("base", "data", "output", "method", "adapter", "adapter_layers", "strip_thinking"),
+        *(
+            "base",
+            "data",
+            "columns",
+            "output",
+            "method",
+            "adapter",
+            "adapter_layers",
+            "strip_thinking",
+        ),
         *("aligned", "schedule"),
         *_LOSS,
         *_PROMPTING,
@@ -875,7 +892,7 @@ class BakeRecipe(_AdapterRecipe):
 
     deciding: ClassVar[tuple[str, ...]] = ("lambda", "held_out", *_LOSS)
     order: ClassVar[tuple[str, ...]] = (
-        *("base", "adapter", "schedule", "data", "output", "held_out"),
+        *("base", "adapter", "schedule", "data", "columns", "output", "held_out"),
         *_LOSS,
         *_PROMPTING,
         "training",
