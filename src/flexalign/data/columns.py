@@ -40,6 +40,26 @@ def check_columns(columns: Mapping[str, Any] | None) -> None:
             raise ConfigError(f"columns.{field} must be the name of a column, got {column!r}.")
 
 
+def parse_columns(texts: Iterable[str] | None, option: str) -> dict[str, str] | None:
+    """Read columns from ``FIELD=COLUMN`` texts.
+
+    Args:
+        texts: The texts; None or none for no columns.
+        option: The option that they were given with, for messages.
+
+    Raises:
+        ConfigError: If a text has no ``=``, or as in `check_columns`.
+    """
+    columns: dict[str, str] = {}
+    for text in texts or ():
+        field, equals, column = text.partition("=")
+        if not equals:
+            raise ConfigError(f"{option} {text!r}: write FIELD=COLUMN, such as problem=query.")
+        columns[field.strip()] = column
+    check_columns(columns or None)
+    return columns or None
+
+
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str] | None) -> dict[str, Any]:
     """Return a row with the fields that `columns` names, and no others; all if there is none."""
     if columns is None:

@@ -1,6 +1,6 @@
 """The models, data and prompts of a recipe, read and checked before any weight is loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +27,21 @@ def read_traces(recipe: Recipe, *, skip_bad_rows: bool) -> Dataset:
     """
     entry, part = known_name(recipe.data) or (None, "")
     if entry is not None and entry.traces is not None and not part:
-        if recipe.columns is not None:
-            raise ConfigError(
-                f"columns is for files, and {recipe.data} has traces of its own; leave it out."
-            )
+        _require_file(recipe.data, recipe.columns, "columns")
         return Dataset.from_list(entry.traces())
     return load_traces(
         recipe.data, skip_bad_rows=skip_bad_rows, columns=recipe.columns, places=True
     )
+
+
+def _require_file(name: str, columns: Mapping[str, str] | None, key: str) -> None:
+    """Check that no columns are named for a known name, whose rows are not those of a file.
+
+    Raises:
+        ConfigError: If some are.
+    """
+    if columns is not None:
+        raise ConfigError(f"{key} is for files, and {name} has rows of its own; leave it out.")
 
 
 def settle_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -68,13 +75,19 @@ class Watched:
 
 
 def read_watched(watch: WatchSettings) -> Watched:
-    """Read the first prompts of the file, with their answers if the file has them."""
+    """Read the first prompts of the file, with their answers if the file has them.
+
+    Raises:
+        ConfigError: As in `read_traces`.
+        DataError: As in `read_traces`.
+    """
     entry, part = known_name(watch.prompts) or (None, "")
     if entry is not None and entry.prompts is not None and not part:
+        _require_file(watch.prompts, watch.columns, "watch.columns")
         known = entry.prompts(watch.limit)
         return Watched([row["prompt"] for row in known], [row["answer"] for row in known])
 
-    rows = load_prompts(watch.prompts)
+    rows = load_prompts(watch.prompts, columns=watch.columns)
     rows = rows.select(range(min(watch.limit, len(rows))))
     answers = rows["answer"] if "answer" in rows.column_names else [None] * len(rows)
     return Watched(list(rows["prompt"]), list(answers))

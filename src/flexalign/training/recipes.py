@@ -44,6 +44,9 @@ class WatchSettings(Section):
         description="File of prompts; rows with an `answer` give an accuracy too.",
         examples=["questions.jsonl"],
     )
+    columns: dict[str, Any] | None = Field(
+        None, description="The file's own names for fields, such as {problem: QUERY}."
+    )
     every_steps: int = Field(
         50,
         description="Steps between two measurements; the untrained student comes before step 0.",
@@ -57,6 +60,7 @@ class WatchSettings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        _check_columns(self.columns)
         for name in ("every_steps", "limit", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"watch.{name} must be at least 1, got {getattr(self, name)}.")
@@ -65,6 +69,13 @@ class WatchSettings(Section):
                 f"watch.temperature must be a number ≥ 0 (0 is greedy), got {self.temperature}."
             )
         return self
+
+
+def _check_columns(columns: Mapping[str, Any] | None) -> None:
+    from flexalign.data.columns import check_columns  # imports datasets
+
+    if columns is not None:
+        check_columns(columns)
 
 
 def _read_watch(value: object) -> WatchSettings | None:
@@ -462,11 +473,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        from flexalign.data.columns import check_columns  # imports datasets
-
         self._check_keys()
         self.prompting  # noqa: B018 - reading the keys checks them
-        check_columns(self.columns)
+        _check_columns(self.columns)
         # Importing the trainers takes seconds, so the keys that need none are checked before.
         self.training.update(parse_training(self.training, self._settings_class()))
         self._check_sections()
