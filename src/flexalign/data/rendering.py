@@ -341,7 +341,9 @@ class Rendering:
                 f"{place}: the chat template writes a response that calls tools, and the prompt "
                 "before it, otherwise than it asks for one; use another template."
             )
-        written, stop_id = call_ending(self.tokenizer, whole[len(base) :], shape.stop)
+        written, stop_id = call_ending(
+            self.tokenizer, whole[len(base) :], shape.stop, tool_shape(self.tokenizer, shape)
+        )
         if is_opened and base != prompt.text and not start:
             if written.lstrip().startswith(tags.open):  # the prompt has the tag
                 written = written.lstrip().removeprefix(tags.open).lstrip()

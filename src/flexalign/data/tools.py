@@ -146,12 +146,15 @@ class ToolShape:
         takes_calls: Whether it renders calls.
         takes_results: Whether it renders messages of the role ``tool``.
         arguments_as_text: Whether it takes a call's arguments as JSON text, not as a mapping.
+        after_calls: What it writes between a call and the token that begins the result's message,
+            and that token, which ends the call where nothing else does; None if it shows none.
     """
 
     takes_definitions: bool
     takes_calls: bool
     takes_results: bool
     arguments_as_text: bool
+    after_calls: tuple[str, int] | None
 
 
 _MARKERS = ("<think>", "</think>")
@@ -207,12 +210,33 @@ def _find_shape(
     result = {"role": "tool", "name": _NAME, "tool_call_id": "abcdefghi", "content": _RESULT}
     answered = {"role": "assistant", "content": _VALUE}
     before = (calling if takes[0] else as_text) if any(takes) else answered
+    alone, going_on = (
+        attempt(question, *each, ask=False) for each in ([before], [before, result])
+    )
     return ToolShape(
         takes_definitions=_NAME in attempt(question, ask=True),
         takes_calls=any(takes),
         takes_results=_RESULT in attempt(question, before, result, ask=True),
         arguments_as_text=takes[1] and not takes[0],
+        after_calls=_first_special(tokenizer, alone.rstrip(), going_on),
     )
+
+
+def _first_special(
+    tokenizer: "PreTrainedTokenizerBase", text: str, longer: str
+) -> tuple[str, int] | None:
+    """Return the first special token that a longer text goes on with, and what stands before it.
+
+    White space may stand before it; None if anything else does.
+    """
+    if not text or not longer.startswith(text):
+        return None
+    rest = longer[len(text) :]
+    ids = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"]
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    if not ids or ids[0] not in special:
+        return None
+    return rest[: len(rest) - len(rest.lstrip())], ids[0]
 
 
 def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
@@ -291,16 +315,18 @@ def require_tools_shown(messages: Messages, tools: Tools | None, rendered: str) 
 
 
 def call_ending(
-    tokenizer: "PreTrainedTokenizerBase", text: str, stop: str | None
+    tokenizer: "PreTrainedTokenizerBase", text: str, stop: str | None, shape: ToolShape
 ) -> tuple[str, int | None]:
     """Split what a chat template writes for a response that calls tools from its stop token.
 
-    Some templates end a call with a token of its own, such as gpt-oss's ``<|call|>``.
+    Some templates end a call with a token of its own, such as gpt-oss's ``<|call|>``; some with
+    the token that begins the message of the result, such as GLM's ``<|observation|>``.
 
     Args:
         tokenizer: The model's.
         text: What the template writes after the prompt.
         stop: The token with which the template ends other responses.
+        shape: What the template renders of tools.
 
     Returns:
         The text that the model must write, and the id of the token that ends it; None if the
@@ -314,6 +340,8 @@ def call_ending(
         own = str(tokenizer.convert_ids_to_tokens(ids[-1]))
         if end.endswith(own):
             return end.removesuffix(own), cast("int", ids[-1])
+    if shape.after_calls is not None:
+        return end + shape.after_calls[0], shape.after_calls[1]
     return text, None
 
 
