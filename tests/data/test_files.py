@@ -79,7 +79,7 @@ WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], Path | int | bytes | N
     "rows.json.gz": lambda path, rows: path.write_bytes(gzip.compress(json.dumps(rows).encode())),
     "blank.jsonl": lambda path, rows: path.write_bytes(b"\n" + lines(rows, "\n \r\n\n") + b"\n\n"),
     "rows.parquet": to_parquet,
-    "rows.csv": table,
+    "rows.csv": lambda path, rows: table(rows, path),
     "rows.tsv": lambda path, rows: table(rows, path, "\t"),
     "rows.csv.gz": lambda path, rows: path.write_bytes(
         gzip.compress(table(rows, path.with_name("plain.csv")))

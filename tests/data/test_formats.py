@@ -89,6 +89,8 @@ def write_lines(path: Path, *rows: Any) -> Path:
         # The known answer, and a form that says the same, are no second response.
         (CONVERSATION | {"question": "1+2?", "answer": "3."}, CONVERSATION | {"answer": "3."}),
         ({"problem": "1+2?", "solution": "3", "messages": [USER, REPLY]}, CONVERSATION),
+        ({"prompt": None, "completion": None, "messages": [USER, REPLY]}, CONVERSATION),
+        ({"text": "1+2=3", "output": "3"}, {"prompt": "", "completion": "1+2=3"}),
         ({"text": "1+2=3"}, {"prompt": "", "completion": "1+2=3"}),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "1+2?"}]}, REPLY]},

@@ -61,10 +61,17 @@ def parse_columns(texts: Iterable[str] | None, option: str) -> dict[str, str] | 
 
 
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str] | None) -> dict[str, Any]:
-    """Return a row with the fields that `columns` names, and no others; all if there is none."""
+    """Return a row with the fields that `columns` names, and no others; all if there is none.
+
+    Fields that are null count as absent, as tables have them.
+    """
     if columns is None:
-        return dict(row)
-    return {field: row[column] for field, column in columns.items() if column in row}
+        return {field: value for field, value in row.items() if value is not None}
+    return {
+        field: value
+        for field, column in columns.items()
+        if (value := row.get(column)) is not None
+    }
 
 
 def require_columns(columns: Mapping[str, str] | None, seen: Iterable[str]) -> None:

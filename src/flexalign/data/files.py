@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO, cast
 
 from flexalign.data.folders import choose_split, data_files, is_saved, kind_of, split_of
 from flexalign.errors import DataError
@@ -117,8 +117,9 @@ def _shard_rows(folder: Path, shards: list[Path]) -> Iterator[Row | BadRow]:
 # Text: lines of JSON, one list of JSON, or CSV; each also with gzip.
 
 
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
+def _open(path: Path) -> BinaryIO:
+    is_zipped = path.suffix.lower() == ".gz"
+    return cast("BinaryIO", gzip.open(path, "rb") if is_zipped else path.open("rb"))
 
 
 def _lines(path: Path) -> Iterator[bytes]:

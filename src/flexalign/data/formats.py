@@ -158,8 +158,11 @@ def _require_one_response(
             raise Unusable(_contradiction(first, " and ".join(other)))
     for name in _RESPONSES:
         value = row.get(name)
-        is_rival = isinstance(value, str) and value.strip() not in ("", said)
-        if is_rival and not any(name in form for form in forms):
+        if not isinstance(value, str) or any(name in form for form in forms):
+            continue
+        # A row's whole text has its response in it.
+        is_same = value.strip() in said if first == ("text",) else value.strip() in ("", said)
+        if not is_same:
             raise Unusable(_contradiction(first, name))
 
 
