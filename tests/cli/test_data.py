@@ -184,10 +184,10 @@ def test_rows_that_call_tools_are_shown_as_the_template_renders_them(
     assert shown.exit_code == 0, shown.stderr
     first, second = json.loads(shown.stdout)["samples"]
     assert "system" not in first["masked"]
-    definition = '[{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]'
-    assert second["masked"].startswith(f"<|im_start|>system\n{definition}<|im_end|>\n")
-    assert second["trained"] == (
-        'call {"name": "add", "arguments": {"to": "two"}}<|im_end|>'
+    definition = (
+        '[{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]'
     )
+    assert second["masked"].startswith(f"<|im_start|>system\n{definition}<|im_end|>\n")
+    assert second["trained"] == ('call {"name": "add", "arguments": {"to": "two"}}<|im_end|>')
     trained = run_cli("realign", recipe, *training)
     assert trained.exit_code == 0, trained.stderr

@@ -41,7 +41,16 @@ TOOLS: list[Any] = [
 ]
 RESULT = {"role": "tool", "name": "add_up", "tool_call_id": "abcdefghi", "content": "It gives 5."}
 
-TAKES = {"gemma4", "glm4moe", "gptoss", "lfm2_v2", "llama3_1", "nemotron_3_nano", "qwen2_5", "qwen3"}
+TAKES = {
+    "gemma4",
+    "glm4moe",
+    "gptoss",
+    "lfm2_v2",
+    "llama3_1",
+    "nemotron_3_nano",
+    "qwen2_5",
+    "qwen3",
+}
 STOPS = {
     "gemma4": "<|tool_response>",
     "glm4moe": "<|observation|>",
@@ -122,7 +131,9 @@ def bare(text: str) -> str:
 
 
 @pytest.mark.parametrize("tools", [TOOLS, None], ids=["with tools", "calls alone"])
-def test_a_response_that_calls_tools_is_what_the_template_writes(tokenizer: Any, tools: Any) -> None:
+def test_a_response_that_calls_tools_is_what_the_template_writes(
+    tokenizer: Any, tools: Any
+) -> None:
     call = as_taken(tokenizer, tools)
     asked = shown(tokenizer, QUESTION, ask=True, tools=tools)
     whole = shown(tokenizer, QUESTION, call, tools=tools)
@@ -168,10 +179,12 @@ def test_a_text_beside_a_call_is_trained_or_refused(tokenizer: Any) -> None:
     row = text_of(
         {"prompt": [QUESTION], "completion": [calling(ARGUMENTS, "I add.")], "tools": TOOLS}
     )
-    try:
-        said = tokenizer.decode(Rendering(tokenizer).row(row).response_ids)
-    except DataError as error:
-        assert str(error).startswith("row 1: the chat template ")
+    whole = shown(tokenizer, QUESTION, {**as_taken(tokenizer, TOOLS), "content": "I add."})
+    renders_both = "two" in whole and "I add." in whole
+    if not renders_both or "add_up" not in shown(tokenizer, QUESTION, ask=True):
+        with pytest.raises(DataError, match=r"\Arow 1: the chat template "):
+            Rendering(tokenizer).row(row)
         return
+    said = tokenizer.decode(Rendering(tokenizer).row(row).response_ids)
     assert said.count("I add.") == 1
     assert "two" in said

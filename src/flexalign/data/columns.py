@@ -68,9 +68,7 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str] | None) -> dict[s
     if columns is None:
         return {field: value for field, value in row.items() if value is not None}
     return {
-        field: value
-        for field, column in columns.items()
-        if (value := row.get(column)) is not None
+        field: value for field, column in columns.items() if (value := row.get(column)) is not None
     }
 
 

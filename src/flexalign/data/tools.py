@@ -210,9 +210,7 @@ def _find_shape(
     result = {"role": "tool", "name": _NAME, "tool_call_id": "abcdefghi", "content": _RESULT}
     answered = {"role": "assistant", "content": _VALUE}
     before = (calling if takes[0] else as_text) if any(takes) else answered
-    alone, going_on = (
-        attempt(question, *each, ask=False) for each in ([before], [before, result])
-    )
+    alone, going_on = (attempt(question, *each, ask=False) for each in ([before], [before, result]))
     return ToolShape(
         takes_definitions=_NAME in attempt(question, ask=True),
         takes_calls=any(takes),
