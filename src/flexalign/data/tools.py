@@ -161,6 +161,9 @@ _MARKERS = ("<think>", "</think>")
 _QUESTION, _NAME, _KEY, _VALUE, _RESULT = "xq7x", "xf7x", "xk7x", "xv7x", "xr7x"
 """Sentinel texts, which occur in no template."""
 
+_MOST_SHAPES = 256
+"""The most shapes that are kept for one tokenizer."""
+
 _shapes: "WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, ToolShape]]" = WeakKeyDictionary()
 
 
@@ -176,9 +179,13 @@ def tool_shape(
     """
     key = repr((tokenizer.chat_template, sorted(arguments.items())))
     known = _shapes.setdefault(tokenizer, {})
-    if key not in known:
-        known[key] = _find_shape(tokenizer, shape, arguments)
-    return known[key]
+    found = known.get(key)
+    if found is None:
+        # A server's clients choose the arguments, and must not fill its memory.
+        for oldest in list(known)[: max(0, len(known) + 1 - _MOST_SHAPES)]:
+            known.pop(oldest, None)
+        found = known[key] = _find_shape(tokenizer, shape, arguments)
+    return found
 
 
 def _find_shape(
