@@ -100,8 +100,8 @@ def choose_split(folder: Path, splits: Iterable[str], split: str | None) -> str:
         )
     if split is not None and split not in known:
         raise DataError(
-            f"{folder / split}: there is no split {split!r}; the splits of {folder} are "
-            f"{', '.join(known)}."
+            f"{folder / split}: no such file or folder, and there is no split {split!r}; the splits "
+            f"of {folder} are {', '.join(known)}."
         )
     return known[0] if split is None else split
 
