@@ -127,7 +127,9 @@ def test_a_split_is_named_after_its_folder(tmp_path: Path) -> None:
     folder = saved(tmp_path / "saved", FLAT, "test", "dev")
     assert len(load_traces(folder / "train")) == 5
     assert len(load_traces(folder / "dev")) == 1
-    message = r"saved/eval: .*there is no split 'eval'; the splits of .*saved are train, test, dev\."
+    message = (
+        r"saved/eval: .*there is no split 'eval'; the splits of .*saved are train, test, dev\."
+    )
     with pytest.raises(DataError, match=message):
         load_traces(folder / "eval")
 
