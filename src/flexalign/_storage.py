@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -57,24 +58,38 @@ def following_umask(folder: Path) -> Iterator[None]:
     before = _versions(folder)
     yield
     written = [file for file, version in _versions(folder).items() if before.get(file) != version]
-    if not written:
-        return
+    if written:
+        follow_umask(*written)
 
-    # A process has no way to read its umask without changing it, for all its threads.
-    probe = folder / f".umask.{socket.gethostname()}-{os.getpid()}.partial"
+
+def follow_umask(*files: Path) -> None:
+    """Give files of one folder the permissions that the umask gives to a new file there.
+
+    A process has no way to read its umask without changing it, for all its threads; so a new file is
+    made and removed.
+    """
+    writer = f"{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}"
+    probe = files[0].with_name(f".umask.{writer}.partial")
     probe.touch()
     mode = stat.S_IMODE(probe.stat().st_mode)
     probe.unlink()
-    for file in written:
-        file.chmod(mode)
+
+    for file in files:
+        # Another process may have moved its file meanwhile; some file systems have no permissions.
+        with suppress(FileNotFoundError):
+            if stat.S_IMODE(file.stat().st_mode) != mode:
+                file.chmod(mode)
 
 
 def _versions(folder: Path) -> dict[Path, tuple[int, int]]:
     """Return what identifies the content of each file of a folder; links are left out."""
-    if not folder.is_dir():
-        return {}
-    files = [path for path in folder.iterdir() if path.is_file() and not path.is_symlink()]
-    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+    versions = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        with suppress(FileNotFoundError):
+            found = path.lstat()
+            if stat.S_ISREG(found.st_mode):
+                versions[path] = (found.st_ino, found.st_mtime_ns)
+    return versions
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy
 from safetensors import SafetensorError, safe_open
 
-from flexalign._storage import following_umask
+from flexalign._storage import follow_umask
 from flexalign.errors import CheckpointError, ConfigError
 from flexalign.models.hub import require_weights
 
@@ -114,8 +114,8 @@ def write_tensors(path: Path, tensors: "dict[str, Tensor]", **facts: str) -> Non
     """
     from safetensors.torch import save_file
 
-    with following_umask(path.parent):
-        save_file(tensors, path, metadata={"format": "pt", **facts})
+    save_file(tensors, path, metadata={"format": "pt", **facts})
+    follow_umask(path)
 
 
 def fingerprint_folder(folder: Path) -> str:
