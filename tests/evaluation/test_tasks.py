@@ -181,6 +181,19 @@ def test_a_task_may_be_a_table_with_gzip_or_a_split_of_a_folder(tmp_path: Path) 
     zipped, split = load_task(str(tmp_path / "sums.csv.gz")), load_task(str(folder / "test"))
     assert zipped.questions == split.questions == expected.questions
     assert (zipped.name, split.name) == ("sums", "test")
+    own = tmp_path / "own.csv"
+    own.write_text(table.replace("problem,answer", "query,key"), encoding="utf-8")
+    columns = {"problem": "query", "answer": "key"}
+    assert load_task(str(own), columns=columns).questions == expected.questions
+    for wrong, error, message in (
+        ({"problem": "quary", "answer": "key"}, DataError, "no row has the column 'quary'"),
+        ({"problm": "query"}, ConfigError, "unknown key 'columns.problm'; did you mean"),
+    ):
+        with pytest.raises(error, match=message):
+            load_task(str(own), columns=wrong)
+    for known in ("miniature", "math500"):
+        with pytest.raises(ConfigError, match=f"columns is for files, and {known} has rows"):
+            load_task(known, columns=columns)
     with pytest.raises(DataError, match="there is no split 'dev'; the splits of"):
         load_task(str(folder / "dev"))
     with pytest.raises(ConfigError, match="there is no task and no file"):

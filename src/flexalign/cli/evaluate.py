@@ -21,6 +21,7 @@ from flexalign.cli.console import (
 from flexalign.cli.options import (
     AlignedPrompt,
     BatchSize,
+    Columns,
     Data,
     Dtype,
     EngineName,
@@ -77,6 +78,7 @@ def evaluate(
         ),
     ] = None,
     data: Data = None,
+    columns: Columns = None,
     instruction: Instruction = None,
     lam: Annotated[
         str | None,
@@ -167,6 +169,7 @@ def evaluate(
         raise ConfigError("name the folder of the results with --output DIR.")
 
     lams, limits = read_lambdas(lam), read_range(lambda_range)
+    from flexalign.data.columns import parse_columns
     from flexalign.data.prompting import parse_template
     from flexalign.systems import parse_systems
 
@@ -176,8 +179,9 @@ def evaluate(
     from flexalign.evaluation.sweep import plan_sweep
     from flexalign.evaluation.tasks import load_task
 
+    named = parse_columns(columns, "--columns")
     drawn = {"data": data, "limit": limit, "seed": seed, "instruction": instruction}
-    tasks = [load_task(name, **drawn) for name in task]  # type: ignore[arg-type]
+    tasks = [load_task(name, columns=named, **drawn) for name in task]  # type: ignore[arg-type]
     say_instruction(instruction, tasks)
 
     with warnings_as_notes():

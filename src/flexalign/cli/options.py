@@ -60,6 +60,13 @@ Assignments: TypeAlias = Annotated[
 SkipBadRows: TypeAlias = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used.")
 ]
+Columns: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--columns",
+        help="FIELD=COLUMN, the file's own name for a field, such as problem=query; repeatable.",
+    ),
+]
 DryTraining: TypeAlias = Annotated[
     bool,
     typer.Option("--dry-run", help="Show samples, sizes, steps and memory; load no weights."),

@@ -13,6 +13,7 @@ from flexalign.cli.options import (
     Aligned,
     AlignedPrompt,
     AnyBase,
+    Columns,
     Dtype,
     MaxNewTokens,
     PermittedRange,
@@ -94,13 +95,7 @@ def sample(
         str | None, typer.Option("--system", help="The system message of prompts that have none.")
     ] = None,
     dtype: Dtype = "auto",
-    columns: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--columns",
-            help="FIELD=COLUMN, the file's own name for a field, such as problem=query; repeatable.",
-        ),
-    ] = None,
+    columns: Columns = None,
     skip_bad_rows: SkipBadRows = False,
     dry_run: Annotated[
         bool,
