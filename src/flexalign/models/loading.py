@@ -7,10 +7,7 @@ the caller permits pickles, and code in a checkpoint runs only if the caller per
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
 from flexalign.models.sources import (
@@ -277,18 +274,37 @@ def _require_text_model(source: Source, config: Any) -> None:
             f"{called} is no causal language model: it was trained for something else."
         )
 
+    # One rule for all families, also for models that see or hear: text is what transformers loads
+    # as a causal language model, the whole model or its text tower alone.
     if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or hasattr(config, "auto_map"):
         return
 
-    if family in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+    towers = other_towers(config)
+    if towers:
         text = config.get_text_config()
+        kind = "vision-language" if "vision" in " ".join(towers) else "multimodal"
         raise UnsupportedModelError(
-            f"{called} is a vision-language model; its text tower (family {text.model_type}) is "
-            "a language model of its own only once it is saved as one. Give a text model."
+            f"{called} is a {kind} model ({', '.join(towers)}), and transformers loads no causal "
+            f"language model of it; its text tower (family {text.model_type}) is a language model of "
+            "its own only once it is saved as one, so give a text model."
         )
     raise UnsupportedModelError(
         f"{called}: transformers has no causal language model of the family {family!r}."
     )
+
+
+def other_towers(config: Any) -> list[str]:
+    """Return the keys of a configuration whose parts are no text, such as ``vision_config``.
+
+    Args:
+        config: A transformers configuration.
+    """
+    text = config.get_text_config(decoder=True)
+    return [
+        name
+        for name in config.sub_configs
+        if getattr(config, name, None) is not None and getattr(config, name) is not text
+    ]
 
 
 def _require_weights(source: Source, allow_pickle: bool) -> None:

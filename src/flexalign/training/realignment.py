@@ -185,7 +185,7 @@ def _caution_of_distance(recipes: Sequence[RealignRecipe]) -> str | None:
         [
             *("flexalign", "inspect", *dict.fromkeys(recipe.models)),
             *_prompt_options(recipe.prompts),
-            *("--diff", recipe.data),
+            *("--diff", recipe.data if recipe.columns is None else "TRACES"),
         ]
     )
     return (

@@ -44,6 +44,9 @@ class WatchSettings(Section):
         description="File of prompts; rows with an `answer` give an accuracy too.",
         examples=["questions.jsonl"],
     )
+    columns: dict[str, Any] | None = Field(
+        None, description="The file's own names for fields, such as {problem: QUERY}."
+    )
     every_steps: int = Field(
         50,
         description="Steps between two measurements; the untrained student comes before step 0.",
@@ -57,6 +60,7 @@ class WatchSettings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        _check_columns(self.columns)
         for name in ("every_steps", "limit", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"watch.{name} must be at least 1, got {getattr(self, name)}.")
@@ -65,6 +69,13 @@ class WatchSettings(Section):
                 f"watch.temperature must be a number ≥ 0 (0 is greedy), got {self.temperature}."
             )
         return self
+
+
+def _check_columns(columns: Mapping[str, Any] | None) -> None:
+    from flexalign.data.columns import check_columns  # imports datasets
+
+    if columns is not None:
+        check_columns(columns)
 
 
 def _read_watch(value: object) -> WatchSettings | None:
@@ -300,6 +311,11 @@ class Recipe(Section):
     """The example values of inherited fields in this recipe."""
 
     data: str = Field(description="Prompts with responses.", examples=["traces.jsonl"])
+    columns: dict[str, Any] | None = Field(
+        None,
+        description="The data's own names for fields, such as {prompt: QUERY, completion: REPLY}; "
+        "all other columns are then left out. Null: the known names.",
+    )
     output: str = Field(
         description="Folder of the model and its checkpoints: one run; started again, it goes on."
     )
@@ -459,6 +475,7 @@ class Recipe(Section):
     def _check(self) -> Self:
         self._check_keys()
         self.prompting  # noqa: B018 - reading the keys checks them
+        _check_columns(self.columns)
         # Importing the trainers takes seconds, so the keys that need none are checked before.
         self.training.update(parse_training(self.training, self._settings_class()))
         self._check_sections()
@@ -523,7 +540,7 @@ class RealignRecipe(Recipe):
         *("teacher", "rounds", "rollouts", "rollout_objective", "rollout_max_new_tokens", "lora"),
     )
     order: ClassVar[tuple[str, ...]] = (
-        *("reference", "aligned", "data", "output", "schedule"),
+        *("reference", "aligned", "data", "columns", "output", "schedule"),
         *_LOSS,
         *("rounds", "teacher", "cache_dir"),
         *("rollouts", "rollout_objective", "rollout_max_new_tokens"),
@@ -532,8 +549,8 @@ class RealignRecipe(Recipe):
         "training",
     )
     meaning: ClassVar[Mapping[str, str]] = {
-        "data": "Traces, prompts with responses (flexalign sample): JSONL, JSON, Parquet or a "
-        "saved data set.",
+        "data": "Traces, prompts with responses (flexalign sample): JSONL, JSON, CSV (also .gz), "
+        "Parquet, a folder of shards or a saved data set; FOLDER/train is a split.",
     }
     example: ClassVar[Mapping[str, Any]] = {"output": "out/realigned"}
 
@@ -801,7 +818,16 @@ class AdaptRecipe(_AdapterRecipe):
         *_LOSS,
     )
     order: ClassVar[tuple[str, ...]] = (
-        *("base", "data", "output", "method", "adapter", "adapter_layers", "strip_thinking"),
+        *(
+            "base",
+            "data",
+            "columns",
+            "output",
+            "method",
+            "adapter",
+            "adapter_layers",
+            "strip_thinking",
+        ),
         *("aligned", "schedule"),
         *_LOSS,
         *_PROMPTING,
@@ -891,7 +917,7 @@ class BakeRecipe(_AdapterRecipe):
 
     deciding: ClassVar[tuple[str, ...]] = ("lambda", "held_out", *_LOSS)
     order: ClassVar[tuple[str, ...]] = (
-        *("base", "adapter", "schedule", "data", "output", "held_out"),
+        *("base", "adapter", "schedule", "data", "columns", "output", "held_out"),
         *_LOSS,
         *_PROMPTING,
         "training",
