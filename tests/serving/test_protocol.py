@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexalign.generation.penalties import LogitsSettings
+from flexalign.data.logits import LogitsSettings
 from flexalign.serving.errors import ApiError
 from flexalign.serving.protocol import read_chat, read_completion
 

@@ -25,8 +25,8 @@ from pydantic import (
 )
 
 from flexalign._spelling import nearest
+from flexalign.data.logits import LogitsSettings
 from flexalign.data.thinking import ThinkingTags
-from flexalign.generation.penalties import LogitsSettings
 from flexalign.generation.text import StreamedSplit
 from flexalign.serving.dial import DialChoice, DialFields
 from flexalign.serving.engine import AnswerPiece, WrittenToken

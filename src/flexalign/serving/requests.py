@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from flexalign.generation.penalties import LogitsSettings
+from flexalign.data.logits import LogitsSettings
 from flexalign.serving.dial import DialChoice
 from flexalign.serving.engine import AnswerPiece, Ended, Generation, WrittenToken
 

@@ -15,6 +15,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from flexalign.data.thinking import ThinkingTags
 from flexalign.generation.confidence import ConfidenceTracker
+from flexalign.generation.penalties import logits_processors
 from flexalign.generation.row_lambdas import TagTokens
 from flexalign.generation.seeded import SeededSampling
 from flexalign.generation.text import ResponseText, StreamedText, overlap
@@ -209,7 +210,7 @@ class AnswerSequence:
         tags = reader.tags if job.stops_after_thinking else None
         opened = reader.is_opened_by(job.prompt) if job.opened is None else job.opened
         self._running = StoppedText(reader, job.stop, tags, opened=opened)
-        self._penalties = job.logits.processors(len(job.prompt))
+        self._penalties = logits_processors(job.logits, len(job.prompt))
         self._sampling = None
         if job.temperature != 0 and self._fast is None:
             limits = (job.logits.top_k, job.logits.min_p)
