@@ -9,7 +9,7 @@ again. This module does not depend on an engine: the local server and vLLM use t
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Annotated, Any
 
@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, WithJsonSchema
 
 from flexalign._spelling import misspelt
 from flexalign.calibration.effort import Calibration, effort_to_dial, note_on_sampling
+from flexalign.data.logits import LogitsSettings
 from flexalign.errors import ConfigError, LambdaError
 from flexalign.generation.dial_config import DialConfig
 from flexalign.lambdas import (
@@ -50,7 +51,11 @@ _FORMS = 'a finite number such as 0.5, "auto", or an object such as {"policy": "
 _ELSEWHERE = {"reasoning": "effort", "output_config": "effort"}
 """Keys of other protocols that contain a ``reasoning_effort``; an engine may understand them."""
 
-_USUAL = {"temperature": 1, "top_p": 1}
+_USUAL = {
+    "temperature": 1,
+    "top_p": 1,
+    **{one.name: one.default for one in fields(LogitsSettings) if one.name != "logit_bias"},
+}
 """The defaults of a request's sampling, in OpenAI's protocol and in every engine here."""
 
 _log = logging.getLogger("flexalign.serving")
@@ -359,5 +364,5 @@ def adapter_rules(
         permitted,
         effort=partial(effort_to_dial, calibration),
         holes=calibration.holes,
-        sampling={name: sampling[name] for name in ("temperature", "top_p") if name in sampling},
+        sampling={name: sampling[name] for name in _USUAL if name in sampling},
     )
