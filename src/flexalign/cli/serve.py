@@ -143,6 +143,7 @@ def serve(
     is_local = key is None and not insecure
     body_bytes = round(body_limit * 2**20)
 
+    from flexalign.data.prompting import parse_template
     from flexalign.serving.server import require_safe_address
 
     if engine is EngineName.VLLM:
@@ -150,11 +151,6 @@ def serve(
             raise ConfigError(
                 "--reference-prompt and --aligned-prompt are served by --engine local alone: vLLM "
                 "runs one prompt for each request; leave --engine out."
-            )
-        if template:
-            raise ConfigError(
-                "--template is for the local engine; give vLLM its own flag behind --: "
-                "--default-chat-template-kwargs '{\"enable_thinking\": false}'."
             )
         if aligned is not None:
             raise ConfigError(
@@ -178,6 +174,7 @@ def serve(
             "queue": queue,
             "front": FrontOptions(limits, body_bytes, playground, is_local),
             "flags": tuple(flags or ()),
+            "template": parse_template(template or []),
         }
         source = DialSource(model, adapter, any_base, prepared)
         _serve_on_vllm(source, settings, dry_run=dry_run, as_json=as_json)
@@ -185,7 +182,6 @@ def serve(
 
     if flags or prepared is not None or dry_run:
         raise ConfigError("flags after --, --prepared and --dry-run are about --engine vllm.")
-    from flexalign.data.prompting import parse_template
     from flexalign.serving.engine import EngineLimits
     from flexalign.serving.server import ServeOptions
 
@@ -310,12 +306,13 @@ def _serve_on_vllm(
     """
     from flexalign.serving.vllm.launch import Launch, check_flags, require_vllm, run
 
-    check_flags(settings["flags"])
+    check_flags(settings["flags"], has_template=bool(settings["template"]))
     if not dry_run:
         require_vllm()
     with as_input_errors():
         launch = Launch(source.folder(), **settings)
         rules = source.rules(launch.front.lambda_range)
+        source.require_template(launch.template)
     if dry_run:
         _show_launch(launch, as_json)
         return

@@ -164,7 +164,7 @@ class _Routes:
             return _NoResponse()
 
         # The headers are stored at the request, so that an error has them too.
-        choice = self._rules.choose(body)
+        choice = self._rules.choose(body, is_chat=form is _CHAT)
         request.state.headers = headers = _headers(choice)
         running = await self._service.begin(form.read(body, choice))
         model = self._service.model

@@ -431,6 +431,10 @@ class ChatBody(SamplingBody):
     )
     max_tokens: int | None = Field(None, ge=1, description="The same, by its older name.")
     messages: Messages = Field(description="Each has a role and a content.")
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Arguments that the chat template reads, such as enable_thinking.",
+    )
 
 
 class CompletionBody(SamplingBody):
@@ -463,7 +467,9 @@ def read_chat(body: Mapping[str, Any], choice: DialChoice | None = None) -> Chat
     logprobs = (form.top_logprobs or 0) if form.logprobs else None
     limit = form.max_completion_tokens or form.max_tokens  # neither is 0
     sampling = form.sampling(limit, logprobs)
-    return ChatRequest(form.model, form.messages, sampling, choice or DialChoice(None))
+    choice = choice or DialChoice(None)
+    template = {**choice.template, **form.chat_template_kwargs}
+    return ChatRequest(form.model, form.messages, sampling, choice, template)
 
 
 def read_completion(body: Mapping[str, Any], choice: DialChoice | None = None) -> CompletionRequest:
@@ -545,6 +551,7 @@ def _refusal(form: type[BaseModel], error: ValidationError) -> ApiError:
         "bool_type": "true or false",
         "string_type": "a text",
         "model_type": 'an object, such as {"include_usage": true}',
+        "dict_type": 'an object, such as {"enable_thinking": false}',
     }
     wanted = words.get(first["type"]) or _number_in_words(form, key)
     where = ".".join(map(str, first["loc"]))

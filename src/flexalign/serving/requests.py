@@ -5,7 +5,7 @@ and checked, and the dial is chosen. The service and the engine do not parse it 
 needs a reader of its bodies into these classes and a writer of its answers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -54,12 +54,14 @@ class ChatRequest:
         messages: Objects with a ``role`` and a ``content`` that is text, as the template takes them.
         sampling: How answers are sampled.
         choice: Its dial.
+        template: Arguments of the chat template; they override the operator's.
     """
 
     model: str | None
     messages: tuple[dict[str, Any], ...]
     sampling: SamplingOptions
     choice: DialChoice
+    template: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

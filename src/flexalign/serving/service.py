@@ -14,6 +14,7 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 
 from flexalign.data.rendering import Rendering
+from flexalign.data.template_arguments import require_read
 from flexalign.data.thinking import ThinkingTags
 from flexalign.data.traces import derive_seed
 from flexalign.errors import ConfigError, DataError
@@ -190,6 +191,8 @@ class Service:
                 "messages: this model has no chat template; send a prompt to /v1/completions.",
                 param="messages",
             )
+        arguments = self._template_arguments(request)
+        blamed = "messages or chat_template_kwargs" if arguments else "messages"
         try:
             messages = [dict(message) for message in request.messages]
             if self.model.rendering is not None:
@@ -197,15 +200,31 @@ class Service:
                 dial = request.choice.dial
                 opened = both.opens_at(dial.lam if isinstance(dial, Fixed) else None)
                 return EncodedPrompt(tuple(both.reference.ids), opened, tuple(both.aligned.ids))
-            return self._encoded(tuple(Rendering(tokenizer).prompt(messages).ids))
+            return self._encoded(tuple(Rendering(tokenizer).prompt(messages, **arguments).ids))
         except DataError as error:
             raise ApiError(400, f"messages: {error}", param="messages") from error
         except Exception as error:  # a template is a program, and these are its arguments
             raise ApiError(
                 400,
-                f"messages: the chat template fails on them ({error!r:.200}); send others.",
+                f"{blamed}: the chat template fails on them ({error!r:.200}); send others.",
                 param="messages",
             ) from error
+
+    def _template_arguments(self, request: ChatRequest) -> dict[str, Any]:
+        """Return the arguments of the chat template that a request gives; check their names."""
+        arguments = dict(request.template)
+        try:
+            if arguments and self.model.rendering is not None:
+                raise ConfigError(
+                    "chat_template_kwargs: this server asks its model under two prompts, whose "
+                    "arguments are the operator's; leave it out."
+                )
+            require_read(self.model.tokenizer, arguments, "chat_template_kwargs")
+        except ConfigError as error:
+            raise ApiError(
+                400, str(error), param="chat_template_kwargs", code="invalid_value"
+            ) from error
+        return arguments
 
     def _encoded(self, ids: TokenIds) -> EncodedPrompt:
         return EncodedPrompt(ids, self._reader.is_opened_by(ids))

@@ -15,6 +15,7 @@ vLLM's own plugins, and why, is in ``docs/decisions.md``.
 import json
 import os
 import secrets
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from flexalign.data.template_arguments import require_read
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.generation.dial_config import DialConfig
@@ -204,6 +206,8 @@ class VllmDialMiddleware(DialMiddleware):
         refuse_engine_lambda(body)
         _refuse_unserved(body, choice.dial)
         is_chat = path_of(scope) == PATHS[0]
+        if is_chat:
+            _require_template_read(self._reader.tokenizer, body)
         rewriter = ResponseRewriter(self._reader, body, is_chat, choice, _counted(choice, send))
 
         # What the rewriter needs to see: the chat's prompt, and tags that vLLM would hide.
@@ -334,6 +338,17 @@ def _refuse_unserved(body: dict[str, Any], dial: Dial | None) -> None:
     for key in ("tools", "echo") if isinstance(dial, Adaptive) else ():
         if body.get(key):
             raise _refused(key, f"{key} is not served under the adaptive policy on vLLM.")
+
+
+def _require_template_read(tokenizer: Any, body: Mapping[str, Any]) -> None:
+    """Refuse arguments that the model's chat template does not read: vLLM drops them in silence."""
+    given = body.get("chat_template_kwargs")
+    if not isinstance(given, dict) or body.get("chat_template") is not None:
+        return  # vLLM refuses it, or judges the template that the request brings
+    try:
+        require_read(tokenizer, given, "chat_template_kwargs")
+    except ConfigError as error:
+        raise _refused("chat_template_kwargs", str(error)) from error
 
 
 def _refused(param: str, message: str) -> ApiError:
