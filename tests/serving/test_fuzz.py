@@ -4,7 +4,9 @@ import asyncio
 import http.client
 import json
 import random
+import re
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +32,7 @@ KEYS = [
     *("temperature", "top_p", "stream", "stream_options", "logprobs", "top_logprobs", "user"),
     *("lambda", "effort", "reasoning_effort", "control", "tools", "logit_bias", "metadata"),
     *("echo", "response_format", "frequency_penalty", "lamda", "λ", "", "\u0000", "a" * 3000),
+    *("chat_template_kwargs", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
 ]
 FACADE_KEYS = [
     *("input", "instructions", "max_output_tokens", "reasoning", "text", "store", "system"),
@@ -37,6 +40,7 @@ FACADE_KEYS = [
 ]
 INNER = ["role", "content", "type", "text", "policy", "kind", "start", "end", "steps", "points"]
 INNER += ["threshold", "share", "measure", "think", "answer", "budget", "include_usage", "lambda"]
+INNER += ["enable_thinking", "drop_system", "summary", "verbosity", "a\r\nb: c"]
 LEAVES = [
     *(None, True, False, -1, 0, 1, 2, 7, 2.5, -0.0, 1e308, 5e-324, 10**18, 2**63, 2**64, 10**300),
     *("", " ", "auto", "user", "assistant", "system", "linear", "thinking", "adaptive", "route"),
@@ -182,6 +186,38 @@ def test_no_body_breaks_another_protocol(app: Any, path: str):
     statuses = asyncio.run(run())
     assert statuses[200] > 15
     assert statuses[400] > 500
+
+
+@pytest.fixture
+def lenient(hybrid_folder: Path) -> Iterator[Any]:
+    """A model without a dial, whose template takes arguments; unknown keys go into a header."""
+    service, rules = load_service(ServeOptions(str(hybrid_folder)))
+    yield create_app(service, rules, warns_unknown=True)
+    service.engine.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [*PATHS, *FACADES])
+def test_no_body_breaks_a_template_or_a_header(lenient: Any, path: str):
+    good = GOOD.get(path) or FACADES[path]
+    keys = [*KEYS, *FACADE_KEYS, *["chat_template_kwargs", "reasoning_effort"] * 8]
+
+    async def run() -> dict[int, int]:
+        statuses: dict[int, int] = {}
+        for number in range(BODIES):
+            content = body(number, good, keys)
+            sent = await exchange(lenient, path, content)
+            status, told = read(sent)
+            assert status < 500, (number, content[:500], told)
+            for name, value in sent[0]["headers"]:
+                assert re.fullmatch(rb"[\x20-\x7e]*", value), (number, name, value)
+            statuses[status] = statuses.get(status, 0) + 1
+        assert read(await exchange(lenient, path, json.dumps(good).encode()))[0] == 200
+        return statuses
+
+    statuses = asyncio.run(run())
+    assert statuses[200] > 15
+    assert statuses[400] > 300
 
 
 @pytest.mark.full

@@ -1,5 +1,6 @@
 """``flexalign serve``: a server of OpenAI's protocol with a dial on every request."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +38,13 @@ if TYPE_CHECKING:
 
 _NEEDED = ("fastapi", "starlette", "uvicorn", "prometheus_client")
 _ROWS, _QUEUE = 32, 256
+
+
+class UnknownKeys(StrEnum):
+    """What becomes of keys of a request that the server does not know."""
+
+    REFUSE = "refuse"
+    WARN = "warn"
 
 
 def serve(
@@ -98,6 +106,10 @@ def serve(
     body_limit: Annotated[
         float, typer.Option(min=0.001, help="Longest body of a request in MiB.")
     ] = 4.0,
+    unknown_keys: Annotated[
+        UnknownKeys,
+        typer.Option(help="Keys of a request that nothing reads: a 400, or named in a header."),
+    ] = UnknownKeys.REFUSE,
     grace: Annotated[
         float, typer.Option(min=1, help="Seconds for running answers after SIGTERM.")
     ] = 30.0,
@@ -142,6 +154,7 @@ def serve(
     key = read_secret(api_key_env)
     is_local = key is None and not insecure
     body_bytes = round(body_limit * 2**20)
+    warns_unknown = unknown_keys is UnknownKeys.WARN
 
     from flexalign.data.prompting import parse_template
     from flexalign.serving.server import require_safe_address
@@ -172,7 +185,7 @@ def serve(
             "context": context,
             "rows": batch_size,
             "queue": queue,
-            "front": FrontOptions(limits, body_bytes, playground, is_local),
+            "front": FrontOptions(limits, body_bytes, playground, is_local, warns_unknown),
             "flags": tuple(flags or ()),
             "template": parse_template(template or []),
         }
@@ -204,7 +217,12 @@ def serve(
         options,
         host,
         port,
-        {"key": key, "is_local": is_local, "body_limit": body_bytes},
+        {
+            "key": key,
+            "is_local": is_local,
+            "body_limit": body_bytes,
+            "warns_unknown": warns_unknown,
+        },
         grace=grace,
         playground=playground,
         as_json=as_json,

@@ -12,6 +12,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import (
@@ -24,13 +25,13 @@ from pydantic import (
     ValidationError,
 )
 
-from flexalign._spelling import nearest
 from flexalign.data.logits import LogitsSettings
 from flexalign.data.thinking import ThinkingTags
 from flexalign.generation.text import StreamedSplit
 from flexalign.serving.dial import DialChoice, DialFields
 from flexalign.serving.engine import AnswerPiece, WrittenToken
 from flexalign.serving.errors import ApiError, Scope, as_sent
+from flexalign.serving.keys import BodyKeys
 from flexalign.serving.requests import (
     AnswerDraft,
     ChatRequest,
@@ -184,7 +185,7 @@ def _is_deeper(value: Any, most: int) -> bool:
 
 # The bodies of OpenAI's routes.
 
-_WITHOUT_EFFECT = {
+WITHOUT_EFFECT = {
     *("user", "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_key"),
     *("safety_identifier", "prompt_cache_retention"),
 }
@@ -487,6 +488,17 @@ def read_completion(body: Mapping[str, Any], choice: DialChoice | None = None) -
     return CompletionRequest(form.model, form.prompt, sampling, choice or DialChoice(None))
 
 
+@cache
+def body_keys(form: type[BaseModel], *, refuses: bool = True) -> BodyKeys:
+    """Return the keys that bodies of a form may have, beside those of the dial.
+
+    Args:
+        form: The form of a route's bodies.
+        refuses: Whether an unknown key is an error.
+    """
+    return BodyKeys.of(form, {*WITHOUT_EFFECT, *_NEUTRAL}, refuses=refuses)
+
+
 def body_schema(form: type[BaseModel]) -> dict[str, Any]:
     """Return the JSON schema of a route's body, the keys of the dial first.
 
@@ -516,7 +528,8 @@ def _inlined(schema: Any, parts: Mapping[str, Any]) -> Any:
 
 def _read(form: type[_Body], body: Mapping[str, Any]) -> _Body:
     """Validate a body against its form; errors have this server's own messages, not pydantic's."""
-    _refuse_unknown(body, list(form.model_fields))
+    body_keys(form).sort_out(dict(body))
+    _refuse_unserved(body)
     given = {key: value for key, value in body.items() if value is not None}
     # A required key that is missing becomes null, so that its own validator words the error.
     required = [name for name, field in form.model_fields.items() if field.is_required()]
@@ -526,14 +539,9 @@ def _read(form: type[_Body], body: Mapping[str, Any]) -> _Body:
         raise _refusal(form, error) from error
 
 
-def _refuse_unknown(body: Mapping[str, Any], known: Sequence[str]) -> None:
+def _refuse_unserved(body: Mapping[str, Any]) -> None:
     for key, value in body.items():
-        if key in known or key in _WITHOUT_EFFECT or value is None:
-            continue
-        if key not in _NEUTRAL:
-            hint = nearest(key[:80], known, otherwise="leave it out")
-            raise _bad(key[:80], f"{key[:80]!r} is not known to this server{hint}")
-        if value not in _NEUTRAL[key]:
+        if value is not None and key in _NEUTRAL and value not in _NEUTRAL[key]:
             served = " or ".join(map(as_sent, _NEUTRAL[key]))
             raise _bad(
                 key, f"{key} is served at {served} alone, got {as_sent(value)}; leave it out."
