@@ -27,10 +27,18 @@ _GIVEN = (
 
 def template_variables(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """Return the names that a tokenizer's chat template reads and that are not set by the library."""
+    return _read_by(tokenizer) - set(_GIVEN) - set(tokenizer.special_tokens_map)
+
+
+def reads_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer's chat template describes tools to the model."""
+    return "tools" in _read_by(tokenizer)
+
+
+def _read_by(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     template: Any = bare_template(tokenizer) or ""
     texts = list(template.values()) if isinstance(template, dict) else [template]
-    found = set().union(*map(_undeclared, texts))
-    return found - set(_GIVEN) - set(tokenizer.special_tokens_map)
+    return set().union(*map(_undeclared, texts))
 
 
 @lru_cache(maxsize=64)

@@ -41,6 +41,7 @@ from flexalign.serving.protocol import (
 )
 from flexalign.serving.requests import ChatRequest, CompletionRequest, RunningRequest
 from flexalign.serving.service import Service
+from flexalign.serving.tools import UNPARSED
 
 _log = logging.getLogger("flexalign.serving")
 
@@ -185,6 +186,10 @@ class _Routes:
         running = await self._service.begin(form.read(body, choice))
         model = self._service.model
         answers = form.answers(model.name, model.tokenizer, model.tags, choice)
+        if running.tools is not None and isinstance(answers, ChatFormat):
+            answers.read_calls(running.tools)
+            if not running.tools.is_parsed:
+                headers |= {UNPARSED: "text"}
         if running.sampling.stream:
             return _EventStream(self._events(running, answers), running, headers)
 

@@ -7,11 +7,14 @@ needs a reader of its bodies into these classes and a writer of its answers.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flexalign.data.logits import LogitsSettings
 from flexalign.serving.dial import DialChoice
 from flexalign.serving.engine import AnswerPiece, Ended, Generation, WrittenToken
+
+if TYPE_CHECKING:
+    from flexalign.serving.tools import ToolAnswers
 
 TokenIds: TypeAlias = tuple[int, ...]
 
@@ -55,6 +58,7 @@ class ChatRequest:
         sampling: How answers are sampled.
         choice: Its dial.
         template: Arguments of the chat template; they override the operator's.
+        tools: The tools that an answer may call, as the chat template takes them.
     """
 
     model: str | None
@@ -62,6 +66,7 @@ class ChatRequest:
     sampling: SamplingOptions
     choice: DialChoice
     template: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,7 @@ class RunningRequest:
         drafts: Its answers.
         generations: The engine's generation of each answer.
         since: When it arrived, in seconds of the monotonic clock.
+        tools: Reads the calls of tools in its answers; None if the request has no tools.
     """
 
     sampling: SamplingOptions
@@ -130,6 +136,7 @@ class RunningRequest:
     drafts: Sequence[AnswerDraft]
     generations: Sequence[Generation]
     since: float
+    tools: "ToolAnswers | None" = None
 
     def cancel(self) -> None:
         """Make the engine drop it before its next step; no effect if it has ended."""

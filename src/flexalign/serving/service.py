@@ -32,6 +32,7 @@ from flexalign.serving.requests import (
     TokenIds,
     Usage,
 )
+from flexalign.serving.tools import ToolAnswers, ToolParser, template_messages_of
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Service:
         self.metrics = Metrics(engine)
         self._queue = queue
         self._reader = ResponseText(model.tokenizer, model.tags)
+        self._tools = ToolParser(model.tokenizer, self._reader)
 
     async def begin(self, request: ChatRequest | CompletionRequest) -> RunningRequest:
         """Check a request against the model and submit it to the engine.
@@ -131,7 +133,10 @@ class Service:
             drafts.append(AnswerDraft(index, counted, prompt.opened))
         generations = self.engine.submit([job for _, job in jobs], asyncio.get_running_loop())
         self.metrics.began(choice.dial, sum(map(len, prompts)))
-        return RunningRequest(sampling, choice, drafts, generations, since)
+        tools = None
+        if isinstance(request, ChatRequest) and request.tools:
+            tools = ToolAnswers(self._tools, request.tools, prompts[0].ids, bool(sampling.stop))
+        return RunningRequest(sampling, choice, drafts, generations, since, tools)
 
     async def pieces(
         self, running: RunningRequest
@@ -192,9 +197,9 @@ class Service:
                 param="messages",
             )
         arguments = self._template_arguments(request)
-        blamed = "messages or chat_template_kwargs" if arguments else "messages"
+        blamed = "messages, chat_template_kwargs or tools" if arguments else "messages"
         try:
-            messages = [dict(message) for message in request.messages]
+            messages = template_messages_of(request.messages)
             if self.model.rendering is not None:
                 both = self.model.rendering.both(messages)
                 dial = request.choice.dial
@@ -213,18 +218,20 @@ class Service:
     def _template_arguments(self, request: ChatRequest) -> dict[str, Any]:
         """Return the arguments of the chat template that a request gives; check their names."""
         arguments = dict(request.template)
+        if request.tools:
+            self._tools.require_tools()
         try:
-            if arguments and self.model.rendering is not None:
+            if (arguments or request.tools) and self.model.rendering is not None:
                 raise ConfigError(
-                    "chat_template_kwargs: this server asks its model under two prompts, whose "
-                    "arguments are the operator's; leave it out."
+                    "chat_template_kwargs, tools: this server asks its model under two prompts, whose "
+                    "arguments are the operator's; leave them out."
                 )
             require_read(self.model.tokenizer, arguments, "chat_template_kwargs")
         except ConfigError as error:
             raise ApiError(
                 400, str(error), param="chat_template_kwargs", code="invalid_value"
             ) from error
-        return arguments
+        return arguments | ({"tools": list(request.tools)} if request.tools else {})
 
     def _encoded(self, ids: TokenIds) -> EncodedPrompt:
         return EncodedPrompt(ids, self._reader.is_opened_by(ids))
