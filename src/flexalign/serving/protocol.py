@@ -263,6 +263,20 @@ def _read_tools(given: object) -> tuple[dict[str, Any], ...]:
     return tuple({"type": "function", **tool} for tool in given)
 
 
+def _read_format(given: object) -> dict[str, Any] | bool | None:
+    kind = given.get("type") if isinstance(given, dict) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    form = given.get("json_schema") if isinstance(given, dict) and kind == "json_schema" else None
+    schema = form.get("schema") if isinstance(form, dict) else None
+    if isinstance(schema, dict | bool):
+        return schema
+    wanted = '{"type": "text"}, {"type": "json_object"}, or a type json_schema with a json_schema'
+    raise _wrong("response_format", f"{wanted}.schema", given)
+
+
 def _read_prompts(given: object) -> tuple[str | TokenIds, ...]:
     if isinstance(given, str):
         return (given,)
@@ -354,6 +368,12 @@ Tools = Annotated[
     PlainValidator(_read_tools, json_schema_input_type=list[dict[str, Any]]),
 ]
 """The functions that an answer may call."""
+
+ResponseFormat = Annotated[
+    dict[str, Any] | bool | None,
+    PlainValidator(_read_format, json_schema_input_type=dict[str, Any]),
+]
+"""The JSON schema of answers; None for text."""
 
 Stops = Annotated[
     tuple[str, ...],
@@ -460,6 +480,9 @@ class ChatBody(SamplingBody):
     tools: Tools = Field(
         (), description="Functions that the answer may call; the chat template must read them."
     )
+    response_format: ResponseFormat = Field(
+        None, description="What the answer after the thinking follows: text, or a JSON schema."
+    )
 
 
 class CompletionBody(SamplingBody):
@@ -496,7 +519,11 @@ def read_chat(body: Mapping[str, Any], choice: DialChoice | None = None) -> Chat
     template = {**choice.template, **form.chat_template_kwargs}
     # With "none" no tool may be called, and the model does not hear of any.
     tools = () if body.get("tool_choice") == "none" else form.tools
-    return ChatRequest(form.model, form.messages, sampling, choice, template, tools)
+    if tools and form.response_format is not None:
+        raise _bad("response_format", "response_format: with tools the answer is text; give one.")
+    return ChatRequest(
+        form.model, form.messages, sampling, choice, template, tools, form.response_format
+    )
 
 
 def read_completion(body: Mapping[str, Any], choice: DialChoice | None = None) -> CompletionRequest:

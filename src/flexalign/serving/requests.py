@@ -59,6 +59,7 @@ class ChatRequest:
         choice: Its dial.
         template: Arguments of the chat template; they override the operator's.
         tools: The tools that an answer may call, as the chat template takes them.
+        schema: The JSON schema that the answer after the thinking follows; None for any text.
     """
 
     model: str | None
@@ -67,6 +68,7 @@ class ChatRequest:
     choice: DialChoice
     template: Mapping[str, Any] = field(default_factory=dict)
     tools: tuple[dict[str, Any], ...] = ()
+    schema: Mapping[str, Any] | bool | None = None
 
 
 @dataclass(frozen=True)

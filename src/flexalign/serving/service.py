@@ -21,7 +21,7 @@ from flexalign.errors import ConfigError, DataError
 from flexalign.generation.text import ResponseText
 from flexalign.lambdas import Fixed
 from flexalign.models.prompted import PairRendering
-from flexalign.serving.engine import AnswerPiece, Engine, Generation, Job
+from flexalign.serving.engine import AnswerPiece, Engine, Generation, Grammar, Job
 from flexalign.serving.errors import ApiError, as_sent
 from flexalign.serving.metrics import Metrics
 from flexalign.serving.requests import (
@@ -123,7 +123,11 @@ class Service:
         else:
             prompts = [await run_in_threadpool(self._encode, prompt) for prompt in request.prompts]
 
-        jobs = [(prompt, job) for prompt in prompts for job in self._jobs(prompt, request)]
+        grammar = None
+        if isinstance(request, ChatRequest) and request.schema is not None:
+            grammar = await run_in_threadpool(self._grammar, request.schema, prompts[0])
+
+        jobs = [(prompt, job) for prompt in prompts for job in self._jobs(prompt, request, grammar)]
         self._require_room(len(jobs))
 
         # A prompt with several answers is counted once, with the first of them.
@@ -259,8 +263,19 @@ class Service:
                 param=key,
             )
 
+    def _grammar(self, schema: object, prompt: EncodedPrompt) -> Grammar:
+        try:
+            return self.engine.grammars.compile(schema, opened=prompt.opened)
+        except ConfigError as error:
+            told = str(error)
+            told = told if told.startswith("response_format") else f"response_format: {told}"
+            raise ApiError(400, told, param="response_format", code="invalid_value") from error
+
     def _jobs(
-        self, prompt: EncodedPrompt, request: ChatRequest | CompletionRequest
+        self,
+        prompt: EncodedPrompt,
+        request: ChatRequest | CompletionRequest,
+        grammar: Grammar | None,
     ) -> Iterator[Job]:
         """Yield a job for each answer to one prompt; the first has the request's own seed."""
         sampling = request.sampling
@@ -294,6 +309,7 @@ class Service:
                 aligned=prompt.aligned,
                 opened=prompt.opened,
                 logits=sampling.logits,
+                grammar=grammar,
             )
 
     def _require_room(self, jobs: int) -> None:
