@@ -121,7 +121,7 @@ def test_prompts_have_four_forms(prompt: Any, prompts: Any):
         ("logit_bias", [1]),
         ("logit_bias", {str(token): 1 for token in range(1025)}),
         ("tools", [{"type": "function"}]),
-        ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "yaml"}),
         ("temprature", 0.5),
     ],
 )

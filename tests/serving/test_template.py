@@ -1,6 +1,7 @@
 """Arguments of the chat template: a request's own, the operator's, and those of a reasoning_effort."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -226,9 +227,11 @@ def test_under_two_prompts_the_arguments_are_the_operators(
 
 
 def test_a_dial_keeps_its_meaning_of_effort(
-    serve_here: Callable[..., Any], hybrid_folder: Path
+    serve_here: Callable[..., Any], hybrid_folder: Path, tiny_pair: Any, tmp_path: Path
 ) -> None:
-    app = serve_here(hybrid_folder, aligned=str(hybrid_folder))
+    aligned = shutil.copytree(tiny_pair.aligned, tmp_path / "aligned")
+    AutoTokenizer.from_pretrained(hybrid_folder).save_pretrained(aligned)
+    app = serve_here(hybrid_folder, aligned=str(aligned))
     for level in ("none", "high"):
         _, answer, ignored = ask(app, messages=TURNS, reasoning_effort=level, max_tokens=1)
         assert answer["usage"]["prompt_tokens"] == completed(app, hybrid_folder)[1]

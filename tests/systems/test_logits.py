@@ -25,9 +25,9 @@ from flexalign.systems import (
 STEPS = 12
 ASKED = [
     [{"role": "user", "content": text}]
-    for text in ("one plus two", "what is one and two and three", "the")
+    for text in ("one plus two", "what is one and two and three", "3+14+15?")
 ]
-PENALISED = LogitsSettings(repetition_penalty=1.7, presence_penalty=0.4, frequency_penalty=0.3)
+PENALISED = LogitsSettings(repetition_penalty=2.5, presence_penalty=6.0, frequency_penalty=5.0)
 MINIATURE_SYSTEMS = [
     "model:miniature:reference",
     "dial:miniature:reference,miniature:fast",
@@ -57,15 +57,15 @@ def recompute(model: Any, ids: list[int], settings: LogitsSettings, ends: set[in
     return written
 
 
-def answers(system: str, settings: list[Any], **options: Any) -> list[str]:
-    """Answer three prompts of different lengths at some settings; the texts, prompt by prompt."""
+def answers(system: str, settings: list[Any], turns: Any = ASKED, **options: Any) -> list[str]:
+    """Answer prompts of different lengths at some settings; the texts, prompt by prompt."""
     asked = [Setting.of(setting) for setting in settings]
     backend = open_backend(
         parse_system(system), asked, SystemOptions(max_new_tokens=STEPS, **options)
     )
     requests = [
         PromptRequest(place, messages, setting, 0, 7 + place)
-        for place, messages in enumerate(ASKED)
+        for place, messages in enumerate(turns)
         for setting in asked or [getattr(backend, "default", AS_IT_IS)]
     ]
     found = {
@@ -146,20 +146,25 @@ def test_the_likeliest_token_alone_is_greedy(system: str) -> None:
     assert sampled == answers(system, [], temperature=1, top_p=1, logits=LogitsSettings(min_p=1.0))
 
 
-@pytest.mark.parametrize("system", ["dial:miniature,miniature:fast", "pair:miniature"])
-def test_a_policys_fast_answer_is_penalised(system: str) -> None:
-    policy = {"policy": "adaptive", "threshold": 0.0}
-    bias = LogitsSettings(repetition_penalty=3.0)
-    assert answers(system, [policy], temperature=0, logits=bias) == answers(
-        system, [1], temperature=0, logits=bias
-    )
+def test_a_policys_fast_answer_is_biased_too() -> None:
+    """Without the likeliest answers another one is written, and accepted as it is."""
+    system, policy = "dial:miniature,miniature:fast", {"policy": "adaptive", "threshold": 0.0}
+    sums = [[{"role": "user", "content": text}] for text in ("3+14+15?", "9+3+6?")]
+    plain = answers(system, [1], sums, temperature=0)
+    tokenizer = load_tokenizer("miniature")
+    likeliest = [tokenizer.convert_tokens_to_ids(answer.split()[-1]) for answer in plain]
+    biased = LogitsSettings(logit_bias=tuple((token, -100.0) for token in set(likeliest)))
+    found = answers(system, [policy], sums, temperature=0, logits=biased)
+    assert found == answers(system, [1], sums, temperature=0, logits=biased)
+    assert not set(found) & set(plain)
 
 
 def test_two_prompts_are_penalised_by_the_references(hybrid_folder: Path) -> None:
     prompts = PromptPair(aligned=PromptSettings({"enable_thinking": False}))
     options: dict[str, Any] = {"temperature": 0, "logits": PENALISED}
     found = answers(f"prompts:{hybrid_folder}", [0], prompts=prompts, **options)
-    assert found == answers(f"model:{hybrid_folder}", [], **options)
+    plain = answers(f"model:{hybrid_folder}", [], **options)
+    assert found == [answer.removeprefix("<think>") for answer in plain]
     assert answers(f"prompts:{hybrid_folder}", [0, 0.5, 1], prompts=prompts, **options)[
         1::3
     ] == answers(f"prompts:{hybrid_folder}", [0.5], prompts=prompts, **options)

@@ -433,7 +433,7 @@ def sweep_notes(sweep: "Sweep") -> list[str]:
     for backend in sweep.backends.values():
         stored = backend.calibration if isinstance(backend, LocalBackend) else None
         if stored is not None:
-            known = usual | Calibration.from_json(stored).sampling
+            known = {**usual, **Calibration.from_json(stored).sampling}
             compared = {name: known.get(name) for name in (*_SAMPLING, *usual)}
             notes.append(note_on_sampling(compared, asked))
     return [note for note in notes if note is not None]

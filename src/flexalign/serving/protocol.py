@@ -766,7 +766,7 @@ class ChatFormat(AnswerFormat):
     def choice(self, draft: AnswerDraft, logprobs: int | None) -> dict[str, Any]:
         """Return the message."""
         thinking, answer, _ = self.tags.split(draft.text, opened=draft.opened)
-        message = {
+        message: dict[str, Any] = {
             "role": "assistant",
             "content": answer,
             "reasoning": thinking or None,
