@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from asgi import read, request
@@ -182,8 +182,10 @@ def engine(heard: list[dict[str, Any]]) -> FastAPI:
         usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
         return {"id": "c", "object": "o", "created": 1, "choices": [choice], "usage": usage}
 
+    router = APIRouter()
     for path in (CHAT, COMPLETION):
-        app.post(path)(answer)
+        router.post(path)(answer)
+    app.include_router(router)
     return app
 
 

@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -135,7 +135,8 @@ class Front:
                 folder = Path(scope["app"].state.args.model)
                 options = FrontOptions.read(os.environ.get(VARIABLE))
                 key = os.environ.get(KEY_VARIABLE)
-                keys = engine_keys(scope["app"].routes, refuses=not options.warns_unknown)
+                routes = getattr(scope["app"], "routes", ())
+                keys = engine_keys(routes, refuses=not options.warns_unknown)
                 self._stack = build_front(self._app, folder, options, key, keys)
             except FlexAlignError as error:
                 if scope["type"] != "lifespan":
@@ -156,7 +157,7 @@ def engine_keys(routes: Iterable[Any], *, refuses: bool) -> dict[str, BodyKeys]:
         refuses: Whether an unknown key is an error.
     """
     found: dict[str, BodyKeys] = {}
-    for route in routes:
+    for route in _flat(routes):
         if getattr(route, "path", None) in PATHS:
             hints = get_type_hints(route.endpoint)
             forms = [one for name, one in hints.items() if name != "return" and _is_form(one)]
@@ -166,6 +167,13 @@ def engine_keys(routes: Iterable[Any], *, refuses: bool) -> dict[str, BodyKeys]:
         if path not in found:
             _log.warning("the keys of %s are not known: unknown ones are not refused.", path)
     return found
+
+
+def _flat(routes: Iterable[Any]) -> Iterator[Any]:
+    """Yield routes, and those of included routers, which newer versions of FastAPI keep apart."""
+    for route in routes:
+        included = getattr(route, "original_router", None)
+        yield from [route] if included is None else _flat(included.routes)
 
 
 def _is_form(hint: Any) -> bool:
