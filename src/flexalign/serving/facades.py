@@ -61,7 +61,9 @@ class Facade(ABC):
     own: ClassVar[tuple[str, ...]]
     renamed: ClassVar[frozenset[str]]
 
-    def __init__(self, app: Any, keys: BodyKeys | None, *, body_limit: int = BODY_LIMIT) -> None:
+    def __init__(
+        self, app: Any, keys: BodyKeys | None = None, *, body_limit: int = BODY_LIMIT
+    ) -> None:
         """Stand before an application.
 
         Args:
