@@ -22,6 +22,8 @@ pytest.importorskip("llguidance", reason="llguidance is not installed (flexalign
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 TURNS = [{"role": "user", "content": "one and two"}]
+UNTHINKING = {"logit_bias": {"4": -100}}
+"""Keeps a random model from opening a thinking, which it would hardly ever end."""
 
 
 class Part(BaseModel):
@@ -87,7 +89,7 @@ def test_an_answer_follows_the_schema(pair_app: Any, lam: float) -> None:
     found = set()
     for temperature, seed in ((0, 0), (0, 1), (1.5, 2), (1.5, 3)):
         body = {"messages": TURNS, "seed": seed, "temperature": temperature, "lambda": lam}
-        status, answer = ask(pair_app, **body, **PART)
+        status, answer = ask(pair_app, **body, **PART, **UNTHINKING)
         assert status == 200
         Part.model_validate_json(content_of(answer))
         found.add(content_of(answer))
@@ -97,7 +99,7 @@ def test_an_answer_follows_the_schema(pair_app: Any, lam: float) -> None:
 def test_rows_of_a_batch_follow_their_own_schemas(pair_app: Any) -> None:
     """Others in the batch, with and without a schema, at other λ, change nothing."""
     asked = [
-        {"messages": TURNS, "seed": 1, "lambda": lam, "max_tokens": 200, **own}
+        {"messages": TURNS, "seed": 1, "lambda": lam, "max_tokens": 200, **UNTHINKING, **own}
         for lam in (0.0, 0.5, 1.0)
         for own in (SUM | {"max_tokens": 40}, PART, {"max_tokens": 20})
     ]
@@ -118,7 +120,7 @@ def test_a_policy_writes_either_way_by_the_schema(pair_app: Any, policy: str) ->
     for threshold in (0.0, 1.0):
         way = {"threshold": threshold} if policy == "adaptive" else {"share": threshold}
         dial = {"lambda": {"policy": policy, **way}}
-        _, answer = ask(pair_app, messages=TURNS, seed=2, **dial, **PART)
+        _, answer = ask(pair_app, messages=TURNS, seed=2, **dial, **PART, **UNTHINKING)
         Part.model_validate_json(content_of(answer))
         assert answer["dial"]["route"] in ("fast", "slow")
 
@@ -146,14 +148,13 @@ def test_the_thinking_is_free(
     assert message["reasoning"]  # it never closes it, and no token may end the answer there
     assert answer["choices"][0]["finish_reason"] == "length"
     closed = {"chat_template_kwargs": {"enable_thinking": False}}
-    _, answer = ask(app, messages=TURNS, **closed, **PART)
+    _, answer = ask(app, messages=TURNS, **closed, **PART, **UNTHINKING)
     Part.model_validate_json(content_of(answer))
 
 
 def test_any_object_is_json(pair_app: Any) -> None:
-    _, answer = ask(
-        pair_app, messages=TURNS, response_format={"type": "json_object"}, max_tokens=60, seed=4
-    )
+    form = {"response_format": {"type": "json_object"}}
+    _, answer = ask(pair_app, messages=TURNS, max_tokens=60, seed=4, **form, **UNTHINKING)
     content = answer["choices"][0]["message"]["content"]
     assert content.strip().startswith("{")
     if answer["choices"][0]["finish_reason"] == "stop":
@@ -163,10 +164,11 @@ def test_any_object_is_json(pair_app: Any) -> None:
 def test_the_other_protocols_ask_for_a_schema_in_their_own_way(pair_app: Any) -> None:
     schema = Part.model_json_schema()
     text = {"format": {"type": "json_schema", "name": "part", "schema": schema}}
-    _, answer = ask(pair_app, RESPONSES, input="one", text=text)
+    _, answer = ask(pair_app, RESPONSES, input="one", text=text, **UNTHINKING)
     Part.model_validate_json(answer["output"][-1]["content"][0]["text"])
-    config = {"format": {"type": "json_schema", "schema": schema}}
-    _, answer = ask(pair_app, MESSAGES, messages=TURNS, max_tokens=200, output_config=config)
+    config: dict[str, Any] = {"format": {"type": "json_schema", "schema": schema}}
+    asked = {"messages": TURNS, "max_tokens": 200, "output_config": config, **UNTHINKING}
+    _, answer = ask(pair_app, MESSAGES, **asked)
     Part.model_validate_json(answer["content"][-1]["text"])
 
 
@@ -177,7 +179,7 @@ def test_openais_client_parses_answers(pair_app: Any) -> None:
         client = openai.AsyncOpenAI(base_url="http://localhost/v1", api_key="-", http_client=http)
         turns: Any = TURNS
         name = (await client.models.list()).data[0].id
-        asked: Any = {"model": name, "messages": turns, "seed": 3}
+        asked: Any = {"model": name, "messages": turns, "seed": 3, **UNTHINKING}
         parsed = await client.chat.completions.parse(**asked, response_format=Sum)
         async with client.chat.completions.stream(**asked, response_format=Sum) as stream:
             final = await stream.get_final_completion()
