@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
+from trl.chat_template_utils import qwen3_template
 
 from asgi import exchange, read
 from flexalign.serving.app import create_app
@@ -73,6 +75,25 @@ def any_value(draw: random.Random, depth: int = 0) -> Any:
     if kind < 0.8:
         return [any_value(draw, depth + 1) for _ in range(draw.randrange(4))]
     return {draw.choice(INNER): any_value(draw, depth + 1) for _ in range(draw.randrange(5))}
+
+
+KEYWORDS = [
+    *("type", "properties", "items", "enum", "const", "required", "additionalProperties", "a"),
+    *("anyOf", "allOf", "$ref", "$defs", "pattern", "minimum", "maxLength", "minItems", "format"),
+    *("function", "name", "parameters", "arguments", "x-guidance", "lenient", "not"),
+]
+WORDS = [*LEAVES, *("object", "string", "integer", "array", "#/$defs/a", "(a+)+$", "(?=a)", "date")]
+
+
+def any_schema(draw: random.Random, depth: int = 0) -> Any:
+    """Return a value that looks like a JSON schema, or like a tool with one."""
+    kind = draw.random()
+    if depth > 4 or kind < 0.3:
+        return draw.choice(WORDS)
+    if kind < 0.45:
+        return [any_schema(draw, depth + 1) for _ in range(draw.randrange(4))]
+    made = {draw.choice(KEYWORDS): any_schema(draw, depth + 1) for _ in range(draw.randrange(5))}
+    return made | ({"type": draw.choice(["object", "string", "array"])} if kind > 0.7 else {})
 
 
 def nested(draw: random.Random) -> bytes:
@@ -218,6 +239,47 @@ def test_no_body_breaks_a_template_or_a_header(lenient: Any, path: str):
     statuses = asyncio.run(run())
     assert statuses[200] > 15
     assert statuses[400] > 300
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["tools", "response_format"])
+def test_no_tool_and_no_schema_breaks_the_application(hybrid_folder: Path, key: str):
+    if key == "response_format":
+        pytest.importorskip("llguidance", reason="llguidance is not installed")
+    tokenizer = AutoTokenizer.from_pretrained(hybrid_folder)
+    tokenizer.chat_template = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + (
+        tokenizer.chat_template
+    )
+    tokenizer.response_template = qwen3_template
+    tokenizer.save_pretrained(hybrid_folder)
+    service, rules = load_service(ServeOptions(str(hybrid_folder)))
+    app = create_app(service, rules)
+
+    def asked(number: int) -> dict[str, Any]:
+        draw = random.Random(number)
+        if key == "tools":
+            parameters = {"name": draw.choice(["add", "", 3]), "parameters": any_schema(draw)}
+            value: Any = [{"type": "function", "function": parameters}, any_schema(draw)]
+            value = value[: draw.randrange(1, 3)]
+        else:
+            value = {"type": "json_schema", "json_schema": {"schema": any_schema(draw)}}
+        closed = {"chat_template_kwargs": {"enable_thinking": False}}
+        return GOOD[PATHS[0]] | closed | {"max_tokens": 6, key: value}
+
+    async def run() -> dict[int, int]:
+        statuses: dict[int, int] = {}
+        for number in range(BODIES):
+            status, told = read(await exchange(app, PATHS[0], asked(number)))
+            require_sound(number, status, told)
+            statuses[status] = statuses.get(status, 0) + 1
+        return statuses
+
+    try:
+        statuses = asyncio.run(run())
+    finally:
+        service.engine.stop()
+    assert statuses[200] > 50
+    assert statuses[400] > 200
 
 
 @pytest.mark.full
