@@ -4,7 +4,7 @@ import ctypes
 import gc
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,3 +45,12 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def unique(machines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the different ones, in the order in which they first come."""
+    found: list[dict[str, Any]] = []
+    for facts in machines:
+        if facts not in found:
+            found.append(facts)
+    return found

@@ -44,7 +44,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from _machine import MIB, machine, peak_growth
+from _machine import MIB, machine, peak_growth, unique
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -150,7 +150,9 @@ def cache_bytes(cache: Any) -> int:
     """Return the bytes of a cache's keys and values."""
     if isinstance(cache, PairCache):
         return sum(cache_bytes(one) for one in cache.caches())
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    # A stream that no λ of the batch needs has layers that were never written.
+    written = [layer for layer in cache.layers if layer.is_initialized]
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in written)
 
 
 def decoder_prefill(model: Any) -> Callable[[Tensor], DynamicCache]:
@@ -356,25 +358,29 @@ HEADER = [
 
 
 def markdown(results: dict[str, Any]) -> str:
-    lines = list(HEADER)
-    for row in results["rows"]:
-        facts = [*row["row"].split(":"), str(row["threads"]), str(row["new_tokens"])]
-        for name in row["methods"]:
-            lines.append("| " + " | ".join([*facts, *table(row, name)]) + " |")
-    facts = results["machine"]
-    return (
-        "# Decoding with each dial beside the plain model\n\n"
-        f"`python benchmarks/dials.py`, the shape of SmolLM2-135M, torch {facts['torch']}, "
-        f"{facts['cpu']}, {facts['cores']} cores. What the columns mean: the script's head.\n\n"
-        + "\n".join(lines)
-        + "\n"
-    )
+    """The tables, one for each machine that rows were measured on."""
+    parts = [
+        "# Decoding with each dial beside the plain model",
+        "`python benchmarks/dials.py`, the shape of SmolLM2-135M. "
+        "What the columns mean: the script's head.",
+    ]
+    for facts in unique(row["machine"] for row in results["rows"]):
+        title = f"{facts['cpu']}, {facts['cores']} cores, torch {facts['torch']}"
+        parts.append(f"## {title}")
+        lines = list(HEADER)
+        for row in results["rows"]:
+            if row["machine"] == facts:
+                cells = [*row["row"].split(":"), str(row["threads"]), str(row["new_tokens"])]
+                for name in row["methods"]:
+                    lines.append("| " + " | ".join([*cells, *table(row, name)]) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
 
 
 def merge(results: dict[str, Any], row: dict[str, Any], add: bool) -> None:
-    """Put a row in the place of the recorded one, or add its rounds to it."""
-    rows: dict[str, dict[str, Any]] = {one["row"]: one for one in results["rows"]}
-    old = rows.get(row["row"])
+    """Put a row in the place of the one recorded on this machine, or add its rounds to it."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {place(one): one for one in results["rows"]}
+    old = rows.get(place(row))
     if add and old is not None:
         if any(old[key] != row[key] for key in ("new_tokens", "threads")) or set(
             old["methods"]
@@ -384,8 +390,13 @@ def merge(results: dict[str, Any], row: dict[str, Any], add: bool) -> None:
             for key in ("decode", "decode_cpu", "prefill"):
                 times[key] += row["methods"][name][key]
     else:
-        rows[row["row"]] = row
-    results["rows"] = [rows[name] for name in ROWS if name in rows]
+        rows[place(row)] = row
+    results["rows"] = sorted(rows.values(), key=lambda one: ROWS.index(one["row"]))
+
+
+def place(row: dict[str, Any]) -> tuple[str, str]:
+    """What tells rows apart: dtype, prompt and batch, and the processor."""
+    return row["row"], row["machine"]["cpu"]
 
 
 def main() -> None:
@@ -405,7 +416,6 @@ def main() -> None:
         arguments.rows, arguments.rounds, arguments.new_tokens = ["float32:32:1"], 3, 16
     path: Path = arguments.results
     results = {"rows": []} if not path.exists() else json.loads(path.read_text())
-    results["machine"] = machine()
     print("\n".join(HEADER), flush=True)
     for dtype in dict.fromkeys(row.split(":")[0] for row in arguments.rows):
         methods = all_methods(getattr(torch, dtype))
@@ -419,6 +429,7 @@ def main() -> None:
             )
             row = {
                 "row": name,
+                "machine": machine(),
                 "threads": arguments.threads,
                 "new_tokens": arguments.new_tokens,
                 "methods": found,

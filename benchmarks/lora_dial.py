@@ -33,7 +33,10 @@ WORK = Path("out/lora_dial")
 QUESTION_SEED = 20_000
 CONFIDENCE = 0.95
 BATCH_SIZE = 24
+BEYOND = 1.05
+"""How far beyond its largest λ a dial is trained, whose end is learnt from one side only."""
 PAIRS = ("miniature", "hybrid")
+GATES: dict[str, float | None] = {"gated": GATE, "plain": None}
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,12 @@ class Task:
         return f"{self.name},lambda={lam:g}.json"
 
 
-def tasks(pairs: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) -> list[Task]:
+def tasks(
+    pairs: Sequence[str],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    gates: Sequence[float | None] = (GATE, None),
+) -> list[Task]:
     """All tasks, one seed after the other.
 
     What is not trained is measured with the first seed alone, and so is the hybrid, gated.
@@ -67,7 +75,7 @@ def tasks(pairs: Sequence[str], methods: Sequence[str], seeds: Sequence[int]) ->
     """
     found = []
     for seed in seeds:
-        for gate in (GATE, None):
+        for gate in gates:
             for method in methods:
                 is_trained = method in ("dial", "student", "scaled")
                 has_gates = method in ("dial", "student", "pair")
@@ -100,7 +108,9 @@ Made = Iterator[tuple[float, Any, dict[str, Any], dict[str, Any] | None]]
 def _dial(task: Task, lams: Sequence[float], options: dict[str, Any]) -> Made:
     """The LoRA dial, trained once for all λ of the task; each λ is then merged."""
     folder = Path(options["work"]) / task.name
-    dial, training = _lora(task, {"low": 0, "high": max(task.lams)}, task.gate, folder, options)
+    dial, training = _lora(
+        task, {"low": 0, "high": BEYOND * max(task.lams)}, task.gate, folder, options
+    )
     for lam in lams:
         yield lam, dial.merged(lam), {}, training
 
@@ -318,6 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--pairs", nargs="*", default=PAIRS, choices=PAIRS)
     parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS)
+    parser.add_argument("--gates", nargs="*", default=list(GATES), choices=GATES)
     parser.add_argument("--workers", type=int, default=2)
     chosen = parser.parse_args(arguments)
     options = {
@@ -330,7 +341,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seeds = [0] if chosen.quick else chosen.seeds
     if not chosen.rewrite:
         with ProcessPoolExecutor(chosen.workers, mp_context=get_context("spawn")) as pool:
-            asked = tasks(chosen.pairs, chosen.methods, seeds)
+            gates = [GATES[name] for name in chosen.gates]
+            asked = tasks(chosen.pairs, chosen.methods, seeds, gates)
             for one in [pool.submit(run, task, options) for task in asked]:
                 print("\n".join(one.result()), flush=True)
 

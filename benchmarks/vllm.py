@@ -195,19 +195,29 @@ HEADER = [
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The whole page."""
-    facts = results["machine"]
-    intro = [
+    """The whole page: a table for each machine and mode."""
+    from _machine import unique
+
+    parts = [
         "# Dials on vLLM beside the plain model",
-        "",
-        f"`.venv-vllm/bin/python benchmarks/vllm.py`, the shape of SmolLM2-135M in bfloat16, vLLM "
-        f"{facts['vllm']}, torch {facts['torch']}, {facts['cpu']}, {facts['cores']} cores of which "
-        f"vLLM computes on one, {facts['mode']}, the LoRA of rank {facts['rank']}. What the columns "
-        "mean: the script's head.",
-        "",
+        "`.venv-vllm/bin/python benchmarks/vllm.py`, the shape of SmolLM2-135M in bfloat16. What the "
+        "columns mean: the script's head.",
     ]
-    rows = [line for row in ROWS if row in results["rows"] for line in lines(results["rows"][row])]
-    return "\n".join([*intro, *HEADER, *rows]) + "\n"
+    settings = unique(row["machine"] for row in results["rows"])
+    for facts in settings:
+        lora = f", the LoRA of rank {facts['rank']}" if "rank" in facts else ""
+        parts.append(
+            f"## {facts['cpu']}, {facts['cores']} cores of which vLLM computes on one, {facts['mode']}"
+        )
+        parts.append(f"vLLM {facts['vllm']}, torch {facts['torch']}{lora}.")
+        rows = [row for row in results["rows"] if row["machine"] == facts]
+        parts.append("\n".join([*HEADER, *(line for row in rows for line in lines(row))]))
+    return "\n\n".join(parts) + "\n"
+
+
+def place(row: dict[str, Any]) -> tuple[str, str, str]:
+    """What tells rows apart: requests or tokens, the processor, and whether it was compiled."""
+    return row["row"], row["machine"]["cpu"], row["machine"]["mode"]
 
 
 def main() -> None:
@@ -220,8 +230,8 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="by torch.compile; else eager")
     parser.add_argument("--quick", action="store_true", help="few tokens, nothing written")
     arguments = parser.parse_args()
-    found = importlib.util.find_spec("vllm")
-    if found is None or found.origin == str(Path(__file__).absolute()):
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin == str(Path(__file__).absolute()):
         print(
             "benchmarks/vllm.py: skipped, as vLLM is not installed here; run it by "
             ".venv-vllm/bin/python (make .venv-vllm/installed)",
@@ -238,12 +248,9 @@ def main() -> None:
     from vllm import __version__
 
     mode = "compiled" if arguments.compiled else "eager"
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
-    results["machine"] = machine() | {
-        "vllm": __version__,
-        "mode": mode,
-        "rank": arguments.rank,
-    }
+    stored = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    measured = {place(row): row for row in stored}
+    facts = machine() | {"vllm": __version__, "mode": mode, "rank": arguments.rank}
     with tempfile.TemporaryDirectory() as where:
         made = folders(Path(where), arguments.rank)
         prompts = [int(size) for _, size in (row.split(":") for row in arguments.rows)]
@@ -255,8 +262,10 @@ def main() -> None:
         print("\n".join(HEADER), flush=True)
         for row in arguments.rows:
             found = measure(engines, row, arguments.rounds, arguments.new_tokens)
+            found["machine"] = facts
             print("\n".join(lines(found)), flush=True)
-            results["rows"][row] = found
+            measured[place(found)] = found
+            results = {"rows": sorted(measured.values(), key=lambda one: ROWS.index(one["row"]))}
             if is_kept:
                 RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
                 RESULTS.with_suffix(".md").write_text(markdown(results))

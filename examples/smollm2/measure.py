@@ -108,8 +108,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     groups = {
         "the pair": [row for row in rows if row["system"] in ("reference", "aligned")],
         "TrRa students": [row for row in rows if row["system"] == "trra"],
+        "one LoRA dial": [row for row in rows if row["system"] == "dial"],
     }
-    for (label, group), style in zip(groups.items(), ("s", "o-"), strict=True):
+    for (label, group), style in zip(groups.items(), ("s", "o-", "^--"), strict=True):
         lams = [row["lambda"] for row in group]
         means = [row["tokens"]["mean"] for row in group]
         reach = [

@@ -24,11 +24,16 @@ _COLUMNS = (
     f"of {OPENING} tokens",
 )
 
+_LABELS = {"trra": "TrRa", "dial": "LoRA dial"}
 
-def make_report(output: Path, reference: str, lams: Sequence[float]) -> None:
+
+def make_report(
+    output: Path, reference: str, lams: Sequence[float], dial_lams: Sequence[float]
+) -> None:
     """Measure every system's answers; write ``report.json``, ``report.md`` and ``smollm2.png``."""
     systems = [("reference", "reference", 0.0), ("aligned", "aligned", 1.0)]
     systems += [("trra", f"lambda={lam:g}", lam) for lam in lams]
+    systems += [("dial", f"dial-lambda={lam:g}", lam) for lam in dial_lams]
     answers = {name: read_rows(output / "answers" / f"{name}.jsonl") for _, name, _ in systems}
     model, tokenizer = load_model(reference), load_tokenizer(reference)
     rows = []
@@ -48,7 +53,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """The figures as a Markdown table; intervals are 95 %."""
     lines = [f"| {' | '.join(_COLUMNS)} |", "|---" * len(_COLUMNS) + "|"]
     for row in rows:
-        label = "TrRa" if row["system"] == "trra" else row["system"]
+        label = _LABELS.get(row["system"], row["system"])
         cells = [
             label,
             f"{row['lambda']:g}",

@@ -1,7 +1,7 @@
-"""A real model: SmolLM2-135M, a concise version of it, and students at several λ.
+"""A real model: SmolLM2-135M, a concise version of it, students at several λ, and one LoRA for all.
 
-    python examples/smollm2/run.py --data instructions.json            # about half an hour
-    python examples/smollm2/run.py --data instructions.json --quick    # about five minutes
+    python examples/smollm2/run.py --data instructions.json            # under an hour
+    python examples/smollm2/run.py --data instructions.json --quick    # some minutes
 
 Stages whose result is there are passed over, so a run that was broken off goes on where it stopped.
 """
@@ -36,8 +36,10 @@ class Sizes:
         trace_tokens: Where a trace is cut off.
         aligned_steps: Steps of the aligned model's training.
         realign_steps: Steps of each student's training.
+        dial_steps: Steps of the training of the LoRA dial, which serves every λ.
         answer_tokens: Where a measured answer is cut off.
         lams: λ of the students.
+        dial_lams: λ at which the LoRA dial is measured; it is trained from 0 to the largest.
     """
 
     held_out: int
@@ -45,12 +47,14 @@ class Sizes:
     trace_tokens: int
     aligned_steps: int
     realign_steps: int
+    dial_steps: int
     answer_tokens: int
     lams: tuple[float, ...]
+    dial_lams: tuple[float, ...]
 
 
-FULL = Sizes(64, 192, 96, 48, 24, 256, (0.5, 1.0, 2.0))
-QUICK = Sizes(24, 48, 64, 20, 12, 128, (2.0,))
+FULL = Sizes(64, 192, 96, 48, 24, 96, 256, (0.5, 1.0, 2.0), (0.5, 1.0, 1.5, 2.0))
+QUICK = Sizes(24, 48, 64, 20, 12, 24, 128, (2.0,), (2.0,))
 
 
 def main() -> None:
@@ -72,11 +76,17 @@ def main() -> None:
         with stage(f"realign at λ = {lam:g}"):
             _realign(reference, lam, output, sizes)
         models[f"lambda={lam:g}"] = output / f"lambda={lam:g}" / "merged"
+    with stage(f"train one LoRA for every λ up to {max(sizes.dial_lams):g}"):
+        _train_dial(reference, output, sizes)
     for name, model in models.items():
         with stage(f"answers of {name}"):
-            _answer(name, model, output, sizes)
+            _answer(name, output, sizes, model)
+    for lam in sizes.dial_lams:
+        name = f"dial-lambda={lam:g}"
+        with stage(f"answers of the LoRA dial at λ = {lam:g}"):
+            _answer(name, output, sizes, reference, "--adapter", output / "dial", "--lambda", lam)
     with stage("measure"):
-        make_report(output, reference, sizes.lams)
+        make_report(output, reference, sizes.lams, sizes.dial_lams)
     print(f"\n{output / 'report.md'}; {(time.monotonic() - start) / 60:.1f} minutes")
 
 
@@ -130,22 +140,29 @@ def _make_traces(reference: str, output: Path, sizes: Sizes) -> None:
 
 
 def _realign(reference: str, lam: float, output: Path, sizes: Sizes) -> None:
+    target = output / f"lambda={lam:g}"
+    _train("realign.yaml", f"{lam:g}", target, reference, sizes.realign_steps)
+
+
+def _train_dial(reference: str, output: Path, sizes: Sizes) -> None:
+    permitted = f"0:{max(sizes.dial_lams):g}"
+    _train("lora_dial.yaml", permitted, output / "dial", reference, sizes.dial_steps)
+
+
+def _train(recipe: str, lam: str, target: Path, reference: str, steps: int) -> None:
     settings = {
         "reference": reference,
-        "aligned": output / "aligned",
-        "data": output / "traces.jsonl",
-        "training.max_steps": sizes.realign_steps,
+        "aligned": target.parent / "aligned",
+        "data": target.parent / "traces.jsonl",
+        "training.max_steps": steps,
     }
     assignments = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
-    target = output / f"lambda={lam:g}"
-    flexalign(
-        "realign", HERE / "realign.yaml", "--lambda", f"{lam:g}", "--output", target, *assignments
-    )
+    flexalign("realign", HERE / recipe, "--lambda", lam, "--output", target, *assignments)
 
 
-def _answer(name: str, model: str | Path, output: Path, sizes: Sizes) -> None:
+def _answer(name: str, output: Path, sizes: Sizes, model: str | Path, *dial: object) -> None:
     flexalign(
-        *("sample", model, "--prompts", output / "held_out.jsonl"),
+        *("sample", model, *dial, "--prompts", output / "held_out.jsonl"),
         *("--output", output / "answers" / f"{name}.jsonl"),
         *("--max-new-tokens", sizes.answer_tokens, "--temperature", 0.7, "--top-p", 0.95),
         *("--batch-size", 40, "--seed", SEED),

@@ -7,7 +7,7 @@ refused and not approximated. :func:`last_hidden` runs the model up to the head.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -122,8 +122,8 @@ def last_hidden(model: nn.Module, **inputs: Any) -> Tensor:
         )
 
     plain = _unwrap(model)
-    decoder: Any = getattr(plain, "get_decoder", lambda: plain)()
-    if decoder is plain or decoder is plain.get_output_embeddings():  # type: ignore[operator]
+    decoder: Any = decoder_of(plain)
+    if decoder is None:
         raise UnsupportedModelError(
             f"{_name(plain)}: no decoder apart from the head was found; "
             "give a transformers causal language model."
@@ -132,6 +132,28 @@ def last_hidden(model: nn.Module, **inputs: Any) -> Tensor:
     given = {name: value for name, value in inputs.items() if value is not None}
     hidden: Tensor = decoder(**given, use_cache=False, return_dict=True)[0]
     return hidden
+
+
+def decoder_of(model: nn.Module) -> nn.Module | None:
+    """Return the part of a causal language model before its head.
+
+    transformers does not find it in text models whose name for it is their family's for the whole
+    (Llama 4's and Mllama's, apart from their vision towers); there it is the one module beside the
+    head.
+
+    Args:
+        model: A transformers model.
+
+    Returns:
+        The decoder; None if there is none apart from the head.
+    """
+    plain: Any = model
+    head = getattr(plain, "get_output_embeddings", lambda: None)()
+    decoder = getattr(plain, "get_decoder", lambda: plain)()
+    if decoder is plain:
+        others = [part for part in plain.children() if part is not head]
+        decoder = others[0] if head is not None and len(others) == 1 else None
+    return None if decoder is head else cast("nn.Module", decoder)
 
 
 def can_mix_hidden(reference: Head, aligned: Head, gate: float | None = None) -> bool:

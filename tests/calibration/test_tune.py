@@ -3,12 +3,15 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from peft import LoraConfig, get_peft_model
 
 from calibration.worlds import QUESTIONS, make_ask
 from flexalign.calibration import NonInferiority, TokenBudget, TuneOptions, select_setting
 from flexalign.calibration.race import steadied_deviation
+from flexalign.calibration.tune import default_candidates
 from flexalign.errors import ConfigError, DataError
 from flexalign.evaluation.samples import Samples
+from flexalign.systems import System
 
 SETTINGS = ["λ=0.5", "λ=1", "λ=2"]
 CUTS = {"λ=0": 0.0, "λ=0.5": 0.2, "λ=1": 0.4, "λ=2": 0.6}
@@ -158,3 +161,26 @@ def test_goals_out_of_range_are_refused(goal):
 def test_outcomes_of_two_shapes_are_refused():
     with pytest.raises(DataError, match="one shape"):
         Samples.from_table(np.ones((2, 2), bool), np.ones((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "adapter", "permitted", "expected"),
+    [
+        ("dial", "fast", None, (0.25, 0.5, 0.75, 1.0)),
+        ("dial", "dial", None, (1.25, 2.5, 3.75, 5.0)),
+        ("dial", "dial", (-1.0, 3.0), (-1.0, 1.0, 2.0, 3.0)),
+        ("dial", "dial", (0.0, 0.3), (0.075, 0.15, 0.225, 0.3)),
+        ("pair", "aligned", None, (0.25, 0.5, 0.75, 1.0)),
+    ],
+)
+def test_the_candidates_of_a_dial_are_of_its_own_range(kind, adapter, permitted, expected):
+    system = System(kind, kind, ("miniature", f"miniature:{adapter}"))
+    assert default_candidates(system, permitted) == expected
+
+
+def test_a_lora_of_two_settings_has_one_candidate(tiny_pair, tiny_model, tmp_path):
+    get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(
+        tmp_path, save_embedding_layers=False
+    )
+    system = System("lora", "dial", (str(tiny_pair.reference), str(tmp_path)))
+    assert default_candidates(system) == (1.0,)

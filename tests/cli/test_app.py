@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -168,6 +169,40 @@ def test_a_bad_dial_or_recipe_is_refused_before_torch_loads(tmp_path):
     lines = done.stderr.splitlines()
     pairs = zip(commands.values(), lines, strict=True)
     assert [(said, line) for said, line in pairs if said not in line] == []
+
+
+WARNING_COMMAND = """
+import os, warnings
+import typer
+from flexalign.cli import app
+
+line = typer.Typer()
+line.callback()(lambda: None)
+
+@line.command()
+def warn():
+    warnings.warn("a name is renamed", FutureWarning)
+    warnings.warn("a driver is old", UserWarning)
+    print(os.environ["TRANSFORMERS_VERBOSITY"])
+
+app.app = line
+app.main()
+"""
+
+
+@pytest.mark.parametrize(("options", "is_shown"), [([], False), (["-W", "default"], True)])
+def test_what_libraries_tell_their_developers_is_hidden(options: list[str], is_shown: bool) -> None:
+    environment = {key: value for key, value in os.environ.items() if "VERBOSITY" not in key}
+    done = subprocess.run(
+        [sys.executable, *options, "-c", WARNING_COMMAND, "warn"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
+    assert "a driver is old" in done.stderr
+    assert ("a name is renamed" in done.stderr) == is_shown
+    assert done.stdout == "error\n"
 
 
 def test_an_option_of_several_commands_is_written_the_same_in_all() -> None:

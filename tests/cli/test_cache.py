@@ -79,6 +79,28 @@ def test_a_dry_run_tells_the_size_and_loads_nothing(
     assert "GiB are free" in flexalign("cache", tree, "--dry-run").stdout
 
 
+def test_a_recipe_without_lambda_has_the_cache_of_every_lambda(
+    flexalign: Callable[..., Any], tree: dict[str, Any]
+) -> None:
+    lam = tree.pop("lambda")
+    made = flexalign("cache", tree, "--json")
+    assert made.exit_code == 0, made.stderr
+    refused = flexalign("realign", tree, "--set", "teacher=cached")
+    assert refused.exit_code == 2
+    assert "lambda is missing" in refused.stderr
+
+    files = {path: path.stat().st_mtime_ns for path in Path(tree["output"] + "-cache").iterdir()}
+    again = flexalign("cache", tree | {"lambda": lam}, "--json")
+    assert again.exit_code == 0, again.stderr
+    assert json.loads(again.stdout)["tokens"] == json.loads(made.stdout)["tokens"]
+    shards = [path for path in files if path.suffix == ".safetensors"]
+    assert [path.stat().st_mtime_ns for path in shards] == [files[path] for path in shards]
+
+    told = flexalign("cache", tree | {"lambda": "much"}, "--dry-run")
+    assert told.exit_code == 2
+    assert "lambda must be" in told.stderr
+
+
 def test_a_cache_is_made_checked_and_mended(
     flexalign: Callable[..., Any], tree: dict[str, Any]
 ) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -41,6 +43,31 @@ def test_one_model(tiny_pair, run_cli):
     shown = run_cli("inspect", tiny_pair.reference)
     assert shown.exit_code == 0
     assert facts["fingerprint"] in shown.stdout
+
+
+WITHOUT_TORCH = """
+import json, sys
+from flexalign.cli.app import main
+
+sys.argv[1:] = json.loads(sys.argv[1])
+try:
+    main()
+except SystemExit as left:
+    assert not left.code, left.code
+print("loaded" if sys.modules.get("torch") else "left out", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(("parts", "is_left_out"), [((0,), True), ((0, 1), True), ((0, 0), False)])
+def test_plain_folders_are_read_without_torch(parts, is_left_out, tiny_pair, run_cli):
+    """With equal tensors to compare, torch is loaded; what is said is the same."""
+    arguments = ["inspect", *(str(tiny_pair[part]) for part in parts), "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, json.dumps(arguments)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ("left out\n" if is_left_out else "loaded\n")
+    assert json.loads(done.stdout) == json.loads(run_cli(*arguments).stdout)
 
 
 def test_a_pair_that_fits(tiny_pair, run_cli):

@@ -268,6 +268,10 @@ def _other_vocabulary(tree: dict[str, Any]) -> None:
         ({"lambda": [{"low": 0, "high": 5}]} | LORA, [], "a list of λ holds numbers"),
         ({"lora": {"r": 4, "use_dora": True}}, ["--lambda", "0:5"], "lora has use_dora"),
         ({"lora": {"r": 4, "bias": "all"}}, ["--lambda", "0:5"], "lora has bias='all'"),
+        ({"lora": {"target_modules": ["lm_head"]}}, ["--dry-run"], "adapter changes lm_head"),
+        ({"lora": {"target_modules": [".*head"]}}, [], "lora: Target modules"),
+        ({"lora": {"target_modules": ".*head"}}, [], "adapter changes lm_head"),
+        ({"lora": {"modules_to_save": ["lm_head"]}}, [], "adapter changes lm_head"),
         (_empty, [], "empty"),
         (_long_rows, [], "longer than the cut-off of 4 tokens"),
         (_other_run, [], "holds another run (beta was"),
@@ -292,6 +296,24 @@ def test_bad_input_is_one_sentence_and_exit_code_two(
     [line] = result.stderr.strip().splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+def test_ctrl_c_before_the_first_step_says_what_is_there(
+    realign: Callable[..., Any], tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("flexalign.training.realignment.read_inputs", interrupt)
+        result = realign(tree)
+    assert result.exit_code == 130
+    assert result.stderr.startswith("interrupted: nothing is written yet; give the same command")
+    monkeypatch.setattr("flexalign.training.realignment.TrRaTrainer", interrupt)
+    result = realign(tree)
+    assert result.exit_code == 130
+    told = f"interrupted: in {tree['output']} there is no complete checkpoint yet; give the same"
+    assert told in result.stderr
 
 
 def test_a_missing_recipe_is_one_sentence(run_cli: RunCli) -> None:

@@ -72,7 +72,9 @@ def test_traces_keep_what_they_were_sampled_after(
     assert sample["masked"].endswith("<|im_start|>assistant\n<think>")
     refused = realign(quick)
     assert refused.exit_code == 2
-    assert "row 1: its response was sampled with the template arguments" in refused.stderr
+    assert (
+        f"{quick}, line 1: its response was sampled with the template arguments" in refused.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_a_stop_token_in_the_middle_is_refused(tmp_path: Path, realign: Any) -> 
     data.write_text(json.dumps(row) + "\n", encoding="utf-8")
     refused = realign(data)
     assert refused.exit_code == 2
-    assert "row 1: the response contains the stop token" in refused.stderr
+    assert f"{data}, line 1: the response contains the stop token" in refused.stderr
 
 
 def test_generation_asks_with_the_arguments(

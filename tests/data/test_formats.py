@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from flexalign.data import data_fingerprint, load_preferences, load_prompts, load_traces
-from flexalign.errors import DataError
+from flexalign.errors import ConfigError, DataError
 
 USER = {"role": "user", "content": "1+2?"}
 REPLY = {"role": "assistant", "content": "3"}
@@ -50,6 +50,47 @@ def write_lines(path: Path, *rows: Any) -> Path:
             {"instruction": "Add.", "input": "1+2", "output": "3"},
             {"prompt": [{"role": "user", "content": "Add.\n\n1+2"}], "completion": [REPLY]},
         ),
+        (
+            {"instruction": "And 2+2?", "output": "4", "history": [["1+2?", "3"]]},
+            {
+                "prompt": [USER, REPLY, {"role": "user", "content": "And 2+2?"}],
+                "completion": [{"role": "assistant", "content": "4"}],
+            },
+        ),
+        ({"instruction": "1+2?", "output": "3", "history": [], "text": "1+2? 3"}, CONVERSATION),
+        ({"prompt": "1+2=", "response": " 3"}, {"prompt": "1+2=", "completion": " 3"}),
+        ({"prompt": [USER], "response": "3"}, CONVERSATION),
+        ({"prompt": [USER], "response": [REPLY]}, CONVERSATION),
+        ({"question": "1+2?", "answer": "3"}, CONVERSATION),
+        ({"problem": "1+2?", "solution": "3"}, CONVERSATION),
+        (
+            {"problem": "1+2?", "solution": "so 3", "answer": 3},
+            {
+                "prompt": [USER],
+                "completion": [{"role": "assistant", "content": "so 3"}],
+                "answer": "3",
+            },
+        ),
+        (
+            {"system": "Be brief.", "question": "1+2?", "answer": "3"},
+            {
+                "prompt": [{"role": "system", "content": "Be brief."}, USER],
+                "completion": [REPLY],
+            },
+        ),
+        (
+            {"question": "1+2?", "reasoning_content": "I add.", "answer": "3"},
+            {"prompt": [USER], "completion": [REPLY | {"reasoning_content": "I add."}]},
+        ),
+        (
+            {"messages": [USER, REPLY | {"reasoning": "Mine."}], "reasoning_content": "I add."},
+            {"prompt": [USER], "completion": [REPLY | {"reasoning_content": "Mine."}]},
+        ),
+        # The known answer, and a form that says the same, are no second response.
+        (CONVERSATION | {"question": "1+2?", "answer": "3."}, CONVERSATION | {"answer": "3."}),
+        ({"problem": "1+2?", "solution": "3", "messages": [USER, REPLY]}, CONVERSATION),
+        ({"prompt": None, "completion": None, "messages": [USER, REPLY]}, CONVERSATION),
+        ({"text": "1+2=3", "output": "3"}, {"prompt": "", "completion": "1+2=3"}),
         ({"text": "1+2=3"}, {"prompt": "", "completion": "1+2=3"}),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "1+2?"}]}, REPLY]},
@@ -123,7 +164,7 @@ GOOD = json.dumps({"prompt": "1+2=", "completion": "3"}).encode() + b"\n"
         ('{"prompt": "é'.encode()[:-1], r"line 3: cut off"),
         (b"\xff\xfe\n", r"line 3: not UTF-8 \(byte 1 of the line\)"),
         (b"{'prompt': 1}\n", r"line 3: not JSON \(Expecting property name.*, column 2\)"),
-        (b"\n" + GOOD, r"line 3: empty line"),
+        (b"\n \t\n" + b"{}\n" + GOOD, r"line 5: unknown fields \(none\)"),
         (b"[1, 2]\n", r"line 3: a list where a row with named fields is expected"),
         (b'{"prompt": "a", "completion": " "}\n', r"line 3: 'completion' is empty"),
         (b'{"prompt": "a", "completion": 3}\n', r"line 3: 'completion' is a int, not text"),
@@ -146,8 +187,30 @@ GOOD = json.dumps({"prompt": "1+2=", "completion": "3"}).encode() + b"\n"
             r"line 3: the completion has a message of role 'user'",
         ),
         (
-            b'{"instruction": "a", "output": "b", "history": [["c", "d"]]}\n',
-            r"line 3: Alpaca's history field is not supported; write the turns as messages",
+            b'{"instruction": "a", "output": "b", "history": [["c", "d"], ["e"]]}\n',
+            r"line 3: history\[1\] is not a pair of an instruction and its response",
+        ),
+        (
+            b'{"instruction": "a", "output": "b", "history": "c"}\n',
+            r"line 3: 'history' is not a list of pairs",
+        ),
+        (
+            b'{"prompt": "a", "completion": "b", "messages": [{"role": "user", "content": "a"},'
+            b' {"role": "assistant", "content": "c"}]}\n',
+            r"line 3: prompt and completion and messages give two different responses; take one "
+            r"out, or name the columns that are meant by `columns`",
+        ),
+        (
+            b'{"prompt": "a", "completion": "b", "response": "c"}\n',
+            r"line 3: prompt and completion and prompt and response give two different",
+        ),
+        (
+            b'{"question": "a", "answer": "4", "response": "It is 4."}\n',
+            r"line 3: question and answer and response give two different responses",
+        ),
+        (
+            b'{"prompt": "a", "response": "b", "reasoning_content": "c"}\n',
+            r"line 3: plain text has no place for the reasoning_content beside it",
         ),
         (b'{"text": "half \\ud83d pair"}\n', r"'text' has half of a surrogate pair"),
         (
@@ -161,7 +224,7 @@ GOOD = json.dumps({"prompt": "1+2=", "completion": "3"}).encode() + b"\n"
         (
             b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant",'
             b' "content": "b", "tool_calls": [{}]}]}\n',
-            r"messages\[1\] calls tools, which is not supported",
+            r"messages\[1\].tool_calls\[0\] has no name of a function",
         ),
         (
             b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant",'
@@ -216,7 +279,7 @@ def test_a_cut_off_list_keeps_the_rows_before_the_cut(tmp_path: Path) -> None:
         ("all.jsonl", b"{}\n{}\n", "No row is usable"),
         ("latin.json", '[\n{"text": "é"}]'.encode("latin-1"), "line 2 is not UTF-8"),
         ("words.json", b"hello", "this is not JSON"),
-        ("rows.csv", b"a,b", "this kind of file is not known; give .jsonl"),
+        ("rows.txt", b"a,b", "this kind of file is not known; give JSONL"),
         ("rows.parquet", b"PAR1 no", "cannot be read"),
     ],
 )
@@ -250,6 +313,54 @@ def test_a_prompt_that_is_already_answered_is_none(tmp_path: Path) -> None:
         load_prompts(write_lines(tmp_path / "p.jsonl", {"messages": [REPLY]}))
     with pytest.raises(DataError, match="unknown fields text; expected prompt, problem"):
         load_prompts(write_lines(tmp_path / "p.jsonl", {"text": "1+2="}))
+
+
+def test_columns_of_other_names_are_read_as_the_known_ones(tmp_path: Path) -> None:
+    given = {"query": "1+2=", "reply": " 3", "answer": "9", "completion": "no"}
+    path = write_lines(tmp_path / "t.jsonl", given, given)
+    columns = {"prompt": "query", "completion": "reply"}
+    rows = [{"prompt": "1+2=", "completion": " 3"}] * 2
+    loaded = load_traces(path, columns=columns)
+    assert loaded.to_list() == rows
+    assert data_fingerprint(loaded) == data_fingerprint(Dataset.from_list(rows))
+    as_messages = load_traces(path, columns={"question": "query", "answer": "reply"})
+    assert as_messages["prompt"][0] == [{"role": "user", "content": "1+2="}]
+    assert load_prompts(path, columns={"prompt": "query"})["prompt"] == ["1+2="] * 2
+    pairs = {"prompt": "query", "chosen": "reply", "rejected": "completion"}
+    assert load_preferences(path, columns=pairs)[0] == {
+        "prompt": "1+2=",
+        "chosen": " 3",
+        "rejected": "no",
+    }
+
+
+@pytest.mark.parametrize(
+    ("columns", "error", "message"),
+    [
+        ({"promt": "query"}, ConfigError, "unknown key 'columns.promt'; did you mean 'columns.pro"),
+        ({"prompt": 3}, ConfigError, "columns.prompt must be the name of a column, got 3"),
+        ({}, ConfigError, "columns is empty"),
+        (
+            {"prompt": "query", "completion": "repply"},
+            DataError,
+            "no row has the column 'repply' that columns.completion names; did you mean 'reply'?",
+        ),
+        ({"prompt": "query"}, DataError, "line 1: unknown fields prompt; expected prompt and"),
+        (
+            {"prompt": "query", "completion": "late"},
+            DataError,
+            "1 of 2 rows cannot be used:\n  line 1: unknown fields prompt; expected",
+        ),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused(
+    tmp_path: Path, columns: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    given = {"query": "1+2=", "reply": " 3"}
+    path = write_lines(tmp_path / "t.jsonl", given, given | {"late": "3"})
+    with pytest.raises(error) as caught:
+        load_traces(path, columns=columns)
+    assert message in str(caught.value)
 
 
 def test_the_fingerprint_follows_contents_and_order_alone() -> None:

@@ -3,8 +3,9 @@
 import errno
 import json
 import os
+import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,53 @@ def test_a_lora_student_is_an_adapter_and_merged_a_plain_model(
     torch.testing.assert_close(merged, adapted, rtol=1e-4, atol=1e-4)
     reference = AutoModelForCausalLM.from_pretrained(tree["reference"])(ids).logits
     assert not torch.allclose(adapted, reference, atol=1e-3)
+
+
+@pytest.fixture
+def shared_umask() -> Iterator[None]:
+    """A umask that gives a group what its owner has."""
+    before = os.umask(0o002)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("shared_umask")
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_a_student_is_the_base_to_other_tools_and_other_people(
+    realign: Callable[..., Any],
+    tree: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lora: dict[str, Any] | None,
+) -> None:
+    base = shutil.copytree(tree["reference"], tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config |= {"pad_token_id": None, "use_cache": True}
+    (base / "config.json").write_text(json.dumps(config))
+    monkeypatch.chdir(tmp_path)
+    del tree["watch"]
+    result = realign(tree | {"reference": "base", "lora": lora, "merge": lora is not None})
+    assert result.exit_code == 0, result.stderr
+
+    # What trains sets use_cache and the special tokens; they are not what was learnt.
+    output = Path(tree["output"])
+    model = output if lora is None else output / "merged"
+    saved = json.loads((model / "config.json").read_text())
+    expected, found = (
+        {key: value for key, value in one.items() if value is not None} for one in (config, saved)
+    )
+    assert found == expected | {"transformers_version": found["transformers_version"]}
+
+    modes = {path: oct(path.stat().st_mode & 0o777) for path in output.rglob("*") if path.is_file()}
+    assert any(path.suffix == ".safetensors" for path in modes)
+    assert {path: mode for path, mode in modes.items() if mode != oct(0o664)} == {}
+
+    if lora is not None:
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        named = json.loads((output / "adapter_config.json").read_text())["base_model_name_or_path"]
+        assert Path(named).is_absolute()
+        assert AutoModelForCausalLM.from_pretrained(output).config.vocab_size == 320
 
 
 def test_rounds_are_whole_models_and_each_learns_from_the_last(

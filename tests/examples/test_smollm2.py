@@ -145,7 +145,12 @@ def test_the_example_runs_from_data_to_report_and_passes_over_what_is_done(
     first = subprocess.run(command, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
     rows = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [row["lambda"] for row in rows] == [0.0, 1.0, 2.0]
+    assert [(row["system"], row["lambda"]) for row in rows] == [
+        ("reference", 0.0),
+        ("aligned", 1.0),
+        ("trra", 2.0),
+        ("dial", 2.0),
+    ]
     assert all(row["answers"] == 24 for row in rows)
     report = (tmp_path / "out" / "report.md").read_text()
     weights = tmp_path / "out" / "lambda=2" / "merged" / "model.safetensors"

@@ -150,7 +150,7 @@ def test_a_disk_that_is_full_leaves_nothing(made, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save_file", fail)
+    monkeypatch.setattr(export, "write_tensors", fail)
     with pytest.raises(OSError, match="No space"):
         export_lora(made[1], [1.0], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -153,7 +153,7 @@ def test_nothing_half_written_is_left(tiny_pair, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sys.modules[interpolate.__module__], "save_file", fail)
+    monkeypatch.setattr(sys.modules[interpolate.__module__], "write_tensors", fail)
     with pytest.raises(OSError, match="No space"):
         interpolate(*tiny_pair, 0.5, tmp_path / "output")
     assert list(tmp_path.iterdir()) == []

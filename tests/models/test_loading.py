@@ -29,6 +29,7 @@ from flexalign.models.loading import (
     load_tokenizer,
 )
 from flexalign.models.sources import resolve, resolve_adapter
+from flexalign.models.weights import fingerprint_folder, fingerprint_module
 
 IDS = {"input_ids": torch.arange(5, 15)[None]}
 TEXT = {
@@ -318,6 +319,27 @@ def test_a_fingerprint_survives_saving_a_cast_and_another_split(family, tmp_path
     assert fingerprint(half) == fingerprint(tmp_path / "two") == expected
     assert len(expected) == 16
     assert fingerprint(family_model(family, seed=1)) != expected
+
+
+def test_a_fingerprint_of_a_folder_rounds_as_torch_does(tmp_path):
+    """The values of a file are rounded by numpy, those of a module by torch."""
+    halfway = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-23, -1 - 2**-8, 0.0, -0.0])
+    extremes = torch.tensor([3.4e38, -3.4e38, 1e-38, float("inf"), -float("inf"), 65504.0])
+    drawn = torch.randn(500) * torch.logspace(-30, 30, 500)
+    values = torch.cat([halfway, extremes, drawn])
+    module = torch.nn.Module()
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        for start in range(0, len(values), 60):  # all values of a small tensor are sampled
+            name = f"{str(dtype).removeprefix('torch.')}_{start}"
+            module.register_buffer(name, values[start : start + 60].to(dtype))
+    whole = torch.arange(-100, 5000, 7)
+    for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8, torch.bool):
+        module.register_buffer(str(dtype).removeprefix("torch."), whole.to(dtype))
+    module.register_buffer("eighths", values[:60].to(torch.float8_e4m3fn))
+    module.register_buffer("empty", torch.zeros(0, 3))
+    module.register_buffer("scalar", torch.tensor(1.01))
+    save_file(module.state_dict(), tmp_path / "model.safetensors")
+    assert fingerprint_folder(tmp_path) == fingerprint_module(module)
 
 
 def test_a_fingerprint_sees_one_changed_tensor(tiny_model):

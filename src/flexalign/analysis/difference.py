@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from flexalign._modes import evaluating
 from flexalign.data.formats import load_traces
 from flexalign.data.rendering import Rendering, bind_as_sampled, split_tokens
+from flexalign.data.tools import tools_of
 from flexalign.errors import DataError
 from flexalign.fusion import total_variation
 from flexalign.heads import Head
@@ -59,7 +60,7 @@ def load_rows(
         ConfigError: If the template does not take the arguments that they name.
         DataError: If they cannot be read.
     """
-    rows = load_traces(traces)
+    rows = load_traces(traces, places=True)
     rows = rows.select(range(min(limit or len(rows), len(rows))))
     bind_as_sampled(tokenizer, rows)
     return list(split_tokens(rows, tokenizer))
@@ -80,7 +81,7 @@ def load_prompted_rows(
     Raises:
         DataError: If they cannot be read, or a prompt cannot be rendered.
     """
-    rows = load_traces(traces)
+    rows = load_traces(traces, places=True)
     rows = rows.select(range(min(limit or len(rows), len(rows))))
     own = Rendering(rendering.tokenizers["reference"])
 
@@ -90,7 +91,7 @@ def load_prompted_rows(
         prompt = row["prompt"]
         if not isinstance(prompt, str):
             prompt = without_system(rendering.prompts.reference, prompt)
-        aligned = rendering.both(prompt).aligned
+        aligned = rendering.both(prompt, tools=tools_of(row)).aligned
         asked = rendering.messages("reference", prompt)
         rendered = own.row({**row, "prompt": asked}, number)
         found.append((rendered.prompt.ids, rendered.response_ids, aligned.ids))

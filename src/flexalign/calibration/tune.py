@@ -38,11 +38,11 @@ from flexalign.errors import ConfigError
 from flexalign.evaluation.samples import ResultsFolder
 from flexalign.evaluation.sweep import Progress, Sweep, sampling_options
 from flexalign.evaluation.tasks import Task, load_task
-from flexalign.lambdas import Setting, unique_settings
+from flexalign.lambdas import OnlyEnds, Setting, unique_settings
 from flexalign.systems import System, parse_system
 
 CANDIDATES = (0.25, 0.5, 0.75, 1.0)
-"""The default candidates, as λ."""
+"""The default candidates, as λ, of a system whose λ has no range of its own."""
 
 _FEWEST_QUESTIONS = 20
 _MARGIN = 0.02
@@ -67,8 +67,7 @@ def tune(
         task: Questions with known answers, at least 20.
         output: The folder for the card and the samples, from which an interrupted run continues.
         constraint: The constraint to prove; if not given, an accuracy within two points of λ = 0.
-        settings: The candidates: λ's, policies or settings; λ = 0.25, 0.5, 0.75 and 1 if not
-            given.
+        settings: The candidates: λ's, policies or settings; if not given, :func:`default_candidates`.
         options: Options of the choice; if not given, the defaults with the task's own number of
             samples.
         workers: Number of processes that grade.
@@ -167,7 +166,9 @@ class Tuning:
                 candidate.
             LambdaError: If a λ is outside an adapter's range.
         """
-        compared = compared_settings(settings or CANDIDATES)
+        compared = compared_settings(
+            settings or default_candidates(system, sampling.get("lambda_range"))
+        )
         if len(compared) == 1:
             raise ConfigError(
                 "there is no candidate besides λ = 0; name one with --lambda or --policy."
@@ -240,6 +241,29 @@ class Tuning:
             reference=reference,
             options=self.options,
         )
+
+
+def default_candidates(
+    system: System, permitted: tuple[float, float] | None = None
+) -> tuple[float, ...]:
+    """Return the λ to compare where none is given.
+
+    For a dial they are its range in quarters, or only the ends where only these are permitted; for
+    other systems `CANDIDATES`. λ = 0, the reference, is not among them.
+
+    Args:
+        system: The system.
+        permitted: The range to permit instead of the dial's own.
+    """
+    if system.kind != "dial":
+        return CANDIDATES
+    from flexalign.systems.dials import read_dial
+
+    within = permitted or read_dial(system.parts[1]).lambda_range
+    low, high = within
+    quarters = () if isinstance(within, OnlyEnds) else (1, 2, 3)
+    between = [round(low + (high - low) * quarter / 4, 6) for quarter in quarters]
+    return tuple(lam for lam in dict.fromkeys((low, *between, high)) if lam != 0)
 
 
 def compared_settings(candidates: Sequence[object]) -> list[Setting]:

@@ -14,7 +14,7 @@ from flexalign.cli.cache import cache
 from flexalign.cli.calibrate import calibrate
 from flexalign.cli.chat import chat
 from flexalign.cli.compare import compare
-from flexalign.cli.console import console
+from flexalign.cli.console import console, hide_library_warnings, show_in_any_encoding
 from flexalign.cli.demo import demo
 from flexalign.cli.evaluate import evaluate
 from flexalign.cli.export import export
@@ -33,7 +33,6 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -85,6 +84,8 @@ def main() -> None:
 
     Exit codes: 0 done, 1 failed while running, 2 wrong input, 130 interrupted.
     """
+    show_in_any_encoding()
+    hide_library_warnings()
     try:
         app(prog_name="flexalign")
     except FlexAlignError as error:

@@ -48,8 +48,8 @@ def cache(
 ) -> None:
     """Run both models over a recipe's data once and keep their final hidden states.
 
-    No λ goes into them: any λ, schedule, divergence and gate trains from one cache exactly as with
-    both models in memory, and neither is loaded again.
+    No λ goes into them, and the recipe needs none: any λ, schedule, divergence and gate trains from
+    one cache exactly as with both models in memory, and neither is loaded again.
 
     How large will it be? [cyan]flexalign cache recipe.yaml --dry-run[/cyan]
 
@@ -67,6 +67,7 @@ def cache(
     plan = RealignRecipe.load_each(
         recipe,
         overrides=assignments or (),
+        needs_lambda=False,
         **read_side_prompts(reference_prompt, aligned_prompt),
         cache_dir=folder,
         allow_pickle=allow_pickle or None,

@@ -15,6 +15,7 @@ from flexalign.cli.console import (
     describe_choice,
     describe_setting,
     describe_tokens,
+    reading_input,
 )
 from flexalign.cli.options import (
     Adapter,
@@ -256,7 +257,8 @@ def _lines() -> Iterator[str]:
             import readline  # noqa: F401 (gives input() its editing and its history)
     while True:
         try:
-            line = input("› ") if is_typed else _piped_line()
+            with reading_input():
+                line = input("› ") if is_typed else _piped_line()
         except EOFError:
             return
         except KeyboardInterrupt:

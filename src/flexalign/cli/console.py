@@ -1,7 +1,10 @@
 """Shared by all commands: the output streams, JSON, progress, and the display of answers."""
 
+import codecs
+import io
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -11,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flexalign.errors import ConfigError
+from flexalign.errors import ConfigError, DataError
 from flexalign.errors import as_input_errors as as_input_errors
 from flexalign.lambdas import Adaptive, Setting
 
@@ -28,6 +31,51 @@ result_console = Console(highlight=False)
 """The result of a command, when it is not JSON."""
 
 
+_SPELLED = {
+    **{"λ": "lambda", "τ": "tau", "α": "alpha", "β": "beta", "ε": "epsilon", "κ": "kappa"},
+    **{"−": "-", "–": "-", "—": "-", "·": "-", "×": "x", "±": "+-", "→": "->", "…": "..."},
+    **{"≥": ">=", "≤": "<=", "≠": "!=", "≈": "~", "‖": "||", "«": "<<", "»": ">>"},
+    **{"’": "'", "“": '"', "”": '"', "›": ">", "²": "^2", "∞": "infinity"},
+}
+"""What stands for a character of our texts where the output cannot show it."""
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    """Replace what an encoding cannot show: by its spelling, or by a question mark."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    unshown = error.object[error.start : error.end]
+    return "".join(_SPELLED.get(character, "?") for character in unshown), error.end
+
+
+def show_in_any_encoding() -> None:
+    """Make the output streams replace characters that their encoding cannot show.
+
+    Otherwise a λ in a pipe of ASCII or Latin-1 ends a command with a traceback, perhaps after hours
+    of work.
+    """
+    codecs.register_error("flexalign", _spell)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="flexalign")
+
+
+@contextmanager
+def reading_input() -> Iterator[None]:
+    """Report text on standard input that is not of its encoding.
+
+    Raises:
+        DataError: If it is not.
+    """
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"standard input is read as {error.encoding}, and byte {error.start} of it is none; "
+            "set PYTHONIOENCODING to its encoding, such as utf-8."
+        ) from None
+
+
 def say(line: str) -> None:
     """Print a line for people, without markup."""
     console.print(escape(line), soft_wrap=True)
@@ -39,8 +87,13 @@ def note(text: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON document on stdout."""
-    print(json.dumps(value, ensure_ascii=False, indent=2))
+    """Print one JSON document on stdout; what its encoding cannot show is escaped."""
+    text = json.dumps(value, ensure_ascii=False, indent=2)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value, indent=2)
+    print(text)
 
 
 def say_instruction(instruction: str | None, tasks: "Sequence[Task]") -> None:
@@ -92,6 +145,18 @@ def resumable_bar(
 
 
 # Messages of libraries.
+
+
+def hide_library_warnings() -> None:
+    """Hide what libraries tell the developers who call them: a user cannot act on it.
+
+    ``python -W`` and ``PYTHONWARNINGS`` still show it, and ``TRANSFORMERS_VERBOSITY`` the log of
+    transformers.
+    """
+    # At the end of the list: every other filter goes before it.
+    warnings.simplefilter("ignore", FutureWarning, append=True)
+    # Read when transformers is imported, which a command does when it needs it.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
 def quieten_libraries() -> None:

@@ -16,6 +16,7 @@ from flexalign.cli.console import (
     describe_tokens,
     print_json,
     progress_bar,
+    reading_input,
     result_console,
 )
 from flexalign.cli.options import (
@@ -199,7 +200,8 @@ def _read_prompts(prompt: str | None, file: Path | None) -> "list[UserPrompt]":
                 "there is no prompt; write one behind the model, name a file of them with "
                 "--prompts, or pipe one in. (flexalign chat is for conversations.)"
             )
-        prompt = sys.stdin.read()
+        with reading_input():
+            prompt = sys.stdin.read()
     return [UserPrompt.of_text(prompt)]
 
 

@@ -1,5 +1,6 @@
 """``flexalign inspect``: what a model is, whether two fit together, and what their dial turns."""
 
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,7 +9,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flexalign.cli.console import print_json, progress_bar, result_console, warnings_as_notes
+from flexalign.cli.console import (
+    print_json,
+    progress_bar,
+    result_console,
+    say,
+    warnings_as_notes,
+)
 from flexalign.cli.options import (
     AlignedPrompt,
     AllowPickle,
@@ -16,7 +23,7 @@ from flexalign.cli.options import (
     ReferencePrompt,
     read_prompt_pair,
 )
-from flexalign.errors import ConfigError
+from flexalign.errors import ConfigError, FlexAlignError
 
 if TYPE_CHECKING:
     from flexalign.analysis.difference import Difference, TokenChange
@@ -69,7 +76,6 @@ def inspect(
     [cyan]flexalign inspect smollm2 --aligned-prompt system='Answer in one short sentence.'
     --diff traces.jsonl[/cyan]
     """
-    from flexalign.models.compatibility import examine, examine_pair
     from flexalign.models.sources import aligned_beside
 
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
@@ -85,6 +91,12 @@ def inspect(
         aligned = aligned_beside(model)
         if aligned is None:
             raise ConfigError("--diff compares two models; name the aligned one too.")
+
+    names = [model] if aligned is None else [model, aligned]
+    _say_slow_parts(names)
+    if diff is None and not trust_remote_code:
+        _leave_torch_out(names)
+    from flexalign.models.compatibility import examine, examine_pair
 
     if aligned is None:
         one = examine(model, **options)
@@ -113,6 +125,41 @@ def inspect(
         raise typer.Exit(2)
 
 
+def _say_slow_parts(models: list[str]) -> None:
+    """Name the GGUF files on stderr: what is in the header of other models takes time there."""
+    from flexalign.models.sources import resolve
+
+    for source in map(resolve, models):
+        if source.gguf_file is not None:
+            say(f"reading {source}, a GGUF file, and building its tokenizer")
+
+
+def _leave_torch_out(models: list[str]) -> None:
+    """Let transformers be imported without torch, where all that is read is in plain folders.
+
+    Configurations, tokenizers, headers and fingerprints need no torch, but transformers imports it
+    wherever it is installed, which takes longer than all else here. A GGUF file, an adapter,
+    pickled weights and a comparison of equal models need it.
+    """
+    from flexalign.models.sources import resolve
+    from flexalign.models.weights import fingerprint_folder, tensor_infos
+
+    if {"torch", "transformers"} & sys.modules.keys():
+        return
+    sources = [resolve(model) for model in models]
+    if any(source.is_adapter or source.gguf_file for source in sources):
+        return
+    try:
+        infos = [info for source in sources for info in tensor_infos(source.path).values()]
+        is_readable = all(info.is_known_to_numpy for info in infos)
+        prints = {fingerprint_folder(source.path) for source in sources} if is_readable else set()
+    except FlexAlignError:
+        return  # said where the models are examined
+    if len(prints) == len(models):
+        # transformers and the modules that it imports then take torch for not installed.
+        sys.modules["torch"] = None  # type: ignore[assignment]
+
+
 def _measure(
     facts: "PairFacts", path: Path, limit: int, batch_size: int, loading: dict[str, Any]
 ) -> "Difference":
@@ -122,7 +169,7 @@ def _measure(
     rows = load_rows(path, facts.tokenizer, limit)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report has said it all
-        pair = ModelPair.load(facts.reference.name, facts.aligned.name, **loading)
+        pair = ModelPair.load_examined(facts, say=say, **loading)
     with progress_bar("reading with both models", len(rows)) as show:
         return measure_difference(
             pair, rows, batch_size=batch_size, progress=lambda done, _: show(done)
@@ -146,15 +193,15 @@ def _inspect_prompts(
         one_model_pair,
     )
     from flexalign.models.compatibility import examine
-    from flexalign.models.loading import load_config, load_model, load_tokenizer
+    from flexalign.models.loading import load_model
     from flexalign.models.prompted import PairRendering, context_of
 
+    _say_slow_parts([model])
     trusted = loading["trust_remote_code"]
     facts = examine(model, dtype=loading["dtype"], trust_remote_code=trusted)
-    tokenizer = load_tokenizer(model, trust_remote_code=trusted)
     with warnings_as_notes():
-        context = context_of(load_config(model, trust_remote_code=trusted))
-        rendering = PairRendering(tokenizer, prompts, context=context)
+        context = context_of(facts.config)
+        rendering = PairRendering(facts.tokenizer, prompts, context=context)
     both = rendering.both([{"role": "user", "content": "…"}])
     shown = {
         side: {"text": prompt.text, "tokens": len(prompt.ids), "thinking": prompt.opening.value}
@@ -172,6 +219,7 @@ def _inspect_prompts(
     difference = None
     if diff is not None:
         rows = load_prompted_rows(diff, rendering, limit)
+        say(f"loading {facts.name}, {facts.gib:.3g} GiB")
         pair = one_model_pair(load_model(model, **loading), rendering.tokenizers["reference"])
         with progress_bar("reading under both prompts", len(rows)) as show:
             difference = measure_difference(

@@ -80,7 +80,11 @@ Aligned: TypeAlias = Annotated[
     str | None, typer.Option(help="Or the aligned model of a pair, fused as both decode.")
 ]
 Gate: TypeAlias = Annotated[
-    float | None, typer.Option(help="Extrapolate only where the two differ by more.")
+    float | None,
+    typer.Option(
+        help="Extrapolate only where the two differ by more; a LoRA dial, which has no second "
+        "distribution, refuses it."
+    ),
 ]
 PermittedRange: TypeAlias = Annotated[
     str | None,

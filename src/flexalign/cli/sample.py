@@ -43,8 +43,9 @@ def sample(
     prompts: Annotated[
         Path,
         typer.Option(
-            help="JSONL, JSON, Parquet or a saved data set, with problem, question, instruction, "
-            "messages or prompt (text in prompt skips the chat template)."
+            help="JSONL, JSON, CSV (also .gz), Parquet, a folder of shards or a saved data set, with "
+            "problem, question, instruction, messages or prompt (text in prompt skips the chat "
+            "template)."
         ),
     ],
     output: Annotated[
@@ -103,6 +104,13 @@ def sample(
         str | None, typer.Option("--system", help="The system message of prompts that have none.")
     ] = None,
     dtype: Dtype = "auto",
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--columns",
+            help="FIELD=COLUMN, the file's own name for a field, such as problem=query; repeatable.",
+        ),
+    ] = None,
     skip_bad_rows: SkipBadRows = False,
     dry_run: Annotated[
         bool,
@@ -124,6 +132,7 @@ def sample(
     Example: [cyan]flexalign sample smollm2 --aligned-prompt system='Answer in one short sentence.'
     --lambda 1.5 --prompts questions.jsonl -o brief.jsonl[/cyan]
     """
+    from flexalign.data.columns import parse_columns
     from flexalign.data.logits import LogitsSettings
     from flexalign.data.prompting import PromptSettings, parse_template
     from flexalign.data.traces import SamplingSettings
@@ -183,6 +192,7 @@ def sample(
         lam=dials[0] if dials else None,
         limit=limit,
         skip_bad_rows=skip_bad_rows,
+        columns=parse_columns(columns, "--columns"),
     )
     if dry_run:
         _preview(run, as_json)

@@ -5,6 +5,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import typer
@@ -122,6 +123,30 @@ def training_session() -> Iterator[None]:
             raise typer.Exit(130) from None
 
 
+@contextmanager
+def _saying_what_stands(recipe: Any) -> Iterator[None]:
+    """If Ctrl-C ends a run at once (before its first step, or the second time), say what is there.
+
+    Args:
+        recipe: The run's recipe, or a list with one for each λ.
+
+    Raises:
+        typer.Exit: With code 130, after Ctrl-C.
+    """
+    from flexalign.training.checkpoints import what_stands
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        outputs = [Path(one.output) for one in (recipe if isinstance(recipe, list) else [recipe])]
+        begun = [f"in {output} {what_stands(output)}" for output in outputs if output.exists()]
+        say(
+            f"interrupted: {'; '.join(begun) or 'nothing is written yet'}; give the same command "
+            "again to go on from there."
+        )
+        raise typer.Exit(130) from None
+
+
 def train(
     function: Callable[..., Any],
     recipe: Any,
@@ -146,7 +171,7 @@ def train(
     """
     from flexalign.training.plan import TrainingPlan
 
-    with training_session():
+    with _saying_what_stands(recipe), training_session():
         result = function(
             recipe, dry_run=dry_run, events=ConsoleEvents(), command=command_line(), **options
         )

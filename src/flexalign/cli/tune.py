@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from flexalign.models.prompted import PromptPair
     from flexalign.systems import System
 
-_LAMBDAS = "0.25,0.5,0.75,1"
+_LAMBDAS = "a dial's range in quarters, or 0.25,0.5,0.75,1,"
 """The library's default candidates, for the help text."""
 
 _SHOWN = 13

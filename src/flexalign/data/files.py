@@ -1,17 +1,29 @@
 """Reading of rows from files: each row with its place in the file, each bad row with the reason.
 
-The fields of a row are not interpreted here, but in `formats.py`.
+The fields of a row are not interpreted here, but in `formats.py`. JSONL, JSON and CSV are parsed
+here, because the readers of `datasets` do not keep the line of a bad row. Parquet and saved data
+sets are read by pyarrow and `datasets`.
 """
 
+import csv
+import gzip
+import io
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
+from flexalign.data.folders import choose_split, data_files, is_saved, kind_of, split_of
 from flexalign.errors import DataError
 
-_READABLE = ".jsonl, .json, .parquet, or a folder written by datasets' save_to_disk"
+PLACE = "place"
+"""The column of a row's file and line in a data set that is loaded with `places`."""
+
+
+class Unusable(Exception):  # noqa: N818 (a finding about one row, never seen by a user)
+    """The reason why a row cannot be used; the loader catches it and adds the row's place."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +31,7 @@ class Row:
     """A row of a file.
 
     Attributes:
-        place: Its place in the file, such as "line 5".
+        place: Its place in the file, such as "line 5", or in the folder, such as "b.jsonl, line 5".
         value: Its fields.
     """
 
@@ -32,7 +44,7 @@ class BadRow:
     """A row that cannot be used.
 
     Attributes:
-        place: Its place in the file, such as "line 5".
+        place: Its place, as of `Row`.
         reason: Why it cannot be used.
     """
 
@@ -40,46 +52,112 @@ class BadRow:
     reason: str
 
 
-def read_rows(path: Path) -> Iterator[Row | BadRow]:
-    """Read a JSONL, JSON or Parquet file, or a saved Hugging Face data set, row by row.
+def place_of(row: Mapping[str, Any], number: int) -> str:
+    """Return where a row of a data set stands, for messages.
 
     Args:
-        path: The file or folder. The suffix decides the format; a `.json` file may contain a list
-            of rows or one row per line.
+        row: A row; if its data set was loaded with `places`, it names file and line.
+        number: The row's number from 1, for any other row.
+    """
+    return str(row.get(PLACE) or f"row {number}")
+
+
+def read_rows(path: Path) -> Iterator[Row | BadRow]:
+    """Read rows from a file, from a folder of shards, or from a saved Hugging Face data set.
+
+    Args:
+        path: A file (JSONL, JSON, CSV, also with gzip, or Parquet) or a folder (shards of one of
+            these kinds, or a data set written by `save_to_disk`). A folder of several splits is
+            followed by the name of one: ``folder/train``. The suffix decides the format; a
+            `.json` file may contain a list of rows or one row per line.
 
     Returns:
-        An iterator over the rows, in order. A row that is cut off, empty, not UTF-8 or not a JSON
-        object is a `BadRow`, so that the caller can name all of them at once.
+        An iterator over the rows, in order; shards in the order of their names. A row that is cut
+        off, not UTF-8 or not a row with named fields is a `BadRow`, so that the caller can name
+        all of them at once. Blank lines are no rows.
 
     Raises:
-        DataError: If there is no such file, its format is not known, or it cannot be read as a
-            whole.
+        DataError: If there is no such file or split, its format is not known, a folder holds
+            several kinds of files or several splits, or a file cannot be read as a whole.
     """
-    if not path.exists():
+    folder, split = (path, None) if path.exists() else split_of(path)
+    if not folder.exists():
         raise DataError(f"{path}: no such file or folder.")
-    if path.is_dir():
-        return _saved_rows(path)
-    match path.suffix.lower():
-        case ".jsonl" | ".ndjson":
+    if not folder.is_dir():
+        return _file_rows(folder)
+    if is_saved(folder):
+        return _saved_rows(folder, split)
+    return _shard_rows(folder, data_files(folder, split))
+
+
+def _file_rows(path: Path) -> Iterator[Row | BadRow]:
+    match kind_of(path):
+        case "jsonl":
             return _json_lines(path)
-        case ".json":
+        case "json":
             return _json_rows(path)
-        case ".parquet":
+        case "csv":
+            return _csv_rows(path)
+        case _:
             return _parquet_rows(path)
-    raise DataError(f"{path}: this kind of file is not known; give {_READABLE}.")
+
+
+def _shard_rows(folder: Path, shards: list[Path]) -> Iterator[Row | BadRow]:
+    for shard in shards:
+        name = shard.relative_to(folder).as_posix()
+        for row in _file_rows(shard):
+            place = f"{name}, {row.place}"
+            match row:
+                case Row():
+                    yield Row(place, row.value)
+                case BadRow():
+                    yield BadRow(place, row.reason)
+
+
+# Text: lines of JSON, one list of JSON, or CSV; each also with gzip.
+
+
+def _open(path: Path) -> BinaryIO:
+    is_zipped = path.suffix.lower() == ".gz"
+    return cast("BinaryIO", gzip.open(path, "rb") if is_zipped else path.open("rb"))
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file.
+
+    Raises:
+        DataError: If a file with gzip is cut off or damaged.
+    """
+    number = 0
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, start=1):  # noqa: B007 (told after the loop)
+                yield line
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(
+            f"{path}: the gzip file is damaged or cut off after line {number} ({error}); "
+            "copy it again."
+        ) from error
+
+
+def _text(path: Path) -> str:
+    """Return a file's text.
+
+    Raises:
+        DataError: If it is not UTF-8, or a file with gzip is damaged.
+    """
+    content = b"".join(_lines(path))
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}: line {line} is not UTF-8; save the file as UTF-8.") from error
 
 
 def _json_lines(path: Path) -> Iterator[Row | BadRow]:
-    blank: list[BadRow] = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            place = f"line {number}"
-            if not line.strip():
-                blank.append(BadRow(place, "empty line"))
-                continue
-            yield from blank  # blank lines at the end of the file are not reported
-            blank.clear()
-            yield _parse_line(place, line)
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            yield _parse_line(f"line {number}", line)
 
 
 def _parse_line(place: str, line: bytes) -> Row | BadRow:
@@ -98,12 +176,7 @@ def _parse_line(place: str, line: bytes) -> Row | BadRow:
 
 
 def _json_rows(path: Path) -> Iterator[Row | BadRow]:
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}: line {line} is not UTF-8; save the file as UTF-8.") from error
+    text = _text(path)
     start = text.lstrip()[:1]
     if start == "{":
         yield from _json_lines(path)
@@ -152,6 +225,63 @@ def _object(place: str, value: Any) -> Row | BadRow:
     return Row(place, value)
 
 
+def _csv_rows(path: Path) -> Iterator[Row | BadRow]:
+    """Read a table whose first line names its columns; a row's place is the line where it begins."""
+    # Python's own limit, 131,072 characters in a cell, is less than a long response.
+    csv.field_size_limit(2**31 - 1)
+    tabs = path.name.lower().removesuffix(".gz").endswith(".tsv")
+    reader = csv.reader(
+        io.StringIO(_text(path), newline=""), delimiter="\t" if tabs else ",", strict=True
+    )
+
+    names: list[str] | None = None
+    while True:
+        place = f"line {reader.line_num + 1}"
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            cut_off = "unexpected end of data" in str(error)
+            yield BadRow(
+                place,
+                "cut off: the file ends inside a quoted cell" if cut_off else f"no CSV ({error})",
+            )
+            continue
+
+        if not any(cell.strip() for cell in cells):
+            continue
+        if names is None:
+            names = _header(path, place, cells)
+        elif len(cells) != len(names):
+            yield BadRow(place, f"{len(cells)} cells where the header names {len(names)}")
+        else:
+            yield Row(place, dict(zip(names, cells, strict=True)))
+
+
+def _header(path: Path, place: str, cells: list[str]) -> list[str]:
+    """Return the names in a table's header.
+
+    Raises:
+        DataError: If a name is empty or occurs twice, or the columns are separated otherwise.
+    """
+    names = [cell.strip() for cell in cells]
+    other = next((mark for mark in (";", "\t", ",") if len(names) == 1 and mark in names[0]), None)
+    if other is not None:
+        raise DataError(
+            f"{path}, {place}: the columns seem to be separated by {other!r}; separate them by "
+            "commas, or by tabs in a .tsv file."
+        )
+    for name in names:
+        if not name or names.count(name) > 1:
+            told = f"the name {name!r} twice" if name else "a column without a name"
+            raise DataError(f"{path}, {place}: the header has {told}; give each column a name.")
+    return names
+
+
+# Tables with types.
+
+
 def _parquet_rows(path: Path) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
@@ -166,33 +296,34 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     return _numbered(rows)
 
 
-def _saved_rows(path: Path) -> Iterator[Row]:
+def _saved_rows(path: Path, split: str | None) -> Iterator[Row]:
     import datasets
 
     try:
         saved = datasets.load_from_disk(str(path))
-    except FileNotFoundError as error:
-        raise DataError(
-            f"{path}: this folder is not a data set written by datasets' save_to_disk; "
-            f"give {_READABLE}."
-        ) from error
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path}: this data set cannot be read ({error}); copy it again."
         ) from error
 
     if isinstance(saved, datasets.DatasetDict):
-        splits = list(saved)
-        if len(splits) != 1:
-            raise DataError(
-                f"{path}: this data set has the splits {', '.join(splits)}; "
-                f"name one of them, such as {path / splits[0]}."
-            )
-        saved = saved[splits[0]]
+        saved = saved[choose_split(path, list(saved), split)]
+    elif split is not None:
+        raise DataError(f"{path / split}: the data set {path} has no splits; leave {split} out.")
     return _numbered(saved)
 
 
 def _numbered(rows: Any) -> Iterator[Row]:
     """Yield rows without the fields that are None, which a table has for absent ones."""
     for number, row in enumerate(rows, start=1):
-        yield Row(f"row {number}", {key: value for key, value in row.items() if value is not None})
+        yield Row(f"row {number}", _without_none(row))
+
+
+def _without_none(value: Any) -> Any:
+    """Remove None from mappings inside mappings and lists.
+
+    Arrow gives all mappings of a column the same keys, such as all tools the same parameters.
+    """
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from flexalign.data.files import place_of
 from flexalign.data.template import bind_template, bound_thinking, template_arguments
 from flexalign.errors import ConfigError, DataError
 
@@ -129,7 +130,7 @@ class PromptSettings:
 
         if isinstance(prompt, str):
             raise DataError(
-                f"row {number}: the prompt is plain text, which has no place for a system message; "
+                f"{place_of(row, number)}: the prompt is plain text, which has no place for a system message; "
                 "leave system out, or give messages."
             )
 
@@ -138,12 +139,12 @@ class PromptSettings:
             return list(prompt)
         if own:
             raise DataError(
-                f"row {number}: it has a system message of its own, {own[0][:60]!r}, and `system` "
+                f"{place_of(row, number)}: it has a system message of its own, {own[0][:60]!r}, and `system` "
                 "is another; leave one of the two out."
             )
         if row.get("response_ids") is not None:
             raise DataError(
-                f"row {number}: its response was sampled without the system message that `system` "
+                f"{place_of(row, number)}: its response was sampled without the system message that `system` "
                 "sets; leave system out, or sample again with it."
             )
         return [{"role": "system", "content": self.system}, *prompt]

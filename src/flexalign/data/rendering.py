@@ -16,7 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from flexalign.data.files import PLACE, place_of
 from flexalign.data.template import (
+    REASONING_KEYS,
     bind_template,
     bound_thinking,
     call_template,
@@ -28,6 +30,17 @@ from flexalign.data.template import (
     template_messages,
 )
 from flexalign.data.thinking import Split, ThinkingTags, split_any
+from flexalign.data.tools import (
+    Tools,
+    before_thinking,
+    call_ending,
+    calls_of,
+    require_tools_shown,
+    tool_messages,
+    tool_shape,
+    tools_of,
+    uses_tools,
+)
 from flexalign.errors import DataError
 
 if TYPE_CHECKING:
@@ -114,11 +127,14 @@ class Rendering:
         """The tags around the model's thinking."""
         return self._tags or ThinkingTags.of(self.tokenizer)
 
-    def prompt(self, prompt: Prompt, **arguments: Any) -> RenderedPrompt:
+    def prompt(
+        self, prompt: Prompt, *, tools: Tools | None = None, **arguments: Any
+    ) -> RenderedPrompt:
         """Render a prompt.
 
         Args:
             prompt: Text, or messages for the chat template.
+            tools: Definitions of the tools that a response to messages may call.
             **arguments: Template arguments of this call; they override those that are bound.
 
         Raises:
@@ -131,7 +147,9 @@ class Rendering:
             ids = self._encode(prompt, add_special_tokens=True)
             return RenderedPrompt(prompt, ids, opening, self.tokenizer.eos_token_id)
 
-        text = render_chat(self.tokenizer, prompt, add_generation_prompt=True, **arguments)
+        text = render_chat(
+            self.tokenizer, prompt, add_generation_prompt=True, tools=tools, **arguments
+        )
         return RenderedPrompt(
             text, self._encode(text), self._opening(prompt, text), self._stop_id(arguments)
         )
@@ -141,7 +159,7 @@ class Rendering:
 
         Args:
             row: `prompt` and `completion`, as `load_traces` returns them, with `response_ids` and
-                `truncated` where the response was sampled.
+                `truncated` where the response was sampled, and `tools` where it may call some.
             number: The row's number from 1, for error messages.
 
         Raises:
@@ -152,21 +170,26 @@ class Rendering:
         prompt = self.prompt_of(row, number)
         self._require_sampled_here(row, number)
 
+        place, stop_id = place_of(row, number), prompt.stop_id
         ids, truncated = row.get("response_ids"), bool(row.get("truncated"))
         if ids is not None:
             response, text, is_whole = list(ids), self.tokenizer.decode(ids), not truncated
+        elif _calls(row["completion"]):
+            text, stop_id = self._calls_written(row, prompt, place)
+            is_whole = not truncated
+            response = self._continuation(prompt, text, place)
         else:
-            text, is_whole = self._fitted(row["completion"], prompt, truncated, number)
-            response = self._continuation(prompt, text, number)
+            text, is_whole = self._fitted(row["completion"], prompt, truncated, place)
+            response = self._continuation(prompt, text, place)
 
-        if prompt.stop_id is not None and prompt.stop_id in response:
-            stop = self.tokenizer.convert_ids_to_tokens(prompt.stop_id)
+        if stop_id is not None and stop_id in response:
+            stop = self.tokenizer.convert_ids_to_tokens(stop_id)
             raise DataError(
-                f"row {number}: the response contains the stop token {stop!r} in its middle, where "
+                f"{place}: the response contains the stop token {stop!r} in its middle, where "
                 "generation would have ended; take it out, or make two rows of it."
             )
-        if is_whole and prompt.stop_id is not None:
-            response.append(prompt.stop_id)
+        if is_whole and stop_id is not None:
+            response.append(stop_id)
         return RenderedRow(prompt, response, text, is_whole)
 
     def prompt_of(self, row: Mapping[str, Any], number: int = 1) -> RenderedPrompt:
@@ -175,15 +198,16 @@ class Rendering:
         Raises:
             DataError: If the prompt cannot be rendered.
         """
+        place = place_of(row, number)
         try:
-            return self.prompt(row["prompt"])
+            return self.prompt(row["prompt"], tools=tools_of(row))
         except DataError as error:
             whole = row["prompt"] if isinstance(row["prompt"], str) else _conversation_of(row)
             told = _refusal(whole, error.__cause__) if error.__cause__ else error
-            raise DataError(f"row {number}: {told}") from error
+            raise DataError(f"{place}: {told}") from error
         except Exception as error:  # a template is a program, and the row is its argument
             raise DataError(
-                f"row {number}: the chat template fails on its messages ({error!r:.200}); change "
+                f"{place}: the chat template fails on its messages ({error!r:.200}); change "
                 "them to what the template takes."
             ) from error
 
@@ -227,13 +251,14 @@ class Rendering:
         for name, why in _DIFFERENCES.items():
             if name in here and name in there and here[name] != there[name]:
                 was, now = (json.dumps(each[name]) for each in (there, here))
-                raise DataError(f"row {number}: {why.format(was=was, now=now)}")
+                told_place = place_of(row, number)
+                raise DataError(f"{told_place}: {why.format(was=was, now=now)}")
 
         if row.get("response_ids") is not None:
             vocabulary = self._vocabulary
             if there.get("vocabulary", vocabulary) != vocabulary:
                 raise DataError(
-                    f"row {number}: its response was sampled with another vocabulary "
+                    f"{place_of(row, number)}: its response was sampled with another vocabulary "
                     f"({there['vocabulary']} there, {vocabulary} here), so its token ids mean "
                     "other text; sample the traces with one of this pair's models."
                 )
@@ -249,7 +274,7 @@ class Rendering:
     # Responses that were not sampled here, fitted to the opening.
 
     def _fitted(
-        self, completion: Prompt, prompt: RenderedPrompt, truncated: bool, number: int
+        self, completion: Prompt, prompt: RenderedPrompt, truncated: bool, place: str
     ) -> tuple[str, bool]:
         """Return the text that the model must write after the prompt, and whether it is whole.
 
@@ -265,12 +290,8 @@ class Rendering:
         text = text.removesuffix(stop) if stop else text
         reasoning = reasoning_of(message)
         parts = self._parts(text, reasoning, prompt.opening, truncated)
-        if parts.thinking.strip() and prompt.opening is Opening.CLOSED:
-            raise DataError(
-                f"row {number}: the response has a thinking, and the prompt has closed it before "
-                "the response begins; set `template: {enable_thinking: true}`, or train on the "
-                "answers alone with strip_thinking."
-            )
+        if parts.thinking.strip():
+            _require_not_closed(prompt, place)
 
         is_whole = parts.closed and not truncated
         shape = shape_of(self.tokenizer)
@@ -284,6 +305,75 @@ class Rendering:
             written = self._thinking_written(text, parts, prompt, is_own=not reasoning)
 
         return written + (shape.ending if is_whole else ""), is_whole
+
+    def _calls_written(
+        self, row: Mapping[str, Any], prompt: RenderedPrompt, place: str
+    ) -> tuple[str, int | None]:
+        """Return what the model must write for a response that calls tools, and its stop token.
+
+        It is what the chat template writes for the response after the prompt.
+
+        Raises:
+            DataError: If the response has a thinking and the prompt has closed it, or the template
+                does not render the response, or not as a continuation of the prompt.
+        """
+        message, shape, tags = dict(row["completion"][-1]), shape_of(self.tokenizer), self.tags
+        parts = self._parts(
+            message.get("content") or "", reasoning_of(message), prompt.opening, truncated=False
+        )
+        thinking, is_opened = parts.thinking.strip(), prompt.opening is Opening.OPENED
+        if thinking:
+            _require_not_closed(prompt, place)
+
+        # A thinking that the template does not write stands before the calls, as in `_fitted`.
+        start = ""
+        if thinking and shape.thinking_end is None:
+            message = {key: message[key] for key in message if key not in REASONING_KEYS}
+            message["content"] = parts.answer.lstrip()
+            start = ("" if is_opened else f"{tags.open}\n") + thinking + self._default_end
+        whole = self._whole(row, message, place)
+
+        base = prompt.text
+        if start or not whole.startswith(base):
+            base = before_thinking(base, tags)
+        if not whole.startswith(base):
+            raise DataError(
+                f"{place}: the chat template writes a response that calls tools, and the prompt "
+                "before it, otherwise than it asks for one; use another template."
+            )
+        written, stop_id = call_ending(
+            self.tokenizer, whole[len(base) :], shape.stop, tool_shape(self.tokenizer, shape)
+        )
+        if is_opened and base != prompt.text and not start:
+            if written.lstrip().startswith(tags.open):  # the prompt has the tag
+                written = written.lstrip().removeprefix(tags.open).lstrip()
+            else:
+                start = self._default_end
+
+        shown = "".join((start + written).split())
+        for said, what in ((parts.answer, "text"), (thinking, "thinking")):
+            if "".join(said.split()) not in shown:
+                raise DataError(
+                    f"{place}: the chat template leaves out the {what} of a response that calls "
+                    "tools; take one of the two out, or use a template that renders both."
+                )
+        return start + written, prompt.stop_id if stop_id is None else stop_id
+
+    def _whole(self, row: Mapping[str, Any], message: dict[str, Any], place: str) -> str:
+        """Render a row's prompt with its response, as the chat template writes both.
+
+        Raises:
+            DataError: If the template fails on them, or does not render their tools.
+        """
+        try:
+            return render_chat(self.tokenizer, [*row["prompt"], message], tools=tools_of(row))
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error
+        except Exception as error:  # a template is a program, and the row is its argument
+            raise DataError(
+                f"{place}: the chat template fails on a response that calls tools "
+                f"({error!r:.200}); change it to what the template takes."
+            ) from error
 
     def _parts(self, text: str, reasoning: str, opening: Opening, truncated: bool) -> Split:
         """Split a response into thinking and answer; `reasoning` is the thinking given apart."""
@@ -335,7 +425,7 @@ class Rendering:
         """Remove the white space around a text if the template does so."""
         return text.strip() if shape_of(self.tokenizer).trims else text
 
-    def _continuation(self, prompt: RenderedPrompt, text: str, number: int) -> list[int]:
+    def _continuation(self, prompt: RenderedPrompt, text: str, place: str) -> list[int]:
         """Tokenize a response so that the prompt has the same tokens as at inference.
 
         Raises:
@@ -351,10 +441,29 @@ class Rendering:
         begins = self.tokenizer.convert_ids_to_tokens(alone[:1])
         if begins and str(begins[0]).startswith(_WORD_START) and not text[:1].isspace():
             raise DataError(
-                f"row {number}: the tokenizer cannot split the prompt's end from the beginning of "
+                f"{place}: the tokenizer cannot split the prompt's end from the beginning of "
                 "the response; end the prompt with a special token or a line break."
             )
         return alone
+
+
+def _calls(completion: Prompt) -> bool:
+    """Return whether a completion calls tools."""
+    return not isinstance(completion, str) and bool(calls_of(completion[-1]))
+
+
+def _require_not_closed(prompt: RenderedPrompt, place: str) -> None:
+    """Check that a response with thinking may think after the prompt.
+
+    Raises:
+        DataError: If the prompt has closed the thinking.
+    """
+    if prompt.opening is Opening.CLOSED:
+        raise DataError(
+            f"{place}: the response has a thinking, and the prompt has closed it before "
+            "the response begins; set `template: {enable_thinking: true}`, or train on the "
+            "answers alone with strip_thinking."
+        )
 
 
 _WORD_START = "▁"
@@ -428,6 +537,7 @@ def render_chat(
     messages: list[dict[str, Any]],
     *,
     add_generation_prompt: bool = False,
+    tools: Tools | None = None,
     **arguments: Any,
 ) -> str:
     """Render messages with the tokenizer's chat template.
@@ -436,11 +546,13 @@ def render_chat(
         tokenizer: The model's.
         messages: A conversation.
         add_generation_prompt: Whether a response is asked for.
+        tools: Definitions of the tools that a response may call.
         **arguments: Template arguments of this call; they override those that are bound.
 
     Raises:
-        DataError: If the tokenizer has no template, the template refuses the messages, or, where
-            a response is asked for, it leaves a message out or renders no generation prompt.
+        DataError: If the tokenizer has no template, the template refuses the messages or does not
+            render their tools, or, where a response is asked for, it leaves a message out or
+            renders no generation prompt.
     """
     from jinja2 import TemplateError
 
@@ -454,11 +566,15 @@ def render_chat(
         shape = shape_of(tokenizer, **arguments)
         tags = ThinkingTags.of(tokenizer)
         given = template_messages(messages, shape, (tags.open, tags.close))
+        told: dict[str, Any] = {"tools": list(tools)} if tools else {}
+        if uses_tools(messages, tools):
+            given = tool_messages(given, tools, tool_shape(tokenizer, shape, **arguments))
         text = call_template(
-            tokenizer, given, add_generation_prompt=add_generation_prompt, **arguments
+            tokenizer, given, add_generation_prompt=add_generation_prompt, **told, **arguments
         )
     except TemplateError as error:
         raise _refusal(messages, error) from error
+    require_tools_shown(given, tools, text)
 
     if add_generation_prompt:
         if not shape.has_generation_prompt and (shape.answer_start or "").strip():
@@ -667,8 +783,9 @@ def tokenize_preferences(dataset: Any, tokenizer: "PreTrainedTokenizerBase") -> 
     rendering = Rendering(tokenizer)
 
     def render(row: dict[str, Any], index: int) -> dict[str, Any]:
+        shared = {name: row[name] for name in ("prompt", "tools", PLACE) if name in row}
         chosen, rejected = (
-            rendering.row({"prompt": row["prompt"], "completion": row[side]}, index + 1)
+            rendering.row({**shared, "completion": row[side]}, index + 1)
             for side in ("chosen", "rejected")
         )
         return {

@@ -217,7 +217,7 @@ def strip_thinking(dataset: "Dataset", tags: ThinkingTags | None = None) -> "Dat
     answered = [
         index
         for index, text in enumerate(texts)
-        if split_any(text, tags).answer.strip()
+        if (split_any(text, tags).answer.strip() or _calls_tools(rows[index]["completion"]))
         and not (rows[index].get("truncated") and not _closed_in(text, tags) and not apart[index])
     ]
     if not answered:
@@ -267,6 +267,11 @@ def _response_text(completion: str | list[dict[str, Any]]) -> str:
 def _has_thinking_apart(completion: str | list[dict[str, Any]]) -> bool:
     """Return whether a response's message carries its thinking beside the content."""
     return not isinstance(completion, str) and bool(reasoning_of(completion[-1]))
+
+
+def _calls_tools(completion: str | list[dict[str, Any]]) -> bool:
+    """Return whether a response's message calls tools, which is an answer without text."""
+    return not isinstance(completion, str) and bool(completion[-1].get("tool_calls"))
 
 
 def _answer_only(completion: Any, tags: ThinkingTags) -> Any:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flexalign.data.files import BadRow, Row, read_rows
+from flexalign.data.folders import split_of
 from flexalign.errors import ConfigError, DataError
 from flexalign.evaluation.grading import Grader
 from flexalign.models.names import known_name, known_names
@@ -34,7 +35,7 @@ _FILES = {
     "amc": ("amc", "amc23"),
     "gsm8k": ("gsm8k_test", "gsm8k"),
 }
-_ENDINGS = (".jsonl", ".json", ".parquet")
+_ENDINGS = (".jsonl", ".json", ".parquet", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz")
 _ALIASES = {"math": "math500", "aime24": "aime", "aime2024": "aime", "aime2025": "aime25"}
 
 _AIME_SAMPLES = 32
@@ -121,8 +122,9 @@ def load_task(
 
     Args:
         name_or_path: One of `task_names` (case and hyphens are ignored, so that ``MATH-500`` is
-            known), a part of one (``NAME:PART``), or the path of a JSONL, JSON or Parquet file
-            with `problem` (or `question`) and `answer`, and optionally `id` or `unique_id`.
+            known), a part of one (``NAME:PART``), or the path of a file or
+            folder that `flexalign.data.files.read_rows` takes, with `problem` (or `question`) and
+            `answer`, and optionally `id` or `unique_id`.
         data: The folder of the public files, or the file itself; the environment variable
             FLEXALIGN_DATA if not given.
         limit: The number of questions, which are drawn with `seed` and stay in order; if a known
@@ -151,12 +153,12 @@ def load_task(
         questions, own = _read(_public_file(name, data)), MATHEMATICS
     else:
         path = Path(name_or_path).expanduser()
-        if not path.exists():
+        if not path.exists() and split_of(path)[1] is None:
             raise ConfigError(
                 f"there is no task and no file {name_or_path!r}; the tasks are "
                 f"{', '.join(task_names())}, and a file needs `problem` and `answer`."
             )
-        name, questions = path.stem, _read(path)
+        name, questions = Path(path.name.removesuffix(".gz")).stem, _read(path)
 
     if limit is not None and limit < len(questions):
         chosen = sorted(random.Random(seed).sample(range(len(questions)), limit))

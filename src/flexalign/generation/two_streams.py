@@ -23,7 +23,7 @@ from flexalign.generation.inherited import refuse_inner_outputs
 from flexalign.generation.interface import Phase
 from flexalign.generation.row_lambdas import RowDials
 from flexalign.generation.stream_cache import BOTH, FIRST, SECOND, StackPlan, StreamCache
-from flexalign.heads import Head, can_mix_hidden
+from flexalign.heads import Head, can_mix_hidden, decoder_of
 
 
 class TwoStreamModel(BasedModel):
@@ -202,7 +202,7 @@ class TwoStreamModel(BasedModel):
 
     @property
     def _decoder(self) -> Any:
-        return self.base.get_decoder()
+        return decoder_of(self.base)
 
     def _plan(self, streams: Tensor | int, given: Tensor, cache: StreamCache | None) -> StackPlan:
         """Return the stacking of the rows of ``given``. A cache keeps that of its first use."""

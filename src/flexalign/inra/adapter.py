@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from flexalign._modes import evaluating
 from flexalign.errors import FlexAlignError, UnsupportedModelError
+from flexalign.models.loading import other_towers
 
 _PROBE_ROWS, _PROBE_TOKENS = 2, 24
 
@@ -83,18 +84,30 @@ def copy_first_layer(model: nn.Module, adapter_layers: int, name: str) -> nn.Mod
 def decoder_layers(model: nn.Module, name: str) -> nn.ModuleList:
     """Return a model's decoder layers: the module list whose length is the number of layers.
 
+    Lists in towers that are no text, such as those of images, are not considered.
+
     Raises:
         UnsupportedModelError: If there is no such list.
     """
     config: Any = model.config
     depth = config.get_text_config(decoder=True).num_hidden_layers
-    for module in model.modules():
+    others = tuple(type(getattr(config, name)) for name in other_towers(config))
+    for module in _text_modules(model, others):
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
     raise UnsupportedModelError(
         f"{name}: no stack of {depth} decoder layers was found in it; "
         "InRa needs a decoder-only transformer."
     )
+
+
+def _text_modules(module: nn.Module, others: tuple[type, ...]) -> Iterator[nn.Module]:
+    """Yield a module and those inside it, but for parts whose configuration is of another tower."""
+    if isinstance(getattr(module, "config", None), others):
+        return
+    yield module
+    for part in module.children():
+        yield from _text_modules(part, others)
 
 
 class LayerCall(NamedTuple):

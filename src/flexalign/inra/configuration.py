@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from flexalign._storage import replacing
 from flexalign.errors import CheckpointError, ConfigError
 from flexalign.generation.dial_config import DialConfig, require_whole
+from flexalign.models.weights import write_tensors
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def save_adapter(adapter: nn.Module, settings: InRaConfig, folder: Path) -> None
 
     # Both files are complete before either is renamed.
     with replacing(folder / CONFIG_FILE) as config, replacing(folder / WEIGHTS_FILE) as weights:
-        save_file(tensors, weights, metadata={"format": "pt"})
+        write_tensors(weights, tensors)
         config.write_text(settings.to_text(), encoding="utf-8")
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from flexalign._storage import replacing
+from flexalign._storage import replacing, write_json
 from flexalign.errors import ConfigError, UnsupportedModelError
 from flexalign.lambdas import Fixed, finite_lambda, require_range
 from flexalign.lora_dial.configuration import ADAPTER_FILE, LoRADialConfig, check_folder
-from flexalign.models.sources import resolve_adapter
+from flexalign.models.sources import absolute_name, read_json, resolve_adapter
+from flexalign.models.weights import write_tensors
 
 _INRA_FILE = "inra_config.json"
 _MATRICES = (".lora_A.weight", ".lora_B.weight")
@@ -147,7 +148,13 @@ def _write(folder: Path, tensors: dict[str, torch.Tensor], lam: float, output: P
         name: tensor if name.endswith(_MATRICES[0]) else (tensor.float() * lam).to(tensor.dtype)
         for name, tensor in tensors.items()
     }
-    save_file(scaled, output / LoRADialConfig.WEIGHTS_FILE, metadata={"format": "pt"})
+    write_tensors(output / LoRADialConfig.WEIGHTS_FILE, scaled)
     for file in sorted(folder.iterdir()):
         if file.name == ADAPTER_FILE or file.name.startswith(_TOKENIZER_FILES):
             shutil.copyfile(file, output / file.name)
+
+    settings = read_json(folder / ADAPTER_FILE)
+    base = str(settings.get("base_model_name_or_path") or "")
+    if base and base != absolute_name(base):
+        named = {"base_model_name_or_path": absolute_name(base)}
+        write_json(output / ADAPTER_FILE, settings | named)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from flexalign._modes import evaluating
+from flexalign._storage import following_umask
 from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
 from flexalign.generation.adapted import AdaptedModel, Base, load_own_base, model_name
 from flexalign.generation.fused import positions_of
@@ -25,7 +26,7 @@ from flexalign.lambdas import finite_lambda
 from flexalign.lora_dial.configuration import LoRADialConfig, check_folder
 from flexalign.lora_dial.projections import LoRAProjections
 from flexalign.lora_dial.scaling import LoRAScale
-from flexalign.models.adapters import read_adapter_config, unfit_tensor
+from flexalign.models.adapters import make_bases_absolute, read_adapter_config, unfit_tensor
 from flexalign.models.loading import load_adapter
 from flexalign.models.sources import Source, resolve_adapter
 from flexalign.models.weights import tensor_infos
@@ -123,7 +124,9 @@ class LoRADial(AdaptedModel):
         """Save the LoRA as PEFT does, and its settings beside it; the base is not saved."""
         path = Path(folder)
         # With "auto", PEFT asks a hub for the base's configuration.
-        self.peft.save_pretrained(path, save_embedding_layers=False)
+        make_bases_absolute(self.peft)
+        with following_umask(path):
+            self.peft.save_pretrained(path, save_embedding_layers=False)
         self.dial_config.save(path)
 
     @torch.no_grad()

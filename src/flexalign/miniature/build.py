@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.trainer_callback import TrainerCallback
 
+from flexalign._storage import following_umask
 from flexalign.inra import InRaModel
 from flexalign.lora_dial import LoRADial
 from flexalign.miniature import make_traces
@@ -99,7 +100,8 @@ to make errors."""
 
 DIAL_STEPS = 700
 DIAL_RECIPE: dict[str, Any] = {
-    "lambda": {"low": 0, "high": 5},
+    # A little beyond DIAL_RANGE: the end of a range is learnt from one side only, and worst.
+    "lambda": {"low": 0, "high": 5.25},
     "gate": 0.01,
     "lora": {"r": 32, "lora_alpha": 32, "target_modules": "all-linear"},
     "training": {
@@ -115,6 +117,9 @@ DIAL_RECIPE: dict[str, Any] = {
     },
 }
 """The realignment of ``dial``, without its models, steps and seed."""
+
+DIAL_RANGE = (0.0, 5.0)
+"""The λ that ``dial`` serves."""
 
 
 def build_all(output: Path, *, seed: int = 0, placebo: bool = False) -> Iterator[str]:
@@ -181,7 +186,7 @@ def make_dial(parts: Path, *, seed: int) -> None:
 
     # The folder names its base by its known name instead of a path.
     name = "miniature:reference"
-    dial.dial_config = replace(dial.dial_config, base=name)
+    dial.dial_config = replace(dial.dial_config, base=name, lambda_range=DIAL_RANGE)
     dial.peft.peft_config["default"].base_model_name_or_path = name
     dial.save_pretrained(parts / "dial")
     (parts / "dial" / "README.md").unlink()
@@ -410,6 +415,7 @@ def _summed_loss(batch_size: int) -> Callable[..., Tensor]:
 
 def _save(model: LlamaForCausalLM, output: Path, part: str) -> str:
     """Write a transformers model folder (weights, config, tokenizer), and return the part's name."""
-    model.save_pretrained(output / part)
+    with following_umask(output / part):
+        model.save_pretrained(output / part)
     build_tokenizer(CONTEXT_TOKENS).save_pretrained(output / part)
     return part

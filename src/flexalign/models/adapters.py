@@ -15,7 +15,7 @@ from torch import nn
 
 from flexalign.errors import ConfigError, UnsupportedModelError
 from flexalign.models.loading import skeleton
-from flexalign.models.sources import Source
+from flexalign.models.sources import Source, absolute_name
 from flexalign.models.weights import TensorInfo, tensor_infos
 
 
@@ -25,6 +25,20 @@ def inner_model(model: nn.Module) -> nn.Module:
         base: nn.Module = model.get_base_model()
         return base
     return model
+
+
+def make_bases_absolute(model: nn.Module) -> None:
+    """Name the base of each adapter by a path that holds in every folder, where it has one.
+
+    Other tools take a path that is not there for a repository of a hub.
+
+    Args:
+        model: A PEFT wrapper; nothing is done to any other module.
+    """
+    if isinstance(model, PeftModel):
+        for config in model.peft_config.values():
+            if config.base_model_name_or_path:
+                config.base_model_name_or_path = absolute_name(config.base_model_name_or_path)
 
 
 class AdapterSwitch:

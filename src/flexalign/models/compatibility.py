@@ -7,16 +7,17 @@ Configurations, tokenizers and the headers of weight files are read. The facts o
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from flexalign.errors import ConfigError, PairMismatchError, UnsupportedModelError
 from flexalign.models.loading import fingerprint, load_config, load_tokenizer, skeleton
 from flexalign.models.sources import Model, Source, resolve
 from flexalign.models.weights import same_folder, tensor_infos
+
+if TYPE_CHECKING:
+    import torch
 
 GIB = 2**30
 
@@ -118,7 +119,7 @@ class PairFacts:
 
 
 def examine(
-    model: Model, *, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False
+    model: Model, *, dtype: "torch.dtype | str" = "auto", trust_remote_code: bool = False
 ) -> ModelFacts:
     """Return the facts of a model without loading its weights.
 
@@ -165,7 +166,7 @@ def examine_pair(
     reference: Model,
     aligned: Model,
     *,
-    dtype: torch.dtype | str = "auto",
+    dtype: "torch.dtype | str" = "auto",
     trust_remote_code: bool = False,
     prompted: bool = False,
 ) -> PairFacts:
@@ -431,13 +432,14 @@ def _render(tokenizer: PreTrainedTokenizerBase) -> Any:
 # Memory: what weights need, and what is free.
 
 _STORED_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
+_LOADED_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 _ACROSS = ("auto", "balanced", "balanced_low_0", "sequential")
 """Values of transformers' ``device_map`` that spread a model over the devices and the host."""
 
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-def weight_bytes(source: Source, config: Any, dtype: torch.dtype | str) -> int:
+def weight_bytes(source: Source, config: Any, dtype: "torch.dtype | str") -> int:
     """Return the bytes of a model's (or an adapter's) weights once loaded.
 
     Args:
@@ -451,15 +453,14 @@ def weight_bytes(source: Source, config: Any, dtype: torch.dtype | str) -> int:
     except ConfigError:
         infos = None
     if infos is None:
-        return _count_parameters(config) * (size or torch.float32.itemsize)
-    return sum(
-        torch.Size(info.shape).numel() * (size or _STORED_BYTES.get(info.dtype, 1))
-        for info in infos
-    )
+        return _count_parameters(config) * (size or _LOADED_BYTES["float32"])
+    return sum(info.size * (size or _STORED_BYTES.get(info.dtype, 1)) for info in infos)
 
 
 def available_bytes(device_map: Any) -> int:
     """Return the bytes that are free for weights on the devices of a ``device_map``."""
+    import torch
+
     if device_map in (None, "cpu") or not torch.cuda.is_available():
         return _available_on_cpu()
 
@@ -472,9 +473,13 @@ def available_bytes(device_map: Any) -> int:
     return free + (_available_on_cpu() if is_spread else 0)
 
 
-def _itemsize(dtype: torch.dtype | str) -> int | None:
+def _itemsize(dtype: "torch.dtype | str") -> int | None:
     if dtype == "auto":
         return None
+    if isinstance(dtype, str) and dtype in _LOADED_BYTES:
+        return _LOADED_BYTES[dtype]
+    import torch
+
     named = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     return int(named.itemsize)
 
@@ -491,6 +496,8 @@ def _available_on_cpu() -> int:
 
 
 def _free_on_host() -> int:
+    import psutil
+
     try:
         return int(psutil.virtual_memory().available)
     except (OSError, KeyError, ValueError):  # a sandbox without /proc, or with half of it

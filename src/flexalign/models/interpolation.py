@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flexalign._storage import replacing
@@ -18,7 +17,7 @@ from flexalign.errors import ConfigError, LambdaError, PairMismatchError
 from flexalign.fusion import as_lambda
 from flexalign.models.loading import load_config, load_model, load_tokenizer
 from flexalign.models.sources import Model, Source, resolve
-from flexalign.models.weights import TensorInfo, tensor_infos
+from flexalign.models.weights import TensorInfo, tensor_infos, write_tensors
 
 _OF_NO_MATTER = {
     "_name_or_path",
@@ -155,13 +154,10 @@ def _write(
     reference: Path, pairs: dict[str, tuple[TensorInfo, TensorInfo]], lam: float, output: Path
 ) -> None:
     """Write a copy of the reference's folder with the new weights, in files of the same names."""
-    shutil.copytree(
-        reference,
-        output,
-        ignore=lambda folder, names: [
-            name for name in names if name.endswith(_NOT_COPIED) or (Path(folder) / name).is_dir()
-        ],
-    )
+    output.mkdir()
+    for path in reference.iterdir():
+        if path.is_file() and not path.name.endswith(_NOT_COPIED):
+            shutil.copyfile(path, output / path.name)  # not the permissions of the reference
 
     by_file: dict[Path, list[str]] = {}
     for name, (one, _) in pairs.items():
@@ -178,7 +174,7 @@ def _write(
                 tensors[name] = _between(
                     reading.read(name, one), reading.read(name, other), lam, name
                 )
-        save_file(tensors, output / file.name, metadata={"format": "pt"})
+        write_tensors(output / file.name, tensors)
         size += sum(tensor.nbytes for tensor in tensors.values())
         places |= dict.fromkeys(names, file.name)
 

@@ -4,16 +4,10 @@ Nothing is fetched from a hub. Weights are read from safetensors (or GGUF, de-qu
 the caller permits pickles, and code in a checkpoint runs only if the caller permits it.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.modeling_utils import set_zero3_state
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
 from flexalign.models.sources import (
@@ -30,6 +24,10 @@ from flexalign.models.weights import (
     fingerprint_module,
     tensor_infos,
 )
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _NO_TEXT_MODEL = (
@@ -106,7 +104,7 @@ def load_tokenizer(model: Model, *, trust_remote_code: bool = False) -> PreTrain
 def load_model(
     model: Model,
     *,
-    dtype: torch.dtype | str = "auto",
+    dtype: "torch.dtype | str" = "auto",
     device_map: Any = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
@@ -127,6 +125,9 @@ def load_model(
         CheckpointError: If weights are missing or damaged.
         UnsupportedModelError: As in `load_config`.
     """
+    import torch
+    from transformers import AutoModelForCausalLM
+
     source = resolve(model)
     if source.is_adapter:
         base = load_model(
@@ -150,8 +151,9 @@ def load_model(
         where |= {"local_files_only": True, "use_safetensors": None if allow_pickle else True}
 
     try:
+        # Absolute, because an adapter that is trained on it names its base by this path.
         loaded, info = AutoModelForCausalLM.from_pretrained(
-            source.path, output_loading_info=True, **where
+            source.path.absolute(), output_loading_info=True, **where
         )
     except RuntimeError as error:
         if "size mismatch" not in str(error) and "mismatched" not in str(error):
@@ -215,11 +217,15 @@ def skeleton(config: Any) -> Any:
     Args:
         config: A transformers configuration.
     """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_utils import set_zero3_state
+
     with torch.device("meta"), set_zero3_state():
         return AutoModelForCausalLM.from_config(config)
 
 
-def fingerprint(model: Model | nn.Module) -> str:
+def fingerprint(model: "Model | nn.Module") -> str:
     """Fingerprint weights by tensor names, shapes and sampled values rounded to bf16.
 
     It does not change with a cast to bfloat16 or with other sharding, and a module has the same
@@ -234,7 +240,7 @@ def fingerprint(model: Model | nn.Module) -> str:
         ConfigError: If there are no weights in safetensors or GGUF.
         CheckpointError: If files are missing or damaged.
     """
-    if isinstance(model, nn.Module):
+    if not isinstance(model, Model):
         return fingerprint_module(model)
     source = resolve(model)
     if source.gguf_file is not None:
@@ -268,18 +274,37 @@ def _require_text_model(source: Source, config: Any) -> None:
             f"{called} is no causal language model: it was trained for something else."
         )
 
+    # One rule for all families, also for models that see or hear: text is what transformers loads
+    # as a causal language model, the whole model or its text tower alone.
     if family in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or hasattr(config, "auto_map"):
         return
 
-    if family in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+    towers = other_towers(config)
+    if towers:
         text = config.get_text_config()
+        kind = "vision-language" if "vision" in " ".join(towers) else "multimodal"
         raise UnsupportedModelError(
-            f"{called} is a vision-language model; its text tower (family {text.model_type}) is "
-            "a language model of its own only once it is saved as one. Give a text model."
+            f"{called} is a {kind} model ({', '.join(towers)}), and transformers loads no causal "
+            f"language model of it; its text tower (family {text.model_type}) is a language model of "
+            "its own only once it is saved as one, so give a text model."
         )
     raise UnsupportedModelError(
         f"{called}: transformers has no causal language model of the family {family!r}."
     )
+
+
+def other_towers(config: Any) -> list[str]:
+    """Return the keys of a configuration whose parts are no text, such as ``vision_config``.
+
+    Args:
+        config: A transformers configuration.
+    """
+    text = config.get_text_config(decoder=True)
+    return [
+        name
+        for name in config.sub_configs
+        if getattr(config, name, None) is not None and getattr(config, name) is not text
+    ]
 
 
 def _require_weights(source: Source, allow_pickle: bool) -> None:

@@ -7,7 +7,7 @@ adapter off.
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
@@ -22,6 +22,7 @@ from flexalign.heads import Head, last_hidden
 from flexalign.models.adapters import AdapterSwitch, inner_model
 from flexalign.models.compatibility import (
     GIB,
+    ModelFacts,
     PairFacts,
     available_bytes,
     examine_pair,
@@ -130,23 +131,54 @@ class ModelPair:
             trust_remote_code=trust_remote_code,
             prompted=prompted,
         )
-        vocab_size = _judge(facts, device_map, allow_oversize)
-        options: dict[str, Any] = {
-            "dtype": dtype,
-            "device_map": device_map,
-            "trust_remote_code": trust_remote_code,
-            "allow_pickle": allow_pickle,
-        }
+        return cls.load_examined(
+            facts,
+            dtype=dtype,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            allow_oversize=allow_oversize,
+        )
 
-        first = load_model(facts.reference.source, **options)
+    @classmethod
+    def load_examined(
+        cls,
+        facts: PairFacts,
+        *,
+        allow_oversize: bool = False,
+        say: Callable[[str], None] = lambda line: None,
+        **options: Any,
+    ) -> "ModelPair":
+        """Load a pair that has been examined already.
+
+        Args:
+            facts: The result of `flexalign.models.compatibility.examine_pair`.
+            allow_oversize: As in `load`.
+            say: Called with a line before each model is loaded.
+            **options: `dtype`, `device_map`, `trust_remote_code` and `allow_pickle`, as in `load`.
+
+        Raises:
+            As `load`.
+        """
+        vocab_size = _judge(facts, options.get("device_map"), allow_oversize)
+
+        def load(side: ModelFacts) -> Any:
+            form = ", de-quantised from GGUF" if side.kind == "gguf" else ""
+            say(f"loading {side.name}, {side.gib:.3g} GiB{form}")
+            return load_model(side.source, **options)
+
+        first = load(facts.reference)
         if facts.shared_base:
             second = load_adapter(
-                first, facts.aligned.source, name=_ADAPTER, allow_pickle=allow_pickle
+                first,
+                facts.aligned.source,
+                name=_ADAPTER,
+                allow_pickle=options.get("allow_pickle", False),
             ).eval()
         elif facts.one_model:
             second = first
         else:
-            second = load_model(facts.aligned.source, **options)
+            second = load(facts.aligned)
 
         for model in (first, second):
             model.requires_grad_(False)

@@ -27,6 +27,7 @@ from flexalign.data.rendering import (
 )
 from flexalign.data.template_arguments import require_read
 from flexalign.data.thinking import ThinkingTags
+from flexalign.data.tools import Tools
 from flexalign.errors import ConfigError, DataError
 from flexalign.models.pair import SIDES, Side
 
@@ -302,8 +303,13 @@ class PairRendering:
         """Return a conversation with the system message of a side."""
         return prompted_messages(getattr(self.prompts, side), messages)
 
-    def render(self, side: Side, messages: Prompt) -> RenderedPrompt:
+    def render(self, side: Side, messages: Prompt, *, tools: Tools | None = None) -> RenderedPrompt:
         """Render a conversation under one side's prompt.
+
+        Args:
+            side: The side.
+            messages: The conversation.
+            tools: Definitions of the tools that a response may call.
 
         Raises:
             DataError: If it is plain text, which no chat template renders, or the chat template
@@ -314,15 +320,19 @@ class PairRendering:
                 "the prompt is plain text, which is the same under both prompts; give messages, "
                 "which the chat template renders for each."
             )
-        return self._renderings[side].prompt(self.messages(side, messages))
+        return self._renderings[side].prompt(self.messages(side, messages), tools=tools)
 
-    def both(self, messages: Prompt) -> TwoPrompts:
+    def both(self, messages: Prompt, *, tools: Tools | None = None) -> TwoPrompts:
         """Render a conversation under both prompts.
+
+        Args:
+            messages: The conversation.
+            tools: As in :meth:`render`.
 
         Raises:
             DataError: As in :meth:`render`, or if it is longer than the context.
         """
-        both = TwoPrompts(*(self.render(side, messages) for side in SIDES))
+        both = TwoPrompts(*(self.render(side, messages, tools=tools) for side in SIDES))
         require_context(len(both.reference.ids), len(both.aligned.ids), self.context)
         return both
 

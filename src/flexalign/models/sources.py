@@ -93,6 +93,15 @@ def resolve_adapter(adapter: str | Path) -> Path:
     return Path(name).expanduser()
 
 
+def absolute_name(name: str) -> str:
+    """Return a model's name so that it means the same model in every folder.
+
+    The path of a file or folder that is there becomes absolute; any other name stays as it is.
+    """
+    path = Path(name).expanduser()
+    return str(path.absolute()) if known_name(name) is None and path.exists() else name
+
+
 def aligned_beside(reference: Model) -> str | None:
     """Return the aligned model of a known name that is a pair; None for any other model."""
     known = known_name(str(reference)) if isinstance(reference, str) else None

@@ -32,7 +32,7 @@ from flexalign.serving.requests import (
     TokenIds,
     Usage,
 )
-from flexalign.serving.tools import ToolAnswers, ToolParser, template_messages_of
+from flexalign.serving.tools import ToolAnswers, ToolParser
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class Service:
         arguments = self._template_arguments(request)
         blamed = "messages, chat_template_kwargs or tools" if arguments else "messages"
         try:
-            messages = template_messages_of(request.messages)
+            messages = [dict(message) for message in request.messages]
             if self.model.rendering is not None:
                 both = self.model.rendering.both(messages)
                 dial = request.choice.dial

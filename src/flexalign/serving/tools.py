@@ -134,32 +134,6 @@ class ToolAnswers:
         return self.parser.parse(whole, self.parser.text(self.prompt), self.tools)
 
 
-def template_messages_of(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return messages in which the arguments of calls are objects, as chat templates take them.
-
-    OpenAI's protocol sends them as JSON in a text.
-    """
-    return [
-        {**message, "tool_calls": [_with_object(call) for call in message["tool_calls"]]}
-        if isinstance(message.get("tool_calls"), list)
-        else dict(message)
-        for message in messages
-    ]
-
-
-def _with_object(call: Any) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        arguments = json.loads(function["arguments"])
-    except (ValueError, RecursionError):
-        return call
-    if not isinstance(arguments, dict):
-        return call
-    return {**call, "function": {**function, "arguments": arguments}}
-
-
 def _call_of(parsed: Mapping[str, Any]) -> dict[str, Any]:
     """Return a call in OpenAI's form.
 

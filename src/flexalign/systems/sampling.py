@@ -13,7 +13,7 @@ consists of (`flexalign.data.traces`).
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -55,6 +55,7 @@ def sample(
     prompting: PromptSettings | None = None,
     limit: int | None = None,
     skip_bad_rows: bool = False,
+    columns: Mapping[str, str] | None = None,
     lam: object = None,
     progress: Callable[[int], None] | None = None,
 ) -> TraceSummary:
@@ -73,6 +74,7 @@ def sample(
             arguments of the chat template; the rows keep what they were sampled with.
         limit: Take only this many prompts, the first ones.
         skip_bad_rows: Leave out rows that cannot be used.
+        columns: The file's own names for fields, such as ``{"problem": "query"}``.
         lam: λ of a dial, a pair or two prompts, a number or a schedule; the system's default if not
             given. Of two prompts, the rows keep the prompt without the two prompts' own system
             messages, and the reference's template arguments: what a student is asked.
@@ -95,6 +97,7 @@ def sample(
         prompting=prompting,
         limit=limit,
         skip_bad_rows=skip_bad_rows,
+        columns=columns,
         lam=lam,
     )
     return run.finish(progress)
@@ -121,6 +124,7 @@ class SampleRun:
         prompting: PromptSettings | None = None,
         limit: int | None = None,
         skip_bad_rows: bool = False,
+        columns: Mapping[str, str] | None = None,
         lam: object = None,
     ) -> None:
         """Open the system and read the prompts. No weights are loaded and nothing is written."""
@@ -131,7 +135,7 @@ class SampleRun:
             _system_of(system), self.settings, options, prompting, lam
         )
 
-        loaded = load_prompts(prompts, skip_bad_rows=skip_bad_rows)
+        loaded = load_prompts(prompts, skip_bad_rows=skip_bad_rows, columns=columns)
         self.prompts: Dataset = prompting.apply(loaded)
         if limit is not None:
             self.prompts = self.prompts.select(range(min(limit, len(self.prompts))))

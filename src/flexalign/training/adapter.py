@@ -26,6 +26,7 @@ from flexalign.data import (
     measure_lengths,
     strip_thinking,
 )
+from flexalign.data.files import PLACE
 from flexalign.data.rendering import rendering_record
 from flexalign.errors import ConfigError, UnsupportedModelError, as_input_errors
 from flexalign.generation.dial_config import require_base
@@ -447,14 +448,19 @@ def _read_rows(
     The latter are for measuring lengths: each preference is two rows in them.
     """
     if recipe.method == "dpo":
-        pairs = load_preferences(recipe.data, skip_bad_rows=skip_bad_rows) if data is None else data
+        pairs = data
+        if pairs is None:
+            pairs = load_preferences(
+                recipe.data, skip_bad_rows=skip_bad_rows, columns=recipe.columns, places=True
+            )
         pairs = recipe.prompting.apply(pairs)
+        shared = [name for name in ("prompt", "tools", PLACE) if name in pairs.column_names]
         sides = [
-            pairs.select_columns(["prompt", side]).rename_column(side, "completion")
+            pairs.select_columns([*shared, side]).rename_column(side, "completion")
             for side in ("chosen", "rejected")
         ]
         return pairs, concatenate_datasets(sides)
-    traces = read_traces(recipe.data, skip_bad_rows=skip_bad_rows) if data is None else data
+    traces = read_traces(recipe, skip_bad_rows=skip_bad_rows) if data is None else data
     traces = recipe.prompting.apply(traces)
     if recipe.strip_thinking:
         traces = strip_thinking(traces, ThinkingTags.of(tokenizer))
@@ -731,7 +737,7 @@ def bake(
 
     base = _read_baking(plan, lambda_range)
     settle_template(plan, base.tokenizer)
-    rows = read_traces(plan.data, skip_bad_rows=skip_bad_rows) if data is None else data
+    rows = read_traces(plan, skip_bad_rows=skip_bad_rows) if data is None else data
     rows = plan.prompting.apply(rows)
     if len(rows) < 2:
         raise ConfigError(f"{plan.data} has one row; held_out needs at least one more.")

@@ -46,7 +46,7 @@ def fill_cache(
     `cache_dir`. Complete files of an earlier call are kept.
 
     Args:
-        recipe: As `realign` takes it.
+        recipe: As `realign` takes it; it may leave out λ, which the hidden states do not depend on.
         dtype: The dtype of stored hidden states: ``float32``, ``bfloat16``, ``float16`` or
             ``auto``. The latter is that of an unfinished cache, else the one the models run in.
         anyway: Write even if the disk's free space is too small.
@@ -62,7 +62,7 @@ def fill_cache(
             fingerprints.
         CheckpointError: If the folder cannot be written to.
     """
-    first = RealignRecipe.each(recipe)[0]
+    first = RealignRecipe.each(recipe, needs_lambda=False)[0]
     inputs = read_inputs(first, skip_bad_rows=skip_bad_rows, data=data)
     return cache_filler(first, inputs, events or Events(), dtype=dtype, anyway=anyway)()
 
@@ -82,7 +82,7 @@ def plan_cache(
         data: As in `fill_cache`.
         skip_bad_rows: As in `fill_cache`.
     """
-    first = RealignRecipe.each(recipe)[0]
+    first = RealignRecipe.each(recipe, needs_lambda=False)[0]
     inputs = read_inputs(first, skip_bad_rows=skip_bad_rows, data=data)
     form = _form(first, inputs, dtype)
     folder = Path(first.cache_folder)

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from flexalign._storage import write_json
+from flexalign._storage import following_umask, write_json
 from flexalign.errors import CheckpointError
+from flexalign.models.adapters import make_bases_absolute
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -147,6 +148,15 @@ class SealedCheckpoints(_Trainer):  # type: ignore[misc]
                     "name an earlier one, or resume_from_checkpoint=True for the newest whole one."
                 )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        make_bases_absolute(self.model)
+        folder = Path(output_dir or self.args.output_dir)
+        # One process writes; the others must not look at its files.
+        with following_umask(folder) if self.args.should_save else contextlib.nullcontext():
+            super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         output = Path(self.args.output_dir)

@@ -1,6 +1,6 @@
 """The models, data and prompts of a recipe, read and checked before any weight is loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,18 +11,37 @@ from flexalign.data import Lengths, load_prompts, load_traces, measure_lengths
 from flexalign.data.prompting import PromptSettings
 from flexalign.data.rendering import chat_template_of, lengths_of
 from flexalign.data.template import replace_template
+from flexalign.errors import ConfigError
 from flexalign.models.compatibility import PairFacts, examine_pair
 from flexalign.models.names import known_name
 from flexalign.training.pair_rows import PairRows, PairSurvey
 from flexalign.training.recipes import RealignRecipe, Recipe, WatchSettings
 
 
-def read_traces(data: str, *, skip_bad_rows: bool) -> Dataset:
-    """Read training data from a path, or from a known name that has traces."""
-    entry, part = known_name(data) or (None, "")
+def read_traces(recipe: Recipe, *, skip_bad_rows: bool) -> Dataset:
+    """Read a recipe's data from a path, or from a known name that has traces.
+
+    Raises:
+        ConfigError: If `columns` is given for a known name, or names an unknown field.
+        DataError: If the data cannot be read, or a row cannot be used.
+    """
+    entry, part = known_name(recipe.data) or (None, "")
     if entry is not None and entry.traces is not None and not part:
+        _require_file(recipe.data, recipe.columns, "columns")
         return Dataset.from_list(entry.traces())
-    return load_traces(data, skip_bad_rows=skip_bad_rows)
+    return load_traces(
+        recipe.data, skip_bad_rows=skip_bad_rows, columns=recipe.columns, places=True
+    )
+
+
+def _require_file(name: str, columns: Mapping[str, str] | None, key: str) -> None:
+    """Check that no columns are named for a known name, whose rows are not those of a file.
+
+    Raises:
+        ConfigError: If some are.
+    """
+    if columns is not None:
+        raise ConfigError(f"{key} is for files, and {name} has rows of its own; leave it out.")
 
 
 def settle_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -56,13 +75,19 @@ class Watched:
 
 
 def read_watched(watch: WatchSettings) -> Watched:
-    """Read the first prompts of the file, with their answers if the file has them."""
+    """Read the first prompts of the file, with their answers if the file has them.
+
+    Raises:
+        ConfigError: As in `read_traces`.
+        DataError: As in `read_traces`.
+    """
     entry, part = known_name(watch.prompts) or (None, "")
     if entry is not None and entry.prompts is not None and not part:
+        _require_file(watch.prompts, watch.columns, "watch.columns")
         known = entry.prompts(watch.limit)
         return Watched([row["prompt"] for row in known], [row["answer"] for row in known])
 
-    rows = load_prompts(watch.prompts)
+    rows = load_prompts(watch.prompts, columns=watch.columns)
     rows = rows.select(range(min(watch.limit, len(rows))))
     answers = rows["answer"] if "answer" in rows.column_names else [None] * len(rows)
     return Watched(list(rows["prompt"]), list(answers))
@@ -124,7 +149,7 @@ def read_inputs(
     tokenizer = facts.tokenizer
     settle_template(recipe, tokenizer)
 
-    traces = read_traces(recipe.data, skip_bad_rows=skip_bad_rows) if data is None else data
+    traces = read_traces(recipe, skip_bad_rows=skip_bad_rows) if data is None else data
     asking: PromptSettings | PairRows = recipe.prompting
     pair_rows = survey = None
     if prompts is not None:

@@ -25,6 +25,7 @@ from typing import Any
 
 from flexalign.errors import ConfigError
 from flexalign.models.loading import skeleton
+from flexalign.training.forward import require_plain_head
 
 _GIB = 2**30
 _FLOAT32 = 4
@@ -70,6 +71,7 @@ def count_parameters(config: Any, peft_config: Any = None) -> Sizes:
 
     Raises:
         ConfigError: If PEFT finds nothing to adapt.
+        UnsupportedModelError: If the adapter changes the head, or adds virtual tokens to the input.
     """
     model = skeleton(config)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -83,6 +85,7 @@ def count_parameters(config: Any, peft_config: Any = None) -> Sizes:
             model = get_peft_model(model, peft_config)
         except ValueError as error:
             raise ConfigError(f"lora: {' '.join(str(error).split())}") from error
+    require_plain_head(model)
     trainable = sum(part.numel() for part in model.parameters() if part.requires_grad)
     return Sizes(total, trainable)
 

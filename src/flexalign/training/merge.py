@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexalign._storage import write_text
+from flexalign._storage import following_umask, write_text
 from flexalign.errors import ConfigError, UnsupportedModelError, as_input_errors
 from flexalign.generation.dial_config import require_base
 from flexalign.lambdas import require_range
@@ -126,7 +126,8 @@ class Merge:
             dial.dial_config.bind(dial.tokenizer)
 
         with writing("the model", output, remains="nothing is lost"):
-            dial.merged(recipe.lam).save_pretrained(output)
+            with following_umask(output):
+                dial.merged(recipe.lam).save_pretrained(output)
             if dial.tokenizer is not None:
                 dial.tokenizer.save_pretrained(output)
             card = model_card(recipe, command=self.command, facts=self.facts)

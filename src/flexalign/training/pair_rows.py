@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from flexalign.data.files import place_of
 from flexalign.data.prompting import PromptSettings
 from flexalign.data.rendering import (
     Opening,
@@ -35,6 +36,7 @@ from flexalign.data.rendering import (
 )
 from flexalign.data.template import replace_template
 from flexalign.data.thinking import ThinkingTags
+from flexalign.data.tools import tools_of
 from flexalign.errors import DataError
 from flexalign.models.loading import load_config
 from flexalign.models.prompted import (
@@ -158,7 +160,7 @@ class PairRows:
         prompt = row["prompt"]
         if isinstance(prompt, str):
             raise DataError(
-                f"row {number}: the prompt is plain text, which is the same under both prompts; "
+                f"{place_of(row, number)}: the prompt is plain text, which is the same under both prompts; "
                 "give messages, which the chat template renders for each."
             )
         messages = [dict(message) for message in prompt]
@@ -168,7 +170,7 @@ class PairRows:
         asked = prompted_messages(self.prompts.reference, base)
         if asked != messages and row.get("response_ids") is not None:
             raise DataError(
-                f"row {number}: its response was sampled without the reference's system message; "
+                f"{place_of(row, number)}: its response was sampled without the reference's system message; "
                 "sample again with it (flexalign sample --system), or leave it out."
             )
         return asked
@@ -196,18 +198,20 @@ class PairRows:
         reference = self._rendering.row({**row, "prompt": asked}, number)
         told = without_system(self.prompts.reference, asked)
         try:
-            aligned = self._pair.render("aligned", told)
+            aligned = self._pair.render("aligned", told, tools=tools_of(row))
         except DataError as error:
-            raise DataError(f"row {number}, under the aligned prompt: {error}") from error
+            raise DataError(
+                f"{place_of(row, number)}, under the aligned prompt: {error}"
+            ) from error
 
         sizes = {"reference": len(reference.prompt.ids), "aligned": len(aligned.ids)}
         if not all(sizes.values()):
-            raise DataError(f"row {number}: its prompt has no token; give it a prompt.")
+            raise DataError(f"{place_of(row, number)}: its prompt has no token; give it a prompt.")
         if self.limit is not None:
             over = [side for side, size in sizes.items() if size >= self.limit]
             if len(over) == 1:
                 raise DataError(
-                    f"row {number}: its {over[0]} prompt has {sizes[over[0]]} tokens and leaves no "
+                    f"{place_of(row, number)}: its {over[0]} prompt has {sizes[over[0]]} tokens and leaves no "
                     f"room for a response within {self.limit} (training.max_length, or the model's "
                     "context), but the other side's does; shorten that prompt, raise max_length, "
                     "or take the row out."

@@ -4,7 +4,6 @@ The entry point is `realign`: it reads the recipe and the files that it names, m
 each λ, trains them, and compares the students if there are several.
 """
 
-import math
 import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any, Literal, Unpack, overload
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from flexalign._storage import write_json, write_text
+from flexalign._storage import following_umask, write_json, write_text
 from flexalign.data.prompting import PromptSettings
 from flexalign.data.rendering import rendering_record
 from flexalign.data.thinking import ThinkingTags
@@ -137,6 +136,9 @@ def realign(
     if inputs.survey is not None:
         for doubt in inputs.survey.cautions():
             events.caution(doubt)
+    if recipes[0].lora is not None:
+        # This builds the student without storage, and refuses a LoRA that cannot be trained.
+        count_parameters(inputs.pair.reference.config, recipes[0].peft_config())
     cache = cache_filler(recipes[0], inputs, events) if recipes[0].teacher == "cached" else None
     runs = [
         Realignment(
@@ -183,7 +185,7 @@ def _caution_of_distance(recipes: Sequence[RealignRecipe]) -> str | None:
         [
             *("flexalign", "inspect", *dict.fromkeys(recipe.models)),
             *_prompt_options(recipe.prompts),
-            *("--diff", recipe.data),
+            *("--diff", recipe.data if recipe.columns is None else "TRACES"),
         ]
     )
     return (
@@ -354,7 +356,8 @@ class Realignment(TrainingRun):
         model = load_model(self.recipe.models[0], allow_pickle=self.recipe.allow_pickle)
         model = load_adapter(model, self.output).merge_and_unload()
         with writing("the merged model", self.output):
-            model.save_pretrained(merged)
+            with following_umask(merged):
+                model.save_pretrained(merged)
             self.tokenizer.save_pretrained(merged)
             seal(merged, recipe=self.recipe.to_tree(), versions=versions_in_use())
 
@@ -407,7 +410,7 @@ def _plan_memory(recipe: RealignRecipe, pair: PairFacts, longest: int) -> dict[s
 
 def _count_aligned(model: ModelFacts) -> int:
     if model.kind == "adapter":
-        return sum(math.prod(info.shape) for info in tensor_infos(model.source.path).values())
+        return sum(info.size for info in tensor_infos(model.source.path).values())
     return count_parameters(model.config).base
 
 

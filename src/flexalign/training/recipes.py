@@ -44,6 +44,9 @@ class WatchSettings(Section):
         description="File of prompts; rows with an `answer` give an accuracy too.",
         examples=["questions.jsonl"],
     )
+    columns: dict[str, Any] | None = Field(
+        None, description="The file's own names for fields, such as {problem: QUERY}."
+    )
     every_steps: int = Field(
         50,
         description="Steps between two measurements; the untrained student comes before step 0.",
@@ -57,6 +60,7 @@ class WatchSettings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        _check_columns(self.columns)
         for name in ("every_steps", "limit", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"watch.{name} must be at least 1, got {getattr(self, name)}.")
@@ -65,6 +69,13 @@ class WatchSettings(Section):
                 f"watch.temperature must be a number ≥ 0 (0 is greedy), got {self.temperature}."
             )
         return self
+
+
+def _check_columns(columns: Mapping[str, Any] | None) -> None:
+    from flexalign.data.columns import check_columns  # imports datasets
+
+    if columns is not None:
+        check_columns(columns)
 
 
 def _read_watch(value: object) -> WatchSettings | None:
@@ -300,6 +311,11 @@ class Recipe(Section):
     """The example values of inherited fields in this recipe."""
 
     data: str = Field(description="Prompts with responses.", examples=["traces.jsonl"])
+    columns: dict[str, Any] | None = Field(
+        None,
+        description="The data's own names for fields, such as {prompt: QUERY, completion: REPLY}; "
+        "all other columns are then left out. Null: the known names.",
+    )
     output: str = Field(
         description="Folder of the model and its checkpoints: one run; started again, it goes on."
     )
@@ -459,6 +475,7 @@ class Recipe(Section):
     def _check(self) -> Self:
         self._check_keys()
         self.prompting  # noqa: B018 - reading the keys checks them
+        _check_columns(self.columns)
         # Importing the trainers takes seconds, so the keys that need none are checked before.
         self.training.update(parse_training(self.training, self._settings_class()))
         self._check_sections()
@@ -500,6 +517,13 @@ def _by_key(given: Mapping[str, Any]) -> dict[str, Any]:
     return {("lambda" if name == "lam" else name): value for name, value in given.items()}
 
 
+def _with_lambda(tree: Mapping[str, Any], is_needed: bool) -> Mapping[str, Any]:
+    """Return a recipe's mapping, with λ = 1 where it has none and needs none."""
+    if is_needed or tree.get("lambda") is not None:
+        return tree
+    return {**tree, "lambda": 1.0}
+
+
 def plain_value(value: Any) -> Any:
     """Return a value in the form of the YAML file."""
     if hasattr(value, "to_json"):
@@ -516,7 +540,7 @@ class RealignRecipe(Recipe):
         *("teacher", "rounds", "rollouts", "rollout_objective", "rollout_max_new_tokens", "lora"),
     )
     order: ClassVar[tuple[str, ...]] = (
-        *("reference", "aligned", "data", "output", "schedule"),
+        *("reference", "aligned", "data", "columns", "output", "schedule"),
         *_LOSS,
         *("rounds", "teacher", "cache_dir"),
         *("rollouts", "rollout_objective", "rollout_max_new_tokens"),
@@ -525,8 +549,8 @@ class RealignRecipe(Recipe):
         "training",
     )
     meaning: ClassVar[Mapping[str, str]] = {
-        "data": "Traces, prompts with responses (flexalign sample): JSONL, JSON, Parquet or a "
-        "saved data set.",
+        "data": "Traces, prompts with responses (flexalign sample): JSONL, JSON, CSV (also .gz), "
+        "Parquet, a folder of shards or a saved data set; FOLDER/train is a split.",
     }
     example: ClassVar[Mapping[str, Any]] = {"output": "out/realigned"}
 
@@ -597,7 +621,12 @@ class RealignRecipe(Recipe):
 
     @classmethod
     def load_each(
-        cls, path: str | Path, *, overrides: Sequence[str] = (), **given: Any
+        cls,
+        path: str | Path,
+        *,
+        overrides: Sequence[str] = (),
+        needs_lambda: bool = True,
+        **given: Any,
     ) -> list[Self]:
         """Read a recipe with one λ or a list of them: one recipe for each λ.
 
@@ -606,6 +635,8 @@ class RealignRecipe(Recipe):
         Args:
             path: As in `load`.
             overrides: As in `load`.
+            needs_lambda: Whether the recipe must have a λ. If not, one without it gets λ = 1, for
+                what does not depend on λ.
             **given: As in `load`; `lam` may be a list. `reference_prompt` and `aligned_prompt` are
                 prompts of the two sides, instead of the recipe's; see `with_prompts`.
 
@@ -617,23 +648,25 @@ class RealignRecipe(Recipe):
         tree = read_tree(path, overrides, _by_key(given))
         if any(prompt is not None for prompt in prompts):
             tree = with_prompts(tree, *prompts)
-        return [cls.parse(each) for each in one_for_each_lambda(tree)]
+        return [cls.parse(each) for each in one_for_each_lambda(_with_lambda(tree, needs_lambda))]
 
     @classmethod
-    def each(cls, given: Any) -> list[Self]:
+    def each(cls, given: Any, *, needs_lambda: bool = True) -> list[Self]:
         """Return one recipe for each λ.
 
         Args:
             given: As in `of`, or a list of such values.
+            needs_lambda: As in `load_each`.
         """
         if isinstance(given, list | tuple):
             return [cls.of(each) for each in given]
         if isinstance(given, Recipe):
             return [cls.of(given)]
         if isinstance(given, str | Path):
-            return cls.load_each(given)
+            return cls.load_each(given, needs_lambda=needs_lambda)
         if not isinstance(given, Mapping):
             return [cls.parse(given)]  # raises, and says what is wrong with the value
+        given = _with_lambda(given, needs_lambda)
         return [cls.parse(each) for each in one_for_each_lambda(given)]
 
     @cached_property
@@ -785,7 +818,16 @@ class AdaptRecipe(_AdapterRecipe):
         *_LOSS,
     )
     order: ClassVar[tuple[str, ...]] = (
-        *("base", "data", "output", "method", "adapter", "adapter_layers", "strip_thinking"),
+        *(
+            "base",
+            "data",
+            "columns",
+            "output",
+            "method",
+            "adapter",
+            "adapter_layers",
+            "strip_thinking",
+        ),
         *("aligned", "schedule"),
         *_LOSS,
         *_PROMPTING,
@@ -875,7 +917,7 @@ class BakeRecipe(_AdapterRecipe):
 
     deciding: ClassVar[tuple[str, ...]] = ("lambda", "held_out", *_LOSS)
     order: ClassVar[tuple[str, ...]] = (
-        *("base", "adapter", "schedule", "data", "output", "held_out"),
+        *("base", "adapter", "schedule", "data", "columns", "output", "held_out"),
         *_LOSS,
         *_PROMPTING,
         "training",

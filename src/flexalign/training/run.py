@@ -441,7 +441,13 @@ def publish(checkpoint: Path, output: Path, card: str, **facts: Any) -> None:
     """
     with writing("the model", output):
         leave_out = shutil.ignore_patterns(*_TRAINER_FILES)
-        shutil.copytree(checkpoint, output, ignore=leave_out, dirs_exist_ok=True)
+        shutil.copytree(
+            checkpoint,
+            output,
+            ignore=leave_out,
+            copy_function=shutil.copyfile,  # a checkpoint of an earlier version may be private
+            dirs_exist_ok=True,
+        )
         write_text(output / "README.md", card)
         seal(output, **facts)
 

@@ -5,7 +5,9 @@ module adds the loss, equation 6: at every response token, the divergence betwee
 the fused teacher ``softmax(λ·aligned + (1−λ)·reference)``.
 """
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -13,7 +15,6 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -33,6 +34,7 @@ from flexalign.models.loading import fingerprint
 from flexalign.models.pair import ModelPair
 from flexalign.models.prompted import PromptedModel
 from flexalign.models.sources import resolve
+from flexalign.models.weights import write_tensors
 from flexalign.training.checkpoints import SealedCheckpoints, what_stands, writing
 from flexalign.training.config import TrRaConfig
 from flexalign.training.draws import LAMBDAS
@@ -194,6 +196,11 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
         choose_attention(parts, args)
         if args.packing or args.padding_free:  # in both cases documents share a row
             require_packable(parts.models())
+
+        # The trainer sets entries of the configuration that are not of the model (`use_cache`, the
+        # special tokens); the student is saved with those that it had.
+        self._config: Any = getattr(inner_model(parts.student), "config", None)
+        self._own_config = copy.deepcopy(self._config)
 
         # TRL replaces the model's forward by one for its own loss. This loss needs the original.
         forward = inner_model(parts.student).__dict__.get("forward")
@@ -376,10 +383,30 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
-        super()._save(output_dir, state_dict)
+        with self._with_own_config():
+            super()._save(output_dir, state_dict)
         # With FSDP all processes come here.
         if self.dial is not None and self.args.should_save:
             self.dial.save(Path(output_dir or self.args.output_dir))
+
+    @contextmanager
+    def _with_own_config(self) -> Iterator[None]:
+        """Give the student the configuration that it had before training, inside the block."""
+        if self._config is None:
+            yield
+            return
+        own: Any = copy.deepcopy(self._own_config)
+        if self.args.eos_token is not None:  # this one is a setting of the run
+            token = self._config.get_text_config().eos_token_id
+            own.get_text_config().eos_token_id = token
+
+        # The object stays: wrappers and layers of the model refer to it.
+        trained = self._config.__dict__
+        self._config.__dict__ = own.__dict__
+        try:
+            yield
+        finally:
+            self._config.__dict__ = trained
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._update_tokens_seen()
@@ -663,7 +690,7 @@ def require_finite_loss(
     }
     with writing("the batch", output):
         output.mkdir(parents=True, exist_ok=True)
-        save_file(batch, output / BATCH, metadata={"step": str(step), "lambda": str(lam)})
+        write_tensors(output / BATCH, batch, **{"step": str(step), "lambda": str(lam)})
     _stop(
         f"the loss is {float(loss.detach())} in step {step + 1} (λ={lam:g}); its batch is saved in "
         f"{output / BATCH}",

@@ -66,6 +66,21 @@ def test_the_range_of_versions(version, serves, monkeypatch):
         plugin.require_supported()
 
 
+def test_another_version_is_tried_where_the_environment_says_so(monkeypatch, caplog):
+    monkeypatch.setattr(plugin, "_installed", lambda: "0.33.0")
+    monkeypatch.setenv("FLEXALIGN_VLLM_ANY", "1")
+    plugin.require_supported()
+    assert "vLLM 0.33.0: flexalign was tried on 0.32.x alone" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(plugin, "_installed", lambda: "0.32.0")
+    plugin.require_supported()
+    assert not caplog.text
+    monkeypatch.setattr(plugin, "_installed", lambda: "0.33.0")
+    monkeypatch.setenv("FLEXALIGN_VLLM_ANY", "yes")
+    with pytest.raises(ConfigError, match="FLEXALIGN_VLLM_ANY=yes: write 1"):
+        plugin.require_supported()
+
+
 def test_outside_the_range_nothing_is_changed(unhooked, monkeypatch):
     from vllm import ModelRegistry
     from vllm.sampling_params import SamplingParams

@@ -14,10 +14,10 @@ from typing import Any, TypeAlias
 
 import torch
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from flexalign._storage import write_json
+from flexalign._storage import following_umask, write_json
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
 from flexalign.generation.dial_config import DialConfig, require_base
@@ -27,7 +27,7 @@ from flexalign.lora_dial.configuration import ADAPTER_FILE, LoRADialConfig
 from flexalign.models.adapters import read_adapter_config
 from flexalign.models.loading import fingerprint, load_config, load_model, load_tokenizer
 from flexalign.models.sources import Model, Source, read_json, resolve, resolve_adapter
-from flexalign.models.weights import TensorInfo, tensor_infos, weight_files
+from flexalign.models.weights import TensorInfo, tensor_infos, weight_files, write_tensors
 from flexalign.serving.vllm.lambdas import (
     ARCHITECTURES,
     CONFIG_KEY,
@@ -110,7 +110,8 @@ def prepare_folder(
         loaded = load_model(source)
         if not any_base:
             require_base(settings, fingerprint(loaded), str(source), adapter)
-        loaded.save_pretrained(output)
+        with following_umask(output):
+            loaded.save_pretrained(output)
         load_tokenizer(source).save_pretrained(output)
         base = output
 
@@ -207,7 +208,7 @@ def _write_inra(adapter: Path, base: dict[str, TensorInfo], output: Path) -> lis
             )
 
     named = {f"model.adapter.{name}": tensor for name, tensor in tensors.items()}
-    save_file(named, output / _INRA_FILE, metadata={"format": "pt"})
+    write_tensors(output / _INRA_FILE, named)
     shutil.copyfile(adapter / InRaConfig.CONFIG_FILE, output / InRaConfig.CONFIG_FILE)
     return list(named)
 
@@ -234,7 +235,7 @@ def _write_lora(
         width = max(ranks[f"{parent}.{_MERGED[name][0]}"])
         named[f"{module}.lora_a.weight"] = down
         named[f"{module}.lora_b"] = torch.nn.functional.pad(up, (0, width - up.shape[1]))
-    save_file(named, output / _LORA_FILE, metadata={"format": "pt"})
+    write_tensors(output / _LORA_FILE, named)
 
     inside = output / _LORA_FOLDER
     inside.mkdir()

