@@ -58,6 +58,6 @@ def test_what_a_block_does_not_write_keeps_its_own(tmp_path: Path) -> None:
 def test_weights_may_be_read_by_whoever_may_read_the_folder(tmp_path: Path, umask: int) -> None:
     path, tensors = tmp_path / "weights.safetensors", {"a": torch.arange(3.0)}
     save_file(tensors, path)  # as an earlier version left it
-    write_tensors(path, tensors, step="3")
+    write_tensors(path, tensors)
     assert mode(path) == 0o666 & ~umask
     assert torch.equal(load_file(path)["a"], tensors["a"])

@@ -121,6 +121,13 @@ def test_the_miniature_is_compared_with_its_own_aligned_model(run_cli, tmp_path)
     assert facts["difference"]["rows"] == 2
 
 
+def test_what_is_loaded_for_a_difference_is_named(tiny_pair, run_cli, traces):
+    result = run_cli("inspect", *tiny_pair, "--diff", traces)
+    loaded = [line for line in result.stderr.splitlines() if line.startswith("loading ")]
+    assert [line.partition(",")[0] for line in loaded] == [f"loading {part}" for part in tiny_pair]
+    assert "reading with both models" in result.stderr
+
+
 def test_the_difference_on_traces(tiny_pair, run_cli, traces):
     result = run_cli("inspect", *tiny_pair, "--diff", traces, "--json")
     assert result.exit_code == 0

@@ -412,6 +412,14 @@ def test_gguf_is_de_quantised_and_saves_as_a_plain_model(gguf_folder, tmp_path, 
     assert len(fingerprint(folder)) == 16
 
 
+def test_inspect_names_a_gguf_file_before_it_reads_it(gguf_folder, run_cli):
+    folder, _ = gguf_folder
+    result = run_cli("inspect", folder, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert f"reading {folder}, a GGUF file, and building its tokenizer\n" in result.stderr
+    assert json.loads(result.stdout)["kind"] == "gguf"
+
+
 def test_several_gguf_files(tmp_path):
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()

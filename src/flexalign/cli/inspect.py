@@ -131,10 +131,11 @@ def inspect(
 
 def _say_slow_parts(models: list[str]) -> None:
     """Name the GGUF files on stderr: what is in the header of other models takes time there."""
-    from flexalign.models.sources import resolve
+    from flexalign.models.sources import require_gguf, resolve
 
     for source in map(resolve, models):
         if source.gguf_file is not None:
+            require_gguf()
             say(f"reading {source}, a GGUF file, and building its tokenizer")
 
 

@@ -104,17 +104,19 @@ def tensor_infos(folder: Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def write_tensors(path: Path, tensors: "dict[str, Tensor]", **facts: str) -> None:
+def write_tensors(
+    path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, str] | None = None
+) -> None:
     """Write a safetensors file.
 
     Args:
         path: The file; one that exists is replaced.
         tensors: The tensors by name; contiguous, no two of one storage.
-        **facts: More entries of the file's metadata.
+        metadata: The file's metadata; by default that of a model's weights.
     """
     from safetensors.torch import save_file
 
-    save_file(tensors, path, metadata={"format": "pt", **facts})
+    save_file(tensors, path, metadata={"format": "pt"} if metadata is None else metadata)
     follow_umask(path)
 
 

@@ -690,7 +690,7 @@ def require_finite_loss(
     }
     with writing("the batch", output):
         output.mkdir(parents=True, exist_ok=True)
-        write_tensors(output / BATCH, batch, **{"step": str(step), "lambda": str(lam)})
+        write_tensors(output / BATCH, batch, {"step": str(step), "lambda": str(lam)})
     _stop(
         f"the loss is {float(loss.detach())} in step {step + 1} (λ={lam:g}); its batch is saved in "
         f"{output / BATCH}",
