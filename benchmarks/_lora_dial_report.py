@@ -136,19 +136,27 @@ def _targets(rows: Sequence[Row]) -> list[str]:
         own = _of(rows, "dial", gate)
         if not own:
             continue
-        habit, row = max(
+        single, row = max(
             ((habit, row) for row in own for habit in row["departure"]),
             key=lambda one: abs(one[1]["departure"][one[0]][1]),
         )
-        worst = row["departure"][habit][1]
+        means = {
+            (habit, lam): sum(one["departure"][habit][1] for one in same) / len(same)
+            for lam, same in _by_lambda(own).items()
+            for habit in JUDGED
+            if all(habit in one["departure"] for one in same)
+        }
+        habit, at = max(means, key=lambda place: abs(means[place]))
+        worst = means[habit, at]
         expected = PLAIN if gate is None else GATED
         missing = [f"{lam:g}" for lam in expected if lam not in _by_lambda(own)]
         if missing:
             lines.append(f"- {_named(gate)}: λ = {', '.join(missing)} is not measured yet.")
         lines.append(
-            f"- {_named(gate)}: the largest departure of a habit from the pair's own form is "
-            f"{worst:+.4f} ({_SIGNS[habit]} at λ = {row['lambda']:g}, seed {row['seed']}); "
-            f"to be within ±{HABIT_MARGIN:g}: {_yes(abs(worst) <= HABIT_MARGIN)}."
+            f"- {_named(gate)}: the largest departure of a habit from the pair's own form, mean over "
+            f"the seeds, is {worst:+.4f} ({_SIGNS[habit]} at λ = {at:g}), and of one seed "
+            f"{row['departure'][single][1]:+.4f} ({_SIGNS[single]} at λ = {row['lambda']:g}, seed "
+            f"{row['seed']}); to be within ±{HABIT_MARGIN:g}: {_yes(abs(worst) <= HABIT_MARGIN)}."
         )
         gaps = {
             lam: _mean_of(same, "accuracy") - _mean(same, "pair_outcome", "accuracy")
@@ -186,8 +194,8 @@ def _costs(rows: Sequence[Row]) -> list[str]:
         "|---|---|---|---|",
     ]
     for method, gate, what in (
-        ("dial", None, "0 to 3, all"),
-        ("dial", GATE, "0 to 5, all"),
+        ("dial", None, "0 to 3.15, all"),
+        ("dial", GATE, "0 to 5.25, all"),
         ("student", None, "one"),
         ("student", GATE, "one"),
         ("scaled", GATE, "one (1)"),

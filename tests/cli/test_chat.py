@@ -13,6 +13,7 @@ import torch
 import flexalign.systems.conversation
 from flexalign.calibration.effort import Calibration, copy_adapter, store_calibration
 from flexalign.cli.console import describe_choice, round_beside
+from flexalign.data.logits import LogitsSettings
 from flexalign.lambdas import Adaptive, Fixed, Route, Setting
 from flexalign.miniature import folder
 
@@ -65,6 +66,14 @@ def test_the_dial_turns_in_mid_conversation(chat: Callable[..., Any]) -> None:
     assert fast_cost.startswith("λ=1 · 3 tokens · ")
     assert adaptive_cost.startswith("adaptive 0 · fast: confidence 0.")
     assert " ≥ 0 · 3 tokens · " in adaptive_cost
+
+
+def test_limits_and_penalties_reach_the_model(
+    chat: Callable[..., Any], asked: list[dict[str, Any]]
+) -> None:
+    limits = ("--top-k", "20", "--min-p", "0.1", "--frequency-penalty", "0.5")
+    assert chat("9+3+6?", arguments=(*DIAL, *limits)).exit_code == 0
+    assert asked[0]["logits"] == LogitsSettings(top_k=20, min_p=0.1, frequency_penalty=0.5)
 
 
 def test_a_rejected_fast_answer_is_told_and_counted(chat: Callable[..., Any]) -> None:

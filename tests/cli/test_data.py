@@ -144,6 +144,24 @@ def test_prompts_of_other_names_are_sampled(
         assert message in refused.stderr
 
 
+def test_questions_of_other_names_are_measured(run_cli: Any, tmp_path: Path) -> None:
+    table = tmp_path / "sums.csv"
+    table.write_text("query,key\n1+2?,3\n2+2?,4\n", encoding="utf-8")
+    asked = ("evaluate", "pair:miniature", "--task", table, "--samples", 1, "--max-new-tokens", 4)
+    columns = ("--columns", "problem=query", "--columns", "answer=key")
+    shown = run_cli(*asked, *columns, "--dry-run", "-o", tmp_path / "out")
+    assert shown.exit_code == 0, shown.stderr
+    assert "1+2?" in shown.stdout + shown.stderr
+    calibrate = ("calibrate", "miniature", "--adapter", "miniature:fast", "--task", table)
+    tune = ("tune", "pair:miniature", "--margin", 0.02, "--task", table)
+    for command in (asked, calibrate, tune):
+        refused = run_cli(
+            *command, "--columns", "problem=q", "--columns", "answer=key", "--dry-run"
+        )
+        assert refused.exit_code == 2
+        assert f"{table}: no row has the column 'q' that columns.problem names" in refused.stderr
+
+
 CALL = {"type": "function", "function": {"name": "add", "arguments": '{"to": "two"}'}}
 CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 ASKED = {"role": "user", "content": "one plus two"}

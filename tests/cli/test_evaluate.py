@@ -121,6 +121,10 @@ def test_systems_without_the_reference_are_named_before_they_run(
         (["second"], "'second' is no system"),
         (["--engine", "vllm"], "runs plain models"),
         (["--temperature", "nan"], "temperature must be a number ≥ 0 (0 is greedy), got nan"),
+        (["--top-k", "-1"], "top_k must be a whole number ≥ 0 (0: all), got -1"),
+        (["--min-p", "1.5"], "min_p must be between 0 and 1, got 1.5"),
+        (["--repetition-penalty", "0"], "repetition_penalty must be a number above 0, got 0.0"),
+        (["--presence-penalty", "nan"], "presence_penalty must be a finite number, got nan"),
     ],
 )
 def test_bad_input_is_one_sentence(run_cli, arguments, extra, problem) -> None:
@@ -144,6 +148,9 @@ def test_a_folder_of_another_run_is_refused(run_cli, arguments) -> None:
     result = run_cli("evaluate", *arguments, "--seed", "5")
     assert result.exit_code == 2
     assert "sampling.seed: 0 there, 5 asked" in result.stderr
+    result = run_cli("evaluate", *arguments, "--top-k", "20")
+    assert result.exit_code == 2
+    assert "sampling.top_k" in result.stderr
 
 
 def test_a_sample_without_a_response_is_reported(run_cli, serve, questions, tmp_path) -> None:

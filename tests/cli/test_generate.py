@@ -110,6 +110,18 @@ def test_samples_follow_the_seed_alone(rows: Callable[..., Any]) -> None:
     assert slow != [row["response"] for row in rows(*asked, "-n", 3, "--lambda", 0, "--seed", 1)]
 
 
+def test_a_published_setting_is_sampled(rows: Callable[..., Any]) -> None:
+    def written(*options: object) -> list[str]:
+        return [row["response"] for row in rows(*DIAL, QUESTION, "--lambda", "0,1", *options)]
+
+    greedy = written("--temperature", 0)
+    assert written(*SAMPLED, "--top-k", 1) == greedy
+    assert written(*SAMPLED, "--min-p", 1) == greedy
+    assert written(*SAMPLED, "--top-k", 20, "--seed", 3) != greedy
+    for name in ("repetition", "presence", "frequency"):
+        assert written("--temperature", 0, f"--{name}-penalty", 1.9) != greedy
+
+
 def test_prompts_come_from_standard_input_and_files(
     rows: Callable[..., Any], piped: Callable[[str], None], tmp_path: Path
 ) -> None:

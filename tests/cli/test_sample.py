@@ -108,6 +108,8 @@ def test_another_configuration_is_refused(
         {"model": tiny_pair.aligned},
         {"options": ["--seed", 1]},
         {"options": ["--temperature", 0.5]},
+        {"options": ["--top-k", 20]},
+        {"options": ["--repetition-penalty", 1.1]},
         {"options": ["--limit", 2]},
     ):
         model = options.get("model", tiny_pair.reference)

@@ -7,11 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from flexalign.data.logits import LogitsSettings
 from flexalign.data.traces import derive_seed
 from flexalign.errors import ConfigError, ServingError
 from flexalign.evaluation import sweep as module
 from flexalign.evaluation.grading import grade
-from flexalign.evaluation.sweep import Sweep, SweepResult, regrade, sample_seed, sweep_cells
+from flexalign.evaluation.sweep import (
+    Sweep,
+    SweepResult,
+    regrade,
+    sample_seed,
+    sampling_options,
+    sweep_cells,
+)
 from flexalign.evaluation.tasks import Task, TaskQuestion
 from flexalign.inra import InRaModel
 from flexalign.lambdas import AS_IT_IS, unique_settings
@@ -194,6 +202,30 @@ def test_another_seed_is_another_configuration(make, tmp_path) -> None:
     make("ref", lams=[]).run(tmp_path)
     with pytest.raises(ConfigError, match=r"sampling\.seed: 0 there, 1 asked"):
         make("ref", lams=[], seed=1).run(tmp_path)
+
+
+def test_limits_and_penalties_are_another_configuration(make, tmp_path) -> None:
+    plain = make("ref", lams=[]).configuration()["sampling"]
+    assert set(plain) == {"samples", "seed", "temperature", "top_p", "max_new_tokens", "gate"}
+
+    limited = dataclasses.replace(OPTIONS, logits=LogitsSettings(top_k=1, repetition_penalty=1.2))
+    sweep = make("ref", lams=[], options=limited, samples=1)
+    sweep.run(tmp_path)
+    stored = json.loads((tmp_path / "run.json").read_text("utf-8"))["configuration"]["sampling"]
+    assert stored == plain | {"samples": 1, "top_k": 1, "repetition_penalty": 1.2}
+    assert sweep.run(tmp_path).made == 0
+    with pytest.raises(ConfigError, match=r"sampling\.top_k: 1 there"):
+        make("ref", lams=[], samples=1).run(tmp_path)
+
+
+def test_limits_are_keys_of_the_python_functions() -> None:
+    task = dataclasses.replace(TASK)
+    options = sampling_options([task], top_k=20, min_p=None, presence_penalty=1.5)
+    assert options.logits == LogitsSettings(top_k=20, presence_penalty=1.5)
+    both = sampling_options([task], logits=LogitsSettings(min_p=0.1), top_k=20)
+    assert both.logits == LogitsSettings(top_k=20, min_p=0.1)
+    with pytest.raises(ConfigError, match="top_k must be a whole number"):
+        sampling_options([task], top_k=-5)
 
 
 def test_seeds_differ_by_all_that_they_derive_from() -> None:

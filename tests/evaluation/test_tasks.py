@@ -1,3 +1,4 @@
+import gzip
 import json
 from pathlib import Path
 
@@ -163,3 +164,37 @@ def test_an_instruction_of_ones_own_takes_the_tasks_place(data: Path):
     assert bare.content_hash != usual.content_hash
     brief = load_task("miniature", limit=1, instruction="Be brief.")
     assert brief.messages(brief.questions[0])[0]["content"].endswith("?\n\nBe brief.")
+
+
+def test_a_task_may_be_a_table_with_gzip_or_a_split_of_a_folder(tmp_path: Path) -> None:
+    rows = [{"problem": f"{number}+1?", "answer": str(number + 1)} for number in range(3)]
+    plain = tmp_path / "sums.jsonl"
+    plain.write_text("\n\n".join(map(json.dumps, rows)), encoding="utf-8")
+    table = "problem,answer\n" + "".join(f"{row['problem']},{row['answer']}\n" for row in rows)
+    (tmp_path / "sums.csv.gz").write_bytes(gzip.compress(table.encode()))
+    folder = tmp_path / "many"
+    folder.mkdir()
+    (folder / "test.jsonl").write_bytes(plain.read_bytes())
+    (folder / "train.jsonl").write_text(json.dumps(rows[0]), encoding="utf-8")
+
+    expected = load_task(str(plain))
+    zipped, split = load_task(str(tmp_path / "sums.csv.gz")), load_task(str(folder / "test"))
+    assert zipped.questions == split.questions == expected.questions
+    assert (zipped.name, split.name) == ("sums", "test")
+    own = tmp_path / "own.csv"
+    own.write_text(table.replace("problem,answer", "query,key"), encoding="utf-8")
+    columns = {"problem": "query", "answer": "key"}
+    assert load_task(str(own), columns=columns).questions == expected.questions
+    for wrong, error, message in (
+        ({"problem": "quary", "answer": "key"}, DataError, "no row has the column 'quary'"),
+        ({"problm": "query"}, ConfigError, "unknown key 'columns.problm'; did you mean"),
+    ):
+        with pytest.raises(error, match=message):
+            load_task(str(own), columns=wrong)
+    for known in ("miniature", "math500"):
+        with pytest.raises(ConfigError, match=f"columns is for files, and {known} has rows"):
+            load_task(known, columns=columns)
+    with pytest.raises(DataError, match="there is no split 'dev'; the splits of"):
+        load_task(str(folder / "dev"))
+    with pytest.raises(ConfigError, match="there is no task and no file"):
+        load_task(str(tmp_path / "none"))

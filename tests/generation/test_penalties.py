@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from flexalign.data.logits import LogitsSettings
 from flexalign.errors import ConfigError
-from flexalign.generation.penalties import LogitsSettings, OccurrencePenalty
+from flexalign.generation.penalties import OccurrencePenalty, logits_processors
 from flexalign.generation.seeded import SeededSampling
 
 PROMPT, VOCABULARY = 3, 17
@@ -33,7 +34,7 @@ def test_occurrences_are_counted_in_the_response_alone(ids: torch.Tensor, logits
 
 
 def test_a_repetition_counts_in_prompt_and_response(ids: torch.Tensor, logits: torch.Tensor):
-    found = LogitsSettings(repetition_penalty=1.5).processors(PROMPT)(ids, logits.clone())
+    found = logits_processors(LogitsSettings(repetition_penalty=1.5), PROMPT)(ids, logits.clone())
     for row in range(2):
         for token in range(VOCABULARY):
             logit = logits[row, token]
@@ -43,7 +44,7 @@ def test_a_repetition_counts_in_prompt_and_response(ids: torch.Tensor, logits: t
 
 def test_biases_are_added(ids: torch.Tensor, logits: torch.Tensor):
     settings = LogitsSettings(logit_bias=((3, 2.5), (16, -100.0)))
-    found = settings.processors(PROMPT)(ids, logits.clone())
+    found = logits_processors(settings, PROMPT)(ids, logits.clone())
     expected = logits.clone()
     expected[:, 3] += 2.5
     expected[:, 16] -= 100
@@ -80,7 +81,7 @@ def test_some_rows_keep_their_limits(logits: torch.Tensor):
 
 def test_settings_without_effect_are_not_told():
     assert LogitsSettings().to_json() == {}
-    assert not LogitsSettings(top_k=3, min_p=0.1).processors(0)
+    assert not logits_processors(LogitsSettings(top_k=3, min_p=0.1), 0)
     asked = LogitsSettings(top_k=20, presence_penalty=0.5, logit_bias=((3, 1.0),))
     assert asked.to_json() == {"top_k": 20, "presence_penalty": 0.5, "logit_bias": {"3": 1.0}}
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from families import FAMILIES, family_config, family_model
+from flexalign.data.logits import LogitsSettings
 from flexalign.data.prompting import PromptSettings
 from flexalign.data.rendering import Opening, RenderedPrompt
 from flexalign.errors import ConfigError, DataError, LambdaError, UnsupportedModelError
 from flexalign.generation import TwoPromptDecoder, generate_responses
-from flexalign.generation.penalties import LogitsSettings
 from flexalign.generation.two_prompts import padded_prompts
 from flexalign.lambdas import Adaptive, Route, Schedule
 from flexalign.models.prompted import PairRendering, PromptPair, TwoPrompts

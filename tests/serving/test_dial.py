@@ -165,6 +165,9 @@ def test_an_adapters_rules_know_what_its_calibration_sampled_with():
     }
     settings = replace(InRaConfig.load(folder("fast")), calibration=calibration)
     assert adapter_rules(settings).sampling == {"temperature": 0.7, "top_p": 0.95}
+    limited = {**calibration, "sampling": {"temperature": 0.6, "top_k": 20, "seed": 0}}
+    rules = adapter_rules(replace(settings, calibration=limited))
+    assert rules.sampling == {"temperature": 0.6, "top_k": 20}
     bare = replace(settings, calibration={**calibration, "sampling": {}})
     assert adapter_rules(bare).sampling == {}
 

@@ -4,10 +4,14 @@ import asyncio
 import http.client
 import json
 import random
+import re
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
+from trl.chat_template_utils import qwen3_template
 
 from asgi import exchange, read
 from flexalign.serving.app import create_app
@@ -30,6 +34,7 @@ KEYS = [
     *("temperature", "top_p", "stream", "stream_options", "logprobs", "top_logprobs", "user"),
     *("lambda", "effort", "reasoning_effort", "control", "tools", "logit_bias", "metadata"),
     *("echo", "response_format", "frequency_penalty", "lamda", "λ", "", "\u0000", "a" * 3000),
+    *("chat_template_kwargs", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
 ]
 FACADE_KEYS = [
     *("input", "instructions", "max_output_tokens", "reasoning", "text", "store", "system"),
@@ -37,6 +42,7 @@ FACADE_KEYS = [
 ]
 INNER = ["role", "content", "type", "text", "policy", "kind", "start", "end", "steps", "points"]
 INNER += ["threshold", "share", "measure", "think", "answer", "budget", "include_usage", "lambda"]
+INNER += ["enable_thinking", "drop_system", "summary", "verbosity", "a\r\nb: c"]
 LEAVES = [
     *(None, True, False, -1, 0, 1, 2, 7, 2.5, -0.0, 1e308, 5e-324, 10**18, 2**63, 2**64, 10**300),
     *("", " ", "auto", "user", "assistant", "system", "linear", "thinking", "adaptive", "route"),
@@ -69,6 +75,25 @@ def any_value(draw: random.Random, depth: int = 0) -> Any:
     if kind < 0.8:
         return [any_value(draw, depth + 1) for _ in range(draw.randrange(4))]
     return {draw.choice(INNER): any_value(draw, depth + 1) for _ in range(draw.randrange(5))}
+
+
+KEYWORDS = [
+    *("type", "properties", "items", "enum", "const", "required", "additionalProperties", "a"),
+    *("anyOf", "allOf", "$ref", "$defs", "pattern", "minimum", "maxLength", "minItems", "format"),
+    *("function", "name", "parameters", "arguments", "x-guidance", "lenient", "not"),
+]
+WORDS = [*LEAVES, *("object", "string", "integer", "array", "#/$defs/a", "(a+)+$", "(?=a)", "date")]
+
+
+def any_schema(draw: random.Random, depth: int = 0) -> Any:
+    """Return a value that looks like a JSON schema, or like a tool with one."""
+    kind = draw.random()
+    if depth > 4 or kind < 0.3:
+        return draw.choice(WORDS)
+    if kind < 0.45:
+        return [any_schema(draw, depth + 1) for _ in range(draw.randrange(4))]
+    made = {draw.choice(KEYWORDS): any_schema(draw, depth + 1) for _ in range(draw.randrange(5))}
+    return made | ({"type": draw.choice(["object", "string", "array"])} if kind > 0.7 else {})
 
 
 def nested(draw: random.Random) -> bytes:
@@ -182,6 +207,79 @@ def test_no_body_breaks_another_protocol(app: Any, path: str):
     statuses = asyncio.run(run())
     assert statuses[200] > 15
     assert statuses[400] > 500
+
+
+@pytest.fixture
+def lenient(hybrid_folder: Path) -> Iterator[Any]:
+    """A model without a dial, whose template takes arguments; unknown keys go into a header."""
+    service, rules = load_service(ServeOptions(str(hybrid_folder)))
+    yield create_app(service, rules, warns_unknown=True)
+    service.engine.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [*PATHS, *FACADES])
+def test_no_body_breaks_a_template_or_a_header(lenient: Any, path: str):
+    good = GOOD.get(path) or FACADES[path]
+    keys = [*KEYS, *FACADE_KEYS, *["chat_template_kwargs", "reasoning_effort"] * 8]
+
+    async def run() -> dict[int, int]:
+        statuses: dict[int, int] = {}
+        for number in range(BODIES):
+            content = body(number, good, keys)
+            sent = await exchange(lenient, path, content)
+            status, told = read(sent)
+            assert status < 500, (number, content[:500], told)
+            for name, value in sent[0]["headers"]:
+                assert re.fullmatch(rb"[\x20-\x7e]*", value), (number, name, value)
+            statuses[status] = statuses.get(status, 0) + 1
+        assert read(await exchange(lenient, path, json.dumps(good).encode()))[0] == 200
+        return statuses
+
+    statuses = asyncio.run(run())
+    assert statuses[200] > 15
+    assert statuses[400] > 300
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["tools", "response_format"])
+def test_no_tool_and_no_schema_breaks_the_application(hybrid_folder: Path, key: str):
+    if key == "response_format":
+        pytest.importorskip("llguidance", reason="llguidance is not installed")
+    tokenizer = AutoTokenizer.from_pretrained(hybrid_folder)
+    tokenizer.chat_template = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + (
+        tokenizer.chat_template
+    )
+    tokenizer.response_template = qwen3_template
+    tokenizer.save_pretrained(hybrid_folder)
+    service, rules = load_service(ServeOptions(str(hybrid_folder)))
+    app = create_app(service, rules)
+
+    def asked(number: int) -> dict[str, Any]:
+        draw = random.Random(number)
+        if key == "tools":
+            parameters = {"name": draw.choice(["add", "", 3]), "parameters": any_schema(draw)}
+            value: Any = [{"type": "function", "function": parameters}, any_schema(draw)]
+            value = value[: draw.randrange(1, 3)]
+        else:
+            value = {"type": "json_schema", "json_schema": {"schema": any_schema(draw)}}
+        closed = {"chat_template_kwargs": {"enable_thinking": False}}
+        return GOOD[PATHS[0]] | closed | {"max_tokens": 6, key: value}
+
+    async def run() -> dict[int, int]:
+        statuses: dict[int, int] = {}
+        for number in range(BODIES):
+            status, told = read(await exchange(app, PATHS[0], asked(number)))
+            require_sound(number, status, told)
+            statuses[status] = statuses.get(status, 0) + 1
+        return statuses
+
+    try:
+        statuses = asyncio.run(run())
+    finally:
+        service.engine.stop()
+    assert statuses[200] > 50
+    assert statuses[400] > 200
 
 
 @pytest.mark.full

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexalign.generation.penalties import LogitsSettings
+from flexalign.data.logits import LogitsSettings
 from flexalign.serving.errors import ApiError
 from flexalign.serving.protocol import read_chat, read_completion
 
@@ -121,7 +121,7 @@ def test_prompts_have_four_forms(prompt: Any, prompts: Any):
         ("logit_bias", [1]),
         ("logit_bias", {str(token): 1 for token in range(1025)}),
         ("tools", [{"type": "function"}]),
-        ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "yaml"}),
         ("temprature", 0.5),
     ],
 )

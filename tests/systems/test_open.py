@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from flexalign.data.logits import LogitsSettings
 from flexalign.data.prompting import PromptSettings
 from flexalign.errors import ConfigError, LambdaError
 from flexalign.evaluation.systems import Cell
@@ -102,7 +103,8 @@ def test_vllm_is_asked_in_its_own_way(tiny_pair, tiny_tokenizer, monkeypatch, tm
     fake.__spec__ = SimpleNamespace(name="vllm")
     monkeypatch.setitem(sys.modules, "vllm", fake)
     system = System("m", "model", (str(tiny_pair.reference),))
-    options = SystemOptions(engine="vllm", max_new_tokens=9)
+    logits = LogitsSettings(top_k=20, frequency_penalty=0.5, logit_bias=((3, 1.0),))
+    options = SystemOptions(engine="vllm", max_new_tokens=9, logits=logits)
     backend = open_backend(system, [AS_IT_IS], options)
     messages = [{"role": "user", "content": "one plus two"}]
     cells = [Cell(AS_IT_IS, "t", "1", n, 40 + n, messages) for n in range(3)]
@@ -117,6 +119,9 @@ def test_vllm_is_asked_in_its_own_way(tiny_pair, tiny_tokenizer, monkeypatch, tm
     assert prompts == [{"prompt_token_ids": expected}] * 2
     assert [one["seed"] for one in sampling] == [41, 42]
     assert sampling[0]["max_tokens"] == 9
+    limits = {"top_k": 20, "frequency_penalty": 0.5, "logit_bias": {3: 1.0}}
+    assert limits.items() <= sampling[0].items()
+    assert not {"min_p", "repetition_penalty", "presence_penalty"} & sampling[0].keys()
     facts = backend.describe()
     assert facts["engine"] == "vllm"
     assert facts["parts"][0]["fingerprint"] == fingerprint(tiny_pair.reference)

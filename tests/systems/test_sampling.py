@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from chat_server import say
-from flexalign.data import SamplingSettings, load_traces
+from flexalign.data import LogitsSettings, SamplingSettings, load_traces
 from flexalign.errors import ConfigError, LambdaError
 from flexalign.systems import parse_system, sample
 
@@ -31,6 +31,33 @@ def test_a_call_writes_what_training_reads(tiny_pair, questions: Path, tmp_path:
     assert (again.rows, again.made) == (6, 0)
     with pytest.raises(ConfigError, match="belongs to another run"):
         sample(tiny_pair.aligned, questions, output, settings)
+
+
+def test_limits_and_penalties_belong_to_the_run(tiny_pair, questions: Path, tmp_path: Path):
+    def rows(name: str, **settings: Any) -> list[str]:
+        output = tmp_path / name
+        sample(
+            tiny_pair.reference, questions, output, SamplingSettings(max_new_tokens=6, **settings)
+        )
+        return output.read_text("utf-8").splitlines()
+
+    greedy = rows("greedy.jsonl", temperature=0)
+    assert rows("likeliest.jsonl", logits=LogitsSettings(top_k=1)) == greedy
+    penalised = LogitsSettings(repetition_penalty=1.5)
+    assert rows("penalised.jsonl", temperature=0, logits=penalised) != greedy
+
+    def recorded(name: str) -> dict[str, Any]:
+        text = (tmp_path / f"{name}.manifest.json").read_text("utf-8")
+        return dict(json.loads(text)["settings"])
+
+    # A run without them has the manifest that earlier versions wrote.
+    earlier = {"samples", "max_new_tokens", "temperature", "top_p", "batch_size", "seed", "plain"}
+    assert set(recorded("greedy.jsonl")) == earlier
+    assert recorded("likeliest.jsonl")["top_k"] == 1
+    with pytest.raises(ConfigError, match="belongs to another run"):
+        rows("likeliest.jsonl", logits=LogitsSettings(top_k=2))
+    with pytest.raises(ConfigError, match="belongs to another run"):
+        rows("likeliest.jsonl")
 
 
 def test_a_limit_takes_the_first_prompts(tiny_pair, questions: Path, tmp_path: Path):

@@ -19,6 +19,7 @@ import numpy as np
 
 import flexalign
 from flexalign._storage import write_json
+from flexalign.data.logits import LogitsSettings
 from flexalign.errors import ConfigError
 from flexalign.evaluation.samples import Samples
 from flexalign.generation.dial_config import DialConfig
@@ -427,12 +428,14 @@ def sweep_notes(sweep: "Sweep") -> list[str]:
         return []
     from flexalign.systems import LocalBackend
 
-    asked, notes = asdict(sweep.options), []
+    usual = asdict(LogitsSettings())
+    asked, notes = asdict(sweep.options) | asdict(sweep.options.logits), []
     for backend in sweep.backends.values():
         stored = backend.calibration if isinstance(backend, LocalBackend) else None
         if stored is not None:
-            known = Calibration.from_json(stored).sampling
-            notes.append(note_on_sampling({name: known.get(name) for name in _SAMPLING}, asked))
+            known = {**usual, **Calibration.from_json(stored).sampling}
+            compared = {name: known.get(name) for name in (*_SAMPLING, *usual)}
+            notes.append(note_on_sampling(compared, asked))
     return [note for note in notes if note is not None]
 
 

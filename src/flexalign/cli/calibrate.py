@@ -19,6 +19,7 @@ from flexalign.cli.console import (
 )
 from flexalign.cli.options import (
     BatchSize,
+    Columns,
     Data,
     Dtype,
     Instruction,
@@ -48,6 +49,7 @@ def calibrate(
         ),
     ],
     data: Data = None,
+    columns: Columns = None,
     instruction: Instruction = None,
     limit: Annotated[int, typer.Option(min=2, help="Only so many questions, drawn.")] = 300,
     samples: Annotated[int, typer.Option("--samples", "-n", help="Answers to each question.")] = 1,
@@ -117,10 +119,18 @@ def calibrate(
     widened = read_range(lambda_range)
     from flexalign.calibration.calibrate import plan_calibration
     from flexalign.calibration.fitting import describe_loss
+    from flexalign.data.columns import parse_columns
     from flexalign.evaluation.tasks import load_task
     from flexalign.systems.dials import read_dial
 
-    asked = load_task(task, data=data, limit=limit, seed=seed, instruction=instruction)
+    asked = load_task(
+        task,
+        data=data,
+        limit=limit,
+        seed=seed,
+        instruction=instruction,
+        columns=parse_columns(columns, "--columns"),
+    )
     with as_input_errors():
         plan = plan_calibration(
             base,

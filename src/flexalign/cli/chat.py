@@ -23,13 +23,18 @@ from flexalign.cli.options import (
     AlignedPrompt,
     AnyBase,
     Dtype,
+    FrequencyPenalty,
     Gate,
     MaxNewTokens,
+    MinP,
     Model,
     PermittedRange,
+    PresencePenalty,
     ReferencePrompt,
+    RepetitionPenalty,
     Temperature,
     Template,
+    TopK,
     TopP,
     read_efforts,
     read_lambdas,
@@ -86,6 +91,11 @@ def chat(
     any_base: AnyBase = False,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.95,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
     max_new_tokens: MaxNewTokens = 2048,
     seed: Annotated[int, typer.Option(help="Of all sampling.")] = 0,
     template: Template = None,
@@ -115,13 +125,16 @@ def chat(
         raise ConfigError("a conversation begins with one setting; give one λ, policy or effort.")
 
     from flexalign.cli.console import quieten_libraries, warnings_as_notes
+    from flexalign.data.logits import LogitsSettings
     from flexalign.data.prompting import parse_template
     from flexalign.systems import Conversation, LocalBackend, System, SystemOptions
 
+    logits = LogitsSettings(top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty)
     named = System.of(model, adapter, aligned, two_prompts)
     options = SystemOptions(
         temperature=temperature,
         top_p=top_p,
+        logits=logits,
         max_new_tokens=max_new_tokens,
         gate=gate,
         dtype=dtype,

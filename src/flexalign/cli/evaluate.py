@@ -21,18 +21,24 @@ from flexalign.cli.console import (
 from flexalign.cli.options import (
     AlignedPrompt,
     BatchSize,
+    Columns,
     Data,
     Dtype,
     EngineName,
+    FrequencyPenalty,
     Gate,
     Instruction,
+    MinP,
     PermittedRange,
     Policies,
+    PresencePenalty,
     ReferencePrompt,
+    RepetitionPenalty,
     TaskMaxNewTokens,
     TaskTemperature,
     TaskTopP,
     Template,
+    TopK,
     Workers,
     read_efforts,
     read_lambdas,
@@ -77,6 +83,7 @@ def evaluate(
         ),
     ] = None,
     data: Data = None,
+    columns: Columns = None,
     instruction: Instruction = None,
     lam: Annotated[
         str | None,
@@ -96,6 +103,11 @@ def evaluate(
     ] = None,
     temperature: TaskTemperature = None,
     top_p: TaskTopP = None,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
     max_new_tokens: TaskMaxNewTokens = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only so many questions of each task, drawn.")
@@ -167,6 +179,7 @@ def evaluate(
         raise ConfigError("name the folder of the results with --output DIR.")
 
     lams, limits = read_lambdas(lam), read_range(lambda_range)
+    from flexalign.data.columns import parse_columns
     from flexalign.data.prompting import parse_template
     from flexalign.systems import parse_systems
 
@@ -176,8 +189,9 @@ def evaluate(
     from flexalign.evaluation.sweep import plan_sweep
     from flexalign.evaluation.tasks import load_task
 
+    named = parse_columns(columns, "--columns")
     drawn = {"data": data, "limit": limit, "seed": seed, "instruction": instruction}
-    tasks = [load_task(name, **drawn) for name in task]  # type: ignore[arg-type]
+    tasks = [load_task(name, columns=named, **drawn) for name in task]  # type: ignore[arg-type]
     say_instruction(instruction, tasks)
 
     with warnings_as_notes():
@@ -190,6 +204,11 @@ def evaluate(
             baseline=baseline,
             temperature=temperature,
             top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             gate=gate,

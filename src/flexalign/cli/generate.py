@@ -26,14 +26,19 @@ from flexalign.cli.options import (
     AnyBase,
     BatchSize,
     Dtype,
+    FrequencyPenalty,
     Gate,
     MaxNewTokens,
+    MinP,
     Model,
     PermittedRange,
     Policies,
+    PresencePenalty,
     ReferencePrompt,
+    RepetitionPenalty,
     Temperature,
     Template,
+    TopK,
     TopP,
     read_efforts,
     read_lambdas,
@@ -86,6 +91,11 @@ def generate(
     any_base: AnyBase = False,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.95,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
     max_new_tokens: MaxNewTokens = 2048,
     samples: Annotated[
         int, typer.Option("--samples", "-n", min=1, help="Answers to each prompt at each setting.")
@@ -131,15 +141,18 @@ def generate(
     settings = read_settings(read_lambdas(lam), policy or [], read_efforts(effort, adapter))
     prompts = _read_prompts(prompt, input_file)
 
+    from flexalign.data.logits import LogitsSettings
     from flexalign.data.prompting import parse_template
     from flexalign.lambdas import LAMBDA_LEGEND
     from flexalign.systems import LocalBackend, System, SystemOptions
     from flexalign.systems.prompts import prompt_requests
 
+    logits = LogitsSettings(top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty)
     system = System.of(model, adapter, aligned, two_prompts)
     options = SystemOptions(
         temperature=temperature,
         top_p=top_p,
+        logits=logits,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         gate=gate,

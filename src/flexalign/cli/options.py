@@ -60,6 +60,13 @@ Assignments: TypeAlias = Annotated[
 SkipBadRows: TypeAlias = Annotated[
     bool, typer.Option("--skip-bad-rows", help="Leave out rows that cannot be used.")
 ]
+Columns: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--columns",
+        help="FIELD=COLUMN, the file's own name for a field, such as problem=query; repeatable.",
+    ),
+]
 DryTraining: TypeAlias = Annotated[
     bool,
     typer.Option("--dry-run", help="Show samples, sizes, steps and memory; load no weights."),
@@ -124,6 +131,19 @@ Dtype: TypeAlias = Annotated[
 
 Temperature: TypeAlias = Annotated[float, typer.Option(help="0 is greedy.")]
 TopP: TypeAlias = Annotated[float, typer.Option(help="Probability mass sampled from.")]
+TopK: TypeAlias = Annotated[int, typer.Option(help="Likeliest tokens sampled from; 0: all.")]
+MinP: TypeAlias = Annotated[
+    float, typer.Option(help="Least probability, as a share of the likeliest token's; 0: none.")
+]
+RepetitionPenalty: TypeAlias = Annotated[
+    float, typer.Option(help="Of tokens in the prompt or the answer, above 0; 1: none.")
+]
+PresencePenalty: TypeAlias = Annotated[
+    float, typer.Option(help="Subtracted from the logits of tokens in the answer.")
+]
+FrequencyPenalty: TypeAlias = Annotated[
+    float, typer.Option(help="Subtracted for each time that a token is in the answer.")
+]
 MaxNewTokens: TypeAlias = Annotated[int, typer.Option(help="Tokens at which an answer is cut off.")]
 BatchSize: TypeAlias = Annotated[int, typer.Option(min=1, help="Answers made together.")]
 

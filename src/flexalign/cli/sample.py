@@ -13,13 +13,19 @@ from flexalign.cli.options import (
     Aligned,
     AlignedPrompt,
     AnyBase,
+    Columns,
     Dtype,
+    FrequencyPenalty,
     MaxNewTokens,
+    MinP,
     PermittedRange,
+    PresencePenalty,
     ReferencePrompt,
+    RepetitionPenalty,
     SkipBadRows,
     Temperature,
     Template,
+    TopK,
     TopP,
     read_lambdas,
     read_prompt_pair,
@@ -64,6 +70,11 @@ def sample(
     max_new_tokens: MaxNewTokens = 2048,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
     batch_size: Annotated[int, typer.Option(help="Answers made, and saved, together.")] = 16,
     seed: Annotated[int, typer.Option(help="The same seed gives the same traces.")] = 0,
     limit: Annotated[
@@ -94,13 +105,7 @@ def sample(
         str | None, typer.Option("--system", help="The system message of prompts that have none.")
     ] = None,
     dtype: Dtype = "auto",
-    columns: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--columns",
-            help="FIELD=COLUMN, the file's own name for a field, such as problem=query; repeatable.",
-        ),
-    ] = None,
+    columns: Columns = None,
     skip_bad_rows: SkipBadRows = False,
     dry_run: Annotated[
         bool,
@@ -123,13 +128,15 @@ def sample(
     --lambda 1.5 --prompts questions.jsonl -o brief.jsonl[/cyan]
     """
     from flexalign.data.columns import parse_columns
+    from flexalign.data.logits import LogitsSettings
     from flexalign.data.prompting import PromptSettings, parse_template
     from flexalign.data.traces import SamplingSettings
     from flexalign.systems import System, SystemOptions
     from flexalign.systems.sampling import SampleRun
 
+    logits = LogitsSettings(top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty)
     settings = SamplingSettings(
-        samples, max_new_tokens, temperature, top_p, batch_size, seed, plain
+        samples, max_new_tokens, temperature, top_p, batch_size, seed, plain, logits
     )
     two_prompts, dials = read_prompt_pair(reference_prompt, aligned_prompt), read_lambdas(lam)
     has_dial = any(side is not None for side in (two_prompts, adapter, aligned))

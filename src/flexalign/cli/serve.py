@@ -1,5 +1,6 @@
 """``flexalign serve``: a server of OpenAI's protocol with a dial on every request."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +38,13 @@ if TYPE_CHECKING:
 
 _NEEDED = ("fastapi", "starlette", "uvicorn", "prometheus_client")
 _ROWS, _QUEUE = 32, 256
+
+
+class UnknownKeys(StrEnum):
+    """What becomes of keys of a request that the server does not know."""
+
+    REFUSE = "refuse"
+    WARN = "warn"
 
 
 def serve(
@@ -98,6 +106,10 @@ def serve(
     body_limit: Annotated[
         float, typer.Option(min=0.001, help="Longest body of a request in MiB.")
     ] = 4.0,
+    unknown_keys: Annotated[
+        UnknownKeys,
+        typer.Option(help="Keys of a request that nothing reads: a 400, or named in a header."),
+    ] = UnknownKeys.REFUSE,
     grace: Annotated[
         float, typer.Option(min=1, help="Seconds for running answers after SIGTERM.")
     ] = 30.0,
@@ -142,7 +154,9 @@ def serve(
     key = read_secret(api_key_env)
     is_local = key is None and not insecure
     body_bytes = round(body_limit * 2**20)
+    warns_unknown = unknown_keys is UnknownKeys.WARN
 
+    from flexalign.data.prompting import parse_template
     from flexalign.serving.server import require_safe_address
 
     if engine is EngineName.VLLM:
@@ -150,11 +164,6 @@ def serve(
             raise ConfigError(
                 "--reference-prompt and --aligned-prompt are served by --engine local alone: vLLM "
                 "runs one prompt for each request; leave --engine out."
-            )
-        if template:
-            raise ConfigError(
-                "--template is for the local engine; give vLLM its own flag behind --: "
-                "--default-chat-template-kwargs '{\"enable_thinking\": false}'."
             )
         if aligned is not None:
             raise ConfigError(
@@ -176,8 +185,9 @@ def serve(
             "context": context,
             "rows": batch_size,
             "queue": queue,
-            "front": FrontOptions(limits, body_bytes, playground, is_local),
+            "front": FrontOptions(limits, body_bytes, playground, is_local, warns_unknown),
             "flags": tuple(flags or ()),
+            "template": parse_template(template or []),
         }
         source = DialSource(model, adapter, any_base, prepared)
         _serve_on_vllm(source, settings, dry_run=dry_run, as_json=as_json)
@@ -185,7 +195,6 @@ def serve(
 
     if flags or prepared is not None or dry_run:
         raise ConfigError("flags after --, --prepared and --dry-run are about --engine vllm.")
-    from flexalign.data.prompting import parse_template
     from flexalign.serving.engine import EngineLimits
     from flexalign.serving.server import ServeOptions
 
@@ -208,7 +217,12 @@ def serve(
         options,
         host,
         port,
-        {"key": key, "is_local": is_local, "body_limit": body_bytes},
+        {
+            "key": key,
+            "is_local": is_local,
+            "body_limit": body_bytes,
+            "warns_unknown": warns_unknown,
+        },
         grace=grace,
         playground=playground,
         as_json=as_json,
@@ -310,12 +324,13 @@ def _serve_on_vllm(
     """
     from flexalign.serving.vllm.launch import Launch, check_flags, require_vllm, run
 
-    check_flags(settings["flags"])
+    check_flags(settings["flags"], has_template=bool(settings["template"]))
     if not dry_run:
         require_vllm()
     with as_input_errors():
         launch = Launch(source.folder(), **settings)
         rules = source.rules(launch.front.lambda_range)
+        source.require_template(launch.template)
     if dry_run:
         _show_launch(launch, as_json)
         return

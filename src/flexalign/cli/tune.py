@@ -21,6 +21,7 @@ from flexalign.cli.console import (
 from flexalign.cli.options import (
     AlignedPrompt,
     BatchSize,
+    Columns,
     Data,
     Instruction,
     OneTask,
@@ -60,6 +61,7 @@ def tune(
     ] = None,
     task: OneTask = None,
     data: Data = None,
+    columns: Columns = None,
     instruction: Instruction = None,
     limit: Annotated[int | None, typer.Option(help="Only so many questions, drawn.")] = None,
     margin: Annotated[
@@ -166,6 +168,7 @@ def tune(
     from flexalign.calibration import Constraint, NonInferiority, TokenBudget, TuneOptions
     from flexalign.calibration.results import StoredSamples
     from flexalign.calibration.tune import Tuning, plan_tuning
+    from flexalign.data.columns import parse_columns
     from flexalign.evaluation.samples import ResultsFolder
     from flexalign.evaluation.tasks import load_task
     from flexalign.systems import parse_system
@@ -178,7 +181,14 @@ def tune(
 
     asked = None
     if task is not None:
-        asked = load_task(task, data=data, limit=limit, seed=seed, instruction=instruction)
+        asked = load_task(
+            task,
+            data=data,
+            limit=limit,
+            seed=seed,
+            instruction=instruction,
+            columns=parse_columns(columns, "--columns"),
+        )
 
     # Answers that exist already: nothing is sampled.
     if stored is not None:

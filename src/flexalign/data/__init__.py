@@ -9,12 +9,14 @@ from flexalign._lazy import lazy_names
 
 if TYPE_CHECKING:
     from flexalign.data.formats import data_fingerprint, load_preferences, load_prompts, load_traces
+    from flexalign.data.logits import LogitsSettings
     from flexalign.data.rendering import Lengths, measure_lengths, split_tokens
     from flexalign.data.thinking import ThinkingTags, strip_thinking
     from flexalign.data.traces import SamplingSettings, make_traces, open_run
 
 _HOMES = {
     "Lengths": "flexalign.data.rendering",
+    "LogitsSettings": "flexalign.data.logits",
     "SamplingSettings": "flexalign.data.traces",
     "ThinkingTags": "flexalign.data.thinking",
     "data_fingerprint": "flexalign.data.formats",
@@ -30,6 +32,7 @@ _HOMES = {
 
 __all__ = [
     "Lengths",
+    "LogitsSettings",
     "SamplingSettings",
     "ThinkingTags",
     "data_fingerprint",

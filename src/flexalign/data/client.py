@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from flexalign.data.logits import LogitsSettings
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, ServingError
 
@@ -49,6 +50,7 @@ class Endpoint:
         max_new_tokens: Limit on the tokens of a response, which is cut off there.
         temperature: Sampling temperature; 0 is greedy.
         top_p: Probability mass sampled from.
+        logits: Limits on tokens, penalties and biases; those with an effect are sent.
         concurrency: Requests sent at the same time.
         attempts: Attempts per request. Between attempts at an unreachable or overloaded server
             the pause is 1, 2, 4, … times `pause_seconds`, or the server's Retry-After (a minute
@@ -66,6 +68,7 @@ class Endpoint:
     max_new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    logits: LogitsSettings = field(default_factory=LogitsSettings)
     concurrency: int = 8
     attempts: int = 5
     pause_seconds: float = 1.0
@@ -120,7 +123,9 @@ class Endpoint:
         Raises:
             ServingError: As in :meth:`generate`.
         """
-        body: dict[str, Any] = extra | {
+        body: dict[str, Any] = {
+            **extra,
+            **self.logits.to_json(),
             "model": self.model,
             "max_tokens": self.max_new_tokens,
             "temperature": self.temperature,

@@ -1,6 +1,7 @@
 """The names of fields that rows are read by, and other names for them: `columns`."""
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from flexalign._spelling import nearest
@@ -72,10 +73,11 @@ def renamed(row: Mapping[str, Any], columns: Mapping[str, str] | None) -> dict[s
     }
 
 
-def require_columns(columns: Mapping[str, str] | None, seen: Iterable[str]) -> None:
+def require_columns(path: Path, columns: Mapping[str, str] | None, seen: Iterable[str]) -> None:
     """Check that some row of a file has each column that is named.
 
     Args:
+        path: The file, for messages.
         columns: As in `check_columns`.
         seen: The columns that the rows of the file have.
 
@@ -86,6 +88,6 @@ def require_columns(columns: Mapping[str, str] | None, seen: Iterable[str]) -> N
     for field, column in (columns or {}).items():
         if column not in known:
             raise DataError(
-                f"no row has the column {column!r} that columns.{field} names"
+                f"{path}: no row has the column {column!r} that columns.{field} names"
                 f"{nearest(column, known)}"
             )

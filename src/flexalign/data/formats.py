@@ -572,10 +572,7 @@ def _require_known(path: Path, columns: Mapping[str, str] | None, seen: Sequence
     Raises:
         DataError: If they do not.
     """
-    try:
-        require_columns(columns, seen)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
+    require_columns(path, columns, seen)
     if columns is None and seen and not set(seen) & set(FIELDS):
         raise DataError(
             f"{path}: none of its columns is known ({_listed(seen)}); name them by `columns`, such "

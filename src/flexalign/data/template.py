@@ -250,6 +250,9 @@ _QUESTION, _OTHER, _THINKING, _ANSWER = "xq7x", "xo7x", "xt7x", "xa7x"
 _shapes: "WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, TemplateShape]]"
 _shapes = WeakKeyDictionary()
 
+_MOST_SHAPES = 256
+"""The most shapes that are kept for one tokenizer."""
+
 
 def shape_of(tokenizer: "PreTrainedTokenizerBase", **arguments: Any) -> TemplateShape:
     """Find how a tokenizer's chat template writes responses.
@@ -265,9 +268,13 @@ def shape_of(tokenizer: "PreTrainedTokenizerBase", **arguments: Any) -> Template
     """
     key = repr((tokenizer.chat_template, sorted(arguments.items()), tokenizer.eos_token))
     known = _shapes.setdefault(tokenizer, {})
-    if key not in known:
-        known[key] = _find_shape(tokenizer, arguments)
-    return known[key]
+    shape = known.get(key)
+    if shape is None:
+        # A server's clients choose the arguments, and must not fill its memory.
+        for oldest in list(known)[: max(0, len(known) + 1 - _MOST_SHAPES)]:
+            known.pop(oldest, None)
+        shape = known[key] = _find_shape(tokenizer, arguments)
+    return shape
 
 
 def _find_shape(

@@ -1,6 +1,7 @@
 """The arguments that a chat template reads: a misspelt one would change nothing, without a word."""
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import jinja2
@@ -26,17 +27,29 @@ _GIVEN = (
 
 def template_variables(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     """Return the names that a tokenizer's chat template reads and that are not set by the library."""
+    return _read_by(tokenizer) - set(_GIVEN) - set(tokenizer.special_tokens_map)
+
+
+def reads_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer's chat template describes tools to the model."""
+    return "tools" in _read_by(tokenizer)
+
+
+def _read_by(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     template: Any = bare_template(tokenizer) or ""
     texts = list(template.values()) if isinstance(template, dict) else [template]
+    return set().union(*map(_undeclared, texts))
+
+
+@lru_cache(maxsize=64)
+def _undeclared(template: str) -> frozenset[str]:
+    """Return the names that a template's text reads; a server asks for them at every request."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_GenerationBlock, jinja2.ext.loopcontrols],
     )
-    found: set[str] = set()
-    for text in texts:
-        found |= jinja2.meta.find_undeclared_variables(environment.parse(text))
-    return found - set(_GIVEN) - set(tokenizer.special_tokens_map)
+    return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(template)))
 
 
 def require_read(tokenizer: PreTrainedTokenizerBase, names: Iterable[str], whose: str) -> None:

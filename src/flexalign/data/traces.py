@@ -11,12 +11,13 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flexalign._storage import write_json
 from flexalign.data.formats import data_fingerprint
+from flexalign.data.logits import LogitsSettings
 from flexalign.data.rendering import Prompt, rendering_record, vocabulary_hash
 from flexalign.errors import ConfigError, DataError
 
@@ -40,6 +41,7 @@ class SamplingSettings:
         seed: Seed of the whole run.
         plain: Whether rows are written as text (rendered prompt, raw response) instead of
             messages. Training does not need this: it uses the token ids that were sampled.
+        logits: Limits on tokens, penalties and biases, such as ``LogitsSettings(top_k=20)``.
 
     Raises:
         ConfigError: If a value is out of range, or several samples are asked at temperature 0.
@@ -52,6 +54,7 @@ class SamplingSettings:
     batch_size: int = 16
     seed: int = 0
     plain: bool = False
+    logits: LogitsSettings = field(default_factory=LogitsSettings)
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -69,6 +72,11 @@ class SamplingSettings:
                 f"samples is {self.samples} at temperature 0, which would write the same response "
                 "each time; raise the temperature or take one sample."
             )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings by name, for a manifest; of `logits` those that have an effect."""
+        own = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "logits"}
+        return own | self.logits.to_json()
 
 
 def open_run(
@@ -103,7 +111,7 @@ def open_run(
         "format_version": 1,
         "source": source,
         "prompts": {"rows": len(prompts), "fingerprint": data_fingerprint(prompts)},
-        "settings": asdict(settings),
+        "settings": settings.to_json(),
     }
     if rendering is not None:
         manifest["rendering"] = rendering

@@ -7,12 +7,13 @@ it returns a :class:`Sweep`, which lists what will be sampled. :meth:`Sweep.run`
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flexalign._storage import write_json
+from flexalign.data.logits import LogitsSettings
 from flexalign.data.thinking import ThinkingTags
 from flexalign.data.traces import derive_seed
 from flexalign.errors import ConfigError, ServingError
@@ -74,8 +75,8 @@ def evaluate(
         workers: Number of processes that grade.
         progress: Called first with the number of samples in the folder, and then with the number
             made since its last call.
-        **options: Fields of :class:`~flexalign.systems.SystemOptions`; temperature,
-            top_p and max_new_tokens are the tasks' own if not given.
+        **options: Fields of :class:`~flexalign.systems.SystemOptions`, and those of its `logits`,
+            such as top_k; temperature, top_p and max_new_tokens are the tasks' own if not given.
 
     Returns:
         The summary, and the samples that could not be made; the report is only written if there
@@ -128,8 +129,8 @@ def sampling_options(tasks: Sequence[Task], **options: Any) -> SystemOptions:
 
     Args:
         tasks: The tasks, for temperature, top_p and max_new_tokens if these are not given.
-        **options: Fields of :class:`~flexalign.systems.SystemOptions`; None counts as not
-            given.
+        **options: Fields of :class:`~flexalign.systems.SystemOptions`, and those of its `logits`,
+            such as top_k; None counts as not given.
 
     Raises:
         ConfigError: If an option is not given and differs among the tasks.
@@ -137,6 +138,11 @@ def sampling_options(tasks: Sequence[Task], **options: Any) -> SystemOptions:
     given = {name: value for name, value in options.items() if value is not None}
     for name in ("temperature", "top_p", "max_new_tokens"):
         given[name] = _agreed(given.get(name), tasks, name)
+
+    names = [one.name for one in fields(LogitsSettings) if one.name in given]
+    logits = {name: given.pop(name) for name in names}
+    if logits:
+        given["logits"] = replace(given.get("logits", LogitsSettings()), **logits)
     return SystemOptions(**given)
 
 
@@ -333,6 +339,7 @@ class Sweep:
                 "samples": self.samples,
                 "seed": self.seed,
                 **{name: options[name] for name in kept},
+                **self.options.logits.to_json(),
             },
             "baseline": self.baseline,
         }

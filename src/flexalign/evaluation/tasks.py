@@ -10,11 +10,12 @@ import json
 import math
 import os
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from flexalign.data.columns import check_columns, renamed, require_columns
 from flexalign.data.files import BadRow, Row, read_rows
 from flexalign.data.folders import split_of
 from flexalign.errors import ConfigError, DataError
@@ -37,6 +38,8 @@ _FILES = {
 }
 _ENDINGS = (".jsonl", ".json", ".parquet", ".csv", ".jsonl.gz", ".json.gz", ".csv.gz")
 _ALIASES = {"math": "math500", "aime24": "aime", "aime2024": "aime", "aime2025": "aime25"}
+
+_IDS = ("unique_id", "id")
 
 _AIME_SAMPLES = 32
 _SHOWN = 5
@@ -117,6 +120,7 @@ def load_task(
     limit: int | None = None,
     seed: int = 0,
     instruction: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Task:
     """Load a task.
 
@@ -132,9 +136,12 @@ def load_task(
             known name's own number.
         seed: Seed of that draw.
         instruction: The text after every problem; the task's own if not given (none for a file).
+        columns: A file's own names for fields, such as ``{"problem": "query", "answer": "key"}``;
+            of other columns only `id` and `unique_id` are read.
 
     Raises:
-        ConfigError: If the name is not known, or the public file is not found.
+        ConfigError: If the name is not known, the public file is not found, or `columns` names an
+            unknown field or is given for a task that is no file of yours.
         DataError: If rows lack a field or cannot be read (the message names the first few by
             line), ids are not unique, or there is no row.
     """
@@ -144,6 +151,9 @@ def load_task(
     name = _ALIASES.get(name, name)
 
     entry, part = known_name(name) or (None, "")
+    is_known = name in _FILES or (entry is not None and entry.task is not None)
+    if is_known and columns is not None:
+        raise ConfigError(f"columns is for files, and {name_or_path} has rows of its own.")
     if entry is not None and entry.task is not None:
         task: Task = entry.task(part, limit)
         return task if instruction is None else replace(task, instruction=instruction)
@@ -158,7 +168,7 @@ def load_task(
                 f"there is no task and no file {name_or_path!r}; the tasks are "
                 f"{', '.join(task_names())}, and a file needs `problem` and `answer`."
             )
-        name, questions = Path(path.name.removesuffix(".gz")).stem, _read(path)
+        name, questions = Path(path.name.removesuffix(".gz")).stem, _read(path, columns)
 
     if limit is not None and limit < len(questions):
         chosen = sorted(random.Random(seed).sample(range(len(questions)), limit))
@@ -203,8 +213,9 @@ def _public_file(name: str, data: str | Path | None) -> Path:
     raise ConfigError(f"{folder} has no file of {name}; put one there, such as {names[0]}.")
 
 
-def _read(path: Path) -> list[TaskQuestion]:
-    questions, bad = _sort_out(read_rows(path))
+def _read(path: Path, columns: Mapping[str, str] | None = None) -> list[TaskQuestion]:
+    check_columns(columns)
+    questions, bad = _sort_out(_renamed(path, columns))
     if bad:
         lines = [f"  {row.place}: {row.reason}" for row in bad[:_SHOWN]]
         if len(bad) > _SHOWN:
@@ -215,6 +226,24 @@ def _read(path: Path) -> list[TaskQuestion]:
     if not questions:
         raise DataError(f"{path}: there are no questions in it.")
     return questions
+
+
+def _renamed(path: Path, columns: Mapping[str, str] | None) -> Iterator[Row | BadRow]:
+    """Yield a file's rows with the fields that `columns` names, and their ids.
+
+    Raises:
+        DataError: If no row has a column.
+    """
+    seen: dict[str, None] = {}
+    for row in read_rows(path):
+        if isinstance(row, BadRow):
+            yield row
+            continue
+        seen.update(dict.fromkeys(row.value))
+        ids = {key: row.value[key] for key in _IDS if key in row.value}
+        yield Row(row.place, ids | renamed(row.value, columns))
+    if seen:
+        require_columns(path, columns, seen)
 
 
 def _sort_out(rows: Iterable[Row | BadRow]) -> tuple[list[TaskQuestion], list[BadRow]]:
@@ -259,7 +288,7 @@ def _gold(answer: Any) -> str | None:
 
 
 def _id(row: Mapping[str, Any], number: int) -> str:
-    for key in ("unique_id", "id"):
+    for key in _IDS:
         if row.get(key) is not None:
             return str(row[key])
     return str(number)

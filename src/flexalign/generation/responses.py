@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from flexalign._modes import evaluating
+from flexalign.data.logits import LogitsSettings
 from flexalign.data.rendering import Prompt, Rendering, stop_ids
 from flexalign.errors import ConfigError, DataError, LambdaError
 from flexalign.generation.adaptive import NEUTRAL, chooses_stream
-from flexalign.generation.penalties import LogitsSettings, RowPenalties
+from flexalign.generation.penalties import RowPenalties
 from flexalign.generation.row_lambdas import read_dials
 from flexalign.generation.seeded import SeededSampling
 from flexalign.generation.text import ResponseText
@@ -92,7 +93,8 @@ def generate_responses(
         One response per prompt, in their order.
 
     Raises:
-        ConfigError: If a setting is out of its range, or there are not as many seeds as prompts.
+        ConfigError: If a setting is out of its range, a biased token is not in the vocabulary, or
+            there are not as many seeds as prompts.
         DataError: If a prompt is empty, or is a conversation and there is no chat template.
         LambdaError: If ``lam`` has another length than the prompts.
     """
@@ -101,9 +103,11 @@ def generate_responses(
         raise ConfigError(f"there are {len(seeds)} seeds for {len(prompts)} prompts.")
     is_seeded = seeds is not None and temperature > 0
 
+    logits = logits or LogitsSettings()
+    logits.require_tokens(len(tokenizer))
+
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     dials = _read_dials(generate_kwargs, len(prompts))
-    logits = logits or LogitsSettings()
     if temperature > 0 and not is_seeded:
         # With seeds, the logits processor applies them.
         limits = {"top_k": logits.top_k, "min_p": logits.min_p}

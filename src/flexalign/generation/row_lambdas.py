@@ -175,6 +175,8 @@ class TagTokens:
     """The token ids of the thinking tags, and the position of the thinking in token ids.
 
     Attributes:
+        opening: The tokens of the opening tag.
+        closing: The tokens of the closing tag.
         open: The token that completes the opening tag.
         close: The token that completes the closing tag.
         are_single: Whether each tag is one token.
@@ -187,9 +189,9 @@ class TagTokens:
             ConfigError: If a tag is several tokens of ordinary text. They may be merged with the
                 text around them, and then the tag cannot be found in token ids.
         """
-        self._open, self._close = (_tokens_of(tokenizer, tag) for tag in (tags.open, tags.close))
-        self.open, self.close = self._open[-1], self._close[-1]
-        self.are_single = len(self._open) == len(self._close) == 1
+        self.opening, self.closing = (_tokens_of(tokenizer, tag) for tag in (tags.open, tags.close))
+        self.open, self.close = self.opening[-1], self.closing[-1]
+        self.are_single = len(self.opening) == len(self.closing) == 1
 
     def place(self, input_ids: Tensor) -> tuple[list[bool], list[int]]:
         """Return for the next token of every row whether it is thinking, and its thinking index.
@@ -198,8 +200,8 @@ class TagTokens:
             input_ids: Prompts and all generated tokens, shape ``(B, T)``. An opening tag in the
                 prompt counts.
         """
-        opened = _last_end(input_ids, self._open)
-        inside = opened > _last_end(input_ids, self._close)
+        opened = _last_end(input_ids, self.opening)
+        inside = opened > _last_end(input_ids, self.closing)
         thinking_index = input_ids.shape[1] - 1 - opened
         return inside.tolist(), thinking_index.tolist()
 

@@ -21,6 +21,7 @@ from flexalign.errors import FlexAlignError
 from flexalign.serving.dial import DialChoice, DialRules
 from flexalign.serving.errors import ApiError, Scope
 from flexalign.serving.facades import with_facades
+from flexalign.serving.keys import IGNORED, ignored_value
 from flexalign.serving.middleware import KeyGate, LoopbackGate, RequestIds
 from flexalign.serving.protocol import (
     BODY_LIMIT,
@@ -30,6 +31,7 @@ from flexalign.serving.protocol import (
     CompletionBody,
     CompletionFormat,
     as_json,
+    body_keys,
     body_schema,
     encode,
     encode_event,
@@ -39,6 +41,7 @@ from flexalign.serving.protocol import (
 )
 from flexalign.serving.requests import ChatRequest, CompletionRequest, RunningRequest
 from flexalign.serving.service import Service
+from flexalign.serving.tools import UNPARSED
 
 _log = logging.getLogger("flexalign.serving")
 
@@ -52,6 +55,7 @@ def create_app(
     key: str | None = None,
     is_local: bool = False,
     body_limit: int = BODY_LIMIT,
+    warns_unknown: bool = False,
 ) -> Any:
     """Return the ASGI application of a server.
 
@@ -61,13 +65,15 @@ def create_app(
         key: The API key that requests under ``/v1`` must have; None for no key.
         is_local: Without a key, serve only programs and pages of this machine.
         body_limit: The longest body in bytes.
+        warns_unknown: Whether unknown keys of a body are named in a header, instead of an error.
     """
     app = FastAPI(title="flexalign", docs_url="/docs", redoc_url=None)
-    _Routes(service, rules, body_limit).add_to(app)
+    routes = _Routes(service, rules, body_limit, refuses_unknown=not warns_unknown)
+    routes.add_to(app)
     for kind in (ApiError, FlexAlignError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
 
-    stack: Any = with_facades(app, body_limit=body_limit)
+    stack: Any = with_facades(app, routes.keys[_CHAT], body_limit=body_limit)
     if key is not None:
         stack = KeyGate(stack, key)
     elif is_local:
@@ -100,9 +106,18 @@ _COMPLETION = _RouteFormat(CompletionBody, read_completion, CompletionFormat)
 
 
 class _Routes:
-    """The handlers of all paths."""
+    """The handlers of all paths.
 
-    def __init__(self, service: Service, rules: DialRules, body_limit: int) -> None:
+    Attributes:
+        keys: The keys that bodies may have, by the form of the route.
+    """
+
+    def __init__(
+        self, service: Service, rules: DialRules, body_limit: int, *, refuses_unknown: bool
+    ) -> None:
+        self.keys = {
+            form: body_keys(form.form, refuses=refuses_unknown) for form in (_CHAT, _COMPLETION)
+        }
         self._service = service
         self._rules = rules
         self._body_limit = body_limit
@@ -164,11 +179,17 @@ class _Routes:
             return _NoResponse()
 
         # The headers are stored at the request, so that an error has them too.
-        choice = self._rules.choose(body)
+        choice = self._rules.choose(body, is_chat=form is _CHAT)
+        request.state.headers = _headers(choice)
+        choice.ignored += self.keys[form].sort_out(body)
         request.state.headers = headers = _headers(choice)
         running = await self._service.begin(form.read(body, choice))
         model = self._service.model
         answers = form.answers(model.name, model.tokenizer, model.tags, choice)
+        if running.tools is not None and isinstance(answers, ChatFormat):
+            answers.read_calls(running.tools)
+            if not running.tools.is_parsed:
+                headers |= {UNPARSED: "text"}
         if running.sampling.stream:
             return _EventStream(self._events(running, answers), running, headers)
 
@@ -220,7 +241,7 @@ class _Routes:
 
 def _headers(choice: DialChoice) -> dict[str, str]:
     """Return the headers that name the keys without effect; errors have them too."""
-    return {"x-flexalign-ignored": ", ".join(choice.ignored)} if choice.ignored else {}
+    return {IGNORED: ignored_value(choice.ignored)} if choice.ignored else {}
 
 
 class _NoResponse(Response):

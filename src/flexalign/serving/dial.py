@@ -9,7 +9,7 @@ again. This module does not depend on an engine: the local server and vLLM use t
 import logging
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Annotated, Any
 
@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, WithJsonSchema
 
 from flexalign._spelling import misspelt
 from flexalign.calibration.effort import Calibration, effort_to_dial, note_on_sampling
+from flexalign.data.logits import LogitsSettings
 from flexalign.errors import ConfigError, LambdaError
 from flexalign.generation.dial_config import DialConfig
 from flexalign.lambdas import (
@@ -45,12 +46,19 @@ EFFORT_LEVELS: Mapping[str, float | None] = {
 }
 """``reasoning_effort`` as an effort; None is the least λ of the permitted range."""
 
+EFFORT_ARGUMENTS = ("reasoning_effort", "enable_thinking")
+"""The arguments of chat templates that a ``reasoning_effort`` sets on a model without a dial."""
+
 _FORMS = 'a finite number such as 0.5, "auto", or an object such as {"policy": "adaptive", "threshold": 0.5}'
 
 _ELSEWHERE = {"reasoning": "effort", "output_config": "effort"}
 """Keys of other protocols that contain a ``reasoning_effort``; an engine may understand them."""
 
-_USUAL = {"temperature": 1, "top_p": 1}
+_USUAL = {
+    "temperature": 1,
+    "top_p": 1,
+    **{one.name: one.default for one in fields(LogitsSettings) if one.name != "logit_bias"},
+}
 """The defaults of a request's sampling, in OpenAI's protocol and in every engine here."""
 
 _log = logging.getLogger("flexalign.serving")
@@ -105,7 +113,8 @@ class DialFields(BaseModel):
     reasoning_effort: Annotated[Any, WithJsonSchema({"enum": list(EFFORT_LEVELS)})] = Field(
         None,
         description="A named effort: none 0, minimal 10, low 25, medium 50, high 75, xhigh 100, max "
-        "the end of the permitted range. Ignored before calibration.",
+        "the end of the permitted range. Ignored before calibration. On a model without a dial it is "
+        "the chat template's reasoning_effort or enable_thinking, where it has them.",
     )
     control: Annotated[Any, WithJsonSchema(_LAMBDA_SCHEMA)] = Field(
         None, description="The same as lambda."
@@ -126,11 +135,14 @@ class DialChoice:
         dial: The number, schedule or policy; None on a model without a dial.
         ignored: Keys of the body that had no effect.
         report: The answer's ``dial``; an engine adds the route that a policy took.
+        template: Arguments of the chat template that ``reasoning_effort`` sets, on a model without
+            a dial.
     """
 
     dial: Dial | None
     ignored: tuple[str, ...] = ()
     report: dict[str, Any] = field(default_factory=dict)
+    template: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -145,6 +157,8 @@ class DialRules:
         holes: Ranges of λ that calibration found worse than both neighbours.
         sampling: The sampling of the calibration, by the names of a request's keys. A request
             with other values is noted once in the log.
+        template_effort: On a model without a dial, those of :data:`EFFORT_ARGUMENTS` that its chat
+            template reads.
     """
 
     default: Dial | None
@@ -152,6 +166,7 @@ class DialRules:
     effort: Callable[[float], Dial] | None = None
     holes: tuple[tuple[float, float], ...] = ()
     sampling: Mapping[str, float] = field(default_factory=dict)
+    template_effort: tuple[str, ...] = ()
     _has_warned: bool = field(default=False, init=False, repr=False)
 
     def to_json(self) -> dict[str, Any] | None:
@@ -165,11 +180,12 @@ class DialRules:
             "meaning": LAMBDA_LEGEND,
         } | ({"only_ends": True} if isinstance(self.lambda_range, OnlyEnds) else {})
 
-    def choose(self, body: dict[str, Any]) -> DialChoice:
+    def choose(self, body: dict[str, Any], *, is_chat: bool = True) -> DialChoice:
         """Read the dial of a body and remove its keys.
 
         Args:
             body: A request's body; the keys of the dial are removed from it.
+            is_chat: Whether the prompt is rendered by the chat template.
 
         Raises:
             ApiError: If two dials are given, or one is misspelt, malformed or not permitted.
@@ -181,15 +197,20 @@ class DialRules:
 
         # Clients send reasoning_effort unasked, so it is ignored where it has no meaning.
         ignored: tuple[str, ...] = ()
+        level, template = None, dict[str, Any]()
         if self.default is None or self.effort is None:
-            ignored = ("reasoning_effort",) if given.pop("reasoning_effort", None) else ()
+            level = given.pop("reasoning_effort", None)
+            if level and is_chat and self.default is None and self.template_effort:
+                template = self._template_of(level, body.get("chat_template_kwargs"))
+            ignored = ("reasoning_effort",) if level and not template else ()
 
         if len(given) > 1:
             raise _bad(
                 list(given)[1], f"{' and '.join(given)} are {len(given)} dials; give one of them."
             )
         if not given:
-            return DialChoice(self.default, ignored, self._report(self.default))
+            report = {"reasoning_effort": level, "template": template} if template else {}
+            return DialChoice(self.default, ignored, report or self._report(self.default), template)
 
         [(key, value)] = given.items()
         if self.default is None:
@@ -215,14 +236,15 @@ class DialRules:
             raise _bad(key, f"{key}: {error}") from error
         return dial
 
+    def _template_of(self, level: object, given: object) -> dict[str, Any]:
+        """Return the template's arguments of a level, without those that the request itself gives."""
+        known = _known_level(level)
+        values = {"reasoning_effort": known, "enable_thinking": known != "none"}
+        own = given if isinstance(given, dict) else {}
+        return {name: values[name] for name in self.template_effort if name not in own}
+
     def _of_level(self, value: object) -> Dial:
-        if not isinstance(value, str) or value not in EFFORT_LEVELS:
-            levels = ", ".join(EFFORT_LEVELS)
-            raise _bad(
-                "reasoning_effort",
-                f"reasoning_effort must be one of {levels}, got {as_sent(value)}.",
-            )
-        effort = EFFORT_LEVELS[value]
+        effort = EFFORT_LEVELS[_known_level(value)]
         return Fixed(self.lambda_range[0]) if effort is None else self._of_effort(effort)
 
     def _of_effort(self, value: object) -> Dial:
@@ -280,6 +302,16 @@ class DialRules:
         if note is not None:
             self._has_warned = True
             _log.warning(note)
+
+
+def _known_level(value: object) -> str:
+    if not isinstance(value, str) or value not in EFFORT_LEVELS:
+        levels = ", ".join(EFFORT_LEVELS)
+        raise _bad(
+            "reasoning_effort",
+            f"reasoning_effort must be one of {levels}, got {as_sent(value)}.",
+        )
+    return value
 
 
 def _of_lambda(key: str, value: object) -> Dial:
@@ -359,5 +391,5 @@ def adapter_rules(
         permitted,
         effort=partial(effort_to_dial, calibration),
         holes=calibration.holes,
-        sampling={name: sampling[name] for name in ("temperature", "top_p") if name in sampling},
+        sampling={name: sampling[name] for name in _USUAL if name in sampling},
     )

@@ -13,7 +13,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+from flexalign._spelling import misspelt
+from flexalign.serving.dial import DIAL_KEYS
 from flexalign.serving.errors import ApiError, Scope, as_sent
+from flexalign.serving.keys import IGNORED, BodyKeys, ignored_value
 from flexalign.serving.middleware import path_of, with_body, with_length
 from flexalign.serving.protocol import BODY_LIMIT, encode, read_json
 
@@ -50,18 +53,26 @@ class Facade(ABC):
 
     Attributes:
         path: The route.
+        own: The keys of this protocol that a message about an unknown one may suggest.
+        renamed: The keys of the chat route that have another name in this protocol.
     """
 
     path: ClassVar[str]
+    own: ClassVar[tuple[str, ...]]
+    renamed: ClassVar[frozenset[str]]
 
-    def __init__(self, app: Any, *, body_limit: int = BODY_LIMIT) -> None:
+    def __init__(
+        self, app: Any, keys: BodyKeys | None = None, *, body_limit: int = BODY_LIMIT
+    ) -> None:
         """Stand before an application.
 
         Args:
             app: An ASGI application with the chat route.
+            keys: The keys that bodies of the chat route may have; None if they are not known.
             body_limit: The longest body in bytes.
         """
         self._app = app
+        self._keys = keys
         self._body_limit = body_limit
 
     @abstractmethod
@@ -90,6 +101,7 @@ class Facade(ABC):
             if body is None:  # the client has disconnected
                 return
             chat, writer, ignored = self.to_chat(body)
+            self._refuse_unknown(chat)
         except ApiError as error:
             content = encode(self.error(error.to_json()))
             headers = [(key.encode(), value.encode()) for key, value in error.headers.items()]
@@ -103,6 +115,20 @@ class Facade(ABC):
         scope = {**scope, "path": path, "raw_path": path.encode()}
         scope, receive = with_body(scope, chat, receive)
         await self._app(scope, receive, _Translation(self, writer, ignored, send))
+
+    def _refuse_unknown(self, chat: Mapping[str, Any]) -> None:
+        """Refuse a key that the chat route does not know, with the nearest of this protocol.
+
+        What is close to a key of the dial is left to the chat route. Where unknown keys are no
+        error, it names them in its header.
+        """
+        if self._keys is None or not self._keys.refuses:
+            return
+        suggested = [*self.own, *(key for key in self._keys.fields if key not in self.renamed)]
+        for key, inner in self._keys.unknown(chat):
+            is_dial = key in DIAL_KEYS or misspelt(key, DIAL_KEYS) is not None
+            if not is_dial and key != "extra_body":
+                raise self._keys.refusal(key, inner, suggested=suggested)
 
 
 class _Translation:
@@ -180,10 +206,10 @@ class _Translation:
             await self._send({"type": "http.response.body", "body": content, "more_body": more})
 
 
-def with_facades(app: Any, *, body_limit: int = BODY_LIMIT) -> Any:
-    """Return an application with the routes of every protocol."""
+def with_facades(app: Any, keys: BodyKeys | None, *, body_limit: int = BODY_LIMIT) -> Any:
+    """Return an application with the routes of every protocol; arguments as of :class:`Facade`."""
     for facade in (ResponsesFacade, MessagesFacade):
-        app = facade(app, body_limit=body_limit)
+        app = facade(app, keys, body_limit=body_limit)
     return app
 
 
@@ -215,6 +241,8 @@ class ResponsesFacade(Facade):
     """``/v1/responses``: text and message items, instructions, reasoning items, events."""
 
     path = "/v1/responses"
+    own = ("input", "instructions", "max_output_tokens", "reasoning", "text", "metadata", "store")
+    renamed = frozenset({"messages", "max_tokens", "max_completion_tokens", "n"})
 
     def to_chat(self, body: dict[str, Any]) -> tuple[dict[str, Any], AnswerWriter, list[str]]:
         """Return the chat request; ``reasoning.effort`` becomes ``reasoning_effort``."""
@@ -232,14 +260,16 @@ class ResponsesFacade(Facade):
 
         if "max_output_tokens" in body:
             chat["max_completion_tokens"] = body.pop("max_output_tokens")
-        form = _object(body.pop("text", {}), "text").get("format") or {"type": "text"}
+        text = _object(body.pop("text", {}), "text")
+        form = text.get("format") or {"type": "text"}
         if form != {"type": "text"}:
             chat["response_format"] = _chat_format(form)
 
         reasoning = _object(body.pop("reasoning", {}), "reasoning")
         if reasoning.get("effort") is not None:
             chat["reasoning_effort"] = reasoning["effort"]
-        ignored = [f"reasoning.{key}" for key in reasoning if key != "effort" and reasoning[key]]
+        ignored = _without_effect("reasoning", reasoning, ("effort",))
+        ignored += _without_effect("text", text, ("format",))
 
         metadata = _object(body.pop("metadata", {}), "metadata")
         return chat | body, _ResponseWriter(asked, metadata), ignored
@@ -479,6 +509,8 @@ class MessagesFacade(Facade):
     """``/v1/messages``: text and thinking blocks, ``output_config.effort``, events."""
 
     path = "/v1/messages"
+    own = ("system", "stop_sequences", "output_config", "thinking", "metadata")
+    renamed = frozenset({"max_completion_tokens", "stop", "n"})
 
     def to_chat(self, body: dict[str, Any]) -> tuple[dict[str, Any], AnswerWriter, list[str]]:
         """Return the chat request; ``output_config.effort`` becomes ``reasoning_effort``."""
@@ -509,6 +541,7 @@ class MessagesFacade(Facade):
 
         # The thinking is turned by the dial; a budget of tokens is another control.
         ignored = ["thinking"] if body.pop("thinking", None) is not None else []
+        ignored += _without_effect("output_config", config, ("effort", "format"))
         return chat | body, _MessageWriter(body.get("model")), ignored
 
     def error(self, error: dict[str, Any]) -> dict[str, Any]:
@@ -664,6 +697,11 @@ def _object(given: Any, where: str) -> dict[str, Any]:
     return given
 
 
+def _without_effect(key: str, value: Mapping[str, Any], read: Sequence[str]) -> list[str]:
+    """Return the keys of an object in a body that are given and not read."""
+    return [f"{key}.{inner}" for inner in value if inner not in read and value[inner]]
+
+
 def _refuse_unserved(body: dict[str, Any], neutral: Mapping[str, tuple[Any, ...]]) -> None:
     """Refuse values that ask for what is not served; remove those that ask for nothing."""
     for key, served in neutral.items():
@@ -688,10 +726,10 @@ def _with_ignored(headers: Any, ignored: Sequence[str]) -> list[tuple[bytes, byt
     """Return headers in which keys without effect are named, with those of the chat route."""
     if not ignored:
         return list(headers)
-    name = b"x-flexalign-ignored"
+    name = IGNORED.encode()
     named = [value.decode() for key, value in headers if key.lower() == name]
     kept = [(key, value) for key, value in headers if key.lower() != name]
-    return [*kept, (name, ", ".join([*named, *ignored]).encode())]
+    return [*kept, (name, ", ".join([*named, ignored_value(ignored)]).encode())]
 
 
 async def _send_json(

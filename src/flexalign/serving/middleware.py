@@ -11,12 +11,14 @@ import hmac
 import ipaddress
 import json
 import uuid
+from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
 from urllib.parse import urlsplit
 
 from flexalign.serving.dial import DialChoice, DialRules
 from flexalign.serving.errors import ApiError, Scope, send_error
+from flexalign.serving.keys import IGNORED, BodyKeys, ignored_value
 from flexalign.serving.protocol import BODY_LIMIT, encode, read_json
 
 CHOICE = "flexalign.dial"
@@ -33,16 +35,25 @@ class DialMiddleware:
     overrides :meth:`pass_on`.
     """
 
-    def __init__(self, app: Any, rules: DialRules, *, body_limit: int = BODY_LIMIT) -> None:
+    def __init__(
+        self,
+        app: Any,
+        rules: DialRules,
+        keys: Mapping[str, BodyKeys] | None = None,
+        *,
+        body_limit: int = BODY_LIMIT,
+    ) -> None:
         """Stand before an application.
 
         Args:
             app: An ASGI application.
             rules: What is permitted.
+            keys: The keys that bodies may have, by path; others are not judged.
             body_limit: The longest body in bytes.
         """
         self.app = app
         self.rules = rules
+        self.keys = keys or {}
         self.body_limit = body_limit
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
@@ -56,6 +67,8 @@ class DialMiddleware:
             if body is None:  # the client has gone
                 return
             choice = self.rules.choose(body)
+            keys = self.keys.get(path_of(scope))
+            choice.ignored += () if keys is None else keys.sort_out(body)
             await self.pass_on(body, choice, scope, receive, send)
         except ApiError as error:
             await send_error(error, send)
@@ -128,8 +141,7 @@ class DialWriter:
         """Send the start of an answer, or keep it; see what kind of answer it is."""
         headers = list(message.get("headers", ()))
         if self.choice.ignored:
-            names = ", ".join(self.choice.ignored)
-            headers.append((b"x-flexalign-ignored", names.encode()))
+            headers.append((IGNORED.encode(), ignored_value(self.choice.ignored).encode()))
 
         kind = next((v for k, v in headers if k.lower() == b"content-type"), b"").split(b";")[0]
         message = {**message, "headers": headers}

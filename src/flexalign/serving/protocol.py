@@ -12,6 +12,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import (
@@ -24,13 +25,13 @@ from pydantic import (
     ValidationError,
 )
 
-from flexalign._spelling import nearest
+from flexalign.data.logits import LogitsSettings
 from flexalign.data.thinking import ThinkingTags
-from flexalign.generation.penalties import LogitsSettings
-from flexalign.generation.text import StreamedSplit
+from flexalign.generation.text import StreamedSplit, overlap
 from flexalign.serving.dial import DialChoice, DialFields
 from flexalign.serving.engine import AnswerPiece, WrittenToken
 from flexalign.serving.errors import ApiError, Scope, as_sent
+from flexalign.serving.keys import BodyKeys
 from flexalign.serving.requests import (
     AnswerDraft,
     ChatRequest,
@@ -39,6 +40,7 @@ from flexalign.serving.requests import (
     TokenIds,
     Usage,
 )
+from flexalign.serving.tools import ParsedCalls, ToolAnswers
 
 # The bytes of a request.
 
@@ -184,7 +186,7 @@ def _is_deeper(value: Any, most: int) -> bool:
 
 # The bodies of OpenAI's routes.
 
-_WITHOUT_EFFECT = {
+WITHOUT_EFFECT = {
     *("user", "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_key"),
     *("safety_identifier", "prompt_cache_retention"),
 }
@@ -208,11 +210,13 @@ _MOST_STOPS = 16
 _MOST_BIAS = 100
 _MOST_BIASES = 1024
 _MOST_LOGPROBS = 20
+_MOST_TOOLS = 128
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 """The roles of a message; templates render others as they please, or not at all."""
 
 _SUCH_AS_MESSAGE = 'such as {"role": "user", "content": "1+2?"}'
+_SUCH_AS_TOOL = 'such as {"type": "function", "function": {"name": "add", "parameters": {}}}'
 _SUCH_AS_PART = 'such as {"type": "text", "text": "1+2?"}'
 
 
@@ -245,6 +249,32 @@ def _read_part(part: object, where: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     raise _wrong(where, f"a part of the type text, {_SUCH_AS_PART}", part)
+
+
+def _read_tools(given: object) -> tuple[dict[str, Any], ...]:
+    if not isinstance(given, list) or len(given) > _MOST_TOOLS:
+        raise _wrong("tools", f"a list of at most {_MOST_TOOLS} tools, {_SUCH_AS_TOOL}", given)
+    for place, tool in enumerate(given):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise _wrong(f"tools[{place}]", f"a function with a name, {_SUCH_AS_TOOL}", tool)
+        if tool.get("type", "function") != "function":
+            raise _wrong(f"tools[{place}].type", '"function"', tool["type"])
+    return tuple({"type": "function", **tool} for tool in given)
+
+
+def _read_format(given: object) -> dict[str, Any] | bool | None:
+    kind = given.get("type") if isinstance(given, dict) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    form = given.get("json_schema") if isinstance(given, dict) and kind == "json_schema" else None
+    schema = form.get("schema") if isinstance(form, dict) else None
+    if isinstance(schema, dict | bool):
+        return schema
+    wanted = '{"type": "text"}, {"type": "json_object"}, or a type json_schema with a json_schema'
+    raise _wrong("response_format", f"{wanted}.schema", given)
 
 
 def _read_prompts(given: object) -> tuple[str | TokenIds, ...]:
@@ -332,6 +362,18 @@ Prompts = Annotated[
     ),
 ]
 """Texts or token ids."""
+
+Tools = Annotated[
+    tuple[dict[str, Any], ...],
+    PlainValidator(_read_tools, json_schema_input_type=list[dict[str, Any]]),
+]
+"""The functions that an answer may call."""
+
+ResponseFormat = Annotated[
+    dict[str, Any] | bool | None,
+    PlainValidator(_read_format, json_schema_input_type=dict[str, Any]),
+]
+"""The JSON schema of answers; None for text."""
 
 Stops = Annotated[
     tuple[str, ...],
@@ -431,6 +473,16 @@ class ChatBody(SamplingBody):
     )
     max_tokens: int | None = Field(None, ge=1, description="The same, by its older name.")
     messages: Messages = Field(description="Each has a role and a content.")
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Arguments that the chat template reads, such as enable_thinking.",
+    )
+    tools: Tools = Field(
+        (), description="Functions that the answer may call; the chat template must read them."
+    )
+    response_format: ResponseFormat = Field(
+        None, description="What the answer after the thinking follows: text, or a JSON schema."
+    )
 
 
 class CompletionBody(SamplingBody):
@@ -463,7 +515,15 @@ def read_chat(body: Mapping[str, Any], choice: DialChoice | None = None) -> Chat
     logprobs = (form.top_logprobs or 0) if form.logprobs else None
     limit = form.max_completion_tokens or form.max_tokens  # neither is 0
     sampling = form.sampling(limit, logprobs)
-    return ChatRequest(form.model, form.messages, sampling, choice or DialChoice(None))
+    choice = choice or DialChoice(None)
+    template = {**choice.template, **form.chat_template_kwargs}
+    # With "none" no tool may be called, and the model does not hear of any.
+    tools = () if body.get("tool_choice") == "none" else form.tools
+    if tools and form.response_format is not None:
+        raise _bad("response_format", "response_format: with tools the answer is text; give one.")
+    return ChatRequest(
+        form.model, form.messages, sampling, choice, template, tools, form.response_format
+    )
 
 
 def read_completion(body: Mapping[str, Any], choice: DialChoice | None = None) -> CompletionRequest:
@@ -479,6 +539,17 @@ def read_completion(body: Mapping[str, Any], choice: DialChoice | None = None) -
     form = _read(CompletionBody, body)
     sampling = form.sampling(form.max_tokens, form.logprobs)
     return CompletionRequest(form.model, form.prompt, sampling, choice or DialChoice(None))
+
+
+@cache
+def body_keys(form: type[BaseModel], *, refuses: bool = True) -> BodyKeys:
+    """Return the keys that bodies of a form may have, beside those of the dial.
+
+    Args:
+        form: The form of a route's bodies.
+        refuses: Whether an unknown key is an error.
+    """
+    return BodyKeys.of(form, {*WITHOUT_EFFECT, *_NEUTRAL}, refuses=refuses)
 
 
 def body_schema(form: type[BaseModel]) -> dict[str, Any]:
@@ -510,7 +581,8 @@ def _inlined(schema: Any, parts: Mapping[str, Any]) -> Any:
 
 def _read(form: type[_Body], body: Mapping[str, Any]) -> _Body:
     """Validate a body against its form; errors have this server's own messages, not pydantic's."""
-    _refuse_unknown(body, list(form.model_fields))
+    body_keys(form).sort_out(dict(body))
+    _refuse_unserved({key: one for key, one in body.items() if key not in form.model_fields})
     given = {key: value for key, value in body.items() if value is not None}
     # A required key that is missing becomes null, so that its own validator words the error.
     required = [name for name, field in form.model_fields.items() if field.is_required()]
@@ -520,14 +592,9 @@ def _read(form: type[_Body], body: Mapping[str, Any]) -> _Body:
         raise _refusal(form, error) from error
 
 
-def _refuse_unknown(body: Mapping[str, Any], known: Sequence[str]) -> None:
+def _refuse_unserved(body: Mapping[str, Any]) -> None:
     for key, value in body.items():
-        if key in known or key in _WITHOUT_EFFECT or value is None:
-            continue
-        if key not in _NEUTRAL:
-            hint = nearest(key[:80], known, otherwise="leave it out")
-            raise _bad(key[:80], f"{key[:80]!r} is not known to this server{hint}")
-        if value not in _NEUTRAL[key]:
+        if value is not None and key in _NEUTRAL and value not in _NEUTRAL[key]:
             served = " or ".join(map(as_sent, _NEUTRAL[key]))
             raise _bad(
                 key, f"{key} is served at {served} alone, got {as_sent(value)}; leave it out."
@@ -545,6 +612,7 @@ def _refusal(form: type[BaseModel], error: ValidationError) -> ApiError:
         "bool_type": "true or false",
         "string_type": "a text",
         "model_type": 'an object, such as {"include_usage": true}',
+        "dict_type": 'an object, such as {"enable_thinking": false}',
     }
     wanted = words.get(first["type"]) or _number_in_words(form, key)
     where = ".".join(map(str, first["loc"]))
@@ -619,7 +687,11 @@ class AnswerFormat(ABC):
             usage: The request's token counts.
         """
         choices = [
-            {**self.choice(draft, logprobs), "index": draft.index, "finish_reason": draft.finish}
+            {
+                **self.choice(draft, logprobs),
+                "index": draft.index,
+                "finish_reason": self.finish(draft),
+            }
             for draft in drafts
         ]
         answer = {**self._head, "object": self.whole, "choices": choices, "usage": as_json(usage)}
@@ -633,6 +705,10 @@ class AnswerFormat(ABC):
             return chunk
         self._is_begun = True
         return self._with_dial(chunk)
+
+    def finish(self, draft: AnswerDraft) -> str | None:
+        """Return why an answer ended; None while it is written."""
+        return draft.finish
 
     def opening(self, draft: AnswerDraft) -> list[dict[str, Any]]:
         """Return the choices, one for each chunk, that precede an answer's first piece."""
@@ -669,6 +745,17 @@ class ChatFormat(AnswerFormat):
         """Prepare for a request; the arguments are those of :class:`AnswerFormat`."""
         super().__init__(model, tokenizer, tags, choice)
         self._splits: dict[int, StreamedSplit] = {}
+        self._tools: ToolAnswers | None = None
+        self._parsed: dict[int, ParsedCalls | None] = {}
+        self._held: dict[int, str] = {}
+
+    def read_calls(self, tools: ToolAnswers) -> None:
+        """Read calls of tools in the answers."""
+        self._tools = tools if tools.is_parsed else None
+
+    def finish(self, draft: AnswerDraft) -> str | None:
+        """Return why an answer ended; None while it is written."""
+        return "tool_calls" if self._calls(draft) else draft.finish
 
     def opening(self, draft: AnswerDraft) -> list[dict[str, Any]]:
         """Return the choice that names the role."""
@@ -679,13 +766,16 @@ class ChatFormat(AnswerFormat):
     def choice(self, draft: AnswerDraft, logprobs: int | None) -> dict[str, Any]:
         """Return the message."""
         thinking, answer, _ = self.tags.split(draft.text, opened=draft.opened)
-        message = {
+        message: dict[str, Any] = {
             "role": "assistant",
             "content": answer,
             "reasoning": thinking or None,
             "reasoning_content": thinking or None,
             "refusal": None,
         }
+        parsed = self._calls(draft)
+        if parsed is not None:
+            message |= {"content": parsed.content, "tool_calls": parsed.calls}
         return {"message": message, "logprobs": self._logprobs(draft.tokens, logprobs)}
 
     def choices_of(
@@ -693,10 +783,15 @@ class ChatFormat(AnswerFormat):
     ) -> list[dict[str, Any]]:
         """Return a delta for thinking, one for the answer, or both."""
         parts = self._splits[draft.index].put(piece.text, is_last=piece.ended is not None)
-        deltas: list[dict[str, Any]] = [
-            {"reasoning": text, "reasoning_content": text} if is_thinking else {"content": text}
-            for text, is_thinking in parts
-        ]
+        deltas: list[dict[str, Any]] = []
+        for text, is_thinking in parts:
+            if is_thinking:
+                deltas.append({"reasoning": text, "reasoning_content": text})
+            elif shown := text if self._tools is None else self._before_calls(draft, text):
+                deltas.append({"content": shown})
+        if piece.ended is not None and self._tools is not None:
+            deltas += self._last_deltas(draft)
+
         # An end and log-probabilities are sent even if the piece has no text.
         if not deltas and (piece.ended or logprobs is not None):
             deltas = [{}]
@@ -707,12 +802,44 @@ class ChatFormat(AnswerFormat):
             choices.append(
                 {
                     "index": draft.index,
-                    "finish_reason": draft.finish if is_last else None,
+                    "finish_reason": self.finish(draft) if is_last else None,
                     "delta": delta,
                     "logprobs": None if place else self._logprobs(piece.tokens, logprobs),
                 }
             )
         return choices
+
+    def _calls(self, draft: AnswerDraft) -> ParsedCalls | None:
+        """Return the calls of an answer that has ended normally; they are read once."""
+        if self._tools is None or draft.finish != "stop":
+            return None
+        if draft.index not in self._parsed:
+            self._parsed[draft.index] = self._tools.calls(draft)
+        return self._parsed[draft.index]
+
+    def _before_calls(self, draft: AnswerDraft, text: str) -> str:
+        """Take more text of an answer; return what cannot be part of a call, and hold the rest."""
+        marker = None if self._tools is None else self._tools.parser.marker
+        held = self._held.get(draft.index, "") + text
+        if marker is None:
+            shown = ""
+        elif marker in held:
+            shown = held.partition(marker)[0]
+        else:
+            shown = held[: len(held) - overlap(held, marker)]
+        self._held[draft.index] = held[len(shown) :]
+        return shown
+
+    def _last_deltas(self, draft: AnswerDraft) -> list[dict[str, Any]]:
+        """Return what was held back at an answer's end: its calls, or text that is no call."""
+        held, parsed = self._held.pop(draft.index, ""), self._calls(draft)
+        if parsed is None:
+            return [{"content": held}] if held else []
+        # With a marker, the text before the calls was sent already.
+        is_sent = self._tools is not None and self._tools.parser.marker is not None
+        content = None if is_sent else parsed.content
+        calls = [{"index": place, **call} for place, call in enumerate(parsed.calls)]
+        return [*([{"content": content}] if content else []), {"tool_calls": calls}]
 
     def _logprobs(self, tokens: Sequence[WrittenToken], wanted: int | None) -> Any:
         if wanted is None:

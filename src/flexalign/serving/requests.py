@@ -5,13 +5,16 @@ and checked, and the dial is chosen. The service and the engine do not parse it 
 needs a reader of its bodies into these classes and a writer of its answers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from flexalign.generation.penalties import LogitsSettings
+from flexalign.data.logits import LogitsSettings
 from flexalign.serving.dial import DialChoice
 from flexalign.serving.engine import AnswerPiece, Ended, Generation, WrittenToken
+
+if TYPE_CHECKING:
+    from flexalign.serving.tools import ToolAnswers
 
 TokenIds: TypeAlias = tuple[int, ...]
 
@@ -54,12 +57,18 @@ class ChatRequest:
         messages: Objects with a ``role`` and a ``content`` that is text, as the template takes them.
         sampling: How answers are sampled.
         choice: Its dial.
+        template: Arguments of the chat template; they override the operator's.
+        tools: The tools that an answer may call, as the chat template takes them.
+        schema: The JSON schema that the answer after the thinking follows; None for any text.
     """
 
     model: str | None
     messages: tuple[dict[str, Any], ...]
     sampling: SamplingOptions
     choice: DialChoice
+    template: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[dict[str, Any], ...] = ()
+    schema: Mapping[str, Any] | bool | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,7 @@ class RunningRequest:
         drafts: Its answers.
         generations: The engine's generation of each answer.
         since: When it arrived, in seconds of the monotonic clock.
+        tools: Reads the calls of tools in its answers; None if the request has no tools.
     """
 
     sampling: SamplingOptions
@@ -128,6 +138,7 @@ class RunningRequest:
     drafts: Sequence[AnswerDraft]
     generations: Sequence[Generation]
     since: float
+    tools: "ToolAnswers | None" = None
 
     def cancel(self) -> None:
         """Make the engine drop it before its next step; no effect if it has ended."""

@@ -16,6 +16,7 @@ import uvicorn
 
 from flexalign.data.prompting import PromptSettings
 from flexalign.data.rendering import stop_ids
+from flexalign.data.template_arguments import template_variables
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, ServingError
 from flexalign.fusion import gated_lambda
@@ -23,7 +24,7 @@ from flexalign.generation import TwoModelDecoder, TwoPromptDecoder
 from flexalign.lambdas import Fixed
 from flexalign.lora_dial import LoRADial
 from flexalign.models.prompted import PromptPair
-from flexalign.serving.dial import DialRules, adapter_rules
+from flexalign.serving.dial import EFFORT_ARGUMENTS, DialRules, adapter_rules
 from flexalign.serving.engine import (
     Engine,
     EngineLimits,
@@ -147,7 +148,8 @@ def _open(options: ServeOptions) -> tuple[Runner, Any, ThinkingTags | None, Dial
 
     tokenizer, settings = backend.text.tokenizer, backend.config
     if backend.kind == "model":
-        return PlainRunner(backend.load()), tokenizer, None, DialRules(None)
+        rules = DialRules(None, template_effort=_effort_arguments(tokenizer))
+        return PlainRunner(backend.load()), tokenizer, None, rules
     pair_rules = DialRules(Fixed(1.0), options.lambda_range or (0.0, 1.0))
     if backend.kind == "prompts":
         return TwoPromptRunner(backend.load(), options.gate), tokenizer, None, pair_rules
@@ -163,6 +165,12 @@ def _open(options: ServeOptions) -> tuple[Runner, Any, ThinkingTags | None, Dial
     is_lora = isinstance(model, LoRADial)
     runner = LoRARunner(model) if is_lora else InRaRunner(model, options.gate)
     return runner, tokenizer, settings.tags, rules
+
+
+def _effort_arguments(tokenizer: Any) -> tuple[str, ...]:
+    """Return the arguments of a chat template that a ``reasoning_effort`` sets."""
+    known = template_variables(tokenizer)
+    return tuple(name for name in EFFORT_ARGUMENTS if name in known)
 
 
 def _sides(model: Any) -> Sequence[Any]:

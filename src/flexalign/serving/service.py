@@ -14,13 +14,14 @@ from typing import Any
 from starlette.concurrency import run_in_threadpool
 
 from flexalign.data.rendering import Rendering
+from flexalign.data.template_arguments import require_read
 from flexalign.data.thinking import ThinkingTags
 from flexalign.data.traces import derive_seed
 from flexalign.errors import ConfigError, DataError
 from flexalign.generation.text import ResponseText
 from flexalign.lambdas import Fixed
 from flexalign.models.prompted import PairRendering
-from flexalign.serving.engine import AnswerPiece, Engine, Generation, Job
+from flexalign.serving.engine import AnswerPiece, Engine, Generation, Grammar, Job
 from flexalign.serving.errors import ApiError, as_sent
 from flexalign.serving.metrics import Metrics
 from flexalign.serving.requests import (
@@ -31,6 +32,7 @@ from flexalign.serving.requests import (
     TokenIds,
     Usage,
 )
+from flexalign.serving.tools import ToolAnswers, ToolParser
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ class Service:
         self.metrics = Metrics(engine)
         self._queue = queue
         self._reader = ResponseText(model.tokenizer, model.tags)
+        self._tools = ToolParser(model.tokenizer, self._reader)
 
     async def begin(self, request: ChatRequest | CompletionRequest) -> RunningRequest:
         """Check a request against the model and submit it to the engine.
@@ -120,7 +123,11 @@ class Service:
         else:
             prompts = [await run_in_threadpool(self._encode, prompt) for prompt in request.prompts]
 
-        jobs = [(prompt, job) for prompt in prompts for job in self._jobs(prompt, request)]
+        grammar = None
+        if isinstance(request, ChatRequest) and request.schema is not None:
+            grammar = await run_in_threadpool(self._grammar, request.schema, prompts[0])
+
+        jobs = [(prompt, job) for prompt in prompts for job in self._jobs(prompt, request, grammar)]
         self._require_room(len(jobs))
 
         # A prompt with several answers is counted once, with the first of them.
@@ -130,7 +137,10 @@ class Service:
             drafts.append(AnswerDraft(index, counted, prompt.opened))
         generations = self.engine.submit([job for _, job in jobs], asyncio.get_running_loop())
         self.metrics.began(choice.dial, sum(map(len, prompts)))
-        return RunningRequest(sampling, choice, drafts, generations, since)
+        tools = None
+        if isinstance(request, ChatRequest) and request.tools:
+            tools = ToolAnswers(self._tools, request.tools, prompts[0].ids, bool(sampling.stop))
+        return RunningRequest(sampling, choice, drafts, generations, since, tools)
 
     async def pieces(
         self, running: RunningRequest
@@ -190,6 +200,8 @@ class Service:
                 "messages: this model has no chat template; send a prompt to /v1/completions.",
                 param="messages",
             )
+        arguments = self._template_arguments(request)
+        blamed = "messages, chat_template_kwargs or tools" if arguments else "messages"
         try:
             messages = [dict(message) for message in request.messages]
             if self.model.rendering is not None:
@@ -197,15 +209,33 @@ class Service:
                 dial = request.choice.dial
                 opened = both.opens_at(dial.lam if isinstance(dial, Fixed) else None)
                 return EncodedPrompt(tuple(both.reference.ids), opened, tuple(both.aligned.ids))
-            return self._encoded(tuple(Rendering(tokenizer).prompt(messages).ids))
+            return self._encoded(tuple(Rendering(tokenizer).prompt(messages, **arguments).ids))
         except DataError as error:
             raise ApiError(400, f"messages: {error}", param="messages") from error
         except Exception as error:  # a template is a program, and these are its arguments
             raise ApiError(
                 400,
-                f"messages: the chat template fails on them ({error!r:.200}); send others.",
+                f"{blamed}: the chat template fails on them ({error!r:.200}); send others.",
                 param="messages",
             ) from error
+
+    def _template_arguments(self, request: ChatRequest) -> dict[str, Any]:
+        """Return the arguments of the chat template that a request gives; check their names."""
+        arguments = dict(request.template)
+        if request.tools:
+            self._tools.require_tools()
+        try:
+            if (arguments or request.tools) and self.model.rendering is not None:
+                raise ConfigError(
+                    "chat_template_kwargs, tools: this server asks its model under two prompts, whose "
+                    "arguments are the operator's; leave them out."
+                )
+            require_read(self.model.tokenizer, arguments, "chat_template_kwargs")
+        except ConfigError as error:
+            raise ApiError(
+                400, str(error), param="chat_template_kwargs", code="invalid_value"
+            ) from error
+        return arguments | ({"tools": list(request.tools)} if request.tools else {})
 
     def _encoded(self, ids: TokenIds) -> EncodedPrompt:
         return EncodedPrompt(ids, self._reader.is_opened_by(ids))
@@ -233,8 +263,19 @@ class Service:
                 param=key,
             )
 
+    def _grammar(self, schema: object, prompt: EncodedPrompt) -> Grammar:
+        try:
+            return self.engine.grammars.compile(schema, opened=prompt.opened)
+        except ConfigError as error:
+            told = str(error)
+            told = told if told.startswith("response_format") else f"response_format: {told}"
+            raise ApiError(400, told, param="response_format", code="invalid_value") from error
+
     def _jobs(
-        self, prompt: EncodedPrompt, request: ChatRequest | CompletionRequest
+        self,
+        prompt: EncodedPrompt,
+        request: ChatRequest | CompletionRequest,
+        grammar: Grammar | None,
     ) -> Iterator[Job]:
         """Yield a job for each answer to one prompt; the first has the request's own seed."""
         sampling = request.sampling
@@ -268,6 +309,7 @@ class Service:
                 aligned=prompt.aligned,
                 opened=prompt.opened,
                 logits=sampling.logits,
+                grammar=grammar,
             )
 
     def _require_room(self, jobs: int) -> None:

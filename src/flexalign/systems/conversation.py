@@ -113,6 +113,7 @@ class Conversation:
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             top_p=options.top_p,
+            logits=options.logits,
             seed=derive_seed(self.seed, self._asked),
             streamer=streamer,
             **dial,

@@ -165,6 +165,7 @@ class EndpointBackend:
             options.max_new_tokens,
             options.temperature,
             options.top_p,
+            options.logits,
             concurrency=options.concurrency,
             attempts=options.attempts,
             pause_seconds=options.pause_seconds,

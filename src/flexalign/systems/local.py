@@ -184,7 +184,8 @@ class LocalBackend:
             trust_remote_code: Permit code in a checkpoint to run.
 
         Raises:
-            ConfigError: If a part does not exist, or an option does not apply to the system.
+            ConfigError: If a part does not exist, an option does not apply to the system, or a
+                biased token is not in the vocabulary.
             CheckpointError: If an adapter's folder is damaged.
             LambdaError: If a λ is outside the range that is permitted.
         """
@@ -208,6 +209,7 @@ class LocalBackend:
         if self.kind != "model":
             self.require_range(settings)
         tokenizer = load_tokenizer(self._sources[0], trust_remote_code=trust_remote_code)
+        self._options.logits.require_tokens(len(tokenizer))
         if self.config is not None:
             self.config.bind(tokenizer)
         if self._options.template:
@@ -421,6 +423,7 @@ class LocalBackend:
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             top_p=options.top_p,
+            logits=options.logits,
             batch_size=len(block),
             seeds=[request.seed for request in block],
             **more,

@@ -8,10 +8,11 @@ are loaded at the first answer.
 
 import re
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
+from flexalign.data.logits import LogitsSettings
 from flexalign.errors import ConfigError
 from flexalign.lambdas import Setting
 from flexalign.models.names import known_name
@@ -145,6 +146,7 @@ class SystemOptions:
         engine: ``local`` or ``vllm``, for plain models.
         template: Arguments of the chat template, for what is on this machine.
         prompts: The two prompts of systems of the kind ``prompts``.
+        logits: Limits on tokens, penalties and biases, beside temperature and top_p.
     """
 
     temperature: float = 0.7
@@ -165,6 +167,7 @@ class SystemOptions:
     engine: str = "local"
     template: Mapping[str, Any] | None = None
     prompts: "PromptPair | None" = None
+    logits: LogitsSettings = field(default_factory=LogitsSettings)
 
 
 class Request(Protocol):

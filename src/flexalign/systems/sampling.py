@@ -227,6 +227,7 @@ def _open_generator(
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
+        logits=settings.logits,
         batch_size=settings.batch_size,
     )
 
@@ -325,6 +326,7 @@ class _SampledModel:
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             top_p=options.top_p,
+            logits=options.logits,
             batch_size=options.batch_size,
             seed=seeds[0],
             **self._dial,

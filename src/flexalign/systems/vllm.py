@@ -71,6 +71,8 @@ class VllmBackend:
         options = self._options
         tokenizer = self._text.tokenizer
         has_template = bool(tokenizer.chat_template)
+        limits = options.logits.to_json()  # by the names that vLLM has too
+        limits |= {"logit_bias": dict(options.logits.logit_bias)} if "logit_bias" in limits else {}
         prompts, sampling = [], []
         for request in block:
             ids = tokenizer(self.render(request.messages), add_special_tokens=not has_template)[
@@ -84,6 +86,7 @@ class VllmBackend:
                     max_tokens=options.max_new_tokens,
                     seed=request.seed,
                     skip_special_tokens=False,  # thinking tags may be special
+                    **limits,
                 )
             )
 

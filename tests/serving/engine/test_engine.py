@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from contract.subjects import make_base
+from flexalign.data.logits import LogitsSettings
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, ServingError, UnsupportedModelError
-from flexalign.generation.penalties import LogitsSettings
 from flexalign.generation.responses import generate_responses
 from flexalign.inra import InRaModel
 from flexalign.lambdas import Adaptive, Fixed, Route, Schedule

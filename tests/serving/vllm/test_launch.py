@@ -20,7 +20,14 @@ from flexalign.errors import ConfigError, ServingError
 from flexalign.models.sources import resolve_adapter
 from flexalign.serving.vllm import launch as launching
 from flexalign.serving.vllm.folder import is_prepared, prepare_folder
-from flexalign.serving.vllm.launch import Launch, cached_folder, check_flags, prepare_once, run
+from flexalign.serving.vllm.launch import (
+    DialSource,
+    Launch,
+    cached_folder,
+    check_flags,
+    prepare_once,
+    run,
+)
 from flexalign.serving.vllm.middleware import MIDDLEWARE, VARIABLE, FrontOptions
 
 DIAL = ("miniature", "--adapter", "miniature:fast", "--engine", "vllm")
@@ -45,6 +52,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ((*DIAL, "--", "-pp", "2"), "pipeline"),
         ((*DIAL, "--", "--port=1"), "--port"),
         ((*DIAL, "--", "--api-key", "secret"), "--api-key-env"),
+        ((*DIAL, "--template", "enable_thinking=false"), "it reads no argument"),
+        (
+            (*DIAL, "--template", "a=1", "--", "--default-chat-template-kwargs={}"),
+            "give one of them",
+        ),
         (("miniature", "--adapter", "no/such", "--engine", "vllm"), "no/such"),
         (("miniature", "--dry-run"), "--engine vllm"),
         (("miniature", "--prepared", "here"), "--engine vllm"),
@@ -103,6 +115,17 @@ def test_a_dry_run_prints_what_would_be_run(run_cli: Any, cache: Path):
     assert shown["folder"] in command
     assert Path(shown["folder"]).is_relative_to(cache)
     assert not cache.exists()
+
+
+def test_the_templates_arguments_are_vllms_default(hybrid_folder: Path):
+    source = DialSource(str(hybrid_folder))
+    source.require_template({"enable_thinking": False})
+    with pytest.raises(ConfigError, match=r"'enable_thinkin'.*did you mean 'enable_thinking'"):
+        source.require_template({"enable_thinkin": False})
+    command = Launch(Path("f"), "m", "x", 1, template={"enable_thinking": False}).command()
+    place = command.index("--default-chat-template-kwargs")
+    assert json.loads(command[place + 1]) == {"enable_thinking": False}
+    assert "--default-chat-template-kwargs" not in Launch(Path("f"), "m", "x", 1).command()
 
 
 def test_a_key_is_in_the_environment_and_shown_nowhere(

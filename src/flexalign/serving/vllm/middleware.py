@@ -13,15 +13,19 @@ vLLM's own plugins, and why, is in ``docs/decisions.md``.
 """
 
 import json
+import logging
 import os
 import secrets
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
 import torch
+from pydantic import BaseModel
 
+from flexalign.data.template_arguments import require_read
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.generation.dial_config import DialConfig
@@ -30,6 +34,7 @@ from flexalign.models.loading import load_tokenizer
 from flexalign.serving.dial import DIAL_KEYS, DialChoice, DialRules, adapter_rules, refuse_misspelt
 from flexalign.serving.errors import ApiError, Scope, send_error
 from flexalign.serving.facades import with_facades
+from flexalign.serving.keys import BodyKeys
 from flexalign.serving.middleware import (
     PATHS,
     DialMiddleware,
@@ -42,7 +47,7 @@ from flexalign.serving.middleware import (
     with_length,
 )
 from flexalign.serving.playground import Playground
-from flexalign.serving.protocol import BODY_LIMIT, parse_body, read_body
+from flexalign.serving.protocol import BODY_LIMIT, WITHOUT_EFFECT, parse_body, read_body
 from flexalign.serving.vllm.adaptive import StreamedFastAnswer, fast_body, join_chunks
 from flexalign.serving.vllm.folder import prepared_dial
 from flexalign.serving.vllm.lambdas import LAMBDA_KEY
@@ -63,6 +68,8 @@ KEY_VARIABLE = "VLLM_API_KEY"
 _EXTRAS = "vllm_xargs"
 """The key of a body whose values vLLM hands to the engine as ``SamplingParams.extra_args``."""
 
+_log = logging.getLogger("flexalign.serving")
+
 _QUEUE_IS_FULL = ("cannot accept new requests", "backlog limit")
 """What vLLM 0.32 says, with a 503, when ``--max-num-queued-reqs`` or ``-tokens`` is reached."""
 
@@ -76,12 +83,14 @@ class FrontOptions:
         body_limit: The longest body in bytes.
         playground: Whether there is a page to try the dial from.
         is_local: Whether this machine's programs and pages alone are served, if there is no key.
+        warns_unknown: Whether unknown keys of a body are named in a header, instead of an error.
     """
 
     lambda_range: tuple[float, float] | None = None
     body_limit: int = BODY_LIMIT
     playground: bool = False
     is_local: bool = False
+    warns_unknown: bool = False
 
     def to_text(self) -> str:
         """Return what stands in the environment variable."""
@@ -102,6 +111,7 @@ class FrontOptions:
                 int(options.body_limit),
                 bool(options.playground),
                 bool(options.is_local),
+                bool(options.warns_unknown),
             )
         except (ValueError, TypeError, IndexError) as error:
             raise ConfigError(f"{VARIABLE} cannot be read ({error}); unset it.") from error
@@ -125,7 +135,9 @@ class Front:
                 folder = Path(scope["app"].state.args.model)
                 options = FrontOptions.read(os.environ.get(VARIABLE))
                 key = os.environ.get(KEY_VARIABLE)
-                self._stack = build_front(self._app, folder, options, key)
+                routes = getattr(scope["app"], "routes", ())
+                keys = engine_keys(routes, refuses=not options.warns_unknown)
+                self._stack = build_front(self._app, folder, options, key, keys)
             except FlexAlignError as error:
                 if scope["type"] != "lifespan":
                     raise
@@ -135,7 +147,46 @@ class Front:
         await self._stack(scope, receive, send)
 
 
-def build_front(app: Any, folder: Path, options: FrontOptions, key: str | None) -> Any:
+def engine_keys(routes: Iterable[Any], *, refuses: bool) -> dict[str, BodyKeys]:
+    """Return the keys that vLLM's bodies may have, by path, as its routes declare them.
+
+    vLLM takes any key and passes over those that it does not know.
+
+    Args:
+        routes: Those of its application.
+        refuses: Whether an unknown key is an error.
+    """
+    found: dict[str, BodyKeys] = {}
+    for route in _flat(routes):
+        if getattr(route, "path", None) in PATHS:
+            hints = get_type_hints(route.endpoint)
+            forms = [one for name, one in hints.items() if name != "return" and _is_form(one)]
+            if forms:
+                found[route.path] = BodyKeys.of(forms[0], WITHOUT_EFFECT, refuses=refuses)
+    for path in PATHS:
+        if path not in found:
+            _log.warning("the keys of %s are not known: unknown ones are not refused.", path)
+    return found
+
+
+def _flat(routes: Iterable[Any]) -> Iterator[Any]:
+    """Yield routes, and those of included routers, which newer versions of FastAPI keep apart."""
+    for route in routes:
+        included = getattr(route, "original_router", None)
+        yield from [route] if included is None else _flat(included.routes)
+
+
+def _is_form(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, BaseModel)
+
+
+def build_front(
+    app: Any,
+    folder: Path,
+    options: FrontOptions,
+    key: str | None,
+    keys: Mapping[str, BodyKeys] | None = None,
+) -> Any:
     """Return the application with everything that stands before it.
 
     Args:
@@ -143,6 +194,7 @@ def build_front(app: Any, folder: Path, options: FrontOptions, key: str | None) 
         folder: What it serves.
         options: What the operator decided.
         key: What requests must carry, if anything.
+        keys: The keys that bodies may have, by path; others are not judged.
 
     Raises:
         CheckpointError: If the folder holds no adapter.
@@ -154,9 +206,10 @@ def build_front(app: Any, folder: Path, options: FrontOptions, key: str | None) 
     reader = ThinkingReader(tokenizer, settings.tags or ThinkingTags.of(tokenizer))
     dial_metrics()  # told as 0 before the first request
 
-    stack: Any = VllmDialMiddleware(app, rules, settings, reader, body_limit=options.body_limit)
-    stack = ErrorRewriting(RoutesWithoutDial(stack, rules, options.body_limit))
-    stack = with_facades(stack, body_limit=options.body_limit)
+    keys, limit = keys or {}, options.body_limit
+    stack: Any = VllmDialMiddleware(app, rules, settings, reader, keys, body_limit=limit)
+    stack = ErrorRewriting(RoutesWithoutDial(stack, rules, limit))
+    stack = with_facades(stack, keys.get(PATHS[0]), body_limit=limit)
     if key:
         stack = KeyGate(stack, key)
     elif options.is_local:
@@ -177,6 +230,7 @@ class VllmDialMiddleware(DialMiddleware):
         rules: DialRules,
         settings: DialConfig,
         reader: ThinkingReader,
+        keys: Mapping[str, BodyKeys] | None = None,
         *,
         body_limit: int = BODY_LIMIT,
     ) -> None:
@@ -187,9 +241,10 @@ class VllmDialMiddleware(DialMiddleware):
             rules: What is permitted.
             settings: The adapter's.
             reader: Of its model's thinking.
+            keys: The keys that bodies may have, by path; others are not judged.
             body_limit: The longest body in bytes.
         """
-        super().__init__(app, rules, body_limit=body_limit)
+        super().__init__(app, rules, keys, body_limit=body_limit)
         self._settings = settings
         self._reader = reader
 
@@ -204,6 +259,8 @@ class VllmDialMiddleware(DialMiddleware):
         refuse_engine_lambda(body)
         _refuse_unserved(body, choice.dial)
         is_chat = path_of(scope) == PATHS[0]
+        if is_chat:
+            _require_template_read(self._reader.tokenizer, body)
         rewriter = ResponseRewriter(self._reader, body, is_chat, choice, _counted(choice, send))
 
         # What the rewriter needs to see: the chat's prompt, and tags that vLLM would hide.
@@ -334,6 +391,17 @@ def _refuse_unserved(body: dict[str, Any], dial: Dial | None) -> None:
     for key in ("tools", "echo") if isinstance(dial, Adaptive) else ():
         if body.get(key):
             raise _refused(key, f"{key} is not served under the adaptive policy on vLLM.")
+
+
+def _require_template_read(tokenizer: Any, body: Mapping[str, Any]) -> None:
+    """Refuse arguments that the model's chat template does not read: vLLM drops them in silence."""
+    given = body.get("chat_template_kwargs")
+    if not isinstance(given, dict) or body.get("chat_template") is not None:
+        return  # vLLM refuses it, or judges the template that the request brings
+    try:
+        require_read(tokenizer, given, "chat_template_kwargs")
+    except ConfigError as error:
+        raise _refused("chat_template_kwargs", str(error)) from error
 
 
 def _refused(param: str, message: str) -> ApiError:

@@ -1,0 +1,80 @@
+"""Sampling settings beside temperature and top_p: limits on tokens, penalties and biases.
+
+The limits (``top_k``, ``min_p``) remove unlikely tokens; the penalties and the biases change logits,
+also for greedy decoding. :mod:`flexalign.generation.penalties` applies them.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from flexalign.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LogitsSettings:
+    """How a distribution is changed before a token is chosen from it.
+
+    Attributes:
+        top_k: Number of likeliest tokens to choose from; 0 for all.
+        min_p: Least probability of a token, as a share of the likeliest one's; 0 for none.
+        repetition_penalty: Logits of tokens in the prompt or the response are divided by it if
+            positive, and multiplied if negative (Keskar et al. 2019); 1 for none.
+        presence_penalty: Subtracted from the logits of tokens in the response.
+        frequency_penalty: Subtracted once for each time that a token is in the response.
+        logit_bias: Pairs (token id, number added to its logit).
+
+    Raises:
+        ConfigError: If a value is out of its range.
+    """
+
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ConfigError(f"top_k must be a whole number ≥ 0 (0: all), got {self.top_k!r}.")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p must be between 0 and 1, got {self.min_p!r}.")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ConfigError(
+                f"repetition_penalty must be a number above 0, got {self.repetition_penalty!r}."
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"{name} must be a finite number, got {getattr(self, name)!r}.")
+        for token, bias in self.logit_bias:
+            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                raise ConfigError(f"logit_bias must have token ids ≥ 0, got {token!r}.")
+            if not math.isfinite(bias):
+                raise ConfigError(f"logit_bias must have finite numbers, got {bias!r}.")
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether logits are changed before tokens are limited: penalties or biases."""
+        limits = {"top_k", "min_p"}
+        return any(name not in limits for name in self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings that have an effect, by name."""
+        given = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        changed = {name: value for name, (value, default) in given.items() if value != default}
+        if self.logit_bias:
+            changed["logit_bias"] = {str(token): bias for token, bias in self.logit_bias}
+        return changed
+
+    def require_tokens(self, vocabulary: int) -> None:
+        """Check that every biased token is one of a vocabulary of this many tokens.
+
+        Raises:
+            ConfigError: If one is not.
+        """
+        outside = [token for token, _ in self.logit_bias if token >= vocabulary]
+        if outside:
+            raise ConfigError(
+                f"logit_bias has the token id {outside[0]}; this model's are 0 to {vocabulary - 1}."
+            )
