@@ -158,7 +158,9 @@ class ModelPair:
             **options: `dtype`, `device_map`, `trust_remote_code` and `allow_pickle`, as in `load`.
 
         Raises:
-            As `load`.
+            PairMismatchError: If the two do not fit.
+            ConfigError: If both together do not fit in memory.
+            CheckpointError: If weights are missing or damaged.
         """
         vocab_size = _judge(facts, options.get("device_map"), allow_oversize)
 
