@@ -1,6 +1,6 @@
 """A real model: SmolLM2-135M, a concise version of it, students at several λ, and one LoRA for all.
 
-    python examples/smollm2/run.py --data instructions.json            # under an hour
+    python examples/smollm2/run.py --data instructions.json            # two hours of one core
     python examples/smollm2/run.py --data instructions.json --quick    # some minutes
 
 Stages whose result is there are passed over, so a run that was broken off goes on where it stopped.
