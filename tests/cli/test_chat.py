@@ -221,10 +221,6 @@ def test_a_signal_stops_the_answer_and_no_more() -> None:
         stdout=pipe,
         stderr=pipe,
     ) as process:
-        # For the type checker, which does not know of the pipes; what is tested comes below.
-        assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stderr is not None
         process.stdin.write(b"9+3+6?\n")
         process.stdin.flush()
         assert process.stdout.read(20).startswith(b"<think>")

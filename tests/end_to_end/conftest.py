@@ -26,9 +26,6 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Li
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as nursery:
-        # For the type checker, which does not know of the pipes.
-        assert nursery.stdin is not None
-        assert nursery.stdout is not None
         assert nursery.stdout.readline() == "ready\n"
 
         def start(arguments: list[str], seconds: float | None = None) -> Lived:

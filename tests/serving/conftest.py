@@ -112,3 +112,21 @@ def alone() -> Callable[..., Response]:
         return response
 
     return write
+
+
+@pytest.fixture
+def serve_here() -> Iterator[Callable[..., Any]]:
+    """Serve a model in this process; return the application."""
+    from flexalign.serving.app import create_app
+    from flexalign.serving.server import ServeOptions, load_service
+
+    engines = []
+
+    def start(model: object, **options: Any) -> Any:
+        service, rules = load_service(ServeOptions(str(model), dtype="float32", **options))
+        engines.append(service.engine)
+        return create_app(service, rules)
+
+    yield start
+    for engine in engines:
+        engine.stop()

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +15,6 @@ from transformers import AutoTokenizer
 
 from asgi import exchange, read, request
 from flexalign import _packages
-from flexalign.serving.app import create_app
-from flexalign.serving.server import ServeOptions, load_service
 
 pytest.importorskip("llguidance", reason="llguidance is not installed (flexalign[grammar])")
 
@@ -46,21 +44,6 @@ def form(schema: Any, name: str = "sum") -> dict[str, Any]:
 
 SUM = {"response_format": form(Sum.model_json_schema())}
 PART = {"response_format": form(Part.model_json_schema())}
-
-
-@pytest.fixture
-def serve_here() -> Iterator[Callable[..., Any]]:
-    """Serve a model in this process; return the application."""
-    engines = []
-
-    def start(model: object, **options: Any) -> Any:
-        service, rules = load_service(ServeOptions(str(model), dtype="float32", **options))
-        engines.append(service.engine)
-        return create_app(service, rules)
-
-    yield start
-    for engine in engines:
-        engine.stop()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,6 @@ from transformers import AutoTokenizer
 from asgi import read, request
 from flexalign.data.prompting import PromptSettings
 from flexalign.models.prompted import PromptPair
-from flexalign.serving.app import create_app
-from flexalign.serving.server import ServeOptions, load_service
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
@@ -26,21 +24,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{{ reasoning_effort or 'unsaid' }}{{ words | default([]) | join(' ') }}: {% endif %}"
 )
-
-
-@pytest.fixture
-def serve_here() -> Iterator[Callable[..., Any]]:
-    """Serve a model in this process; return the application."""
-    engines = []
-
-    def start(model: object, **options: Any) -> Any:
-        service, rules = load_service(ServeOptions(str(model), dtype="float32", **options))
-        engines.append(service.engine)
-        return create_app(service, rules)
-
-    yield start
-    for engine in engines:
-        engine.stop()
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Tools: described by the chat template, and calls read by transformers from what a model writes."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,6 @@ from asgi import read, request
 from flexalign.data.prompting import PromptSettings
 from flexalign.generation.text import ResponseText
 from flexalign.models.prompted import PromptPair
-from flexalign.serving.app import create_app
-from flexalign.serving.server import ServeOptions, load_service
 from flexalign.serving.tools import ToolParser
 
 CHAT = "/v1/chat/completions"
@@ -90,21 +88,6 @@ def untaught(folder: Path, place: Path, **changes: Any) -> Path:
         setattr(tokenizer, name, value)
     tokenizer.save_pretrained(place)
     return place
-
-
-@pytest.fixture
-def serve_here() -> Iterator[Callable[..., Any]]:
-    """Serve a model in this process; return the application."""
-    engines = []
-
-    def start(model: object, **options: Any) -> Any:
-        service, rules = load_service(ServeOptions(str(model), dtype="float32", **options))
-        engines.append(service.engine)
-        return create_app(service, rules)
-
-    yield start
-    for engine in engines:
-        engine.stop()
 
 
 def ask(app: Any, **body: Any) -> tuple[int, dict[str, Any], dict[str, str]]:

@@ -128,9 +128,10 @@ class PromptSettings:
         if self.system is None:
             return prompt
 
+        place = place_of(row, number)
         if isinstance(prompt, str):
             raise DataError(
-                f"{place_of(row, number)}: the prompt is plain text, which has no place for a system message; "
+                f"{place}: the prompt is plain text, which has no place for a system message; "
                 "leave system out, or give messages."
             )
 
@@ -139,12 +140,12 @@ class PromptSettings:
             return list(prompt)
         if own:
             raise DataError(
-                f"{place_of(row, number)}: it has a system message of its own, {own[0][:60]!r}, and `system` "
+                f"{place}: it has a system message of its own, {own[0][:60]!r}, and `system` "
                 "is another; leave one of the two out."
             )
         if row.get("response_ids") is not None:
             raise DataError(
-                f"{place_of(row, number)}: its response was sampled without the system message that `system` "
+                f"{place}: its response was sampled without the system message that `system` "
                 "sets; leave system out, or sample again with it."
             )
         return [{"role": "system", "content": self.system}, *prompt]

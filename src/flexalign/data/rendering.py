@@ -251,8 +251,7 @@ class Rendering:
         for name, why in _DIFFERENCES.items():
             if name in here and name in there and here[name] != there[name]:
                 was, now = (json.dumps(each[name]) for each in (there, here))
-                told_place = place_of(row, number)
-                raise DataError(f"{told_place}: {why.format(was=was, now=now)}")
+                raise DataError(f"{place_of(row, number)}: {why.format(was=was, now=now)}")
 
         if row.get("response_ids") is not None:
             vocabulary = self._vocabulary

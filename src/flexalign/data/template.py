@@ -12,9 +12,10 @@ trained model's folder keeps them. An argument given in a call overrides a bound
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from flexalign.errors import ConfigError, DataError
@@ -253,6 +254,8 @@ _shapes = WeakKeyDictionary()
 _MOST_SHAPES = 256
 """The most shapes that are kept for one tokenizer."""
 
+Kept = TypeVar("Kept")
+
 
 def shape_of(tokenizer: "PreTrainedTokenizerBase", **arguments: Any) -> TemplateShape:
     """Find how a tokenizer's chat template writes responses.
@@ -268,13 +271,26 @@ def shape_of(tokenizer: "PreTrainedTokenizerBase", **arguments: Any) -> Template
     """
     key = repr((tokenizer.chat_template, sorted(arguments.items()), tokenizer.eos_token))
     known = _shapes.setdefault(tokenizer, {})
-    shape = known.get(key)
-    if shape is None:
-        # A server's clients choose the arguments, and must not fill its memory.
-        for oldest in list(known)[: max(0, len(known) + 1 - _MOST_SHAPES)]:
-            known.pop(oldest, None)
-        shape = known[key] = _find_shape(tokenizer, arguments)
-    return shape
+    return kept(known, key, partial(_find_shape, tokenizer, arguments))
+
+
+def kept(known: dict[str, Kept], key: str, find: Callable[[], Kept]) -> Kept:
+    """Return what is known for a key, or find it and keep it.
+
+    A server's clients choose the arguments of templates, and must not fill its memory: only the
+    newest `_MOST_SHAPES` are kept.
+
+    Args:
+        known: What is kept, by key, oldest first; changed in place.
+        key: The key.
+        find: Finds what is not known.
+    """
+    if (found := known.get(key)) is not None:
+        return found
+    for oldest in list(known)[: max(0, len(known) + 1 - _MOST_SHAPES)]:
+        known.pop(oldest, None)
+    known[key] = found = find()
+    return found
 
 
 def _find_shape(

@@ -6,11 +6,18 @@ In a data set both are JSON text, because Arrow would give all mappings of a col
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 from flexalign.data.files import Unusable
-from flexalign.data.template import Messages, TemplateShape, call_template, template_messages
+from flexalign.data.template import (
+    Messages,
+    TemplateShape,
+    call_template,
+    kept,
+    template_messages,
+)
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import DataError
 
@@ -161,9 +168,6 @@ _MARKERS = ("<think>", "</think>")
 _QUESTION, _NAME, _KEY, _VALUE, _RESULT = "xq7x", "xf7x", "xk7x", "xv7x", "xr7x"
 """Sentinel texts, which occur in no template."""
 
-_MOST_SHAPES = 256
-"""The most shapes that are kept for one tokenizer."""
-
 _shapes: "WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, ToolShape]]" = WeakKeyDictionary()
 
 
@@ -179,13 +183,7 @@ def tool_shape(
     """
     key = repr((tokenizer.chat_template, sorted(arguments.items())))
     known = _shapes.setdefault(tokenizer, {})
-    found = known.get(key)
-    if found is None:
-        # A server's clients choose the arguments, and must not fill its memory.
-        for oldest in list(known)[: max(0, len(known) + 1 - _MOST_SHAPES)]:
-            known.pop(oldest, None)
-        found = known[key] = _find_shape(tokenizer, shape, arguments)
-    return found
+    return kept(known, key, partial(_find_shape, tokenizer, shape, arguments))
 
 
 def _find_shape(

@@ -91,7 +91,7 @@ def decoder_layers(model: nn.Module, name: str) -> nn.ModuleList:
     """
     config: Any = model.config
     depth = config.get_text_config(decoder=True).num_hidden_layers
-    others = tuple(type(getattr(config, name)) for name in other_towers(config))
+    others = tuple(type(getattr(config, key)) for key in other_towers(config))
     for module in _text_modules(model, others):
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module

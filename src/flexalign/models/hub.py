@@ -367,7 +367,7 @@ def _why_not(error: BaseException) -> str:
 
     if is_offline_mode():
         return "HF_HUB_OFFLINE is set; unset it, or fetch them where there is a network"
-    return f"{_endpoint()} cannot be reached ({_short(error.__cause__ or error)}); fetch them later"
+    return f"{_endpoint()} cannot be reached ({in_one_line(error.__cause__ or error)}); fetch them later"
 
 
 def _unreachable(name: HubName, kind: str, error: BaseException) -> ConfigError:
@@ -378,14 +378,15 @@ def _unreachable(name: HubName, kind: str, error: BaseException) -> ConfigError:
         )
     return ConfigError(
         f"there is no {kind} {str(name)!r}: it is no folder here, and the hub ({_endpoint()}) "
-        f"cannot be asked for it ({_short(error)}); check the network and HF_ENDPOINT, or name a "
+        f"cannot be asked for it ({in_one_line(error)}); check the network and HF_ENDPOINT, or name a "
         "folder."
     )
 
 
-def _short(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+def in_one_line(error: BaseException) -> str:
+    """Return what an error of a library says, for a message: its kind and the start of its text."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
 
 
 def _command(name: HubName) -> str:

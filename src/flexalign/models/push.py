@@ -7,7 +7,7 @@ from typing import Any
 
 from flexalign._version import __version__
 from flexalign.errors import ConfigError, ServingError
-from flexalign.models.hub import HubName
+from flexalign.models.hub import HubName, in_one_line
 
 NOT_UPLOADED = ("checkpoint-*/*", "round-*/*", "merged/*", "*.partial", "*.partial/*")
 """What a run's folder holds beside its result."""
@@ -55,7 +55,7 @@ class Push:
             who = HfApi(library_name="flexalign").whoami()
         except Exception as error:
             raise ConfigError(
-                f"--push {repo}: the hub does not take your token ({_short(error)}); {_LOGIN}."
+                f"--push {repo}: the hub does not take your token ({in_one_line(error)}); {_LOGIN}."
             ) from error
         _require_rights(repo, who)
         return cls(repo, private)
@@ -75,7 +75,7 @@ class Push:
             is_private = api.repo_info(self.repo).private
         except Exception as error:
             raise ConfigError(
-                f"--push {self.repo}: the repository cannot be created ({_short(error)}); name one "
+                f"--push {self.repo}: the repository cannot be created ({in_one_line(error)}); name one "
                 "that your token may write to."
             ) from error
         if self.private and not is_private:
@@ -102,7 +102,7 @@ class Push:
             )
         except Exception as error:  # whatever it is, the work is done, and the command is needed
             raise ServingError(
-                f"{folder} is complete, and its upload to {self.repo} failed ({_short(error)}); "
+                f"{folder} is complete, and its upload to {self.repo} failed ({in_one_line(error)}); "
                 f"upload it with: {self.command(folder)}"
             ) from error
         return f"{constants.ENDPOINT}/{self.repo}"
@@ -132,8 +132,3 @@ def _require_rights(repo: str, who: dict[str, Any]) -> None:
         raise ConfigError(
             f"--push {repo}: {user} may not write to {owner}; name a repository of {known}."
         )
-
-
-def _short(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines)[:200]}" if lines else type(error).__name__

@@ -157,10 +157,10 @@ class PairRows:
             DataError: If the prompt is plain text, the response was sampled without the message, or
                 the row's own message is not the one of both sides.
         """
-        prompt = row["prompt"]
+        prompt, place = row["prompt"], place_of(row, number)
         if isinstance(prompt, str):
             raise DataError(
-                f"{place_of(row, number)}: the prompt is plain text, which is the same under both prompts; "
+                f"{place}: the prompt is plain text, which is the same under both prompts; "
                 "give messages, which the chat template renders for each."
             )
         messages = [dict(message) for message in prompt]
@@ -170,7 +170,7 @@ class PairRows:
         asked = prompted_messages(self.prompts.reference, base)
         if asked != messages and row.get("response_ids") is not None:
             raise DataError(
-                f"{place_of(row, number)}: its response was sampled without the reference's system message; "
+                f"{place}: its response was sampled without the reference's system message; "
                 "sample again with it (flexalign sample --system), or leave it out."
             )
         return asked
@@ -195,23 +195,22 @@ class PairRows:
                 of one side alone leaves no room for a response.
         """
         asked = self.with_system(row, number)
+        place = place_of(row, number)
         reference = self._rendering.row({**row, "prompt": asked}, number)
         told = without_system(self.prompts.reference, asked)
         try:
             aligned = self._pair.render("aligned", told, tools=tools_of(row))
         except DataError as error:
-            raise DataError(
-                f"{place_of(row, number)}, under the aligned prompt: {error}"
-            ) from error
+            raise DataError(f"{place}, under the aligned prompt: {error}") from error
 
         sizes = {"reference": len(reference.prompt.ids), "aligned": len(aligned.ids)}
         if not all(sizes.values()):
-            raise DataError(f"{place_of(row, number)}: its prompt has no token; give it a prompt.")
+            raise DataError(f"{place}: its prompt has no token; give it a prompt.")
         if self.limit is not None:
             over = [side for side, size in sizes.items() if size >= self.limit]
             if len(over) == 1:
                 raise DataError(
-                    f"{place_of(row, number)}: its {over[0]} prompt has {sizes[over[0]]} tokens and leaves no "
+                    f"{place}: its {over[0]} prompt has {sizes[over[0]]} tokens and leaves no "
                     f"room for a response within {self.limit} (training.max_length, or the model's "
                     "context), but the other side's does; shorten that prompt, raise max_length, "
                     "or take the row out."

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_t
 import yaml
 from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
+from flexalign.data.columns import check_columns
 from flexalign.errors import ConfigError, FlexAlignError, LambdaError
 from flexalign.lambdas import Fixed, LambdaRange, Schedule, TrainingLambda, parse_training_lambda
 from flexalign.training.settings import (
@@ -60,7 +61,7 @@ class WatchSettings(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _check_columns(self.columns)
+        check_columns(self.columns)
         for name in ("every_steps", "limit", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"watch.{name} must be at least 1, got {getattr(self, name)}.")
@@ -69,13 +70,6 @@ class WatchSettings(Section):
                 f"watch.temperature must be a number ≥ 0 (0 is greedy), got {self.temperature}."
             )
         return self
-
-
-def _check_columns(columns: Mapping[str, Any] | None) -> None:
-    from flexalign.data.columns import check_columns  # imports datasets
-
-    if columns is not None:
-        check_columns(columns)
 
 
 def _read_watch(value: object) -> WatchSettings | None:
@@ -475,7 +469,7 @@ class Recipe(Section):
     def _check(self) -> Self:
         self._check_keys()
         self.prompting  # noqa: B018 - reading the keys checks them
-        _check_columns(self.columns)
+        check_columns(self.columns)
         # Importing the trainers takes seconds, so the keys that need none are checked before.
         self.training.update(parse_training(self.training, self._settings_class()))
         self._check_sections()
@@ -820,16 +814,8 @@ class AdaptRecipe(_AdapterRecipe):
         *_LOSS,
     )
     order: ClassVar[tuple[str, ...]] = (
-        *(
-            "base",
-            "data",
-            "columns",
-            "output",
-            "method",
-            "adapter",
-            "adapter_layers",
-            "strip_thinking",
-        ),
+        *("base", "data", "columns", "output", "method"),
+        *("adapter", "adapter_layers", "strip_thinking"),
         *("aligned", "schedule"),
         *_LOSS,
         *_PROMPTING,

@@ -311,6 +311,7 @@ class _LoRALinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the layer's output for the tokens ``x``, ``(N, input)``."""
         low = super().apply(layer.lora_a, x)
+        # In place, so that one call multiplies in λ's float32 and rounds to the layer's type.
         low = low.mul_(self._lambdas[: x.shape[0]])
         output: Tensor = super().apply(layer, torch.cat([x, low], dim=-1), bias)
         return output

