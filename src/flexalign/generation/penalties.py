@@ -6,6 +6,7 @@ are applied by :class:`~flexalign.generation.seeded.SeededSampling`, or by ``gen
 """
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -84,10 +85,23 @@ class RowPenalties(LogitsProcessor):  # type: ignore[misc]
         # Of each row: where its prompt begins, and its processors.
         self._rows = [(width - length, logits_processors(settings, length)) for length in lengths]
 
-    def keep(self, rows: Tensor) -> "RowPenalties":
-        """Return the same penalties for some of the rows."""
+    def keep(self, rows: Tensor, moved: Sequence[int] | None = None) -> "RowPenalties":
+        """Return the same penalties for some of the rows.
+
+        Args:
+            rows: The rows, shape ``(n,)``.
+            moved: Per kept row, the columns of padding that its next batch has before it, more than
+                this one; by default none.
+        """
+        kept_rows = [self._rows[row] for row in rows.tolist()]
+        shifts = [0] * len(kept_rows) if moved is None else moved
         kept = copy.copy(self)
-        kept.__dict__.update(_rows=[self._rows[row] for row in rows.tolist()])
+        kept.__dict__.update(
+            _rows=[
+                (start + shift, processors)
+                for (start, processors), shift in zip(kept_rows, shifts, strict=True)
+            ]
+        )
         return kept
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
