@@ -377,12 +377,10 @@ class Engine:
     def _read_again(self, sequence: AnswerSequence) -> None:
         """Prefill a sequence so far at the λ of its trial answer, and add it to the batch."""
         ids = sequence.ids[:-1]
-        mask = [[[1] * len(ids)]]
-        row = torch.tensor([0])
-        dials = RowDials.following([sequence.dial])
-        given = self._stacked([[ids]], mask)
-        cache = self._runner.prefill(*given, [(row, dials)])
-        self._batch.add([sequence], self._runner.fork(cache, row, dials), given[1])
+        tokens, mask = self._stacked([[ids]], [[[1] * len(ids)]])
+        row, dials = torch.tensor([0]), RowDials.following([sequence.dial])
+        cache = self._runner.prefill(tokens, mask, [(row, dials)])
+        self._batch.add([sequence], self._runner.fork(cache, row, dials), mask)
 
     def _stacked(self, *values: list[list[list[int]]]) -> list[Tensor]:
         """Return values ``(B, prompts, T)`` as tensors, without the axis where there is one prompt."""
