@@ -64,7 +64,8 @@ def load_config(model: Model, *, trust_remote_code: bool = False) -> Any:
         return load_config(base_of(source), trust_remote_code=trust_remote_code)
 
     if source.gguf_file is not None:
-        config = _gguf_config(source)
+        require_gguf()
+        config = _gguf_config(source.path / source.gguf_file)
     else:
         raw = read_json(source.path / "config.json")
         if not trust_remote_code and "auto_map" in raw and not _is_known(raw):
@@ -87,15 +88,8 @@ def load_config(model: Model, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
-def _gguf_config(source: Source) -> Any:
-    """Return the configuration in a GGUF file, which is read once: its whole vocabulary is parsed.
-
-    Raises:
-        ConfigError: If gguf is not installed.
-    """
-    require_gguf()
-    assert source.gguf_file is not None  # for the type checker
-    file = source.path / source.gguf_file
+def _gguf_config(file: Path) -> Any:
+    """Return the configuration in a GGUF file, which is read once: its whole vocabulary is parsed."""
     found = file.stat()
     return copy.deepcopy(_read_gguf_config(file, found.st_size, found.st_mtime_ns))
 

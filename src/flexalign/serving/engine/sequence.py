@@ -18,7 +18,7 @@ from flexalign.generation.confidence import ConfidenceTracker
 from flexalign.generation.penalties import logits_processors
 from flexalign.generation.row_lambdas import TagTokens
 from flexalign.generation.seeded import SeededSampling
-from flexalign.generation.text import ResponseText, StreamedText, overlap
+from flexalign.generation.text import ResponseText, StopSearch, StreamedText
 from flexalign.lambdas import Adaptive, Fixed, Route, Schedule, Way, way_dial
 from flexalign.serving.engine.grammar import GrammarState
 from flexalign.serving.engine.jobs import AnswerPiece, Ended, Finish, Generation, WrittenToken
@@ -257,14 +257,7 @@ def _written_token(token: int, logits: Tensor, alternatives: int | None) -> Writ
 
 
 class StoppedText:
-    """Decodes tokens to text, piece by piece, up to the first stop text after the thinking.
-
-    Text that may be the beginning of a stop text is held back until it is clear that it is not, so that
-    no text is returned that a later token could remove.
-
-    Attributes:
-        has_stopped: Whether a stop text was found.
-    """
+    """Decodes tokens to text, piece by piece, up to the first stop text after the thinking."""
 
     def __init__(
         self,
@@ -283,46 +276,20 @@ class StoppedText:
                 none.
             opened: Whether the prompt has opened the thinking.
         """
-        self.has_stopped = False
         self._text = StreamedText(reader)
-        self._stops = stops
-        self._tags = tags
-        self._is_thinking = opened and tags is not None
-        self._held = ""
+        self._search = StopSearch(stops, tags, opened=opened)
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether a stop text was found."""
+        return self._search.found is not None
 
     def put(self, token: int) -> str:
         """Add the next token; return the text that has become final."""
-        return self._until_stop(self._text.put(token))
+        return self._search.put(self._text.put(token))
 
     def end(self) -> str:
         """Return the text that was held back; no token follows."""
         if self.has_stopped:
             return ""
-        text = self._until_stop(self._text.end()) + self._held
-        self._held = ""
-        return text
-
-    def _until_stop(self, new: str) -> str:
-        if not self._stops:
-            return new
-        text, self._held = self._held + new, ""
-        final = ""
-
-        while text:
-            marks = [self._tags.close] if self._tags and self._is_thinking else list(self._stops)
-            if self._tags and not self._is_thinking:
-                marks.append(self._tags.open)
-            found = [(place, mark) for mark in marks if (place := text.find(mark)) >= 0]
-            if not found:
-                # The end of the text may be the beginning of a mark.
-                longest = max(overlap(text, mark) for mark in marks)
-                self._held = text[len(text) - longest :]
-                return final + text[: len(text) - longest]
-
-            place, mark = min(found)
-            if not self._is_thinking and mark in self._stops:
-                self.has_stopped = True
-                return final + text[:place]
-            final, text = final + text[: place + len(mark)], text[place + len(mark) :]
-            self._is_thinking = not self._is_thinking
-        return final
+        return self._search.put(self._text.end()) + self._search.end()
