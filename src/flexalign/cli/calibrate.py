@@ -42,6 +42,7 @@ from flexalign.cli.training import planned_push
 if TYPE_CHECKING:
     from flexalign.calibration import Calibration
     from flexalign.calibration.calibrate import CalibrationPlan
+    from flexalign.calibration.effort import EffortLevel
 
 _COARSE = 0.1
 """Relative difference from the line of tokens above which a note is printed."""
@@ -241,7 +242,9 @@ def _show(calibration: "Calibration") -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("effort", "setting"):
         table.add_column(name, justify="right" if name == "effort" else "left")
-    for name in ("line", "tokens", "10 %", "90 %", "accuracy"):
+    is_by_question = any(level.achieved is not None for level in calibration.levels)
+    by_question = ["÷ asked"] if is_by_question else []
+    for name in ("line", "tokens", "10 %", "90 %", "accuracy", *by_question):
         table.add_column(name, justify="right")
     for level in calibration.levels:
         metrics = level.metrics
@@ -254,11 +257,16 @@ def _show(calibration: "Calibration") -> None:
             f"{metrics.tokens_p10:.0f}",
             f"{metrics.tokens_p90:.0f}",
             f"{100 * share:.1f} \\[{100 * low:.0f}, {100 * high:.0f}]",
+            *([_ratio(level)] if is_by_question else []),
         )
     result_console.print(table)
+    asked = (
+        " ÷ asked: a question's tokens by those on the line between its own at effort 0 and 100, "
+        "the median and in brackets the tenth and the ninetieth percentile of the questions."
+    )
     result_console.print(
         f"{LAMBDA_LEGEND}; tokens: the mean; 10 % and 90 %: of single answers; accuracy in %, with "
-        "95 % intervals.",
+        f"95 % intervals.{asked if is_by_question else ''}",
         style="dim",
         markup=False,
     )
@@ -282,3 +290,10 @@ def _show(calibration: "Calibration") -> None:
             f"at effort {', '.join(f'{one:g}' for one in coarse)} no "
             "setting has the line's tokens to within 10 %; the scale has steps there."
         )
+
+
+def _ratio(level: "EffortLevel") -> str:
+    ratio = level.achieved
+    if ratio is None:
+        return "—"
+    return f"{ratio.median:.2f} \\[{ratio.p10:.2f}, {ratio.p90:.2f}]"

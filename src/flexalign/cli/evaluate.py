@@ -118,6 +118,13 @@ def evaluate(
         str | None,
         typer.Option(help="System that token cuts of systems without λ = 0 are held against."),
     ] = None,
+    any_training: Annotated[
+        bool,
+        typer.Option(
+            "--any-training",
+            help="Compare students of one pair that were trained differently; the report says how.",
+        ),
+    ] = False,
     batch_size: BatchSize = 32,
     gate: Gate = None,
     lambda_range: PermittedRange = None,
@@ -203,6 +210,7 @@ def evaluate(
             samples=samples,
             seed=seed,
             baseline=baseline,
+            any_training=any_training,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,

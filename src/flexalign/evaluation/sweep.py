@@ -20,6 +20,7 @@ from flexalign.errors import ConfigError, ServingError
 from flexalign.evaluation.grading import Answered, Grader
 from flexalign.evaluation.report import write_report
 from flexalign.evaluation.samples import ResultsFolder
+from flexalign.evaluation.students import training_notes
 from flexalign.evaluation.summary import Summary, environment, summarise
 from flexalign.evaluation.systems import Cell, settings_of
 from flexalign.evaluation.tasks import (
@@ -30,6 +31,7 @@ from flexalign.evaluation.tasks import (
     unreadable_golds,
 )
 from flexalign.lambdas import Setting, unique_settings
+from flexalign.models.sources import resolve
 from flexalign.systems import (
     Answer,
     Backend,
@@ -57,6 +59,7 @@ def evaluate(
     samples: int | None = None,
     seed: int = 0,
     baseline: str | None = None,
+    any_training: bool = False,
     workers: int = 1,
     progress: Progress | None = None,
     **options: Any,
@@ -72,6 +75,8 @@ def evaluate(
         samples: Responses to each question; the tasks' own number if not given.
         seed: Seed of all sampling.
         baseline: The reference system for the token cuts of systems without λ = 0.
+        any_training: Compare students of one pair that were trained differently; the report
+            names the differences.
         workers: Number of processes that grade.
         progress: Called first with the number of samples in the folder, and then with the number
             made since its last call.
@@ -83,13 +88,21 @@ def evaluate(
         are none of these.
 
     Raises:
-        ConfigError: If something is missing or is given twice, arguments contradict each other, or
-            the folder belongs to another configuration.
+        ConfigError: If something is missing or is given twice, arguments contradict each other,
+            students of one pair were trained differently, or the folder belongs to another
+            configuration.
         LambdaError: If a λ is outside an adapter's range.
         ServingError: If a server cannot be used at all.
     """
     sweep = plan_sweep(
-        systems, tasks, settings=settings, samples=samples, seed=seed, baseline=baseline, **options
+        systems,
+        tasks,
+        settings=settings,
+        samples=samples,
+        seed=seed,
+        baseline=baseline,
+        any_training=any_training,
+        **options,
     )
     result = sweep.run(Path(output), workers=workers, begun=progress, progress=progress)
     if not result.lost:
@@ -105,6 +118,7 @@ def plan_sweep(
     samples: int | None = None,
     seed: int = 0,
     baseline: str | None = None,
+    any_training: bool = False,
     **options: Any,
 ) -> "Sweep":
     """Check a sweep's arguments, which are those of :func:`evaluate`; no weights are loaded."""
@@ -121,6 +135,7 @@ def plan_sweep(
         seed,
         baseline,
         sampling_options(loaded, **options),
+        any_training,
     )
 
 
@@ -208,9 +223,12 @@ class Sweep:
         seed: Seed of all sampling.
         baseline: The reference system for the token cuts of systems without λ = 0.
         options: Options of the systems.
+        any_training: Whether students of one pair may differ in their training; :attr:`notes`
+            then says how.
 
     Raises:
-        ConfigError: If something is missing or is given twice, or fields contradict each other.
+        ConfigError: If something is missing or is given twice, fields contradict each other, or
+            students of one pair were trained differently.
         LambdaError: If a λ is outside an adapter's range.
     """
 
@@ -221,6 +239,7 @@ class Sweep:
     seed: int = 0
     baseline: str | None = None
     options: SystemOptions = field(default_factory=SystemOptions)
+    any_training: bool = False
 
     def __post_init__(self) -> None:
         names = [system.name for system in self.systems]
@@ -250,6 +269,12 @@ class Sweep:
                 )
 
         _ = self.backends  # made here to check that every model exists
+        if self.notes and not self.any_training:
+            raise ConfigError(
+                f"{' '.join(self.notes).removesuffix('.')}; so λ is not all that sets them apart: "
+                "train them alike, or compare them with --any-training (any_training=True), which "
+                "says so in the report."
+            )
 
     def settings_of(self, system: System) -> list[Setting]:
         """Return the settings at which one of the systems is measured."""
@@ -262,6 +287,12 @@ class Sweep:
             system.name: open_backend(system, self.settings_of(system), self.options)
             for system in self.systems
         }
+
+    @cached_property
+    def notes(self) -> list[str]:
+        """What a reader of the results must know of the systems, one sentence each."""
+        models = [system for system in self.systems if system.kind == "model"]
+        return training_notes({one.name: resolve(one.parts[0]).path for one in models})
 
     def cells(self, system: System) -> list[Cell]:
         """List all samples of one of the systems."""
@@ -296,7 +327,7 @@ class Sweep:
                 "system to hold it against with --baseline."
             )
         warnings = (sample_warning(task, self.samples) for task in self.tasks)
-        return found + [warning for warning in warnings if warning is not None]
+        return [*found, *self.notes] + [warning for warning in warnings if warning is not None]
 
     def unreadable_golds(self, *, workers: int = 1) -> list[dict[str, str]]:
         """List the known answers that no response can match, by ``task``, ``question``, ``gold``.
@@ -365,7 +396,9 @@ class Sweep:
             ServingError: If a server cannot be used at all.
         """
         configuration = self.configuration()
-        folder = ResultsFolder.begin(output, configuration, self.tasks, environment())
+        folder = ResultsFolder.begin(
+            output, configuration, self.tasks, environment(), notes=self.notes
+        )
         before = len(folder.rows)
         if begun is not None:
             begun(before)
@@ -573,6 +606,6 @@ def write_summary(folder: ResultsFolder) -> Summary:
     Raises:
         ConfigError: If the folder has no samples.
     """
-    summary = summarise(folder.configuration, folder.rows, folder.environments)
+    summary = summarise(folder.configuration, folder.rows, folder.environments, folder.notes)
     write_json(folder.path / "summary.json", summary.to_json())
     return summary
