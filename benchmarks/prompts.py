@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _document import put_section
 
 from flexalign._storage import write_json, write_text
 from flexalign.data import SamplingSettings, load_prompts
@@ -83,6 +84,7 @@ def main() -> None:
         return
     write_json(RAW, results)
     write_text(REPORT, report(results))
+    put_section("prompts", section(results))
 
 
 def measure(data: Path, work: Path, sizes: Sizes) -> dict[str, Any]:
@@ -242,12 +244,14 @@ def row_of(name: str, answers: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def report(results: dict[str, Any]) -> str:
-    """Return the results as Markdown."""
+def section(results: dict[str, Any]) -> str:
+    """Return the section of the results: the command and the table."""
+    return "\n".join([*_table(results), ""])
+
+
+def _table(results: dict[str, Any]) -> list[str]:
     sizes = results["sizes"]
     lines = [
-        "# One model under two prompts: SmolLM2-135M",
-        "",
         f"`python benchmarks/prompts.py --data {results['data']}`. λ = 0: the model as it is; λ = 1: "
         f"told *{SYSTEM}* {sizes['held_out']} held-out prompts, one answer each at temperature 0.7 "
         f"and top-p 0.95, cut off at {sizes['answer_tokens']} tokens; seeds are equal for all systems. "
@@ -264,6 +268,12 @@ def report(results: dict[str, Any]) -> str:
             f"| {row['system']} | {row['lambda']:g} | {_bracket(row['tokens'], 1)} "
             f"| {_bracket(row['less'], 1)} | {_bracket(row['whole'], 2)} | {row['seconds']:.0f} |"
         )
+    return lines
+
+
+def report(results: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
+    lines = ["# One model under two prompts: SmolLM2-135M", "", *_table(results)]
     equal = [row["equal_to_pair"] for row in results["rows"] if "equal_to_pair" in row]
     lines += [
         "",
