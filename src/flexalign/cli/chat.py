@@ -23,6 +23,7 @@ from flexalign.cli.options import (
     AlignedPrompt,
     AnyBase,
     Dtype,
+    EndOfThinkingBias,
     FrequencyPenalty,
     Gate,
     MaxNewTokens,
@@ -34,6 +35,7 @@ from flexalign.cli.options import (
     RepetitionPenalty,
     Temperature,
     Template,
+    ThinkingBudget,
     TopK,
     TopP,
     read_efforts,
@@ -96,6 +98,8 @@ def chat(
     repetition_penalty: RepetitionPenalty = 1.0,
     presence_penalty: PresencePenalty = 0.0,
     frequency_penalty: FrequencyPenalty = 0.0,
+    thinking_budget: ThinkingBudget = None,
+    end_of_thinking_bias: EndOfThinkingBias = 0.0,
     max_new_tokens: MaxNewTokens = 2048,
     seed: Annotated[int, typer.Option(help="Of all sampling.")] = 0,
     template: Template = None,
@@ -129,7 +133,15 @@ def chat(
     from flexalign.data.prompting import parse_template
     from flexalign.systems import Conversation, LocalBackend, System, SystemOptions
 
-    logits = LogitsSettings(top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty)
+    logits = LogitsSettings(
+        top_k,
+        min_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        thinking_budget=thinking_budget,
+        end_of_thinking_bias=end_of_thinking_bias,
+    )
     named = System.of(model, adapter, aligned, two_prompts)
     options = SystemOptions(
         temperature=temperature,

@@ -25,6 +25,7 @@ from flexalign.cli.options import (
     Columns,
     Data,
     Dtype,
+    EndOfThinkingBias,
     EngineName,
     FrequencyPenalty,
     Gate,
@@ -39,6 +40,7 @@ from flexalign.cli.options import (
     TaskTemperature,
     TaskTopP,
     Template,
+    ThinkingBudget,
     TopK,
     Workers,
     read_efforts,
@@ -109,6 +111,8 @@ def evaluate(
     repetition_penalty: RepetitionPenalty = 1.0,
     presence_penalty: PresencePenalty = 0.0,
     frequency_penalty: FrequencyPenalty = 0.0,
+    thinking_budget: ThinkingBudget = None,
+    end_of_thinking_bias: EndOfThinkingBias = 0.0,
     max_new_tokens: TaskMaxNewTokens = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only so many questions of each task, drawn.")
@@ -218,6 +222,8 @@ def evaluate(
             repetition_penalty=repetition_penalty,
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
+            thinking_budget=thinking_budget,
+            end_of_thinking_bias=end_of_thinking_bias,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             gate=gate,

@@ -21,6 +21,7 @@ from flexalign.errors import ConfigError
 from flexalign.generation import TwoModelDecoder, TwoPromptDecoder
 from flexalign.generation.dial_config import DialConfig
 from flexalign.generation.responses import Response, generate_responses
+from flexalign.generation.thinking_limits import ClosingTokens
 from flexalign.lambdas import (
     AS_IT_IS,
     Adaptive,
@@ -185,8 +186,8 @@ class LocalBackend:
             trust_remote_code: Permit code in a checkpoint to run.
 
         Raises:
-            ConfigError: If a part does not exist, an option does not apply to the system, or a
-                biased token is not in the vocabulary.
+            ConfigError: If a part does not exist, an option does not apply to the system, a biased
+                token is not in the vocabulary, or the thinking is limited and has no tags.
             CheckpointError: If an adapter's folder is damaged.
             LambdaError: If a λ is outside the range that is permitted.
         """
@@ -217,7 +218,10 @@ class LocalBackend:
             self.config.bind(tokenizer)
         if self._options.template:
             self._bind_asked(tokenizer, self._options.template)
-        self.text = ModelText(tokenizer, self.config.tags if self.config else None)
+        tags = self.config.tags if self.config else None
+        if self._options.logits.limits_thinking:
+            ClosingTokens.of(tokenizer, tags)  # raises if the thinking has no end to be found
+        self.text = ModelText(tokenizer, tags)
         if self.kind == "prompts":
             self.text = TwoPromptText(self._prompt_rendering(tokenizer))
 

@@ -5,7 +5,7 @@ delivers text as soon as it is final; a :class:`StoppedText` decides that.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from flexalign.generation.penalties import logits_processors
 from flexalign.generation.row_lambdas import TagTokens
 from flexalign.generation.seeded import SeededSampling
 from flexalign.generation.text import ResponseText, StopSearch, StreamedText
+from flexalign.generation.thinking_limits import ClosingTokens
 from flexalign.lambdas import Adaptive, Fixed, Route, Schedule, Way, way_dial
 from flexalign.serving.engine.grammar import GrammarState
 from flexalign.serving.engine.jobs import AnswerPiece, Ended, Finish, Generation, WrittenToken
@@ -36,12 +37,14 @@ class DecodingSettings:
         ends: Tokens that end an answer.
         tags: The thinking tags' tokens, or None if they are not single tokens.
         threshold: The least confidence that an adaptive policy accepts.
+        closing: The tokens that close the thinking, or None if they are not found.
     """
 
     reader: ResponseText
     ends: frozenset[int]
     tags: TagTokens | None
     threshold: Callable[[Adaptive], float]
+    closing: ClosingTokens | None = None
 
 
 class _FastTrial(NamedTuple):
@@ -216,7 +219,11 @@ class AnswerSequence:
         tags = reader.tags if job.stops_after_thinking else None
         opened = reader.is_opened_by(job.prompt) if job.opened is None else job.opened
         self._running = StoppedText(reader, job.stop, tags, opened=opened)
-        self._penalties = logits_processors(job.logits, len(job.prompt))
+        closing = self._settings.closing
+        if closing is not None and job.grammar is not None:
+            # The answer follows the grammar from the closing tag on.
+            closing = replace(closing, after=())
+        self._penalties = logits_processors(job.logits, len(job.prompt), closing, opened=opened)
         self._grammar = None if job.grammar is None else job.grammar.begin(opened=opened)
         self._sampling = None
         if job.temperature != 0 and self._fast is None:
