@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from _cells import JUDGED
+
 RAW = Path("benchmarks/results/lora_dial.json")
 REPORT = Path("benchmarks/results/lora_dial.md")
 
 GATE = 0.01
 PLAIN = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
 GATED = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
-JUDGED = ("again", "check", "error")
 _SIGNS = {"again": "r", "check": "c", "error": "ε"}
 METHODS = ("dial", "pair", "student", "scaled", "interpolated")
 _NAMES = {

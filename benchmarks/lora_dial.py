@@ -17,8 +17,6 @@ the trained weights beside it. What is there is not made again.
 """
 
 import argparse
-import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -27,12 +25,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from _lora_dial_report import GATE, GATED, JUDGED, METHODS, PLAIN, publish, report
+from _cells import (
+    QUESTION_SEED,
+    fused_logits,
+    logits_of,
+    measured,
+    read_cells,
+    store,
+    trained,
+    trained_dial,
+)
+from _lora_dial_report import GATE, GATED, METHODS, PLAIN, publish, report
 
 WORK = Path("out/lora_dial")
-QUESTION_SEED = 20_000
-CONFIDENCE = 0.95
-BATCH_SIZE = 24
 BEYOND = 1.05
 """How far beyond its largest λ a dial is trained, whose end is learnt from one side only."""
 PAIRS = ("miniature", "hybrid")
@@ -96,8 +101,8 @@ def run(task: Task, options: dict[str, Any]) -> list[str]:
     if missing:
         for lam, model, settings, training in _MAKERS[task.method](task, missing, options):
             row = {**asdict(task), "lambda": lam, "training": training}
-            row |= measured(model, settings, lam, task, options)
-            _store(work / task.cell(lam), row)
+            row |= answered(model, settings, lam, task, options)
+            store(work / task.cell(lam), row)
     return [task.cell(lam) for lam in missing]
 
 
@@ -124,14 +129,12 @@ def _scaled(task: Task, lams: Sequence[float], options: dict[str, Any]) -> Made:
 
 def _lora(task: Task, lam: Any, gate: float | None, folder: Path, options: dict[str, Any]) -> Any:
     """Train a LoRA, or load it if it was trained before; return it with what its training cost."""
-    from flexalign.lora_dial import LoRADial
-
     steps = options["dial_steps"]
-    cost = folder.with_name(folder.name + ".cost.json")
-    if not cost.is_file():
-        _store(cost, _realign(task, lam, gate, folder, steps, 1.5e-3, lora=True))
-    dial = LoRADial.from_pretrained(_base(task.pair), folder)
-    return dial, json.loads(cost.read_text(encoding="utf-8"))
+
+    def train(where: Path) -> dict[str, Any]:
+        return _realign(task, lam, gate, where, steps, 1.5e-3, lora=True)
+
+    return trained_dial(_base(task.pair), folder, train)
 
 
 def _students(task: Task, lams: Sequence[float], options: dict[str, Any]) -> Made:
@@ -155,40 +158,23 @@ def _realign(
     *,
     lora: bool,
 ) -> dict[str, Any]:
-    """Train as ``flexalign realign`` does; return the steps and the seconds of one core."""
-    from datasets import Dataset
-
-    from flexalign import realign
-    from flexalign.miniature import SYSTEM, make_traces
-    from flexalign.miniature.build import DIAL_RECIPE, sorted_by_length
+    """Train on the task's pair; return the steps and the seconds of one core."""
+    from flexalign.miniature import SYSTEM
 
     base = _base(task.pair)
-    rows = sorted_by_length(
-        make_traces(steps * BATCH_SIZE, seed=task.seed + 4), BATCH_SIZE, task.seed
-    )
-    recipe = DIAL_RECIPE | {
-        "reference": base,
-        "aligned": (
+    return trained(
+        folder,
+        reference=base,
+        aligned=(
             {"model": base, "system": SYSTEM} if task.pair == "hybrid" else "miniature:aligned"
         ),
-        "data": "miniature",
-        "output": str(folder),
-        "lambda": lam,
-        "gate": gate,
-        "training": DIAL_RECIPE["training"]
-        | {
-            "learning_rate": learning_rate,
-            "max_steps": steps,
-            "warmup_steps": steps // 10,
-            "seed": task.seed,
-        },
-    }
-    if not lora:
-        del recipe["lora"]
-
-    start = time.process_time()
-    realign(recipe, data=Dataset.from_list(rows))
-    return {"steps": steps, "cpu_seconds": time.process_time() - start}
+        lam=lam,
+        gate=gate,
+        steps=steps,
+        learning_rate=learning_rate,
+        seed=task.seed,
+        lora=lora,
+    )
 
 
 def _pair(task: Task, lams: Sequence[float], options: dict[str, Any]) -> Made:
@@ -239,77 +225,47 @@ def _prompts() -> Any:
     return PromptPair(aligned=PromptSettings(system=SYSTEM))
 
 
-def measured(
+def answered(
     model: Any, settings: dict[str, Any], lam: float, task: Task, options: dict[str, Any]
 ) -> dict[str, Any]:
     """Answer the questions, and compare the habits with the pair's own at the same branches."""
     from flexalign.miniature import ALIGNED, REFERENCE, make_questions
-    from flexalign.miniature.closed_form import expected_outcome, token_level
-    from flexalign.miniature.demo import measure, respond
-    from flexalign.miniature.measure import branch_probabilities, mean_habits
+    from flexalign.miniature.closed_form import token_level
+    from flexalign.miniature.demo import respond
     from flexalign.models.loading import load_tokenizer
-    from flexalign.statistics import simultaneous_interval
 
     tokenizer = load_tokenizer(_base(task.pair))
     questions = make_questions(options["questions"], QUESTION_SEED)
-    traces = respond(model, tokenizer, questions, seed=1 + task.seed, batch_size=96, **settings)
-    world = token_level(REFERENCE, ALIGNED, lam, task.gate)
-    row = measure(task.method, questions, traces, world).to_json()
-
-    pair = _own_form(task.pair, lam, task.gate, tokenizer)
-    few = slice(options["judged"])
-    judged = {"pair": pair} if settings else {"pair": pair, "model": _logits(model)}
-    forced = branch_probabilities(judged, tokenizer, questions[few], traces[few])
-    own = mean_habits(forced["pair"])
-    row |= {"pair_habits": asdict(own), "pair_outcome": asdict(expected_outcome(own))}
-    if "model" in forced:
-        row["model_habits"] = asdict(mean_habits(forced["model"]))
-        row["departure"] = {
-            habit: simultaneous_interval(
-                forced["model"][habit].values - forced["pair"][habit].values,
-                forced["pair"][habit].questions,
-                len(JUDGED),
-                CONFIDENCE,
-            )
-            for habit in JUDGED
-            if habit in forced["pair"]
-        }
-    return row
+    return measured(
+        task.method,
+        questions,
+        respond(model, tokenizer, questions, seed=1 + task.seed, batch_size=96, **settings),
+        tokenizer=tokenizer,
+        world=token_level(REFERENCE, ALIGNED, lam, task.gate),
+        pair=_own_form(task.pair, lam, task.gate, tokenizer),
+        model=None if settings else logits_of(model),
+        judged=options["judged"],
+    )
 
 
 def _own_form(pair: str, lam: float, gate: float | None, tokenizer: Any) -> Any:
     """The fused logits of a pair's two sides, as a function of a batch."""
-    from flexalign.fusion import fuse
     from flexalign.miniature import SYSTEM
     from flexalign.miniature.measure import told
     from flexalign.models.loading import load_model
 
-    reference = _logits(load_model(_base(pair)))
+    reference = logits_of(load_model(_base(pair)))
     if pair == "hybrid":
         aligned = told(reference, tokenizer, SYSTEM)
     else:
-        aligned = _logits(load_model("miniature:aligned"))
-    return lambda ids, attention: fuse(
-        reference(ids, attention), aligned(ids, attention), lam, gate
-    )
-
-
-def _logits(model: Any) -> Any:
-    return lambda ids, attention: model(input_ids=ids, attention_mask=attention).logits
-
-
-def _store(path: Path, row: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(row, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+        aligned = logits_of(load_model("miniature:aligned"))
+    return fused_logits(reference, aligned, lam, gate)
 
 
 def stored(work: Path) -> list[dict[str, Any]]:
     """All cells that are measured."""
-    rows = [json.loads(path.read_text(encoding="utf-8")) for path in work.glob("*lambda=*.json")]
     return sorted(
-        rows,
+        read_cells(work),
         key=lambda row: (
             PAIRS.index(row["pair"]),
             METHODS.index(row["method"]),
