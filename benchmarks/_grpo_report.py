@@ -43,6 +43,7 @@ def report(results: dict[str, Any]) -> str:
         "fused probabilities, measured at the branches that the two models' responses visit.",
         "",
         *_alignments(results["alignments"]),
+        *_expected(results["alignments"], gates),
     ]
     for seed in sorted({row["seed"] for row in rows}):
         own = [row for row in rows if row["seed"] == seed]
@@ -86,6 +87,44 @@ def _side(side: dict[str, Any], changes: tuple[str, str]) -> str:
     ]
     figures = (_bracket(side["accuracy"], 3), changes[0], _bracket(side["tokens"], 1), changes[1])
     return " | ".join([*figures, *habits])
+
+
+def _expected(records: dict[str, Any], gates: dict[str, float]) -> list[str]:
+    """The closed form of equation 5 over the mean habits of each pair, which needs no sampling."""
+    from flexalign.miniature.closed_form import expected_outcome, token_level
+
+    found: dict[str, list[str]] = {}
+    for name, record in records.items():
+        gate = gates.get(name.removeprefix("seed="))
+        for tau in (None, gate) if gate is not None else (None,):
+            outcomes = [
+                expected_outcome(token_level(*mean_habits_of(record), lam, tau)) for lam in LAMS
+            ]
+            label = name if tau is None else f"{name}, τ = {tau:.4g}"
+            found[label] = [f"{one.accuracy:.3f}, {one.tokens:.1f}" for one in outcomes]
+    lines = [
+        "## Closed form over the mean habits: accuracy, tokens",
+        "",
+        "Equation 5 over the two models' mean habits, as if each habit were the same at all its "
+        "branches. The models' own habits vary over their branches, which this leaves out.",
+        "",
+        "| | " + " | ".join(f"λ = {lam:g}" for lam in LAMS) + " |",
+        "|---|" + "---|" * len(LAMS),
+        *(f"| {label} | {' | '.join(cells)} |" for label, cells in found.items()),
+    ]
+    return [*lines, ""]
+
+
+def mean_habits_of(record: dict[str, Any]) -> Any:
+    """The measured habits of the reference and of an aligned model, from its record."""
+    from dataclasses import replace
+
+    from flexalign.miniature import REFERENCE
+
+    return tuple(
+        replace(REFERENCE, **{name: mean for name, (_, mean, _) in record[side]["habits"].items()})
+        for side in ("reference", "aligned")
+    )
 
 
 def _methods(rows: Sequence[Row], gated: bool, title: str) -> list[str]:

@@ -16,6 +16,8 @@ A cell (seed, method, gate, λ) is stored as soon as it is measured; what is the
 
 import argparse
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from _cells import read_cells, store
-from _grpo_report import GATELESS, LAMS, METHODS, publish, report
+from _grpo_report import GATELESS, LAMS, METHODS, mean_habits_of, publish, report
 from _methods import Sides, Task, run
 
 MODELS = Path("out/grpo")
@@ -34,12 +36,14 @@ ROWS = 200
 
 def prepare(models: Path, seed: int, options: dict[str, Any]) -> float | None:
     """Make what is missing of a seed's aligned model, and return the gate proposed for the pair."""
-    from flexalign.miniature.align import RECORD, Reinforcement, align
+    from flexalign.miniature.align import RECORD
 
     folder = models / f"seed={seed}"
     if not (folder / RECORD).is_file():
-        asked = min(1000, options["questions"])
-        align(folder, Reinforcement(**options["training"]), seed=seed, questions=asked)
+        # In a process of its own: TRL would take benchmarks/vllm.py for the package vllm.
+        command = [sys.executable, "-m", "flexalign", "miniature", "align", "--method", "grpo"]
+        command += ["--seed", str(seed), "--output", str(folder), *options["training"]]
+        subprocess.run(command, check=True)
 
     proposed = Path(options["work"]) / f"seed={seed}.gate.json"
     if not proposed.is_file():
@@ -69,10 +73,13 @@ def tasks(
         gates: ``plain``, ``gated`` or both.
         lams: The λ.
     """
+    from flexalign.miniature.align import RECORD
+
     found = []
     for seed, proposed in seeds.items():
         folder = models / f"seed={seed}"
-        sides = Sides(aligned=str(folder), habits=habits(folder))
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        sides = Sides(aligned=str(folder), habits=mean_habits_of(record))
         for gate in gates:
             if gate == "gated" and proposed is None:
                 continue
@@ -81,20 +88,6 @@ def tasks(
                     tau = proposed if gate == "gated" else None
                     found.append(Task("rl", method, tau, seed, lams, sides))
     return found
-
-
-def habits(folder: Path) -> Any:
-    """The measured habits of the reference and of an aligned model, for the closed form."""
-    from dataclasses import replace
-
-    from flexalign.miniature import REFERENCE
-    from flexalign.miniature.align import RECORD
-
-    record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    return tuple(
-        replace(REFERENCE, **{name: mean for name, (_, mean, _) in record[side]["habits"].items()})
-        for side in ("reference", "aligned")
-    )
 
 
 def results(models: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "judged": min(400, questions),
         "steps": 4 if chosen.quick else 150,
         "dial_steps": 4 if chosen.quick else 700,
-        "training": {"steps": 2, "groups": 4} if chosen.quick else {},
+        "training": ["--steps", "2", "--questions", "60"] if chosen.quick else [],
     }
 
     if not chosen.rewrite:

@@ -90,13 +90,14 @@ def test_a_constant_reward_changes_nothing_and_a_random_one_does(reference):
     assert differing(reinforced(reference, by_coin), before)
 
 
+@pytest.mark.slow
 def test_a_high_cost_shortens_the_responses(reference):
-    """Beside nothing else: with rightness worth little, the trained model thinks less."""
+    """Where rightness is worth little beside the cost, the trained model writes fewer passes."""
     options = Reinforcement(cost=1.0, steps=6, groups=4, group_size=4, learning_rate=1e-3)
     model = copy.deepcopy(reference)
     tokenizer = load_tokenizer(str(folder("reference")))
     reinforce(model, tokenizer, options, 0, callbacks=[])
-    questions = make_questions(60, 5)
+    questions = make_questions(30, 5)
     traces = [sample_trace(one, REFERENCE, random.Random(i)) for i, one in enumerate(questions)]
 
     def logits_of(one):
@@ -112,7 +113,7 @@ def test_a_high_cost_shortens_the_responses(reference):
 def test_an_aligned_folder_is_a_model_with_its_card_and_its_record(tmp_path):
     output = tmp_path / "rl" / "seed=0"
     options = dataclasses.replace(SHORT, cost=0.1, longest=40, group_size=4)
-    record = align(output, options, seed=0, questions=20)
+    record = align(output, options, seed=0, questions=8)
     assert json.loads((output / RECORD).read_text(encoding="utf-8")) == record
     assert fingerprint(output) != fingerprint(folder("reference"))
 

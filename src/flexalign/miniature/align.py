@@ -21,7 +21,6 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
 
 from flexalign._storage import replacing, write_json, write_text
 from flexalign.errors import ConfigError
@@ -171,6 +170,8 @@ def reinforce(
         seed: Of the questions, their order, all samples and the coin of the random reward.
         callbacks: Callbacks of the trainer; if given, there is no progress bar.
     """
+    from trl import GRPOConfig, GRPOTrainer  # here, because it imports vllm where that is there
+
     questions = make_questions(options.steps * options.groups, _TRAINING_SEED + seed)
     rows = [
         {"prompt": [{"role": "user", "content": one.text}], "terms": list(one.terms)}
