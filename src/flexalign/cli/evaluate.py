@@ -22,6 +22,7 @@ from flexalign.cli.console import (
 from flexalign.cli.options import (
     AlignedPrompt,
     BatchSize,
+    ByID,
     Columns,
     Data,
     Dtype,
@@ -123,6 +124,7 @@ def evaluate(
     lambda_range: PermittedRange = None,
     reference_prompt: ReferencePrompt = None,
     aligned_prompt: AlignedPrompt = None,
+    by_id: ByID = False,
     template: Template = None,
     dtype: Dtype = "auto",
     engine: Annotated[
@@ -224,6 +226,7 @@ def evaluate(
             engine=engine.value,
             template=parse_template(template or []),
             prompts=two_prompts,
+            by_id=by_id,
         )
         unreadable = _warn(sweep, workers)
         if dry_run or output is None:

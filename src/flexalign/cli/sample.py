@@ -19,6 +19,7 @@ from flexalign.cli.options import (
     Aligned,
     AlignedPrompt,
     AnyBase,
+    ByID,
     Columns,
     Dtype,
     FrequencyPenalty,
@@ -107,6 +108,7 @@ def sample(
     ] = None,
     lambda_range: PermittedRange = None,
     any_base: AnyBase = False,
+    by_id: ByID = False,
     template: Template = None,
     system_message: Annotated[
         str | None, typer.Option("--system", help="The system message of prompts that have none.")
@@ -165,6 +167,7 @@ def sample(
                 "--template": template or None,
                 "--adapter": adapter,
                 "--aligned": aligned,
+                "--by-id": by_id or None,
                 "--reference-prompt": reference_prompt or None,
                 "--aligned-prompt": aligned_prompt or None,
             },
@@ -182,6 +185,7 @@ def sample(
         prompts=two_prompts,
         lambda_range=read_range(lambda_range),
         any_base=any_base,
+        by_id=by_id,
     )
 
     with without_downloads(dry_run=dry_run):

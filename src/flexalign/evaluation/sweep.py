@@ -40,6 +40,7 @@ from flexalign.systems import (
     open_backend,
     parse_systems,
 )
+from flexalign.systems.open import require_two_models
 
 _SHOWN = 5
 """The most lost samples that a message names."""
@@ -239,6 +240,8 @@ class Sweep:
             raise ConfigError(
                 "--reference-prompt and --aligned-prompt are about a system prompts:MODEL; name one."
             )
+        if self.options.by_id:
+            require_two_models(self.systems)
         for system in self.systems:
             if not self.settings_of(system):
                 raise ConfigError(f"{system.name} takes none of the settings; give it a --lambda.")
@@ -259,9 +262,13 @@ class Sweep:
     def backends(self) -> dict[str, Backend]:
         """The opened systems, by name."""
         return {
-            system.name: open_backend(system, self.settings_of(system), self.options)
+            system.name: open_backend(system, self.settings_of(system), self._options_of(system))
             for system in self.systems
         }
+
+    def _options_of(self, system: System) -> SystemOptions:
+        """Return the options of one system; reading by id is about two models alone."""
+        return replace(self.options, by_id=self.options.by_id and system.has_two_models)
 
     def cells(self, system: System) -> list[Cell]:
         """List all samples of one of the systems."""
