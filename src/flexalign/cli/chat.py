@@ -22,6 +22,7 @@ from flexalign.cli.options import (
     Aligned,
     AlignedPrompt,
     AnyBase,
+    ByID,
     Dtype,
     EndOfThinkingBias,
     FrequencyPenalty,
@@ -91,6 +92,7 @@ def chat(
     gate: Gate = None,
     lambda_range: PermittedRange = None,
     any_base: AnyBase = False,
+    by_id: ByID = False,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.95,
     top_k: TopK = 0,
@@ -152,6 +154,7 @@ def chat(
         dtype=dtype,
         lambda_range=limits,
         any_base=any_base,
+        by_id=by_id,
         template=parse_template(template or []),
         prompts=two_prompts,
     )

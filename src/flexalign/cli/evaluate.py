@@ -22,6 +22,7 @@ from flexalign.cli.console import (
 from flexalign.cli.options import (
     AlignedPrompt,
     BatchSize,
+    ByID,
     Columns,
     Data,
     Dtype,
@@ -134,6 +135,7 @@ def evaluate(
     lambda_range: PermittedRange = None,
     reference_prompt: ReferencePrompt = None,
     aligned_prompt: AlignedPrompt = None,
+    by_id: ByID = False,
     template: Template = None,
     dtype: Dtype = "auto",
     engine: Annotated[
@@ -238,6 +240,7 @@ def evaluate(
             engine=engine.value,
             template=parse_template(template or []),
             prompts=two_prompts,
+            by_id=by_id,
         )
         unreadable = _warn(sweep, workers)
         if dry_run or output is None:

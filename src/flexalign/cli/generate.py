@@ -25,6 +25,7 @@ from flexalign.cli.options import (
     AlignedPrompt,
     AnyBase,
     BatchSize,
+    ByID,
     Dtype,
     EndOfThinkingBias,
     FrequencyPenalty,
@@ -91,6 +92,7 @@ def generate(
     gate: Gate = None,
     lambda_range: PermittedRange = None,
     any_base: AnyBase = False,
+    by_id: ByID = False,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.95,
     top_k: TopK = 0,
@@ -171,6 +173,7 @@ def generate(
         dtype=dtype,
         lambda_range=limits,
         any_base=any_base,
+        by_id=by_id,
         template=parse_template(template or []),
         prompts=two_prompts,
     )

@@ -111,6 +111,14 @@ PermittedRange: TypeAlias = Annotated[
     str | None,
     typer.Option(help="λ to permit, such as -1,2; else an adapter's own, and a pair's λ ≥ 0."),
 ]
+ByID: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--by-id",
+        help="Of two models: take special tokens that differ in name alone for the same; the "
+        "reference's names are used.",
+    ),
+]
 AnyBase: TypeAlias = Annotated[
     bool, typer.Option("--any-base", help="Take an adapter that was made for another base.")
 ]

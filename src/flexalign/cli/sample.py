@@ -19,6 +19,7 @@ from flexalign.cli.options import (
     Aligned,
     AlignedPrompt,
     AnyBase,
+    ByID,
     Columns,
     Dtype,
     EndOfThinkingBias,
@@ -111,6 +112,7 @@ def sample(
     ] = None,
     lambda_range: PermittedRange = None,
     any_base: AnyBase = False,
+    by_id: ByID = False,
     template: Template = None,
     system_message: Annotated[
         str | None, typer.Option("--system", help="The system message of prompts that have none.")
@@ -177,6 +179,7 @@ def sample(
                 "--template": template or None,
                 "--adapter": adapter,
                 "--aligned": aligned,
+                "--by-id": by_id or None,
                 "--reference-prompt": reference_prompt or None,
                 "--aligned-prompt": aligned_prompt or None,
             },
@@ -194,6 +197,7 @@ def sample(
         prompts=two_prompts,
         lambda_range=read_range(lambda_range),
         any_base=any_base,
+        by_id=by_id,
     )
 
     with without_downloads(dry_run=dry_run):

@@ -42,6 +42,7 @@ from flexalign.systems import (
     open_backend,
     parse_systems,
 )
+from flexalign.systems.open import require_two_models
 
 _SHOWN = 5
 """The most lost samples that a message names."""
@@ -258,6 +259,8 @@ class Sweep:
             raise ConfigError(
                 "--reference-prompt and --aligned-prompt are about a system prompts:MODEL; name one."
             )
+        if self.options.by_id:
+            require_two_models(self.systems)
         for system in self.systems:
             if not self.settings_of(system):
                 raise ConfigError(f"{system.name} takes none of the settings; give it a --lambda.")
@@ -284,7 +287,7 @@ class Sweep:
     def backends(self) -> dict[str, Backend]:
         """The opened systems, by name."""
         return {
-            system.name: open_backend(system, self.settings_of(system), self.options)
+            system.name: open_backend(system, self.settings_of(system), self._options_of(system))
             for system in self.systems
         }
 
@@ -293,6 +296,10 @@ class Sweep:
         """What a reader of the results must know of the systems, one sentence each."""
         models = [system for system in self.systems if system.kind == "model"]
         return training_notes({one.name: resolve(one.parts[0]).path for one in models})
+
+    def _options_of(self, system: System) -> SystemOptions:
+        """Return the options of one system; reading by id is about two models alone."""
+        return replace(self.options, by_id=self.options.by_id and system.has_two_models)
 
     def cells(self, system: System) -> list[Cell]:
         """List all samples of one of the systems."""

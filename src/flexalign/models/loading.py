@@ -100,6 +100,13 @@ def _read_gguf_config(file: Path, size: int, changed: int) -> Any:
     return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
 
 
+def has_tokenizer(source: Source) -> bool:
+    """Return whether a model's folder has a tokenizer of its own."""
+    return source.gguf_file is not None or any(
+        (source.path / name).is_file() for name in _TOKENIZER_FILES
+    )
+
+
 def load_tokenizer(model: Model, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer; for a PEFT adapter without one, that of its base.
 
@@ -111,7 +118,7 @@ def load_tokenizer(model: Model, *, trust_remote_code: bool = False) -> PreTrain
         require_gguf()
         return AutoTokenizer.from_pretrained(source.path, gguf_file=source.gguf_file)
 
-    if not any((source.path / name).is_file() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(source):
         if source.is_adapter:
             return load_tokenizer(base_of(source), trust_remote_code=trust_remote_code)
         raise ConfigError(

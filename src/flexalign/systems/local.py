@@ -17,7 +17,7 @@ from flexalign.data.prompting import PromptSettings
 from flexalign.data.rendering import Opening, Prompt, RenderedPrompt, Rendering
 from flexalign.data.template import template_arguments
 from flexalign.data.thinking import ThinkingTags
-from flexalign.errors import ConfigError
+from flexalign.errors import ConfigError, PairMismatchError
 from flexalign.generation import TwoModelDecoder, TwoPromptDecoder
 from flexalign.generation.dial_config import DialConfig
 from flexalign.generation.responses import Response, generate_responses
@@ -32,6 +32,7 @@ from flexalign.lambdas import (
     require_range,
     way_dial,
 )
+from flexalign.models.compatibility import RenamedToken, compare_tokens, renamed_tokens
 from flexalign.models.hub import fetch_weights, note_weights
 from flexalign.models.interpolation import interpolate
 from flexalign.models.loading import known_fingerprint, load_config, load_model, load_tokenizer
@@ -40,7 +41,16 @@ from flexalign.models.prompted import PairRendering, PromptPair, TwoPrompts, con
 from flexalign.models.sources import resolve, resolve_adapter
 from flexalign.models.weights import fingerprint_file
 from flexalign.systems.dials import load_dial, read_dial, require_gate
-from flexalign.systems.open import Answer, Asked, Failure, Messages, Request, System, SystemOptions
+from flexalign.systems.open import (
+    Answer,
+    Asked,
+    Failure,
+    Messages,
+    Request,
+    System,
+    SystemOptions,
+    require_two_models,
+)
 
 
 def default_device() -> str | None:
@@ -190,12 +200,15 @@ class LocalBackend:
                 token is not in the vocabulary, or the thinking is limited and has no tags.
             CheckpointError: If an adapter's folder is damaged.
             LambdaError: If a λ is outside the range that is permitted.
+            PairMismatchError: If two models are read by id, and more than names differs.
         """
         self.kind = system.kind
         self._parts, self._options = list(system.parts), options or SystemOptions()
         self._trust_remote_code = trust_remote_code
         if self.kind != "dial" and self._options.any_base:
             raise ConfigError("--any-base is about an adapter; name --adapter.")
+        if self._options.by_id:
+            require_two_models([system])
 
         self._sources = [resolve(part) for part in self._parts[: 1 if self.kind == "dial" else 2]]
         for source in self._sources:
@@ -214,6 +227,7 @@ class LocalBackend:
             self.require_range(settings)
         tokenizer = load_tokenizer(self._sources[0], trust_remote_code=trust_remote_code)
         self._options.logits.require_tokens(len(tokenizer))
+        self._renamed = self._read_by_id(tokenizer) if self._options.by_id else ()
         if self.config is not None:
             self.config.bind(tokenizer)
         if self._options.template:
@@ -224,6 +238,17 @@ class LocalBackend:
         self.text = ModelText(tokenizer, tags)
         if self.kind == "prompts":
             self.text = TwoPromptText(self._prompt_rendering(tokenizer))
+
+    def _read_by_id(self, tokenizer: Any) -> tuple[RenamedToken, ...]:
+        """Check that the two models' tokens differ in names alone, and return those that do."""
+        aligned = self._sources[1]
+        if aligned.is_adapter:
+            return ()  # on the reference, and checked when it is loaded
+        other = load_tokenizer(aligned, trust_remote_code=self._trust_remote_code)
+        problem = compare_tokens(tokenizer, other, by_id=True)
+        if problem is not None:
+            raise PairMismatchError(f"{' and '.join(self._parts)} do not fit: {problem}")
+        return renamed_tokens(tokenizer, other)
 
     def _prompt_rendering(self, tokenizer: Any) -> PairRendering:
         """Check both prompts against the model's template and context, and return them bound."""
@@ -303,7 +328,7 @@ class LocalBackend:
             )
 
     def describe(self) -> dict[str, Any]:
-        """Return names, fingerprints, the data type and the thinking tags."""
+        """Return names, fingerprints, the data type, the thinking tags, and what was read by id."""
         parts = [{"name": str(s), "fingerprint": known_fingerprint(s)} for s in self._sources]
         if self.config is not None:
             weights = None
@@ -321,6 +346,7 @@ class LocalBackend:
             "thinking_tags": [tags.open, tags.close],
             "template": hashlib.sha256(template.encode()).hexdigest()[:16],
             **({} if prompts is None else {"prompts": prompts.to_json()}),
+            **({"renamed": [token._asdict() for token in self._renamed]} if self._renamed else {}),
         }
 
     def render(self, messages: Messages) -> str:
@@ -350,7 +376,8 @@ class LocalBackend:
         } | loading
 
         if self.kind == "pair":
-            return TwoModelDecoder(ModelPair.load(*self._sources, **loading))
+            by_id = self._options.by_id
+            return TwoModelDecoder(ModelPair.load(*self._sources, by_id=by_id, **loading))
         if self.kind == "dial":
             any_base = self._options.any_base
             # The base is passed by its name, as the model stores it.
@@ -453,7 +480,13 @@ class LocalBackend:
             raise ConfigError(f"weights are interpolated at a number, and {setting.id} is none.")
         with TemporaryDirectory(prefix="flexalign-") as scratch:
             reference, aligned = self._sources
-            folder = interpolate(reference, aligned, setting.lam, Path(scratch) / "model")
+            folder = interpolate(
+                reference,
+                aligned,
+                setting.lam,
+                Path(scratch) / "model",
+                by_id=self._options.by_id,
+            )
             yield load_model(folder, dtype=self._options.dtype, device_map=default_device())
 
 

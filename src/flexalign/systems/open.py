@@ -43,6 +43,11 @@ class System:
     kind: str
     parts: tuple[str, ...]
 
+    @property
+    def has_two_models(self) -> bool:
+        """Whether it is made of two whole models: a pair, or weights between them."""
+        return self.kind in ("pair", "interpolate")
+
     @classmethod
     def of(
         cls,
@@ -146,6 +151,8 @@ class SystemOptions:
         engine: ``local`` or ``vllm``, for plain models.
         template: Arguments of the chat template, for what is on this machine.
         prompts: The two prompts of systems of the kind ``prompts``.
+        by_id: Of two models, take each token id for one token of both where only the names of
+            special tokens differ; see `flexalign.models.compatibility.renamed_tokens`.
         logits: Limits on tokens, penalties and biases, beside temperature and top_p.
     """
 
@@ -167,7 +174,21 @@ class SystemOptions:
     engine: str = "local"
     template: Mapping[str, Any] | None = None
     prompts: "PromptPair | None" = None
+    by_id: bool = False
     logits: LogitsSettings = field(default_factory=LogitsSettings)
+
+
+def require_two_models(systems: Sequence[System]) -> None:
+    """Refuse ``--by-id`` where no system has two models.
+
+    Raises:
+        ConfigError: If none is a pair, or weights between two models.
+    """
+    if not any(system.has_two_models for system in systems):
+        raise ConfigError(
+            "--by-id is about two models whose special tokens differ in name; name the --aligned "
+            "model, pair:REF,ALIGNED or interpolate:REF,ALIGNED."
+        )
 
 
 class Request(Protocol):
@@ -306,6 +327,8 @@ def open_backend(
         LambdaError: If a λ is outside the permitted range.
     """
     options = options or SystemOptions()
+    if options.by_id:
+        require_two_models([system])
     if options.template and (system.kind == "url" or options.engine == "vllm"):
         raise ConfigError(
             f"{system.name}: --template is for what the local engine renders; give the server its "
