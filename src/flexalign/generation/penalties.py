@@ -110,10 +110,23 @@ class RowPenalties(LogitsProcessor):  # type: ignore[misc]
             for length, is_open in zip(lengths, opened, strict=True)
         ]
 
-    def keep(self, rows: Tensor) -> "RowPenalties":
-        """Return the same penalties for some of the rows."""
+    def keep(self, rows: Tensor, moved: Sequence[int] | None = None) -> "RowPenalties":
+        """Return the same penalties for some of the rows.
+
+        Args:
+            rows: The rows, shape ``(n,)``.
+            moved: Per kept row, the columns of padding that its next batch has before it, more than
+                this one; by default none.
+        """
+        kept_rows = [self._rows[row] for row in rows.tolist()]
+        shifts = [0] * len(kept_rows) if moved is None else moved
         kept = copy.copy(self)
-        kept.__dict__.update(_rows=[self._rows[row] for row in rows.tolist()])
+        kept.__dict__.update(
+            _rows=[
+                (start + shift, processors)
+                for (start, processors), shift in zip(kept_rows, shifts, strict=True)
+            ]
+        )
         return kept
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

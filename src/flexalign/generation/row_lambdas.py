@@ -15,7 +15,7 @@ from torch import Tensor
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, LambdaError
 from flexalign.fusion import as_lambda
-from flexalign.lambdas import Adaptive, Dial, Fixed, Route, Schedule, extremes, parse_dial
+from flexalign.lambdas import Dial, Fixed, Policy, Schedule, extremes, parse_dial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,7 +118,7 @@ class RowDials:
             ConfigError: If a dial is a policy that has no λ per token.
         """
         for dial in dials:
-            if isinstance(dial, Adaptive | Route):
+            if isinstance(dial, Policy):
                 raise ConfigError(
                     f"{dial} chooses a way for a whole response, and what is wanted here is a λ "
                     "for every token; give a number or a schedule, or use generate."
