@@ -18,6 +18,9 @@ CONCISE = {
     "trra": {"steps": 900, "learning_rate": 2e-3},
 }
 
+EXIT_MARKER = ";"
+"""Ends a part of the thinking for exits: it is the end of a line in the miniature."""
+
 Found = dict[str, Any]
 """A setting's name, its ``answers``, and the ``traces`` and ``confidence`` that others need."""
 
@@ -136,6 +139,44 @@ def answer_hard(budget: int, options: dict[str, Any]) -> Found:
     limits = LogitsSettings(thinking_budget=budget)
     name = f"N={budget}"
     return _answered("hard cut", name, model, tokenizer, questions, lam=0.0, logits=limits)
+
+
+def answer_exit(where: str, threshold: float, options: dict[str, Any]) -> Found:
+    """Close the thinking at the first end of a line whose trial answer is confident enough.
+
+    Args:
+        where: Whose trial answers: the fast adapter's, the aligned model's of the pair, or those of
+            the reference itself (one stream).
+        threshold: The least confidence.
+        options: Of the run.
+    """
+    import numpy as np
+
+    from flexalign import Exit, ModelPair, TwoModelDecoder
+    from flexalign.generation.responses import generate_responses
+    from flexalign.miniature.demo import JudgedAnswers, judge, load_pair
+
+    model, tokenizer, questions = _dial("miniature:fast", options, QUESTION_SEED)
+    if where == "pair":
+        model = TwoModelDecoder(ModelPair.load("miniature:reference", "miniature:aligned"))
+    elif where == "one stream":
+        model = load_pair()[0]
+    responses = generate_responses(
+        model,
+        tokenizer,
+        [[{"role": "user", "content": question.text}] for question in questions],
+        max_new_tokens=LIMIT,
+        temperature=1.0,
+        batch_size=128,
+        seed=1,
+        policy=Exit(threshold, marker=EXIT_MARKER),
+    )
+    traces = [response.text.split() for response in responses]
+    # Rejected trial answers are counted.
+    tokens = np.array([response.tokens for response in responses])
+    answers = JudgedAnswers(judge(questions, traces).right, tokens)
+    setting = f"τ={threshold:g}"
+    return {"system": f"exit, {where}", "setting": setting, "answers": answers, "traces": traces}
 
 
 def answer_pair(kind: str, lam: float, options: dict[str, Any]) -> Found:

@@ -55,7 +55,8 @@ if TYPE_CHECKING:
 _HELP = """\
 /lambda 0.3          λ from the next answer on, or a schedule's JSON; 0 is the reference, 1 the
                      aligned model or the adapter's
-/policy adaptive 0.5 think only where the fast answer is unsure; or route 0.3, auto, JSON
+/policy adaptive 0.5 think only where the fast answer is unsure; or exit 0.95, route 0.3,
+                     auto, JSON
 /effort 50           0 is fastest, 100 the reference's tokens; the adapter must be calibrated
 /system TEXT         what the model is told beforehand; alone: nothing
 /reset               forget the conversation
@@ -79,7 +80,7 @@ def chat(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="Instead: 'adaptive 0.5', 'route 0.3', auto, or JSON of a policy or a schedule."
+            help="Instead: 'adaptive 0.5', 'exit 0.95', 'route 0.3', auto, or JSON of a policy or a schedule."
         ),
     ] = None,
     effort: Annotated[

@@ -187,7 +187,7 @@ Policies: TypeAlias = Annotated[
     list[str] | None,
     typer.Option(
         "--policy",
-        help="'adaptive 0.5', 'route 0.3', auto, or JSON of a policy or a schedule; repeatable.",
+        help="'adaptive 0.5', 'exit 0.95', 'route 0.3', auto, or JSON of a policy or a schedule; repeatable.",
     ),
 ]
 OneTask: TypeAlias = Annotated[

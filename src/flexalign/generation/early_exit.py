@@ -46,12 +46,13 @@ class ExitTokens:
 
     Attributes:
         reader: Decodes responses; it has thinking tags.
-        closing: The tokens that close the thinking: the tag, and the text that the chat template
-            writes between it and the answer.
+        tag: The tokens of the closing tag.
+        after: The tokens that the chat template writes between the tag and the answer.
     """
 
     reader: ResponseText
-    closing: tuple[int, ...]
+    tag: tuple[int, ...]
+    after: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -73,8 +74,17 @@ class ExitTokens:
                 "vocabulary of this model shows tags around one; take an adaptive policy."
             )
         text = found.close + text_after_closing(tokenizer, found)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return cls(ResponseText(tokenizer, found), tuple(int(token) for token in ids))
+        tag, whole = (
+            tuple(int(token) for token in tokenizer(one, add_special_tokens=False)["input_ids"])
+            for one in (found.close, text)
+        )
+        after = whole[len(tag) :] if whole[: len(tag)] == tag else ()
+        return cls(ResponseText(tokenizer, found), tag, after)
+
+    @property
+    def closing(self) -> tuple[int, ...]:
+        """The tokens that close the thinking, as the chat template does."""
+        return self.tag + self.after
 
 
 class ThinkingParts:

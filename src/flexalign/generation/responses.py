@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from flexalign._modes import evaluating
@@ -120,7 +120,11 @@ def generate_responses(
 
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     dials = _read_dials(generate_kwargs, len(prompts))
-    if isinstance(dials, list) and not isinstance(model, DialModel):
+    if (
+        isinstance(dials, list)
+        and isinstance(model, nn.Module)
+        and not isinstance(model, DialModel)
+    ):
         model = _with_one_stream(model, tokenizer, dials)
     if temperature > 0 and not is_seeded:
         # With seeds, the logits processor applies them.

@@ -4,6 +4,7 @@
 and separates the thinking from the answer.
 """
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -114,6 +115,12 @@ class StreamedText:
         self._tokens: list[int] = []
         self._from = 0  # the first token that is decoded again for the next text
         self._returned = 0  # tokens whose text has been returned
+
+    def copy(self) -> "StreamedText":
+        """Return the same response so far, to be continued in another way."""
+        other = copy.copy(self)
+        other.__dict__.update(_tokens=list(self._tokens))
+        return other
 
     def put(self, token: int) -> str:
         """Take the next token; return the new text that later tokens cannot change."""

@@ -20,16 +20,19 @@ from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, PairMismatchError
 from flexalign.generation import TwoModelDecoder, TwoPromptDecoder
 from flexalign.generation.dial_config import DialConfig
+from flexalign.generation.early_exit import ExitTokens, require_marker
 from flexalign.generation.responses import Response, generate_responses
 from flexalign.generation.thinking_limits import ClosingTokens
 from flexalign.lambdas import (
     AS_IT_IS,
-    Adaptive,
+    Exit,
     Fixed,
+    Policy,
     Route,
     Setting,
     require_forward,
     require_range,
+    thinking_lambda,
     way_dial,
 )
 from flexalign.models.compatibility import RenamedToken, compare_tokens, renamed_tokens
@@ -150,7 +153,7 @@ class TwoPromptText(ModelText):
 
     def opens(self, messages: Messages, setting: Setting = AS_IT_IS) -> bool:
         """Return whether the response begins inside the thinking, at a setting of the dial."""
-        return self.prompt(messages).opens_at(setting.lam)
+        return self.prompt(messages).opens_at(thinking_lambda(setting.dial))
 
     def length(self, messages: Messages) -> int:
         """Return the length of the longer prompt in tokens."""
@@ -236,6 +239,9 @@ class LocalBackend:
         if self._options.logits.limits_thinking:
             ClosingTokens.of(tokenizer, tags)  # raises if the thinking has no end to be found
         self.text = ModelText(tokenizer, tags)
+        for setting in settings:
+            if isinstance(setting.dial, Exit):  # raises if there is no thinking to be closed
+                require_marker(ExitTokens.of(tokenizer, tags).reader, setting.dial.marker)
         if self.kind == "prompts":
             self.text = TwoPromptText(self._prompt_rendering(tokenizer))
 
@@ -310,6 +316,8 @@ class LocalBackend:
     def require_dial(self, settings: Sequence[Setting]) -> None:
         """Refuse settings, a gate and a range for a plain model, which has no dial.
 
+        Exit policies are for plain models too.
+
         Args:
             settings: The settings that the user gave.
 
@@ -318,7 +326,7 @@ class LocalBackend:
         """
         if self.kind != "model":
             return
-        asked = [setting.id for setting in settings]
+        asked = [setting.id for setting in settings if not isinstance(setting.dial, Exit)]
         asked += ["a gate"] * (self._options.gate is not None)
         asked += ["--lambda-range"] * (self._options.lambda_range is not None)
         if asked:
@@ -425,8 +433,8 @@ class LocalBackend:
         settings = list(dict.fromkeys(request.setting for request in requests))
         if self.kind not in ("dial", "prompts"):
             return [[setting] for setting in settings]
-        alone = [[s] for s in settings if isinstance(s.dial, Adaptive | Route)]
-        together = [s for s in settings if not isinstance(s.dial, Adaptive | Route)]
+        alone = [[s] for s in settings if isinstance(s.dial, Policy)]
+        together = [s for s in settings if not isinstance(s.dial, Policy)]
         return [together, *alone] if together else alone
 
     def _blocks(self, requests: Sequence[Asked], settings: int) -> list[list[Asked]]:
@@ -451,6 +459,8 @@ class LocalBackend:
         more: dict[str, Any] = {}
         if self.kind in ("dial", "pair", "prompts"):
             more = {"lam": [dial for dial, _ in dials], "gate": options.gate}
+        elif self.kind == "model" and isinstance(block[0].setting.dial, Exit):
+            more = {"lam": [dial for dial, _ in dials]}
 
         responses = generate_responses(
             _OnePrefill(model, settings) if settings > 1 else model,

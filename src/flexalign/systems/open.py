@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from flexalign.data.logits import LogitsSettings
 from flexalign.errors import ConfigError
-from flexalign.lambdas import Setting
+from flexalign.lambdas import Exit, Setting
 from flexalign.models.names import known_name
 
 if TYPE_CHECKING:
@@ -263,10 +263,10 @@ class Answer:
         text: The response, with the opening thinking tag even if the prompt contains it.
         tokens: Tokens written, rejected ones included, without the one that ends it.
         thinking_tokens: Tokens between the thinking tags; None if not known.
-        rejected_tokens: Tokens of a fast answer that the policy rejected.
+        rejected_tokens: Tokens of fast or trial answers that the policy rejected.
         truncated: Whether the limit on tokens cut it off.
-        route: ``fast`` or ``slow``, under an adaptive or route policy.
-        confidence: Confidence of the fast answer, under an adaptive policy.
+        route: ``fast`` or ``slow``, under a policy that chooses; with exits, ``fast`` after one.
+        confidence: Confidence of the fast answer, or of the last trial answer.
     """
 
     text: str
@@ -344,6 +344,11 @@ def open_backend(
             raise ConfigError(
                 f"{system.name}: --engine vllm runs plain models (model:PATH) alone; leave it out, "
                 "or serve the dial and give url:http://…."
+            )
+        exits = [setting.id for setting in settings if isinstance(setting.dial, Exit)]
+        if exits:
+            raise ConfigError(
+                f"{exits[0]}: --engine vllm cannot close a thinking on trial; leave --engine out."
             )
         from flexalign.systems.vllm import VllmBackend
 

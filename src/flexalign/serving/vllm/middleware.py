@@ -29,7 +29,7 @@ from flexalign.data.template_arguments import require_read
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.generation.dial_config import DialConfig
-from flexalign.lambdas import Adaptive, Dial, Fixed, Route, Schedule, way_dial
+from flexalign.lambdas import Adaptive, Dial, Exit, Fixed, Route, Schedule, way_dial
 from flexalign.models.loading import load_tokenizer
 from flexalign.serving.dial import DIAL_KEYS, DialChoice, DialRules, adapter_rules, refuse_misspelt
 from flexalign.serving.errors import ApiError, Scope, send_error
@@ -392,6 +392,12 @@ def _refuse_unserved(body: dict[str, Any], dial: Dial | None) -> None:
     """Refuse what vLLM does not serve: with λ at all, or under a policy that chooses a way."""
     if body.get("use_beam_search"):
         raise _refused("use_beam_search", "vLLM's beam search takes no λ; leave it out.")
+    if isinstance(dial, Exit):
+        raise _refused(
+            "lambda",
+            "the exit policy is not served on vLLM, which cannot close a thinking on trial; start "
+            "the server with --engine local, or take an adaptive policy.",
+        )
     if not isinstance(dial, Adaptive | Route):
         return
 
