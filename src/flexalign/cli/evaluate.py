@@ -74,6 +74,16 @@ def evaluate(
             "interpolate:REF,ALIGNED or url:http://…; name= in front names it.",
         ),
     ] = None,
+    own: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--for",
+            metavar="NAME:KEY=VALUE",
+            help="Of one system alone, by its name: system=TEXT (a system message), thinking_budget, "
+            "end_of_thinking_bias, or an argument of its chat template, such as "
+            "enable_thinking=false; repeatable.",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder of the results, or of those to go on with."),
@@ -171,6 +181,10 @@ def evaluate(
     Example: [cyan]flexalign evaluate prompts:models/hybrid --aligned-prompt enable_thinking=false
     --task math500 --data DIR --lambda 0,0.5,1,1.5 -o out/prompts[/cyan]
 
+    Example: [cyan]flexalign evaluate plain=model:models/R1 brief=model:models/R1
+    cut=model:models/R1 --for brief:system='Think in few words.' --for cut:thinking_budget=2000
+    --task math500 --data DIR --baseline plain -o out/rivals[/cyan]
+
     Example: [cyan]flexalign evaluate --regrade -o out/sweep[/cyan]
     """
     if regrade:
@@ -188,7 +202,7 @@ def evaluate(
     from flexalign.data.prompting import parse_template
     from flexalign.systems import parse_systems
 
-    asked = parse_systems(systems)
+    asked = parse_systems(systems, own or [])
     two_prompts = read_prompt_pair(reference_prompt, aligned_prompt)
     settings = read_settings(lams, policy or [], read_efforts(effort, _only_adapter(effort, asked)))
     from flexalign.evaluation.sweep import plan_sweep
