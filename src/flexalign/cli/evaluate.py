@@ -70,7 +70,8 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="SYSTEM...",
-            help="model:PATH, dial:BASE,ADAPTER, pair:REF,ALIGNED, prompts:MODEL, "
+            help="model:PATH, dial:BASE,ADAPTER, lora:BASE,ADAPTER (any PEFT LoRA, scaled by λ), "
+            "pair:REF,ALIGNED, prompts:MODEL, "
             "interpolate:REF,ALIGNED or url:http://…; name= in front names it.",
         ),
     ] = None,

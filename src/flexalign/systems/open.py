@@ -1,7 +1,7 @@
 """Systems as users name them, and how they are opened.
 
-A :class:`System` names a model, a dial, a pair, one model under two prompts, weights between two
-models, or a server.
+A :class:`System` names a model, a dial, a scaled LoRA, a pair, one model under two prompts, weights
+between two models, or a server.
 :func:`open_backend` finds and checks its parts and returns the backend that answers for it; weights
 are loaded at the first answer.
 """
@@ -26,9 +26,17 @@ Messages: TypeAlias = list[dict[str, Any]] | str
 """A prompt: a conversation, or text that the model continues without a chat template."""
 
 _FORM = re.compile(
-    r"(?:(?P<name>[^:,]+)=)?(?P<kind>model|dial|pair|prompts|interpolate|url):(?P<rest>.+)"
+    r"(?:(?P<name>[^:,]+)=)?(?P<kind>model|dial|lora|pair|prompts|interpolate|url):(?P<rest>.+)"
 )
-_PARTS = {"model": 1, "dial": 2, "pair": 2, "prompts": 1, "interpolate": 2, "url": 1}
+_PARTS = {
+    "model": 1,
+    "dial": 2,
+    "lora": 2,
+    "pair": 2,
+    "prompts": 1,
+    "interpolate": 2,
+    "url": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class System:
 
     Attributes:
         name: Its name in results.
-        kind: ``model``, ``dial``, ``pair``, ``prompts``, ``interpolate`` or ``url``.
+        kind: ``model``, ``dial``, ``lora``, ``pair``, ``prompts``, ``interpolate`` or ``url``.
         parts: Its models, or its address.
         prompt: Its own system message, which a sweep puts into the questions, and its own arguments
             of the chat template.
@@ -118,8 +126,9 @@ def parse_system(text: str) -> System:
     match = _FORM.fullmatch(text.strip())
     if match is None:
         raise ConfigError(
-            f"{text!r} is no system; write model:PATH, dial:BASE,ADAPTER, pair:REF,ALIGNED, "
-            "prompts:MODEL, interpolate:REF,ALIGNED or url:http://…, with name= in front if you like"
+            f"{text!r} is no system; write model:PATH, dial:BASE,ADAPTER, lora:BASE,ADAPTER, "
+            "pair:REF,ALIGNED, prompts:MODEL, interpolate:REF,ALIGNED or url:http://…, with name= in "
+            "front if you like"
             + (f" (such as model:{text})." if ":" not in text else ".")
         )
     kind, rest = match["kind"], match["rest"]
