@@ -71,8 +71,19 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="SYSTEM...",
-            help="model:PATH, dial:BASE,ADAPTER, pair:REF,ALIGNED, prompts:MODEL, "
+            help="model:PATH, dial:BASE,ADAPTER, lora:BASE,ADAPTER (any PEFT LoRA, scaled by λ), "
+            "pair:REF,ALIGNED, prompts:MODEL, "
             "interpolate:REF,ALIGNED or url:http://…; name= in front names it.",
+        ),
+    ] = None,
+    own: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--for",
+            metavar="NAME:KEY=VALUE",
+            help="Of one system alone, by its name: system=TEXT (a system message), thinking_budget, "
+            "end_of_thinking_bias, or an argument of its chat template, such as "
+            "enable_thinking=false; repeatable.",
         ),
     ] = None,
     output: Annotated[
@@ -180,6 +191,10 @@ def evaluate(
     Example: [cyan]flexalign evaluate prompts:models/hybrid --aligned-prompt enable_thinking=false
     --task math500 --data DIR --lambda 0,0.5,1,1.5 -o out/prompts[/cyan]
 
+    Example: [cyan]flexalign evaluate plain=model:models/R1 brief=model:models/R1
+    cut=model:models/R1 --for brief:system='Think in few words.' --for cut:thinking_budget=2000
+    --task math500 --data DIR --baseline plain -o out/rivals[/cyan]
+
     Example: [cyan]flexalign evaluate --regrade -o out/sweep[/cyan]
     """
     if regrade:
@@ -197,7 +212,7 @@ def evaluate(
     from flexalign.data.prompting import parse_template
     from flexalign.systems import parse_systems
 
-    asked = parse_systems(systems)
+    asked = parse_systems(systems, own or [])
     two_prompts = read_prompt_pair(reference_prompt, aligned_prompt)
     settings = read_settings(lams, policy or [], read_efforts(effort, _only_adapter(effort, asked)))
     from flexalign.evaluation.sweep import plan_sweep

@@ -303,7 +303,13 @@ class Sweep:
 
     def cells(self, system: System) -> list[Cell]:
         """List all samples of one of the systems."""
-        return sweep_cells(self.tasks, self.settings_of(system), self.samples, self.seed)
+        cells = sweep_cells(self.tasks, self.settings_of(system), self.samples, self.seed)
+        if system.prompt.system is None:
+            return cells
+        return [
+            replace(cell, messages=_asked(system, cell.messages, number))
+            for number, cell in enumerate(cells, start=1)
+        ]
 
     @property
     def total(self) -> int:
@@ -315,8 +321,12 @@ class Sweep:
     def previews(self) -> list[tuple[str, str, str]]:
         """Render the first prompt of each task for each system: (system, task, prompt)."""
         return [
-            (name, task.name, backend.render(_first(task)))
-            for name, backend in self.backends.items()
+            (
+                system.name,
+                task.name,
+                self.backends[system.name].render(_asked(system, _first(task))),
+            )
+            for system in self.systems
             for task in self.tasks
         ]
 
@@ -362,6 +372,7 @@ class Sweep:
                 {
                     "name": system.name,
                     **self.backends[system.name].describe(),
+                    **({"own": system.own} if system.own else {}),
                     "settings": [
                         {"id": s.id, "lambda": s.lam, "policy": s.policy, "effort": s.effort}
                         for s in self.settings_of(system)
@@ -425,6 +436,12 @@ class Sweep:
 
 def _first(task: Task) -> Messages:
     return task.messages(task.questions[0])
+
+
+def _asked(system: System, messages: Messages, number: int = 1) -> Messages:
+    """Return a question as one of the systems is asked it: with the system message of its own."""
+    asked: Messages = system.prompt.with_system({"prompt": messages}, number)
+    return asked
 
 
 def _check_options(samples: int, options: SystemOptions) -> None:

@@ -1,4 +1,5 @@
-"""Systems on this machine: a model, a dial, a pair, two prompts, or weights between two models."""
+"""Systems on this machine: a model, a dial, a scaled LoRA, a pair, two prompts, or weights between
+two models."""
 
 import hashlib
 import json
@@ -43,7 +44,7 @@ from flexalign.models.pair import SIDES, ModelPair
 from flexalign.models.prompted import PairRendering, PromptPair, TwoPrompts, context_of
 from flexalign.models.sources import resolve, resolve_adapter
 from flexalign.models.weights import fingerprint_file
-from flexalign.systems.dials import load_dial, read_dial, require_gate
+from flexalign.systems.dials import load_dial, read_dial, read_scaled_lora, require_gate
 from flexalign.systems.open import (
     Answer,
     Asked,
@@ -174,11 +175,12 @@ class LocalBackend:
     runs at λ = 0 and at λ = 1.
 
     Attributes:
-        kind: ``model``, ``dial``, ``pair``, ``prompts`` or ``interpolate``.
+        kind: ``model``, ``dial``, ``pair``, ``prompts`` or ``interpolate``. A scaled LoRA is a
+            ``dial``.
         config: The dial's configuration; None if it is not a dial.
         default: The setting that is used if none is given.
-        permitted: The least and the largest λ that may be used; None for a pair without a range,
-            which takes any λ ≥ 0.
+        permitted: The least and the largest λ that may be used; None for a pair or a scaled LoRA
+            without a range, which takes any λ ≥ 0.
         text: Writes its prompts and reads its responses.
     """
 
@@ -205,7 +207,8 @@ class LocalBackend:
             LambdaError: If a λ is outside the range that is permitted.
             PairMismatchError: If two models are read by id, and more than names differs.
         """
-        self.kind = system.kind
+        self._system = system
+        self.kind = "dial" if system.kind == "lora" else system.kind
         self._parts, self._options = list(system.parts), options or SystemOptions()
         self._trust_remote_code = trust_remote_code
         if self.kind != "dial" and self._options.any_base:
@@ -221,10 +224,13 @@ class LocalBackend:
         self.config: DialConfig | None = None
         if self.kind == "dial":
             self._adapter = _adapter_folder(self._parts[1])
-            self.config = read_dial(self._adapter)
+            is_scaled = system.kind == "lora"
+            read = read_scaled_lora if is_scaled else read_dial
+            self.config = read(self._adapter)
             require_gate(self.config, self._options.gate)
             self.default = Setting.of(Fixed(self.config.default_lambda))
-            self.permitted = self.permitted or self.config.lambda_range
+            if not is_scaled:
+                self.permitted = self.permitted or self.config.lambda_range
 
         if self.kind != "model":
             self.require_range(settings)
@@ -348,7 +354,7 @@ class LocalBackend:
         template = str(self.text.tokenizer.chat_template)
         prompts = self._options.prompts if self.kind == "prompts" else None
         return {
-            "kind": self.kind,
+            "kind": self._system.kind,
             "parts": parts,
             "dtype": self._options.dtype,
             "thinking_tags": [tags.open, tags.close],
