@@ -466,11 +466,12 @@ def _preview(
         )
     asked = None if lambdas is None else [one.lam for one in parse_lambdas(lambdas)]
     from flexalign.analysis.preview import PREVIEW_LAMBDAS, open_preview, preview, write_preview
-    from flexalign.cli.console import quieten_libraries
+    from flexalign.cli.console import quieten_libraries, warnings_as_notes
     from flexalign.systems import parse_system
 
     quieten_libraries()
-    model, rows = open_preview(parse_system(system), traces, prompts, limit=limit, by_id=by_id)
+    with warnings_as_notes():
+        model, rows = open_preview(parse_system(system), traces, prompts, limit=limit, by_id=by_id)
     with progress_bar("reading with both models", len(rows)) as show:
         found = preview(
             model,

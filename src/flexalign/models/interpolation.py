@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from flexalign._storage import replacing, write_json
 from flexalign.errors import ConfigError, LambdaError, PairMismatchError
@@ -174,7 +175,7 @@ def interpolate(
         configs = [load_config(Source(str(folder), folder)) for folder in (first, second)]
         lengths = _require_one_meaning(configs, names)
         widths = _widths(configs)
-        renamed, extra = _compare_tokenizers(first, second, widths, names, by_id=by_id)
+        renamed, extra = _compare_tokenizers((first, second), widths, names, by_id=by_id)
         tensors = [tensor_infos(folder) for folder in (first, second)]
         pairs, untied = _paired(tensors, configs, names)
         _require_shapes(pairs, widths, names)
@@ -277,12 +278,7 @@ def _widths(configs: Sequence[Any]) -> tuple[int, int] | None:
 
 
 def _compare_tokenizers(
-    reference: Path,
-    aligned: Path,
-    widths: tuple[int, int] | None,
-    names: str,
-    *,
-    by_id: bool,
+    folders: Sequence[Path], widths: tuple[int, int] | None, names: str, *, by_id: bool
 ) -> tuple[tuple[RenamedToken, ...], tuple[str, ...]]:
     """Check that no id is of two tokens.
 
@@ -292,20 +288,41 @@ def _compare_tokenizers(
     Returns:
         The special tokens that are read by id, and the tokens that one of the two has alone.
     """
-    sources = [Source(str(folder), folder) for folder in (reference, aligned)]
+    sources = [Source(str(folder), folder) for folder in folders]
     if widths is None and not all(map(has_tokenizer, sources)):
         return (), ()
     one, other = map(load_tokenizer, sources)
-    problem = compare_tokens(one, other, by_id=by_id)
-    if problem is None:
-        return renamed_tokens(one, other), ()
+    problem, extra = compare_rows(one, other, by_id=by_id)
+    if problem is not None:
+        raise PairMismatchError(f"{names} do not fit: {problem}")
+    return renamed_tokens(one, other) if by_id else (), extra
 
-    ids, others = one.get_vocab(), other.get_vocab()
+
+def compare_rows(
+    reference: PreTrainedTokenizerBase, aligned: PreTrainedTokenizerBase, *, by_id: bool = False
+) -> tuple[str | None, tuple[str, ...]]:
+    """Compare what the rows of two embeddings are of.
+
+    Unlike logits, rows can be interpolated where one tokenizer has tokens that the other has not,
+    as long as no id is of two tokens.
+
+    Args:
+        reference: The reference's tokenizer.
+        aligned: The aligned model's.
+        by_id: As in `interpolate`.
+
+    Returns:
+        How they do not fit, None if they do; and the tokens that one of the two has alone.
+    """
+    problem = compare_tokens(reference, aligned, by_id=by_id)
+    if problem is None:
+        return None, ()
+    ids, others = reference.get_vocab(), aligned.get_vocab()
     alone = [name for name, _ in sorted(ids.items() ^ others.items(), key=lambda item: item[1])]
     shared = set(ids.values()) & set(others.values())
     if any((ids | others)[name] in shared for name in alone):
-        raise PairMismatchError(f"{names} do not fit: {problem}")
-    return (), tuple(alone)
+        return problem, ()
+    return None, tuple(alone)
 
 
 def _paired(

@@ -38,8 +38,14 @@ from flexalign.lambdas import (
 )
 from flexalign.models.compatibility import RenamedToken, compare_tokens, renamed_tokens
 from flexalign.models.hub import fetch_weights, note_weights
-from flexalign.models.interpolation import interpolate
-from flexalign.models.loading import known_fingerprint, load_config, load_model, load_tokenizer
+from flexalign.models.interpolation import compare_rows, interpolate
+from flexalign.models.loading import (
+    has_tokenizer,
+    known_fingerprint,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from flexalign.models.pair import SIDES, ModelPair
 from flexalign.models.prompted import PairRendering, PromptPair, TwoPrompts, context_of
 from flexalign.models.sources import resolve, resolve_adapter
@@ -205,7 +211,7 @@ class LocalBackend:
                 token is not in the vocabulary, or the thinking is limited and has no tags.
             CheckpointError: If an adapter's folder is damaged.
             LambdaError: If a λ is outside the range that is permitted.
-            PairMismatchError: If two models are read by id, and more than names differs.
+            PairMismatchError: If a token id of two models is of two tokens.
         """
         self._system = system
         self.kind = "dial" if system.kind == "lora" else system.kind
@@ -236,7 +242,7 @@ class LocalBackend:
             self.require_range(settings)
         tokenizer = load_tokenizer(self._sources[0], trust_remote_code=trust_remote_code)
         self._options.logits.require_tokens(len(tokenizer))
-        self._renamed = self._read_by_id(tokenizer) if self._options.by_id else ()
+        self._renamed = self._compare_tokens(tokenizer) if system.has_two_models else ()
         if self.config is not None:
             self.config.bind(tokenizer)
         if self._options.template:
@@ -251,16 +257,19 @@ class LocalBackend:
         if self.kind == "prompts":
             self.text = TwoPromptText(self._prompt_rendering(tokenizer))
 
-    def _read_by_id(self, tokenizer: Any) -> tuple[RenamedToken, ...]:
-        """Check that the two models' tokens differ in names alone, and return those that do."""
-        aligned = self._sources[1]
-        if aligned.is_adapter:
-            return ()  # on the reference, and checked when it is loaded
+    def _compare_tokens(self, tokenizer: Any) -> tuple[RenamedToken, ...]:
+        """Compare the tokens of two models before weights are loaded; return those read by id."""
+        aligned, by_id = self._sources[1], self._options.by_id
+        if not has_tokenizer(aligned):
+            return ()  # an adapter has the reference's; anything else is refused where it is loaded
         other = load_tokenizer(aligned, trust_remote_code=self._trust_remote_code)
-        problem = compare_tokens(tokenizer, other, by_id=True)
+        if self.kind == "interpolate":
+            problem, _ = compare_rows(tokenizer, other, by_id=by_id)
+        else:
+            problem = compare_tokens(tokenizer, other, by_id=by_id)
         if problem is not None:
             raise PairMismatchError(f"{' and '.join(self._parts)} do not fit: {problem}")
-        return renamed_tokens(tokenizer, other)
+        return renamed_tokens(tokenizer, other) if by_id else ()
 
     def _prompt_rendering(self, tokenizer: Any) -> PairRendering:
         """Check both prompts against the model's template and context, and return them bound."""
