@@ -131,20 +131,14 @@ def answer_soft(where: str, budget: int, work: Path, options: dict[str, Any]) ->
     return _answered(f"soft budget, {where}", name, model, tokenizer, questions, lam=schedule)
 
 
-def answer_hard(budget: int, slow: Found, options: dict[str, Any]) -> Found:
-    """A hard cut: the slow mode's thinking, stopped after so many tokens by ``</think>``."""
-    from flexalign.miniature.demo import judge, load_pair
+def answer_hard(budget: int, options: dict[str, Any]) -> Found:
+    """A hard budget: the slow mode's thinking, closed after so many tokens."""
+    from flexalign.data import LogitsSettings
 
-    reference, _, tokenizer = load_pair()
-    questions = questions_of(options, QUESTION_SEED)
-    traces = [list(trace) for trace in slow["traces"]]
-    # <think> is no token of the budget; a trace that closes in time is left as it is.
-    late = [i for i, trace in enumerate(traces) if "</think>" not in trace[: budget + 2]]
-    kept = {i: [*traces[i][: budget + 1], "</think>"] for i in late}
-    prompts = [" ".join(["<bos>", questions[i].text, *kept[i]]) for i in late]
-    for i, written in zip(late, _written(reference, tokenizer, prompts), strict=True):
-        traces[i] = kept[i] + written
-    return {"system": "hard cut", "setting": f"N={budget}", "answers": judge(questions, traces)}
+    model, tokenizer, questions = _dial("miniature:fast", options, QUESTION_SEED)
+    limits = LogitsSettings(thinking_budget=budget)
+    name = f"N={budget}"
+    return _answered("hard cut", name, model, tokenizer, questions, lam=0.0, logits=limits)
 
 
 def answer_exit(where: str, threshold: float, options: dict[str, Any]) -> Found:
@@ -247,13 +241,3 @@ def _answered(
     )
     answers = judge(questions, traces)
     return {"system": system, "setting": setting, "answers": answers, "traces": traces}
-
-
-def _written(model: Any, tokenizer: Any, prompts: list[str]) -> list[list[str]]:
-    """What a model writes after prompts that end in the middle of a response."""
-    from flexalign.generation.responses import generate_responses
-
-    responses = generate_responses(
-        model, tokenizer, prompts, max_new_tokens=20, temperature=1.0, batch_size=128, seed=2
-    )
-    return [response.text.split() for response in responses]

@@ -133,6 +133,7 @@ def plan(options: dict[str, Any], adapters: Path) -> dict[str, tuple[Any, ...]]:
     }
     for kind, lams in (("two models", PAIR_LAMBDAS), ("weights", PAIR_LAMBDAS), ("TrRa", (2.0,))):
         jobs |= {f"{kind} {lam:g}": (answer_pair, kind, lam, options) for lam in lams}
+    jobs |= {f"hard {n}": (answer_hard, n, options) for n in BUDGETS}
     jobs |= {f"fast {lam:g}": (answer_fast, lam, options, QUESTION_SEED) for lam in FAST_LAMBDAS}
     jobs |= exit_jobs(options)
     jobs |= {
@@ -233,10 +234,6 @@ def measure_all(options: dict[str, Any], work: Path, workers: int) -> dict[str, 
             if name not in needs_concise
         }
         trained = [pool.submit(train_concise, m, f, options) for m, f in folders.items()]
-        slow = results["slow"].result()
-        for n in BUDGETS:
-            name = f"hard {n}"
-            results[name] = pool.submit(kept, work / f"{name}.json", answer_hard, n, slow, options)
         for one in trained:
             one.result()
         results |= {

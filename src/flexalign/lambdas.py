@@ -1002,8 +1002,8 @@ def ends_alone(permitted: OnlyEnds, whose: str, permit: str) -> str:
     low, high = permitted
     return (
         f"{whose} is a plain LoRA, trained at one strength, which has λ = {low:g} and {high:g} alone; "
-        f"train one for a range of λ (flexalign realign --lambda 0:5 with lora), or, if you mean it, "
-        f"{permit}."
+        f"train one for a range of λ (flexalign realign --lambda 0:5 with lora), measure it scaled as "
+        f"lora:BASE,ADAPTER in flexalign evaluate, or, if you mean it, {permit}."
     )
 
 

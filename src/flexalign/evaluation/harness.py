@@ -76,6 +76,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         policy: Any = None,
         gate: float | None = None,
         extrapolate: bool = False,
+        by_id: bool = False,
         device: str | None = None,
         dtype: str = "auto",
         parallelize: bool = False,
@@ -101,6 +102,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
                 set λ of responses; log-likelihoods need one number.
             gate: As in :func:`flexalign.fusion.fuse`.
             extrapolate: Permit a λ outside the adapter's range, or below 0 for a pair.
+            by_id: Take special tokens of a pair for the same where only their names differ.
             device: The model's device; a GPU if there is one.
             dtype: The type of the weights; ``"auto"`` for the stored type.
             parallelize: Distribute the weights over all GPUs.
@@ -126,7 +128,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
 
         backend = LocalBackend(
             System.of(pretrained, adapter, aligned, prompts),
-            options=SystemOptions(dtype=dtype, gate=gate, prompts=prompts),
+            options=SystemOptions(dtype=dtype, gate=gate, prompts=prompts, by_id=by_id),
             trust_remote_code=trust_remote_code,
         )
         setting = setting or backend.default

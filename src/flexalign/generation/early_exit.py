@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from flexalign.data.thinking import ThinkingTags, text_after_closing
+from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError
 from flexalign.generation.adaptive import PromptBatch, with_settings, write_fast_answers
 from flexalign.generation.confidence import RowTracker
@@ -28,6 +28,7 @@ from flexalign.generation.interface import DialModel
 from flexalign.generation.penalties import RowPenalties
 from flexalign.generation.seeded import SeededSampling
 from flexalign.generation.text import ResponseText, StreamedText
+from flexalign.generation.thinking_limits import closing_ids
 from flexalign.lambdas import Dial, Exit, Way, way_dial
 
 if TYPE_CHECKING:
@@ -73,13 +74,7 @@ class ExitTokens:
                 "an exit policy closes the thinking, and neither the chat template nor the "
                 "vocabulary of this model shows tags around one; take an adaptive policy."
             )
-        text = found.close + text_after_closing(tokenizer, found)
-        tag, whole = (
-            tuple(int(token) for token in tokenizer(one, add_special_tokens=False)["input_ids"])
-            for one in (found.close, text)
-        )
-        after = whole[len(tag) :] if whole[: len(tag)] == tag else ()
-        return cls(ResponseText(tokenizer, found), tag, after)
+        return cls(ResponseText(tokenizer, found), *closing_ids(tokenizer, found))
 
     @property
     def closing(self) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from flexalign._modes import evaluating
@@ -24,8 +24,9 @@ from flexalign.generation.policies import chooses_stream
 from flexalign.generation.row_lambdas import read_dials
 from flexalign.generation.seeded import SeededSampling
 from flexalign.generation.text import ResponseText
+from flexalign.generation.thinking_limits import ClosingTokens
 from flexalign.generation.two_prompts import padded_prompts
-from flexalign.lambdas import Dial, Exit, Fixed, Way
+from flexalign.lambdas import Dial, Exit, Fixed, Way, thinking_lambda
 from flexalign.models.prompted import TwoPrompts
 
 
@@ -86,7 +87,7 @@ def generate_responses(
         max_new_tokens: Tokens after which a response is cut off.
         temperature: 0 is greedy.
         top_p: Probability mass sampled from, 0 < top_p ≤ 1.
-        logits: Limits on tokens, penalties and biases; None for none.
+        logits: Limits on tokens and on the thinking, penalties and biases; None for none.
         batch_size: Responses generated together.
         seed: Seed of all sampling.
         seeds: One seed per prompt, instead of ``seed``; see
@@ -100,8 +101,9 @@ def generate_responses(
         One response per prompt, in their order.
 
     Raises:
-        ConfigError: If a setting is out of its range, a biased token is not in the vocabulary, or
-            there are not as many seeds as prompts.
+        ConfigError: If a setting is out of its range, a biased token is not in the vocabulary, the
+            thinking is limited and the model shows no thinking tags, or there are not as many seeds
+            as prompts.
         DataError: If a prompt is empty, or is a conversation and there is no chat template.
         LambdaError: If ``lam`` has another length than the prompts.
     """
@@ -112,10 +114,17 @@ def generate_responses(
 
     logits = logits or LogitsSettings()
     logits.require_tokens(len(tokenizer))
+    closing = None
+    if logits.limits_thinking:
+        closing = ClosingTokens.of(tokenizer, getattr(model, "thinking_tags", None))
 
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     dials = _read_dials(generate_kwargs, len(prompts))
-    if isinstance(dials, list) and not isinstance(model, DialModel):
+    if (
+        isinstance(dials, list)
+        and isinstance(model, nn.Module)
+        and not isinstance(model, DialModel)
+    ):
         model = _with_one_stream(model, tokenizer, dials)
     if temperature > 0 and not is_seeded:
         # With seeds, the logits processor applies them.
@@ -152,7 +161,8 @@ def generate_responses(
             if logits.has_penalties:
                 lengths = torch.tensor([_prompt_length(encoded[i]) for i in batch])
                 width = inputs["input_ids"].shape[1]
-                processors.append(RowPenalties(logits, lengths, width))
+                opened = [_is_opened(encoded[i], dials, i) for i in batch]
+                processors.append(RowPenalties(logits, lengths, width, closing, opened))
             if is_seeded and seeds is not None:
                 own_seeds = [seeds[i] for i in batch]
                 token_limits = (logits.top_k, logits.min_p)
@@ -332,6 +342,16 @@ def _length(prompt: list[int] | TwoPrompts) -> int:
 def _prompt_length(prompt: list[int] | TwoPrompts) -> int:
     """Return the tokens of a prompt that ``generate`` continues; of two, those of the reference's."""
     return len(prompt.reference.ids if isinstance(prompt, TwoPrompts) else prompt)
+
+
+def _is_opened(
+    prompt: list[int] | TwoPrompts, dials: list[Dial] | Tensor | None, index: int
+) -> bool | None:
+    """Return whether the thinking is open at the end of two prompts; None for one prompt."""
+    if not isinstance(prompt, TwoPrompts):
+        return None
+    dial = dials[index] if isinstance(dials, list) else None
+    return prompt.opens_at(thinking_lambda(dial))
 
 
 def _padded(

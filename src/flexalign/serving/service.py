@@ -116,6 +116,12 @@ class Service:
             self.engine.check(choice.dial)
         except ConfigError as error:
             raise ApiError(400, f"lambda: {error}", param="lambda", code="invalid_dial") from error
+        try:
+            self.engine.check_thinking(sampling.logits)
+        except ConfigError as error:
+            limits = sampling.logits
+            name = "end_of_thinking_bias" if limits.thinking_budget is None else "thinking_budget"
+            raise ApiError(400, str(error), param=name) from error
 
         # Templates and tokenizers take milliseconds; a thread keeps the event loop free.
         if isinstance(request, ChatRequest):

@@ -24,8 +24,10 @@ class EndpointBackend:
         """Check the options; the server is not called before the first sample.
 
         Raises:
-            ConfigError: If the address is not a URL, or the tokenizer does not exist.
+            ConfigError: If the address is not a URL, the tokenizer does not exist, or the thinking is
+                limited, which not every server can do.
         """
+        options.logits.refuse_thinking_limits("a server")
         self._url, self._options = url, options
         self._tokenizer: Any = None
         if options.tokenizer is not None:

@@ -285,7 +285,10 @@ class _SampledModel:
             if options.prompts is not None:
                 self.source["prompts"] = options.prompts.to_json()
             else:
-                self.source["beside"] = backend.describe()["parts"][1]
+                described = backend.describe()
+                self.source["beside"] = described["parts"][1]
+                if "renamed" in described:
+                    self.source["renamed"] = described["renamed"]
             self.source["lambda"] = dial.to_json()
         self.rendering: dict[str, Any] | None = sampling_record(self._tokenizer)
 

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from flexalign._modes import evaluating
+from flexalign.data.logits import LogitsSettings
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, ServingError
 from flexalign.generation.early_exit import ExitTokens, require_marker
 from flexalign.generation.row_lambdas import RowDials, TagTokens
 from flexalign.generation.text import ResponseText
+from flexalign.generation.thinking_limits import ClosingTokens
 from flexalign.lambdas import Adaptive, Dial, Exit, Fixed, Schedule
 from flexalign.serving.engine.batch import Batch, Runner, next_tokens
 from flexalign.serving.engine.grammar import GrammarCompiler
@@ -90,13 +92,16 @@ class Engine:
         """
         self._runner = runner
         self._limits = limits or EngineLimits()
-        self._tag_error = self._exit_error = ""
+        self._tag_error = self._closing_error = self._exit_error = ""
         # A model with an adapter has its calibrated threshold.
         threshold = getattr(runner.model, "threshold", Adaptive.resolved_threshold)
         reader = ResponseText(tokenizer, tags)
         tag_tokens = self._find_tags(tokenizer, tags)
+        closing = self._find_closing(tokenizer, tags)
         exits = self._find_exits(tokenizer, getattr(runner.model, "thinking_tags", None))
-        self._settings = DecodingSettings(reader, frozenset(ends), tag_tokens, threshold, exits)
+        self._settings = DecodingSettings(
+            reader, frozenset(ends), tag_tokens, threshold, closing, exits
+        )
         self.grammars = GrammarCompiler(tokenizer, tag_tokens, ends)
         self._pad = tokenizer.pad_token_id or 0
 
@@ -166,6 +171,15 @@ class Engine:
         if isinstance(dial, Schedule) and dial.follows_thinking and self._settings.tags is None:
             raise ConfigError(self._tag_error)
 
+    def check_thinking(self, logits: LogitsSettings) -> None:
+        """Refuse limits on the thinking that cannot be applied.
+
+        Raises:
+            ConfigError: If the thinking's end is not found in token ids.
+        """
+        if logits.limits_thinking and self._settings.closing is None:
+            raise ConfigError(self._closing_error)
+
     def has_room(self, jobs: int) -> bool:
         """Whether the queue has room for this many more jobs."""
         return self.waiting + jobs <= self._limits.queue
@@ -189,6 +203,13 @@ class Engine:
             return TagTokens(tokenizer, tags)
         except ConfigError as error:
             self._tag_error = str(error)  # raised by `check`, for a dial that needs the tags
+            return None
+
+    def _find_closing(self, tokenizer: Any, tags: ThinkingTags) -> ClosingTokens | None:
+        try:
+            return ClosingTokens.of(tokenizer, tags)
+        except ConfigError as error:
+            self._closing_error = str(error)  # raised by `check_thinking`
             return None
 
     def _find_exits(self, tokenizer: Any, tags: ThinkingTags | None) -> ExitTokens | None:
@@ -376,10 +397,11 @@ class Engine:
 
     def _read_again(self, sequence: AnswerSequence) -> None:
         """Prefill a sequence so far at the λ of its trial answer, and add it to the batch."""
-        ids = sequence.ids[:-1]
-        tokens, mask = self._stacked([[ids]], [[[1] * len(ids)]])
-        row, dials = torch.tensor([0]), RowDials.following([sequence.dial])
-        cache = self._runner.prefill(tokens, mask, [(row, dials)])
+        written = sequence.ids[:-1]
+        ids, mask = self._stacked([[written]], [[[1] * len(written)]])
+        row = torch.tensor([0])
+        dials = RowDials.following([sequence.dial])
+        cache = self._runner.prefill(ids, mask, [(row, dials)])
         self._batch.add([sequence], self._runner.fork(cache, row, dials), mask)
 
     def _stacked(self, *values: list[list[list[int]]]) -> list[Tensor]:

@@ -6,7 +6,7 @@ delivers text as soon as it is final; a :class:`StoppedText` decides that.
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,8 @@ from flexalign.generation.early_exit import ExitTokens, ThinkingParts
 from flexalign.generation.penalties import logits_processors
 from flexalign.generation.row_lambdas import TagTokens
 from flexalign.generation.seeded import SeededSampling
-from flexalign.generation.text import ResponseText, StreamedText, overlap
+from flexalign.generation.text import ResponseText, StopSearch, StreamedText
+from flexalign.generation.thinking_limits import ClosingTokens
 from flexalign.lambdas import Adaptive, Exit, Fixed, Policy, Route, Schedule, Way, way_dial
 from flexalign.serving.engine.grammar import GrammarState
 from flexalign.serving.engine.jobs import AnswerPiece, Ended, Finish, Generation, WrittenToken
@@ -38,6 +39,7 @@ class DecodingSettings:
         ends: Tokens that end an answer.
         tags: The thinking tags' tokens, or None if they are not single tokens.
         threshold: The least confidence that an adaptive policy accepts.
+        closing: The tokens that close the thinking, or None if they are not found.
         exits: What exits need of the tokenizer, or None if it shows no thinking tags.
     """
 
@@ -45,6 +47,7 @@ class DecodingSettings:
     ends: frozenset[int]
     tags: TagTokens | None
     threshold: Callable[[Adaptive], float]
+    closing: ClosingTokens | None = None
     exits: ExitTokens | None = None
 
 
@@ -335,7 +338,11 @@ class AnswerSequence:
         if self._exit is not None and self._settings.exits is not None:
             own = self._settings.exits.reader
             self._parts = ThinkingParts(own, self._exit.marker, opened=opened)
-        self._penalties = logits_processors(job.logits, len(job.prompt))
+        closing = self._settings.closing
+        if closing is not None and job.grammar is not None:
+            # The answer follows the grammar from the closing tag on.
+            closing = replace(closing, after=())
+        self._penalties = logits_processors(job.logits, len(job.prompt), closing, opened=opened)
         self._grammar = None if job.grammar is None else job.grammar.begin(opened=opened)
         self._sampling = None
         if job.temperature != 0 and self._fast is None:
@@ -376,14 +383,7 @@ def _written_token(token: int, logits: Tensor, alternatives: int | None) -> Writ
 
 
 class StoppedText:
-    """Decodes tokens to text, piece by piece, up to the first stop text after the thinking.
-
-    Text that may be the beginning of a stop text is held back until it is clear that it is not, so that
-    no text is returned that a later token could remove.
-
-    Attributes:
-        has_stopped: Whether a stop text was found.
-    """
+    """Decodes tokens to text, piece by piece, up to the first stop text after the thinking."""
 
     def __init__(
         self,
@@ -402,52 +402,26 @@ class StoppedText:
                 none.
             opened: Whether the prompt has opened the thinking.
         """
-        self.has_stopped = False
         self._text = StreamedText(reader)
-        self._stops = stops
-        self._tags = tags
-        self._is_thinking = opened and tags is not None
-        self._held = ""
+        self._search = StopSearch(stops, tags, opened=opened)
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether a stop text was found."""
+        return self._search.found is not None
 
     def copy(self) -> "StoppedText":
         """Return the same answer so far, to be continued in another way."""
         other = copy.copy(self)
-        other.__dict__.update(_text=self._text.copy())
+        other.__dict__.update(_text=self._text.copy(), _search=copy.copy(self._search))
         return other
 
     def put(self, token: int) -> str:
         """Add the next token; return the text that has become final."""
-        return self._until_stop(self._text.put(token))
+        return self._search.put(self._text.put(token))
 
     def end(self) -> str:
         """Return the text that was held back; no token follows."""
         if self.has_stopped:
             return ""
-        text = self._until_stop(self._text.end()) + self._held
-        self._held = ""
-        return text
-
-    def _until_stop(self, new: str) -> str:
-        if not self._stops:
-            return new
-        text, self._held = self._held + new, ""
-        final = ""
-
-        while text:
-            marks = [self._tags.close] if self._tags and self._is_thinking else list(self._stops)
-            if self._tags and not self._is_thinking:
-                marks.append(self._tags.open)
-            found = [(place, mark) for mark in marks if (place := text.find(mark)) >= 0]
-            if not found:
-                # The end of the text may be the beginning of a mark.
-                longest = max(overlap(text, mark) for mark in marks)
-                self._held = text[len(text) - longest :]
-                return final + text[: len(text) - longest]
-
-            place, mark = min(found)
-            if not self._is_thinking and mark in self._stops:
-                self.has_stopped = True
-                return final + text[:place]
-            final, text = final + text[: place + len(mark)], text[place + len(mark) :]
-            self._is_thinking = not self._is_thinking
-        return final
+        return self._search.put(self._text.end()) + self._search.end()

@@ -52,6 +52,7 @@ from flexalign.serving.vllm.adaptive import StreamedFastAnswer, fast_body, join_
 from flexalign.serving.vllm.folder import prepared_dial
 from flexalign.serving.vllm.lambdas import LAMBDA_KEY
 from flexalign.serving.vllm.responses import ResponseRewriter, ThinkingReader, are_ids
+from flexalign.serving.vllm.stops import STOPS_KEY, are_stops_installed, with_stops
 
 if TYPE_CHECKING:
     from flexalign.serving.metrics import DialMetrics
@@ -269,6 +270,11 @@ class VllmDialMiddleware(DialMiddleware):
         if self._reader.has_special_tags:
             body = {"skip_special_tokens": False} | body
 
+        # A client that hides the tags leaves the stop texts to vLLM, which then sees one text.
+        hides_tags = self._reader.has_special_tags and bool(body.get("skip_special_tokens"))
+        if is_chat and not hides_tags and are_stops_installed():
+            body = with_stops(body, _EXTRAS, self._reader.tags)
+
         dial = choice.dial
         if isinstance(dial, Route):
             dial = _drawn(dial, body.get("seed"), choice)
@@ -328,6 +334,13 @@ def refuse_engine_lambda(body: dict[str, Any]) -> None:
     sampling = body.get("sampling_params")
     extra_args = sampling.get("extra_args") if isinstance(sampling, dict) else None
     for extras in (body.get(_EXTRAS), extra_args):
+        if isinstance(extras, dict) and STOPS_KEY in extras:
+            raise ApiError(
+                400,
+                f"{_EXTRAS} may not hold {STOPS_KEY!r}, which is the server's; say stop itself.",
+                param=_EXTRAS,
+                code="invalid_value",
+            )
         if isinstance(extras, dict) and LAMBDA_KEY in extras:
             raise ApiError(
                 400,
