@@ -163,8 +163,10 @@ def check_exit_options(model: DialModel, options: dict[str, Any]) -> None:
             )
     if (model.generation_option("num_beams", options) or 1) > 1:
         raise ConfigError("num_beams is not available with an exit policy; leave it out.")
-    if _limit(model, options) is None:
-        raise ConfigError("an exit policy needs max_new_tokens, or max_length; give one.")
+    if (_limit(model, options) or 0) < 1:
+        raise ConfigError(
+            "an exit policy needs max_new_tokens, or a max_length above that of the prompts; give one."
+        )
 
 
 class ExitResponse(NamedTuple):
