@@ -236,7 +236,9 @@ class GGUFExport:
             self._announce(writer, "rope_freqs.weight", tuple(factors.shape), "f32")
 
         with replacing(self.modelfile) as beside, replacing(self.output) as partial:
-            text = modelfile(self.output.name, self.tokenizer, self.stops, self.vocabulary.begins)
+            text = modelfile(
+                self.output.name, self.tokenizer, self.stops, adds_bos=self.vocabulary.begins
+            )
             try:
                 writer.write_header_to_file(partial)
                 writer.write_kv_data_to_file()
