@@ -308,6 +308,7 @@ class GGUFExport:
 
         metadata = gguf.Metadata.load(model_path=self.source.path, total_params=total)
         metadata.name = metadata.name or self.output.stem
+        metadata.size_label = metadata.size_label or gguf.size_label(total, 0, 0, 0)
         writer.add_type(gguf.GGUFType.MODEL)
         metadata.set_gguf_meta_model(writer)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
