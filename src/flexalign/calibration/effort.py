@@ -519,7 +519,8 @@ def is_packaged(folder: Path) -> bool:
 
 
 def copy_adapter(source: Path, target: Path) -> None:
-    """Copy an adapter's files to a folder that may be written to."""
+    """Copy an adapter's files, and its card, to a folder that may be written to."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in dial_files(read_dial(source), source):
+    card = ["README.md"] if (source / "README.md").is_file() else []
+    for name in [*dial_files(read_dial(source), source), *card]:
         shutil.copyfile(source / name, target / name)

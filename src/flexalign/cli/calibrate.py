@@ -23,13 +23,21 @@ from flexalign.cli.options import (
     Columns,
     Data,
     Dtype,
+    FrequencyPenalty,
     Instruction,
+    MinP,
+    PresencePenalty,
+    Private,
+    PushTo,
+    RepetitionPenalty,
     TaskMaxNewTokens,
     TaskTemperature,
     TaskTopP,
+    TopK,
     Workers,
     read_range,
 )
+from flexalign.cli.training import planned_push
 
 if TYPE_CHECKING:
     from flexalign.calibration import Calibration
@@ -79,6 +87,11 @@ def calibrate(
     ] = 0.02,
     temperature: TaskTemperature = None,
     top_p: TaskTopP = None,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
     max_new_tokens: TaskMaxNewTokens = None,
     batch_size: BatchSize = 32,
     dtype: Dtype = "auto",
@@ -92,6 +105,8 @@ def calibrate(
         Path | None,
         typer.Option(help="Write a calibrated copy of the adapter here; the adapter stays as is."),
     ] = None,
+    push: PushTo = None,
+    private: Private = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check all and say what it costs; sample nothing.")
     ] = False,
@@ -121,6 +136,7 @@ def calibrate(
     with 300 questions, and 5 % with 1500.
     """
     widened = read_range(lambda_range)
+    target = planned_push(push, private=private)
     from flexalign.calibration.calibrate import plan_calibration
     from flexalign.calibration.fitting import describe_loss
     from flexalign.data.columns import parse_columns
@@ -150,6 +166,11 @@ def calibrate(
             seed=seed,
             temperature=temperature,
             top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             dtype=dtype,
@@ -157,8 +178,12 @@ def calibrate(
     say_instruction(instruction, [asked])
     if dry_run:
         _preview(plan, as_json)
+        if target is not None:
+            note(f"would upload {plan.target} to {target.repo} at the end.")
         return
 
+    if target is not None:
+        target.create()
     calibration = _run(plan, output, workers)
     written = plan.store(calibration)
     if as_json:
@@ -176,6 +201,8 @@ def calibrate(
     loss = describe_loss(calibration)
     if loss is not None:
         console.print(f"[yellow]warning:[/yellow] {escape(loss)}", soft_wrap=True)
+    if target is not None:
+        console.print(f"uploaded: {target.upload(written)}", soft_wrap=True, markup=False)
 
 
 def _preview(plan: "CalibrationPlan", as_json: bool) -> None:

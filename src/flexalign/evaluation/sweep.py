@@ -42,6 +42,7 @@ from flexalign.systems import (
     open_backend,
     parse_systems,
 )
+from flexalign.systems.open import require_two_models
 
 _SHOWN = 5
 """The most lost samples that a message names."""
@@ -258,6 +259,8 @@ class Sweep:
             raise ConfigError(
                 "--reference-prompt and --aligned-prompt are about a system prompts:MODEL; name one."
             )
+        if self.options.by_id:
+            require_two_models(self.systems)
         for system in self.systems:
             if not self.settings_of(system):
                 raise ConfigError(f"{system.name} takes none of the settings; give it a --lambda.")
@@ -284,7 +287,7 @@ class Sweep:
     def backends(self) -> dict[str, Backend]:
         """The opened systems, by name."""
         return {
-            system.name: open_backend(system, self.settings_of(system), self.options)
+            system.name: open_backend(system, self.settings_of(system), self._options_of(system))
             for system in self.systems
         }
 
@@ -294,9 +297,19 @@ class Sweep:
         models = [system for system in self.systems if system.kind == "model"]
         return training_notes({one.name: resolve(one.parts[0]).path for one in models})
 
+    def _options_of(self, system: System) -> SystemOptions:
+        """Return the options of one system; reading by id is about two models alone."""
+        return replace(self.options, by_id=self.options.by_id and system.has_two_models)
+
     def cells(self, system: System) -> list[Cell]:
         """List all samples of one of the systems."""
-        return sweep_cells(self.tasks, self.settings_of(system), self.samples, self.seed)
+        cells = sweep_cells(self.tasks, self.settings_of(system), self.samples, self.seed)
+        if system.prompt.system is None:
+            return cells
+        return [
+            replace(cell, messages=_asked(system, cell.messages, number))
+            for number, cell in enumerate(cells, start=1)
+        ]
 
     @property
     def total(self) -> int:
@@ -308,8 +321,12 @@ class Sweep:
     def previews(self) -> list[tuple[str, str, str]]:
         """Render the first prompt of each task for each system: (system, task, prompt)."""
         return [
-            (name, task.name, backend.render(_first(task)))
-            for name, backend in self.backends.items()
+            (
+                system.name,
+                task.name,
+                self.backends[system.name].render(_asked(system, _first(task))),
+            )
+            for system in self.systems
             for task in self.tasks
         ]
 
@@ -355,6 +372,7 @@ class Sweep:
                 {
                     "name": system.name,
                     **self.backends[system.name].describe(),
+                    **({"own": system.own} if system.own else {}),
                     "settings": [
                         {"id": s.id, "lambda": s.lam, "policy": s.policy, "effort": s.effort}
                         for s in self.settings_of(system)
@@ -418,6 +436,12 @@ class Sweep:
 
 def _first(task: Task) -> Messages:
     return task.messages(task.questions[0])
+
+
+def _asked(system: System, messages: Messages, number: int = 1) -> Messages:
+    """Return a question as one of the systems is asked it: with the system message of its own."""
+    asked: Messages = system.prompt.with_system({"prompt": messages}, number)
+    return asked
 
 
 def _check_options(samples: int, options: SystemOptions) -> None:
