@@ -70,9 +70,13 @@ class Engine:
         """Wait until it answers.
 
         Raises:
+            RuntimeError: If it could not be started; the message is vLLM's.
             EOFError: If it ended.
         """
-        self.facts = self._pipe.recv()
+        found = self._pipe.recv()
+        if isinstance(found, str):
+            raise RuntimeError(found)
+        self.facts = found
 
     def seconds(self, rows: int, length: int, tokens: int, seed: int) -> float:
         """Time so many rows of random prompts of that length, and so many new tokens each."""
@@ -94,17 +98,21 @@ def _run(
 ) -> None:
     from vllm import LLM
 
-    llm = LLM(
-        folder,
-        dtype="bfloat16",
-        enforce_eager=not compiled,
-        skip_tokenizer_init=True,
-        enable_prefix_caching=False,
-        max_model_len=longest + 256,
-        max_num_batched_tokens=longest + 256,
-        max_num_seqs=32,
-        **options,
-    )
+    try:
+        llm = LLM(
+            folder,
+            dtype="bfloat16",
+            enforce_eager=not compiled,
+            skip_tokenizer_init=True,
+            enable_prefix_caching=False,
+            max_model_len=longest + 256,
+            max_num_batched_tokens=longest + 256,
+            max_num_seqs=32,
+            **options,
+        )
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+        raise
     config = llm.llm_engine.vllm_config
     graphs = config.compilation_config.cudagraph_mode
     pipe.send(

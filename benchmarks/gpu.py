@@ -267,11 +267,9 @@ def _vllm(record: Recorder, is_rehearsal: bool) -> None:
             engines = {
                 name: Engine(folder, True, "wall", 4000, **options) for name, folder in made.items()
             }
-        for name, engine in mixes.items():
-            engine.wait()
+        for name, engine in _answering(record, mixes, "mix").items():
             record.add(kind="mix", dial=name, **_compare_mix(name, engine), **engine.facts)
-        for engine in engines.values():
-            engine.wait()
+        engines = _answering(record, engines, "throughput")
         for row in ("decode:1", "decode:8", "decode:32", "prefill:4000") if engines else ():
             found = measure(engines, row, 3, 64)
             for name, dial in found["dials"].items():
@@ -286,6 +284,19 @@ def _vllm(record: Recorder, is_rehearsal: bool) -> None:
                     tokens_per_second=speed[name],
                     **engines[name].facts,
                 )
+
+
+def _answering(record: Recorder, engines: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Return the engines that have started; of the others it is noted why not."""
+    found = {}
+    for name, engine in engines.items():
+        try:
+            engine.wait()
+        except (RuntimeError, EOFError) as error:
+            record.note(f"{kind}, {name}: {_reason(error)}")
+        else:
+            found[name] = engine
+    return found if kind == "mix" or "plain" in found else {}
 
 
 MIXES = {
