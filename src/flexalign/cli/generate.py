@@ -27,6 +27,7 @@ from flexalign.cli.options import (
     BatchSize,
     ByID,
     Dtype,
+    EndOfThinkingBias,
     FrequencyPenalty,
     Gate,
     MaxNewTokens,
@@ -39,6 +40,7 @@ from flexalign.cli.options import (
     RepetitionPenalty,
     Temperature,
     Template,
+    ThinkingBudget,
     TopK,
     TopP,
     read_efforts,
@@ -98,6 +100,8 @@ def generate(
     repetition_penalty: RepetitionPenalty = 1.0,
     presence_penalty: PresencePenalty = 0.0,
     frequency_penalty: FrequencyPenalty = 0.0,
+    thinking_budget: ThinkingBudget = None,
+    end_of_thinking_bias: EndOfThinkingBias = 0.0,
     max_new_tokens: MaxNewTokens = 2048,
     samples: Annotated[
         int, typer.Option("--samples", "-n", min=1, help="Answers to each prompt at each setting.")
@@ -149,7 +153,15 @@ def generate(
     from flexalign.systems import LocalBackend, System, SystemOptions
     from flexalign.systems.prompts import prompt_requests
 
-    logits = LogitsSettings(top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty)
+    logits = LogitsSettings(
+        top_k,
+        min_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        thinking_budget=thinking_budget,
+        end_of_thinking_bias=end_of_thinking_bias,
+    )
     system = System.of(model, adapter, aligned, two_prompts)
     options = SystemOptions(
         temperature=temperature,

@@ -22,6 +22,7 @@ from flexalign.cli.options import (
     ByID,
     Columns,
     Dtype,
+    EndOfThinkingBias,
     FrequencyPenalty,
     MaxNewTokens,
     MinP,
@@ -32,6 +33,7 @@ from flexalign.cli.options import (
     SkipBadRows,
     Temperature,
     Template,
+    ThinkingBudget,
     TopK,
     TopP,
     read_lambdas,
@@ -83,6 +85,8 @@ def sample(
     repetition_penalty: RepetitionPenalty = 1.0,
     presence_penalty: PresencePenalty = 0.0,
     frequency_penalty: FrequencyPenalty = 0.0,
+    thinking_budget: ThinkingBudget = None,
+    end_of_thinking_bias: EndOfThinkingBias = 0.0,
     batch_size: Annotated[int, typer.Option(help="Answers made, and saved, together.")] = 16,
     seed: Annotated[int, typer.Option(help="The same seed gives the same traces.")] = 0,
     limit: Annotated[
@@ -143,7 +147,15 @@ def sample(
     from flexalign.systems import System, SystemOptions
     from flexalign.systems.sampling import SampleRun
 
-    logits = LogitsSettings(top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty)
+    logits = LogitsSettings(
+        top_k,
+        min_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        thinking_budget=thinking_budget,
+        end_of_thinking_bias=end_of_thinking_bias,
+    )
     settings = SamplingSettings(
         samples, max_new_tokens, temperature, top_p, batch_size, seed, plain, logits
     )

@@ -39,13 +39,12 @@ from flexalign.cli.options import (
     read_range,
 )
 from flexalign.errors import ConfigError
-from flexalign.lambdas import parse_lambdas
+from flexalign.lambdas import Setting, parse_lambdas
 
 if TYPE_CHECKING:
     from flexalign.analysis.preview import Preview
     from flexalign.calibration import Constraint, ProofPlan, Tuned
     from flexalign.calibration.tune import Tuning
-    from flexalign.lambdas import Setting
     from flexalign.models.prompted import PromptPair
     from flexalign.systems import System
 
@@ -295,9 +294,62 @@ def _show(
     console.print(LAMBDA_LEGEND, style="dim")
 
     chosen = next((setting for setting in tuning.settings if setting.id == tuned.chosen), None)
+    for line in (how_to_choose(tuned), cost_of_iterating(tuned, system, chosen)):
+        console.print(line, markup=False, soft_wrap=True)
     following = next_step(system, chosen, prompts, by_id=by_id)
     if following is not None:
         console.print(f"next: {following}", markup=False, soft_wrap=True)
+
+
+def how_to_choose(tuned: "Tuned") -> str:
+    """Answer, of this tuning, how λ is chosen: by what is proved."""
+    rule = "How to choose λ: take what is proved, not what looks best."
+    count = len(tuned.candidates)
+    among = "The only candidate" if count == 1 else f"Of {count} candidates"
+    if tuned.chosen is None:
+        none = "is not proved" if count == 1 else "none is proved"
+        return f"{rule} {among} {none} here ({tuned.constraint.text}); λ = 0 is what is left."
+    questions = tuned.at_proof[tuned.chosen].questions
+    if count == 1:
+        return f"{rule} {among} is, on {questions} questions: {tuned.constraint.text}."
+    return (
+        f"{rule} {among} {tuned.chosen} is, on {questions} questions that had no part in the choice: "
+        f"{tuned.constraint.text}."
+    )
+
+
+def cost_of_iterating(tuned: "Tuned", system: "System | None", chosen: "Setting | None") -> str:
+    """Answer, of this tuning, what a second round costs in accuracy.
+
+    Two rounds of λ aim at λ², as the second one's aligned model is the first one's student. If λ²
+    was a candidate, its figures are given, as they were when λ was chosen.
+
+    Args:
+        tuned: The result.
+        system: The system that was tuned; None if its answers came from a folder.
+        chosen: The chosen setting; None if none was proved.
+    """
+    rule = "What iterating costs in accuracy:"
+    if system is not None and system.kind == "dial":
+        return f"{rule} a dial is not iterated; turning it further is a larger λ, a candidate here."
+    lam = None if chosen is None else chosen.lam
+    if lam is None or lam in (0, 1):
+        return (
+            f"{rule} n rounds of λ aim at λⁿ and each adds an error of its training, so that they "
+            "cost what λⁿ costs, and a little more; give λ² among the candidates to see it."
+        )
+
+    target = Setting.of(round(lam**2, 6))
+    aim = f"{rule} two rounds of λ = {lam:g} aim at λ = {target.lam:g}"
+    seen = tuned.at_choice.get(target.id)
+    if seen is None:
+        return f"{aim}, which was no candidate; see what that costs with --lambda {lam:g},{target.lam:g}."
+    low, change, high = (100 * value for value in seen.difference)
+    return (
+        f"{aim}, whose accuracy is {change:+.1f} points [{low:+.1f}, {high:+.1f}] from λ = 0's with "
+        f"{seen.token_cut:.1%} fewer tokens ({seen.questions} questions, not a promise); each round "
+        "adds an error of its training."
+    )
 
 
 def next_step(

@@ -34,7 +34,7 @@ from flexalign.errors import ConfigError
 from flexalign.generation import TwoModelDecoder, TwoPromptDecoder
 from flexalign.generation.adapted import BasedModel
 from flexalign.generation.fused import positions_of
-from flexalign.lambdas import Adaptive, Fixed, Route, Setting
+from flexalign.lambdas import Fixed, Policy, Setting
 from flexalign.models.loading import fingerprint
 from flexalign.models.prompted import PromptPair, TwoPrompts, require_context
 from flexalign.systems import LocalBackend, System, SystemOptions
@@ -275,7 +275,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
     ) -> Tensor:
         if self._prompts is not None:
             options |= self._prompts.take_aligned()
-        if not isinstance(self._dial, Adaptive | Route):
+        if not isinstance(self._dial, Policy):
             written: Tensor = super()._model_generate(
                 context, max_length, stop, **options, **self._asked
             )

@@ -1,4 +1,5 @@
-"""Systems on this machine: a model, a dial, a pair, two prompts, or weights between two models."""
+"""Systems on this machine: a model, a dial, a scaled LoRA, a pair, two prompts, or weights between
+two models."""
 
 import hashlib
 import json
@@ -20,15 +21,19 @@ from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, PairMismatchError
 from flexalign.generation import TwoModelDecoder, TwoPromptDecoder
 from flexalign.generation.dial_config import DialConfig
+from flexalign.generation.early_exit import ExitTokens, require_marker
 from flexalign.generation.responses import Response, generate_responses
+from flexalign.generation.thinking_limits import ClosingTokens
 from flexalign.lambdas import (
     AS_IT_IS,
-    Adaptive,
+    Exit,
     Fixed,
+    Policy,
     Route,
     Setting,
     require_forward,
     require_range,
+    thinking_lambda,
     way_dial,
 )
 from flexalign.models.compatibility import RenamedToken, compare_tokens, renamed_tokens
@@ -45,7 +50,7 @@ from flexalign.models.pair import SIDES, ModelPair
 from flexalign.models.prompted import PairRendering, PromptPair, TwoPrompts, context_of
 from flexalign.models.sources import resolve, resolve_adapter
 from flexalign.models.weights import fingerprint_file
-from flexalign.systems.dials import load_dial, read_dial, require_gate
+from flexalign.systems.dials import load_dial, read_dial, read_scaled_lora, require_gate
 from flexalign.systems.open import (
     Answer,
     Asked,
@@ -155,7 +160,7 @@ class TwoPromptText(ModelText):
 
     def opens(self, messages: Messages, setting: Setting = AS_IT_IS) -> bool:
         """Return whether the response begins inside the thinking, at a setting of the dial."""
-        return self.prompt(messages).opens_at(setting.lam)
+        return self.prompt(messages).opens_at(thinking_lambda(setting.dial))
 
     def length(self, messages: Messages) -> int:
         """Return the length of the longer prompt in tokens."""
@@ -176,11 +181,12 @@ class LocalBackend:
     runs at λ = 0 and at λ = 1.
 
     Attributes:
-        kind: ``model``, ``dial``, ``pair``, ``prompts`` or ``interpolate``.
+        kind: ``model``, ``dial``, ``pair``, ``prompts`` or ``interpolate``. A scaled LoRA is a
+            ``dial``.
         config: The dial's configuration; None if it is not a dial.
         default: The setting that is used if none is given.
-        permitted: The least and the largest λ that may be used; None for a pair without a range,
-            which takes any λ ≥ 0.
+        permitted: The least and the largest λ that may be used; None for a pair or a scaled LoRA
+            without a range, which takes any λ ≥ 0.
         text: Writes its prompts and reads its responses.
     """
 
@@ -201,13 +207,14 @@ class LocalBackend:
             trust_remote_code: Permit code in a checkpoint to run.
 
         Raises:
-            ConfigError: If a part does not exist, an option does not apply to the system, or a
-                biased token is not in the vocabulary.
+            ConfigError: If a part does not exist, an option does not apply to the system, a biased
+                token is not in the vocabulary, or the thinking is limited and has no tags.
             CheckpointError: If an adapter's folder is damaged.
             LambdaError: If a λ is outside the range that is permitted.
             PairMismatchError: If a token id of two models is of two tokens.
         """
-        self.kind = system.kind
+        self._system = system
+        self.kind = "dial" if system.kind == "lora" else system.kind
         self._parts, self._options = list(system.parts), options or SystemOptions()
         self._trust_remote_code = trust_remote_code
         if self.kind != "dial" and self._options.any_base:
@@ -223,10 +230,13 @@ class LocalBackend:
         self.config: DialConfig | None = None
         if self.kind == "dial":
             self._adapter = _adapter_folder(self._parts[1])
-            self.config = read_dial(self._adapter)
+            is_scaled = system.kind == "lora"
+            read = read_scaled_lora if is_scaled else read_dial
+            self.config = read(self._adapter)
             require_gate(self.config, self._options.gate)
             self.default = Setting.of(Fixed(self.config.default_lambda))
-            self.permitted = self.permitted or self.config.lambda_range
+            if not is_scaled:
+                self.permitted = self.permitted or self.config.lambda_range
 
         if self.kind != "model":
             self.require_range(settings)
@@ -237,7 +247,13 @@ class LocalBackend:
             self.config.bind(tokenizer)
         if self._options.template:
             self._bind_asked(tokenizer, self._options.template)
-        self.text = ModelText(tokenizer, self.config.tags if self.config else None)
+        tags = self.config.tags if self.config else None
+        if self._options.logits.limits_thinking:
+            ClosingTokens.of(tokenizer, tags)  # raises if the thinking has no end to be found
+        self.text = ModelText(tokenizer, tags)
+        for setting in settings:
+            if isinstance(setting.dial, Exit):  # raises if there is no thinking to be closed
+                require_marker(ExitTokens.of(tokenizer, tags).reader, setting.dial.marker)
         if self.kind == "prompts":
             self.text = TwoPromptText(self._prompt_rendering(tokenizer))
 
@@ -315,6 +331,8 @@ class LocalBackend:
     def require_dial(self, settings: Sequence[Setting]) -> None:
         """Refuse settings, a gate and a range for a plain model, which has no dial.
 
+        Exit policies are for plain models too.
+
         Args:
             settings: The settings that the user gave.
 
@@ -323,7 +341,7 @@ class LocalBackend:
         """
         if self.kind != "model":
             return
-        asked = [setting.id for setting in settings]
+        asked = [setting.id for setting in settings if not isinstance(setting.dial, Exit)]
         asked += ["a gate"] * (self._options.gate is not None)
         asked += ["--lambda-range"] * (self._options.lambda_range is not None)
         if asked:
@@ -345,7 +363,7 @@ class LocalBackend:
         template = str(self.text.tokenizer.chat_template)
         prompts = self._options.prompts if self.kind == "prompts" else None
         return {
-            "kind": self.kind,
+            "kind": self._system.kind,
             "parts": parts,
             "dtype": self._options.dtype,
             "thinking_tags": [tags.open, tags.close],
@@ -430,8 +448,8 @@ class LocalBackend:
         settings = list(dict.fromkeys(request.setting for request in requests))
         if self.kind not in ("dial", "prompts"):
             return [[setting] for setting in settings]
-        alone = [[s] for s in settings if isinstance(s.dial, Adaptive | Route)]
-        together = [s for s in settings if not isinstance(s.dial, Adaptive | Route)]
+        alone = [[s] for s in settings if isinstance(s.dial, Policy)]
+        together = [s for s in settings if not isinstance(s.dial, Policy)]
         return [together, *alone] if together else alone
 
     def _blocks(self, requests: Sequence[Asked], settings: int) -> list[list[Asked]]:
@@ -456,6 +474,8 @@ class LocalBackend:
         more: dict[str, Any] = {}
         if self.kind in ("dial", "pair", "prompts"):
             more = {"lam": [dial for dial, _ in dials], "gate": options.gate}
+        elif self.kind == "model" and isinstance(block[0].setting.dial, Exit):
+            more = {"lam": [dial for dial, _ in dials]}
 
         responses = generate_responses(
             _OnePrefill(model, settings) if settings > 1 else model,

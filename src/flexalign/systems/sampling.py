@@ -31,7 +31,7 @@ from flexalign.data.traces import (
 )
 from flexalign.errors import ConfigError, DataError
 from flexalign.generation.responses import generate_responses
-from flexalign.lambdas import Adaptive, Route, Setting
+from flexalign.lambdas import Policy, Setting
 from flexalign.models.loading import known_fingerprint
 from flexalign.models.prompted import TwoPrompts, prompted_messages, without_system
 from flexalign.models.sources import resolve
@@ -279,7 +279,7 @@ class _SampledModel:
                 )
             (setting,) = asked or [backend.default]
             dial = setting.dial
-            if dial is None or isinstance(dial, Adaptive | Route):
+            if dial is None or isinstance(dial, Policy):
                 raise ConfigError(f"traces are sampled at one λ or a schedule, not {setting.id}.")
             self._dial = {"lam": dial}
             if options.prompts is not None:

@@ -595,8 +595,9 @@ class RealignRecipe(Recipe):
     )
     rollout_objective: str = Field(
         "token",
-        description="What those minimise: `token`, the divergence to equation 5, or `sequence`, "
-        "the reverse KL of whole responses.",
+        description="What those minimise: `token`, the divergence to equation 5; `sequence`, the "
+        "reverse KL of whole responses; or `sampled`, the aim of `token` with the reward of the "
+        "sampled token alone.",
     )
     rollout_max_new_tokens: int | None = Field(
         None, description="Where a sample is cut off; null: by `training.max_length`."
