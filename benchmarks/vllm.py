@@ -38,6 +38,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from _document import put_section
+
 HERE = Path(__file__).parent
 sys.path[:] = [*(path for path in sys.path if path != str(HERE)), str(HERE)]  # this is not vLLM
 RESULTS = HERE / "results" / "vllm.json"
@@ -195,11 +197,15 @@ HEADER = [
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The whole page: a table for each machine and mode."""
+    """The whole page."""
+    return f"# Dials on vLLM beside the plain model\n\n{section(results)}"
+
+
+def section(results: dict[str, Any]) -> str:
+    """The section of the results: a table for each machine and mode."""
     from _machine import unique
 
     parts = [
-        "# Dials on vLLM beside the plain model",
         "`.venv-vllm/bin/python benchmarks/vllm.py`, the shape of SmolLM2-135M in bfloat16. What the "
         "columns mean: the script's head.",
     ]
@@ -207,9 +213,10 @@ def markdown(results: dict[str, Any]) -> str:
     for facts in settings:
         lora = f", the LoRA of rank {facts['rank']}" if "rank" in facts else ""
         parts.append(
-            f"## {facts['cpu']}, {facts['cores']} cores of which vLLM computes on one, {facts['mode']}"
+            f"**{facts['cpu']}**, {facts['cores']} cores of which vLLM computes on one, "
+            f"{facts['mode']}; "
+            f"vLLM {facts['vllm']}, torch {facts['torch']}{lora}."
         )
-        parts.append(f"vLLM {facts['vllm']}, torch {facts['torch']}{lora}.")
         rows = [row for row in results["rows"] if row["machine"] == facts]
         parts.append("\n".join([*HEADER, *(line for row in rows for line in lines(row))]))
     return "\n\n".join(parts) + "\n"
@@ -269,6 +276,7 @@ def main() -> None:
             if is_kept:
                 RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
                 RESULTS.with_suffix(".md").write_text(markdown(results))
+                put_section("vllm", section(results))
 
 
 if __name__ == "__main__":

@@ -93,6 +93,13 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
         default=False,
         metadata={"help": "Permit pickled weights, whose loading can run code."},
     )
+    by_id: bool = field(
+        default=False,
+        metadata={
+            "help": "Take special tokens of reference, aligned model and student that differ in "
+            "name alone, at equal ids, for the same; the reference's names are used."
+        },
+    )
     rounds: int = field(
         default=1,
         metadata={
