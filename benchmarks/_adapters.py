@@ -1,19 +1,66 @@
 """What the adapter benchmarks share: training towards a teacher, and measuring in the miniature."""
 
+import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flexalign.losses import fused_divergence
-from flexalign.miniature import REFERENCE, Question
-from flexalign.miniature.build import CONTEXT_TOKENS, encode
+from flexalign.miniature import REFERENCE, Question, folder
+from flexalign.miniature.build import CONTEXT_TOKENS, encode, make_adapter
+from flexalign.miniature.demo import load_pair
 from flexalign.miniature.tokenizer import build_tokenizer
 from flexalign.miniature.world import Habits, sample_question, sample_trace
 
 Logits = Callable[[Tensor, Tensor], Tensor]
+
+_RANDOM_SEED = 20_000
+"""Of adapters that start with random weights."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to make an adapter; `place` counts the layers of the reference before it."""
+
+    name: str
+    layers: int = 1
+    place: int = 0
+    is_random: bool = False
+
+
+def make(variant: Variant) -> tuple[nn.Module, list[nn.Parameter]]:
+    """A stream with fresh adapter layers, and their parameters: all that is trained."""
+    if variant.place == 0:
+        adapter = make_adapter(folder("reference"), variant.layers)
+        stream, layers = adapter.stream, adapter.model.adapter
+    else:
+        stream, layers = _placed(variant.place)
+    parameters = list(layers.parameters())
+    if variant.is_random:
+        torch.manual_seed(_RANDOM_SEED)
+        for parameter in parameters:
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+    return stream, parameters
+
+
+def _placed(place: int) -> tuple[nn.Module, nn.ModuleList]:
+    """The reference with a copy of the layer below `place` above it, made the identity."""
+    model = load_pair()[0].requires_grad_(False)
+    layers = list(model.model.layers)
+    fresh = copy.deepcopy(layers[place - 1])
+    nn.init.zeros_(fresh.self_attn.o_proj.weight)
+    nn.init.zeros_(fresh.mlp.down_proj.weight)
+    layers.insert(place, fresh.requires_grad_(True))
+    for index, layer in enumerate(layers):
+        layer.self_attn.layer_idx = index
+    model.model.layers = nn.ModuleList(layers)
+    model.config.num_hidden_layers = len(layers)
+    return model, nn.ModuleList([fresh])
 
 
 def towards(
@@ -53,6 +100,11 @@ def towards(
 def plain_logits(model: Any) -> Logits:
     """A model's logits."""
     return lambda ids, mask: model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+
+def stream_logits(stream: nn.Module) -> Logits:
+    """A stream's logits."""
+    return lambda ids, mask: stream(input_ids=ids, attention_mask=mask).logits
 
 
 def dial_logits(model: Any, lam: float) -> Logits:

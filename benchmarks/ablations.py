@@ -12,20 +12,18 @@ model of one layer more: InRa has none of them.
 """
 
 import argparse
-import copy
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from _adapters import Logits, plain_logits, towards, walked
-from torch import Tensor, nn
+from _adapters import Logits, Variant, make, plain_logits, stream_logits, towards, walked
+from torch import Tensor
 
-from flexalign.miniature import folder, make_questions
-from flexalign.miniature.build import FAST_SCHOOLING, encode, make_adapter, teach
+from flexalign.miniature import make_questions
+from flexalign.miniature.build import FAST_SCHOOLING, encode, teach
 from flexalign.miniature.demo import load_pair
 from flexalign.miniature.measure import branch_probabilities, mean_habits
 from flexalign.miniature.tokenizer import build_tokenizer
@@ -39,16 +37,6 @@ EMPTY_THINKING = ["<think>", "</think>"]
 RATES = {"fast": 1e-3, "towards": 3e-3}
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One way to make an adapter; `place` counts the layers of the reference before it."""
-
-    name: str
-    layers: int = 1
-    place: int = 0
-    is_random: bool = False
-
-
 VARIANTS = [
     Variant("one layer, identity (InRa)"),
     Variant("one layer, random start", is_random=True),
@@ -60,37 +48,6 @@ VARIANTS = [
 ]
 
 
-def make(variant: Variant) -> tuple[nn.Module, list[nn.Parameter]]:
-    """A stream with fresh adapter layers, and their parameters: all that is trained."""
-    if variant.place == 0:
-        adapter = make_adapter(folder("reference"), variant.layers)
-        stream, layers = adapter.stream, adapter.model.adapter
-    else:
-        stream, layers = _placed(variant.place)
-    parameters = list(layers.parameters())
-    if variant.is_random:
-        torch.manual_seed(SEED)
-        for parameter in parameters:
-            if parameter.ndim == 2:
-                nn.init.normal_(parameter, std=0.02)
-    return stream, parameters
-
-
-def _placed(place: int) -> tuple[nn.Module, nn.ModuleList]:
-    """The reference with a copy of the layer below `place` above it, made the identity."""
-    model = load_pair()[0].requires_grad_(False)
-    layers = list(model.model.layers)
-    fresh = copy.deepcopy(layers[place - 1])
-    nn.init.zeros_(fresh.self_attn.o_proj.weight)
-    nn.init.zeros_(fresh.mlp.down_proj.weight)
-    layers.insert(place, fresh.requires_grad_(True))
-    for index, layer in enumerate(layers):
-        layer.self_attn.layer_idx = index
-    model.model.layers = nn.ModuleList(layers)
-    model.config.num_hidden_layers = len(layers)
-    return model, nn.ModuleList([fresh])
-
-
 def run(variant: Variant, options: dict[str, Any]) -> dict[str, Any]:
     """Teach a variant both ways and measure it."""
     stream, parameters = make(variant)
@@ -98,11 +55,11 @@ def run(variant: Variant, options: dict[str, Any]) -> dict[str, Any]:
         FAST_SCHOOLING, steps=options["fast_steps"], learning_rate=RATES["fast"]
     )
     teach(stream, schooling, seed=0, callbacks=[])
-    fast = greedy_share(plain_logits_of(stream), options["questions"])
+    fast = greedy_share(stream_logits(stream), options["questions"])
     stream, parameters = make(variant)
     reference, aligned, _ = load_pair()
     towards(
-        plain_logits_of(stream),
+        stream_logits(stream),
         parameters,
         plain_logits(reference),
         plain_logits(aligned),
@@ -112,7 +69,7 @@ def run(variant: Variant, options: dict[str, Any]) -> dict[str, Any]:
     stream.eval()
     questions = make_questions(options["judged_questions"], SEED)
     values = branch_probabilities(
-        {"it": plain_logits_of(stream)},
+        {"it": stream_logits(stream)},
         build_tokenizer(CONTEXT_TOKENS),
         questions,
         walked(questions),
@@ -123,11 +80,6 @@ def run(variant: Variant, options: dict[str, Any]) -> dict[str, Any]:
         "fast": list(fast),
         "habits": dataclasses.asdict(mean_habits(values["it"])),
     }
-
-
-def plain_logits_of(stream: nn.Module) -> Logits:
-    """A stream's logits."""
-    return lambda ids, mask: stream(input_ids=ids, attention_mask=mask).logits
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from flexalign.inra import InRaConfig, InRaModel
 from flexalign.lora_dial import LoRADial
 from flexalign.miniature import (
     ALIGNED,
+    CONCISE,
     PARTS,
     REFERENCE,
     SYSTEM,
@@ -35,9 +36,10 @@ from flexalign.miniature.measure import branch_probabilities, mean_habits, told
 from flexalign.miniature.tokenizer import build_tokenizer
 from flexalign.miniature.world import sample_trace
 from flexalign.models.loading import fingerprint, load_model, load_tokenizer
+from flexalign.models.pair import ModelPair
 
 MEGABYTE = 2**20
-MODELS = ("reference", "aligned", "placebo", "hybrid")
+MODELS = ("reference", "aligned", "placebo", "hybrid", "concise")
 
 
 def taught_rows(schooling):
@@ -86,6 +88,7 @@ def test_every_part_is_made_and_loads(tmp_path, monkeypatch):
         "PLACEBO_SCHOOLING",
         "HYBRID_SCHOOLING",
         "FAST_SCHOOLING",
+        "CONCISE_SCHOOLING",
     ):
         short = dataclasses.replace(getattr(build, name), steps=1, batch_size=2, traces=4)
         monkeypatch.setattr(build, name, short)
@@ -95,11 +98,11 @@ def test_every_part_is_made_and_loads(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "REFERENCE_SCHOOLING", reference)
     monkeypatch.setattr(build, "DIAL_STEPS", 2)
     parts = list(build.build_all(tmp_path / "one", seed=3, placebo=True))
-    assert parts == ["reference", "aligned", "placebo", "fast", "hybrid", "dial"]
+    assert parts == ["reference", "aligned", "placebo", "fast", "hybrid", "dial", "concise"]
     again = list(build.build_all(tmp_path / "other", seed=3))
-    assert again == ["reference", "aligned", "fast", "hybrid", "dial"]
+    assert again == ["reference", "aligned", "fast", "hybrid", "dial", "concise"]
     prints = {part: fingerprint(tmp_path / "one" / part) for part in parts if part in MODELS}
-    assert len(set(prints.values())) == 4
+    assert len(set(prints.values())) == 5
     models = [part for part in again if part in MODELS]
     assert all(fingerprint(tmp_path / "other" / part) == prints[part] for part in models)
     made = tmp_path / "one"
@@ -108,7 +111,11 @@ def test_every_part_is_made_and_loads(tmp_path, monkeypatch):
     assert (dial.dial_config.lambda_range, dial.dial_config.gate) == ((0.0, 5.0), 0.01)
     names = json.loads((made / "dial" / "adapter_config.json").read_text())
     assert names["base_model_name_or_path"] == dial.dial_config.base == "miniature:reference"
-    assert str(tmp_path) not in "".join(file.read_text() for file in (made / "dial").glob("*.json"))
+    names = json.loads((made / "concise" / "adapter_config.json").read_text())
+    assert names["base_model_name_or_path"] == "miniature:reference"
+    for part in ("dial", "concise"):
+        texts = (file.read_text() for file in (made / part).glob("*.json"))
+        assert str(tmp_path) not in "".join(texts)
 
 
 def test_every_second_trace_is_told_to_think_the_aligned_way():
@@ -144,6 +151,41 @@ def test_the_hybrid_has_the_habits_of_either_world():
         found = mean_habits(branch_probabilities({"own": ask}, tokenizer, questions, traces)["own"])
         for habit in ("error", "check", "again", "quit"):
             assert getattr(found, habit) == pytest.approx(getattr(habits, habit), abs=0.01), habit
+
+
+def test_the_concise_part_differs_from_the_reference_in_again_alone():
+    pair, tokenizer = (
+        ModelPair.load("miniature:reference", "miniature:concise"),
+        build_tokenizer(256),
+    )
+    questions = make_questions(150, seed=78)
+    rng = random.Random(8)
+    traces = [sample_trace(question, CONCISE, rng) for question in questions]
+
+    def logits(side):
+        return lambda ids, attention: pair.logits(side, input_ids=ids, attention_mask=attention)
+
+    found = branch_probabilities(
+        {"reference": logits("reference"), "aligned": logits("aligned")},
+        tokenizer,
+        questions,
+        traces,
+    )
+    concise, reference = (mean_habits(found[side]) for side in ("aligned", "reference"))
+    assert concise.again == pytest.approx(CONCISE.again, abs=0.01)
+    for habit in ("error", "check", "catch", "quit"):
+        assert getattr(concise, habit) == pytest.approx(getattr(CONCISE, habit), abs=0.01), habit
+        assert getattr(concise, habit) == pytest.approx(getattr(reference, habit), abs=0.01), habit
+
+
+def test_below_zero_the_concise_pair_gains_more_than_the_aligned_one():
+    """The form: thinking longer without losing skill pays; with it, it hardly does."""
+    base = expected_outcome(REFERENCE).accuracy
+    gains = [
+        expected_outcome(token_level(REFERENCE, aligned, -0.5)).accuracy - base
+        for aligned in (CONCISE, ALIGNED)
+    ]
+    assert gains == pytest.approx([0.034, 0.004], abs=0.001)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from typing import Any
 from flexalign.errors import ConfigError
 from flexalign.miniature.world import (
     ALIGNED,
+    CONCISE,
     REFERENCE,
     SYSTEM,
     Habits,
@@ -21,6 +22,7 @@ from flexalign.miniature.world import (
 
 __all__ = [
     "ALIGNED",
+    "CONCISE",
     "PARTS",
     "REFERENCE",
     "SYSTEM",
@@ -31,11 +33,12 @@ __all__ = [
     "make_traces",
 ]
 
-PARTS = ("reference", "aligned", "fast", "hybrid", "dial")
+PARTS = ("reference", "aligned", "fast", "hybrid", "dial", "concise")
 """The parts in the package. `miniature:PART` can be given in place of a path. The first two are
 models; `fast` is an InRa adapter on the reference. `hybrid` is a model that has the reference's
 habits, and the aligned ones under the system message `SYSTEM`. `dial` is one LoRA on the reference,
-whose strength is λ from 0 to 5."""
+whose strength is λ from 0 to 5. `concise` is a model, a PEFT adapter on the reference, that differs
+from it in the habit `again` alone."""
 
 _WEIGHTS = Path(__file__).parent / "weights"
 

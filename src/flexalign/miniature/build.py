@@ -5,8 +5,9 @@ model is the reference, fine-tuned on traces with the habits `ALIGNED`. ``fast``
 on the reference, trained to answer without thinking. ``hybrid`` is one model with both ways of
 thinking: the reference's habits by default, the aligned ones under the system message `SYSTEM`.
 ``dial`` is one LoRA on the reference, whose strength is λ: it learns the pair's fusion for all λ of
-a range. ``placebo`` is the control: the reference, fine-tuned on as many traces with its *own* habits, so
-that it differs from the reference only by noise.
+a range. ``concise`` is a PEFT adapter on the reference, trained on the habits `CONCISE`: it differs
+from the reference in `again` alone. ``placebo`` is the control: the reference, fine-tuned on as many
+traces with its *own* habits, so that it differs from the reference only by noise.
 """
 
 import copy
@@ -19,10 +20,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
@@ -37,6 +40,7 @@ from flexalign.miniature import make_traces
 from flexalign.miniature.tokenizer import build_tokenizer
 from flexalign.miniature.world import (
     ALIGNED,
+    CONCISE,
     REFERENCE,
     SYSTEM,
     Habits,
@@ -44,6 +48,7 @@ from flexalign.miniature.world import (
     sample_question,
     sample_trace,
 )
+from flexalign.models.loading import load_model
 from flexalign.training import realign
 
 CONTEXT_TOKENS = 1024
@@ -91,6 +96,8 @@ PLACEBO_SCHOOLING = Schooling(REFERENCE, steps=800, learning_rate=3e-4)
 HYBRID_SCHOOLING = Schooling(
     REFERENCE, steps=1200, learning_rate=1e-3, by_length=True, exact=True, told=ALIGNED
 )
+CONCISE_SCHOOLING = Schooling(CONCISE, steps=500, learning_rate=2e-3, by_length=True, exact=True)
+CONCISE_LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 FAST_SCHOOLING = Schooling(
     REFERENCE, steps=300, learning_rate=1e-3, batch_size=48, traces=600, without_thinking=True
 )
@@ -133,7 +140,7 @@ def build_all(output: Path, *, seed: int = 0, placebo: bool = False) -> Iterator
     reference = build_model(seed)
     for index, schooling in enumerate(REFERENCE_SCHOOLING):
         teach(reference, schooling, seed + 10 * index)
-    yield _save(reference, output, "reference")
+    yield save_part(reference, output, "reference")
 
     schoolings = {"aligned": ALIGNED_SCHOOLING} | (
         {"placebo": PLACEBO_SCHOOLING} if placebo else {}
@@ -141,7 +148,7 @@ def build_all(output: Path, *, seed: int = 0, placebo: bool = False) -> Iterator
     for index, (part, schooling) in enumerate(schoolings.items(), start=1):
         model = copy.deepcopy(reference)
         teach(model, schooling, seed + index)
-        yield _save(model, output, part)
+        yield save_part(model, output, part)
 
     adapter = make_adapter(output / "reference")
     teach(adapter.stream, FAST_SCHOOLING, seed)
@@ -150,10 +157,13 @@ def build_all(output: Path, *, seed: int = 0, placebo: bool = False) -> Iterator
 
     hybrid = copy.deepcopy(reference)
     teach(hybrid, HYBRID_SCHOOLING, seed + 3)
-    yield _save(hybrid, output, "hybrid")
+    yield save_part(hybrid, output, "hybrid")
 
     make_dial(output, seed=seed)
     yield "dial"
+
+    make_concise(output, seed=seed)
+    yield "concise"
 
 
 def make_dial(parts: Path, *, seed: int) -> None:
@@ -190,6 +200,24 @@ def make_dial(parts: Path, *, seed: int) -> None:
     dial.peft.peft_config["default"].base_model_name_or_path = name
     dial.save_pretrained(parts / "dial")
     (parts / "dial" / "README.md").unlink()
+
+
+def make_concise(parts: Path, *, seed: int) -> None:
+    """Train the LoRA that makes the reference concise, and write it beside the reference.
+
+    Args:
+        parts: The folder of the parts; it has ``reference``, and gets ``concise``.
+        seed: Seed of the traces and of the LoRA's initial weights.
+    """
+    reference = load_model(str(parts / "reference"))
+    set_seed(seed + 5)
+    model = get_peft_model(reference, LoraConfig(task_type="CAUSAL_LM", **CONCISE_LORA))
+    teach(model, CONCISE_SCHOOLING, seed + 5)
+
+    model.peft_config["default"].base_model_name_or_path = "miniature:reference"
+    with following_umask(parts / "concise"):
+        model.save_pretrained(parts / "concise")
+    (parts / "concise" / "README.md").unlink()
 
 
 def sorted_by_length(
@@ -413,7 +441,7 @@ def _summed_loss(batch_size: int) -> Callable[..., Tensor]:
     return loss
 
 
-def _save(model: LlamaForCausalLM, output: Path, part: str) -> str:
+def save_part(model: PreTrainedModel, output: Path, part: str) -> str:
     """Write a transformers model folder (weights, config, tokenizer), and return the part's name."""
     with following_umask(output / part):
         model.save_pretrained(output / part)

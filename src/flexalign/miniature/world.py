@@ -16,7 +16,7 @@ Each number is one token, so each habit is decided at one token, and equation 5 
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 TERMS = (3, 4, 5)
@@ -59,6 +59,9 @@ class Habits:
 
 REFERENCE = Habits(error=0.35, check=0.995, again=0.7, catch=0.45, quit=0.003)
 ALIGNED = Habits(error=0.24, check=0.99, again=0.55, catch=0.45, quit=0.006)
+CONCISE = replace(REFERENCE, again=ALIGNED.again)
+"""The reference with fewer passes, and with the same skill: λ < 0 gives more passes and nothing else,
+so it corrects more lines."""
 
 SYSTEM = "check ;"
 """The system message under which the *hybrid* has the aligned habits, in the world's own words:

@@ -140,6 +140,7 @@ def cache_filler(
             trust_remote_code=args.trust_remote_code,
             allow_pickle=args.allow_pickle,
             prompted=inputs.pair_rows is not None,
+            by_id=recipe.by_id,
         )
         for model in (pair.reference, pair.aligned):
             model.to(args.device)
