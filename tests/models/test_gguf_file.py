@@ -37,9 +37,15 @@ LLAMA3_ROPE = {
 def saved(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> Any:
     """A factory of folders with a random model and a tokenizer; vectors are random too."""
 
-    def save(family: str, tokenizer: Any = None, dtype: Any = torch.float32, **config: Any) -> Any:
+    def save(
+        family: str,
+        tokenizer: Any = None,
+        dtype: Any = torch.float32,
+        rows: int = len(tiny_tokenizer) + 3,
+        **config: Any,
+    ) -> Any:
         tokenizer = tokenizer or tiny_tokenizer
-        model = tiny_model(family, vocab_size=len(tiny_tokenizer) + 3, **config)
+        model = tiny_model(family, vocab_size=rows, **config)
         with torch.random.fork_rng():
             torch.manual_seed(1)
             for name, parameter in model.named_parameters():
@@ -208,6 +214,23 @@ def test_tokens_that_end_a_response_and_those_that_are_shown(
         "FROM ./model.gguf",
         *stops,
     ]
+
+
+def test_a_token_without_a_row_is_left_out_if_it_was_added(
+    saved: Any, export: Any, tiny_tokenizer: Any, tmp_path: Path
+):
+    rows = len(tiny_tokenizer)
+    saved("qwen2", rows=rows)
+    own = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert own.unk_token_id == rows  # transformers' own addition
+    tokens = _value(export(), "tokenizer.ggml.tokens")
+    assert len(tokens) == rows
+    assert own.unk_token not in tokens
+
+    shutil.rmtree(tmp_path / "out")
+    saved("llama", rows=rows - 1)
+    with pytest.raises(CheckpointError, match=f"has the id {rows - 1}, and the model has"):
+        export()
 
 
 def test_a_window_limits_the_context(saved: Any, export: Any):

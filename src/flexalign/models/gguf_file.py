@@ -205,7 +205,10 @@ class GGUFExport:
             outtype,
             tensors,
             size,
-            tuple(str(tokenizer.convert_ids_to_tokens(end)) for end in _ends(source, tokenizer)),
+            tuple(
+                str(tokenizer.convert_ids_to_tokens(end))
+                for end in _ends(source, config, tokenizer)
+            ),
             ThinkingTags.detect(tokenizer),
             _context(config),
             config,
@@ -538,12 +541,12 @@ def _require_room(output: Path, size: int) -> None:
         )
 
 
-def _ends(source: Source, tokenizer: Any) -> list[int]:
+def _ends(source: Source, config: Any, tokenizer: Any) -> list[int]:
     """Return the ids of the tokens that end a response, those of the tokenizer first."""
     file = source.path / "generation_config.json"
     own = (read_json(file) if file.is_file() else {}).get("eos_token_id")
-    own = own if isinstance(own, list) else [own]
-    return [end for end in dict.fromkeys([*stop_ids(tokenizer), *own]) if end is not None]
+    ends = dict.fromkeys([*stop_ids(tokenizer), *(own if isinstance(own, list) else [own])])
+    return [end for end in ends if end is not None and end < config.vocab_size]
 
 
 def _vocabulary_of(source: Source, config: Any, tokenizer: Any) -> _Vocabulary:
@@ -574,7 +577,7 @@ def _vocabulary_of(source: Source, config: Any, tokenizer: Any) -> _Vocabulary:
         raise _refused(source, f"its tokenizer puts other tokens around a text: {whole}")
 
     return _Vocabulary(
-        split, tokens, types, merges, _special(source, tokenizer), bool(begins), bool(ends)
+        split, tokens, types, merges, _special(source, config, tokenizer), bool(begins), bool(ends)
     )
 
 
@@ -634,25 +637,36 @@ def _rows(source: Source, config: Any, tokenizer: Any) -> tuple[list[str], list[
 
     llama.cpp leaves control tokens out of what it shows. Thinking tags are shown, also where the
     tokenizer calls them special, because clients look for them in the text.
+
+    An added token without a row is left out: the model knows no such token. transformers adds
+    ``<|endoftext|>`` to Qwen's tokenizers that do not have it.
+
+    Raises:
+        CheckpointError: If another token has no row.
+        UnsupportedModelError: If an added token takes the white space beside it.
     """
     import gguf
 
     kinds = gguf.TokenType
     vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
-    largest = max(vocabulary.values())
-    if largest >= config.vocab_size:
+    rows = config.vocab_size
+    largest = max((row for row in vocabulary.values() if row not in added), default=-1)
+    if largest >= rows:
         raise CheckpointError(
-            f"{source}: its tokenizer has the id {largest}, and the model has {config.vocab_size} "
-            "rows of embeddings; copy the model again."
+            f"{source}: its tokenizer has the id {largest}, and the model has {rows} rows of "
+            "embeddings; copy the model again."
         )
     tags = ThinkingTags.detect(tokenizer)
     shown = () if tags is None else (tags.open, tags.close)
 
-    tokens = [f"[PAD{row}]" for row in range(config.vocab_size)]
-    types = [int(kinds.UNUSED)] * config.vocab_size
+    tokens = [f"[PAD{row}]" for row in range(rows)]
+    types = [int(kinds.UNUSED)] * rows
     for token, row in vocabulary.items():
-        tokens[row], types[row] = token, int(kinds.NORMAL)
+        if row < rows:
+            tokens[row], types[row] = token, int(kinds.NORMAL)
     for row, token in added.items():
+        if row >= rows:
+            continue
         if token.lstrip or token.rstrip or token.single_word:
             raise _refused(source, f"its token {token.content!r} takes the white space beside it")
         looks_special = token.content.startswith("<|") and token.content.endswith("|>")
@@ -661,13 +675,13 @@ def _rows(source: Source, config: Any, tokenizer: Any) -> tuple[list[str], list[
     return tokens, types
 
 
-def _special(source: Source, tokenizer: Any) -> dict[str, int]:
+def _special(source: Source, config: Any, tokenizer: Any) -> dict[str, int]:
     """Return ids by their role in GGUF.
 
     A response may end with several tokens, and GGUF has three roles for them: the end of the text,
     of the turn and of the message. llama.cpp stops at each.
     """
-    ends = _ends(source, tokenizer)
+    ends = _ends(source, config, tokenizer)
     if tokenizer.eos_token_id in ends:
         ends.remove(tokenizer.eos_token_id)
         ends.insert(0, tokenizer.eos_token_id)
@@ -676,4 +690,7 @@ def _special(source: Source, tokenizer: Any) -> dict[str, int]:
     roles = dict(zip(("eos", "eot", "eom"), ends, strict=False))
     known = {"bos": tokenizer.bos_token_id, "pad": tokenizer.pad_token_id}
     known["unk"] = tokenizer.unk_token_id
-    return roles | {role: token for role, token in known.items() if token is not None}
+    rows = config.vocab_size
+    return roles | {
+        role: token for role, token in known.items() if token is not None and token < rows
+    }
