@@ -51,6 +51,7 @@ def trained(
     learning_rate: float,
     seed: int,
     lora: bool,
+    rounds: int = 1,
 ) -> dict[str, Any]:
     """Train as ``flexalign realign`` does; return the steps and the seconds of one core.
 
@@ -64,6 +65,7 @@ def trained(
         learning_rate: Peak learning rate.
         seed: Of traces, order and initial weights.
         lora: Whether a LoRA is trained; if not, all weights are.
+        rounds: Rounds of `steps` each.
     """
     from datasets import Dataset
 
@@ -79,6 +81,7 @@ def trained(
         "output": str(folder),
         "lambda": lam,
         "gate": gate,
+        "rounds": rounds,
         "training": DIAL_RECIPE["training"]
         | {
             "learning_rate": learning_rate,
@@ -92,7 +95,7 @@ def trained(
 
     start = time.process_time()
     realign(recipe, data=Dataset.from_list(rows), extrapolate=True)  # λ may be below 0
-    return {"steps": steps, "cpu_seconds": time.process_time() - start}
+    return {"steps": rounds * steps, "cpu_seconds": time.process_time() - start}
 
 
 def trained_dial(

@@ -18,6 +18,9 @@ CONCISE = {
     "trra": {"steps": 900, "learning_rate": 2e-3},
 }
 
+EXIT_MARKER = ";"
+"""Ends a part of the thinking for exits: it is the end of a line in the miniature."""
+
 Found = dict[str, Any]
 """A setting's name, its ``answers``, and the ``traces`` and ``confidence`` that others need."""
 
@@ -128,20 +131,52 @@ def answer_soft(where: str, budget: int, work: Path, options: dict[str, Any]) ->
     return _answered(f"soft budget, {where}", name, model, tokenizer, questions, lam=schedule)
 
 
-def answer_hard(budget: int, slow: Found, options: dict[str, Any]) -> Found:
-    """A hard cut: the slow mode's thinking, stopped after so many tokens by ``</think>``."""
-    from flexalign.miniature.demo import judge, load_pair
+def answer_hard(budget: int, options: dict[str, Any]) -> Found:
+    """A hard budget: the slow mode's thinking, closed after so many tokens."""
+    from flexalign.data import LogitsSettings
 
-    reference, _, tokenizer = load_pair()
-    questions = questions_of(options, QUESTION_SEED)
-    traces = [list(trace) for trace in slow["traces"]]
-    # <think> is no token of the budget; a trace that closes in time is left as it is.
-    late = [i for i, trace in enumerate(traces) if "</think>" not in trace[: budget + 2]]
-    kept = {i: [*traces[i][: budget + 1], "</think>"] for i in late}
-    prompts = [" ".join(["<bos>", questions[i].text, *kept[i]]) for i in late]
-    for i, written in zip(late, _written(reference, tokenizer, prompts), strict=True):
-        traces[i] = kept[i] + written
-    return {"system": "hard cut", "setting": f"N={budget}", "answers": judge(questions, traces)}
+    model, tokenizer, questions = _dial("miniature:fast", options, QUESTION_SEED)
+    limits = LogitsSettings(thinking_budget=budget)
+    name = f"N={budget}"
+    return _answered("hard cut", name, model, tokenizer, questions, lam=0.0, logits=limits)
+
+
+def answer_exit(where: str, threshold: float, options: dict[str, Any]) -> Found:
+    """Close the thinking at the first end of a line whose trial answer is confident enough.
+
+    Args:
+        where: Whose trial answers: the fast adapter's, the aligned model's of the pair, or those of
+            the reference itself (one stream).
+        threshold: The least confidence.
+        options: Of the run.
+    """
+    import numpy as np
+
+    from flexalign import Exit, ModelPair, TwoModelDecoder
+    from flexalign.generation.responses import generate_responses
+    from flexalign.miniature.demo import JudgedAnswers, judge, load_pair
+
+    model, tokenizer, questions = _dial("miniature:fast", options, QUESTION_SEED)
+    if where == "pair":
+        model = TwoModelDecoder(ModelPair.load("miniature:reference", "miniature:aligned"))
+    elif where == "one stream":
+        model = load_pair()[0]
+    responses = generate_responses(
+        model,
+        tokenizer,
+        [[{"role": "user", "content": question.text}] for question in questions],
+        max_new_tokens=LIMIT,
+        temperature=1.0,
+        batch_size=128,
+        seed=1,
+        policy=Exit(threshold, marker=EXIT_MARKER),
+    )
+    traces = [response.text.split() for response in responses]
+    # Rejected trial answers are counted.
+    tokens = np.array([response.tokens for response in responses])
+    answers = JudgedAnswers(judge(questions, traces).right, tokens)
+    setting = f"τ={threshold:g}"
+    return {"system": f"exit, {where}", "setting": setting, "answers": answers, "traces": traces}
 
 
 def answer_pair(kind: str, lam: float, options: dict[str, Any]) -> Found:
@@ -206,13 +241,3 @@ def _answered(
     )
     answers = judge(questions, traces)
     return {"system": system, "setting": setting, "answers": answers, "traces": traces}
-
-
-def _written(model: Any, tokenizer: Any, prompts: list[str]) -> list[list[str]]:
-    """What a model writes after prompts that end in the middle of a response."""
-    from flexalign.generation.responses import generate_responses
-
-    responses = generate_responses(
-        model, tokenizer, prompts, max_new_tokens=20, temperature=1.0, batch_size=128, seed=2
-    )
-    return [response.text.split() for response in responses]

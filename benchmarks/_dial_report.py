@@ -9,13 +9,27 @@ from _document import put_section
 PICTURE = Path("docs/pictures/dial.png")
 
 _HABITS = {"again": "r", "error": "ε", "check": "c"}
-_ORDER = ("λ", "mixed dial", "fast", "adaptive", "coin", "soft", "hard", "two", "weights", "TrRa")
+_ORDER = (
+    "λ",
+    "mixed dial",
+    "fast",
+    "adaptive",
+    "exit",
+    "coin",
+    "soft",
+    "hard",
+    "two",
+    "weights",
+    "TrRa",
+)
 _DRAWN = {
     "mixed dial": "mixed dial",
     "adaptive dial": "adaptive dial",
     "soft budget, fast": "soft budget, fast adapter",
     "soft budget, pair": "soft budget, pair",
     "hard cut": "hard cut",
+    "exit, fast adapter": "early exit, fast adapter",
+    "exit, one stream": "early exit, one stream",
     "two models": "two models",
     "weights": "weights between",
     "TrRa": "TrRa",
@@ -41,6 +55,11 @@ def report(results: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def exit_table(results: dict[str, Any]) -> str:
+    """The table of early exits alone."""
+    return "\n".join(_table(results["rows"], None))
 
 
 def publish(results: dict[str, Any]) -> None:

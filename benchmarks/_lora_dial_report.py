@@ -1,4 +1,4 @@
-"""The tables of `lora_dial.py`, from its stored cells."""
+"""The tables of `lora_dial.py`, and its section of the results, from its stored cells."""
 
 import json
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from _cells import JUDGED
+from _document import put_section
 
 RAW = Path("benchmarks/results/lora_dial.json")
 REPORT = Path("benchmarks/results/lora_dial.md")
@@ -36,6 +37,34 @@ def publish(results: dict[str, Any]) -> None:
         encoding="utf-8",
     )
     REPORT.write_text(report(results), encoding="utf-8")
+    put_section("lora_dial", section(results))
+
+
+def section(results: dict[str, Any]) -> str:
+    """The section of the results: every method side by side, without and with the gate."""
+    rows = [row for row in results["rows"] if row["pair"] == "miniature"]
+    lines = [
+        f"`python benchmarks/lora_dial.py`: accuracy and tokens of {results['options']['questions']} "
+        f"questions a setting and seed; {_seeds(rows)}. [All tables](../{REPORT.as_posix()}).",
+        "",
+    ]
+    for gate in (None, GATE):
+        found = _methods_table(rows, gate)
+        if found:
+            lines += [f"**{_named(gate).capitalize()}:**", *found[1:]]
+    return "\n".join(lines)
+
+
+def _seeds(rows: Sequence[Row]) -> str:
+    """Say which seeds of each method were measured."""
+    found = {
+        method: sorted({row["seed"] for row in rows if row["method"] == method})
+        for method in METHODS
+    }
+    return "seeds measured: " + "; ".join(
+        f"{_NAMES.get(method, method)} {', '.join(map(str, own)) or 'none'}"
+        for method, own in found.items()
+    )
 
 
 def report(results: dict[str, Any]) -> str:
@@ -43,21 +72,12 @@ def report(results: dict[str, Any]) -> str:
     options = results["options"]
     rows = [row for row in results["rows"] if row["pair"] == "miniature"]
     hybrid = [row for row in results["rows"] if row["pair"] == "hybrid"]
-    seeds = {
-        method: sorted({row["seed"] for row in rows if row["method"] == method})
-        for method in METHODS
-    }
     lines = [
         "# One LoRA for every λ",
         "",
         f"`python benchmarks/lora_dial.py`: {options['questions']} questions of the miniature at "
         f"temperature 1 for each setting and seed; habits at the branches of "
-        f"{options['judged']} of the responses. Seeds measured: "
-        + "; ".join(
-            f"{_NAMES.get(method, method)} {', '.join(map(str, own)) or 'none'}"
-            for method, own in seeds.items()
-        )
-        + ". Figures are means over the seeds; brackets are from the lowest to the highest end of "
+        f"{options['judged']} of the responses; {_seeds(rows)}. Figures are means over the seeds; brackets are from the lowest to the highest end of "
         "their 95 % intervals. *pair*: the pair's own form, the fusion of both models' "
         "probabilities at the same branches.",
         "",
@@ -72,7 +92,7 @@ def report(results: dict[str, Any]) -> str:
 
 
 def _dial_table(rows: Sequence[Row], gate: float | None) -> list[str]:
-    found = _by_lambda(_of(rows, "dial", gate))
+    found = by_lambda(of(rows, "dial", gate))
     if not found:
         return []
     lines = [
@@ -83,13 +103,13 @@ def _dial_table(rows: Sequence[Row], gate: float | None) -> list[str]:
     ]
     for lam, same in found.items():
         habits = " | ".join(
-            f"{_mean(same, 'model_habits', h):.3f} / {_mean(same, 'pair_habits', h):.3f}"
+            f"{mean(same, 'model_habits', h):.3f} / {mean(same, 'pair_habits', h):.3f}"
             for h in JUDGED
         )
         lines.append(
-            f"| {lam:g} | {habits} | {_accuracy(same)} "
-            f"| {_mean(same, 'pair_outcome', 'accuracy'):.3f} | {_tokens(same)} "
-            f"| {_mean(same, 'pair_outcome', 'tokens'):.1f} |"
+            f"| {lam:g} | {habits} | {accuracy(same)} "
+            f"| {mean(same, 'pair_outcome', 'accuracy'):.3f} | {tokens(same)} "
+            f"| {mean(same, 'pair_outcome', 'tokens'):.1f} |"
         )
     lines += [
         "",
@@ -101,7 +121,7 @@ def _dial_table(rows: Sequence[Row], gate: float | None) -> list[str]:
     ]
     for lam, same in found.items():
         for row in same:
-            departures = " | ".join(_departure(row, habit) for habit in JUDGED)
+            departures = " | ".join(departure(row, habit) for habit in JUDGED)
             lines.append(f"| {lam:g} | {row['seed']} | {departures} |")
     return [*lines, ""]
 
@@ -110,9 +130,9 @@ def _methods_table(rows: Sequence[Row], gate: float | None) -> list[str]:
     """All methods side by side; what knows no gate stands in both tables."""
     columns = {}
     for method in METHODS:
-        own = _of(rows, method, GATE if method in ("scaled", "interpolated") else gate)
+        own = of(rows, method, GATE if method in ("scaled", "interpolated") else gate)
         if own:
-            columns[method] = _by_lambda(own)
+            columns[method] = by_lambda(own)
     if len(columns) < 2:
         return []
     lines = [
@@ -123,7 +143,7 @@ def _methods_table(rows: Sequence[Row], gate: float | None) -> list[str]:
     ]
     for lam in PLAIN if gate is None else GATED:
         cells = [
-            f"{_accuracy(same)}, {_tokens(same)}" if (same := column.get(lam)) else "–"
+            f"{accuracy(same)}, {tokens(same)}" if (same := column.get(lam)) else "–"
             for column in columns.values()
         ]
         lines.append(f"| {lam:g} | " + " | ".join(cells) + " |")
@@ -134,7 +154,7 @@ def _targets(rows: Sequence[Row]) -> list[str]:
     """What was to be reached, and what is."""
     lines = ["## To be reached", ""]
     for gate in (None, GATE):
-        own = _of(rows, "dial", gate)
+        own = of(rows, "dial", gate)
         if not own:
             continue
         single, row = max(
@@ -143,14 +163,14 @@ def _targets(rows: Sequence[Row]) -> list[str]:
         )
         means = {
             (habit, lam): sum(one["departure"][habit][1] for one in same) / len(same)
-            for lam, same in _by_lambda(own).items()
+            for lam, same in by_lambda(own).items()
             for habit in JUDGED
             if all(habit in one["departure"] for one in same)
         }
         habit, at = max(means, key=lambda place: abs(means[place]))
         worst = means[habit, at]
         expected = PLAIN if gate is None else GATED
-        missing = [f"{lam:g}" for lam in expected if lam not in _by_lambda(own)]
+        missing = [f"{lam:g}" for lam in expected if lam not in by_lambda(own)]
         if missing:
             lines.append(f"- {_named(gate)}: λ = {', '.join(missing)} is not measured yet.")
         lines.append(
@@ -160,8 +180,8 @@ def _targets(rows: Sequence[Row]) -> list[str]:
             f"{row['seed']}); to be within ±{HABIT_MARGIN:g}: {_yes(abs(worst) <= HABIT_MARGIN)}."
         )
         gaps = {
-            lam: _mean_of(same, "accuracy") - _mean(same, "pair_outcome", "accuracy")
-            for lam, same in _by_lambda(own).items()
+            lam: mean_of(same, "accuracy") - mean(same, "pair_outcome", "accuracy")
+            for lam, same in by_lambda(own).items()
         }
         lam = max(gaps, key=lambda lam: abs(gaps[lam]))
         lines.append(
@@ -169,14 +189,14 @@ def _targets(rows: Sequence[Row]) -> list[str]:
             f"{gaps[lam]:+.3f} (λ = {lam:g}); to be within ±{ACCURACY_MARGIN:g}: "
             f"{_yes(abs(gaps[lam]) <= ACCURACY_MARGIN)}."
         )
-    five = _by_lambda(_of(rows, "dial", GATE)).get(5.0)
+    five = by_lambda(of(rows, "dial", GATE)).get(5.0)
     if five:
         from flexalign.miniature import REFERENCE
         from flexalign.miniature.closed_form import expected_outcome
 
         base = expected_outcome(REFERENCE)
-        cut = 1 - _mean_of(five, "tokens") / base.tokens
-        gain = _mean_of(five, "accuracy") - base.accuracy
+        cut = 1 - mean_of(five, "tokens") / base.tokens
+        gain = mean_of(five, "accuracy") - base.accuracy
         lines.append(
             f"- {_named(GATE)}, λ = 5: {cut:.1%} fewer tokens than the reference's closed form "
             f"({base.tokens:.1f}) at an accuracy of {gain:+.3f} to its {base.accuracy:.3f}; to be "
@@ -201,7 +221,7 @@ def _costs(rows: Sequence[Row]) -> list[str]:
         ("student", GATE, "one"),
         ("scaled", GATE, "one (1)"),
     ):
-        costs = [row["training"] for row in _of(rows, method, gate)]
+        costs = [row["training"] for row in of(rows, method, gate)]
         if costs:
             seconds = sum(cost["cpu_seconds"] for cost in costs) / len(costs)
             lines.append(
@@ -212,7 +232,7 @@ def _costs(rows: Sequence[Row]) -> list[str]:
 
 def _hybrid_tables(rows: Sequence[Row]) -> list[str]:
     """One model under two prompts: all methods beside the closed form, and their departures."""
-    columns = {method: _by_lambda(own) for method in METHODS if (own := _of(rows, method, GATE))}
+    columns = {method: by_lambda(own) for method in METHODS if (own := of(rows, method, GATE))}
     if not columns:
         return []
     names = {"pair": "two prompts, decoded"}
@@ -230,7 +250,7 @@ def _hybrid_tables(rows: Sequence[Row]) -> list[str]:
         if same:
             world = same[0][0]["expected"]
             cells = [
-                f"{_accuracy(own)}, {_tokens(own)}" if (own := column.get(lam)) else "–"
+                f"{accuracy(own)}, {tokens(own)}" if (own := column.get(lam)) else "–"
                 for column in columns.values()
             ]
             told = f"{world['accuracy']:.3f}, {world['tokens']:.1f}"
@@ -245,41 +265,41 @@ def _hybrid_tables(rows: Sequence[Row]) -> list[str]:
     for method, column in columns.items():
         for lam, same in column.items():
             if "departure" in same[0]:
-                departures = " | ".join(_departure(same[0], habit) for habit in JUDGED)
+                departures = " | ".join(departure(same[0], habit) for habit in JUDGED)
                 lines.append(f"| {method} | {lam:g} | {departures} |")
     return [*lines, ""]
 
 
-def _of(rows: Sequence[Row], method: str, gate: float | None) -> list[Row]:
+def of(rows: Sequence[Row], method: str, gate: float | None) -> list[Row]:
     return [row for row in rows if row["method"] == method and row["gate"] == gate]
 
 
-def _by_lambda(rows: Sequence[Row]) -> dict[float, list[Row]]:
+def by_lambda(rows: Sequence[Row]) -> dict[float, list[Row]]:
     found: dict[float, list[Row]] = {}
     for row in sorted(rows, key=lambda row: (row["lambda"], row["seed"])):
         found.setdefault(row["lambda"], []).append(row)
     return found
 
 
-def _mean(rows: Sequence[Row], key: str, name: str) -> float:
+def mean(rows: Sequence[Row], key: str, name: str) -> float:
     return float(sum(row[key][name] for row in rows) / len(rows))
 
 
-def _mean_of(rows: Sequence[Row], key: str) -> float:
+def mean_of(rows: Sequence[Row], key: str) -> float:
     return float(sum(row[key] for row in rows) / len(rows))
 
 
-def _accuracy(rows: Sequence[Row]) -> str:
+def accuracy(rows: Sequence[Row]) -> str:
     ends = [row["accuracy_interval"] for row in rows]
     low, high = min(end[0] for end in ends), max(end[1] for end in ends)
-    return f"{_mean_of(rows, 'accuracy'):.3f} [{low:.3f}, {high:.3f}]"
+    return f"{mean_of(rows, 'accuracy'):.3f} [{low:.3f}, {high:.3f}]"
 
 
-def _tokens(rows: Sequence[Row]) -> str:
-    return f"{_mean_of(rows, 'tokens'):.1f}"
+def tokens(rows: Sequence[Row]) -> str:
+    return f"{mean_of(rows, 'tokens'):.1f}"
 
 
-def _departure(row: Row, habit: str) -> str:
+def departure(row: Row, habit: str) -> str:
     if habit not in row["departure"]:
         return "–"
     low, mean, high = row["departure"][habit]

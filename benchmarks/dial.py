@@ -3,6 +3,7 @@
     python benchmarks/dial.py                # about 25 minutes on two cores
     python benchmarks/dial.py --quick        # a few minutes, wide intervals
     python benchmarks/dial.py --rewrite      # only write the last run's report again
+    python benchmarks/dial.py --exits --questions 500   # early exits alone, printed
 
 Every setting answers the same questions, so differences are taken question by question. The
 adaptive dial and the coin are put together from the fast mode's greedy answer and the slow mode's
@@ -26,6 +27,7 @@ from _dial_answers import (
     SOFT_ENDS,
     Found,
     answer_concise,
+    answer_exit,
     answer_fast,
     answer_hard,
     answer_pair,
@@ -47,6 +49,8 @@ SHARES = (0.25, 0.5, 0.75)
 BUDGETS = (20, 40, 60, 80, 110)
 SOFT_BUDGETS = (40, 80, 160)
 PAIR_LAMBDAS = (-0.5, 0.5, 2.0)
+EXITS = {"fast adapter": (0.5, 0.9, 0.97, 0.99), "pair": (0.95,), "one stream": (0.95,)}
+"""Thresholds of early exits, by whose trial answers they are."""
 CHOSEN_CUT = 0.62
 """Cut in tokens that the threshold is chosen for; the aim is 0.6 on other questions."""
 
@@ -129,7 +133,9 @@ def plan(options: dict[str, Any], adapters: Path) -> dict[str, tuple[Any, ...]]:
     }
     for kind, lams in (("two models", PAIR_LAMBDAS), ("weights", PAIR_LAMBDAS), ("TrRa", (2.0,))):
         jobs |= {f"{kind} {lam:g}": (answer_pair, kind, lam, options) for lam in lams}
+    jobs |= {f"hard {n}": (answer_hard, n, options) for n in BUDGETS}
     jobs |= {f"fast {lam:g}": (answer_fast, lam, options, QUESTION_SEED) for lam in FAST_LAMBDAS}
+    jobs |= exit_jobs(options)
     jobs |= {
         f"concise {lam:g}": (answer_concise, "sft", adapters / "sft", lam, options)
         for lam in CONCISE_ANSWERED
@@ -140,6 +146,54 @@ def plan(options: dict[str, Any], adapters: Path) -> dict[str, tuple[Any, ...]]:
         for n in SOFT_BUDGETS
     }
     return jobs
+
+
+def exit_jobs(options: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """The early exits, as in :func:`plan`."""
+    return {
+        f"exit {where} {tau:g}": (answer_exit, where, tau, options)
+        for where, taus in EXITS.items()
+        for tau in taus
+    }
+
+
+def adaptive_exits(measured: dict[str, Found], threshold: float) -> list[Found]:
+    """The adaptive dial with exits in its slow answers: a rejected fast answer's tokens count too."""
+    from flexalign.miniature.demo import adaptive
+
+    fast = measured["greedy"]
+    return [
+        {
+            "system": f"adaptive, then {one['system']}",
+            "setting": f"τ={threshold:g}, {one['setting']}",
+            "answers": adaptive(fast["answers"], one["answers"], fast["confidence"], threshold),
+        }
+        for name, one in measured.items()
+        if name.startswith("exit fast")
+    ]
+
+
+def measure_exits(options: dict[str, Any], work: Path) -> dict[str, Any]:
+    """Early exits beside the adaptive dial, over the same two ends."""
+    from flexalign.miniature.demo import adaptive
+
+    jobs = {
+        "slow": (answer_fast, 0.0, options, QUESTION_SEED),
+        "greedy": (answer_fast, None, options, QUESTION_SEED),
+    } | exit_jobs(options)
+    measured = {name: kept(work / f"{name}.json", *job) for name, job in jobs.items()}
+    slow, fast = measured["slow"], measured["greedy"]
+    ends = fast["answers"], slow["answers"]
+    threshold = 0.44  # the one that this benchmark chose on other questions
+    rows = [*measured.values(), *adaptive_exits(measured, threshold)]
+    rows.append(
+        {
+            "system": "adaptive dial",
+            "setting": f"τ={threshold:g}",
+            "answers": adaptive(*ends, fast["confidence"], threshold),
+        }
+    )
+    return {"options": options, "rows": [summarise(one, fast, slow) for one in rows]}
 
 
 def kept(file: Path, function: Any, *arguments: Any) -> Found:
@@ -180,10 +234,6 @@ def measure_all(options: dict[str, Any], work: Path, workers: int) -> dict[str, 
             if name not in needs_concise
         }
         trained = [pool.submit(train_concise, m, f, options) for m, f in folders.items()]
-        slow = results["slow"].result()
-        for n in BUDGETS:
-            name = f"hard {n}"
-            results[name] = pool.submit(kept, work / f"{name}.json", answer_hard, n, slow, options)
         for one in trained:
             one.result()
         results |= {
@@ -223,7 +273,7 @@ def gather(
         for tau in THRESHOLDS
     ]
     policies += [("coin", f"share {share:g}", coin(*ends, share)) for share in SHARES]
-    rows = list(measured.values())
+    rows = [*measured.values(), *adaptive_exits(measured, threshold)]
     rows += [{"system": w, "setting": s, "answers": found} for w, s, found in policies]
     softs = [one for one in rows if one["system"].startswith("soft budget")]
     hards = [one for one in rows if one["system"] == "hard cut"]
@@ -242,7 +292,7 @@ def gather(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    from _dial_report import publish, report
+    from _dial_report import exit_table, publish, report
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="200 questions, adapters untaught")
@@ -252,6 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--work", type=Path, default=Path("out/dial"), help="where finished parts are kept"
     )
     parser.add_argument("--rewrite", action="store_true", help="only write the last run's report")
+    parser.add_argument("--exits", action="store_true", help="only early exits; print the table")
     chosen = parser.parse_args(arguments)
     if chosen.rewrite:
         publish(json.loads(RAW.read_text(encoding="utf-8")))
@@ -264,6 +315,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "judged_questions": 50 if chosen.quick else 400,
     }
     work = chosen.work / ("quick" if chosen.quick else "full")
+    if chosen.exits:
+        print(exit_table(measure_exits(options, work / f"exits of {options['questions']}")))
+        return
     results = measure_all(options, work, chosen.workers)
     if chosen.quick:
         print(report(results))

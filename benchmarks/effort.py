@@ -6,13 +6,15 @@
 The miniature's fast adapter is calibrated on one set of questions. Other questions are answered
 fast and slow, and each effort's dial takes one or the other as the policy would (that the policy
 itself writes the same answers is a test: tests/calibration/test_calibrate.py). Mean tokens are
-held against the straight line between the ends as calibration measured them. The report goes to
+held against the straight line between the ends as calibration measured them, and the tokens of each
+question against the line between that question's own ends. The report goes to
 benchmarks/results/effort.md.
 """
 
 import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
 from flexalign.calibration.calibrate import (
     CalibrateOptions,
@@ -20,7 +22,12 @@ from flexalign.calibration.calibrate import (
     measure_dial,
     plan_sweeps,
 )
-from flexalign.calibration.effort import EffortLevel, SettingMetrics, effort_to_dial
+from flexalign.calibration.effort import (
+    AchievedRatio,
+    EffortLevel,
+    SettingMetrics,
+    effort_to_dial,
+)
 from flexalign.evaluation.tasks import load_task
 from flexalign.lambdas import Adaptive
 from flexalign.systems import SystemOptions, parse_system
@@ -30,7 +37,15 @@ TOLERANCE = 0.1
 SAMPLING = SystemOptions(temperature=1.0, top_p=1.0, max_new_tokens=1000, batch_size=256)
 
 
-def measure(questions: int, scratch: Path) -> list[tuple[EffortLevel, SettingMetrics]]:
+class Effort(NamedTuple):
+    """An effort as calibrated, and as found anew."""
+
+    level: EffortLevel
+    fresh: SettingMetrics
+    achieved: AchievedRatio | None
+
+
+def measure(questions: int, scratch: Path) -> list[Effort]:
     """Calibrate, ask anew, and return each effort as calibrated and as found anew."""
     system = parse_system("dial:miniature")
     task = load_task("miniature:31", limit=questions)
@@ -39,6 +54,7 @@ def measure(questions: int, scratch: Path) -> list[tuple[EffortLevel, SettingMet
     calibration = measure_dial(sweeps, options, scratch / "calibration")
     others = plan_sweeps(system, load_task("miniature:32", limit=questions), options, SAMPLING)
     measured, cascade = measure_cascade(others["ways"], scratch / "fresh")
+    fast, slow = (own.by_question(own.tokens) for own in (cascade.at(0.0), cascade.slow))
     table = []
     for level in calibration.levels:
         dial = effort_to_dial(calibration, level.effort)
@@ -46,7 +62,9 @@ def measure(questions: int, scratch: Path) -> list[tuple[EffortLevel, SettingMet
         if isinstance(dial, Adaptive):
             assert dial.threshold is not None
             taken = cascade.at(dial.threshold)
-        table.append((level, SettingMetrics.of(taken)))
+        asked = fast + level.effort / 100 * (slow - fast)
+        achieved = AchievedRatio.of(taken.by_question(taken.tokens), asked)
+        table.append(Effort(level, SettingMetrics.of(taken), achieved))
     return table
 
 
@@ -60,22 +78,24 @@ def main() -> None:
     lines = [
         f"`python benchmarks/effort.py{' --quick' * arguments.quick}`: `miniature:fast` calibrated "
         f"on {questions} questions and held against {questions} others. *Line*: the straight line between the ends as calibrated; *off*: fresh mean tokens against it, to be "
-        f"within ±{TOLERANCE:.0%}. Brackets: 95 % intervals.",
+        f"within ±{TOLERANCE:.0%}. *÷ asked*: the tokens of a fresh question by those on the line between "
+        "its own fast and slow answer; the median, the tenth and the ninetieth percentile of the questions. "
+        "Other brackets: 95 % intervals.",
         "",
-        "| effort | setting | line | fresh tokens | off | 10 % | 90 % | accuracy | "
+        "| effort | setting | line | fresh tokens | off | 10 % | 90 % | ÷ asked | accuracy | "
         "calibrated accuracy |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for level, fresh in table:
+    for level, fresh, achieved in table:
         low, tokens, high = fresh.tokens
         least, share, most = fresh.accuracy
         lines.append(
             f"| {level.effort:g} | {level.setting} | {level.line:.1f} | "
             f"{tokens:.1f} [{low:.1f}, {high:.1f}] | {tokens / level.line - 1:+.1%} "
-            f"| {fresh.tokens_p10:.0f} | {fresh.tokens_p90:.0f} | "
+            f"| {fresh.tokens_p10:.0f} | {fresh.tokens_p90:.0f} | {_ratio(achieved)} | "
             f"{share:.3f} [{least:.3f}, {most:.3f}] | {level.metrics.accuracy.mean:.3f} |"
         )
-    off = max(abs(fresh.tokens.mean / level.line - 1) for level, fresh in table)
+    off = max(abs(fresh.tokens.mean / level.line - 1) for level, fresh, _ in table)
     verdict = "kept" if off <= TOLERANCE else "not kept"
     lines += [
         "",
@@ -83,6 +103,10 @@ def main() -> None:
     ]
     print("\n".join(lines))
     REPORT.write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
+def _ratio(ratio: AchievedRatio | None) -> str:
+    return "—" if ratio is None else f"{ratio.median:.2f} [{ratio.p10:.2f}, {ratio.p90:.2f}]"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@
     python benchmarks/prompts.py --data alpaca_en_demo.json --quick   # a few minutes, nothing kept
     python benchmarks/prompts.py --data … --rewrite                   # only the table of what is there
 
+Without --data the file of that name in the folder of FLEXALIGN_DATA is taken, if there is one.
+
 λ = 0 is the model as it is, λ = 1 the same model told "Answer in one short sentence.". *Pair* is
 equation 5 while decoding, two streams of one model. *Peer* is transformers' ``generate`` with the
 plain model under each prompt, with the same seeds. *Students* are LoRAs that TrRa trains on the
@@ -15,6 +17,7 @@ and passed over when the command is given again.
 
 import argparse
 import json
+import os
 import platform
 import random
 import time
@@ -24,10 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _document import put_section
 
 from flexalign._storage import write_json, write_text
 from flexalign.data import SamplingSettings, load_prompts
 from flexalign.data.prompting import PromptSettings
+from flexalign.evaluation.tasks import DATA_VARIABLE
 from flexalign.generation.responses import Response, generate_responses
 from flexalign.generation.two_prompts import TwoPromptDecoder
 from flexalign.models.loading import load_adapter, load_model, load_tokenizer
@@ -70,19 +75,26 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rewrite", action="store_true", help="only write the table again")
     chosen = parser.parse_args()
-    if chosen.data is None:
-        parser.error("name the file of instructions with --data")
+    folder = os.environ.get(DATA_VARIABLE)
+    data = chosen.data or (folder and Path(folder) / "alpaca_en_demo.json")
+    if not data or not data.is_file():
+        print(
+            f"prompts: skipped, as neither --data nor {DATA_VARIABLE} (alpaca_en_demo.json in its "
+            "folder) names instructions"
+        )
+        return
 
     sizes = QUICK if chosen.quick else Sizes()
     work = chosen.work / "quick" if chosen.quick else chosen.work
     work.mkdir(parents=True, exist_ok=True)
     collected = collect if chosen.rewrite else measure
-    results = collected(chosen.data, work, sizes)
+    results = collected(data, work, sizes)
     if chosen.quick:
         print(report(results))
         return
     write_json(RAW, results)
     write_text(REPORT, report(results))
+    put_section("prompts", section(results))
 
 
 def measure(data: Path, work: Path, sizes: Sizes) -> dict[str, Any]:
@@ -242,12 +254,14 @@ def row_of(name: str, answers: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def report(results: dict[str, Any]) -> str:
-    """Return the results as Markdown."""
+def section(results: dict[str, Any]) -> str:
+    """Return the section of the results: the command and the table."""
+    return "\n".join([*_table(results), ""])
+
+
+def _table(results: dict[str, Any]) -> list[str]:
     sizes = results["sizes"]
     lines = [
-        "# One model under two prompts: SmolLM2-135M",
-        "",
         f"`python benchmarks/prompts.py --data {results['data']}`. λ = 0: the model as it is; λ = 1: "
         f"told *{SYSTEM}* {sizes['held_out']} held-out prompts, one answer each at temperature 0.7 "
         f"and top-p 0.95, cut off at {sizes['answer_tokens']} tokens; seeds are equal for all systems. "
@@ -264,6 +278,12 @@ def report(results: dict[str, Any]) -> str:
             f"| {row['system']} | {row['lambda']:g} | {_bracket(row['tokens'], 1)} "
             f"| {_bracket(row['less'], 1)} | {_bracket(row['whole'], 2)} | {row['seconds']:.0f} |"
         )
+    return lines
+
+
+def report(results: dict[str, Any]) -> str:
+    """Return the results as Markdown."""
+    lines = ["# One model under two prompts: SmolLM2-135M", "", *_table(results)]
     equal = [row["equal_to_pair"] for row in results["rows"] if "equal_to_pair" in row]
     lines += [
         "",

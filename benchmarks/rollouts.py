@@ -2,12 +2,14 @@
 
     python benchmarks/rollouts.py                      # about forty minutes on one core
     python benchmarks/rollouts.py --only 5 --gate 0.01 # one setting
+    python benchmarks/rollouts.py --students sampled   # of each setting one student
     python benchmarks/rollouts.py --quick              # a few minutes, few steps, nothing kept
     python benchmarks/rollouts.py --rewrite            # only write the stored settings' table again
 
-At each setting three students: *data* learns from the data's responses, *token* from its own with
-the divergence to equation 5 at every token (both from the reference, with equal steps), *sequence*
-goes on from *data* with as many steps on its own responses and the reverse KL of whole responses.
+At each setting four students: *data* learns from the data's responses, *token* from its own with
+the divergence to equation 5 at every token, *sampled* from its own with the reward of each sampled
+token alone (all from the reference, with equal steps), *sequence* goes on from *data* with as many
+steps on its own responses and the reverse KL of whole responses.
 Each is read off at every branch of its own responses, and held against what the pair itself makes
 of equation 5 there, and of the optimum over whole responses. Every finished setting is kept.
 """
@@ -52,11 +54,12 @@ class Setting:
     gate: float | None
 
 
+STUDENTS = ("data", "token", "sampled", "sequence")
 SETTINGS = [Setting(lam, gate) for lam in (2.0, 5.0) for gate in (None, 0.01)]
 
 
-def run(setting: Setting, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Train and read off the three students of one setting."""
+def run(setting: Setting, students: Sequence[str], options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Train and read off the students of one setting that are asked for."""
     _, aligned, _ = load_pair()
     off = Training(steps=options["steps"])
     on = replace(off, rollouts=1.0)
@@ -65,8 +68,11 @@ def run(setting: Setting, options: dict[str, Any]) -> list[dict[str, Any]]:
     for name, training in (
         ("data", off),
         ("token", on),
+        ("sampled", replace(on, rollout_objective="sampled")),
         ("sequence", replace(on, rollout_objective="sequence", seed=1)),
     ):
+        if name not in students:
+            continue
         with TemporaryDirectory() as scratch:
             student = realign(
                 aligned,
@@ -192,6 +198,10 @@ def report(stored: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
+def _place(row: dict[str, Any]) -> tuple[float, float, int]:
+    return row["lam"], row["gate"] or 0, STUDENTS.index(row["student"])
+
+
 def _setting(row: dict[str, Any]) -> str:
     return f"| {row['lam']:g} | {'–' if row['gate'] is None else row['gate']} | {row['student']}"
 
@@ -227,8 +237,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="10 steps, 200 questions")
     parser.add_argument("--only", type=float, help="this λ alone")
     parser.add_argument("--gate", type=float, help="with --only: under this gate (none: plain)")
+    parser.add_argument("--students", nargs="*", default=STUDENTS, choices=STUDENTS)
     parser.add_argument("--rewrite", action="store_true", help="only write the table again")
     chosen = parser.parse_args(arguments)
+    if "sequence" in chosen.students and "data" not in chosen.students:
+        parser.error("sequence goes on from data; give --students data sequence.")
     torch.set_num_threads(1)
     options = {
         "steps": 10 if chosen.quick else 150,
@@ -242,11 +255,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.only is not None:
         settings = [Setting(chosen.only, chosen.gate)]
     for setting in settings:
-        rows = run(setting, options)
+        rows = run(setting, chosen.students, options)
         if RAW.is_file() and not chosen.quick:  # another process may have added to it
             stored = json.loads(RAW.read_text(encoding="utf-8"))
-        kept = [r for r in stored["rows"] if Setting(r["lam"], r["gate"]) != setting]
-        stored["rows"] = sorted([*kept, *rows], key=lambda row: (row["lam"], row["gate"] or 0))
+        kept = [
+            row
+            for row in stored["rows"]
+            if Setting(row["lam"], row["gate"]) != setting or row["student"] not in chosen.students
+        ]
+        stored["rows"] = sorted([*kept, *rows], key=_place)
         if not chosen.quick:
             text = json.dumps(stored, indent=1, ensure_ascii=False) + "\n"
             RAW.write_text(text, encoding="utf-8")

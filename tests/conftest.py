@@ -7,6 +7,7 @@ Fixtures for all tests:
 * ``hybrid_folder``: a model's folder with that tokenizer.
 * ``tiny_model(family="qwen2", vocab_size=None, seed=0, **config)``: a two-layer random model.
 * ``tiny_pair``: ``(reference, aligned)``, two model folders with that tokenizer. Read only.
+* ``renamed_pair``: the same weights; the aligned model's special tokens have other names.
 * ``run_cli(*args)``: the command line, in this process, with what it printed.
 * ``serve(answer)``: a server of OpenAI's protocol on the loopback.
 """
@@ -91,6 +92,13 @@ HYBRID_TEMPLATE = (
 )
 """A template with a switch for the thinking, as DeepSeek's and GLM's have one."""
 SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+RENAMED_TOKENS = {
+    "<|im_start|>": "<|User|>",
+    "<|im_end|>": "<|end_of_sentence|>",
+    "<think>": "<|box_start|>",
+    "</think>": "<|box_end|>",
+}
+"""Special tokens and their names in the aligned model of ``renamed_pair``."""
 CORPUS = (
     "user assistant system what is one plus two plus three",
     "the answer is six because one and two make three and three more make six",
@@ -162,7 +170,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
     for item in items:
-        if "gpu" in item.keywords:
+        # Not `item.keywords`, which has the names of the folders above it too.
+        if item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
 
 
@@ -261,6 +270,22 @@ def tiny_pair(
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return pair
+
+
+@pytest.fixture(scope="session")
+def renamed_pair(tmp_path_factory: pytest.TempPathFactory, tiny_pair: TinyPair) -> TinyPair:
+    """The tiny pair, whose aligned model has other names for four special tokens, at equal ids."""
+    folder = tmp_path_factory.mktemp("renamed_pair")
+    pair = TinyPair(folder / "reference", folder / "aligned")
+    for source, path in zip(tiny_pair, pair, strict=True):
+        shutil.copytree(source, path)
+    for path in pair.aligned.iterdir():
+        if path.suffix in (".json", ".jinja"):
+            text = path.read_text(encoding="utf-8")
+            for name, other in RENAMED_TOKENS.items():
+                text = text.replace(name, other)
+            path.write_text(text, encoding="utf-8")
     return pair
 
 

@@ -19,12 +19,13 @@ def main() -> None:
     parser.add_argument("aligned")
     parser.add_argument("--lambda", dest="lams", required=True, help="such as 0.5,1.5,2")
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--by-id", action="store_true", help="special tokens differ in name alone")
     options = parser.parse_args()
 
     for lam in options.lams.split(","):
         folder = options.output / f"lambda={float(lam):g}"
         if not folder.exists():
-            interpolate(options.reference, options.aligned, float(lam), folder)
+            interpolate(options.reference, options.aligned, float(lam), folder, by_id=options.by_id)
         print(folder)
 
 

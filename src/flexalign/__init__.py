@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from flexalign.fusion import fuse
     from flexalign.generation import TwoModelDecoder
     from flexalign.inra import InRaConfig, InRaModel
-    from flexalign.lambdas import Adaptive, Fixed, Route, Schedule
+    from flexalign.lambdas import Adaptive, Exit, Fixed, Route, Schedule
     from flexalign.lora_dial import LoRADial
     from flexalign.models.interpolation import interpolate
     from flexalign.models.pair import ModelPair
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Adaptive": "flexalign.lambdas",
+    "Exit": "flexalign.lambdas",
     "Fixed": "flexalign.lambdas",
     "InRaConfig": "flexalign.inra",
     "InRaModel": "flexalign.inra",
@@ -40,6 +41,7 @@ _HOMES = {
 
 __all__ = [
     "Adaptive",
+    "Exit",
     "Fixed",
     "FlexAlignError",
     "InRaConfig",

@@ -92,6 +92,20 @@ def _versions(folder: Path) -> dict[Path, tuple[int, int]]:
     return versions
 
 
+def free_bytes(folder: Path) -> int:
+    """Return the free bytes of the disk of a folder, which need not exist."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
+
+
+def flush(path: Path) -> None:
+    """Flush a file that a library wrote to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file; it is flushed to the disk before this returns."""
     with replacing(path) as partial, partial.open("wb") as file:

@@ -1,8 +1,8 @@
 """λ: numbers, schedules and policies, their text and JSON forms, and permitted ranges.
 
 A dial sets the λ of a run or of a request: one number (:class:`Fixed`), a :class:`Schedule` over
-steps, or a policy that chooses for each request (:class:`Adaptive`, :class:`Route`). Python, YAML,
-the command line and HTTP use the same JSON form::
+steps, or a policy that chooses for each request (:class:`Adaptive`, :class:`Exit`, :class:`Route`).
+Python, YAML, the command line and HTTP use the same JSON form::
 
     2.0                                                          one λ throughout
     {"kind": "linear", "start": 0, "end": 2, "steps": 200}       straight from start to end
@@ -12,8 +12,9 @@ the command line and HTTP use the same JSON form::
     {"kind": "thinking", "think": 0.0, "answer": 1.0, "budget": 2000, "end": 1.5}
     {"policy": "fixed", "lambda": 0.5}                           the same as the number
     {"policy": "adaptive", "threshold": 0.5}                     fast if confident enough, else slow
+    {"policy": "exit", "threshold": 0.95}                        slow, until a fast trial answer is confident
     {"policy": "route", "share": 0.3}                            slow with probability 0.3, else fast
-    "auto", "adaptive 0.5", "route 0.3"                          short forms of policies, as text
+    "auto", "adaptive 0.5", "exit 0.95", "route 0.3"             short forms of policies, as text
 
     {"low": 0, "high": 5}, "0:5"                                 all λ of a range; in training only
 
@@ -521,16 +522,8 @@ class Adaptive:
         if self.threshold is not None:
             _set(self, "threshold", _share(self.threshold, "an adaptive policy's threshold"))
 
-        if self.measure not in get_args(Measure):
-            known = nearest(self.measure, get_args(Measure))
-            raise ConfigError(f"{self.measure!r:.80} is no measure{known}")
+        _check_measure(self, "an adaptive policy's samples")
         _set_lambdas(self)
-
-        samples = self.samples
-        if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
-            raise ConfigError(
-                f"an adaptive policy's samples must be a whole number ≥ 1, got {samples!r:.80}."
-            )
 
     def resolved_threshold(self, calibrated: float | None = None) -> float:
         """Return the threshold to apply: its own, else the calibrated one, else 0.5."""
@@ -541,6 +534,66 @@ class Adaptive:
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form, which :func:`parse_dial` reads."""
         return {"policy": "adaptive", **_changed(self)}
+
+
+@dataclass(frozen=True)
+class Exit:
+    """Think slowly, and close the thinking as soon as a fast trial answer is confident enough.
+
+    The slow stream thinks, with the requested sampling. At each end of a part of its thinking, the
+    thinking is closed on trial, as the model's chat template closes it, and the fast stream answers
+    greedily: it writes what it would write after the prompt, the thinking so far and the closing
+    tag. If the answer ends within ``answer_tokens`` and its confidence reaches the threshold, the
+    thinking is closed there, and the trial answer is the answer. Else the slow stream continues
+    from before the trial. Where the thinking closes without an exit, and in a response without
+    thinking, the slow stream answers.
+
+    The measures are those of :class:`Adaptive`. On a model with one stream both λ have no effect.
+    Source: dynamic early exit (arXiv 2504.15895), here with the answer of the fast stream.
+
+    Attributes:
+        threshold: Least accepted confidence, in [0, 1]; 0 accepts the first complete trial answer.
+            It is never the calibrated one, which belongs to answers without thinking.
+        measure: The measure of confidence.
+        marker: The text that ends a part of the thinking; an empty line by default. There is no
+            trial at a part of white space only, or where the marker ends inside a token.
+        answer_tokens: Tokens after which a trial answer is cut off, and rejected.
+        fast_lambda: λ of the trial answers.
+        slow_lambda: λ of the thinking, and of an answer without an exit.
+        samples: Number of answers sampled for ``"agreement"``; other measures ignore it.
+
+    Raises:
+        ConfigError: If a setting is unknown or out of its range.
+        LambdaError: If a λ is not a finite number; a schedule is not available.
+    """
+
+    threshold: float = 0.95
+    measure: Measure = "answer_probability"
+    marker: str = "\n\n"
+    answer_tokens: int = 64
+    fast_lambda: float = 1.0
+    slow_lambda: float = 0.0
+    samples: int = 5
+
+    def __post_init__(self) -> None:
+        _set(self, "threshold", _share(self.threshold, "an exit policy's threshold"))
+        _check_measure(self, "an exit policy's samples")
+        _set_lambdas(self)
+
+        if not isinstance(self.marker, str) or not self.marker:
+            raise ConfigError(
+                f"an exit policy's marker must be a text that is not empty, got {self.marker!r:.80}."
+            )
+        _require_count(self.answer_tokens, "an exit policy's answer_tokens")
+
+    @property
+    def lambdas(self) -> Schedule:
+        """λ inside the thinking and after it, as far as an exit ends it."""
+        return Schedule("thinking", think=self.slow_lambda, answer=self.fast_lambda)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form, which :func:`parse_dial` reads."""
+        return {"policy": "exit", **_changed(self)}
 
 
 @dataclass(frozen=True)
@@ -579,7 +632,11 @@ class Route:
         return {"policy": "route", **_changed(self)}
 
 
-def way_dial(policy: Adaptive | Route, way: Way) -> Fixed:
+Policy: TypeAlias = Adaptive | Exit | Route
+"""A policy that chooses, for a whole response, which stream answers."""
+
+
+def way_dial(policy: Policy, way: Way) -> Fixed:
     """Return the dial of a policy's fast or slow answers.
 
     Example:
@@ -589,9 +646,34 @@ def way_dial(policy: Adaptive | Route, way: Way) -> Fixed:
     return Fixed(policy.fast_lambda if way == "fast" else policy.slow_lambda)
 
 
-def _set_lambdas(policy: Adaptive | Route) -> None:
+def thinking_lambda(dial: "Dial | None") -> float | None:
+    """Return the λ that a response begins at, and thinks at; None if it is no one number.
+
+    Example:
+        >>> thinking_lambda(Exit(slow_lambda=0.2))
+        0.2
+    """
+    if isinstance(dial, Exit):
+        return dial.slow_lambda
+    return dial.lam if isinstance(dial, Fixed) else None
+
+
+def _set_lambdas(policy: Policy) -> None:
     for name in ("fast_lambda", "slow_lambda"):
         _set(policy, name, finite_lambda(getattr(policy, name), name))
+
+
+def _check_measure(policy: Adaptive | Exit, samples: str) -> None:
+    """Check a policy's measure and its samples, which have this name in the message."""
+    if policy.measure not in get_args(Measure):
+        known = nearest(policy.measure, get_args(Measure))
+        raise ConfigError(f"{policy.measure!r:.80} is no measure{known}")
+    _require_count(policy.samples, samples)
+
+
+def _require_count(value: object, name: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} must be a whole number ≥ 1, got {value!r:.80}.")
 
 
 def _share(value: object, name: str) -> float:
@@ -603,7 +685,7 @@ def _share(value: object, name: str) -> float:
     return number
 
 
-def _changed(policy: Adaptive | Route) -> dict[str, Any]:
+def _changed(policy: Policy) -> dict[str, Any]:
     """Return the fields that differ from their defaults."""
     return {
         field.name: getattr(policy, field.name)
@@ -614,16 +696,17 @@ def _changed(policy: Adaptive | Route) -> dict[str, Any]:
 
 # Parsing: from user input to a dial.
 
-Dial: TypeAlias = Fixed | Schedule | Adaptive | Route
+Dial: TypeAlias = Fixed | Schedule | Adaptive | Exit | Route
 """The type of all dials."""
 
-_POLICIES: dict[str, tuple[type[Fixed | Adaptive | Route], dict[str, str]]] = {
+_POLICIES: dict[str, tuple[type[Fixed | Adaptive | Exit | Route], dict[str, str]]] = {
     "fixed": (Fixed, {"lambda": "lam", "lam": "lam"}),
     "adaptive": (Adaptive, {field.name: field.name for field in fields(Adaptive)}),
+    "exit": (Exit, {field.name: field.name for field in fields(Exit)}),
     "route": (Route, {field.name: field.name for field in fields(Route)}),
 }
 
-_SHORT = {"adaptive": "threshold", "route": "share"}
+_SHORT = {"adaptive": "threshold", "exit": "threshold", "route": "share"}
 """Policies that have a short form, and the field that its number sets."""
 
 
@@ -680,7 +763,7 @@ def _from_text(text: str) -> object:
     try:
         value: object = json.loads(text)
     except ValueError as error:
-        form = "write a number, adaptive 0.5, route 0.3, auto, or JSON"
+        form = "write a number, adaptive 0.5, exit 0.95, route 0.3, auto, or JSON"
         if not text.lstrip().startswith(("{", "[")):
             raise ConfigError(f"{text!r} is no λ and no policy; {form}.") from None
         raise ConfigError(f"{text!r} is no JSON ({error}); {form}.") from error
@@ -783,15 +866,21 @@ def dial_name(dial: Dial) -> str:
         return f"λ={dial.lam:g}"
     form: Any = dial.to_json()
 
-    if isinstance(dial, Adaptive | Route):
+    if isinstance(dial, Policy):
         given = {key: value for key, value in form.items() if key != "policy"}
         first = _SHORT[form["policy"]]
         words = [form["policy"]]
         if first in given:
             words.append(f"{given.pop(first):g}")
-        return " ".join([*words, *(f"{key}={value}" for key, value in given.items())])
+        return " ".join([*words, *(f"{key}={_word(value)}" for key, value in given.items())])
 
     return json.dumps(form, ensure_ascii=False, separators=(", ", ": "))
+
+
+def _word(value: object) -> str:
+    """Return a value as one word; a text with white space in it is quoted."""
+    has_space = isinstance(value, str) and any(letter.isspace() for letter in value)
+    return json.dumps(value, ensure_ascii=False) if has_space else str(value)
 
 
 def setting_label(setting: str, effort: float | None) -> str:
@@ -913,8 +1002,8 @@ def ends_alone(permitted: OnlyEnds, whose: str, permit: str) -> str:
     low, high = permitted
     return (
         f"{whose} is a plain LoRA, trained at one strength, which has λ = {low:g} and {high:g} alone; "
-        f"train one for a range of λ (flexalign realign --lambda 0:5 with lora), or, if you mean it, "
-        f"{permit}."
+        f"train one for a range of λ (flexalign realign --lambda 0:5 with lora), measure it scaled as "
+        f"lora:BASE,ADAPTER in flexalign evaluate, or, if you mean it, {permit}."
     )
 
 

@@ -1,9 +1,11 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from flexalign.calibration.effort import (
+    AchievedRatio,
     Calibration,
     EffortLevel,
     MeasuredSetting,
@@ -86,7 +88,10 @@ def metrics(tokens):
 
 
 LEVELS = (
-    EffortLevel(50.0, "adaptive 0.4", 35.0, "simulated", metrics(30.0), Interval(-0.1, 0.0, 0.1)),
+    EffortLevel(
+        *(50.0, "adaptive 0.4", 35.0, "simulated", metrics(30.0), Interval(-0.1, 0.0, 0.1)),
+        achieved=AchievedRatio(0.1, 0.9, 1.8),
+    ),
     EffortLevel(100.0, "λ=0", 70.0, "interpolated", metrics(70.0), Interval(0.0, 0.0, 0.0)),
 )
 SETTINGS = tuple(
@@ -120,3 +125,13 @@ def test_nothing_is_known_where_nothing_was_measured(calibration):
 
 def test_a_calibration_is_read_as_it_was_written():
     assert Calibration.from_json(CALIBRATION.to_json()) == CALIBRATION
+
+
+def test_a_level_of_an_earlier_version_has_no_ratio_by_question():
+    written = CALIBRATION.to_json()
+    names = {"achieved_p10", "achieved_median", "achieved_p90"}
+    assert [names & level.keys() for level in written["levels"]] == [names, set()]
+    for name in names:
+        del written["levels"][0][name]
+    first = Calibration.from_json(written).levels[0]
+    assert first == replace(LEVELS[0], achieved=None)

@@ -5,7 +5,7 @@ import pytest
 
 from flexalign.calibration.calibrate import _require_saving
 from flexalign.calibration.cascade import Cascade, fit_thresholds
-from flexalign.calibration.effort import Calibration
+from flexalign.calibration.effort import AchievedRatio, Calibration
 from flexalign.calibration.fitting import (
     describe_deeper,
     describe_loss,
@@ -127,6 +127,68 @@ def test_between_two_measured_lambdas_accuracy_changes_along_the_line():
     snapped = effort_levels(calibration, None, fixed)
     assert snapped[3].setting == "λ=0"
     assert "effort 0 loses least" in describe_loss(replace(calibration, levels=snapped))
+
+
+def percentiles(achieved, asked):
+    return np.quantile(
+        [one / line for one, line in zip(achieved, asked, strict=True)], [0.1, 0.5, 0.9]
+    )
+
+
+def test_each_question_is_asked_for_the_tokens_on_its_own_line():
+    """A coin between two ways has the line's mean, and no question has what it was asked for."""
+    lengths = np.random.default_rng(9).integers(50, 150, COUNT)
+    slow = Samples(QUESTIONS, right(0.8), lengths)
+    sure = np.random.default_rng(6).permutation(COUNT) / COUNT
+    both = Cascade(Samples(QUESTIONS, right(0.7, 1), np.full(COUNT, 10), confidence=sure), slow)
+    levels = adaptive(both, {0.0: slow}).levels
+    assert abs(levels[2].metrics.tokens.mean / levels[2].line - 1) < 0.01
+    for level, threshold in zip(levels[:4], fit_thresholds(both, [0, 25, 50, 75]), strict=True):
+        taken = [10 if s >= threshold else 10 + n for s, n in zip(sure, lengths, strict=True)]
+        asked = [10 + level.effort / 100 * (n - 10) for n in lengths]
+        ratio = level.achieved
+        found = [ratio.p10, ratio.median, ratio.p90]
+        assert found == pytest.approx(percentiles(taken, asked), rel=1e-12)
+    assert levels[2].achieved.p10 < 0.25
+    assert levels[2].achieved.p90 > 1.8
+    assert [levels[-1].achieved, levels[0].achieved] == [AchievedRatio(1.0, 1.0, 1.0)] * 2
+
+
+def test_samples_of_a_question_count_as_their_mean_and_a_line_below_0_is_left_out():
+    names = [str(number) for number in range(10) for _ in range(2)]
+    slow, fast = np.tile([60, 140], 10), np.tile([10, 30], 10)
+    slow[:2], fast[:2] = 20, 200  # a question whose fast answers are long
+    tokens = {-1.0: 2.0 * slow, 0.0: 1.0 * slow, 1.0: 1.0 * fast}
+    fixed = {lam: Samples(names, np.ones(20, bool), own) for lam, own in tokens.items()}
+    means = {lam: float(own.mean()) for lam, own in tokens.items()}
+    levels = effort_levels(Calibration(fit_lambdas(means)), None, fixed)
+
+    deepest = levels[-1]
+    share = deepest.effort / 100
+    assert share > 2
+    assert 200 + share * (20 - 200) < 0
+    # All other questions are the same: 20 and 100 tokens, and 200 at the deepest λ.
+    ratio = 200 / (20 + share * 80)
+    found = [deepest.achieved.p10, deepest.achieved.median, deepest.achieved.p90]
+    assert found == pytest.approx([ratio] * 3)
+
+
+def test_between_two_measured_lambdas_the_ratios_of_both_are_mixed():
+    fixed = {0.0: answers(100, 0.8), 0.5: answers(80, 0.6, 1), 1.0: answers(20, 0.1, 2)}
+    tokens = {lam: float(own.tokens.mean()) for lam, own in fixed.items()}
+    calibration = Calibration(fit_lambdas(tokens))
+    level = effort_levels(calibration, None, fixed)[1]
+    lam = float(level.setting.removeprefix("λ="))
+    assert 0.5 < lam < 1
+    asked = fixed[1.0].tokens + 0.25 * (fixed[0.0].tokens - fixed[1.0].tokens)
+    ends = [percentiles(fixed[end].tokens, asked) for end in (0.5, 1.0)]
+    mixed = (1 - lam) / 0.5 * ends[0] + (lam - 0.5) / 0.5 * ends[1]
+    found = [level.achieved.p10, level.achieved.median, level.achieved.p90]
+    assert found == pytest.approx(list(mixed), rel=1e-4)  # the id of λ has six digits
+
+
+def test_no_ratio_where_no_question_is_asked_for_tokens():
+    assert AchievedRatio.of([3.0, 4.0], [0.0, -1.0]) is None
 
 
 def deeper(gained, tokens=150, margin=0.02):

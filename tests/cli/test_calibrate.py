@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 
 from flexalign.calibration.effort import (
+    AchievedRatio,
     Calibration,
     EffortLevel,
     SettingMetrics,
@@ -94,7 +95,17 @@ def test_what_was_measured_is_shown_with_its_holes_and_steps(capsys):
     shown = capsys.readouterr()
     assert "skipped" not in shown.out
     assert "threshold" not in shown.out
+    assert "÷ asked" not in shown.out
     assert shown.err == ""
+
+
+def test_ratios_by_question_stand_in_a_column_of_their_own(capsys):
+    known = replace(_level(0.0, 10.0), achieved=AchievedRatio(0.25, 1.0, 1.875))
+    _show(Calibration(((100.0, 0.0),), levels=(known, _level(50.0, 10.0))))
+    rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert rows[0].endswith("accuracy ÷ asked")
+    assert "0 λ=0.5 10.0 10.0 4 21 75.0 [50, 90] 1.00 [0.25, 1.88]" in rows
+    assert "50 λ=0.5 10.0 10.0 4 21 75.0 [50, 90] —" in rows
 
 
 @pytest.mark.parametrize(

@@ -59,3 +59,31 @@ def test_building_names_each_part_as_it_is_written(run_cli, tmp_path, monkeypatc
     assert result.exit_code == 0, result.stderr
     wrote = [f"wrote {tmp_path / part}" for part in ("reference", "placebo")]
     assert "".join(result.stderr.split("\n")) == "".join(wrote)
+
+
+def test_aligning_prints_what_its_card_says(run_cli, tmp_path):
+    output = tmp_path / "sft"
+    given = ("--method", "sft", "--steps", 1, "--questions", 4)
+    result = run_cli("miniature", "align", "-o", output, *given)
+    assert result.exit_code == 0, result.stderr
+    record = json.loads((output / "alignment.json").read_text(encoding="utf-8"))
+    low, mean, high = record["aligned"]["tokens"]
+    for text in (result.stdout, (output / "README.md").read_text(encoding="utf-8")):
+        assert f"{mean:.1f} [{low:.1f}, {high:.1f}]" in text
+    assert f"wrote {output}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (("--method", "dpo"), "take grpo or sft"),
+        (("--method", "sft", "--cost", 0.1), "--cost is of --method grpo"),
+        (("--reward", "constant", "--cost", 0.1), "has no cost"),
+    ],
+    ids=str,
+)
+def test_an_alignment_that_is_not_known_is_refused(given, reason, run_cli, tmp_path):
+    result = run_cli("miniature", "align", "-o", tmp_path / "model", *given)
+    assert result.exit_code == 2
+    assert reason in result.stderr
+    assert not (tmp_path / "model").exists()

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from flexalign.cli.tune import next_step
+from flexalign.cli.tune import cost_of_iterating, next_step
 from flexalign.evaluation.samples import ResultsFolder
 from flexalign.lambdas import Setting
 from flexalign.miniature import make_traces
@@ -79,6 +79,49 @@ def test_what_was_chosen_is_told_with_its_proof(run_cli, sweep: Path, tmp_path: 
     drawn = json.loads((tmp_path / "tuned" / "tuned.json").read_text(encoding="utf-8"))["samples"]
     assert "held-out: accuracy " in result.stderr
     assert f"{drawn['spent']} of {drawn['exhaustive']} samples were needed" in result.stderr
+
+
+def test_the_two_questions_are_answered_of_this_tuning(run_cli, tmp_path: Path):
+    """λ=4 is two rounds of λ=2: of the stored answers it loses what they lose."""
+    rows = [
+        row | {"setting": {GOOD: "λ=2", BAD: "λ=4"}.get(row["setting"], row["setting"])}
+        for row in _rows(150, 4)
+    ]
+    ResultsFolder.begin(tmp_path / "sweep", {"systems": []}, [], {}).append(rows)
+    asked = ("tune", "--from", tmp_path / "sweep", "--margin", "0.2", "-o", tmp_path / "tuned")
+    result = run_cli(*asked, "--lambda", "2,4")
+    assert result.exit_code == 0, result.stderr
+    tuned = json.loads((tmp_path / "tuned" / "tuned.json").read_text(encoding="utf-8"))
+    [proved] = [row for row in tuned["proof"]["finalists"] if row["setting"] == "λ=2"]
+    held_out = proved["evidence"]["questions"]
+    assert (
+        f"How to choose λ: take what is proved, not what looks best. Of 2 candidates λ=2 is, on "
+        f"{held_out} questions that had no part in the choice: "
+    ) in result.stderr
+    [deeper] = [r["evidence"] for r in tuned["choice"]["standings"] if r["setting"] == "λ=4"]
+    low, change, high = (100 * value for value in deeper["difference"])
+    assert change < -20
+    assert (
+        "What iterating costs in accuracy: two rounds of λ = 2 aim at λ = 4, whose accuracy is "
+        f"{change:+.1f} points [{low:+.1f}, {high:+.1f}] from λ = 0's with "
+        f"{deeper['token_cut']:.1%} fewer tokens ({deeper['questions']} questions"
+    ) in result.stderr
+
+    alone = run_cli(*asked[:-1], tmp_path / "alone", "--lambda", "2").stderr
+    assert "The only candidate is, on " in alone
+    assert "aim at λ = 4, which was no candidate; see what that costs with --lambda 2,4." in alone
+
+
+def test_where_nothing_is_proved_the_reference_is_left(run_cli, sweep: Path, tmp_path: Path):
+    arguments = ("--from", sweep, "--lambda", "2", "--margin", "0.1", "-o", tmp_path / "tuned")
+    told = run_cli("tune", *arguments).stderr
+    assert "The only candidate is not proved here (" in told
+    assert "); λ = 0 is what is left." in told
+    assert "n rounds of λ aim at λⁿ" in told
+
+
+def test_a_dial_is_not_iterated():
+    assert "a dial is not iterated" in cost_of_iterating(None, parse_system("dial:a,b"), None)
 
 
 def test_none_is_an_answer_and_no_failure(run_cli, sweep: Path, tmp_path: Path):

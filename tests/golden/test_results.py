@@ -48,6 +48,18 @@ def test_the_sections_are_written_from_what_is_stored(scripts, tmp_path, monkeyp
     assert emptied.read_text(encoding="utf-8") == page
 
 
+@pytest.mark.parametrize(
+    ("name", "script"),
+    [("lora_dial", "_lora_dial_report"), ("prompts", "prompts"), ("vllm", "vllm")],
+)
+def test_sections_of_stopped_benchmarks_are_those_of_their_figures(scripts, name, script):
+    """These scripts go on from cells that are not kept; only their writing is run."""
+    make = runpy.run_path(str(scripts / f"{script}.py"), run_name=script)["section"]
+    written = make(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")))
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert f"<!-- {name}: begin -->\n{written}<!-- {name}: end -->" in page
+
+
 def stored_shares() -> dict[tuple[float, int], tuple[float, float]]:
     """Some intervals of shares of right answers, by the share and the number of questions."""
     found = {}

@@ -11,7 +11,7 @@ from contract.subjects import put_lora
 from families import family_model
 from flexalign import LoRADial
 from flexalign.errors import ConfigError, LambdaError, UnsupportedModelError
-from flexalign.generation.adaptive import RoutedOutput
+from flexalign.generation.policies import RoutedOutput
 from flexalign.generation.row_lambdas import RowDials
 from flexalign.lambdas import Adaptive, Fixed, Schedule
 from flexalign.lora_dial import LoRADialConfig

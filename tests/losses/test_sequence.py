@@ -91,6 +91,7 @@ def sampled_loss(
     lam: float | Tensor,
     gate: float | None,
     chunk_size: int = 2,
+    objective: str = "sequence",
 ) -> Tensor:
     """The loss of the library on a batch of samples."""
     rows, tokens, mask = as_batch(world, batch)
@@ -100,7 +101,14 @@ def sampled_loss(
         for part in (world.hidden[who][rows], world.heads[who])
     ]
     return fused_divergence(
-        *sides, mask, lam, gate=gate, num_items=1, chunk_size=chunk_size, sampled=tokens
+        *sides,
+        mask,
+        lam,
+        gate=gate,
+        num_items=1,
+        chunk_size=chunk_size,
+        sampled=tokens,
+        sampled_objective=objective,
     )
 
 
@@ -115,6 +123,75 @@ def exact_gradients(world: World, lam: float, gate: float | None) -> list[Tensor
         log_s = log_probability(world, student, sequence)
         kl = kl + log_s.exp() * (log_s - log_probability(world, product, sequence))
     return gradients(kl, world)
+
+
+def token_kls(world: World, lam: float, gate: float | None) -> Tensor:
+    """The naive KL(student ‖ equation 5) of every prefix, with the student's graph."""
+    student, reference, aligned = (
+        world.log_probabilities(who) for who in ("student", "reference", "aligned")
+    )
+    teacher = torch.log_softmax(fuse64(reference, aligned, lam, gate).detach(), -1)
+    return (student.exp() * (student - teacher)).sum(-1)
+
+
+@pytest.mark.parametrize(("lam", "gate"), [(0.5, None), (2.0, None), (5.0, None), (3.0, 0.05)])
+def test_the_sampled_tokens_rewards_have_the_gradient_of_the_naive_policy_gradient(
+    world, lam, gate
+):
+    batch = [(1, 2, 0), (0,), (2, 2, 1)]
+    student, reference, aligned = (
+        world.log_probabilities(who) for who in ("student", "reference", "aligned")
+    )
+    teacher = torch.log_softmax(fuse64(reference, aligned, lam, gate), -1).detach()
+    loss = torch.zeros((), dtype=torch.float64)
+    for sequence in batch:
+        for place, token in enumerate(sequence):
+            prefix = world.prefixes.index(sequence[:place])
+            reward = (teacher[prefix, token] - student[prefix, token]).detach()
+            loss = loss - reward * student[prefix, token]
+    expected = gradients(loss, world)
+    for chunk_size in (1, 4, 100):
+        found = sampled_loss(world, batch, lam, gate, chunk_size, "sampled")
+        for part, other in zip(gradients(found, world), expected, strict=True):
+            torch.testing.assert_close(part, other)
+
+
+@pytest.mark.parametrize(("lam", "gate"), [(0.5, None), (2.0, None), (5.0, None), (3.0, 0.05)])
+def test_the_mean_over_all_samples_of_the_tokens_rewards_is_the_gradient_of_the_tokens_kl(
+    world, lam, gate
+):
+    """The places that the samples visit count as given, as for the divergence at every token."""
+    table = world.log_probabilities("student").detach()
+    kls = token_kls(world, lam, gate)
+    loss, mean = torch.zeros((), dtype=torch.float64), [0.0, 0.0]
+    for sequence in sequences():
+        chance = float(log_probability(world, table, sequence).exp())
+        visited = [world.prefixes.index(sequence[:place]) for place in range(len(sequence))]
+        loss = loss + chance * kls[visited].sum()
+        own = gradients(sampled_loss(world, [sequence], lam, gate, objective="sampled"), world)
+        mean = [total + chance * part for total, part in zip(mean, own, strict=True)]
+    for found, expected in zip(mean, gradients(loss, world), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_mean_reward_of_one_token_falls_as_finite_differences_say(world):
+    """At the empty prefix, along every coordinate of the student's hidden state there."""
+    mean = torch.zeros(WIDTH, dtype=torch.float64)
+    chances = world.log_probabilities("student").detach()[0].exp().tolist()
+    for token, chance in enumerate(chances):
+        found = gradients(sampled_loss(world, [(token,)], 2.0, None, objective="sampled"), world)
+        mean += chance * found[0][0]
+
+    step, hidden = 1e-5, world.hidden["student"]
+    for coordinate in range(WIDTH):
+        ends = []
+        for sign in (1, -1):
+            moved = hidden.detach().clone()
+            moved[0, coordinate] += sign * step
+            near = world._replace(hidden=world.hidden | {"student": moved})
+            ends.append(float(token_kls(near, 2.0, None)[0].detach()))
+        slope = (ends[0] - ends[1]) / (2 * step)
+        assert float(mean[coordinate]) == pytest.approx(slope, abs=1e-8)
 
 
 @pytest.mark.parametrize(("lam", "gate"), [(0.5, None), (2.0, None), (5.0, None), (3.0, 0.05)])
@@ -208,6 +285,7 @@ def test_comparing_with_the_others_of_the_batch_makes_the_gradient_vary_less(wor
 def test_the_value_is_that_of_the_tokens_however_it_is_cut(world):
     batch = [(1, 2, 0), (0,), (2, 2, 1)]
     losses = [sampled_loss(world, batch, 2.0, None, chunk_size) for chunk_size in (1, 4, 100)]
+    value_of_rewards = sampled_loss(world, batch, 2.0, None, 4, "sampled").detach()
     student, reference, aligned = (
         world.log_probabilities(who) for who in ("student", "reference", "aligned")
     )
@@ -215,6 +293,7 @@ def test_the_value_is_that_of_the_tokens_however_it_is_cut(world):
     tokens = (student.exp() * (student - fused)).sum(-1)
     visited = [world.prefixes.index(row[:place]) for row in batch for place in range(len(row))]
     found = [gradients(loss, world) for loss in losses]
+    torch.testing.assert_close(value_of_rewards, tokens[visited].sum())
     for loss, parts in zip(losses, found, strict=True):
         torch.testing.assert_close(loss, tokens[visited].sum())
         torch.testing.assert_close(parts, found[0])
@@ -308,6 +387,8 @@ def test_samples_are_for_the_reverse_divergence_of_rows(world):
     for settings in ({"divergence": "forward"}, {"divergence": "jsd", "beta": 0.5}):
         with pytest.raises(ConfigError, match="sampled is for the reverse divergence"):
             loss(hidden, mask, tokens, **settings)
+    with pytest.raises(ConfigError, match="one of sequence, sampled"):
+        loss(hidden, mask, tokens, sampled_objective="token")
     with pytest.raises(ConfigError, match=r"got \(1, 6\) and \(1, 7\)"):
         loss(hidden, mask, tokens[:, 1:])
     for flat in ([part[0] for part in hidden], [part[None] for part in hidden]):

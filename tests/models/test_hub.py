@@ -374,3 +374,21 @@ def test_a_dial_from_the_hub_is_planned_and_exported(hub: Hub, tiny_pair: Any, t
     data = ModelCard.load(tmp_path / "README.md").data
     assert (data.base_model, data.base_model_relation) == ("acme/reference", "adapter")
     assert (data.license, data.library_name) == ("apache-2.0", "peft")
+
+
+@pytest.mark.slow
+def test_a_calibrated_dial_is_uploaded(hub: Hub, tmp_path: Path):
+    asked = ("miniature", "--adapter", "miniature:fast", "--task", "miniature", "--limit", 24)
+    asked = ("calibrate", *asked, "--save-to", "fast", "--push", "me/fast")
+    told = _flexalign(hub, tmp_path, *asked, "--dry-run")
+    assert told.returncode == 0, told.stderr
+    assert "would upload fast to me/fast at the end" in told.stderr
+    assert "me/fast" not in hub.repos
+
+    result = _flexalign(hub, tmp_path, *asked, "--dial", "adaptive", "--top-k", 20)
+    assert result.returncode == 0, result.stderr
+    assert f"uploaded: {hub.url}/me/fast" in result.stderr
+    files = hub.repos["me/fast"].files("main")
+    assert files["inra_config.json"] == (tmp_path / "fast/inra_config.json").read_bytes()
+    calibration = json.loads(files["inra_config.json"])["calibration"]
+    assert calibration["sampling"]["top_k"] == 20

@@ -1,5 +1,7 @@
 """Weights between two models: exact at both ends, by definition between, never half written."""
 
+import copy
+import json
 import shutil
 import sys
 
@@ -9,8 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from conftest import RENAMED_TOKENS
 from flexalign.errors import ConfigError, LambdaError, PairMismatchError
-from flexalign.models.interpolation import interpolate
+from flexalign.models.interpolation import RECORD, interpolate
 
 
 def tensors(folder):
@@ -95,6 +98,186 @@ def test_a_tied_head_that_one_stores_too_is_left_out(folders, tmp_path):
     assert found.keys() == tensors(folders[0]).keys()
 
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def between(one, other, lam):
+    return (1 - lam) * one.double() + lam * other.double()
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.25, 1.0, 1.5])
+@pytest.mark.parametrize("tied", [(True, False), (False, True)])
+def test_of_a_tied_and_an_untied_model_the_result_is_untied(
+    tmp_path, tiny_model, tiny_tokenizer, capsys, tied, lam
+):
+    folders = [
+        save(
+            tiny_model(seed=seed, tie_word_embeddings=is_tied),
+            tiny_tokenizer,
+            tmp_path / str(seed),
+            max_shard_size="100KB",
+        )
+        for seed, is_tied in enumerate(tied)
+    ]
+    one, other = map(tensors, folders)
+    assert [HEAD in stored for stored in (one, other)] == [not is_tied for is_tied in tied]
+    output = interpolate(*folders, lam, tmp_path / "output")
+    assert "untied" in capsys.readouterr().err
+    assert json.loads((output / "config.json").read_text())["tie_word_embeddings"] is False
+    assert json.loads((output / RECORD).read_text())["untied"] is True
+
+    found = tensors(output)
+    heads = [stored.get(HEAD, stored[EMBEDDING]) for stored in (one, other)]
+    shared = one.keys() & other.keys()
+    expected = {name: between(one[name], other[name], lam) for name in shared}
+    expected[HEAD] = between(*heads, lam)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name].double(), tensor, rtol=1e-6, atol=1e-8)
+
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.lm_head.weight is not model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, found[HEAD])
+    if lam in (0.0, 1.0):
+        ids = torch.arange(5, 15)[None]
+        end = AutoModelForCausalLM.from_pretrained(folders[int(lam)])
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, end(ids).logits)
+
+
+def test_a_head_that_a_tied_model_stores_and_differs_is_its_own(folders, tmp_path):
+    file = folders[1] / "model.safetensors"
+    stored = load_file(file)
+    stored[HEAD] = stored[EMBEDDING].clone() + 1
+    save_file(stored, file, metadata={"format": "pt"})
+    found = tensors(interpolate(*folders, 1.0, tmp_path / "output"))
+    assert torch.equal(found[HEAD], stored[HEAD])
+    assert torch.equal(found[EMBEDDING], stored[EMBEDDING])
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0, -1.0])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("widths", [(384, 512), (512, 320)])
+def test_rows_that_both_have_are_interpolated(
+    tmp_path, tiny_model, tiny_tokenizer, capsys, widths, tied, lam
+):
+    folders = [
+        save(
+            tiny_model(seed=seed, tie_word_embeddings=tied, vocab_size=width),
+            tiny_tokenizer,
+            tmp_path / str(seed),
+        )
+        for seed, width in enumerate(widths)
+    ]
+    one, other = map(tensors, folders)
+    output = interpolate(*folders, lam, tmp_path / "output")
+    said = capsys.readouterr().err
+    assert f"{widths[0]} rows in the reference and {widths[1]} in the aligned model" in said
+    record = json.loads((output / RECORD).read_text())
+    assert record["rows"] == {"reference": widths[0], "aligned": widths[1]}
+
+    found, rows = tensors(output), min(widths)
+    assert found.keys() == one.keys()
+    for name, tensor in found.items():
+        assert tensor.shape == one[name].shape
+        if name in (EMBEDDING, HEAD):
+            assert torch.equal(tensor[rows:], one[name][rows:])
+            tensor, first, second = tensor[:rows], one[name][:rows], other[name][:rows]
+        else:
+            first, second = one[name], other[name]
+        expected = between(first, second, lam)
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-8)
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.config.vocab_size == widths[0]
+    text = AutoTokenizer.from_pretrained(output)("what is 1+2?", return_tensors="pt")
+    with torch.no_grad():
+        assert model(**text).logits.shape[-1] == widths[0]
+
+
+def test_without_a_tokenizer_wider_rows_are_of_nothing_known(tmp_path, tiny_model, tiny_tokenizer):
+    wide = save(tiny_model(vocab_size=384), tiny_tokenizer, tmp_path / "wide")
+    bare, other = tmp_path / "bare", tmp_path / "other"
+    tiny_model(vocab_size=320).save_pretrained(bare)
+    tiny_model(vocab_size=320, seed=1).save_pretrained(other)
+    interpolate(bare, other, 0.5, tmp_path / "equal")
+    with pytest.raises(ConfigError, match="bare has no tokenizer"):
+        interpolate(wide, bare, 0.5, tmp_path / "output")
+
+
+def test_special_tokens_of_other_names_are_read_by_id(renamed_pair, tmp_path, capsys):
+    with pytest.raises(PairMismatchError, match=r"'<think>' and '<\|box_start\|>'.*--by-id"):
+        interpolate(*renamed_pair, 0.5, tmp_path / "output")
+    output = interpolate(*renamed_pair, 0.5, tmp_path / "output", by_id=True)
+    assert "'<think>' and '<|box_start|>'" in capsys.readouterr().err
+    named = {token["reference"]: token["aligned"] for token in read_record(output)["renamed"]}
+    assert named == RENAMED_TOKENS
+    one, other = map(tensors, renamed_pair)
+    for name, tensor in tensors(output).items():
+        expected = between(one[name], other[name], 0.5)
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-8)
+    vocabularies = [
+        AutoTokenizer.from_pretrained(folder).get_vocab()
+        for folder in (output, renamed_pair.reference)
+    ]
+    assert vocabularies[0] == vocabularies[1]
+
+
+def read_record(folder):
+    return json.loads((folder / RECORD).read_text(encoding="utf-8"))
+
+
+def test_tokens_of_one_tokenizer_alone_are_said(tmp_path, tiny_model, tiny_tokenizer):
+    longer = copy.deepcopy(tiny_tokenizer)
+    longer.add_tokens(["<|tool|>"], special_tokens=True)
+    one = save(tiny_model("llama", vocab_size=384), tiny_tokenizer, tmp_path / "one")
+    other = save(tiny_model("llama", vocab_size=384, seed=1), longer, tmp_path / "other")
+    for first, second in ((one, other), (other, one)):
+        output = interpolate(first, second, 0.5, tmp_path / f"{first.name}-{second.name}")
+        assert read_record(output)["extra_tokens"] == ["<|tool|>"]
+
+
+def test_one_id_of_two_tokens_is_refused(tmp_path, tiny_model, tiny_tokenizer):
+    pair = []
+    for name in ("<|tool|>", "<|call|>"):
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.add_tokens([name], special_tokens=True)
+        model = tiny_model("llama", vocab_size=384)
+        pair.append(save(model, tokenizer, tmp_path / name.strip("<|>")))
+    with pytest.raises(PairMismatchError, match=r"320 is '<\|tool\|>' .*--by-id"):
+        interpolate(*pair, 0.5, tmp_path / "output")
+
+
+def test_a_longer_context_is_the_references(tmp_path, tiny_model, tiny_tokenizer, capsys):
+    one = save(tiny_model(max_position_embeddings=4096), tiny_tokenizer, tmp_path / "one")
+    other = save(tiny_model(seed=1), tiny_tokenizer, tmp_path / "other")
+    output = interpolate(one, other, 1.0, tmp_path / "output")
+    assert "max_position_embeddings is 4096, the reference's; it is 512" in capsys.readouterr().err
+    ids = torch.arange(5, 15)[None]
+    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (output, other)]
+    assert models[0].config.max_position_embeddings == 4096
+    with torch.no_grad():
+        assert torch.equal(models[0](ids).logits, models[1](ids).logits)
+
+
+def test_a_context_that_changes_the_angles_is_refused(tmp_path, tiny_model, tiny_tokenizer):
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    one, other = (
+        save(
+            tiny_model(rope_parameters=dynamic, max_position_embeddings=length),
+            tiny_tokenizer,
+            tmp_path / str(length),
+        )
+        for length in (77, 512)
+    )
+    with pytest.raises(PairMismatchError, match="max_position_embeddings: 77 and 512"):
+        interpolate(one, other, 0.5, tmp_path / "output")
+
+
+def test_no_record_where_nothing_differs(tiny_pair, tmp_path, capsys):
+    assert not (interpolate(*tiny_pair, 0.5, tmp_path / "output") / RECORD).exists()
+    assert "note" not in capsys.readouterr().err
+
+
 def test_a_peft_adapter_is_merged_first(tmp_path, tiny_pair):
     from peft import LoraConfig, get_peft_model
 
@@ -110,16 +293,17 @@ def test_a_peft_adapter_is_merged_first(tmp_path, tiny_pair):
 
 
 def test_what_does_not_fit(tmp_path, folders, tiny_model, tiny_tokenizer):
-    wide = save(
-        tiny_model(tie_word_embeddings=True, vocab_size=384), tiny_tokenizer, tmp_path / "wide"
+    flat = save(
+        tiny_model(tie_word_embeddings=True, num_hidden_layers=1), tiny_tokenizer, tmp_path / "flat"
     )
     theta = save(
-        tiny_model(tie_word_embeddings=True, max_position_embeddings=77),
+        tiny_model(
+            tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 77.0}
+        ),
         tiny_tokenizer,
         tmp_path / "theta",
     )
-    untied = save(tiny_model(tie_word_embeddings=False), tiny_tokenizer, tmp_path / "untied")
-    for folder, named in ((wide, "vocab_size: 320 and 384"), (theta, "77"), (untied, "tie_word")):
+    for folder, named in ((flat, "num_hidden_layers: 2 and 1"), (theta, "77")):
         with pytest.raises(PairMismatchError, match=named):
             interpolate(folders[0], folder, 0.5, tmp_path / "output")
     file = folders[1] / "model.safetensors"

@@ -128,6 +128,31 @@ def test_completions_take_texts_and_tokens(client: openai.OpenAI):
     assert "+" not in stop.choices[0].text
 
 
+def test_stop_texts_of_a_chat_are_looked_for_outside_the_thinking(client: openai.OpenAI):
+    asked: dict[str, Any] = {"model": "miniature", "messages": messages(QUESTIONS[0])}
+    asked |= {"max_tokens": 400, "temperature": 1, "seed": 4, "extra_body": {"lambda": 0}}
+    whole_answer = client.chat.completions.create(**asked).choices[0].message
+    stop = whole_answer.content[-1]
+    assert stop in whole_answer.reasoning
+
+    answer = client.chat.completions.create(**asked, stop=["never written", stop])
+    [choice] = answer.choices
+    assert choice.message.reasoning == whole_answer.reasoning
+    assert choice.message.content == whole_answer.content.partition(stop)[0]
+    assert choice.finish_reason == "stop"
+    assert answer.usage.completion_tokens_details.reasoning_tokens > 0
+
+    streamed = {"reasoning": "", "content": ""}
+    for chunk in client.chat.completions.create(**asked, stop=stop, stream=True):
+        for one in chunk.choices:
+            streamed["content"] += one.delta.content or ""
+            streamed["reasoning"] += one.delta.model_extra.get("reasoning") or ""
+    assert streamed == {
+        "reasoning": choice.message.reasoning,
+        "content": choice.message.content,
+    }
+
+
 def test_chat_log_probabilities(client: openai.OpenAI):
     asked: dict[str, Any] = {"model": "miniature", "messages": messages("1+2+3?"), "max_tokens": 4}
     asked |= {"temperature": 0, "logprobs": True, "top_logprobs": 3}

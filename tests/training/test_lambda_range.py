@@ -327,7 +327,7 @@ def test_stopped_and_resumed_is_uninterrupted(
         assert [log.get(key) for log in logs[0]] == [log.get(key) for log in logs[1]], key
 
 
-@pytest.mark.parametrize("objective", ["token", "sequence"])
+@pytest.mark.parametrize("objective", ["token", "sequence", "sampled"])
 def test_a_rollout_is_sampled_at_the_rows_lambda(
     dial_trainer: Callable[..., Any], modules: Modules, objective: str
 ) -> None:

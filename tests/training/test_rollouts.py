@@ -1,6 +1,7 @@
 """Batches that the student samples: what is drawn, what is counted, and what it aims at."""
 
 import copy
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -242,18 +243,21 @@ def test_stopped_and_resumed_is_uninterrupted(
         assert [log[key] for log in logs[0]] == [log[key] for log in logs[1]], key
 
 
-def test_the_objective_of_sequences_reaches_sampled_batches_alone(
+def test_an_objective_of_samples_reaches_sampled_batches_alone(
     make_trainer: Callable[..., Any],
 ) -> None:
     def gradients(objective: str, rollouts: float) -> dict[str, torch.Tensor]:
         options = ON_POLICY | {"rollouts": rollouts, "rollout_objective": objective}
         return step(make_trainer(make_rows(8), **options))
 
-    token, sequence = gradients("token", 1.0), gradients("sequence", 1.0)
+    sampled = {name: gradients(name, 1.0) for name in ("token", "sequence", "sampled")}
     name = "model.embed_tokens.weight"
-    assert (token[name] - sequence[name]).norm() > 0.01 * token[name].norm()
-    unused = gradients("sequence", 0.0)
-    assert all(torch.equal(part, unused[key]) for key, part in gradients("token", 0.0).items())
+    for one, other in itertools.combinations(sampled.values(), 2):
+        assert (one[name] - other[name]).norm() > 0.01 * one[name].norm()
+    on_data = gradients("token", 0.0)
+    for objective in ("sequence", "sampled"):
+        unused = gradients(objective, 0.0)
+        assert all(torch.equal(part, unused[key]) for key, part in on_data.items())
 
 
 def test_an_evaluation_is_of_the_data(make_trainer: Callable[..., Any], modules: Modules) -> None:
@@ -284,6 +288,7 @@ def test_a_row_that_ends_before_its_response_costs_nothing(
         ({"rollout_objective": "sentence"}, "one of token, sequence"),
         ({"rollout_max_new_tokens": 0}, "rollout_max_new_tokens"),
         ({"rollout_objective": "sequence", "divergence": "forward"}, "use divergence='reverse'"),
+        ({"rollout_objective": "sampled", "divergence": "jsd"}, "use divergence='reverse'"),
         (
             {"rollout_objective": "sequence", "per_device_train_batch_size": 1},
             "per_device_train_batch_size to 2",

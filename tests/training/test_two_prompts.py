@@ -364,7 +364,7 @@ def test_a_lora_students_step_is_the_naive_one(
 # On-policy.
 
 
-@pytest.mark.parametrize("objective", ["token", "sequence"])
+@pytest.mark.parametrize("objective", ["token", "sequence", "sampled"])
 def test_the_teachers_score_a_sample_under_their_own_prompts(
     make_prompted: Callable[..., TrRaTrainer],
     one_model: PreTrainedModel,

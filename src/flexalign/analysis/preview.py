@@ -86,6 +86,7 @@ def open_preview(
     prompts: PromptPair | None = None,
     *,
     limit: int | None = None,
+    by_id: bool = False,
 ) -> tuple[ModelPair | InRaModel, list[TokenizedRow]]:
     """Read traces and load the system that is previewed on them: what :func:`preview` takes.
 
@@ -94,6 +95,7 @@ def open_preview(
         traces: A file or a saved data set, as `flexalign.data.load_traces` takes it.
         prompts: The two prompts of ``prompts:MODEL``.
         limit: Take only the first rows, this many.
+        by_id: Take special tokens of a pair for the same where only their names differ.
 
     Raises:
         CheckpointError: If weights are missing or damaged.
@@ -109,7 +111,7 @@ def open_preview(
         raise ConfigError(
             "--reference-prompt and --aligned-prompt are about a system prompts:MODEL; name one."
         )
-    backend = LocalBackend(system, options=SystemOptions(prompts=prompts))
+    backend = LocalBackend(system, options=SystemOptions(prompts=prompts, by_id=by_id))
     if isinstance(backend.text, TwoPromptText):
         prompted = load_prompted_rows(traces, backend.text.rendering, limit)
         decoder = backend.load(device_map=None)
@@ -120,7 +122,9 @@ def open_preview(
             "preview the pair that it was trained on."
         )
     is_pair = system.kind == "pair"
-    tokenizer = examine_pair(*system.parts).tokenizer if is_pair else backend.text.tokenizer
+    tokenizer = (
+        examine_pair(*system.parts, by_id=by_id).tokenizer if is_pair else backend.text.tokenizer
+    )
     rows = load_rows(traces, tokenizer, limit)  # what is wrong with them is said before any load
 
     model: Any = backend.load(device_map=None)

@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 from flexalign._version import __version__
+from flexalign.calibration.card import add_calibration
 from flexalign.calibration.cascade import Cascade, fit_thresholds
 from flexalign.calibration.effort import (
     REFERENCE_EFFORT,
@@ -206,17 +207,22 @@ class CalibrationPlan:
             kept = Path(scratch if output is None else output)
             return measure_dial(self.sweeps, self.options, kept, workers=workers, progress=progress)
 
+    @property
+    def target(self) -> Path:
+        """The folder of the calibrated adapter."""
+        return self.save_to or self.folder
+
     def store(self, calibration: Calibration) -> Path:
-        """Write a calibration into the adapter's configuration, or into a copy of the adapter.
+        """Write a calibration into the adapter's configuration and card, or those of a copy.
 
         Returns:
             The folder of the calibrated adapter.
         """
         if self.save_to is not None:
             copy_adapter(self.folder, self.save_to)
-        target = self.save_to or self.folder
-        store_calibration(target, calibration)
-        return target
+        store_calibration(self.target, calibration)
+        add_calibration(self.target, calibration)
+        return self.target
 
 
 def plan_calibration(

@@ -1,4 +1,4 @@
-"""The card of a tuning: the promise, its evidence and its cost."""
+"""The cards of a tuning (the promise, its evidence and its cost) and of a calibrated dial."""
 
 import json
 from collections.abc import Mapping
@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexalign._storage import write_json, write_text
+from flexalign.calibration.effort import Calibration
 from flexalign.calibration.verify import Evidence, Proof
 from flexalign.lambdas import LAMBDA_LEGEND
 from flexalign.statistics import Interval
 from flexalign.training.card import table
 
 if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
     from flexalign.calibration.tune import Tuned
 
 CARD, RESULT, PICTURE = "tuned.md", "tuned.json", "tuned.png"
@@ -181,3 +184,85 @@ def _share(interval: Interval) -> str:
 
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+# The card of a calibrated dial: what training wrote, and the curve that was measured since.
+
+_CALIBRATED = "## Calibrated"
+
+
+def add_calibration(folder: Path, calibration: Calibration) -> bool:
+    """Write a calibration's curve into a dial's card, in place of an earlier calibration's.
+
+    Each effort's accuracy and tokens become results of ``model-index``, and a table in the text.
+
+    Args:
+        folder: The dial's folder.
+        calibration: Its calibration.
+
+    Returns:
+        Whether the folder has a card; without one nothing is written.
+    """
+    from huggingface_hub import ModelCard
+
+    path = folder / "README.md"
+    if not path.is_file():
+        return False
+
+    card = ModelCard.load(path)
+    others = [
+        one for one in card.data.eval_results or [] if "effort" not in (one.metric_args or {})
+    ]
+    card.data.model_name = card.data.model_name or folder.resolve().name
+    card.data.eval_results = [*others, *_effort_results(calibration)]
+    # An earlier calibration's section ends at the next heading.
+    before, found, after = card.text.partition(f"{_CALIBRATED}\n")
+    rest = "\n## " + after.partition("\n## ")[2] if found and "\n## " in after else ""
+    card.text = f"{before.rstrip()}\n{rest}".rstrip() + f"\n\n{_calibrated(calibration)}\n"
+
+    write_text(path, str(card))
+    return True
+
+
+def _effort_results(calibration: Calibration) -> "list[EvalResult]":
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=calibration.task,
+            dataset_name=f"{calibration.task}, {calibration.questions} questions",
+            metric_type=key,
+            metric_value=value,
+            metric_name=f"{meaning} at effort {level.effort:g} ({level.setting})",
+            metric_args={"effort": level.effort},
+        )
+        for level in calibration.levels
+        for key, meaning, value in (
+            ("accuracy", "accuracy", level.metrics.accuracy.mean),
+            ("tokens", "tokens per answer", level.metrics.tokens.mean),
+        )
+    ]
+
+
+def _calibrated(calibration: Calibration) -> str:
+    """Return the section, whose table has a row for each effort."""
+    rows = [
+        (
+            f"{level.effort:g}",
+            level.setting,
+            f"{level.metrics.tokens.mean:.1f}",
+            f"{level.metrics.tokens_p10:.0f} to {level.metrics.tokens_p90:.0f}",
+            f"{level.metrics.accuracy.mean:.3f} "
+            f"[{level.metrics.accuracy.low:.3f}, {level.metrics.accuracy.high:.3f}]",
+        )
+        for level in calibration.levels
+    ]
+    return "\n\n".join(
+        [
+            _CALIBRATED,
+            f"On {calibration.questions} questions of {calibration.task}, with flexalign "
+            f"{calibration.made_by}; sampling: {json.dumps(dict(calibration.sampling))}.",
+            table(("effort", "setting", "tokens per answer", "10 to 90 %", "accuracy"), rows),
+        ]
+    )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 import flexalign
 from flexalign._storage import write_json
@@ -133,6 +134,55 @@ class MeasuredSetting:
 
 
 @dataclass(frozen=True)
+class AchievedRatio:
+    """Achieved ÷ asked tokens, over the questions of a calibration.
+
+    A question is asked for the tokens on the straight line between its own tokens at effort 0 and
+    at effort 100, and achieves its own tokens at the effort; both are means over its samples. A
+    mean may lie on the line while hardly any question does.
+
+    Attributes:
+        p10: The tenth percentile.
+        median: The median.
+        p90: The ninetieth percentile.
+    """
+
+    p10: float
+    median: float
+    p90: float
+
+    @classmethod
+    def of(cls, achieved: ArrayLike, asked: ArrayLike) -> "AchievedRatio | None":
+        """Compute it from the tokens of each question, both of shape (questions,).
+
+        Returns:
+            The percentiles over all questions that are asked for more than 0 tokens (above effort
+            100 a line that falls may end below 0); None if there is no such question.
+        """
+        own, wanted = np.asarray(achieved, np.float64), np.asarray(asked, np.float64)
+        is_positive = wanted > 0
+        if not is_positive.any():
+            return None
+        quantiles = np.quantile(own[is_positive] / wanted[is_positive], (0.1, 0.5, 0.9))
+        return cls(*map(float, quantiles))
+
+    @classmethod
+    def from_json(cls, given: Mapping[str, Any]) -> "AchievedRatio | None":
+        """Read a level's JSON form; None if it has no ratio, as before this version of flexalign.
+
+        Raises:
+            KeyError: If a key is missing.
+        """
+        if given.get("achieved_median") is None:
+            return None
+        return cls(given["achieved_p10"], given["achieved_median"], given["achieved_p90"])
+
+    def to_json(self) -> dict[str, float]:
+        """Return its keys of a level's JSON form."""
+        return {f"achieved_{name}": value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
 class EffortLevel:
     """The cost and the accuracy of an effort.
 
@@ -144,6 +194,7 @@ class EffortLevel:
         metrics: Cost and accuracy.
         accuracy_change: Accuracy minus that of λ = 0, paired by question, with its 95 % interval;
             0 for λ = 0 itself.
+        achieved: Achieved ÷ asked tokens by question; None if it was not measured.
     """
 
     effort: float
@@ -152,6 +203,7 @@ class EffortLevel:
     source: Source
     metrics: SettingMetrics
     accuracy_change: Interval
+    achieved: AchievedRatio | None = None
 
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> "EffortLevel":
@@ -167,6 +219,7 @@ class EffortLevel:
             given["source"],
             SettingMetrics.from_json(given),
             Interval.from_json(given, "accuracy_change"),
+            AchievedRatio.from_json(given),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -178,6 +231,7 @@ class EffortLevel:
             "source": self.source,
             **self.metrics.to_json(),
             **self.accuracy_change.to_json("accuracy_change"),
+            **({} if self.achieved is None else self.achieved.to_json()),
         }
 
 
@@ -465,7 +519,8 @@ def is_packaged(folder: Path) -> bool:
 
 
 def copy_adapter(source: Path, target: Path) -> None:
-    """Copy an adapter's files to a folder that may be written to."""
+    """Copy an adapter's files, and its card, to a folder that may be written to."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in dial_files(read_dial(source), source):
+    card = ["README.md"] if (source / "README.md").is_file() else []
+    for name in [*dial_files(read_dial(source), source), *card]:
         shutil.copyfile(source / name, target / name)

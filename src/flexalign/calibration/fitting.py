@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,6 +14,7 @@ from flexalign.analysis.deeper import Verdict
 from flexalign.calibration.cascade import Cascade
 from flexalign.calibration.effort import (
     REFERENCE_EFFORT,
+    AchievedRatio,
     Calibration,
     EffortLevel,
     Points,
@@ -122,60 +124,97 @@ def effort_levels(
     largest = calibration.largest_effort
     efforts = [*LEVELS, *([largest] if largest > REFERENCE_EFFORT else [])]
     dials = [effort_to_dial(calibration, effort) for effort in efforts]
-    found = [_metrics(dial, cascade, fixed) for dial in dials]
+    found = [_parts(dial, cascade, fixed) for dial in dials]
 
-    fastest = found[0][1].tokens.mean  # the first of LEVELS is effort 0
-    reference = fixed[0.0].mean_tokens
-    return tuple(
-        EffortLevel(
-            effort,
-            Setting.of(dial).id,
-            fastest + effort / REFERENCE_EFFORT * (reference - fastest),
-            source,
-            metrics,
-            change,
+    # The first of LEVELS is effort 0, which is always one setting that was measured or simulated.
+    [(_, fast)] = found[0][1]
+    slow = fixed[0.0]
+    fastest, reference = _metrics(found[0][1]).tokens.mean, slow.mean_tokens
+    fast_each, slow_each = (samples.by_question(samples.tokens) for samples in (fast, slow))
+
+    levels = []
+    for effort, dial, (source, parts) in zip(efforts, dials, found, strict=True):
+        share = effort / REFERENCE_EFFORT
+        levels.append(
+            EffortLevel(
+                effort,
+                Setting.of(dial).id,
+                fastest + share * (reference - fastest),
+                source,
+                _metrics(parts),
+                _change(parts, slow),
+                _achieved(parts, fast_each + share * (slow_each - fast_each)),
+            )
         )
-        for effort, dial, (source, metrics, change) in zip(efforts, dials, found, strict=True)
-    )
+    return tuple(levels)
 
 
-def _metrics(
+_Parts = Sequence[tuple[float, Samples]]
+"""The samples behind an effort, each with its weight: one setting, or the two next to it."""
+
+
+def _parts(
     dial: Adaptive | Fixed, cascade: Cascade | None, fixed: Mapping[float, Samples]
-) -> tuple[Source, SettingMetrics, Interval]:
-    """Compute the source, the metrics and the change of accuracy of a dial."""
+) -> tuple[Source, _Parts]:
+    """Return the source of a dial's figures, and the samples that they are made from."""
     if isinstance(dial, Adaptive):
         if cascade is None or dial.threshold is None:
             raise ConfigError("this calibration's efforts are thresholds; give a cascade.")
-        samples = cascade.at(dial.threshold)
-        return "simulated", SettingMetrics.of(samples), _change(samples.correct, fixed[0.0])
+        return "simulated", [(1.0, cascade.at(dial.threshold))]
 
     lam = dial.lam
-    if lam == 0:
-        return "measured", SettingMetrics.of(fixed[lam]), Interval(0.0, 0.0, 0.0)
     if lam in fixed:
-        return "measured", SettingMetrics.of(fixed[lam]), _change(fixed[lam].correct, fixed[0.0])
+        return "measured", [(1.0, fixed[lam])]
 
     # Between two measured λ's all figures are interpolated linearly.
     low, high = max(one for one in fixed if one < lam), min(one for one in fixed if one > lam)
     share = (lam - low) / (high - low)
-    one, other = SettingMetrics.of(fixed[low]), SettingMetrics.of(fixed[high])
-    correct = (1 - share) * fixed[low].correct + share * fixed[high].correct
-    metrics = SettingMetrics(
-        _between(one.tokens, other.tokens, share),
-        (1 - share) * one.tokens_p10 + share * other.tokens_p10,
-        (1 - share) * one.tokens_p90 + share * other.tokens_p90,
-        _between(one.accuracy, other.accuracy, share),
+    return "interpolated", [(1 - share, fixed[low]), (share, fixed[high])]
+
+
+def _metrics(parts: _Parts) -> SettingMetrics:
+    first, *others = (SettingMetrics.of(samples) for _, samples in parts)
+    if not others:
+        return first
+    (second,) = others
+    (before, _), (share, _) = parts
+    return SettingMetrics(
+        _between(first.tokens, second.tokens, share),
+        before * first.tokens_p10 + share * second.tokens_p10,
+        before * first.tokens_p90 + share * second.tokens_p90,
+        _between(first.accuracy, second.accuracy, share),
     )
-    return "interpolated", metrics, _change(correct, fixed[0.0])
+
+
+def _achieved(parts: _Parts, asked: NDArray[np.float64]) -> AchievedRatio | None:
+    """Return achieved ÷ asked tokens by question; the percentiles of two parts are interpolated.
+
+    Args:
+        parts: The samples.
+        asked: The tokens that each question is asked for, shape (questions,).
+    """
+    ratios = [AchievedRatio.of(own.by_question(own.tokens), asked) for _, own in parts]
+    weighted: dict[str, float] = {}
+    for (weight, _), ratio in zip(parts, ratios, strict=True):
+        if ratio is None:
+            return None
+        for name, value in asdict(ratio).items():
+            weighted[name] = weighted.get(name, 0.0) + weight * value
+    return AchievedRatio(**weighted)
 
 
 def _between(one: Interval, other: Interval, share: float) -> Interval:
     return Interval(*((1 - share) * a + share * b for a, b in zip(one, other, strict=True)))
 
 
-def _change(correct: ArrayLike, reference: Samples) -> Interval:
+def _change(parts: _Parts, reference: Samples) -> Interval:
     """Return the accuracy minus that of λ = 0, with its 95 % interval, paired by question."""
+    if len(parts) == 1 and parts[0][1] is reference:
+        return Interval(0.0, 0.0, 0.0)
     questions = reference.question.tolist()
+    correct: ArrayLike = parts[0][1].correct
+    if len(parts) > 1:
+        correct = np.sum([weight * samples.correct for weight, samples in parts], axis=0)
     return paired_difference_interval(correct, questions, reference.correct, questions)
 
 

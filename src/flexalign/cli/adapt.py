@@ -9,6 +9,7 @@ from rich.markup import escape
 from flexalign.cli.console import console, print_json
 from flexalign.cli.options import (
     Assignments,
+    ByID,
     DryTraining,
     Private,
     PushTo,
@@ -39,6 +40,7 @@ def adapt(
     extrapolate: Annotated[
         bool, typer.Option("--extrapolate", help="Method trra: allow λ < 0.")
     ] = False,
+    by_id: ByID = False,
     skip_bad_rows: SkipBadRows = False,
     push: PushTo = None,
     private: Private = False,
@@ -68,6 +70,7 @@ def adapt(
         lam=parse_lambda_option(lam),
         output=output,
         strip_thinking=strip_thinking or None,
+        by_id=by_id or None,
     )
     target = planned_push(push, private=private)
     from flexalign.training import adapter as library

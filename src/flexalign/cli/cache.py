@@ -10,6 +10,7 @@ from flexalign.cli.options import (
     AlignedPrompt,
     AllowPickle,
     Assignments,
+    ByID,
     Recipe,
     ReferencePrompt,
     ResultAsJson,
@@ -35,6 +36,7 @@ def cache(
     ] = "auto",
     reference_prompt: ReferencePrompt = None,
     aligned_prompt: AlignedPrompt = None,
+    by_id: ByID = False,
     assignments: Assignments = None,
     skip_bad_rows: SkipBadRows = False,
     allow_pickle: AllowPickle = False,
@@ -71,6 +73,7 @@ def cache(
         **read_side_prompts(reference_prompt, aligned_prompt),
         cache_dir=folder,
         allow_pickle=allow_pickle or None,
+        by_id=by_id or None,
     )[0]
     from flexalign.training.cache import fill_cache, plan_cache
 

@@ -23,17 +23,26 @@ from flexalign.cli.options import (
     Columns,
     Data,
     Dtype,
+    FrequencyPenalty,
     Instruction,
+    MinP,
+    PresencePenalty,
+    Private,
+    PushTo,
+    RepetitionPenalty,
     TaskMaxNewTokens,
     TaskTemperature,
     TaskTopP,
+    TopK,
     Workers,
     read_range,
 )
+from flexalign.cli.training import planned_push
 
 if TYPE_CHECKING:
     from flexalign.calibration import Calibration
     from flexalign.calibration.calibrate import CalibrationPlan
+    from flexalign.calibration.effort import EffortLevel
 
 _COARSE = 0.1
 """Relative difference from the line of tokens above which a note is printed."""
@@ -78,6 +87,11 @@ def calibrate(
     ] = 0.02,
     temperature: TaskTemperature = None,
     top_p: TaskTopP = None,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
     max_new_tokens: TaskMaxNewTokens = None,
     batch_size: BatchSize = 32,
     dtype: Dtype = "auto",
@@ -91,6 +105,8 @@ def calibrate(
         Path | None,
         typer.Option(help="Write a calibrated copy of the adapter here; the adapter stays as is."),
     ] = None,
+    push: PushTo = None,
+    private: Private = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check all and say what it costs; sample nothing.")
     ] = False,
@@ -120,6 +136,7 @@ def calibrate(
     with 300 questions, and 5 % with 1500.
     """
     widened = read_range(lambda_range)
+    target = planned_push(push, private=private)
     from flexalign.calibration.calibrate import plan_calibration
     from flexalign.calibration.fitting import describe_loss
     from flexalign.data.columns import parse_columns
@@ -149,6 +166,11 @@ def calibrate(
             seed=seed,
             temperature=temperature,
             top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             dtype=dtype,
@@ -156,8 +178,12 @@ def calibrate(
     say_instruction(instruction, [asked])
     if dry_run:
         _preview(plan, as_json)
+        if target is not None:
+            note(f"would upload {plan.target} to {target.repo} at the end.")
         return
 
+    if target is not None:
+        target.create()
     calibration = _run(plan, output, workers)
     written = plan.store(calibration)
     if as_json:
@@ -175,6 +201,8 @@ def calibrate(
     loss = describe_loss(calibration)
     if loss is not None:
         console.print(f"[yellow]warning:[/yellow] {escape(loss)}", soft_wrap=True)
+    if target is not None:
+        console.print(f"uploaded: {target.upload(written)}", soft_wrap=True, markup=False)
 
 
 def _preview(plan: "CalibrationPlan", as_json: bool) -> None:
@@ -215,7 +243,9 @@ def _show(calibration: "Calibration") -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("effort", "setting"):
         table.add_column(name, justify="right" if name == "effort" else "left")
-    for name in ("line", "tokens", "10 %", "90 %", "accuracy"):
+    is_by_question = any(level.achieved is not None for level in calibration.levels)
+    by_question = ["÷ asked"] if is_by_question else []
+    for name in ("line", "tokens", "10 %", "90 %", "accuracy", *by_question):
         table.add_column(name, justify="right")
     for level in calibration.levels:
         metrics = level.metrics
@@ -228,11 +258,16 @@ def _show(calibration: "Calibration") -> None:
             f"{metrics.tokens_p10:.0f}",
             f"{metrics.tokens_p90:.0f}",
             f"{100 * share:.1f} \\[{100 * low:.0f}, {100 * high:.0f}]",
+            *([_ratio(level)] if is_by_question else []),
         )
     result_console.print(table)
+    asked = (
+        " ÷ asked: a question's tokens by those on the line between its own at effort 0 and 100, "
+        "the median and in brackets the tenth and the ninetieth percentile of the questions."
+    )
     result_console.print(
         f"{LAMBDA_LEGEND}; tokens: the mean; 10 % and 90 %: of single answers; accuracy in %, with "
-        "95 % intervals.",
+        f"95 % intervals.{asked if is_by_question else ''}",
         style="dim",
         markup=False,
     )
@@ -259,3 +294,10 @@ def _show(calibration: "Calibration") -> None:
             f"at effort {', '.join(f'{one:g}' for one in coarse)} no "
             "setting has the line's tokens to within 10 %; the scale has steps there."
         )
+
+
+def _ratio(level: "EffortLevel") -> str:
+    ratio = level.achieved
+    if ratio is None:
+        return "—"
+    return f"{ratio.median:.2f} \\[{ratio.p10:.2f}, {ratio.p90:.2f}]"

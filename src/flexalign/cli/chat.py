@@ -22,7 +22,9 @@ from flexalign.cli.options import (
     Aligned,
     AlignedPrompt,
     AnyBase,
+    ByID,
     Dtype,
+    EndOfThinkingBias,
     FrequencyPenalty,
     Gate,
     MaxNewTokens,
@@ -34,6 +36,7 @@ from flexalign.cli.options import (
     RepetitionPenalty,
     Temperature,
     Template,
+    ThinkingBudget,
     TopK,
     TopP,
     read_efforts,
@@ -52,7 +55,8 @@ if TYPE_CHECKING:
 _HELP = """\
 /lambda 0.3          λ from the next answer on, or a schedule's JSON; 0 is the reference, 1 the
                      aligned model or the adapter's
-/policy adaptive 0.5 think only where the fast answer is unsure; or route 0.3, auto, JSON
+/policy adaptive 0.5 think only where the fast answer is unsure; or exit 0.95, route 0.3,
+                     auto, JSON
 /effort 50           0 is fastest, 100 the reference's tokens; the adapter must be calibrated
 /system TEXT         what the model is told beforehand; alone: nothing
 /reset               forget the conversation
@@ -76,7 +80,7 @@ def chat(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="Instead: 'adaptive 0.5', 'route 0.3', auto, or JSON of a policy or a schedule."
+            help="Instead: 'adaptive 0.5', 'exit 0.95', 'route 0.3', auto, or JSON of a policy or a schedule."
         ),
     ] = None,
     effort: Annotated[
@@ -89,6 +93,7 @@ def chat(
     gate: Gate = None,
     lambda_range: PermittedRange = None,
     any_base: AnyBase = False,
+    by_id: ByID = False,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.95,
     top_k: TopK = 0,
@@ -96,6 +101,8 @@ def chat(
     repetition_penalty: RepetitionPenalty = 1.0,
     presence_penalty: PresencePenalty = 0.0,
     frequency_penalty: FrequencyPenalty = 0.0,
+    thinking_budget: ThinkingBudget = None,
+    end_of_thinking_bias: EndOfThinkingBias = 0.0,
     max_new_tokens: MaxNewTokens = 2048,
     seed: Annotated[int, typer.Option(help="Of all sampling.")] = 0,
     template: Template = None,
@@ -129,7 +136,15 @@ def chat(
     from flexalign.data.prompting import parse_template
     from flexalign.systems import Conversation, LocalBackend, System, SystemOptions
 
-    logits = LogitsSettings(top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty)
+    logits = LogitsSettings(
+        top_k,
+        min_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        thinking_budget=thinking_budget,
+        end_of_thinking_bias=end_of_thinking_bias,
+    )
     named = System.of(model, adapter, aligned, two_prompts)
     options = SystemOptions(
         temperature=temperature,
@@ -140,6 +155,7 @@ def chat(
         dtype=dtype,
         lambda_range=limits,
         any_base=any_base,
+        by_id=by_id,
         template=parse_template(template or []),
         prompts=two_prompts,
     )

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from flexalign.cli.console import console, print_json
+from flexalign.cli.console import console, note, print_json
 from flexalign.cli.evaluate import print_summary
 
 
@@ -36,6 +36,8 @@ def compare(
     from flexalign.evaluation.summary import compare as put_side_by_side
 
     merged = put_side_by_side(folders)
+    for text in (merged.environment or {}).get("notes", ()):
+        note(text)
     if output:
         from flexalign.evaluation.report import write_report
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flexalign.errors import ConfigError, DataError
 from flexalign.errors import as_input_errors as as_input_errors
-from flexalign.lambdas import Adaptive, Setting
+from flexalign.lambdas import Adaptive, Exit, Setting
 
 if TYPE_CHECKING:
     from flexalign.data.thinking import ThinkingTags
@@ -267,6 +267,8 @@ def describe_choice(answer: "Answer", setting: Setting, model: Any) -> str | Non
     """Return the route that a policy chose and why; None if no policy chose one."""
     if answer.route is None:
         return None
+    if isinstance(setting.dial, Exit):
+        return _describe_exit(answer, setting.dial.threshold)
     if not isinstance(setting.dial, Adaptive):
         return f"{answer.route}: by the coin"
 
@@ -278,6 +280,17 @@ def describe_choice(answer: "Answer", setting: Setting, model: Any) -> str | Non
     if confidence >= threshold:
         return "slow: the fast answer did not come to its end"
     return f"slow: fast answer's confidence {shown} < {threshold:g}"
+
+
+def _describe_exit(answer: "Answer", threshold: float) -> str:
+    if answer.confidence is None:
+        return "no exit: no trial answer"
+    shown = round_beside(answer.confidence, threshold)
+    if answer.route == "fast":
+        return f"exit: confidence {shown} ≥ {threshold:g}"
+    if answer.confidence >= threshold:
+        return "no exit: the last trial answer did not come to its end"
+    return f"no exit: last trial answer's confidence {shown} < {threshold:g}"
 
 
 def describe_tokens(answer: "Answer", tokens_per_second: float) -> str:

@@ -22,9 +22,11 @@ from flexalign.cli.console import (
 from flexalign.cli.options import (
     AlignedPrompt,
     BatchSize,
+    ByID,
     Columns,
     Data,
     Dtype,
+    EndOfThinkingBias,
     EngineName,
     FrequencyPenalty,
     Gate,
@@ -39,6 +41,7 @@ from flexalign.cli.options import (
     TaskTemperature,
     TaskTopP,
     Template,
+    ThinkingBudget,
     TopK,
     Workers,
     read_efforts,
@@ -68,8 +71,19 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="SYSTEM...",
-            help="model:PATH, dial:BASE,ADAPTER, pair:REF,ALIGNED, prompts:MODEL, "
+            help="model:PATH, dial:BASE,ADAPTER, lora:BASE,ADAPTER (any PEFT LoRA, scaled by λ), "
+            "pair:REF,ALIGNED, prompts:MODEL, "
             "interpolate:REF,ALIGNED or url:http://…; name= in front names it.",
+        ),
+    ] = None,
+    own: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--for",
+            metavar="NAME:KEY=VALUE",
+            help="Of one system alone, by its name: system=TEXT (a system message), thinking_budget, "
+            "end_of_thinking_bias, or an argument of its chat template, such as "
+            "enable_thinking=false; repeatable.",
         ),
     ] = None,
     output: Annotated[
@@ -109,6 +123,8 @@ def evaluate(
     repetition_penalty: RepetitionPenalty = 1.0,
     presence_penalty: PresencePenalty = 0.0,
     frequency_penalty: FrequencyPenalty = 0.0,
+    thinking_budget: ThinkingBudget = None,
+    end_of_thinking_bias: EndOfThinkingBias = 0.0,
     max_new_tokens: TaskMaxNewTokens = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only so many questions of each task, drawn.")
@@ -118,11 +134,19 @@ def evaluate(
         str | None,
         typer.Option(help="System that token cuts of systems without λ = 0 are held against."),
     ] = None,
+    any_training: Annotated[
+        bool,
+        typer.Option(
+            "--any-training",
+            help="Compare students of one pair that were trained differently; the report says how.",
+        ),
+    ] = False,
     batch_size: BatchSize = 32,
     gate: Gate = None,
     lambda_range: PermittedRange = None,
     reference_prompt: ReferencePrompt = None,
     aligned_prompt: AlignedPrompt = None,
+    by_id: ByID = False,
     template: Template = None,
     dtype: Dtype = "auto",
     engine: Annotated[
@@ -167,6 +191,10 @@ def evaluate(
     Example: [cyan]flexalign evaluate prompts:models/hybrid --aligned-prompt enable_thinking=false
     --task math500 --data DIR --lambda 0,0.5,1,1.5 -o out/prompts[/cyan]
 
+    Example: [cyan]flexalign evaluate plain=model:models/R1 brief=model:models/R1
+    cut=model:models/R1 --for brief:system='Think in few words.' --for cut:thinking_budget=2000
+    --task math500 --data DIR --baseline plain -o out/rivals[/cyan]
+
     Example: [cyan]flexalign evaluate --regrade -o out/sweep[/cyan]
     """
     if regrade:
@@ -184,7 +212,7 @@ def evaluate(
     from flexalign.data.prompting import parse_template
     from flexalign.systems import parse_systems
 
-    asked = parse_systems(systems)
+    asked = parse_systems(systems, own or [])
     two_prompts = read_prompt_pair(reference_prompt, aligned_prompt)
     settings = read_settings(lams, policy or [], read_efforts(effort, _only_adapter(effort, asked)))
     from flexalign.evaluation.sweep import plan_sweep
@@ -203,6 +231,7 @@ def evaluate(
             samples=samples,
             seed=seed,
             baseline=baseline,
+            any_training=any_training,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
@@ -210,6 +239,8 @@ def evaluate(
             repetition_penalty=repetition_penalty,
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
+            thinking_budget=thinking_budget,
+            end_of_thinking_bias=end_of_thinking_bias,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             gate=gate,
@@ -224,6 +255,7 @@ def evaluate(
             engine=engine.value,
             template=parse_template(template or []),
             prompts=two_prompts,
+            by_id=by_id,
         )
         unreadable = _warn(sweep, workers)
         if dry_run or output is None:

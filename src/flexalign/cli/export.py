@@ -10,7 +10,14 @@ import typer
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from flexalign.cli.console import as_input_errors, console, print_json, say, without_downloads
+from flexalign.cli.console import (
+    as_input_errors,
+    console,
+    print_json,
+    progress_bar,
+    say,
+    without_downloads,
+)
 from flexalign.cli.options import PermittedRange, Private, PushTo, ResultAsJson, read_range
 from flexalign.cli.training import command_line, planned_push
 from flexalign.lambdas import parse_lambdas
@@ -39,12 +46,14 @@ export = typer.Typer(
 
 @export.callback()
 def _root() -> None:
-    """Write a LoRA dial at chosen strengths, for tools that know no λ.
+    """Write a LoRA dial at chosen strengths, or a model as GGUF, for tools that know no λ.
 
     FORMAT FOLDER, or only FOLDER: the format is then [bold]lora[/bold]. A folder that has the name
     of a format is ./NAME.
 
     Example: [cyan]flexalign export out/dial --lambda 0.5,1,2 --output out/adapters[/cyan]
+
+    A model: [cyan]flexalign export gguf out/student student.gguf[/cyan]
     """
 
 
@@ -98,4 +107,53 @@ def lora(
             say(f"would upload {output} to {target.repo}.")
         say(f"a dry run: nothing is written; it would be {found.size / 2**20:.1f} MiB.")
     for path in found.adapters.values():
+        console.print(escape(str(path)), soft_wrap=True)
+
+
+@export.command()
+def gguf(
+    model: Annotated[
+        str, typer.Argument(help="A student's or baked model's folder, hub id or known name.")
+    ],
+    output: Annotated[Path, typer.Argument(help="The file to write, NAME.gguf; it must be new.")],
+    outtype: Annotated[
+        str,
+        typer.Option(
+            "--outtype",
+            help="Type of the weight matrices: auto (as they are stored), f32, f16 or bf16.",
+        ),
+    ] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and write nothing.")
+    ] = False,
+    as_json: ResultAsJson = False,
+) -> None:
+    """Write a model as one GGUF file, for llama.cpp, Ollama and LM Studio.
+
+    Tokenizer, chat template, thinking tags and end tokens are in it. Beside it stands
+    NAME.Modelfile, for Ollama. A dial is baked at one λ first (flexalign bake).
+
+    Example: [cyan]flexalign export gguf out/student student.gguf[/cyan]
+
+    Then: [cyan]llama-server -m student.gguf[/cyan] or [cyan]ollama create student -f
+    student.Modelfile[/cyan]
+    """
+    from flexalign.models.gguf_file import GGUFExport
+    from flexalign.models.hub import as_size
+
+    with as_input_errors(), without_downloads(dry_run=dry_run):
+        planned = GGUFExport.of(model, output, outtype=outtype)
+
+    if not dry_run:
+        with progress_bar("tensors", len(planned.tensors)) as show:
+            planned.write(show)
+    if as_json:
+        print_json(planned.to_json() | {"dry_run": dry_run})
+        return
+    if dry_run:
+        say(f"a dry run: nothing is written; it would be {as_size(planned.size)}.")
+    tags = planned.thinking
+    between = "" if tags is None else f"; thinking between {tags.open} and {tags.close}"
+    say(f"a response ends at {' or '.join(planned.stops)}{between}.")
+    for path in (planned.output, planned.modelfile):
         console.print(escape(str(path)), soft_wrap=True)

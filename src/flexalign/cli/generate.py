@@ -25,7 +25,9 @@ from flexalign.cli.options import (
     AlignedPrompt,
     AnyBase,
     BatchSize,
+    ByID,
     Dtype,
+    EndOfThinkingBias,
     FrequencyPenalty,
     Gate,
     MaxNewTokens,
@@ -38,6 +40,7 @@ from flexalign.cli.options import (
     RepetitionPenalty,
     Temperature,
     Template,
+    ThinkingBudget,
     TopK,
     TopP,
     read_efforts,
@@ -89,6 +92,7 @@ def generate(
     gate: Gate = None,
     lambda_range: PermittedRange = None,
     any_base: AnyBase = False,
+    by_id: ByID = False,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.95,
     top_k: TopK = 0,
@@ -96,6 +100,8 @@ def generate(
     repetition_penalty: RepetitionPenalty = 1.0,
     presence_penalty: PresencePenalty = 0.0,
     frequency_penalty: FrequencyPenalty = 0.0,
+    thinking_budget: ThinkingBudget = None,
+    end_of_thinking_bias: EndOfThinkingBias = 0.0,
     max_new_tokens: MaxNewTokens = 2048,
     samples: Annotated[
         int, typer.Option("--samples", "-n", min=1, help="Answers to each prompt at each setting.")
@@ -147,7 +153,15 @@ def generate(
     from flexalign.systems import LocalBackend, System, SystemOptions
     from flexalign.systems.prompts import prompt_requests
 
-    logits = LogitsSettings(top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty)
+    logits = LogitsSettings(
+        top_k,
+        min_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        thinking_budget=thinking_budget,
+        end_of_thinking_bias=end_of_thinking_bias,
+    )
     system = System.of(model, adapter, aligned, two_prompts)
     options = SystemOptions(
         temperature=temperature,
@@ -159,6 +173,7 @@ def generate(
         dtype=dtype,
         lambda_range=limits,
         any_base=any_base,
+        by_id=by_id,
         template=parse_template(template or []),
         prompts=two_prompts,
     )

@@ -20,6 +20,7 @@ from flexalign.cli.console import (
 from flexalign.cli.options import (
     AlignedPrompt,
     AllowPickle,
+    ByID,
     Dtype,
     ReferencePrompt,
     read_prompt_pair,
@@ -45,6 +46,7 @@ def inspect(
     ] = None,
     reference_prompt: ReferencePrompt = None,
     aligned_prompt: AlignedPrompt = None,
+    by_id: ByID = False,
     diff: Annotated[
         Path | None,
         typer.Option(help="Responses (JSONL, …) on which to see where the two differ."),
@@ -84,6 +86,8 @@ def inspect(
 
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     prompts = read_prompt_pair(reference_prompt, aligned_prompt)
+    if by_id and (aligned is None or prompts is not None):
+        raise ConfigError("--by-id compares the tokens of two models; name the aligned one too.")
     if prompts is not None:
         if aligned is not None:
             raise ConfigError("two prompts are a dial of one model; leave them out, or ALIGNED.")
@@ -117,7 +121,7 @@ def inspect(
         return
 
     with without_downloads(dry_run=diff is None):
-        facts = examine_pair(model, aligned, **options)
+        facts = examine_pair(model, aligned, by_id=by_id, **options)
     if not as_json:
         _show_models(facts.reference, facts.aligned)
         _show_verdict(facts)

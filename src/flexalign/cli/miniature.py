@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
-from flexalign.cli.console import console
+from flexalign.cli.console import console, result_console
 from flexalign.errors import ConfigError
 
 miniature = typer.Typer(
@@ -73,6 +75,49 @@ def build(
 
     for part in build_all(output, seed=seed, placebo=placebo):
         console.print(f"wrote {output / part}")
+
+
+@miniature.command()
+def align(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the aligned model.")],
+    method: Annotated[
+        str, typer.Option("--method", help="grpo: reinforcement learning by TRL. sft: on traces.")
+    ] = "grpo",
+    seed: Annotated[int, typer.Option("--seed", help="Of training data and of all sampling.")] = 0,
+    cost: Annotated[
+        float | None,
+        typer.Option("--cost", help="grpo: of each token, where a right answer is worth 1."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Optimizer steps, instead of the method's own.")
+    ] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            "--reward",
+            help="grpo: right (less the cost of the tokens), or a control: constant or random.",
+        ),
+    ] = None,
+    count: Annotated[
+        int, typer.Option("--questions", min=2, help="How many questions it is measured on.")
+    ] = 1000,
+) -> None:
+    """Align the reference by reinforcement learning or on traces, and measure what changed.
+
+    The folder is an ordinary model, with its accuracy, tokens and habits in its card.
+
+    Example: [cyan]flexalign miniature align --method grpo --seed 0 -o rl[/cyan]
+    """
+    from flexalign.miniature import align as alignment
+
+    options = alignment.alignment_options(method, cost, steps, reward)
+    record = alignment.align(output, options, seed=seed, questions=count)
+
+    table = Table("", "reference", "aligned", "change", box=None, pad_edge=False)
+    for row in alignment.comparison(record):
+        table.add_row(*map(escape, row))
+    result_console.print(table)
+    console.print(f"wrote {output}")
 
 
 @miniature.command()

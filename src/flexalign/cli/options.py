@@ -111,6 +111,14 @@ PermittedRange: TypeAlias = Annotated[
     str | None,
     typer.Option(help="λ to permit, such as -1,2; else an adapter's own, and a pair's λ ≥ 0."),
 ]
+ByID: TypeAlias = Annotated[
+    bool,
+    typer.Option(
+        "--by-id",
+        help="Of two models: take special tokens that differ in name alone for the same; the "
+        "reference's names are used.",
+    ),
+]
 AnyBase: TypeAlias = Annotated[
     bool, typer.Option("--any-base", help="Take an adapter that was made for another base.")
 ]
@@ -158,6 +166,20 @@ PresencePenalty: TypeAlias = Annotated[
 FrequencyPenalty: TypeAlias = Annotated[
     float, typer.Option(help="Subtracted for each time that a token is in the answer.")
 ]
+ThinkingBudget: TypeAlias = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Tokens of thinking after which the thinking is closed, as the template closes it.",
+    ),
+]
+EndOfThinkingBias: TypeAlias = Annotated[
+    float,
+    typer.Option(
+        help="Added to the logit of the token that closes the thinking, inside it; above 0 the "
+        "thinking ends sooner."
+    ),
+]
 MaxNewTokens: TypeAlias = Annotated[int, typer.Option(help="Tokens at which an answer is cut off.")]
 BatchSize: TypeAlias = Annotated[int, typer.Option(min=1, help="Answers made together.")]
 
@@ -165,7 +187,7 @@ Policies: TypeAlias = Annotated[
     list[str] | None,
     typer.Option(
         "--policy",
-        help="'adaptive 0.5', 'route 0.3', auto, or JSON of a policy or a schedule; repeatable.",
+        help="'adaptive 0.5', 'exit 0.95', 'route 0.3', auto, or JSON of a policy or a schedule; repeatable.",
     ),
 ]
 OneTask: TypeAlias = Annotated[

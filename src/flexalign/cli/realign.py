@@ -1,6 +1,7 @@
 """``flexalign realign``: train a student to be the pair at a λ of your choice."""
 
 import shlex
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ from flexalign.cli.options import (
     AlignedPrompt,
     AllowPickle,
     Assignments,
+    ByID,
     DryTraining,
     Private,
     PushTo,
@@ -43,6 +45,7 @@ def realign(
     output: RecipeOutput = None,
     reference_prompt: ReferencePrompt = None,
     aligned_prompt: AlignedPrompt = None,
+    by_id: ByID = False,
     assignments: Assignments = None,
     merge: Annotated[
         bool,
@@ -89,6 +92,7 @@ def realign(
         output=output,
         merge=merge or None,
         allow_pickle=allow_pickle or None,
+        by_id=by_id or None,
     )
     target = planned_push(push, private=private, recipes=len(recipes))
     from flexalign.training import realignment
@@ -186,6 +190,7 @@ def _rows(plan: "TrainingPlan") -> dict[str, str]:
     data, memory = facts["data"], facts["memory_gib"]
     rows = {
         "reference, aligned": ", ".join(PromptedModel.parse(facts[side]).text for side in SIDES),
+        **_read_by_id(facts),
         "λ": _describe_lambda(facts["lambda"]),
         "rows": f"{data['rows']:,}, of which {data['kept']:,} keep response tokens and "
         f"{data['truncated']:,} are shortened by the cut-off",
@@ -202,6 +207,13 @@ def _rows(plan: "TrainingPlan") -> dict[str, str]:
     if facts["rounds"] > 1:
         rows["λ"] += f", {facts['rounds']} rounds: effective {facts['effective_lambda']:g}"
     return rows
+
+
+def _read_by_id(facts: Mapping[str, Any]) -> dict[str, str]:
+    renamed = [
+        f"{one['id']} {one['reference']}, {one['aligned']}" for one in facts.get("renamed", ())
+    ]
+    return {"read by id": "; ".join(renamed)} if renamed else {}
 
 
 def _describe_lambda(lam: Any) -> str:

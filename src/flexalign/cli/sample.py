@@ -19,8 +19,10 @@ from flexalign.cli.options import (
     Aligned,
     AlignedPrompt,
     AnyBase,
+    ByID,
     Columns,
     Dtype,
+    EndOfThinkingBias,
     FrequencyPenalty,
     MaxNewTokens,
     MinP,
@@ -31,6 +33,7 @@ from flexalign.cli.options import (
     SkipBadRows,
     Temperature,
     Template,
+    ThinkingBudget,
     TopK,
     TopP,
     read_lambdas,
@@ -82,6 +85,8 @@ def sample(
     repetition_penalty: RepetitionPenalty = 1.0,
     presence_penalty: PresencePenalty = 0.0,
     frequency_penalty: FrequencyPenalty = 0.0,
+    thinking_budget: ThinkingBudget = None,
+    end_of_thinking_bias: EndOfThinkingBias = 0.0,
     batch_size: Annotated[int, typer.Option(help="Answers made, and saved, together.")] = 16,
     seed: Annotated[int, typer.Option(help="The same seed gives the same traces.")] = 0,
     limit: Annotated[
@@ -107,6 +112,7 @@ def sample(
     ] = None,
     lambda_range: PermittedRange = None,
     any_base: AnyBase = False,
+    by_id: ByID = False,
     template: Template = None,
     system_message: Annotated[
         str | None, typer.Option("--system", help="The system message of prompts that have none.")
@@ -141,7 +147,15 @@ def sample(
     from flexalign.systems import System, SystemOptions
     from flexalign.systems.sampling import SampleRun
 
-    logits = LogitsSettings(top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty)
+    logits = LogitsSettings(
+        top_k,
+        min_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        thinking_budget=thinking_budget,
+        end_of_thinking_bias=end_of_thinking_bias,
+    )
     settings = SamplingSettings(
         samples, max_new_tokens, temperature, top_p, batch_size, seed, plain, logits
     )
@@ -165,6 +179,7 @@ def sample(
                 "--template": template or None,
                 "--adapter": adapter,
                 "--aligned": aligned,
+                "--by-id": by_id or None,
                 "--reference-prompt": reference_prompt or None,
                 "--aligned-prompt": aligned_prompt or None,
             },
@@ -182,6 +197,7 @@ def sample(
         prompts=two_prompts,
         lambda_range=read_range(lambda_range),
         any_base=any_base,
+        by_id=by_id,
     )
 
     with without_downloads(dry_run=dry_run):

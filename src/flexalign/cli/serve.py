@@ -22,6 +22,7 @@ from flexalign.cli.options import (
     Aligned,
     AlignedPrompt,
     AnyBase,
+    ByID,
     Dtype,
     EngineName,
     Gate,
@@ -80,6 +81,7 @@ def serve(
     ] = None,
     gate: Gate = None,
     any_base: AnyBase = False,
+    by_id: ByID = False,
     api_key_env: Annotated[
         str | None,
         typer.Option(help="Environment variable with the key that requests must carry."),
@@ -171,6 +173,10 @@ def serve(
             raise ConfigError(
                 "--aligned is served by --engine local alone; on vLLM give --adapter."
             )
+        if by_id:
+            raise ConfigError(
+                "--by-id is about --aligned, which vLLM does not serve; leave it out."
+            )
         if gate is not None:
             raise ConfigError("--gate is served by --engine local alone; leave it out on vLLM.")
         from flexalign.serving.vllm.launch import DialSource
@@ -214,6 +220,7 @@ def serve(
         EngineLimits(batch_size or _ROWS, queue or _QUEUE),
         parse_template(template or []),
         two_prompts,
+        by_id,
     )
     _serve_here(
         options,

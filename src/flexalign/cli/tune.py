@@ -22,6 +22,7 @@ from flexalign.cli.console import (
 from flexalign.cli.options import (
     AlignedPrompt,
     BatchSize,
+    ByID,
     Columns,
     Data,
     Instruction,
@@ -38,13 +39,12 @@ from flexalign.cli.options import (
     read_range,
 )
 from flexalign.errors import ConfigError
-from flexalign.lambdas import parse_lambdas
+from flexalign.lambdas import Setting, parse_lambdas
 
 if TYPE_CHECKING:
     from flexalign.analysis.preview import Preview
     from flexalign.calibration import Constraint, ProofPlan, Tuned
     from flexalign.calibration.tune import Tuning
-    from flexalign.lambdas import Setting
     from flexalign.models.prompted import PromptPair
     from flexalign.systems import System
 
@@ -130,6 +130,7 @@ def tune(
     lambda_range: PermittedRange = None,
     reference_prompt: ReferencePrompt = None,
     aligned_prompt: AlignedPrompt = None,
+    by_id: ByID = False,
     workers: Workers = 1,
     dry_run: Annotated[
         bool,
@@ -161,7 +162,9 @@ def tune(
     """
     two_prompts = read_prompt_pair(reference_prompt, aligned_prompt)
     if preview is not None:
-        _preview(system, two_prompts, preview, lambdas, top_k, limit, batch_size, output, as_json)
+        _preview(
+            system, two_prompts, preview, lambdas, top_k, limit, batch_size, output, as_json, by_id
+        )
         return
 
     given = [*read_lambdas(lambdas), *(policies or [])]
@@ -233,13 +236,14 @@ def tune(
             batch_size=batch_size,
             lambda_range=limits,
             prompts=two_prompts,
+            by_id=by_id,
         )
         _warn_of_margin(planned, kept)
         if dry_run or output is None:
             _show_prompt(tuning)
             _show_plan(planned, kept, as_json)
             return
-    _show(tuning, _draw(tuning, output, workers), output, as_json, parsed, two_prompts)
+    _show(tuning, _draw(tuning, output, workers), output, as_json, parsed, two_prompts, by_id=by_id)
 
 
 def _show_prompt(tuning: "Tuning") -> None:
@@ -266,6 +270,8 @@ def _show(
     as_json: bool,
     system: "System | None" = None,
     prompts: "PromptPair | None" = None,
+    *,
+    by_id: bool = False,
 ) -> None:
     """Print the result and the next step."""
     from flexalign.lambdas import LAMBDA_LEGEND
@@ -288,13 +294,70 @@ def _show(
     console.print(LAMBDA_LEGEND, style="dim")
 
     chosen = next((setting for setting in tuning.settings if setting.id == tuned.chosen), None)
-    following = next_step(system, chosen, prompts)
+    for line in (how_to_choose(tuned), cost_of_iterating(tuned, system, chosen)):
+        console.print(line, markup=False, soft_wrap=True)
+    following = next_step(system, chosen, prompts, by_id=by_id)
     if following is not None:
         console.print(f"next: {following}", markup=False, soft_wrap=True)
 
 
+def how_to_choose(tuned: "Tuned") -> str:
+    """Answer, of this tuning, how λ is chosen: by what is proved."""
+    rule = "How to choose λ: take what is proved, not what looks best."
+    count = len(tuned.candidates)
+    among = "The only candidate" if count == 1 else f"Of {count} candidates"
+    if tuned.chosen is None:
+        none = "is not proved" if count == 1 else "none is proved"
+        return f"{rule} {among} {none} here ({tuned.constraint.text}); λ = 0 is what is left."
+    questions = tuned.at_proof[tuned.chosen].questions
+    if count == 1:
+        return f"{rule} {among} is, on {questions} questions: {tuned.constraint.text}."
+    return (
+        f"{rule} {among} {tuned.chosen} is, on {questions} questions that had no part in the choice: "
+        f"{tuned.constraint.text}."
+    )
+
+
+def cost_of_iterating(tuned: "Tuned", system: "System | None", chosen: "Setting | None") -> str:
+    """Answer, of this tuning, what a second round costs in accuracy.
+
+    Two rounds of λ aim at λ², as the second one's aligned model is the first one's student. If λ²
+    was a candidate, its figures are given, as they were when λ was chosen.
+
+    Args:
+        tuned: The result.
+        system: The system that was tuned; None if its answers came from a folder.
+        chosen: The chosen setting; None if none was proved.
+    """
+    rule = "What iterating costs in accuracy:"
+    if system is not None and system.kind == "dial":
+        return f"{rule} a dial is not iterated; turning it further is a larger λ, a candidate here."
+    lam = None if chosen is None else chosen.lam
+    if lam is None or lam in (0, 1):
+        return (
+            f"{rule} n rounds of λ aim at λⁿ and each adds an error of its training, so that they "
+            "cost what λⁿ costs, and a little more; give λ² among the candidates to see it."
+        )
+
+    target = Setting.of(round(lam**2, 6))
+    aim = f"{rule} two rounds of λ = {lam:g} aim at λ = {target.lam:g}"
+    seen = tuned.at_choice.get(target.id)
+    if seen is None:
+        return f"{aim}, which was no candidate; see what that costs with --lambda {lam:g},{target.lam:g}."
+    low, change, high = (100 * value for value in seen.difference)
+    return (
+        f"{aim}, whose accuracy is {change:+.1f} points [{low:+.1f}, {high:+.1f}] from λ = 0's with "
+        f"{seen.token_cut:.1%} fewer tokens ({seen.questions} questions, not a promise); each round "
+        "adds an error of its training."
+    )
+
+
 def next_step(
-    system: "System | None", chosen: "Setting | None", prompts: "PromptPair | None" = None
+    system: "System | None",
+    chosen: "Setting | None",
+    prompts: "PromptPair | None" = None,
+    *,
+    by_id: bool = False,
 ) -> str | None:
     """Return the next command for a result; None if there is none to propose.
 
@@ -302,16 +365,19 @@ def next_step(
         system: The system that was tuned; None if its answers came from a folder.
         chosen: The chosen setting; None if none was proved.
         prompts: The two prompts of the system, if it has two.
+        by_id: Whether its two models are read by id.
     """
     if chosen is None:
         return "more questions, more --samples or a wider --margin; --plan says what would do"
     if system is None or system.kind not in ("dial", "pair", "prompts"):
         return None
     if system.kind == "pair" and chosen.lam is not None:
-        return f"flexalign realign recipe.yaml --lambda {chosen.lam:g}, for one model that does it"
+        read = " --by-id" if by_id else ""
+        return f"flexalign realign recipe.yaml --lambda {chosen.lam:g}{read}, for one model that does it"
 
     second = {"dial": "--adapter", "pair": "--aligned"}.get(system.kind)
     dial = [second, system.parts[1]] if second is not None else _as_options(prompts)
+    dial += ["--by-id"] if by_id else []
     turned = ["--policy", json.dumps(chosen.policy)]
     if chosen.lam is not None:
         turned = ["--lambda", f"{chosen.lam:g}"]
@@ -391,6 +457,7 @@ def _preview(
     batch_size: int,
     output: Path | None,
     as_json: bool,
+    by_id: bool,
 ) -> None:
     """Read traces with both models of a system; print and write the effect of λ on their tokens."""
     if system is None:
@@ -399,11 +466,12 @@ def _preview(
         )
     asked = None if lambdas is None else [one.lam for one in parse_lambdas(lambdas)]
     from flexalign.analysis.preview import PREVIEW_LAMBDAS, open_preview, preview, write_preview
-    from flexalign.cli.console import quieten_libraries
+    from flexalign.cli.console import quieten_libraries, warnings_as_notes
     from flexalign.systems import parse_system
 
     quieten_libraries()
-    model, rows = open_preview(parse_system(system), traces, prompts, limit=limit)
+    with warnings_as_notes():
+        model, rows = open_preview(parse_system(system), traces, prompts, limit=limit, by_id=by_id)
     with progress_bar("reading with both models", len(rows)) as show:
         found = preview(
             model,

@@ -182,6 +182,20 @@ def _shown_by_rendering(tokenizer: "PreTrainedTokenizerBase") -> ThinkingTags | 
     return ThinkingTags(opened, close) if opened and opened != close else None
 
 
+def text_after_closing(tokenizer: "PreTrainedTokenizerBase", tags: ThinkingTags) -> str:
+    """Return the text that a chat template writes between the closing tag and the answer.
+
+    It is white space in most templates. It is empty if the template shows no thinking.
+    """
+    if not tokenizer.chat_template:
+        return ""
+    try:
+        shape = shape_of(tokenizer)
+    except Exception:  # a template is a program; one that fails shows nothing
+        return ""
+    return (shape.thinking_end or "").partition(tags.close)[2]
+
+
 # Responses without their thinking, the training data of InRa's fast stream.
 
 

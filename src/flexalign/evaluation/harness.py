@@ -34,7 +34,7 @@ from flexalign.errors import ConfigError
 from flexalign.generation import TwoModelDecoder, TwoPromptDecoder
 from flexalign.generation.adapted import BasedModel
 from flexalign.generation.fused import positions_of
-from flexalign.lambdas import Adaptive, Fixed, Route, Setting
+from flexalign.lambdas import Exit, Fixed, Policy, Setting
 from flexalign.models.loading import fingerprint
 from flexalign.models.prompted import PromptPair, TwoPrompts, require_context
 from flexalign.systems import LocalBackend, System, SystemOptions
@@ -76,6 +76,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         policy: Any = None,
         gate: float | None = None,
         extrapolate: bool = False,
+        by_id: bool = False,
         device: str | None = None,
         dtype: str = "auto",
         parallelize: bool = False,
@@ -101,6 +102,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
                 set λ of responses; log-likelihoods need one number.
             gate: As in :func:`flexalign.fusion.fuse`.
             extrapolate: Permit a λ outside the adapter's range, or below 0 for a pair.
+            by_id: Take special tokens of a pair for the same where only their names differ.
             device: The model's device; a GPU if there is one.
             dtype: The type of the weights; ``"auto"`` for the stored type.
             parallelize: Distribute the weights over all GPUs.
@@ -126,7 +128,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
 
         backend = LocalBackend(
             System.of(pretrained, adapter, aligned, prompts),
-            options=SystemOptions(dtype=dtype, gate=gate, prompts=prompts),
+            options=SystemOptions(dtype=dtype, gate=gate, prompts=prompts, by_id=by_id),
             trust_remote_code=trust_remote_code,
         )
         setting = setting or backend.default
@@ -273,7 +275,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]
     ) -> Tensor:
         if self._prompts is not None:
             options |= self._prompts.take_aligned()
-        if not isinstance(self._dial, Adaptive | Route):
+        if not isinstance(self._dial, Policy):
             written: Tensor = super()._model_generate(
                 context, max_length, stop, **options, **self._asked
             )
@@ -429,7 +431,13 @@ def _read_setting(
             f"{name}= needs a dial: adapter=… or aligned=… beside pretrained=…, or the model's own "
             "aligned_system=…."
         )
-    return Setting.of(next(iter(given.values()))) if given else None
+    setting = Setting.of(next(iter(given.values()))) if given else None
+    if setting is not None and isinstance(setting.dial, Exit):
+        raise ConfigError(
+            f"{setting.id}: exits are not available in lm-eval, whose stop texts count from the "
+            "prompt; take an adaptive policy, or flexalign evaluate."
+        )
+    return setting
 
 
 _INSTEAD = {

@@ -362,6 +362,8 @@ class ResultsFolder:
         configuration: Mapping[str, Any],
         tasks: Sequence[Task],
         environment: Mapping[str, Any],
+        *,
+        notes: Sequence[str] = (),
     ) -> "ResultsFolder":
         """Start a results folder, or continue one of the same configuration.
 
@@ -370,6 +372,7 @@ class ResultsFolder:
             configuration: Everything that determines the samples, as JSON.
             tasks: The tasks, whose questions are written to ``questions.jsonl``.
             environment: Versions and machine; added to the folder's environments if it is new.
+            notes: What a reader of the results must know, which decides no sample.
 
         Raises:
             ConfigError: If the folder belongs to another configuration; the message names the
@@ -389,8 +392,10 @@ class ResultsFolder:
                     f"{path} holds results of another configuration ({'; '.join(different)}); "
                     "repeat that one's options to go on with it, or name another --output."
                 )
-            if environment not in folder.environments:
-                folder._run["environments"].append(dict(environment))
+            if environment not in folder.environments or list(notes) != folder.notes:
+                if environment not in folder.environments:
+                    folder._run["environments"].append(dict(environment))
+                folder._run |= {"notes": list(notes)} if notes or folder.notes else {}
                 write_json(file, folder._run)
             return folder
 
@@ -413,6 +418,7 @@ class ResultsFolder:
             "format_version": FORMAT_VERSION,
             "configuration": expected,
             "environments": [dict(environment)],
+            **({"notes": list(notes)} if notes else {}),
         }
         write_json(file, run)
         return cls(path, run)
@@ -464,6 +470,11 @@ class ResultsFolder:
     def environments(self) -> list[dict[str, Any]]:
         """Versions and machines that made them, the first one first."""
         return list(self._run["environments"])
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the results must know, one sentence each."""
+        return list(self._run.get("notes", ()))
 
     def golds(self) -> dict[tuple[str, str], str]:
         """Read the known answers, by (task, question)."""

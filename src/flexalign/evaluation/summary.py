@@ -21,6 +21,7 @@ from flexalign._version import __version__
 from flexalign.errors import ConfigError, DataError
 from flexalign.evaluation.frontier import Distances, Point, distance_intervals
 from flexalign.evaluation.samples import Samples
+from flexalign.evaluation.students import sweep_students, training_notes
 from flexalign.evaluation.systems import tell_apart
 from flexalign.lambdas import setting_label
 from flexalign.statistics import Interval
@@ -194,8 +195,8 @@ class Summary:
     Attributes:
         rows: One for each setting of each system on each task.
         means: One for each setting of each system, over all tasks.
-        environment: Versions and machine of the sweep, and its configuration under ``run``; None
-            for several sweeps.
+        environment: Versions and machine of the sweep, its configuration under ``run`` and, where
+            a reader must know something, ``notes``; of several sweeps, None or the notes alone.
     """
 
     rows: tuple[SummaryRow, ...]
@@ -252,6 +253,7 @@ def summarise(
     configuration: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     environments: Sequence[Mapping[str, Any]],
+    notes: Sequence[str] = (),
 ) -> Summary:
     """Summarise samples; the order of the rows does not matter.
 
@@ -263,6 +265,7 @@ def summarise(
         configuration: The configuration of the results folder.
         rows: The samples, as lines of ``samples.jsonl``.
         environments: Versions and machines that made them, the first one first.
+        notes: What a reader must know, for the environment.
 
     Raises:
         ConfigError: If there are no samples.
@@ -284,7 +287,7 @@ def summarise(
             if (place, task) in groups
         ),
         tuple(_mean(place, tasks, groups, references[place]) for place in places),
-        _run_environment(configuration, environments),
+        _run_environment(configuration, environments, notes),
     )
 
 
@@ -416,10 +419,17 @@ def _mean(
 
 
 def _run_environment(
-    configuration: Mapping[str, Any], environments: Sequence[Mapping[str, Any]]
+    configuration: Mapping[str, Any],
+    environments: Sequence[Mapping[str, Any]],
+    notes: Sequence[str],
 ) -> dict[str, Any]:
     first, *later = environments
-    return {**first, **({"continued_with": later} if later else {}), "run": configuration}
+    return {
+        **({"notes": list(notes)} if notes else {}),
+        **first,
+        **({"continued_with": later} if later else {}),
+        "run": configuration,
+    }
 
 
 # Token cuts from mean tokens.
@@ -487,7 +497,8 @@ def compare(folders: Sequence[str | Path]) -> Summary:
 
     Returns:
         All rows and means as each sweep measured them, with the folder added to each system's
-        name, and without an environment.
+        name. The environment is None, or has only ``notes``: what a reader must know, such as
+        that students of one pair were trained differently.
 
     Raises:
         ConfigError: If a folder is named twice, or has no summary that can be read.
@@ -499,11 +510,14 @@ def compare(folders: Sequence[str | Path]) -> Summary:
 
     rows: list[SummaryRow] = []
     means: list[SummaryMean] = []
+    students: dict[str, Path] = {}
     for path, label in zip(paths, tell_apart(resolved), strict=True):
         summary = _read_summary(path)
+        students |= sweep_students(label, summary.environment)
         rows += [_under(label, row) for row in summary.rows]
         means += [_under(label, mean) for mean in summary.means]
-    return Summary(tuple(rows), tuple(means))
+    notes = training_notes(students)
+    return Summary(tuple(rows), tuple(means), {"notes": notes} if notes else None)
 
 
 def _under(label: str, part: _Part) -> _Part:

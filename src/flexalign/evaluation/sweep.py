@@ -20,6 +20,7 @@ from flexalign.errors import ConfigError, ServingError
 from flexalign.evaluation.grading import Answered, Grader
 from flexalign.evaluation.report import write_report
 from flexalign.evaluation.samples import ResultsFolder
+from flexalign.evaluation.students import training_notes
 from flexalign.evaluation.summary import Summary, environment, summarise
 from flexalign.evaluation.systems import Cell, settings_of
 from flexalign.evaluation.tasks import (
@@ -30,6 +31,7 @@ from flexalign.evaluation.tasks import (
     unreadable_golds,
 )
 from flexalign.lambdas import Setting, unique_settings
+from flexalign.models.sources import resolve
 from flexalign.systems import (
     Answer,
     Backend,
@@ -40,6 +42,7 @@ from flexalign.systems import (
     open_backend,
     parse_systems,
 )
+from flexalign.systems.open import require_two_models
 
 _SHOWN = 5
 """The most lost samples that a message names."""
@@ -57,6 +60,7 @@ def evaluate(
     samples: int | None = None,
     seed: int = 0,
     baseline: str | None = None,
+    any_training: bool = False,
     workers: int = 1,
     progress: Progress | None = None,
     **options: Any,
@@ -72,6 +76,8 @@ def evaluate(
         samples: Responses to each question; the tasks' own number if not given.
         seed: Seed of all sampling.
         baseline: The reference system for the token cuts of systems without λ = 0.
+        any_training: Compare students of one pair that were trained differently; the report
+            names the differences.
         workers: Number of processes that grade.
         progress: Called first with the number of samples in the folder, and then with the number
             made since its last call.
@@ -83,13 +89,21 @@ def evaluate(
         are none of these.
 
     Raises:
-        ConfigError: If something is missing or is given twice, arguments contradict each other, or
-            the folder belongs to another configuration.
+        ConfigError: If something is missing or is given twice, arguments contradict each other,
+            students of one pair were trained differently, or the folder belongs to another
+            configuration.
         LambdaError: If a λ is outside an adapter's range.
         ServingError: If a server cannot be used at all.
     """
     sweep = plan_sweep(
-        systems, tasks, settings=settings, samples=samples, seed=seed, baseline=baseline, **options
+        systems,
+        tasks,
+        settings=settings,
+        samples=samples,
+        seed=seed,
+        baseline=baseline,
+        any_training=any_training,
+        **options,
     )
     result = sweep.run(Path(output), workers=workers, begun=progress, progress=progress)
     if not result.lost:
@@ -105,6 +119,7 @@ def plan_sweep(
     samples: int | None = None,
     seed: int = 0,
     baseline: str | None = None,
+    any_training: bool = False,
     **options: Any,
 ) -> "Sweep":
     """Check a sweep's arguments, which are those of :func:`evaluate`; no weights are loaded."""
@@ -121,6 +136,7 @@ def plan_sweep(
         seed,
         baseline,
         sampling_options(loaded, **options),
+        any_training,
     )
 
 
@@ -208,9 +224,12 @@ class Sweep:
         seed: Seed of all sampling.
         baseline: The reference system for the token cuts of systems without λ = 0.
         options: Options of the systems.
+        any_training: Whether students of one pair may differ in their training; :attr:`notes`
+            then says how.
 
     Raises:
-        ConfigError: If something is missing or is given twice, or fields contradict each other.
+        ConfigError: If something is missing or is given twice, fields contradict each other, or
+            students of one pair were trained differently.
         LambdaError: If a λ is outside an adapter's range.
     """
 
@@ -221,6 +240,7 @@ class Sweep:
     seed: int = 0
     baseline: str | None = None
     options: SystemOptions = field(default_factory=SystemOptions)
+    any_training: bool = False
 
     def __post_init__(self) -> None:
         names = [system.name for system in self.systems]
@@ -239,6 +259,8 @@ class Sweep:
             raise ConfigError(
                 "--reference-prompt and --aligned-prompt are about a system prompts:MODEL; name one."
             )
+        if self.options.by_id:
+            require_two_models(self.systems)
         for system in self.systems:
             if not self.settings_of(system):
                 raise ConfigError(f"{system.name} takes none of the settings; give it a --lambda.")
@@ -250,6 +272,12 @@ class Sweep:
                 )
 
         _ = self.backends  # made here to check that every model exists
+        if self.notes and not self.any_training:
+            raise ConfigError(
+                f"{' '.join(self.notes).removesuffix('.')}; so λ is not all that sets them apart: "
+                "train them alike, or compare them with --any-training (any_training=True), which "
+                "says so in the report."
+            )
 
     def settings_of(self, system: System) -> list[Setting]:
         """Return the settings at which one of the systems is measured."""
@@ -259,13 +287,29 @@ class Sweep:
     def backends(self) -> dict[str, Backend]:
         """The opened systems, by name."""
         return {
-            system.name: open_backend(system, self.settings_of(system), self.options)
+            system.name: open_backend(system, self.settings_of(system), self._options_of(system))
             for system in self.systems
         }
 
+    @cached_property
+    def notes(self) -> list[str]:
+        """What a reader of the results must know of the systems, one sentence each."""
+        models = [system for system in self.systems if system.kind == "model"]
+        return training_notes({one.name: resolve(one.parts[0]).path for one in models})
+
+    def _options_of(self, system: System) -> SystemOptions:
+        """Return the options of one system; reading by id is about two models alone."""
+        return replace(self.options, by_id=self.options.by_id and system.has_two_models)
+
     def cells(self, system: System) -> list[Cell]:
         """List all samples of one of the systems."""
-        return sweep_cells(self.tasks, self.settings_of(system), self.samples, self.seed)
+        cells = sweep_cells(self.tasks, self.settings_of(system), self.samples, self.seed)
+        if system.prompt.system is None:
+            return cells
+        return [
+            replace(cell, messages=_asked(system, cell.messages, number))
+            for number, cell in enumerate(cells, start=1)
+        ]
 
     @property
     def total(self) -> int:
@@ -277,8 +321,12 @@ class Sweep:
     def previews(self) -> list[tuple[str, str, str]]:
         """Render the first prompt of each task for each system: (system, task, prompt)."""
         return [
-            (name, task.name, backend.render(_first(task)))
-            for name, backend in self.backends.items()
+            (
+                system.name,
+                task.name,
+                self.backends[system.name].render(_asked(system, _first(task))),
+            )
+            for system in self.systems
             for task in self.tasks
         ]
 
@@ -296,7 +344,7 @@ class Sweep:
                 "system to hold it against with --baseline."
             )
         warnings = (sample_warning(task, self.samples) for task in self.tasks)
-        return found + [warning for warning in warnings if warning is not None]
+        return [*found, *self.notes] + [warning for warning in warnings if warning is not None]
 
     def unreadable_golds(self, *, workers: int = 1) -> list[dict[str, str]]:
         """List the known answers that no response can match, by ``task``, ``question``, ``gold``.
@@ -324,6 +372,7 @@ class Sweep:
                 {
                     "name": system.name,
                     **self.backends[system.name].describe(),
+                    **({"own": system.own} if system.own else {}),
                     "settings": [
                         {"id": s.id, "lambda": s.lam, "policy": s.policy, "effort": s.effort}
                         for s in self.settings_of(system)
@@ -365,7 +414,9 @@ class Sweep:
             ServingError: If a server cannot be used at all.
         """
         configuration = self.configuration()
-        folder = ResultsFolder.begin(output, configuration, self.tasks, environment())
+        folder = ResultsFolder.begin(
+            output, configuration, self.tasks, environment(), notes=self.notes
+        )
         before = len(folder.rows)
         if begun is not None:
             begun(before)
@@ -385,6 +436,12 @@ class Sweep:
 
 def _first(task: Task) -> Messages:
     return task.messages(task.questions[0])
+
+
+def _asked(system: System, messages: Messages, number: int = 1) -> Messages:
+    """Return a question as one of the systems is asked it: with the system message of its own."""
+    asked: Messages = system.prompt.with_system({"prompt": messages}, number)
+    return asked
 
 
 def _check_options(samples: int, options: SystemOptions) -> None:
@@ -573,6 +630,6 @@ def write_summary(folder: ResultsFolder) -> Summary:
     Raises:
         ConfigError: If the folder has no samples.
     """
-    summary = summarise(folder.configuration, folder.rows, folder.environments)
+    summary = summarise(folder.configuration, folder.rows, folder.environments, folder.notes)
     write_json(folder.path / "summary.json", summary.to_json())
     return summary

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from flexalign.lambdas import AS_IT_IS, Fixed, Setting, unique_settings
+from flexalign.lambdas import AS_IT_IS, Exit, Fixed, Setting, unique_settings
 from flexalign.systems import Answer, Failure, Messages, System
 
 _DEFAULT_LAMBDAS = (0.0, 0.5, 1.0)
@@ -63,10 +63,12 @@ Outcome: TypeAlias = tuple[Cell, Answer | Failure]
 def settings_of(system: System, asked: Sequence[Setting]) -> list[Setting]:
     """Return those of the requested settings that a system supports, or its defaults.
 
-    A model has only the setting ``as it is``. Interpolated weights support only single numbers. If
+    A model has the setting ``as it is``, and exit policies. Interpolated weights support only single numbers. If
     no setting is requested, a local dial is measured at λ = 0, 0.5 and 1, and a server ``as it is``.
     """
-    if system.kind == "model" or (system.kind == "url" and not asked):
+    if system.kind == "model":
+        return [AS_IT_IS, *(setting for setting in asked if isinstance(setting.dial, Exit))]
+    if system.kind == "url" and not asked:
         return [AS_IT_IS]
     settings = list(asked) or unique_settings(_DEFAULT_LAMBDAS)
     if system.kind == "interpolate":

@@ -1,34 +1,27 @@
-"""Policies that choose between the fast and the slow stream for a whole response.
+"""Fast answers: written greedily from a prefilled batch, and accepted if they are confident enough.
 
-For a batch in which each row has its own dial:
-
-1. The prompts are prefilled once, in every stream that one of the next steps needs.
-2. For rows with an adaptive policy, the fast answer is generated greedily from a copy of the cache.
-3. Rows whose confidence reaches their threshold are done and leave the batch.
-4. All other rows, including those without a policy, are generated from the prefilled cache with
-   the caller's sampling.
+A :class:`PromptBatch` is prefilled once, in every stream that one of its generations needs. The fast
+answers of some of its rows are generated from a copy of the cache (:func:`write_fast_answers`); the
+other generations begin from the same cache. Policies use both: :mod:`flexalign.generation.policies`.
 
 :mod:`flexalign.generation.interface` declares the methods of the model that this module uses.
 """
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.utils import ModelOutput
 
-from flexalign.errors import ConfigError
-from flexalign.generation.confidence import ConfidenceTracker
+from flexalign.generation.confidence import ConfidenceTracker, RowTracker
 from flexalign.generation.interface import DialModel
 from flexalign.generation.penalties import RowPenalties
 from flexalign.generation.row_lambdas import RowDials
 from flexalign.generation.seeded import SeededSampling
 from flexalign.generation.text import ResponseText
-from flexalign.lambdas import Adaptive, Dial, Route, Way, way_dial
+from flexalign.lambdas import Adaptive, Dial, Exit, way_dial
 
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
 """Transformers' defaults. With greedy decoding, any other value causes a warning."""
@@ -46,125 +39,9 @@ _GREEDY = {"do_sample": False, **NEUTRAL, **_WHOLE_DISTRIBUTION, "num_return_seq
 _SAMPLED = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, **_WHOLE_DISTRIBUTION}
 """Settings of ``generate`` for samples from the model's unchanged distribution."""
 
-_REFUSED = ("past_key_values", "inputs_embeds", "output_scores", "output_logits")
 
-_Value = TypeVar("_Value")
-
-
-@dataclass
-class RoutedOutput(ModelOutput):  # type: ignore[misc]
-    """The output of ``generate`` with a policy that chooses a stream: one entry per returned row.
-
-    Attributes:
-        sequences: Prompts and responses, right padded, as ``generate`` returns them.
-        route: ``"fast"`` or ``"slow"``; None for rows without such a policy.
-        confidence: The confidence of the fast answer; None for rows without one. If generation was
-            stopped because a probability fell below the threshold, its value at that token.
-        rejected_tokens: Number of generated tokens that are not in the response: those of a
-            rejected fast answer, and those of samples for comparison. Tokens that end a response
-            are not counted.
-    """
-
-    sequences: Tensor | None = None
-    route: list[Way | None] | None = None
-    confidence: list[float | None] | None = None
-    rejected_tokens: list[int] | None = None
-
-
-def chooses_stream(dials: Sequence[Dial]) -> bool:
-    """Return whether any of the dials is a policy that chooses a stream for a whole response."""
-    return any(isinstance(dial, Adaptive | Route) for dial in dials)
-
-
-def generate_with_policies(
-    model: DialModel, dials: Sequence[Dial], gate: float | None, options: dict[str, Any]
-) -> Any:
-    """Generate for prompts of which some have a policy that chooses a stream.
-
-    Args:
-        model: The model.
-        dials: One per prompt.
-        gate: As in ``generate``.
-        options: The other arguments of ``generate``.
-
-    Returns:
-        A :class:`RoutedOutput` if ``return_dict_in_generate`` is set, else its sequences.
-
-    Raises:
-        ConfigError: If an option is not available with such a policy.
-    """
-    _check_options(model, dials, options)
-    own = {name: options.pop(name) for name in model.row_inputs if name in options}
-    prompts = PromptBatch(
-        model, options.pop("input_ids"), options.pop("attention_mask", None), gate, own
-    )
-    streamer = options.pop("streamer", None)
-    repeats = model.generation_option("num_return_sequences", options) or 1
-    is_whole = model.generation_option("return_dict_in_generate", options)
-    options = _with_settings(options, {"return_dict_in_generate": False})
-
-    routes: list[Way | None] = [dial.draw() if isinstance(dial, Route) else None for dial in dials]
-    rest = {row: _slow_part(dial, routes[row]) for row, dial in enumerate(dials)}
-
-    policies = {row: dial for row, dial in enumerate(dials) if isinstance(dial, Adaptive)}
-    answers: dict[int, FastAnswer] = {}
-    if policies:
-        answers = _write_fast_answers(prompts, policies, rest, options)
-
-    # Rows whose fast answer is accepted are done; they leave the batch.
-    written: dict[int, Tensor] = {}
-    for row, answer in answers.items():
-        routes[row] = "slow" if answer.accepted is None else "fast"
-        if answer.accepted is not None:
-            written[row] = answer.accepted.expand(repeats, -1)
-            del rest[row]
-            if streamer is not None:
-                _stream(streamer, prompts.ids, answer.accepted)
-
-    if rest:
-        if streamer is not None:
-            options["streamer"] = streamer
-        sequences = prompts.generate(rest, options, is_last=True)
-        written |= dict(zip(rest, torch.split(sequences, repeats), strict=True))
-
-    rows = range(len(dials))
-    sequences = _joined(prompts.ids, [written[row] for row in rows], model.pad_token(options))
-    if not is_whole:
-        return sequences
-    tried = [answers.get(row) for row in rows]
-    return RoutedOutput(
-        sequences=sequences,
-        route=_repeat(routes, repeats),
-        confidence=_repeat([one and one.confidence for one in tried], repeats),
-        rejected_tokens=_repeat([one.rejected_tokens if one else 0 for one in tried], repeats),
-    )
-
-
-def _check_options(model: DialModel, dials: Sequence[Dial], options: dict[str, Any]) -> None:
-    model.check_options(options)
-    for name in _REFUSED:
-        value = options.get(name)
-        if value is not None and value is not False:
-            raise ConfigError(
-                f"{name} is not available with an adaptive or route policy, whose rows go "
-                "different ways; leave it out, or give λ as a number or a schedule."
-            )
-
-    rows = len(dials) * (model.generation_option("num_return_sequences", options) or 1)
-    if options.get("streamer") is not None and rows > 1:
-        raise ConfigError(
-            f"a streamer follows one response, and this policy was given {rows} to write; "
-            "stream one prompt at a time."
-        )
-
-
-def _slow_part(dial: Dial, route: Way | None) -> Dial:
-    """Return the dial of a row whose response is not the fast answer."""
-    if isinstance(dial, Adaptive):
-        return way_dial(dial, "slow")
-    if isinstance(dial, Route):
-        return way_dial(dial, route or "fast")
-    return dial
+_MASKS = ("attention_mask", "aligned_mask")
+"""Those of a batch's tensors that are 1 at tokens and 0 at padding; the others are tokens."""
 
 
 class PromptBatch:
@@ -224,7 +101,8 @@ class PromptBatch:
         dials: dict[int, Dial],
         options: dict[str, Any],
         *,
-        tracker: ConfidenceTracker | None = None,
+        tracker: RowTracker | None = None,
+        after: Sequence[int] = (),
         is_last: bool = False,
     ) -> Tensor:
         """Generate for some of the rows; return their new tokens, right padded.
@@ -232,16 +110,17 @@ class PromptBatch:
         Args:
             dials: The dial of each of these rows, by row.
             options: The options of ``generate``.
-            tracker: Measures the confidence of answers that a policy asks for. With it, seeded
-                sampling of the caller is left out.
+            tracker: Stops rows. If it measures the confidence of answers that a policy asks for,
+                seeded sampling of the caller is left out.
+            after: Tokens that follow each prompt here.
             is_last: Release the prefilled cache, because it is not needed again.
         """
         rows, own_dials = torch.tensor(list(dials)), self._dials(dials, options)
         on_device = rows.to(self.ids.device)
+        added = torch.tensor(after, dtype=self.ids.dtype, device=self.ids.device)
         given = options | {
-            "input_ids": self.ids[on_device],
-            "attention_mask": self._mask[on_device],
-            **{name: value[on_device] for name, value in self._inputs.items()},
+            name: _appended(value[on_device], added, is_mask=name in _MASKS)
+            for name, value in self._tensors.items()
         }
         if self._cache is not None:
             given["past_key_values"] = self.model.fork_cache(self._cache, rows, own_dials)
@@ -251,16 +130,50 @@ class PromptBatch:
         processors = [
             one.keep(rows) if isinstance(one, SeededSampling | RowPenalties) else one
             for one in options.get("logits_processor") or []
-            if tracker is None or not isinstance(one, SeededSampling)
+            if not (isinstance(tracker, ConfidenceTracker) and isinstance(one, SeededSampling))
         ]
-        if tracker is not None:
+        if isinstance(tracker, ConfidenceTracker):
             processors.append(tracker.recorder)
+        if tracker is not None:
             criteria = [*(options.get("stopping_criteria") or []), tracker]
             given["stopping_criteria"] = StoppingCriteriaList(criteria)
         given["logits_processor"] = LogitsProcessorList(processors)
 
         written: Tensor = self.model.generate(lam=own_dials, gate=self._gate, **given)
-        return written[:, self.ids.shape[1] :]
+        return written[:, self.ids.shape[1] + len(added) :]
+
+    def extended(self, rows: Sequence[int], written: Sequence[Sequence[int]], pad: int) -> Self:
+        """Return a batch of some rows' prompts, each followed by tokens that it has written.
+
+        Args:
+            rows: The rows; a row may be repeated.
+            written: Per new row, its tokens.
+            pad: The token that fills shorter rows on the left.
+        """
+        width = max(map(len, written))
+
+        def extend(value: Tensor, *, is_mask: bool) -> Tensor:
+            parts = []
+            for row, tokens in zip(rows, written, strict=True):
+                own = [1] * len(tokens) if is_mask else list(tokens)
+                left = [0 if is_mask else pad] * (width - len(tokens))
+                parts.append(torch.cat([value.new_tensor(left), value[row], value.new_tensor(own)]))
+            return torch.stack(parts)
+
+        more = {
+            name: extend(value, is_mask=name in _MASKS) for name, value in self._tensors.items()
+        }
+        ids, mask = more.pop("input_ids"), more.pop("attention_mask")
+        return type(self)(self.model, ids, mask, self._gate, more)
+
+    def prompt_at(self, row: int, lam: float) -> list[int]:
+        """Return a row's prompt; of two prompts, the one that is nearer to λ."""
+        ids = self._inputs.get("aligned_ids", self.ids) if lam >= 0.5 else self.ids
+        return [int(token) for token in ids[row]]
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"input_ids": self.ids, "attention_mask": self._mask, **self._inputs}
 
     def _dials(self, dials: dict[int, Dial], options: dict[str, Any]) -> RowDials:
         """Return the dials of some rows, which know the λ of their first generated token."""
@@ -284,19 +197,25 @@ class FastAnswer(NamedTuple):
     rejected_tokens: int
 
 
-def _write_fast_answers(
+def write_fast_answers(
     prompts: PromptBatch,
-    policies: dict[int, Adaptive],
-    rest: dict[int, Dial],
+    policies: Mapping[int, Adaptive | Exit],
+    thresholds: Sequence[float],
     options: dict[str, Any],
+    *,
+    after: Sequence[int] = (),
+    limits: Mapping[int, int] | None = None,
 ) -> dict[int, FastAnswer]:
-    """Prefill for all phases, generate fast answers, and accept or reject them.
+    """Generate fast answers, and accept or reject them.
 
     Args:
-        prompts: The batch.
-        policies: The adaptive policies, by row.
-        rest: The dial of each row whose fast answer is rejected or that has none, by row.
+        prompts: The batch, prefilled for them.
+        policies: The policies, by row.
+        thresholds: The least confidence that each of them accepts.
         options: The caller's options of ``generate``.
+        after: Tokens that follow each prompt.
+        limits: The most tokens of an answer, with the token that ends it, by row; that of the
+            options if not given.
 
     Returns:
         The fast answers, by row.
@@ -309,12 +228,16 @@ def _write_fast_answers(
     if any(policy.measure == "agreement" for policy in policies.values()):
         reader = ResponseText(model.require_tokenizer("agreement", options), model.thinking_tags)
 
-    fast: dict[int, Dial] = {row: way_dial(dial, "fast") for row, dial in policies.items()}
-    prompts.prefill([fast, rest], options)
-
-    thresholds = [model.threshold(policy) for policy in policies.values()]
-    tracker = ConfidenceTracker(list(policies.values()), thresholds, prompts.ids.device)
-    tokens = prompts.generate(fast, _with_settings(options, _GREEDY), tracker=tracker)
+    fast: dict[int, Dial] = {row: way_dial(policy, "fast") for row, policy in policies.items()}
+    if limits is not None:
+        options = with_settings(options, {"max_new_tokens": max(limits.values())})
+    tracker = ConfidenceTracker(
+        list(policies.values()),
+        thresholds,
+        prompts.ids.device,
+        None if limits is None else [limits[row] for row in policies],
+    )
+    tokens = prompts.generate(fast, with_settings(options, _GREEDY), tracker=tracker, after=after)
     confidence, ended = tracker.confidence.tolist(), tracker.ended.tolist()
     length, counted = tracker.length.tolist(), tracker.counted.tolist()
     answers = {row: tokens[place, : length[place]] for place, row in enumerate(policies)}
@@ -323,7 +246,7 @@ def _write_fast_answers(
     agreement: dict[int, tuple[float, int]] = {}
     if reader is not None:
         whole = {row: answers[row] for place, row in enumerate(policies) if ended[place]}
-        agreement = _agreement(prompts, policies, fast, whole, options, reader)
+        agreement = _agreement(prompts, policies, fast, whole, options, reader, after, limits)
 
     judged = {}
     for place, (row, policy) in enumerate(policies.items()):
@@ -341,11 +264,13 @@ def _write_fast_answers(
 
 def _agreement(
     prompts: PromptBatch,
-    policies: dict[int, Adaptive],
+    policies: Mapping[int, Adaptive | Exit],
     fast: dict[int, Dial],
     answers: dict[int, Tensor],
     options: dict[str, Any],
     reader: ResponseText,
+    after: Sequence[int],
+    limits: Mapping[int, int] | None,
 ) -> dict[int, tuple[float, int]]:
     """Generate samples for answers whose policy measures agreement.
 
@@ -363,14 +288,16 @@ def _agreement(
             [judged[row] for row in rows for _ in range(samples)],
             [0.0] * samples * len(rows),
             prompts.ids.device,
+            None if limits is None else [limits[row] for row in rows for _ in range(samples)],
         )
-        settings = _with_settings(options, _SAMPLED | {"num_return_sequences": samples})
-        tokens = prompts.generate({row: fast[row] for row in rows}, settings, tracker=tracker)
+        settings = with_settings(options, _SAMPLED | {"num_return_sequences": samples})
+        asked = {row: fast[row] for row in rows}
+        tokens = prompts.generate(asked, settings, tracker=tracker, after=after)
         ended, length = tracker.ended.tolist(), tracker.length.tolist()
         counted = tracker.counted.tolist()
 
         for place, row in enumerate(rows):
-            opened = reader.is_opened_by(prompts.ids[row].tolist())
+            opened = reader.is_opened_by([*prompts.ids[row].tolist(), *after])
             expected = reader.answer(answers[row].tolist(), opened=opened)
             own = range(place * samples, (place + 1) * samples)
             agree = [
@@ -382,7 +309,7 @@ def _agreement(
     return found
 
 
-def _with_settings(options: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def with_settings(options: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Return the options of ``generate`` with settings changed, in a generation config if given."""
     config = options.get("generation_config")
     if config is None:
@@ -393,23 +320,7 @@ def _with_settings(options: dict[str, Any], changes: dict[str, Any]) -> dict[str
     return {k: v for k, v in options.items() if k not in changes} | {"generation_config": config}
 
 
-def _stream(streamer: Any, ids: Tensor, answer: Tensor) -> None:
-    """Send an accepted answer to a streamer in the way ``generate`` does."""
-    streamer.put(ids.cpu())
-    for token in answer.cpu():
-        streamer.put(token[None])
-    streamer.end()
-
-
-def _joined(ids: Tensor, written: Sequence[Tensor], pad: int) -> Tensor:
-    """Append responses, per prompt ``(n, tokens)``, to their prompts, padded on the right."""
-    repeats = len(written[0])
-    width = max(part.shape[1] for part in written)
-    responses = ids.new_full((len(written) * repeats, width), pad)
-    for row, part in enumerate(written):
-        responses[row * repeats : (row + 1) * repeats, : part.shape[1]] = part
-    return torch.cat([ids.repeat_interleave(repeats, 0), responses], -1)
-
-
-def _repeat(values: Sequence[_Value], repeats: int) -> list[_Value]:
-    return [value for value in values for _ in range(repeats)]
+def _appended(value: Tensor, tokens: Tensor, *, is_mask: bool) -> Tensor:
+    """Append tokens, shape ``(n,)``, to each row of a batch, or ones to each row of its mask."""
+    added = torch.ones_like(tokens) if is_mask else tokens
+    return torch.cat([value, added.to(value).expand(len(value), -1)], 1)

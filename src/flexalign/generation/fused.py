@@ -4,7 +4,7 @@ Two models, and one model with an adapter stream, are decoded by the same loop: 
 transformers, with its sampling options, beams, stop strings and streamers. This module adds λ. It
 is parsed and checked once, stored per prompt before ``generate`` repeats rows, and passed to
 ``forward`` at every step. Policies that choose a stream for a whole response are handled by
-:mod:`flexalign.generation.adaptive`, which calls the same ``generate`` for each phase.
+:mod:`flexalign.generation.policies`, which calls the same ``generate`` for each phase.
 """
 
 import copy
@@ -18,10 +18,10 @@ from transformers import GenerationMixin, PreTrainedTokenizerBase
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError
 from flexalign.fusion import as_gate
-from flexalign.generation.adaptive import chooses_stream, generate_with_policies
-from flexalign.generation.confidence import ConfidenceTracker, LogProbRecorder
+from flexalign.generation.confidence import LogProbRecorder, RowTracker
 from flexalign.generation.inherited import InheritedMethods, refuse_inner_outputs
 from flexalign.generation.interface import DialModel
+from flexalign.generation.policies import chooses_stream, generate_with_policies
 from flexalign.generation.row_lambdas import RowDials, TagTokens, read_dials
 from flexalign.lambdas import Adaptive
 
@@ -78,8 +78,8 @@ class FusedDecoding(InheritedMethods, GenerationMixin, DialModel):  # type: igno
                 generated token. By default the model's default λ. Also the
                 :class:`~flexalign.generation.row_lambdas.RowDials` of the prompts, which are not
                 checked again.
-            policy: Another name of ``lam``, for policies. For ``Adaptive`` and ``Route``, a stream
-                is chosen for each row (see :class:`flexalign.generation.adaptive.RoutedOutput`).
+            policy: Another name of ``lam``, for policies. For ``Adaptive``, ``Exit`` and ``Route``, a stream
+                is chosen for each row (see :class:`flexalign.generation.policies.RoutedOutput`).
             gate: As in :func:`flexalign.fusion.fuse`.
             **options: The options of transformers' ``generate``, except assisted decoding and
                 caches other than the dynamic one.
@@ -244,7 +244,7 @@ class FusedDecoding(InheritedMethods, GenerationMixin, DialModel):  # type: igno
         """Give each tracker the stopping criteria, of which it uses those that end a response."""
         criteria = super()._get_stopping_criteria(*args, **kwargs)
         for tracker in criteria:
-            if isinstance(tracker, ConfidenceTracker):
+            if isinstance(tracker, RowTracker):
                 tracker.use_ends(criteria)
         return criteria
 

@@ -2,7 +2,7 @@
 
 :class:`flexalign.generation.fused.FusedDecoding` implements the part that :class:`InRaModel`,
 :class:`LoRADial` and :class:`TwoModelDecoder` have in common. This module imports neither them nor the policies
-(:mod:`flexalign.generation.adaptive`): both import it, and not each other.
+(:mod:`flexalign.generation.policies`): both import it, and not each other.
 """
 
 from abc import ABC, abstractmethod

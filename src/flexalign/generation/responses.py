@@ -9,20 +9,24 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from flexalign._modes import evaluating
 from flexalign.data.logits import LogitsSettings
 from flexalign.data.rendering import Prompt, Rendering, stop_ids
 from flexalign.errors import ConfigError, DataError, LambdaError
-from flexalign.generation.adaptive import NEUTRAL, chooses_stream
+from flexalign.generation.adaptive import NEUTRAL
+from flexalign.generation.interface import DialModel
+from flexalign.generation.one_stream import OneStreamModel
 from flexalign.generation.penalties import RowPenalties
+from flexalign.generation.policies import chooses_stream
 from flexalign.generation.row_lambdas import read_dials
 from flexalign.generation.seeded import SeededSampling
 from flexalign.generation.text import ResponseText
+from flexalign.generation.thinking_limits import ClosingTokens
 from flexalign.generation.two_prompts import padded_prompts
-from flexalign.lambdas import Dial, Way
+from flexalign.lambdas import Dial, Exit, Fixed, Way
 from flexalign.models.prompted import TwoPrompts
 
 
@@ -35,9 +39,12 @@ class Response:
         token_ids: The tokens, without the one that ends the response.
         tokens: Number of tokens generated for it: those of the response and ``rejected_tokens``.
         truncated: Whether the limit on new tokens cut it off.
-        route: ``"fast"`` or ``"slow"`` with an adaptive or route policy, else None.
-        confidence: The confidence of the fast answer, with an adaptive policy.
-        rejected_tokens: Number of tokens of a rejected fast answer, and of samples for comparison.
+        route: ``"fast"`` or ``"slow"``, the stream that answers, with a policy that chooses it, else
+            None. With an exit policy, ``"fast"`` means that the thinking was closed at an exit.
+        confidence: The confidence of the fast answer, with an adaptive policy; that of the last trial
+            answer, with an exit policy.
+        rejected_tokens: Number of tokens of a rejected fast answer, or of rejected trial answers, and
+            of samples for comparison.
     """
 
     text: str
@@ -80,21 +87,23 @@ def generate_responses(
         max_new_tokens: Tokens after which a response is cut off.
         temperature: 0 is greedy.
         top_p: Probability mass sampled from, 0 < top_p ≤ 1.
-        logits: Limits on tokens, penalties and biases; None for none.
+        logits: Limits on tokens and on the thinking, penalties and biases; None for none.
         batch_size: Responses generated together.
         seed: Seed of all sampling.
         seeds: One seed per prompt, instead of ``seed``; see
             :class:`flexalign.generation.seeded.SeededSampling`.
         progress: Called after each batch with (responses done, responses in all).
         **generate_kwargs: More arguments of ``generate``. ``lam`` may be a list or a tensor with
-            one dial per prompt, including policies; ``policy`` is the same.
+            one dial per prompt, including policies; ``policy`` is the same. A plain model takes
+            exit policies, and λ = 0 in rows without one.
 
     Returns:
         One response per prompt, in their order.
 
     Raises:
-        ConfigError: If a setting is out of its range, a biased token is not in the vocabulary, or
-            there are not as many seeds as prompts.
+        ConfigError: If a setting is out of its range, a biased token is not in the vocabulary, the
+            thinking is limited and the model shows no thinking tags, or there are not as many seeds
+            as prompts.
         DataError: If a prompt is empty, or is a conversation and there is no chat template.
         LambdaError: If ``lam`` has another length than the prompts.
     """
@@ -105,9 +114,18 @@ def generate_responses(
 
     logits = logits or LogitsSettings()
     logits.require_tokens(len(tokenizer))
+    closing = None
+    if logits.limits_thinking:
+        closing = ClosingTokens.of(tokenizer, getattr(model, "thinking_tags", None))
 
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     dials = _read_dials(generate_kwargs, len(prompts))
+    if (
+        isinstance(dials, list)
+        and isinstance(model, nn.Module)
+        and not isinstance(model, DialModel)
+    ):
+        model = _with_one_stream(model, tokenizer, dials)
     if temperature > 0 and not is_seeded:
         # With seeds, the logits processor applies them.
         limits = {"top_k": logits.top_k, "min_p": logits.min_p}
@@ -143,7 +161,8 @@ def generate_responses(
             if logits.has_penalties:
                 lengths = torch.tensor([_prompt_length(encoded[i]) for i in batch])
                 width = inputs["input_ids"].shape[1]
-                processors.append(RowPenalties(logits, lengths, width))
+                opened = [_is_opened(encoded[i], dials, i) for i in batch]
+                processors.append(RowPenalties(logits, lengths, width, closing, opened))
             if is_seeded and seeds is not None:
                 own_seeds = [seeds[i] for i in batch]
                 token_limits = (logits.top_k, logits.min_p)
@@ -203,6 +222,23 @@ def _read_dials(given: dict[str, Any], prompts: int) -> list[Dial] | Tensor | No
             f"lam has {len(lam)} values for {prompts} prompts; give one, or one for each."
         )
     return lam if lam is None or isinstance(lam, Tensor) else read_dials(lam, prompts)
+
+
+def _with_one_stream(
+    model: Any, tokenizer: PreTrainedTokenizerBase, dials: list[Dial]
+) -> "OneStreamModel":
+    """Return a plain model as one with a dial that has no effect, for exit policies.
+
+    Raises:
+        ConfigError: If a dial is not an exit policy, or λ = 0 for a row without one.
+    """
+    for dial in dials:
+        if not isinstance(dial, Exit) and dial != Fixed(0.0):
+            raise ConfigError(
+                f"{dial} needs a dial, and a plain model has none; of the policies it takes exit "
+                "alone (λ = 0 in a row without one)."
+            )
+    return OneStreamModel(model, tokenizer)
 
 
 def _rows(dials: list[Dial] | Tensor, batch: list[int]) -> list[Dial] | Tensor:
@@ -306,6 +342,16 @@ def _length(prompt: list[int] | TwoPrompts) -> int:
 def _prompt_length(prompt: list[int] | TwoPrompts) -> int:
     """Return the tokens of a prompt that ``generate`` continues; of two, those of the reference's."""
     return len(prompt.reference.ids if isinstance(prompt, TwoPrompts) else prompt)
+
+
+def _is_opened(
+    prompt: list[int] | TwoPrompts, dials: list[Dial] | Tensor | None, index: int
+) -> bool | None:
+    """Return whether the thinking is open at the end of two prompts; None for one prompt."""
+    if not isinstance(prompt, TwoPrompts):
+        return None
+    dial = dials[index] if isinstance(dials, list) else None
+    return prompt.opens_at(dial.lam if isinstance(dial, Fixed) else None)
 
 
 def _padded(

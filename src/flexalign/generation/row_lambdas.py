@@ -15,7 +15,7 @@ from torch import Tensor
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, LambdaError
 from flexalign.fusion import as_lambda
-from flexalign.lambdas import Adaptive, Dial, Fixed, Route, Schedule, extremes, parse_dial
+from flexalign.lambdas import Dial, Fixed, Policy, Schedule, extremes, parse_dial
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,7 +118,7 @@ class RowDials:
             ConfigError: If a dial is a policy that has no λ per token.
         """
         for dial in dials:
-            if isinstance(dial, Adaptive | Route):
+            if isinstance(dial, Policy):
                 raise ConfigError(
                     f"{dial} chooses a way for a whole response, and what is wanted here is a λ "
                     "for every token; give a number or a schedule, or use generate."
@@ -182,14 +182,26 @@ class TagTokens:
         are_single: Whether each tag is one token.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", tags: ThinkingTags) -> None:
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        tags: ThinkingTags,
+        purpose: str = "a thinking schedule",
+    ) -> None:
         """Look up the two tags.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            tags: The tags.
+            purpose: What needs the tokens, for the message.
 
         Raises:
             ConfigError: If a tag is several tokens of ordinary text. They may be merged with the
                 text around them, and then the tag cannot be found in token ids.
         """
-        self.opening, self.closing = (_tokens_of(tokenizer, tag) for tag in (tags.open, tags.close))
+        self.opening, self.closing = (
+            _tokens_of(tokenizer, tag, purpose) for tag in (tags.open, tags.close)
+        )
         self.open, self.close = self.opening[-1], self.closing[-1]
         self.are_single = len(self.opening) == len(self.closing) == 1
 
@@ -206,18 +218,24 @@ class TagTokens:
         return inside.tolist(), thinking_index.tolist()
 
 
+def tag_ends(input_ids: Tensor, tag: list[int]) -> Tensor:
+    """Return whether a tag ends at each token of each row: (B, T) → (B, T)."""
+    ends = torch.zeros_like(input_ids, dtype=torch.bool)
+    length = len(tag)
+    if input_ids.shape[1] >= length:
+        windows = input_ids.unfold(1, length, 1)
+        ends[:, length - 1 :] = (windows == torch.tensor(tag, device=ends.device)).all(-1)
+    return ends
+
+
 def _last_end(input_ids: Tensor, tag: list[int]) -> Tensor:
     """Return the last position at which a tag ends in each row, −1 if none: (B, T) → (B,)."""
-    length = len(tag)
-    if input_ids.shape[1] < length:
-        return torch.full_like(input_ids[:, 0], -1)
-    windows = input_ids.unfold(1, length, 1)
-    found = (windows == torch.tensor(tag, device=input_ids.device)).all(-1)
-    positions = torch.arange(length - 1, input_ids.shape[1], device=found.device)
-    return torch.where(found, positions, -1).amax(-1)
+    ends = tag_ends(input_ids, tag)
+    positions = torch.arange(ends.shape[1], device=ends.device)
+    return torch.where(ends, positions, -1).amax(-1)
 
 
-def _tokens_of(tokenizer: "PreTrainedTokenizerBase", tag: str) -> list[int]:
+def _tokens_of(tokenizer: "PreTrainedTokenizerBase", tag: str, purpose: str) -> list[int]:
     """Return a tag's tokens: one, or several that begin with a token of its own.
 
     A channel's beginning (``<|channel|>analysis<|message|>``) is several; its first token is an
@@ -226,7 +244,7 @@ def _tokens_of(tokenizer: "PreTrainedTokenizerBase", tag: str) -> list[int]:
     tokens = [int(token) for token in tokenizer(tag, add_special_tokens=False)["input_ids"]]
     if len(tokens) != 1 and (not tokens or tokens[0] not in tokenizer.added_tokens_decoder):
         raise ConfigError(
-            f"a thinking schedule needs tags that are one token each; {tag!r} is {len(tokens)} "
+            f"{purpose} needs tags that are one token each; {tag!r} is {len(tokens)} "
             "tokens here. Name the model's own tags, or use a schedule over the token index."
         )
     return tokens

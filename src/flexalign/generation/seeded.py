@@ -58,18 +58,30 @@ class SeededSampling(LogitsProcessor):  # type: ignore[misc]
         self._top_k = TopKLogitsWarper(top_k) if top_k else None
         self._min_p = MinPLogitsWarper(min_p) if min_p else None
         self._prompt_tokens: int | None = None
+        self._written = torch.zeros_like(self.seeds)
 
-    def keep(self, rows: Tensor) -> "SeededSampling":
-        """Return the same sampling for some of the rows, from its first token."""
+    def keep(self, rows: Tensor, written: Sequence[int] | None = None) -> "SeededSampling":
+        """Return the same sampling for some of the rows, from its first token.
+
+        Args:
+            rows: The rows, shape ``(n,)``.
+            written: Per kept row, the tokens of its response that its next batch begins with; by
+                default as many as in this one.
+        """
+        rows = rows.to(self.seeds.device)
         kept = copy.copy(self)
-        kept.__dict__.update(seeds=self.seeds[rows.to(self.seeds.device)], _prompt_tokens=None)
+        kept.__dict__.update(
+            seeds=self.seeds[rows],
+            _prompt_tokens=None,
+            _written=self._written[rows] if written is None else torch.tensor(list(written)),
+        )
         return kept
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return scores that are 0 at each row's token and −inf elsewhere, shape ``(B, V)``."""
         if self._prompt_tokens is None:
             self._prompt_tokens = input_ids.shape[1]
-        index = input_ids.shape[1] - self._prompt_tokens
+        index = (self._written + input_ids.shape[1] - self._prompt_tokens).to(scores.device)
         logits = scores.float() / self._temperature
         if self._top_k is not None:
             logits = self._top_k(input_ids, logits)
@@ -94,8 +106,8 @@ def _likeliest(logits: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     return ordered.masked_fill(dropped, -torch.inf)[:, :width], ids[:, :width]
 
 
-def _gumbel(seeds: Tensor, index: int, ids: Tensor) -> Tensor:
-    """Return standard Gumbel noise for token `index` of every row, shape of `ids`, float64."""
+def _gumbel(seeds: Tensor, index: Tensor, ids: Tensor) -> Tensor:
+    """Return standard Gumbel noise for the token `index`, ``(B,)``, of each row, shape of `ids`."""
     row = _mixed(_mixed(seeds) + index)[:, None]
     bits = (_mixed(row ^ _mixed(ids)) >> 11) & ((1 << 53) - 1)
     uniform = (bits.double() + 0.5) / 2**53

@@ -4,7 +4,8 @@
 and separates the thinking from the answer.
 """
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from flexalign.data.thinking import ThinkingTags
@@ -115,6 +116,12 @@ class StreamedText:
         self._from = 0  # the first token that is decoded again for the next text
         self._returned = 0  # tokens whose text has been returned
 
+    def copy(self) -> "StreamedText":
+        """Return the same response so far, to be continued in another way."""
+        other = copy.copy(self)
+        other.__dict__.update(_tokens=list(self._tokens))
+        return other
+
     def put(self, token: int) -> str:
         """Take the next token; return the new text that later tokens cannot change."""
         if self._reader.hides(token):
@@ -218,6 +225,72 @@ class StreamedSplit:
         if self._is_thinking:
             self._held = self._held.removeprefix(self._tags.open)
         return True
+
+
+class StopSearch:
+    """Looks for stop texts, outside the thinking, in a text that arrives in parts.
+
+    Text that may be the beginning of a stop text is held back until it is clear that it is not, so that
+    no text is returned that a later part could remove.
+
+    Attributes:
+        found: The stop text that was found; None so far.
+    """
+
+    def __init__(
+        self, stops: Sequence[str], tags: ThinkingTags | None = None, *, opened: bool = False
+    ) -> None:
+        """Begin an answer.
+
+        Args:
+            stops: The stop texts.
+            tags: The tags around a thinking in which no stop text is looked for; None: there is
+                none.
+            opened: Whether the prompt has opened the thinking.
+        """
+        self.found: str | None = None
+        self._stops = stops
+        self._tags = tags
+        self._is_thinking = opened and tags is not None
+        self._held = ""
+
+    def put(self, new: str, *, may_stop: bool = True) -> str:
+        """Add text; return what has become final, up to a stop text.
+
+        Args:
+            new: The next part of the text.
+            may_stop: Whether a stop text that this part completes is one.
+        """
+        if not self._stops:
+            return new
+        text, self._held = self._held + new, ""
+        stops = list(self._stops) if may_stop else []
+        final = ""
+
+        while text:
+            marks = [self._tags.close] if self._tags and self._is_thinking else list(stops)
+            if self._tags and not self._is_thinking:
+                marks.append(self._tags.open)
+            places = [(place, mark) for mark in marks if (place := text.find(mark)) >= 0]
+            if not places:
+                # The end of the text may be the beginning of a mark.
+                longest = max((overlap(text, mark) for mark in marks), default=0)
+                self._held = text[len(text) - longest :]
+                return final + text[: len(text) - longest]
+
+            # The first to be complete, which does not depend on how the text is cut into parts.
+            place, mark = min(places, key=lambda found: (found[0] + len(found[1]), found[0]))
+            if not self._is_thinking and mark in stops:
+                self.found = mark
+                return final + text[:place]
+            final, text = final + text[: place + len(mark)], text[place + len(mark) :]
+            self._is_thinking = not self._is_thinking
+        return final
+
+    def end(self) -> str:
+        """Return the text that was held back; nothing follows."""
+        text, self._held = self._held, ""
+        return text
 
 
 def overlap(text: str, tag: str) -> int:

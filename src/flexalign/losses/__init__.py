@@ -8,7 +8,7 @@ not grow with the sequence. :mod:`flexalign.fusion` mixes the two teachers.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, overload
+from typing import Literal, TypeAlias, get_args, overload
 
 import torch
 from torch import Tensor
@@ -20,12 +20,23 @@ from flexalign.losses.kernel import DivergenceTask, sum_in_chunks
 from flexalign.losses.sequence import sampled_score
 from flexalign.losses.teacher import FusedTeacher, for_products
 
-__all__ = ["DIVERGENCES", "Divergence", "DivergenceMetrics", "fused_divergence"]
+__all__ = [
+    "DIVERGENCES",
+    "Divergence",
+    "DivergenceMetrics",
+    "SampledObjective",
+    "fused_divergence",
+]
 
 Divergence: TypeAlias = Literal["reverse", "forward", "jsd"]
 
 DIVERGENCES: tuple[Divergence, ...] = ("reverse", "forward", "jsd")
 """Names that ``divergence`` takes; reverse is the paper's equation 6."""
+
+SampledObjective: TypeAlias = Literal["sequence", "sampled"]
+"""What the gradient is for tokens that the student sampled: that of whole responses
+(:mod:`flexalign.losses.sequence`), or of each sampled token's own reward
+(:mod:`flexalign.losses.sampled`)."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,7 @@ def fused_divergence(
     chunk_size: int = ...,
     metrics: Literal[False] = ...,
     sampled: Tensor | None = ...,
+    sampled_objective: SampledObjective = ...,
 ) -> Tensor: ...
 @overload
 def fused_divergence(
@@ -80,6 +92,7 @@ def fused_divergence(
     *,
     metrics: Literal[True],
     sampled: Tensor | None = ...,
+    sampled_objective: SampledObjective = ...,
 ) -> tuple[Tensor, DivergenceMetrics]: ...
 def fused_divergence(
     student_hidden: Tensor,
@@ -97,6 +110,7 @@ def fused_divergence(
     chunk_size: int = 256,
     metrics: bool = False,
     sampled: Tensor | None = None,
+    sampled_objective: SampledObjective = "sequence",
 ) -> Tensor | tuple[Tensor, DivergenceMetrics]:
     """Return the divergence between a student and ``softmax(λ·aligned + (1−λ)·reference)``.
 
@@ -127,8 +141,10 @@ def fused_divergence(
         chunk_size: Tokens per chunk. Memory is about four matrices of ``chunk_size × V`` float32.
         metrics: Also return :class:`DivergenceMetrics` (about a quarter more time).
         sampled: Shape ``(B, T)``: the tokens that the student sampled at the counted positions of
-            a batch. Then the gradient is that of the reverse KL between whole responses
-            (:mod:`flexalign.losses.sequence`). The value is still that of the tokens.
+            a batch. Then the gradient is that of `sampled_objective`. The value is still that of
+            the tokens.
+        sampled_objective: Only with `sampled`: ``"sequence"``, the reverse KL between whole
+            responses, or ``"sampled"``, the policy gradient with each sampled token's own reward.
 
     Returns:
         The sum over counted positions divided by the denominator, in nats per token: a float32
@@ -136,7 +152,8 @@ def fused_divergence(
         ``metrics``, a pair of the scalar and the :class:`DivergenceMetrics`.
 
     Raises:
-        ConfigError: If divergence, β, gate, ``num_items`` or ``chunk_size`` is out of range.
+        ConfigError: If divergence, β, gate, ``num_items``, ``chunk_size`` or
+            ``sampled_objective`` is out of range.
         LambdaError: If λ is not finite or does not fit the positions.
         PairMismatchError: If the shapes of hidden states, heads and mask do not fit together.
     """
@@ -146,6 +163,12 @@ def fused_divergence(
         raise ConfigError(
             "sampled is for the reverse divergence of a batch of rows: give divergence='reverse', "
             f"and it and the mask as (B, T), got {tuple(sampled.shape)} and {tuple(mask.shape)}."
+        )
+
+    if sampled_objective not in get_args(SampledObjective):
+        raise ConfigError(
+            f"sampled_objective must be one of {', '.join(get_args(SampledObjective))}, "
+            f"got {sampled_objective!r}."
         )
 
     student = _as_head(student_head)
@@ -165,13 +188,17 @@ def fused_divergence(
     )
 
     own = for_products(student)
-    score = None
+    positions = mask.reshape(-1).nonzero().squeeze(-1)
+    score = tokens = None
     if sampled is not None and torch.is_grad_enabled():
-        hidden = student_hidden.detach().flatten(0, -2)
-        score = sampled_score(hidden, own, teacher, mask, sampled, chunk_size)
+        if sampled_objective == "sequence":
+            hidden = student_hidden.detach().flatten(0, -2)
+            score = sampled_score(hidden, own, teacher, mask, sampled, chunk_size)
+        else:
+            tokens = sampled.reshape(-1)[positions]
 
     task = DivergenceTask(
-        positions=mask.reshape(-1).nonzero().squeeze(-1),
+        positions=positions,
         student=own,
         teacher=teacher,
         beta=beta,
@@ -179,6 +206,7 @@ def fused_divergence(
         metrics=metrics,
         gradients=torch.is_grad_enabled(),
         score=score,
+        sampled=tokens,
     )
     total, kl_reference, kl_aligned, per_token = sum_in_chunks(
         student_hidden.flatten(0, -2), student.weight, student.bias, task

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flexalign.heads import Head
+from flexalign.losses.sampled import token_score
 from flexalign.losses.sequence import Score
 from flexalign.losses.teacher import (
     LOG_ZERO,
@@ -37,6 +38,9 @@ class DivergenceTask:
         gradients: Whether to compute gradients.
         score: A term that is added to the gradient, for tokens that the student sampled; only with
             ``beta`` 1.
+        sampled: The token that the student sampled at each counted position, shape ``(P,)``. The
+            gradient is then that of :mod:`flexalign.losses.sampled` instead of the divergence's;
+            only with ``beta`` 1 and without `score`.
     """
 
     positions: Tensor
@@ -47,6 +51,7 @@ class DivergenceTask:
     metrics: bool
     gradients: bool
     score: Score | None = None
+    sampled: Tensor | None = None
 
 
 def sum_in_chunks(
@@ -160,10 +165,13 @@ def _sum_chunks(
             fused = task.teacher.logits(rows, logits)
         _log_softmax(fused, log_t)
 
+        own = None if task.sampled is None else token_score(log_s, log_t, task.sampled[chunk])
         values[chunk], gradient = _divergence(log_s, log_t, logits, spare, task.beta)
         sums[0] += values[chunk].sum()
         if task.score is not None:
             task.score.add_to(gradient, logits, chunk)
+        if own is not None:
+            own.add_to(gradient.zero_(), logits, slice(None))
 
         # From the logits back to the product h·Wᵀ.
         if head.softcap is not None:

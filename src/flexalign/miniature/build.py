@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
@@ -139,7 +140,7 @@ def build_all(output: Path, *, seed: int = 0, placebo: bool = False) -> Iterator
     reference = build_model(seed)
     for index, schooling in enumerate(REFERENCE_SCHOOLING):
         teach(reference, schooling, seed + 10 * index)
-    yield _save(reference, output, "reference")
+    yield save_part(reference, output, "reference")
 
     schoolings = {"aligned": ALIGNED_SCHOOLING} | (
         {"placebo": PLACEBO_SCHOOLING} if placebo else {}
@@ -147,7 +148,7 @@ def build_all(output: Path, *, seed: int = 0, placebo: bool = False) -> Iterator
     for index, (part, schooling) in enumerate(schoolings.items(), start=1):
         model = copy.deepcopy(reference)
         teach(model, schooling, seed + index)
-        yield _save(model, output, part)
+        yield save_part(model, output, part)
 
     adapter = make_adapter(output / "reference")
     teach(adapter.stream, FAST_SCHOOLING, seed)
@@ -156,7 +157,7 @@ def build_all(output: Path, *, seed: int = 0, placebo: bool = False) -> Iterator
 
     hybrid = copy.deepcopy(reference)
     teach(hybrid, HYBRID_SCHOOLING, seed + 3)
-    yield _save(hybrid, output, "hybrid")
+    yield save_part(hybrid, output, "hybrid")
 
     make_dial(output, seed=seed)
     yield "dial"
@@ -440,7 +441,7 @@ def _summed_loss(batch_size: int) -> Callable[..., Tensor]:
     return loss
 
 
-def _save(model: LlamaForCausalLM, output: Path, part: str) -> str:
+def save_part(model: PreTrainedModel, output: Path, part: str) -> str:
     """Write a transformers model folder (weights, config, tokenizer), and return the part's name."""
     with following_umask(output / part):
         model.save_pretrained(output / part)

@@ -5,9 +5,10 @@ Configurations, tokenizers and the headers of weight files are read. The facts o
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -63,6 +64,20 @@ class ModelFacts:
         return {name: value for name, value in vars(self).items() if name not in hidden}
 
 
+class RenamedToken(NamedTuple):
+    """A special token of two tokenizers that has one id and two names.
+
+    Attributes:
+        id: Its id in both.
+        reference: Its name in the reference's tokenizer.
+        aligned: Its name in the aligned model's.
+    """
+
+    id: int
+    reference: str
+    aligned: str
+
+
 @dataclass(frozen=True)
 class PairFacts:
     """Two models on disk, and whether they fit.
@@ -78,6 +93,8 @@ class PairFacts:
         warnings: Differences that the user should check.
         notes: How small differences are handled.
         one_model: Whether the two are one model under two prompts, which is loaded once.
+        renamed: The special tokens that have other names in the aligned model, if the pair is read
+            by id; else none.
     """
 
     reference: ModelFacts
@@ -90,6 +107,7 @@ class PairFacts:
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
     one_model: bool = False
+    renamed: tuple[RenamedToken, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -116,7 +134,8 @@ class PairFacts:
     def to_json(self) -> dict[str, Any]:
         """Return the facts by name, with those of both models."""
         models = {"reference": self.reference.to_json(), "aligned": self.aligned.to_json()}
-        return {"fits": self.fits, **vars(self), **models}
+        renamed = [token._asdict() for token in self.renamed]
+        return {"fits": self.fits, **vars(self), **models, "renamed": renamed}
 
 
 def examine(
@@ -170,6 +189,7 @@ def examine_pair(
     dtype: "torch.dtype | str" = "auto",
     trust_remote_code: bool = False,
     prompted: bool = False,
+    by_id: bool = False,
 ) -> PairFacts:
     """Compare two models by their configurations, tokenizers and tensor headers.
 
@@ -181,6 +201,8 @@ def examine_pair(
         dtype: The data type that they will be loaded in.
         trust_remote_code: As in `flexalign.models.loading.load_model`.
         prompted: The two are asked under different prompts, so they may be equal.
+        by_id: Special tokens may have other names in the aligned model, at equal ids: each id is
+            taken for one token of both, and the reference's name is used.
 
     Raises:
         ConfigError: If one of them does not exist, or the reference is an adapter.
@@ -189,12 +211,12 @@ def examine_pair(
     """
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     return check_before_download(
-        lambda: _compare_models(reference, aligned, prompted=prompted, **options)
+        lambda: _compare_models(reference, aligned, prompted=prompted, by_id=by_id, **options)
     )
 
 
 def _compare_models(
-    reference: Model, aligned: Model, *, prompted: bool, **options: Any
+    reference: Model, aligned: Model, *, prompted: bool, by_id: bool, **options: Any
 ) -> PairFacts:
     one = examine(reference, **options)
     if one.kind == "adapter":
@@ -207,7 +229,8 @@ def _compare_models(
     other = _examine_adapter(source, one) if source.is_adapter else examine(source, **options)
     shared = other.kind == "adapter"
 
-    problems, warnings = _compare(one, other)
+    renamed = renamed_tokens(one.tokenizer, other.tokenizer) if by_id else ()
+    problems, warnings = _compare(one, other, by_id=by_id)
     if shared:
         from flexalign.models.adapters import adds_nothing
 
@@ -226,7 +249,7 @@ def _compare_models(
 
     one_model = prompted and _one_source(one, other)
     width, note = shared_width(one.width, other.width, min(one.vocabulary, other.vocabulary))
-    return PairFacts(
+    facts = PairFacts(
         reference=one,
         aligned=other,
         vocab_size=None if problems else width,
@@ -237,7 +260,30 @@ def _compare_models(
         warnings=tuple(warnings),
         notes=() if problems or note is None else (note,),
         one_model=one_model,
+        renamed=renamed,
     )
+    return _with_names(facts) if renamed and not problems else facts
+
+
+def _with_names(facts: PairFacts) -> PairFacts:
+    """Add which names a pair that is read by id uses, and a warning if thinking is lost by it."""
+    side = "reference" if facts.tokenizer is facts.reference.tokenizer else "aligned model"
+    note = describe_renamed(facts.renamed, side)
+
+    used, unused = facts.reference, facts.aligned
+    if side != "reference":
+        used, unused = unused, used
+    names = {name for token in facts.renamed for name in (token.reference, token.aligned)}
+    lost = names.intersection(unused.thinking_tags or ()) - used.tokenizer.get_vocab().keys()
+    if not lost:
+        return replace(facts, notes=(*facts.notes, note))
+    warning = (
+        f"the thinking tags of {unused.name}, {' and '.join(unused.thinking_tags or ())}, have other "
+        f"names in the tokenizer of {used.name}, which is used for both, so that thinking is not "
+        "recognised in a text"
+        + ("; give the aligned model as the reference." if side == "reference" else ".")
+    )
+    return replace(facts, notes=(*facts.notes, note), warnings=(*facts.warnings, warning))
 
 
 def _one_source(one: ModelFacts, other: ModelFacts) -> bool:
@@ -276,9 +322,9 @@ def _examine_adapter(source: Source, base: ModelFacts) -> ModelFacts:
     )
 
 
-def _compare(one: ModelFacts, other: ModelFacts) -> tuple[list[str], list[str]]:
+def _compare(one: ModelFacts, other: ModelFacts, *, by_id: bool) -> tuple[list[str], list[str]]:
     """Return the problems and the warnings of two models' tokenizers."""
-    problems = [compare_tokens(one.tokenizer, other.tokenizer)]
+    problems = [compare_tokens(one.tokenizer, other.tokenizer, by_id=by_id)]
     problem, warning = compare_ends(one.tokenizer, other.tokenizer)
     problems.append(problem)
     warnings = [warning, compare_templates(one.tokenizer, other.tokenizer)]
@@ -352,13 +398,83 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(ids.values()) + 1
 
 
-def compare_tokens(
+def renamed_tokens(
     reference: PreTrainedTokenizerBase, aligned: PreTrainedTokenizerBase
+) -> tuple[RenamedToken, ...]:
+    """Return the special tokens that have other names in the aligned model, at equal ids.
+
+    Special are the tokens that a tokenizer lists beside its vocabulary (``added_tokens``), as
+    ``<think>`` is, whether or not they are left out of a decoded text.
+
+    Returns:
+        The tokens in the order of their ids; none if the two token→id maps are equal, or differ in
+        anything else.
+    """
+    one, other = reference.get_vocab(), aligned.get_vocab()
+    # A name that both have, at two ids, is of a token that was moved and not renamed.
+    if any(other[name] != one[name] for name in one.keys() & other.keys()):
+        return ()
+
+    ids: dict[int, set[str]] = {}
+    for name, id_ in one.items() ^ other.items():
+        ids.setdefault(id_, set()).add(name)
+    lists = [tokenizer.added_tokens_decoder for tokenizer in (reference, aligned)]
+    renamed = []
+    for id_, names in sorted(ids.items()):
+        if any(id_ not in listed for listed in lists):
+            return ()
+        token = RenamedToken(id_, *(str(listed[id_].content) for listed in lists))
+        if names != {token.reference, token.aligned}:
+            return ()
+        renamed.append(token)
+    return tuple(renamed)
+
+
+def describe_renamed(renamed: Sequence[RenamedToken], used: str) -> str:
+    """Return a note that names all tokens of a pair that is read by id.
+
+    Args:
+        renamed: The tokens.
+        used: The side whose names are used, such as ``"reference"``.
+    """
+    return f"read by id, the names of the {used} used for both: {_list_renamed(renamed)}."
+
+
+def _list_renamed(renamed: Sequence[RenamedToken]) -> str:
+    first, *others = renamed
+    listed = [
+        f"{first.id} is {first.reference!r} in the reference and {first.aligned!r} in the aligned "
+        "model",
+        *(f"{id_} {one!r} and {other!r}" for id_, one, other in others),
+    ]
+    return "; ".join(listed)
+
+
+def compare_tokens(
+    reference: PreTrainedTokenizerBase,
+    aligned: PreTrainedTokenizerBase,
+    *,
+    by_id: bool = False,
 ) -> str | None:
-    """Return how two token→id maps differ, with the first tokens; None if they are equal."""
+    """Return how two token→id maps differ, with the first tokens; None if they are equal.
+
+    Args:
+        reference: The reference's tokenizer.
+        aligned: The aligned model's.
+        by_id: Names of special tokens at equal ids may differ (see `renamed_tokens`).
+    """
     one, other = reference.get_vocab(), aligned.get_vocab()
     if one == other:
         return None
+    renamed = renamed_tokens(reference, aligned)
+    if renamed and by_id:
+        return None
+    if renamed:
+        return (
+            f"the tokenizers differ in the names of special tokens alone: {_list_renamed(renamed)}. "
+            "If each of these ids means one thing to both models, go on with --by-id (by_id: true "
+            "in a recipe, by_id=True in Python)."
+        )
 
     moved = sorted((one[token], token) for token in one.keys() & other.keys())
     differences = [
@@ -366,36 +482,45 @@ def compare_tokens(
         for id_, token in moved
         if other[token] != id_
     ]
+    # By id, names of special tokens are no difference, so that the message begins with what is one.
+    special = set[int]()
+    if by_id:
+        special = reference.added_tokens_decoder.keys() & aligned.added_tokens_decoder.keys()
     for here, there, name in ((one, other, "reference"), (other, one, "aligned model")):
-        alone = sorted((here[token], token) for token in here.keys() - there.keys())
+        alone = sorted(
+            (here[token], token)
+            for token in here.keys() - there.keys()
+            if here[token] not in special
+        )
         differences += [f"{token!r} ({id_}) is in the {name} alone" for id_, token in alone]
 
     more = len(differences) - _SHOWN
     return (
         f"the tokenizers differ: {'; '.join(differences[:_SHOWN])}"
         + (f"; and {more} tokens more" if more > 0 else "")
-        + ". Their logits are of different things and cannot be mixed; take two models with one "
-        "tokenizer (for others, see TRL's GOLD trainer)."
+        + ". Their logits are of different things and cannot be mixed"
+        + (", by id neither: more than the names of special tokens differs" if by_id else "")
+        + "; take two models with one tokenizer (for others, see TRL's GOLD trainer)."
     )
 
 
 def compare_ends(
     reference: PreTrainedTokenizerBase, aligned: PreTrainedTokenizerBase
 ) -> tuple[str | None, str | None]:
-    """Compare the tokens that begin and end a text.
+    """Compare the tokens that begin and end a text, by their ids.
 
     Returns:
         A problem (the two end a response differently) and a warning (they begin it differently),
         each None if there is none.
     """
     problem = warning = None
-    if reference.eos_token != aligned.eos_token:
+    if reference.eos_token_id != aligned.eos_token_id:
         problem = (
             f"the reference ends a response with {reference.eos_token!r}, the aligned model with "
             f"{aligned.eos_token!r}; between the two it may not end at all. If this pair is "
             "meant, set one eos_token in both tokenizer_config.json."
         )
-    if reference.bos_token != aligned.bos_token:
+    if reference.bos_token_id != aligned.bos_token_id:
         warning = (
             f"the reference begins a text with {reference.bos_token!r}, the aligned model with "
             f"{aligned.bos_token!r}; the reference's is used for both."

@@ -5,6 +5,9 @@ Weights are read from safetensors (or GGUF, de-quantised) unless the caller perm
 in a checkpoint runs only if the caller permits it.
 """
 
+import copy
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
@@ -62,7 +65,7 @@ def load_config(model: Model, *, trust_remote_code: bool = False) -> Any:
 
     if source.gguf_file is not None:
         require_gguf()
-        config = AutoConfig.from_pretrained(source.path, gguf_file=source.gguf_file)
+        config = _gguf_config(source.path / source.gguf_file)
     else:
         raw = read_json(source.path / "config.json")
         if not trust_remote_code and "auto_map" in raw and not _is_known(raw):
@@ -85,6 +88,25 @@ def load_config(model: Model, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
+def _gguf_config(file: Path) -> Any:
+    """Return the configuration in a GGUF file, which is read once: its whole vocabulary is parsed."""
+    found = file.stat()
+    return copy.deepcopy(_read_gguf_config(file, found.st_size, found.st_mtime_ns))
+
+
+@lru_cache(maxsize=8)
+def _read_gguf_config(file: Path, size: int, changed: int) -> Any:
+    """Read it; size and time of change tell an exchanged file from the one before."""
+    return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def has_tokenizer(source: Source) -> bool:
+    """Return whether a model's folder has a tokenizer of its own."""
+    return source.gguf_file is not None or any(
+        (source.path / name).is_file() for name in _TOKENIZER_FILES
+    )
+
+
 def load_tokenizer(model: Model, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer; for a PEFT adapter without one, that of its base.
 
@@ -96,7 +118,7 @@ def load_tokenizer(model: Model, *, trust_remote_code: bool = False) -> PreTrain
         require_gguf()
         return AutoTokenizer.from_pretrained(source.path, gguf_file=source.gguf_file)
 
-    if not any((source.path / name).is_file() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(source):
         if source.is_adapter:
             return load_tokenizer(base_of(source), trust_remote_code=trust_remote_code)
         raise ConfigError(
@@ -147,14 +169,14 @@ def load_model(
         return load_adapter(base, source, allow_pickle=allow_pickle).eval()
 
     config = load_config(source, trust_remote_code=trust_remote_code)
-    where: dict[str, Any] = {"dtype": dtype, "device_map": device_map}
+    where: dict[str, Any] = {"dtype": dtype, "device_map": device_map, "config": config}
     if source.gguf_file is not None:
         where["gguf_file"] = source.gguf_file
         if dtype == "auto":
             where["dtype"] = torch.float32  # its blocks are de-quantised to float32
     else:
         _require_weights(source, allow_pickle)
-        where |= {"config": config, "trust_remote_code": trust_remote_code}
+        where |= {"trust_remote_code": trust_remote_code}
         where |= {"local_files_only": True, "use_safetensors": None if allow_pickle else True}
 
     try:

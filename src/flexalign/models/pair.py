@@ -96,6 +96,7 @@ class ModelPair:
         allow_pickle: bool = False,
         allow_oversize: bool = False,
         prompted: bool = False,
+        by_id: bool = False,
     ) -> "ModelPair":
         """Check a pair and load it, frozen and in evaluation mode.
 
@@ -112,6 +113,8 @@ class ModelPair:
             allow_oversize: Load it even if the free memory seems too small.
             prompted: The two are asked under different prompts, so they may be one model, which is
                 loaded once.
+            by_id: Special tokens may have other names in the aligned model, at equal ids: each id
+                is taken for one token of both, and the reference's name is used.
 
         Raises:
             PairMismatchError: If the two do not fit; its message names all problems.
@@ -130,6 +133,7 @@ class ModelPair:
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             prompted=prompted,
+            by_id=by_id,
         )
         return cls.load_examined(
             facts,

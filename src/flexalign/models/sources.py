@@ -142,13 +142,16 @@ def aligned_beside(reference: Model) -> str | None:
     return entry.pair[1] if entry.pair is not None and not part else None
 
 
-def require_gguf() -> None:
-    """Require the package that reads GGUF files.
+def require_gguf(purpose: str = "reading GGUF") -> None:
+    """Require the package that reads and writes GGUF files.
+
+    Args:
+        purpose: What needs it, as the beginning of a sentence.
 
     Raises:
         ConfigError: If it is not installed.
     """
-    require_packages("reading GGUF", "gguf", install="'flexalign[gguf]'")
+    require_packages(purpose, "gguf", install="'flexalign[gguf]'")
 
 
 def base_of(adapter: Source) -> Source:

@@ -104,6 +104,22 @@ def tensor_infos(folder: Path) -> dict[str, TensorInfo]:
     return infos
 
 
+def stored_tensors(folder: Path) -> "Iterator[tuple[str, Tensor]]":
+    """Read a folder's weights one tensor at a time, in the order of their names.
+
+    Raises:
+        ConfigError: As in `weight_files`.
+        CheckpointError: As in `tensor_infos`.
+    """
+    infos = tensor_infos(folder)
+    files: dict[Path, Any] = {}
+    for name in sorted(infos):
+        file = infos[name].file
+        if file not in files:
+            files[file] = _opened(file)
+        yield name, files[file].get_tensor(name)
+
+
 def write_tensors(
     path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, str] | None = None
 ) -> None:
@@ -139,7 +155,7 @@ def fingerprint_module(model: "nn.Module") -> str:
 def same_folder(one: Path, other: Path) -> bool:
     """Return whether two folders have equal tensors; read whole only if fingerprints are equal."""
     return fingerprint_folder(one) == fingerprint_folder(other) and _same(
-        _stored(one), _stored(other)
+        stored_tensors(one), stored_tensors(other)
     )
 
 
@@ -233,16 +249,6 @@ def _held(model: "nn.Module") -> "list[tuple[str, Tensor]]":
         # In some families the names in the module differ from those in the file.
         tensors = revert_weight_conversion(model, tensors)
     return sorted(tensors.items())
-
-
-def _stored(folder: Path) -> "Iterator[tuple[str, Tensor]]":
-    infos = tensor_infos(folder)
-    files: dict[Path, Any] = {}
-    for name in sorted(infos):
-        file = infos[name].file
-        if file not in files:
-            files[file] = _opened(file)
-        yield name, files[file].get_tensor(name)
 
 
 def _shards(index: Path) -> list[Path]:

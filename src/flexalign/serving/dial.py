@@ -24,6 +24,7 @@ from flexalign.lambdas import (
     LAMBDA_LEGEND,
     Adaptive,
     Dial,
+    Exit,
     Fixed,
     OnlyEnds,
     Schedule,
@@ -79,7 +80,7 @@ _LAMBDA_SCHEMA: dict[str, Any] = {
             "type": "object",
             "title": "policy",
             "required": ["policy"],
-            "properties": {"policy": {"enum": ["fixed", "adaptive", "route"]}},
+            "properties": {"policy": {"enum": ["fixed", "adaptive", "exit", "route"]}},
         },
     ],
     "examples": [
@@ -87,6 +88,7 @@ _LAMBDA_SCHEMA: dict[str, Any] = {
         "auto",
         {"kind": "thinking", "think": 0.0, "answer": 1.0},
         {"policy": "adaptive", "threshold": 0.5},
+        {"policy": "exit", "threshold": 0.95},
         {"policy": "route", "share": 0.3},
     ],
 }
@@ -212,8 +214,10 @@ class DialRules:
             report = {"reasoning_effort": level, "template": template} if template else {}
             return DialChoice(self.default, ignored, report or self._report(self.default), template)
 
+        # An exit policy needs no dial: a model with one stream answers on trial itself.
         [(key, value)] = given.items()
-        if self.default is None:
+        is_exit = key in ("lambda", "control") and _is_exit(value)
+        if self.default is None and not is_exit:
             raise _bad(key, f"{key}: this server's model has no dial; leave {key} out.")
         dial = self._read(key, value)
 
@@ -230,7 +234,8 @@ class DialRules:
                 dial = self._of_effort(value)
             else:
                 dial = _of_lambda(key, value)
-            self._require_range(dial)
+            if self.default is not None:
+                self._require_range(dial)
             _refuse_agreement(dial)
         except (ConfigError, LambdaError) as error:
             raise _bad(key, f"{key}: {error}") from error
@@ -288,6 +293,8 @@ class DialRules:
             report |= {"lambda": dial.to_json(), "policy": "schedule"}
         else:
             report["policy"] = dial.to_json()["policy"]
+        if self.default is None:
+            del report["lambda"]  # no λ has an effect
 
         for low, high in self.holes:
             if isinstance(dial, Fixed) and low < dial.lam < high:
@@ -312,6 +319,10 @@ def _known_level(value: object) -> str:
             f"reasoning_effort must be one of {levels}, got {as_sent(value)}.",
         )
     return value
+
+
+def _is_exit(value: object) -> bool:
+    return isinstance(value, dict) and value.get("policy") == "exit"
 
 
 def _of_lambda(key: str, value: object) -> Dial:
@@ -350,7 +361,7 @@ def refuse_misspelt(body: dict[str, Any]) -> None:
 
 
 def _refuse_agreement(dial: Dial) -> None:
-    if isinstance(dial, Adaptive) and dial.measure == "agreement":
+    if isinstance(dial, Adaptive | Exit) and dial.measure == "agreement":
         raise ConfigError(
             'the measure "agreement" samples several answers for one, which the server does not; '
             'take "answer_probability" or "min_token_probability".'

@@ -96,7 +96,7 @@ class DialMetrics:
         )
         self._routes = Counter(
             "flexalign_routes",
-            "Ways taken under adaptive and route policies.",
+            "Ways taken under adaptive, exit and route policies.",
             ("policy", "route"),
             registry=registry,
         )

@@ -424,6 +424,15 @@ class SamplingBody(BaseModel):
         (),
         description=f"Token ids and what is added to their logits, −{_MOST_BIAS} to {_MOST_BIAS}.",
     )
+    thinking_budget: int | None = Field(
+        None, ge=0, description="Tokens of thinking after which the thinking is closed."
+    )
+    end_of_thinking_bias: float = Field(
+        0.0,
+        ge=-_MOST_BIAS,
+        le=_MOST_BIAS,
+        description="Added to the logit of the token that closes the thinking, inside it.",
+    )
     seed: int | None = Field(
         None, ge=-(2**63), le=2**63 - 1, description="One seed gives one answer."
     )
@@ -455,6 +464,8 @@ class SamplingBody(BaseModel):
                 self.presence_penalty,
                 self.frequency_penalty,
                 self.logit_bias,
+                self.thinking_budget,
+                self.end_of_thinking_bias,
             ),
         )
 

@@ -158,6 +158,8 @@ class RunningRequest:
         }
         if any(one and one.confidence is not None for one in ended):
             reported["confidence"] = [one and one.confidence for one in ended]
+        if "lambda" not in self.choice.report:  # a model without a dial, under an exit policy
+            del reported["lambda"]
         for key, values in reported.items():
             self.choice.report[key] = values[0] if len(values) == 1 else values
 

@@ -38,6 +38,7 @@ from flexalign.serving.engine import (
 from flexalign.serving.middleware import is_loopback
 from flexalign.serving.service import ServedModel, Service
 from flexalign.systems import LocalBackend, System, SystemOptions
+from flexalign.systems.open import require_two_models
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class ServeOptions:
         limits: The limits of the engine.
         template: Arguments of the chat template, for every request.
         prompts: Instead of an adapter or an aligned model, the two prompts of the model.
+        by_id: Take special tokens of a pair for the same where only their names differ.
 
     Raises:
         ConfigError: If options exclude each other, or a number is out of its range.
@@ -76,13 +78,16 @@ class ServeOptions:
     limits: EngineLimits = field(default_factory=EngineLimits)
     template: Mapping[str, Any] = field(default_factory=dict)
     prompts: PromptPair | None = None
+    by_id: bool = False
 
     def __post_init__(self) -> None:
         """Check all that needs no weights."""
         if self.adapter and self.aligned:
             raise ConfigError("give --adapter or --aligned, not both: each is a dial of its own.")
         # Raises if the prompts have another dial beside them.
-        System.of(self.model, self.adapter, self.aligned, self.prompts)
+        system = System.of(self.model, self.adapter, self.aligned, self.prompts)
+        if self.by_id:
+            require_two_models([system])
         if self.any_base and not self.adapter:
             raise ConfigError("--any-base is about an adapter; name --adapter.")
         is_dial = self.adapter or self.aligned or self.prompts
@@ -143,6 +148,7 @@ def _open(options: ServeOptions) -> tuple[Runner, Any, ThinkingTags | None, Dial
             any_base=options.any_base,
             template=options.template,
             prompts=options.prompts,
+            by_id=options.by_id,
         ),
     )
 

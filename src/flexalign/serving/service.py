@@ -19,7 +19,7 @@ from flexalign.data.thinking import ThinkingTags
 from flexalign.data.traces import derive_seed
 from flexalign.errors import ConfigError, DataError
 from flexalign.generation.text import ResponseText
-from flexalign.lambdas import Fixed
+from flexalign.lambdas import thinking_lambda
 from flexalign.models.prompted import PairRendering
 from flexalign.serving.engine import AnswerPiece, Engine, Generation, Grammar, Job
 from flexalign.serving.errors import ApiError, as_sent
@@ -116,6 +116,12 @@ class Service:
             self.engine.check(choice.dial)
         except ConfigError as error:
             raise ApiError(400, f"lambda: {error}", param="lambda", code="invalid_dial") from error
+        try:
+            self.engine.check_thinking(sampling.logits)
+        except ConfigError as error:
+            limits = sampling.logits
+            name = "end_of_thinking_bias" if limits.thinking_budget is None else "thinking_budget"
+            raise ApiError(400, str(error), param=name) from error
 
         # Templates and tokenizers take milliseconds; a thread keeps the event loop free.
         if isinstance(request, ChatRequest):
@@ -206,8 +212,7 @@ class Service:
             messages = [dict(message) for message in request.messages]
             if self.model.rendering is not None:
                 both = self.model.rendering.both(messages)
-                dial = request.choice.dial
-                opened = both.opens_at(dial.lam if isinstance(dial, Fixed) else None)
+                opened = both.opens_at(thinking_lambda(request.choice.dial))
                 return EncodedPrompt(tuple(both.reference.ids), opened, tuple(both.aligned.ids))
             return self._encoded(tuple(Rendering(tokenizer).prompt(messages, **arguments).ids))
         except DataError as error:

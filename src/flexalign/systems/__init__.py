@@ -4,6 +4,7 @@
 
     model:PATH                   a model as it is
     dial:BASE,ADAPTER            an InRa adapter or a LoRA dial on its base
+    lora:BASE,ADAPTER            a PEFT LoRA, scaled by λ
     pair:REF,ALIGNED             two models, fused as they decode
     prompts:MODEL                one model under two prompts, fused as they decode
     interpolate:REF,ALIGNED      weights between two models

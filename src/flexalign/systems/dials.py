@@ -4,6 +4,7 @@ An InRa adapter's folder has ``inra_config.json``. A LoRA's has PEFT's ``adapter
 ``lora_dial.json`` beside it, it is a LoRA dial, and without it a dial of λ = 0 and λ = 1 alone.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,28 @@ def read_dial(adapter: str | Path) -> DialConfig:
     """
     folder = resolve_adapter(adapter)
     return lora.check_folder(folder) if _is_lora(folder) else inra.check_folder(folder)
+
+
+def read_scaled_lora(adapter: str | Path) -> lora.LoRADialConfig:
+    """Read a plain PEFT LoRA that is taken at any strength, without loading the weights.
+
+    It was trained at one strength; its scale is λ, as for the adapters of arXiv 2502.09601.
+
+    Args:
+        adapter: The LoRA's folder.
+
+    Raises:
+        CheckpointError: If the folder holds no LoRA, or a file is missing, truncated or corrupt.
+        ConfigError: If it is an InRa adapter, or a LoRA that was trained as a dial.
+        UnsupportedModelError: If it is a PEFT adapter whose strength cannot be λ.
+    """
+    settings = read_dial(adapter)
+    if not isinstance(settings, lora.LoRADialConfig) or not settings.only_ends:
+        raise ConfigError(
+            f"{adapter} was trained as a dial, whose range of λ is known; name it dial:BASE,ADAPTER. "
+            "lora: scales a LoRA that was trained at one strength."
+        )
+    return replace(settings, only_ends=False)
 
 
 def load_dial(

@@ -10,6 +10,7 @@ from typing import Any, Generic
 from flexalign.data.client import Endpoint, EndpointResponse
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, ServingError
+from flexalign.lambdas import Exit
 from flexalign.systems.open import Answer, Asked, Failure, Messages, Request, SystemOptions
 
 _IN_A_ROW = 8
@@ -23,8 +24,10 @@ class EndpointBackend:
         """Check the options; the server is not called before the first sample.
 
         Raises:
-            ConfigError: If the address is not a URL, or the tokenizer does not exist.
+            ConfigError: If the address is not a URL, the tokenizer does not exist, or the thinking is
+                limited, which not every server can do.
         """
+        options.logits.refuse_thinking_limits("a server")
         self._url, self._options = url, options
         self._tokenizer: Any = None
         if options.tokenizer is not None:
@@ -104,7 +107,13 @@ class EndpointBackend:
         if setting.dial is not None:
             dial["lambda"] = setting.policy if setting.lam is None else setting.lam
         try:
-            return self._read(server.ask(request.messages, request.seed, **dial))
+            response = server.ask(request.messages, request.seed, **dial)
+            if isinstance(setting.dial, Exit) and response.dial.get("policy") != "exit":
+                raise ServingError(
+                    f"{self._url} does not report the policy {setting.id}: exits are served by "
+                    "flexalign serve with --engine local alone."
+                )
+            return self._read(response)
         except ServingError as error:
             return Failure(str(error))
 

@@ -1,4 +1,5 @@
-"""Systems on this machine: a model, a dial, a pair, two prompts, or weights between two models."""
+"""Systems on this machine: a model, a dial, a scaled LoRA, a pair, two prompts, or weights between
+two models."""
 
 import hashlib
 import json
@@ -17,29 +18,49 @@ from flexalign.data.prompting import PromptSettings
 from flexalign.data.rendering import Opening, Prompt, RenderedPrompt, Rendering
 from flexalign.data.template import template_arguments
 from flexalign.data.thinking import ThinkingTags
-from flexalign.errors import ConfigError
+from flexalign.errors import ConfigError, PairMismatchError
 from flexalign.generation import TwoModelDecoder, TwoPromptDecoder
 from flexalign.generation.dial_config import DialConfig
+from flexalign.generation.early_exit import ExitTokens, require_marker
 from flexalign.generation.responses import Response, generate_responses
+from flexalign.generation.thinking_limits import ClosingTokens
 from flexalign.lambdas import (
     AS_IT_IS,
-    Adaptive,
+    Exit,
     Fixed,
+    Policy,
     Route,
     Setting,
     require_forward,
     require_range,
+    thinking_lambda,
     way_dial,
 )
+from flexalign.models.compatibility import RenamedToken, compare_tokens, renamed_tokens
 from flexalign.models.hub import fetch_weights, note_weights
-from flexalign.models.interpolation import interpolate
-from flexalign.models.loading import known_fingerprint, load_config, load_model, load_tokenizer
+from flexalign.models.interpolation import compare_rows, interpolate
+from flexalign.models.loading import (
+    has_tokenizer,
+    known_fingerprint,
+    load_config,
+    load_model,
+    load_tokenizer,
+)
 from flexalign.models.pair import SIDES, ModelPair
 from flexalign.models.prompted import PairRendering, PromptPair, TwoPrompts, context_of
 from flexalign.models.sources import resolve, resolve_adapter
 from flexalign.models.weights import fingerprint_file
-from flexalign.systems.dials import load_dial, read_dial, require_gate
-from flexalign.systems.open import Answer, Asked, Failure, Messages, Request, System, SystemOptions
+from flexalign.systems.dials import load_dial, read_dial, read_scaled_lora, require_gate
+from flexalign.systems.open import (
+    Answer,
+    Asked,
+    Failure,
+    Messages,
+    Request,
+    System,
+    SystemOptions,
+    require_two_models,
+)
 
 
 def default_device() -> str | None:
@@ -139,7 +160,7 @@ class TwoPromptText(ModelText):
 
     def opens(self, messages: Messages, setting: Setting = AS_IT_IS) -> bool:
         """Return whether the response begins inside the thinking, at a setting of the dial."""
-        return self.prompt(messages).opens_at(setting.lam)
+        return self.prompt(messages).opens_at(thinking_lambda(setting.dial))
 
     def length(self, messages: Messages) -> int:
         """Return the length of the longer prompt in tokens."""
@@ -160,11 +181,12 @@ class LocalBackend:
     runs at λ = 0 and at λ = 1.
 
     Attributes:
-        kind: ``model``, ``dial``, ``pair``, ``prompts`` or ``interpolate``.
+        kind: ``model``, ``dial``, ``pair``, ``prompts`` or ``interpolate``. A scaled LoRA is a
+            ``dial``.
         config: The dial's configuration; None if it is not a dial.
         default: The setting that is used if none is given.
-        permitted: The least and the largest λ that may be used; None for a pair without a range,
-            which takes any λ ≥ 0.
+        permitted: The least and the largest λ that may be used; None for a pair or a scaled LoRA
+            without a range, which takes any λ ≥ 0.
         text: Writes its prompts and reads its responses.
     """
 
@@ -185,16 +207,20 @@ class LocalBackend:
             trust_remote_code: Permit code in a checkpoint to run.
 
         Raises:
-            ConfigError: If a part does not exist, an option does not apply to the system, or a
-                biased token is not in the vocabulary.
+            ConfigError: If a part does not exist, an option does not apply to the system, a biased
+                token is not in the vocabulary, or the thinking is limited and has no tags.
             CheckpointError: If an adapter's folder is damaged.
             LambdaError: If a λ is outside the range that is permitted.
+            PairMismatchError: If a token id of two models is of two tokens.
         """
-        self.kind = system.kind
+        self._system = system
+        self.kind = "dial" if system.kind == "lora" else system.kind
         self._parts, self._options = list(system.parts), options or SystemOptions()
         self._trust_remote_code = trust_remote_code
         if self.kind != "dial" and self._options.any_base:
             raise ConfigError("--any-base is about an adapter; name --adapter.")
+        if self._options.by_id:
+            require_two_models([system])
 
         self._sources = [resolve(part) for part in self._parts[: 1 if self.kind == "dial" else 2]]
         for source in self._sources:
@@ -204,22 +230,46 @@ class LocalBackend:
         self.config: DialConfig | None = None
         if self.kind == "dial":
             self._adapter = _adapter_folder(self._parts[1])
-            self.config = read_dial(self._adapter)
+            is_scaled = system.kind == "lora"
+            read = read_scaled_lora if is_scaled else read_dial
+            self.config = read(self._adapter)
             require_gate(self.config, self._options.gate)
             self.default = Setting.of(Fixed(self.config.default_lambda))
-            self.permitted = self.permitted or self.config.lambda_range
+            if not is_scaled:
+                self.permitted = self.permitted or self.config.lambda_range
 
         if self.kind != "model":
             self.require_range(settings)
         tokenizer = load_tokenizer(self._sources[0], trust_remote_code=trust_remote_code)
         self._options.logits.require_tokens(len(tokenizer))
+        self._renamed = self._compare_tokens(tokenizer) if system.has_two_models else ()
         if self.config is not None:
             self.config.bind(tokenizer)
         if self._options.template:
             self._bind_asked(tokenizer, self._options.template)
-        self.text = ModelText(tokenizer, self.config.tags if self.config else None)
+        tags = self.config.tags if self.config else None
+        if self._options.logits.limits_thinking:
+            ClosingTokens.of(tokenizer, tags)  # raises if the thinking has no end to be found
+        self.text = ModelText(tokenizer, tags)
+        for setting in settings:
+            if isinstance(setting.dial, Exit):  # raises if there is no thinking to be closed
+                require_marker(ExitTokens.of(tokenizer, tags).reader, setting.dial.marker)
         if self.kind == "prompts":
             self.text = TwoPromptText(self._prompt_rendering(tokenizer))
+
+    def _compare_tokens(self, tokenizer: Any) -> tuple[RenamedToken, ...]:
+        """Compare the tokens of two models before weights are loaded; return those read by id."""
+        aligned, by_id = self._sources[1], self._options.by_id
+        if not has_tokenizer(aligned):
+            return ()  # an adapter has the reference's; anything else is refused where it is loaded
+        other = load_tokenizer(aligned, trust_remote_code=self._trust_remote_code)
+        if self.kind == "interpolate":
+            problem, _ = compare_rows(tokenizer, other, by_id=by_id)
+        else:
+            problem = compare_tokens(tokenizer, other, by_id=by_id)
+        if problem is not None:
+            raise PairMismatchError(f"{' and '.join(self._parts)} do not fit: {problem}")
+        return renamed_tokens(tokenizer, other) if by_id else ()
 
     def _prompt_rendering(self, tokenizer: Any) -> PairRendering:
         """Check both prompts against the model's template and context, and return them bound."""
@@ -281,6 +331,8 @@ class LocalBackend:
     def require_dial(self, settings: Sequence[Setting]) -> None:
         """Refuse settings, a gate and a range for a plain model, which has no dial.
 
+        Exit policies are for plain models too.
+
         Args:
             settings: The settings that the user gave.
 
@@ -289,7 +341,7 @@ class LocalBackend:
         """
         if self.kind != "model":
             return
-        asked = [setting.id for setting in settings]
+        asked = [setting.id for setting in settings if not isinstance(setting.dial, Exit)]
         asked += ["a gate"] * (self._options.gate is not None)
         asked += ["--lambda-range"] * (self._options.lambda_range is not None)
         if asked:
@@ -299,7 +351,7 @@ class LocalBackend:
             )
 
     def describe(self) -> dict[str, Any]:
-        """Return names, fingerprints, the data type and the thinking tags."""
+        """Return names, fingerprints, the data type, the thinking tags, and what was read by id."""
         parts = [{"name": str(s), "fingerprint": known_fingerprint(s)} for s in self._sources]
         if self.config is not None:
             weights = None
@@ -311,12 +363,13 @@ class LocalBackend:
         template = str(self.text.tokenizer.chat_template)
         prompts = self._options.prompts if self.kind == "prompts" else None
         return {
-            "kind": self.kind,
+            "kind": self._system.kind,
             "parts": parts,
             "dtype": self._options.dtype,
             "thinking_tags": [tags.open, tags.close],
             "template": hashlib.sha256(template.encode()).hexdigest()[:16],
             **({} if prompts is None else {"prompts": prompts.to_json()}),
+            **({"renamed": [token._asdict() for token in self._renamed]} if self._renamed else {}),
         }
 
     def render(self, messages: Messages) -> str:
@@ -346,7 +399,8 @@ class LocalBackend:
         } | loading
 
         if self.kind == "pair":
-            return TwoModelDecoder(ModelPair.load(*self._sources, **loading))
+            by_id = self._options.by_id
+            return TwoModelDecoder(ModelPair.load(*self._sources, by_id=by_id, **loading))
         if self.kind == "dial":
             any_base = self._options.any_base
             # The base is passed by its name, as the model stores it.
@@ -394,8 +448,8 @@ class LocalBackend:
         settings = list(dict.fromkeys(request.setting for request in requests))
         if self.kind not in ("dial", "prompts"):
             return [[setting] for setting in settings]
-        alone = [[s] for s in settings if isinstance(s.dial, Adaptive | Route)]
-        together = [s for s in settings if not isinstance(s.dial, Adaptive | Route)]
+        alone = [[s] for s in settings if isinstance(s.dial, Policy)]
+        together = [s for s in settings if not isinstance(s.dial, Policy)]
         return [together, *alone] if together else alone
 
     def _blocks(self, requests: Sequence[Asked], settings: int) -> list[list[Asked]]:
@@ -420,6 +474,8 @@ class LocalBackend:
         more: dict[str, Any] = {}
         if self.kind in ("dial", "pair", "prompts"):
             more = {"lam": [dial for dial, _ in dials], "gate": options.gate}
+        elif self.kind == "model" and isinstance(block[0].setting.dial, Exit):
+            more = {"lam": [dial for dial, _ in dials]}
 
         responses = generate_responses(
             _OnePrefill(model, settings) if settings > 1 else model,
@@ -449,7 +505,13 @@ class LocalBackend:
             raise ConfigError(f"weights are interpolated at a number, and {setting.id} is none.")
         with TemporaryDirectory(prefix="flexalign-") as scratch:
             reference, aligned = self._sources
-            folder = interpolate(reference, aligned, setting.lam, Path(scratch) / "model")
+            folder = interpolate(
+                reference,
+                aligned,
+                setting.lam,
+                Path(scratch) / "model",
+                by_id=self._options.by_id,
+            )
             yield load_model(folder, dtype=self._options.dtype, device_map=default_device())
 
 

@@ -1,20 +1,22 @@
 """Systems as users name them, and how they are opened.
 
-A :class:`System` names a model, a dial, a pair, one model under two prompts, weights between two
-models, or a server.
+A :class:`System` names a model, a dial, a scaled LoRA, a pair, one model under two prompts, weights
+between two models, or a server.
 :func:`open_backend` finds and checks its parts and returns the backend that answers for it; weights
 are loaded at the first answer.
 """
 
 import re
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
+from flexalign._spelling import nearest
 from flexalign.data.logits import LogitsSettings
+from flexalign.data.prompting import PromptSettings, parse_prompt
 from flexalign.errors import ConfigError
-from flexalign.lambdas import Setting
+from flexalign.lambdas import Exit, Setting
 from flexalign.models.names import known_name
 
 if TYPE_CHECKING:
@@ -24,9 +26,17 @@ Messages: TypeAlias = list[dict[str, Any]] | str
 """A prompt: a conversation, or text that the model continues without a chat template."""
 
 _FORM = re.compile(
-    r"(?:(?P<name>[^:,]+)=)?(?P<kind>model|dial|pair|prompts|interpolate|url):(?P<rest>.+)"
+    r"(?:(?P<name>[^:,]+)=)?(?P<kind>model|dial|lora|pair|prompts|interpolate|url):(?P<rest>.+)"
 )
-_PARTS = {"model": 1, "dial": 2, "pair": 2, "prompts": 1, "interpolate": 2, "url": 1}
+_PARTS = {
+    "model": 1,
+    "dial": 2,
+    "lora": 2,
+    "pair": 2,
+    "prompts": 1,
+    "interpolate": 2,
+    "url": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -35,13 +45,49 @@ class System:
 
     Attributes:
         name: Its name in results.
-        kind: ``model``, ``dial``, ``pair``, ``prompts``, ``interpolate`` or ``url``.
+        kind: ``model``, ``dial``, ``lora``, ``pair``, ``prompts``, ``interpolate`` or ``url``.
         parts: Its models, or its address.
+        prompt: Its own system message, which a sweep puts into the questions, and its own arguments
+            of the chat template.
+        limits: Its own limits on the thinking, by the names of
+            :class:`~flexalign.data.LogitsSettings`.
     """
 
     name: str
     kind: str
     parts: tuple[str, ...]
+    prompt: PromptSettings = field(default_factory=PromptSettings, repr=False, hash=False)
+    limits: Mapping[str, Any] = field(default_factory=dict, repr=False, hash=False)
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """What it has of its own, as JSON: ``system``, ``template`` and the limits that are set."""
+        told: dict[str, Any] = {}
+        if self.prompt.system is not None:
+            told["system"] = self.prompt.system
+        if self.prompt.template:
+            told["template"] = dict(self.prompt.template)
+        return told | dict(self.limits)
+
+    def options(self, shared: "SystemOptions") -> "SystemOptions":
+        """Return the options of all systems with those of this one in their place.
+
+        Raises:
+            ConfigError: If a limit is out of its range, or there is a system message for two prompts.
+        """
+        if self.prompt.system is not None and self.kind == "prompts":
+            raise ConfigError(
+                f"{self.name}: a system message of its own would stand in both prompts; give it by "
+                "--reference-prompt and --aligned-prompt."
+            )
+        template = {**(shared.template or {}), **self.prompt.template}
+        logits = replace(shared.logits, **self.limits)
+        return replace(shared, template=template or None, logits=logits)
+
+    @property
+    def has_two_models(self) -> bool:
+        """Whether it is made of two whole models: a pair, or weights between them."""
+        return self.kind in ("pair", "interpolate")
 
     @classmethod
     def of(
@@ -85,9 +131,9 @@ def parse_system(text: str) -> System:
     match = _FORM.fullmatch(text.strip())
     if match is None:
         raise ConfigError(
-            f"{text!r} is no system; write model:PATH, dial:BASE,ADAPTER, pair:REF,ALIGNED, "
-            "prompts:MODEL, interpolate:REF,ALIGNED or url:http://…, with name= in front if you like"
-            + (f" (such as model:{text})." if ":" not in text else ".")
+            f"{text!r} is no system; write model:PATH, dial:BASE,ADAPTER, lora:BASE,ADAPTER, "
+            "pair:REF,ALIGNED, prompts:MODEL, interpolate:REF,ALIGNED or url:http://…, with name= in "
+            "front if you like" + (f" (such as model:{text})." if ":" not in text else ".")
         )
     kind, rest = match["kind"], match["rest"]
 
@@ -106,11 +152,24 @@ def parse_system(text: str) -> System:
     return System(match["name"] or f"{kind}:{short}", kind, parts)
 
 
-def parse_systems(texts: Sequence[str]) -> list[System]:
-    """Parse several systems, which must have different names.
+def parse_systems(texts: Sequence[str], own: Sequence[str] = ()) -> list[System]:
+    """Parse several systems, which must have different names, and what single ones have of their own.
+
+    Example:
+        >>> plain, brief = parse_systems(
+        ...     ["plain=model:m", "brief=model:m"], ["brief:system=Be brief."]
+        ... )
+        >>> brief.own
+        {'system': 'Be brief.'}
+
+    Args:
+        texts: The systems, as :func:`parse_system` takes them.
+        own: ``NAME:KEY=VALUE`` for the system of that name. The key is ``system``,
+            ``thinking_budget``, ``end_of_thinking_bias``, or an argument of the chat template.
 
     Raises:
-        ConfigError: If a text does not name a system, or two have the same name.
+        ConfigError: If a text does not name a system, two have the same name, or an option of one
+            is malformed or for none of them.
     """
     systems = [parse_system(text) for text in texts]
     names = [system.name for system in systems]
@@ -119,7 +178,33 @@ def parse_systems(texts: Sequence[str]) -> list[System]:
             raise ConfigError(
                 f"two systems are called {name!r}; put a name in front, such as first={texts[0]}."
             )
-    return systems
+
+    given: dict[str, list[str]] = {name: [] for name in names}
+    for text in own:
+        # A name may have colons and be the beginning of another one.
+        owners = [name for name in names if text.startswith(f"{name}:")]
+        if not owners or "=" not in text:
+            hint = nearest(text.partition(":")[0], names, otherwise="name one of them")
+            raise ConfigError(f"--for {text!r}: write NAME:KEY=VALUE, with a system's name{hint}")
+        name = max(owners, key=len)
+        given[name].append(text.removeprefix(f"{name}:"))
+    return [_with_own(system, given[system.name]) for system in systems]
+
+
+_LIMITS = ("thinking_budget", "end_of_thinking_bias")
+"""The keys of a system's own options that are no part of its prompt."""
+
+
+def _with_own(system: System, texts: Sequence[str]) -> System:
+    option = f"--for {system.name}:"
+    read = parse_prompt(texts, option)
+    limits = {name: read.template[name] for name in _LIMITS if name in read.template}
+    template = {name: value for name, value in read.template.items() if name not in limits}
+    try:
+        LogitsSettings(**limits)
+    except ConfigError as error:
+        raise ConfigError(f"{option} {error}") from error
+    return replace(system, prompt=PromptSettings(template, read.system), limits=limits)
 
 
 @dataclass(frozen=True)
@@ -146,6 +231,8 @@ class SystemOptions:
         engine: ``local`` or ``vllm``, for plain models.
         template: Arguments of the chat template, for what is on this machine.
         prompts: The two prompts of systems of the kind ``prompts``.
+        by_id: Of two models, take each token id for one token of both where only the names of
+            special tokens differ; see `flexalign.models.compatibility.renamed_tokens`.
         logits: Limits on tokens, penalties and biases, beside temperature and top_p.
     """
 
@@ -167,7 +254,21 @@ class SystemOptions:
     engine: str = "local"
     template: Mapping[str, Any] | None = None
     prompts: "PromptPair | None" = None
+    by_id: bool = False
     logits: LogitsSettings = field(default_factory=LogitsSettings)
+
+
+def require_two_models(systems: Sequence[System]) -> None:
+    """Refuse ``--by-id`` where no system has two models.
+
+    Raises:
+        ConfigError: If none is a pair, or weights between two models.
+    """
+    if not any(system.has_two_models for system in systems):
+        raise ConfigError(
+            "--by-id is about two models whose special tokens differ in name; name the --aligned "
+            "model, pair:REF,ALIGNED or interpolate:REF,ALIGNED."
+        )
 
 
 class Request(Protocol):
@@ -242,10 +343,10 @@ class Answer:
         text: The response, with the opening thinking tag even if the prompt contains it.
         tokens: Tokens written, rejected ones included, without the one that ends it.
         thinking_tokens: Tokens between the thinking tags; None if not known.
-        rejected_tokens: Tokens of a fast answer that the policy rejected.
+        rejected_tokens: Tokens of fast or trial answers that the policy rejected.
         truncated: Whether the limit on tokens cut it off.
-        route: ``fast`` or ``slow``, under an adaptive or route policy.
-        confidence: Confidence of the fast answer, under an adaptive policy.
+        route: ``fast`` or ``slow``, under a policy that chooses; with exits, ``fast`` after one.
+        confidence: Confidence of the fast answer, or of the last trial answer.
     """
 
     text: str
@@ -301,14 +402,17 @@ def open_backend(
         options: How it is run.
 
     Raises:
-        ConfigError: If a part does not exist, or the engine does not serve its kind.
+        ConfigError: If a part does not exist, or the engine does not serve its kind or an option.
         CheckpointError: If a part is damaged.
         LambdaError: If a λ is outside the permitted range.
     """
-    options = options or SystemOptions()
+    options = system.options(options or SystemOptions())
+    if options.by_id:
+        require_two_models([system])
     if options.template and (system.kind == "url" or options.engine == "vllm"):
         raise ConfigError(
-            f"{system.name}: --template is for what the local engine renders; give the server its "
+            f"{system.name}: --template, or an argument of the chat template by --for, is for what "
+            "the local engine renders; give the server its "
             "own, such as vLLM's --default-chat-template-kwargs."
         )
     if system.kind == "url":
@@ -321,6 +425,11 @@ def open_backend(
             raise ConfigError(
                 f"{system.name}: --engine vllm runs plain models (model:PATH) alone; leave it out, "
                 "or serve the dial and give url:http://…."
+            )
+        exits = [setting.id for setting in settings if isinstance(setting.dial, Exit)]
+        if exits:
+            raise ConfigError(
+                f"{exits[0]}: --engine vllm cannot close a thinking on trial; leave --engine out."
             )
         from flexalign.systems.vllm import VllmBackend
 

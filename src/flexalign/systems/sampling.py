@@ -31,7 +31,7 @@ from flexalign.data.traces import (
 )
 from flexalign.errors import ConfigError, DataError
 from flexalign.generation.responses import generate_responses
-from flexalign.lambdas import Adaptive, Route, Setting
+from flexalign.lambdas import Policy, Setting
 from flexalign.models.loading import known_fingerprint
 from flexalign.models.prompted import TwoPrompts, prompted_messages, without_system
 from flexalign.models.sources import resolve
@@ -279,13 +279,16 @@ class _SampledModel:
                 )
             (setting,) = asked or [backend.default]
             dial = setting.dial
-            if dial is None or isinstance(dial, Adaptive | Route):
+            if dial is None or isinstance(dial, Policy):
                 raise ConfigError(f"traces are sampled at one λ or a schedule, not {setting.id}.")
             self._dial = {"lam": dial}
             if options.prompts is not None:
                 self.source["prompts"] = options.prompts.to_json()
             else:
-                self.source["beside"] = backend.describe()["parts"][1]
+                described = backend.describe()
+                self.source["beside"] = described["parts"][1]
+                if "renamed" in described:
+                    self.source["renamed"] = described["renamed"]
             self.source["lambda"] = dial.to_json()
         self.rendering: dict[str, Any] | None = sampling_record(self._tokenizer)
 

@@ -20,8 +20,10 @@ class VllmBackend:
         """Find the model; the engine starts with the first sample.
 
         Raises:
-            ConfigError: If vLLM is not installed, or the model is a GGUF file or a PEFT adapter.
+            ConfigError: If vLLM is not installed, the model is a GGUF file or a PEFT adapter, or the
+                thinking is limited.
         """
+        options.logits.refuse_thinking_limits("--engine vllm")
         require_packages(
             "--engine vllm",
             "vllm",

@@ -40,7 +40,13 @@ from flexalign.inra.configuration import (
 from flexalign.inra.modeling import InRaModel
 from flexalign.lambdas import require_forward, require_range
 from flexalign.models.adapters import inner_model
-from flexalign.models.compatibility import ModelFacts, examine, examine_pair
+from flexalign.models.compatibility import (
+    ModelFacts,
+    RenamedToken,
+    describe_renamed,
+    examine,
+    examine_pair,
+)
 from flexalign.models.hub import check_before_download, downloads_wait, fetch_weights
 from flexalign.models.loading import fingerprint, load_model, skeleton
 from flexalign.models.pair import ModelPair
@@ -368,6 +374,7 @@ class Base:
         prints: Fingerprints of all models and adapters of the run.
         sizes: Number of parameters of the base, and of those that are trained.
         others: Number of parameters of the other models in memory.
+        renamed: The special tokens that were read by id.
     """
 
     config: Any
@@ -375,6 +382,7 @@ class Base:
     prints: list[str | None]
     sizes: Sizes
     others: int = 0
+    renamed: tuple[RenamedToken, ...] = ()
 
 
 def _read_adaptation(recipe: AdaptRecipe) -> Base:
@@ -394,14 +402,17 @@ def _read_adaptation(recipe: AdaptRecipe) -> Base:
             layers = settings.adapter_layers
         total, layer = _count(base.config, base.name)
         others, prints = 0, [base.fingerprint]
+        renamed: tuple[RenamedToken, ...] = ()
         if recipe.adapter is not None:
             prints.append(_fingerprint_adapter(recipe.adapter))
         if recipe.aligned is not None:
-            facts = examine_pair(recipe.base, recipe.aligned)
+            facts = examine_pair(recipe.base, recipe.aligned, by_id=recipe.by_id)
             facts.require_fit()
             others = _count(facts.aligned.config, facts.aligned.name)[0]
             prints.append(facts.aligned.fingerprint)
-    return Base(base.config, base.tokenizer, prints, Sizes(total, layers * layer), others)
+            renamed = facts.renamed
+    sizes = Sizes(total, layers * layer)
+    return Base(base.config, base.tokenizer, prints, sizes, others, renamed)
 
 
 def _take_loaded(
@@ -629,6 +640,7 @@ def adapt(
         trained, rows = _read_rows(plan, asking, data, skip_bad_rows=skip_bad_rows)
         lengths = measure_lengths(rows, asking, plan.arguments.max_length)
         run = Adaptation(plan, trained, asking, models=base.prints, command=command, events=events)
+        run.renamed = base.renamed
         run.base = loaded
         return run, base, rows, lengths
 
@@ -636,6 +648,8 @@ def adapt(
         with downloads_wait() as waiting:
             return _plan(*prepare()).with_downloads(waiting)
     run, base, _, _ = check_before_download(prepare)
+    if base.renamed:
+        (events or Events()).note(describe_renamed(base.renamed, "base"))
     return replace(run.run(callbacks), trained_parameters=base.sizes.trainable)
 
 

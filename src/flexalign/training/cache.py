@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from flexalign._storage import free_bytes
 from flexalign.data import data_fingerprint
 from flexalign.errors import ConfigError
 from flexalign.models.compatibility import GIB
@@ -17,7 +18,6 @@ from flexalign.training.events import Events
 from flexalign.training.hidden_cache import (
     Form,
     HiddenStateCache,
-    free_bytes,
     hidden_width,
     identity_of,
     prepare_documents,
@@ -140,6 +140,7 @@ def cache_filler(
             trust_remote_code=args.trust_remote_code,
             allow_pickle=args.allow_pickle,
             prompted=inputs.pair_rows is not None,
+            by_id=recipe.by_id,
         )
         for model in (pair.reference, pair.aligned):
             model.to(args.device)

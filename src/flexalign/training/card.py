@@ -45,7 +45,8 @@ def model_card(
     Args:
         recipe: The run's recipe.
         command: The command line, as one line.
-        facts: More about the run: ``steps`` and ``data``; for a realignment ``pair`` and
+        facts: More about the run: ``steps`` and ``data``; ``renamed``, the special tokens of a pair
+            that was read by id; for a realignment ``pair`` and
             ``tokens_seen``; for other runs ``models`` (fingerprints) and ``measures``.
         curve: Rows of ``curve.jsonl``.
         round_number: The round of a realignment whose result this is.
@@ -263,6 +264,7 @@ def _realigned(
     settings = [
         ("reference (λ=0)", code(recipe.sides[0])),
         ("aligned (λ=1)", code(recipe.sides[1])),
+        *_read_by_id(facts),
         *_asked(recipe),
         ("λ", _lambda_of(recipe)),
         *rounds,
@@ -306,6 +308,17 @@ def _asked(recipe: RealignRecipe) -> list[tuple[str, str]]:
     return [("ask it with", ", ".join(told) or "no prompt of its own, as the reference")]
 
 
+def _read_by_id(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return which special tokens were taken for the same in spite of their names."""
+    if "renamed" not in facts:
+        return []
+    names = [
+        f"{token['id']} {code(token['reference'])}, {code(token['aligned'])}"
+        for token in facts["renamed"]
+    ]
+    return [("special tokens read by id: reference, aligned", "; ".join(names).replace("|", "\\|"))]
+
+
 def _lambda_of(recipe: RealignRecipe) -> str:
     asked = recipe.lambda_range
     if asked is None:
@@ -318,6 +331,7 @@ def _adapter(recipe: AdaptRecipe, facts: Mapping[str, Any]) -> _Content:
     if recipe.method == "trra":
         settings += [
             ("aligned (λ=1)", code(recipe.aligned)),
+            *_read_by_id(facts),
             ("λ of the teacher", code(recipe.lam)),
             ("divergence", recipe.divergence),
         ]

@@ -16,7 +16,7 @@ from flexalign.lambdas import LambdaRange, Schedule, TrainingLambda, parse_train
 from flexalign.losses import DIVERGENCES
 
 _TEACHERS = ("online", "cached")
-_OBJECTIVES = ("token", "sequence")
+_OBJECTIVES = ("token", "sequence", "sampled")
 
 _MODEL_OPTIONS = ("attn_implementation", "dtype")
 """The permitted keys of TRL's ``model_init_kwargs``; flexalign loads the models itself."""
@@ -93,6 +93,13 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
         default=False,
         metadata={"help": "Permit pickled weights, whose loading can run code."},
     )
+    by_id: bool = field(
+        default=False,
+        metadata={
+            "help": "Take special tokens of reference, aligned model and student that differ in "
+            "name alone, at equal ids, for the same; the reference's names are used."
+        },
+    )
     rounds: int = field(
         default=1,
         metadata={
@@ -111,7 +118,9 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
         metadata={
             "help": "What sampled batches minimise: 'token' is the divergence to equation 5 at "
             "every token; 'sequence' is the reverse KL of whole responses, whose optimum is that "
-            "of the alignment's objective at another KL weight, which equation 5 approximates.",
+            "of the alignment's objective at another KL weight, which equation 5 approximates; "
+            "'sampled' is the aim of 'token' by a policy gradient, in which each sampled token's "
+            "reward is log p_teacher - log p_student (arXiv 2602.12125).",
             "choices": list(_OBJECTIVES),
         },
     )
@@ -206,14 +215,15 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
             )
         if self.max_length is None and self.rollout_max_new_tokens is None:
             raise ConfigError("rollouts without an end: set max_length or rollout_max_new_tokens.")
-        if self.rollout_objective != "sequence":
+        if self.rollout_objective == "token":
             return
         if self.divergence != "reverse":
             raise ConfigError(
-                f"rollout_objective='sequence' with divergence={self.divergence!r}: it is a "
+                f"rollout_objective={self.rollout_objective!r} with "
+                f"divergence={self.divergence!r}: it is a "
                 "reverse KL; use divergence='reverse'."
             )
-        if self.per_device_train_batch_size < 2:
+        if self.rollout_objective == "sequence" and self.per_device_train_batch_size < 2:
             raise ConfigError(
                 "rollout_objective='sequence' compares a response with the others of its batch; "
                 "set per_device_train_batch_size to 2 or more (8 or more is better)."

@@ -143,6 +143,7 @@ def read_inputs(
         *recipe.models,
         trust_remote_code=arguments.trust_remote_code,
         prompted=prompts is not None,
+        by_id=recipe.by_id,
     )
     facts.require_fit()
 

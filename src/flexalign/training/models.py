@@ -226,7 +226,7 @@ def _load_pair(
         **loading_options(args),
     }
     if isinstance(start, PLACES) and isinstance(aligned, PLACES):
-        return ModelPair.load(start, aligned, prompted=prompted, **options)
+        return ModelPair.load(start, aligned, prompted=prompted, by_id=args.by_id, **options)
 
     is_one = start is aligned  # before the student may get a copy of it
     if isinstance(start, PLACES):
@@ -407,7 +407,9 @@ def require_one_vocabulary(reference: Any, model: Any, args: TrRaConfig) -> None
     Raises:
         PairMismatchError: If it has others.
     """
-    facts = examine_pair(reference, model, trust_remote_code=args.trust_remote_code)
+    facts = examine_pair(
+        reference, model, trust_remote_code=args.trust_remote_code, by_id=args.by_id
+    )
     if facts.problems:
         raise PairMismatchError(
             f"the student {model} does not fit the reference {reference}: "

@@ -18,7 +18,12 @@ from torch import Tensor, nn
 
 from flexalign.fusion import Lambda
 from flexalign.heads import Head, last_hidden
-from flexalign.losses import Divergence, DivergenceMetrics, fused_divergence
+from flexalign.losses import (
+    Divergence,
+    DivergenceMetrics,
+    SampledObjective,
+    fused_divergence,
+)
 from flexalign.models.adapters import inner_model
 from flexalign.models.pair import Heads, Side
 from flexalign.training.forward import HeadForm, gathered_head, run_inside, run_with_head
@@ -39,12 +44,14 @@ class _Equation6:
         beta: β of ``"jsd"``.
         gate: τ, or None.
         chunk_size: Tokens whose logits exist at one time.
+        sampled_objective: The gradient for batches with sampled tokens.
     """
 
     divergence: Divergence
     beta: float
     gate: float | None
     chunk_size: int
+    sampled_objective: SampledObjective = "sequence"
 
     def _loss(
         self,
@@ -66,6 +73,7 @@ class _Equation6:
             "num_items": num_items,
             "chunk_size": self.chunk_size,
             "sampled": sampled,
+            "sampled_objective": self.sampled_objective,
         }
 
         # The loss chooses the precision of its products itself.
@@ -121,7 +129,8 @@ class Objective(_Equation6):
             sampled: As in :func:`~flexalign.losses.fused_divergence`; None: the loss per token.
         """
         inner = inner_model(self.student)
-        teachers = self._needed(lam, metrics or sampled is not None)
+        is_sequence = sampled is not None and self.sampled_objective == "sequence"
+        teachers = self._needed(lam, metrics or is_sequence)
         hidden: dict[Side, Tensor] = {}
         heads: dict[Side, Head] = {}
 

@@ -160,6 +160,8 @@ def realign(
             )
             for each in recipes
         ]
+        for run in runs:
+            run.renamed = inputs.pair.renamed
         return runs, inputs, cache
 
     if dry_run:
@@ -395,6 +397,7 @@ def _plan(runs: Sequence[Realignment], inputs: Inputs) -> TrainingPlan:
     facts = {
         "reference": plain_value(recipe.reference),
         "aligned": plain_value(recipe.aligned),
+        **({"renamed": [token._asdict() for token in run.renamed]} if run.renamed else {}),
         "lambda": recipe.lam,
         "teacher": recipe.teacher,
         "rounds": recipe.rounds,

@@ -128,6 +128,18 @@ def _read_single_lambda(value: object) -> Schedule:
     return schedule
 
 
+# What a pair of models may differ in.
+
+ByID = Annotated[
+    bool,
+    Field(
+        description="Take special tokens of the two models that differ in name alone, at equal ids, "
+        "for the same; the reference's names are used."
+    ),
+]
+"""The key of both recipes that read a pair."""
+
+
 # The sides of a pair: a model, or a model under a prompt of its own.
 
 
@@ -534,7 +546,7 @@ class RealignRecipe(Recipe):
         *("teacher", "rounds", "rollouts", "rollout_objective", "rollout_max_new_tokens", "lora"),
     )
     order: ClassVar[tuple[str, ...]] = (
-        *("reference", "aligned", "data", "columns", "output", "schedule"),
+        *("reference", "aligned", "by_id", "data", "columns", "output", "schedule"),
         *_LOSS,
         *("rounds", "teacher", "cache_dir"),
         *("rollouts", "rollout_objective", "rollout_max_new_tokens"),
@@ -565,6 +577,7 @@ class RealignRecipe(Recipe):
         "with `lora`, a range, {low: 0, high: 5}: one LoRA for every λ in it.",
         examples=[2.0],
     )
+    by_id: ByID = False
     rounds: int = Field(
         1,
         description="1 is TrRa; k is TrRa-iter: each round takes the last one's result as aligned.",
@@ -582,8 +595,9 @@ class RealignRecipe(Recipe):
     )
     rollout_objective: str = Field(
         "token",
-        description="What those minimise: `token`, the divergence to equation 5, or `sequence`, "
-        "the reverse KL of whole responses.",
+        description="What those minimise: `token`, the divergence to equation 5; `sequence`, the "
+        "reverse KL of whole responses; or `sampled`, the aim of `token` with the reward of the "
+        "sampled token alone.",
     )
     rollout_max_new_tokens: int | None = Field(
         None, description="Where a sample is cut off; null: by `training.max_length`."
@@ -780,7 +794,7 @@ class RealignRecipe(Recipe):
     def _own_arguments(self) -> dict[str, Any]:
         names = ("teacher", "rounds", "rollouts", "rollout_objective", "rollout_max_new_tokens")
         own = super()._own_arguments() | {name: getattr(self, name) for name in names}
-        own["allow_pickle"] = self.allow_pickle
+        own |= {"allow_pickle": self.allow_pickle, "by_id": self.by_id}
         return own | ({"cache_dir": self.cache_folder} if self.teacher == "cached" else {})
 
 
@@ -816,7 +830,7 @@ class AdaptRecipe(_AdapterRecipe):
     order: ClassVar[tuple[str, ...]] = (
         *("base", "data", "columns", "output", "method"),
         *("adapter", "adapter_layers", "strip_thinking"),
-        *("aligned", "schedule"),
+        *("aligned", "by_id", "schedule"),
         *_LOSS,
         *_PROMPTING,
         "training",
@@ -854,6 +868,7 @@ class AdaptRecipe(_AdapterRecipe):
         description="`trra`: the aligned model's path, hub id or known name, λ = 1.",
         examples=["miniature:aligned"],
     )
+    by_id: ByID = False
 
     def _check_keys(self) -> None:
         if self.adapter_layers < 1:
@@ -871,7 +886,7 @@ class AdaptRecipe(_AdapterRecipe):
                 raise ConfigError("method trra needs `aligned` and `lambda`; add both lines.")
             return
 
-        for key in ("aligned", "lambda", *_LOSS):
+        for key in ("aligned", "by_id", "lambda", *_LOSS):
             name = self.keys()[key]
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ConfigError(

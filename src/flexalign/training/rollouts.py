@@ -51,9 +51,9 @@ class Rollouts(RowLambdas, RenderedRows, SFTTrainer):  # type: ignore[misc]
 
         Returns:
             ``sampled``, the token that follows each position, shape (B, T − 1), if the batch was
-            sampled and the objective is ``sequence``; else an empty mapping.
+            sampled and the objective is not ``token``; else an empty mapping.
         """
-        if not inputs.pop(_SAMPLED, False) or self.args.rollout_objective != "sequence":
+        if not inputs.pop(_SAMPLED, False) or self.args.rollout_objective == "token":
             return {}
         return {"sampled": inputs["input_ids"][:, 1:]}
 

@@ -25,6 +25,7 @@ from flexalign._storage import write_text
 from flexalign.data import data_fingerprint
 from flexalign.errors import CheckpointError, ConfigError, FlexAlignError
 from flexalign.lambdas import LambdaRange, parse_training_lambda
+from flexalign.models.compatibility import RenamedToken
 from flexalign.models.sources import name_base_by_id
 from flexalign.training.callbacks import StepClock, StepRelay, StopOnSignal, read_curve
 from flexalign.training.card import model_card, versions_in_use
@@ -191,6 +192,7 @@ class TrainingRun(ABC):
         state: ``"new"``, ``"unfinished"`` or ``"done"``: the state of the output folder when the
             run was created.
         clock: Measures the seconds of the optimizer steps.
+        renamed: The special tokens that a pair was read by id at; none if it was not.
 
     Raises:
         ConfigError: If the folder holds another run.
@@ -198,6 +200,8 @@ class TrainingRun(ABC):
 
     measures_after: ClassVar[bool] = False
     """Whether the result is measured with a trainer, even if nothing is left to train."""
+
+    renamed: tuple[RenamedToken, ...] = ()
 
     def __init__(
         self,
@@ -279,6 +283,8 @@ class TrainingRun(ABC):
     def _publish(self, round_: Round, checkpoint: Path, measures: dict[str, float]) -> None:
         """Make the round's folder a complete model: weights, tokenizer, card, manifest."""
         facts = self._facts_of(round_, trainer_state(checkpoint), measures)
+        if self.renamed:
+            facts["renamed"] = [token._asdict() for token in self.renamed]
         card = model_card(
             self.recipe,
             command=self._command,

@@ -242,6 +242,7 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
             "beta": args.beta,
             "gate": args.gate,
             "chunk_size": args.chunk_size,
+            "sampled_objective": ("sampled" if args.rollout_objective == "sampled" else "sequence"),
         }
 
         if cache is not None:

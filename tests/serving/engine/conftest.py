@@ -54,12 +54,15 @@ def engine(dial: InRaModel, tiny_tokenizer: Any) -> Iterator[Callable[..., Engin
     """Start engines; they are stopped in the end."""
     started = []
 
-    def start(runner: Any = None, ends: Sequence[int] = (), **limits: int) -> Engine:
+    def start(
+        runner: Any = None, ends: Sequence[int] = (), tokenizer: Any = None, **limits: int
+    ) -> Engine:
+        tokenizer = tokenizer or tiny_tokenizer
         engine = Engine(
             runner or InRaRunner(dial),
-            tiny_tokenizer,
+            tokenizer,
             ThinkingTags(),
-            [tiny_tokenizer.eos_token_id, *ends],
+            [tokenizer.eos_token_id, *ends],
             EngineLimits(**limits),
         )
         engine.start()

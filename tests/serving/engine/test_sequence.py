@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flexalign.data.thinking import ThinkingTags
@@ -15,6 +15,7 @@ LETTERS = st.text("aab ", max_size=12)
 
 
 @given(LETTERS, st.lists(st.text("ab ", min_size=1, max_size=4), max_size=3))
+@example(text=" aa", stops=["a", " aa"])
 def test_the_text_ends_before_the_first_stop(tiny_tokenizer: Any, text: str, stops: list[str]):
     running = StoppedText(ResponseText(tiny_tokenizer, ThinkingTags()), stops)
     given_out = ""
@@ -24,9 +25,10 @@ def test_the_text_ends_before_the_first_stop(tiny_tokenizer: Any, text: str, sto
         if running.has_stopped:
             break
     given_out += running.end()
-    found = [place for stop in stops if (place := text.find(stop)) >= 0]
-    assert running.has_stopped == bool(found)
-    assert given_out == text[: min(found, default=len(text))]
+    # The first that is complete, letter by letter, and of two that end together the longer one.
+    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    assert running.has_stopped == bool(ends)
+    assert given_out == (text[: min(ends)[1]] if ends else text)
 
 
 def test_what_cannot_become_a_stop_text_does_not_wait(tiny_tokenizer: Any):

@@ -212,11 +212,13 @@ def test_a_schedule_reaches_the_engine_as_text_beside_what_else_it_is_told(folde
         ({"reasoning": {"effort": "low"}}, "reasoning"),
         (xargs(0.5), "vllm_xargs"),
         ({"lambda": 0.5} | xargs(2), "vllm_xargs"),
+        ({"vllm_xargs": {"flexalign_stop": ["a", "b", "c"]}}, "vllm_xargs"),
         ({"use_beam_search": True}, "use_beam_search"),
         ({"lambda": {"policy": "adaptive", "measure": "agreement"}}, "lambda"),
         ({"lambda": "auto", "n": 2}, "n"),
         ({"lambda": "auto", "tools": [{"type": "function"}]}, "tools"),
         ({"lambda": {"policy": "route", "share": 0.5}, "n": 2}, "n"),
+        ({"lambda": {"policy": "exit"}}, "lambda"),
     ],
 )
 def test_what_would_not_arrive_is_refused(folder: Path, body: Any, param: str):

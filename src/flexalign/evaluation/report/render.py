@@ -29,6 +29,7 @@ from flexalign.evaluation.report.budget import (
 from flexalign.evaluation.report.responses import shown_responses
 from flexalign.evaluation.report.runs import ReportRun, RowKey
 from flexalign.evaluation.samples import Samples
+from flexalign.evaluation.students import sweep_students, training_notes
 from flexalign.evaluation.summary import SummaryRow
 from flexalign.statistics import Interval
 
@@ -123,8 +124,9 @@ def report_payload(runs: Sequence[ReportRun], questions: int, megabytes: float) 
         questions: How many questions at most have their responses in the page.
         megabytes: How much text of responses at most.
     """
-    tasks = settings_by_task(runs)
+    tasks, notes = settings_by_task(runs), _notes(runs)
     return {
+        **({"notes": notes} if notes else {}),
         "statuses": STATUSES,
         "tasks": [_task(name, settings) for name, settings in tasks.items()],
         "means": [
@@ -145,6 +147,19 @@ def report_payload(runs: Sequence[ReportRun], questions: int, megabytes: float) 
             megabytes,
         ),
     }
+
+
+def _notes(runs: Sequence[ReportRun]) -> list[str]:
+    """What a reader must know: the notes of each run, and what only the runs together show."""
+    found: list[str] = []
+    students: dict[str, Path] = {}
+    for run in runs:
+        environment = run.summary.environment
+        found += (environment or {}).get("notes", ())
+        students |= sweep_students(run.label, environment)
+    if len(runs) > 1:
+        found += training_notes(students)
+    return found
 
 
 def _task(name: str, settings: Sequence[ReportSetting]) -> dict[str, Any]:

@@ -35,16 +35,21 @@ class Runner(Protocol):
         model: The module.
         prompts: Number of prompts of a sequence. If it is 2, ids, masks, tokens and positions have
             an axis for the two after the rows: ``(B, 2, T)``.
+        reads_at_lambda: Whether what a token leaves in the cache depends on λ.
     """
 
     model: Any
     prompts: int
+    reads_at_lambda: bool
 
     def prefill(self, ids: Tensor, mask: Tensor, phases: Sequence[Phase]) -> Any:
         """Run prompts, ``(B, T)`` left padded, and return a cache for all phases."""
 
     def fork(self, cache: Any, rows: Tensor, dials: RowDials) -> Any:
         """Return a copy of some rows of a cache, with the streams that their dials need."""
+
+    def copy(self, cache: Any, rows: Tensor) -> Any:
+        """Return a copy of some rows of the batch's cache, each in all its streams."""
 
     def take(self, cache: Any, rows: Tensor) -> None:
         """Keep some rows of a cache."""
@@ -136,6 +141,11 @@ class Batch(Generic[_Member]):
         self._runner.reframe(self._cache, width)
         self._mask = _padded(mask, width)
 
+    def copy_row(self, place: int) -> tuple[Any, Tensor]:
+        """Return a copy of the cache of the sequence at a place, and its mask, for :meth:`add`."""
+        row = torch.tensor([place], device=self._device)
+        return self._runner.copy(self._cache, row), self._mask[row]
+
     def clear(self) -> None:
         """Remove all sequences."""
         self.sequences = []
@@ -176,6 +186,7 @@ class InRaRunner:
     """Runs an InRa model: two streams of one module; each row runs in the streams its dial needs."""
 
     prompts = 1
+    reads_at_lambda = False
     model: TwoStreamModel
 
     def __init__(self, model: TwoStreamModel, gate: float | None = None) -> None:
@@ -190,6 +201,11 @@ class InRaRunner:
     def fork(self, cache: StreamCache, rows: Tensor, dials: RowDials) -> StreamCache:
         """Return a copy of rows, with the streams that these dials need."""
         return self.model.fork_cache(cache, rows, dials)
+
+    def copy(self, cache: StreamCache, rows: Tensor) -> StreamCache:
+        """Return a copy of some rows, each in its streams."""
+        rows = rows.cpu()
+        return cache.fork(rows, cache.require_plan().streams[rows])
 
     def take(self, cache: StreamCache, rows: Tensor) -> None:
         """Keep some rows, each in its streams."""
@@ -254,6 +270,7 @@ class PairRunner:
     """Runs the two models of a pair. Both run every row, as some row of a batch may need either."""
 
     prompts = 1
+    reads_at_lambda = False
 
     def __init__(self, model: TwoModelDecoder, gate: float | None = None) -> None:
         """Serve a pair; ``gate`` is that of :func:`flexalign.fusion.fuse`.
@@ -276,6 +293,10 @@ class PairRunner:
 
     def fork(self, cache: PairCache, rows: Tensor, dials: RowDials) -> PairCache:
         """Return a copy of rows of both caches."""
+        return self.copy(cache, rows)
+
+    def copy(self, cache: PairCache, rows: Tensor) -> PairCache:
+        """Return a copy of some rows of both caches."""
         return PairCache(*(_forked(one, rows) for one in cache.caches()))
 
     def take(self, cache: PairCache, rows: Tensor) -> None:
@@ -321,6 +342,7 @@ class PlainRunner:
     """Runs one model without a dial."""
 
     prompts = 1
+    reads_at_lambda = False
 
     def __init__(self, model: Any) -> None:
         """Serve a model.
@@ -340,7 +362,12 @@ class PlainRunner:
 
     def fork(self, cache: DynamicCache, rows: Tensor, dials: RowDials) -> DynamicCache:
         """Return a copy of rows."""
-        return _forked(cache, rows)
+        return self.copy(cache, rows)
+
+    def copy(self, cache: DynamicCache, rows: Tensor) -> DynamicCache:
+        """Return a copy of some rows."""
+        copied: DynamicCache = _forked(cache, rows)
+        return copied
 
     def take(self, cache: DynamicCache, rows: Tensor) -> None:
         """Keep some rows."""
@@ -378,6 +405,7 @@ class PlainRunner:
 class LoRARunner(PlainRunner):
     """Runs a LoRA dial: one stream and one cache; each row's tokens are read at its own λ."""
 
+    reads_at_lambda = True
     model: LoRADial
 
     def prefill(self, ids: Tensor, mask: Tensor, phases: Sequence[Phase]) -> Any:

@@ -5,6 +5,7 @@ and a slow one with it follow the same schema. Each answer has its own state, so
 differ in their grammars as they differ in λ.
 """
 
+import copy
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -119,6 +120,12 @@ class GrammarState:
         self._is_thinking = opened
         self._tag: list[int] = []  # of the opening tag, what has been written
         self._tail: list[int] = []  # the last tokens of the thinking
+
+    def copy(self) -> "GrammarState":
+        """Return the same state, to be continued in another way."""
+        other = copy.copy(self)
+        other.__dict__.update(_matcher=self._matcher.deep_copy(), _tag=list(self._tag))
+        return other
 
     def limit(self, scores: Tensor) -> Tensor:
         """Return scores, shape ``(1, V)``, that are −∞ at tokens that may not come next."""

@@ -80,9 +80,9 @@ class Ended:
         finish: ``"stop"`` at an end token or a stop text, ``"length"`` at its limit,
             ``"cancelled"`` if its client disconnected.
         token_ids: Its tokens, without the one that ends it.
-        route: ``"fast"`` or ``"slow"`` under an adaptive or route policy.
-        confidence: Confidence of the fast answer, under an adaptive policy.
-        rejected_tokens: Number of tokens of a rejected fast answer.
+        route: ``"fast"`` or ``"slow"`` under a policy that chooses; with exits, ``"fast"`` after one.
+        confidence: Confidence of the fast answer, or of the last trial answer.
+        rejected_tokens: Number of tokens of a rejected fast answer, or of rejected trial answers.
         lam: λ of the route, if a policy chose it.
     """
 

@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 
 from flexalign._modes import evaluating
+from flexalign.data.logits import LogitsSettings
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, ServingError
+from flexalign.generation.early_exit import ExitTokens, require_marker
 from flexalign.generation.row_lambdas import RowDials, TagTokens
 from flexalign.generation.text import ResponseText
-from flexalign.lambdas import Adaptive, Dial, Fixed, Schedule
+from flexalign.generation.thinking_limits import ClosingTokens
+from flexalign.lambdas import Adaptive, Dial, Exit, Fixed, Schedule
 from flexalign.serving.engine.batch import Batch, Runner, next_tokens
 from flexalign.serving.engine.grammar import GrammarCompiler
 from flexalign.serving.engine.jobs import Generation, Job, Outbox
@@ -89,17 +92,22 @@ class Engine:
         """
         self._runner = runner
         self._limits = limits or EngineLimits()
-        self._tag_error = ""
+        self._tag_error = self._closing_error = self._exit_error = ""
         # A model with an adapter has its calibrated threshold.
         threshold = getattr(runner.model, "threshold", Adaptive.resolved_threshold)
         reader = ResponseText(tokenizer, tags)
         tag_tokens = self._find_tags(tokenizer, tags)
-        self._settings = DecodingSettings(reader, frozenset(ends), tag_tokens, threshold)
+        closing = self._find_closing(tokenizer, tags)
+        exits = self._find_exits(tokenizer, getattr(runner.model, "thinking_tags", None))
+        self._settings = DecodingSettings(
+            reader, frozenset(ends), tag_tokens, threshold, closing, exits
+        )
         self.grammars = GrammarCompiler(tokenizer, tag_tokens, ends)
         self._pad = tokenizer.pad_token_id or 0
 
         # A generation is in one of these at a time. `_saved` has, for each fast answer in the
-        # batch, the cache and mask of its prompt, from which the slow answer begins.
+        # batch, the cache and mask of its prompt, from which the slow answer begins; for each trial
+        # answer, those of its thinking.
         self._waiting: deque[Generation] = deque()
         self._joining: list[Generation] = []
         self._batch: Batch[AnswerSequence] = Batch(runner)
@@ -153,10 +161,24 @@ class Engine:
         """Refuse a dial that cannot be served.
 
         Raises:
-            ConfigError: If it depends on thinking tags that are not single tokens.
+            ConfigError: If it depends on thinking tags that are not single tokens, or closes the
+                thinking of a model that shows no tags, or at a piece of its closing tag.
         """
+        if isinstance(dial, Exit):
+            if self._settings.exits is None:
+                raise ConfigError(self._exit_error)
+            require_marker(self._settings.exits.reader, dial.marker)
         if isinstance(dial, Schedule) and dial.follows_thinking and self._settings.tags is None:
             raise ConfigError(self._tag_error)
+
+    def check_thinking(self, logits: LogitsSettings) -> None:
+        """Refuse limits on the thinking that cannot be applied.
+
+        Raises:
+            ConfigError: If the thinking's end is not found in token ids.
+        """
+        if logits.limits_thinking and self._settings.closing is None:
+            raise ConfigError(self._closing_error)
 
     def has_room(self, jobs: int) -> bool:
         """Whether the queue has room for this many more jobs."""
@@ -181,6 +203,20 @@ class Engine:
             return TagTokens(tokenizer, tags)
         except ConfigError as error:
             self._tag_error = str(error)  # raised by `check`, for a dial that needs the tags
+            return None
+
+    def _find_closing(self, tokenizer: Any, tags: ThinkingTags) -> ClosingTokens | None:
+        try:
+            return ClosingTokens.of(tokenizer, tags)
+        except ConfigError as error:
+            self._closing_error = str(error)  # raised by `check_thinking`
+            return None
+
+    def _find_exits(self, tokenizer: Any, tags: ThinkingTags | None) -> ExitTokens | None:
+        try:
+            return ExitTokens.of(tokenizer, tags)
+        except ConfigError as error:
+            self._exit_error = str(error)  # raised by `check`, for a dial with exits
             return None
 
     def _run(self) -> None:
@@ -250,7 +286,7 @@ class Engine:
         likeliest = logits.argmax(-1).tolist()
 
         sequences = self._batch.sequences
-        staying, leaving = [], []
+        staying, leaving, reading = [], [], []
         for place, sequence in enumerate(sequences):
             try:
                 continues = sequence.accept(logits[place : place + 1], likeliest[place])
@@ -258,14 +294,23 @@ class Engine:
                 _log.exception("an answer failed")
                 self._fail([sequence.generation], error)
                 continues = False
+            if continues and sequence.wants_trial:
+                self._saved[sequence] = self._batch.copy_row(place)
+                sequence.begin_trial()
+                if self._runner.reads_at_lambda:
+                    reading.append(sequence)
+                    continue
             if continues:
                 staying.append(place)
             else:
                 leaving.append(sequence)
         self._batch.keep(staying)
         self._rate.add(len(sequences))
+        for sequence in reading:
+            self._read_again(sequence)
 
-        # A rejected fast answer joins again at its prompt, as a slow one.
+        # A rejected fast answer joins again at its prompt, as a slow one; a rejected trial answer
+        # at the thinking before it.
         for sequence in leaving:
             saved = self._saved.get(sequence)
             if saved is not None and sequence.is_rejected:
@@ -350,6 +395,15 @@ class Engine:
         self._batch.add(sequences, own_cache, mask[rows])
         self._saved |= saved
 
+    def _read_again(self, sequence: AnswerSequence) -> None:
+        """Prefill a sequence so far at the λ of its trial answer, and add it to the batch."""
+        written = sequence.ids[:-1]
+        ids, mask = self._stacked([[written]], [[[1] * len(written)]])
+        row = torch.tensor([0])
+        dials = RowDials.following([sequence.dial])
+        cache = self._runner.prefill(ids, mask, [(row, dials)])
+        self._batch.add([sequence], self._runner.fork(cache, row, dials), mask)
+
     def _stacked(self, *values: list[list[list[int]]]) -> list[Tensor]:
         """Return values ``(B, prompts, T)`` as tensors, without the axis where there is one prompt."""
         device = self._runner.model.device
@@ -359,7 +413,7 @@ class Engine:
 
 def _beginning(sequences: Sequence[AnswerSequence]) -> RowDials:
     """Return the dials of sequences that have no token yet, with λ of their first token."""
-    dials = RowDials.following([one.dial for one in sequences])
+    dials = RowDials.following([one.cache_dial for one in sequences])
     dials.first = torch.tensor([one.lam() for one in sequences], dtype=torch.float64)
     return dials
 

@@ -4,8 +4,9 @@ An :class:`AnswerSequence` is a member of the engine's batch. It takes the logit
 delivers text as soon as it is final; a :class:`StoppedText` decides that.
 """
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -15,11 +16,13 @@ from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from flexalign.data.thinking import ThinkingTags
 from flexalign.generation.confidence import ConfidenceTracker
+from flexalign.generation.early_exit import ExitTokens, ThinkingParts
 from flexalign.generation.penalties import logits_processors
 from flexalign.generation.row_lambdas import TagTokens
 from flexalign.generation.seeded import SeededSampling
-from flexalign.generation.text import ResponseText, StreamedText, overlap
-from flexalign.lambdas import Adaptive, Fixed, Route, Schedule, Way, way_dial
+from flexalign.generation.text import ResponseText, StopSearch, StreamedText
+from flexalign.generation.thinking_limits import ClosingTokens
+from flexalign.lambdas import Adaptive, Exit, Fixed, Policy, Route, Schedule, Way, way_dial
 from flexalign.serving.engine.grammar import GrammarState
 from flexalign.serving.engine.jobs import AnswerPiece, Ended, Finish, Generation, WrittenToken
 
@@ -36,12 +39,16 @@ class DecodingSettings:
         ends: Tokens that end an answer.
         tags: The thinking tags' tokens, or None if they are not single tokens.
         threshold: The least confidence that an adaptive policy accepts.
+        closing: The tokens that close the thinking, or None if they are not found.
+        exits: What exits need of the tokenizer, or None if it shows no thinking tags.
     """
 
     reader: ResponseText
     ends: frozenset[int]
     tags: TagTokens | None
     threshold: Callable[[Adaptive], float]
+    closing: ClosingTokens | None = None
+    exits: ExitTokens | None = None
 
 
 class _FastTrial(NamedTuple):
@@ -50,12 +57,34 @@ class _FastTrial(NamedTuple):
     Attributes:
         tracker: Measures its confidence.
         threshold: The least confidence that is accepted.
-        slow: The dial of the slow answer, written if the fast one is rejected.
+        slow: The dial that the answer continues at if the fast one is rejected.
     """
 
     tracker: ConfidenceTracker
     threshold: float
     slow: Fixed
+
+
+class _Held(NamedTuple):
+    """A response at the end of a part of its thinking, as it continues if its trial is rejected.
+
+    All its text that is final has been delivered.
+
+    Attributes:
+        written: Number of its tokens.
+        next_token: The token that goes into the model next.
+        tokens: Tokens without text yet.
+        running: Decodes its text.
+        sampling: Its sampling.
+        grammar: How far it has come in its grammar.
+    """
+
+    written: int
+    next_token: int | tuple[int, ...]
+    tokens: list[WrittenToken]
+    running: "StoppedText"
+    sampling: SeededSampling | None
+    grammar: GrammarState | None
 
 
 class AnswerSequence:
@@ -65,19 +94,27 @@ class AnswerSequence:
     before it is accepted. If it is rejected, the slow answer begins again at the prompt
     (:meth:`go_slow`).
 
+    Under an exit policy its thinking is closed on trial at the ends of its parts, where
+    :attr:`wants_trial` is set: the tokens that close it are forced, and a greedy answer follows, which
+    is not delivered before it is accepted. If it is rejected, the thinking continues from before the
+    trial (:meth:`go_slow`). The caller keeps the cache of that place.
+
     Attributes:
         generation: The generation that it belongs to.
         next_token: The token that goes into the model next; before the first, the last of each prompt.
         ended: How it ended; None while it is written.
         is_rejected: Whether it is a fast answer below the threshold.
+        wants_trial: Whether :meth:`begin_trial` must be called before the next step.
         dial: The dial of the current attempt.
     """
 
     next_token: int | tuple[int, ...]
     ended: Ended | None
     is_rejected: bool
+    wants_trial: bool
     dial: Fixed | Schedule
     _index: int
+    _parts: ThinkingParts | None
     _written: list[int]
     _tokens: list[WrittenToken]
     _text: str
@@ -95,23 +132,36 @@ class AnswerSequence:
         self._confidence: float | None = None
         self._rejected_tokens = 0
         self._fast: _FastTrial | None = None
+        self._exit: Exit | None = None
+        self._held: _Held | None = None
+        self._forced: list[int] = []
 
         dial = job.dial
         if isinstance(dial, Route):
             self._route = dial.draw(torch.Generator().manual_seed(job.seed))
             dial = way_dial(dial, self._route)
         elif isinstance(dial, Adaptive):
-            threshold = settings.threshold(dial)
-            tracker = ConfidenceTracker([dial], [threshold], torch.device("cpu"))
-            tracker.use_ends([EosTokenCriteria(sorted(settings.ends)), self._stop_found])
-            self._fast = _FastTrial(tracker, threshold, way_dial(dial, "slow"))
+            self._fast = self._trial_of(dial, settings.threshold(dial))
             dial = way_dial(dial, "fast")
+        elif isinstance(dial, Exit):
+            self._exit, self._route = dial, "slow"
+            dial = way_dial(dial, "slow")
         self._begin(dial or Fixed(0.0))  # a model without a dial does not use λ
 
     @property
     def slow_dial(self) -> Fixed | None:
         """The dial after a rejection, if this is a fast answer; otherwise None."""
         return None if self._fast is None else self._fast.slow
+
+    @property
+    def cache_dial(self) -> Fixed | Schedule:
+        """The dial that its cache must serve: with exits, also that of trial answers."""
+        return self.dial if self._exit is None else self._exit.lambdas
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens of its prompt and of its response so far."""
+        return [*self._job.prompt, *self._written]
 
     def lam(self) -> float:
         """Return λ of the token that is chosen next."""
@@ -133,6 +183,10 @@ class AnswerSequence:
         Returns:
             Whether the sequence continues.
         """
+        if self._forced:
+            self._write(self._forced.pop(0), logits)
+            return True
+
         job = self._job
         token = likeliest
         scores = logits
@@ -148,15 +202,8 @@ class AnswerSequence:
         if self._fast is not None:
             self._fast.tracker.recorder(self._ids_of_length(), logits)
 
-        if self._grammar is not None:
-            self._grammar.take(token)
-        self._index += 1
-        self.next_token = token
+        self._write(token, logits)
         is_end = token in self._settings.ends
-        if not is_end:
-            self._written.append(token)
-            self._tokens.append(_written_token(token, logits, job.logprobs))
-            self._text += self._running.put(token)
 
         # This follows the text: a stop text that the token completes ends a fast answer too.
         is_dropped = False
@@ -177,13 +224,74 @@ class AnswerSequence:
             self.end(finish)
         elif self._fast is None:
             self._deliver()
+            self.wants_trial = self._ends_part(token)
         return finish is None
 
+    def _write(self, token: int, logits: Tensor) -> None:
+        """Add a token to the answer; one that ends it is only given to the model."""
+        if self._grammar is not None:
+            self._grammar.take(token)
+        self._index += 1
+        self.next_token = token
+        if token not in self._settings.ends:
+            self._written.append(token)
+            self._tokens.append(_written_token(token, logits, self._job.logprobs))
+            self._text += self._running.put(token)
+
+    def begin_trial(self) -> None:
+        """Close the thinking on trial, at the end of a part; :meth:`go_slow` returns to it."""
+        policy = self._exit
+        if policy is None or not self.wants_trial:
+            return
+        self._held = _Held(
+            len(self._written),
+            self.next_token,
+            self._tokens,
+            self._running.copy(),
+            self._sampling,
+            None if self._grammar is None else self._grammar.copy(),
+        )
+        self.wants_trial = False
+        self._tokens = list(self._tokens)
+        self._forced = list(self._closing)
+        self._fast = self._trial_of(policy, policy.threshold, self._room)
+        self._sampling = None
+        self.dial = way_dial(policy, "fast")
+
+    @property
+    def _closing(self) -> tuple[int, ...]:
+        """The tokens that close the thinking; an answer with a grammar follows the tag itself."""
+        tokens = self._settings.exits
+        if tokens is None:
+            return ()
+        return tokens.closing if self._job.grammar is None else tokens.tag
+
+    @property
+    def _room(self) -> int:
+        """The most tokens of a trial answer."""
+        policy = self._exit
+        most = 0 if policy is None else policy.answer_tokens
+        return min(most, self._job.max_tokens - len(self._written) - len(self._closing))
+
+    def _ends_part(self, token: int) -> bool:
+        """Return whether a part of the thinking ends with a token, and a trial answer has room."""
+        return self._parts is not None and self._parts.put(token) and self._room > 0
+
+    def _trial_of(
+        self, policy: Adaptive | Exit, threshold: float, limit: int | None = None
+    ) -> _FastTrial:
+        limits = None if limit is None else [limit]
+        tracker = ConfidenceTracker([policy], [threshold], torch.device("cpu"), limits)
+        tracker.use_ends([EosTokenCriteria(sorted(self._settings.ends)), self._stop_found])
+        return _FastTrial(tracker, threshold, way_dial(policy, "slow"))
+
     def end(self, finish: Finish) -> None:
-        """End the answer and deliver the rest of it."""
+        """End the answer and deliver the rest of it, without a trial answer that is under way."""
+        if finish == "cancelled" and self._held is not None:
+            self.go_slow()
         self._text += self._running.end()
 
-        is_chosen = isinstance(self._job.dial, Adaptive | Route)
+        is_chosen = isinstance(self._job.dial, Policy)
         self.ended = Ended(
             finish,
             tuple(self._written),
@@ -195,10 +303,20 @@ class AnswerSequence:
         self._deliver()
 
     def go_slow(self) -> None:
-        """Begin a rejected fast answer again at the prompt, as the slow answer."""
-        if self._fast is not None:
-            slow, self._fast = self._fast.slow, None
+        """Begin a rejected fast answer again at the prompt, or go back to before a trial answer."""
+        if self._fast is None:
+            return
+        slow, self._fast = self._fast.slow, None
+        if self._held is None:
             self._begin(slow)
+            return
+
+        held, self._held = self._held, None
+        self.dial, self.is_rejected, self._forced = slow, False, []
+        self._index = held.written
+        self._written = self._written[: held.written]
+        self.next_token, self._tokens, self._text = held.next_token, held.tokens, ""
+        self._running, self._sampling, self._grammar = held.running, held.sampling, held.grammar
 
     def _begin(self, dial: Fixed | Schedule) -> None:
         job = self._job
@@ -206,7 +324,7 @@ class AnswerSequence:
         if job.aligned is not None:
             self.next_token = (job.prompt[-1], job.aligned[-1])
         self.ended = None
-        self.is_rejected = False
+        self.is_rejected = self.wants_trial = False
         self.dial = dial
         self._index = 0
         self._written = []
@@ -216,7 +334,15 @@ class AnswerSequence:
         tags = reader.tags if job.stops_after_thinking else None
         opened = reader.is_opened_by(job.prompt) if job.opened is None else job.opened
         self._running = StoppedText(reader, job.stop, tags, opened=opened)
-        self._penalties = logits_processors(job.logits, len(job.prompt))
+        self._parts = None
+        if self._exit is not None and self._settings.exits is not None:
+            own = self._settings.exits.reader
+            self._parts = ThinkingParts(own, self._exit.marker, opened=opened)
+        closing = self._settings.closing
+        if closing is not None and job.grammar is not None:
+            # The answer follows the grammar from the closing tag on.
+            closing = replace(closing, after=())
+        self._penalties = logits_processors(job.logits, len(job.prompt), closing, opened=opened)
         self._grammar = None if job.grammar is None else job.grammar.begin(opened=opened)
         self._sampling = None
         if job.temperature != 0 and self._fast is None:
@@ -230,7 +356,7 @@ class AnswerSequence:
         self.is_rejected = not (bool(tracker.ended[0]) and is_sure)
         self._route = "slow" if self.is_rejected else "fast"
         if self.is_rejected:
-            self._rejected_tokens = int(tracker.counted[0])
+            self._rejected_tokens += int(tracker.counted[0])
 
     def _deliver(self) -> None:
         """Deliver the text that is final, with its tokens; tokens without text yet wait."""
@@ -257,14 +383,7 @@ def _written_token(token: int, logits: Tensor, alternatives: int | None) -> Writ
 
 
 class StoppedText:
-    """Decodes tokens to text, piece by piece, up to the first stop text after the thinking.
-
-    Text that may be the beginning of a stop text is held back until it is clear that it is not, so that
-    no text is returned that a later token could remove.
-
-    Attributes:
-        has_stopped: Whether a stop text was found.
-    """
+    """Decodes tokens to text, piece by piece, up to the first stop text after the thinking."""
 
     def __init__(
         self,
@@ -283,46 +402,26 @@ class StoppedText:
                 none.
             opened: Whether the prompt has opened the thinking.
         """
-        self.has_stopped = False
         self._text = StreamedText(reader)
-        self._stops = stops
-        self._tags = tags
-        self._is_thinking = opened and tags is not None
-        self._held = ""
+        self._search = StopSearch(stops, tags, opened=opened)
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether a stop text was found."""
+        return self._search.found is not None
+
+    def copy(self) -> "StoppedText":
+        """Return the same answer so far, to be continued in another way."""
+        other = copy.copy(self)
+        other.__dict__.update(_text=self._text.copy(), _search=copy.copy(self._search))
+        return other
 
     def put(self, token: int) -> str:
         """Add the next token; return the text that has become final."""
-        return self._until_stop(self._text.put(token))
+        return self._search.put(self._text.put(token))
 
     def end(self) -> str:
         """Return the text that was held back; no token follows."""
         if self.has_stopped:
             return ""
-        text = self._until_stop(self._text.end()) + self._held
-        self._held = ""
-        return text
-
-    def _until_stop(self, new: str) -> str:
-        if not self._stops:
-            return new
-        text, self._held = self._held + new, ""
-        final = ""
-
-        while text:
-            marks = [self._tags.close] if self._tags and self._is_thinking else list(self._stops)
-            if self._tags and not self._is_thinking:
-                marks.append(self._tags.open)
-            found = [(place, mark) for mark in marks if (place := text.find(mark)) >= 0]
-            if not found:
-                # The end of the text may be the beginning of a mark.
-                longest = max(overlap(text, mark) for mark in marks)
-                self._held = text[len(text) - longest :]
-                return final + text[: len(text) - longest]
-
-            place, mark = min(found)
-            if not self._is_thinking and mark in self._stops:
-                self.has_stopped = True
-                return final + text[:place]
-            final, text = final + text[: place + len(mark)], text[place + len(mark) :]
-            self._is_thinking = not self._is_thinking
-        return final
+        return self._search.put(self._text.end()) + self._search.end()

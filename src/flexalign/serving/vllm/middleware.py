@@ -29,7 +29,7 @@ from flexalign.data.template_arguments import require_read
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.generation.dial_config import DialConfig
-from flexalign.lambdas import Adaptive, Dial, Fixed, Route, Schedule, way_dial
+from flexalign.lambdas import Adaptive, Dial, Exit, Fixed, Route, Schedule, way_dial
 from flexalign.models.loading import load_tokenizer
 from flexalign.serving.dial import DIAL_KEYS, DialChoice, DialRules, adapter_rules, refuse_misspelt
 from flexalign.serving.errors import ApiError, Scope, send_error
@@ -52,6 +52,7 @@ from flexalign.serving.vllm.adaptive import StreamedFastAnswer, fast_body, join_
 from flexalign.serving.vllm.folder import prepared_dial
 from flexalign.serving.vllm.lambdas import LAMBDA_KEY
 from flexalign.serving.vllm.responses import ResponseRewriter, ThinkingReader, are_ids
+from flexalign.serving.vllm.stops import STOPS_KEY, are_stops_installed, with_stops
 
 if TYPE_CHECKING:
     from flexalign.serving.metrics import DialMetrics
@@ -269,6 +270,11 @@ class VllmDialMiddleware(DialMiddleware):
         if self._reader.has_special_tags:
             body = {"skip_special_tokens": False} | body
 
+        # A client that hides the tags leaves the stop texts to vLLM, which then sees one text.
+        hides_tags = self._reader.has_special_tags and bool(body.get("skip_special_tokens"))
+        if is_chat and not hides_tags and are_stops_installed():
+            body = with_stops(body, _EXTRAS, self._reader.tags)
+
         dial = choice.dial
         if isinstance(dial, Route):
             dial = _drawn(dial, body.get("seed"), choice)
@@ -328,6 +334,13 @@ def refuse_engine_lambda(body: dict[str, Any]) -> None:
     sampling = body.get("sampling_params")
     extra_args = sampling.get("extra_args") if isinstance(sampling, dict) else None
     for extras in (body.get(_EXTRAS), extra_args):
+        if isinstance(extras, dict) and STOPS_KEY in extras:
+            raise ApiError(
+                400,
+                f"{_EXTRAS} may not hold {STOPS_KEY!r}, which is the server's; say stop itself.",
+                param=_EXTRAS,
+                code="invalid_value",
+            )
         if isinstance(extras, dict) and LAMBDA_KEY in extras:
             raise ApiError(
                 400,
@@ -379,6 +392,12 @@ def _refuse_unserved(body: dict[str, Any], dial: Dial | None) -> None:
     """Refuse what vLLM does not serve: with λ at all, or under a policy that chooses a way."""
     if body.get("use_beam_search"):
         raise _refused("use_beam_search", "vLLM's beam search takes no λ; leave it out.")
+    if isinstance(dial, Exit):
+        raise _refused(
+            "lambda",
+            "the exit policy is not served on vLLM, which cannot close a thinking on trial; start "
+            "the server with --engine local, or take an adaptive policy.",
+        )
     if not isinstance(dial, Adaptive | Route):
         return
 

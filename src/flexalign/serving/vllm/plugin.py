@@ -7,7 +7,8 @@ loaded, and nowhere else, and none with ``FLEXALIGN_VLLM_ANY=1``.
 
 A malformed λ is refused when its request comes in (:func:`install`), and a configuration with which
 answers could be wrong while the model loads (:func:`refuse_unsupported`). With a LoRA dial, whose
-keys and values depend on λ, requests share a prefix at equal λ alone (:func:`separate_prefixes`).
+keys and values depend on λ, requests share a prefix at equal λ alone (:func:`separate_prefixes`). A chat's
+stop texts are looked for outside the thinking (:func:`~flexalign.serving.vllm.stops.install_stops`).
 """
 
 import logging
@@ -28,6 +29,7 @@ from flexalign.serving.vllm.lambdas import (
     RequestDial,
     read_lambda,
 )
+from flexalign.serving.vllm.stops import install_stops
 
 SUPPORTED = "0.32"
 """The minor version of vLLM whose private parts :func:`install` and ``runner_v1`` were read from."""
@@ -50,6 +52,7 @@ def register() -> None:
         if _was_tried(_installed()) or _is_any_permitted():
             install()
             separate_prefixes()
+            install_stops()
     except Exception:
         _log.warning("flexalign's models could not be registered in vLLM.", exc_info=True)
 

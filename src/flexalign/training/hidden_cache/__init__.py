@@ -12,13 +12,12 @@ the files into memory and adds hidden states to the trainer's batches.
 
 from flexalign.training.hidden_cache.documents import prepare_documents
 from flexalign.training.hidden_cache.fill import stored_dtype, write_cache
-from flexalign.training.hidden_cache.format import Form, free_bytes, hidden_width, identity_of
+from flexalign.training.hidden_cache.format import Form, hidden_width, identity_of
 from flexalign.training.hidden_cache.read import HiddenStateCache
 
 __all__ = [
     "Form",
     "HiddenStateCache",
-    "free_bytes",
     "hidden_width",
     "identity_of",
     "prepare_documents",

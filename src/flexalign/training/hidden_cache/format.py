@@ -5,7 +5,6 @@ import hashlib
 import json
 import mmap
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from flexalign._differences import differences
-from flexalign._storage import write_bytes
+from flexalign._storage import free_bytes, write_bytes
 from flexalign.data.rendering import chat_template_of
 from flexalign.data.template import template_arguments
 from flexalign.errors import ConfigError
@@ -126,14 +125,6 @@ def require_room(folder: Path, size: int, *, anyway: bool) -> str:
             "fewer rows or a smaller max_length, or write it anyway with --anyway."
         )
     return need
-
-
-def free_bytes(folder: Path) -> int:
-    """Return the free bytes of the disk of a folder, which need not exist."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
 
 
 @contextmanager

@@ -21,6 +21,7 @@ function showTask(name) {
 
 const names = data.tasks.map((candidate) => candidate.name);
 byId("lead").textContent = `${seriesNames.join(", ")} on ${names.join(", ")}: ${data.tasks.reduce((sum, each) => sum + each.settings.length, 0)} measured settings.`;
+byId("notes").append(...(data.notes ?? []).map((note) => el("p", { class: "note" }, note)));
 if (names.length > 1) {
   byId("tasks").hidden = false;
   choice(byId("tasks"), "task", names.map((name) => [name, name]), names[0], showTask);

@@ -1,0 +1,286 @@
+"""Every dial beside every cheap rival, on the same questions of the miniature.
+
+    python benchmarks/rivals.py              # an hour of one core; a stopped run goes on
+    python benchmarks/rivals.py --quick      # minutes: few questions, nothing kept
+    python benchmarks/rivals.py --rewrite    # only the table and the picture of what is stored
+
+The rivals need no training and one stream: the thinking cut off at a budget, a bias on its end, an
+early exit, the model under the prompt alone. The adaptive dial and the early exit are counted with
+the tokens of the answers that they reject. What `lora_dial.py` has measured on the same questions
+with the same seeds (two models, students, the LoRA dial, a scaled LoRA, interpolated weights) is
+taken from its results.
+
+A cell (system, setting) is stored in ``out/rivals`` as soon as it is measured.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from _cells import QUESTION_SEED, store
+from _document import put_section
+from _lora_dial_report import RAW as LORA_DIAL
+
+WORK = Path("out/rivals")
+RAW = Path("benchmarks/results/rivals.json")
+REPORT = Path("benchmarks/results/rivals.md")
+PICTURE = Path("docs/pictures/rivals.png")
+SEED = 1
+GATE = 0.01
+
+BUDGETS = (16, 32, 48, 64, 96)
+BIASES = (1.0, 2.0, 3.0, 4.0, 6.0)
+THRESHOLDS = (0.3, 0.4, 0.5, 0.7, 0.9)
+EXITS = (0.9, 0.999, 0.99999)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a system is and needs.
+
+    Attributes:
+        training: What is trained before.
+        models: Models or adapters in memory.
+        streams: Forward passes for each token.
+        setting: What is turned.
+    """
+
+    training: str
+    models: str
+    streams: str
+    setting: str
+
+
+KINDS = {
+    "reference": Kind("–", "1", "1", "–"),
+    "aligned": Kind("–", "1", "1", "–"),
+    "prompt alone": Kind("–", "1", "1", "–"),
+    "hard budget": Kind("–", "1", "1", "tokens"),
+    "bias on the end": Kind("–", "1", "1", "logit"),
+    "early exit": Kind("–", "1", "1, and trials", "threshold"),
+    "early exit, pair": Kind("–", "2", "2, and trials", "threshold"),
+    "adaptive InRa dial": Kind("one layer, once", "1 and a layer", "1 or 1 + 1", "threshold"),
+    "two models": Kind("–", "2", "2", "λ"),
+    "interpolated weights": Kind("–", "1 for each λ", "1", "λ"),
+    "scaled LoRA": Kind("a LoRA, once", "1 and a LoRA", "1", "λ"),
+    "LoRA dial": Kind("a LoRA, once", "1 and a LoRA", "1", "λ"),
+    "student": Kind("all weights, for each λ", "1 for each λ", "1", "λ"),
+}
+_STORED = {
+    "pair": "two models",
+    "interpolated": "interpolated weights",
+    "scaled": "scaled LoRA",
+    "dial": "LoRA dial",
+    "student": "student",
+}
+"""The methods of `lora_dial.py`, under the names of this table."""
+
+
+def systems() -> Iterator[tuple[str, str, Callable[[], Any], dict[str, Any]]]:
+    """All cells: the system, its setting, what opens the model, and options of its answers."""
+    from flexalign import InRaModel, ModelPair, TwoModelDecoder
+    from flexalign.data.logits import LogitsSettings
+    from flexalign.lambdas import Adaptive, Exit
+    from flexalign.miniature import SYSTEM
+    from flexalign.models.loading import load_model
+
+    def reference() -> Any:
+        return load_model("miniature:reference")
+
+    def pair() -> Any:
+        return TwoModelDecoder(ModelPair.load("miniature:reference", "miniature:aligned"))
+
+    def adapter() -> Any:
+        return InRaModel.from_pretrained("miniature", "miniature:fast")
+
+    yield "reference", "as it is", reference, {}
+    yield "aligned", "as it is", lambda: load_model("miniature:aligned"), {}
+    yield "prompt alone", "system", lambda: load_model("miniature:hybrid"), {"system": SYSTEM}
+    for budget in BUDGETS:
+        limits = LogitsSettings(thinking_budget=budget)
+        yield "hard budget", f"{budget}", reference, {"logits": limits}
+    for bias in BIASES:
+        limits = LogitsSettings(end_of_thinking_bias=bias)
+        yield "bias on the end", f"{bias:g}", reference, {"logits": limits}
+    for threshold in EXITS:
+        policy = Exit(threshold, marker=";", answer_tokens=8)
+        yield "early exit", f"{threshold:g}", reference, {"lam": policy}
+        yield "early exit, pair", f"{threshold:g}", pair, {"lam": policy}
+    for threshold in THRESHOLDS:
+        yield "adaptive InRa dial", f"{threshold:g}", adapter, {"lam": Adaptive(threshold)}
+
+
+def answered(model: Any, questions: Sequence[Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Answer the questions; return accuracy and tokens with their intervals."""
+    from flexalign.generation.responses import generate_responses
+    from flexalign.miniature.demo import LONGEST_RESPONSE
+    from flexalign.miniature.measure import is_right, split_trace
+    from flexalign.models.loading import load_tokenizer
+    from flexalign.statistics import clustered_interval
+
+    options = dict(options)
+    system = options.pop("system", None)
+    told = [] if system is None else [{"role": "system", "content": system}]
+    prompts: list[Any] = [[*told, {"role": "user", "content": one.text}] for one in questions]
+    if "lam" in options:
+        options["lam"] = [options["lam"]] * len(prompts)
+    responses = generate_responses(
+        model,
+        load_tokenizer("miniature:reference"),
+        prompts,
+        max_new_tokens=LONGEST_RESPONSE,
+        temperature=1.0,
+        batch_size=96,
+        seed=SEED,
+        **options,
+    )
+
+    asked = range(len(questions))
+    right = [
+        float(is_right(question, split_trace(response.text)))
+        for question, response in zip(questions, responses, strict=True)
+    ]
+    tokens = [float(one.tokens + one.rejected_tokens) for one in responses]
+    return {
+        "accuracy": list(clustered_interval(right, asked)),
+        "tokens": list(clustered_interval(tokens, asked, share=False)),
+    }
+
+
+def measure(work: Path, count: int, only: Sequence[str] = ()) -> None:
+    """Measure what is missing."""
+    import torch
+
+    from flexalign.miniature import make_questions
+
+    torch.set_num_threads(1)
+    questions = make_questions(count, QUESTION_SEED)
+    for name, setting, load, options in systems():
+        path = work / f"{name},{setting}.json"
+        if path.is_file() or (only and name not in only):
+            continue
+        store(path, {"system": name, "setting": setting} | answered(load(), questions, options))
+        print(path.stem, flush=True)
+
+
+def collected(work: Path, count: int) -> dict[str, Any]:
+    """All cells, and those of `lora_dial.py` on as many questions."""
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in work.glob("*.json")]
+    stored = json.loads(LORA_DIAL.read_text(encoding="utf-8"))
+    if stored["options"]["questions"] == count:
+        rows += [
+            {
+                "system": _STORED[row["method"]],
+                "setting": f"{row['lambda']:g}",
+                "accuracy": _in_order(row, "accuracy"),
+                "tokens": _in_order(row, "tokens"),
+            }
+            for row in stored["rows"]
+            if row["pair"] == "miniature" and row["gate"] == GATE and row["seed"] == 0
+        ]
+    return {
+        "questions": count,
+        "rows": sorted(rows, key=lambda row: (list(KINDS).index(row["system"]), _place(row))),
+    }
+
+
+def _in_order(row: dict[str, Any], name: str) -> list[float]:
+    low, high = row[f"{name}_interval"][0], row[f"{name}_interval"][-1]
+    return [low, row[name], high]
+
+
+def _place(row: dict[str, Any]) -> float:
+    try:
+        return float(row["setting"])
+    except ValueError:
+        return 0.0
+
+
+def section(results: dict[str, Any]) -> str:
+    """The section of the results: the command, the table and the picture."""
+    lines = [
+        f"`python benchmarks/rivals.py`: {results['questions']} questions of the miniature, the same "
+        "for all, one answer each at temperature 1; tokens of rejected answers are counted. λ with "
+        f"the gate τ = {GATE:g}, seed 0. Brackets: 95 % intervals.",
+        "",
+        "| system | setting | accuracy | tokens | training | models | streams |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in results["rows"]:
+        kind = KINDS[row["system"]]
+        turned = "" if kind.setting == "–" else f"{kind.setting} "
+        lines.append(
+            f"| {row['system']} | {turned}{row['setting']} | {_bracket(row['accuracy'], 3)} "
+            f"| {_bracket(row['tokens'], 1)} | {kind.training} | {kind.models} | {kind.streams} |"
+        )
+    return "\n".join([*lines, "", f"![Accuracy against tokens]({_from_docs(PICTURE)})", ""])
+
+
+def _from_docs(path: Path) -> str:
+    return path.relative_to("docs").as_posix()
+
+
+def _bracket(interval: Sequence[float], digits: int) -> str:
+    low, mean, high = interval
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Draw accuracy against tokens, a line for each system."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.add_subplot()
+    markers = "os^vD<>pP*Xhd"
+    for marker, name in zip(markers, KINDS, strict=True):
+        own = [row for row in results["rows"] if row["system"] == name]
+        own.sort(key=lambda row: row["tokens"][1])
+        if own:
+            axes.plot(
+                [row["tokens"][1] for row in own],
+                [row["accuracy"][1] for row in own],
+                marker=marker,
+                markersize=5,
+                linewidth=1,
+                label=name,
+            )
+    axes.set_xlabel("tokens an answer, rejected answers counted")
+    axes.set_ylabel("accuracy")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", ncols=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def publish(results: dict[str, Any]) -> None:
+    """Write the figures, their table and their picture."""
+    RAW.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    told = section(results).replace("](pictures/", "](../../docs/pictures/")
+    REPORT.write_text(f"# Every dial beside every cheap rival\n\n{told}", encoding="utf-8")
+    draw(results, PICTURE)
+    put_section("rivals", section(results))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what is missing, and write the table of all that is stored."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="50 questions, nothing kept")
+    parser.add_argument("--rewrite", action="store_true", help="only write the table again")
+    parser.add_argument("--systems", nargs="*", default=[], choices=list(KINDS), metavar="SYSTEM")
+    chosen = parser.parse_args(arguments)
+    count = 50 if chosen.quick else 5000
+    work = WORK.with_name("rivals-quick") if chosen.quick else WORK
+    if not chosen.rewrite:
+        measure(work, count, chosen.systems)
+    results = collected(work, count)
+    if chosen.quick:
+        print(section(results))
+    else:
+        publish(results)
+
+
+if __name__ == "__main__":
+    main()
