@@ -132,15 +132,16 @@ def test_the_verdict_is_of_the_intervals():
 
 
 @pytest.mark.parametrize(
-    ("whole", "rest", "verdict"),
+    ("whole", "rest", "variation", "verdict"),
     [
-        ((0.1, 0.2, 0.3), (-0.1, 0.0, 0.1), "pays"),
-        ((-0.1, 0.0, 0.1), (-0.3, -0.2, -0.1), "costs tokens only"),
-        ((-0.3, -0.2, -0.1), (-0.1, 0.0, 0.1), "costs tokens only"),
-        ((-0.1, 0.0, 0.1), (-0.1, 0.0, 0.1), "not decided"),
+        ((0.1, 0.2, 0.3), (-0.1, 0.0, 0.1), 0.1, "pays"),
+        ((-0.1, 0.0, 0.1), (-0.3, -0.2, -0.1), 0.1, "costs tokens only"),
+        ((-0.3, -0.2, -0.1), (-0.1, 0.0, 0.1), 0.1, "costs tokens only"),
+        ((-0.1, 0.0, 0.1), (-0.1, 0.0, 0.1), 0.1, "not decided"),
+        ((0.1, 0.2, 0.3), (-0.1, 0.0, 0.1), 0.6, "not decided"),
     ],
 )
-def test_each_verdict(whole, rest, verdict):
+def test_each_verdict(whole, rest, variation, verdict):
     none = Interval(0.0, 0.0, 0.0)
     found = DeeperThinking(
         -0.25,
@@ -148,11 +149,13 @@ def test_each_verdict(whole, rest, verdict):
         LengthAndAccuracy(none, Interval(*whole)),
         LengthAndAccuracy(none, none),
         LengthAndAccuracy(none, Interval(*rest)),
+        variation,
         0.5,
         (),
     )
     assert found.verdict == verdict
     assert found.to_json()["verdict"] == verdict
+    assert ("another token at 60% of the places" in found.sentence) is (variation > 0.5)
 
 
 @torch.no_grad()

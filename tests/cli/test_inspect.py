@@ -136,6 +136,9 @@ def test_whether_thinking_deeper_pays_is_said_before_anything_is_sampled(
         sum(len(row["completion"][0]["content"].split()) + 1 for row in rows) / len(rows)
     )
     assert found["whole"]["accuracy"] is not None
+    if aligned == "miniature:fast":  # its stream does not think, so that nothing can be told
+        assert found["variation"] > 0.5
+        assert found["verdict"] == "not decided"
     shown = run_cli("inspect", "miniature:reference", aligned, "--diff", traces)
     assert found["sentence"] in shown.stdout
 

@@ -28,6 +28,10 @@ from flexalign.statistics import Interval, clustered_interval, simultaneous_inte
 DEEPER_LAMBDA = -0.25
 """The λ below 0 of which the change is stated; the paper's λ < 0 that paid are −0.25 and −0.33."""
 
+LARGEST_VARIATION = 0.5
+"""The mean total variation above which nothing is decided: the two models would write another token
+at most places, so that the derivative at λ = 0 says little of any other λ."""
+
 _MOST_SHIFTS = 50
 _FEWEST_POSITIONS = 20
 """The shifts that may be decisions of length: this many at most, each with this many positions."""
@@ -69,6 +73,7 @@ class DeeperThinking:
         whole: The change.
         length: Its part at decisions of length.
         rest: Its part at all other tokens.
+        variation: Mean total variation of the two models, over all tokens.
         share: Share of the models' total variation that lies at decisions of length, 0…1.
         decisions: The decisions of length as pairs (falls, rises), the most total variation first.
     """
@@ -78,6 +83,7 @@ class DeeperThinking:
     whole: LengthAndAccuracy
     length: LengthAndAccuracy
     rest: LengthAndAccuracy
+    variation: float
     share: float
     decisions: tuple[tuple[str, str], ...]
 
@@ -85,6 +91,8 @@ class DeeperThinking:
     def verdict(self) -> Verdict:
         """Whether λ < 0 pays, by the 95 % intervals of the accuracy."""
         if self.whole.accuracy is None or self.rest.accuracy is None:
+            return "not decided"
+        if self.variation > LARGEST_VARIATION:
             return "not decided"
         if self.whole.accuracy.low > 0:
             return "pays"
@@ -119,7 +127,12 @@ class DeeperThinking:
                 if rest.high < 0
                 else "costs tokens only."
             ),
-            "not decided": "is not decided on so many responses.",
+            "not decided": (
+                "is not decided, as the two would write another token at "
+                f"{self.variation:.0%} of the places, and first order does not reach so far."
+                if self.variation > LARGEST_VARIATION
+                else "is not decided on so many responses."
+            ),
         }
         return points + ends[self.verdict]
 
@@ -133,6 +146,7 @@ class DeeperThinking:
             "whole": self.whole.to_json(),
             "length": self.length.to_json(),
             "rest": self.rest.to_json(),
+            "variation": self.variation,
             "share": self.share,
             "decisions": [list(pair) for pair in self.decisions],
         }
@@ -220,6 +234,7 @@ def think_deeper(
         whole=change(True, False),
         length=change(True),
         rest=change(False),
+        variation=float(tokens.variation.mean()),
         share=float(tokens.variation[at_decision].sum() / tokens.variation.sum()),
         decisions=tuple(map(name, decisions)),
     )
