@@ -1,7 +1,9 @@
 """Limits on the thinking of every kind of system, held against the model's own generate, cut by hand."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from flexalign.data.logits import LogitsSettings
 from flexalign.data.prompting import PromptSettings
 from flexalign.errors import ConfigError
-from flexalign.lambdas import Setting
+from flexalign.lambdas import AS_IT_IS, Setting
 from flexalign.miniature import SYSTEM
 from flexalign.models.prompted import PromptPair
 from flexalign.systems import PromptRequest, SystemOptions, open_backend, parse_system
@@ -38,9 +40,9 @@ def answered(name: str, lams: Sequence[float], **options: Any) -> tuple[Any, lis
     requests = [
         PromptRequest(place, [{"role": "user", "content": text}], setting, 0, 5)
         for place, text in enumerate(ASKED)
-        for setting in settings or [backend.default]
+        for setting in settings or [AS_IT_IS]
     ]
-    return backend, [pair for block in backend.run(requests) for pair in block]
+    return backend, [pair for block in backend.run(requests, set()) for pair in block]
 
 
 def by_hand(backend: Any, request: PromptRequest) -> str:
@@ -102,16 +104,46 @@ def test_a_bias_on_the_end_shortens_the_thinking_of_a_dial() -> None:
     assert min(tokens[0]) > 10
 
 
-def test_a_server_and_vllm_refuse_limits_on_the_thinking(monkeypatch: Any) -> None:
-    monkeypatch.setattr("flexalign.systems.vllm.require_packages", lambda *_, **__: None)
-    limits = LogitsSettings(thinking_budget=5, end_of_thinking_bias=1)
-    told = "thinking_budget and end_of_thinking_bias: .* cannot apply this"
-    with pytest.raises(ConfigError, match=told):
-        open_backend(parse_system("url:http://127.0.0.1:1"), (), SystemOptions(logits=limits))
-    with pytest.raises(ConfigError, match=told):
-        open_backend(
-            parse_system("model:miniature"), (), SystemOptions(logits=limits, engine="vllm")
+def test_a_server_refuses_limits_on_the_thinking_and_vllm_a_bias() -> None:
+    def opened(name: str, engine: str = "local", **limits: Any) -> Any:
+        options = SystemOptions(logits=LogitsSettings(**limits), engine=engine)
+        return open_backend(parse_system(name), (), options)
+
+    server = "url:http://127.0.0.1:1"
+    with pytest.raises(ConfigError, match=r"^thinking_budget and end_of_thinking_bias: a server"):
+        opened(server, thinking_budget=5, end_of_thinking_bias=1)
+    with pytest.raises(ConfigError, match=r"^thinking_budget: a server cannot apply this"):
+        opened(server, thinking_budget=5)
+    with pytest.raises(ConfigError, match=r"^end_of_thinking_bias: --engine vllm cannot apply"):
+        opened("model:miniature", "vllm", thinking_budget=5, end_of_thinking_bias=1)
+
+
+def test_vllm_is_told_a_budget_and_the_tags(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+
+    class Engine:
+        def __init__(self, **options: Any) -> None:
+            told["engine"] = options
+
+        def generate(self, prompts: Any, sampling: list[Any], **_: Any) -> list[Any]:
+            told["sampling"] = sampling
+            output = SimpleNamespace(text="<think> 1 </think> 3", token_ids=[7] * 5)
+            output.finish_reason = "stop"
+            return [SimpleNamespace(outputs=[output]) for _ in prompts]
+
+    fake: Any = ModuleType("vllm")
+    fake.LLM, fake.SamplingParams = Engine, lambda **options: options
+    fake.__spec__ = SimpleNamespace(name="vllm")
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    for budget in (None, 5):
+        answered(
+            "model:miniature", [], logits=LogitsSettings(thinking_budget=budget), engine="vllm"
         )
+        sent = {one.get("thinking_token_budget") for one in told["sampling"]}
+        assert sent == {budget}
+        assert all("thinking_budget" not in one for one in told["sampling"])
+        tags = {"reasoning_start_str": "<think>", "reasoning_end_str": "</think>"}
+        assert told["engine"].get("reasoning_config") == (None if budget is None else tags)
 
 
 def test_a_model_without_tags_is_refused_before_its_weights_are_loaded(

@@ -84,16 +84,18 @@ class LogitsSettings:
         """Whether the thinking has a budget, or its end a bias."""
         return self.thinking_budget is not None or self.end_of_thinking_bias != 0
 
-    def refuse_thinking_limits(self, where: str) -> None:
+    def refuse_thinking_limits(
+        self, where: str, names: tuple[str, ...] = ("thinking_budget", "end_of_thinking_bias")
+    ) -> None:
         """Refuse a budget of the thinking or a bias on its end.
 
         Args:
             where: What does not apply them, for the message.
+            names: Those that it does not apply.
 
         Raises:
-            ConfigError: If one is set.
+            ConfigError: If one of them is set.
         """
-        names = ("thinking_budget", "end_of_thinking_bias")
         given = [name for name in names if name in self.to_json()]
         if given:
             raise ConfigError(

@@ -6,6 +6,7 @@ from typing import Any
 
 from flexalign._packages import require_packages
 from flexalign.errors import ConfigError
+from flexalign.generation.thinking_limits import ClosingTokens
 from flexalign.models.hub import note_weights
 from flexalign.models.loading import fingerprint, load_tokenizer
 from flexalign.models.sources import resolve
@@ -20,10 +21,10 @@ class VllmBackend:
         """Find the model; the engine starts with the first sample.
 
         Raises:
-            ConfigError: If vLLM is not installed, the model is a GGUF file or a PEFT adapter, or the
-                thinking is limited.
+            ConfigError: If vLLM is not installed, the model is a GGUF file or a PEFT adapter, the end of
+                the thinking is biased, or the thinking has a budget and no tags.
         """
-        options.logits.refuse_thinking_limits("--engine vllm")
+        options.logits.refuse_thinking_limits("--engine vllm", ("end_of_thinking_bias",))
         require_packages(
             "--engine vllm",
             "vllm",
@@ -38,7 +39,10 @@ class VllmBackend:
             )
         note_weights(self._source.path)
         self._options = options
-        self._text = ModelText(load_tokenizer(self._source))
+        tokenizer = load_tokenizer(self._source)
+        if options.logits.limits_thinking:
+            ClosingTokens.of(tokenizer)  # raises if the thinking has no end to be found
+        self._text = ModelText(tokenizer)
 
     def describe(self) -> dict[str, Any]:
         """Return name, fingerprint, data type and thinking tags."""
@@ -77,6 +81,8 @@ class VllmBackend:
         has_template = bool(tokenizer.chat_template)
         limits = options.logits.to_json()  # by the names that vLLM has too
         limits |= {"logit_bias": dict(options.logits.logit_bias)} if "logit_bias" in limits else {}
+        if "thinking_budget" in limits:
+            limits["thinking_token_budget"] = limits.pop("thinking_budget")
         prompts, sampling = [], []
         for request in block:
             ids = tokenizer(self.render(request.messages), add_special_tokens=not has_template)[
@@ -110,6 +116,17 @@ class VllmBackend:
     def _engine(self) -> Any:
         from vllm import LLM
 
+        tags, more = self._text.tags, {}
+        if self._options.logits.thinking_budget is not None:
+            # vLLM forces this text, and takes no shorter one for the thinking's own end. Therefore it
+            # is the tag alone, without what the chat template writes after it.
+            more["reasoning_config"] = {
+                "reasoning_start_str": tags.open,
+                "reasoning_end_str": tags.close,
+            }
         return LLM(
-            model=str(self._source.path), dtype=self._options.dtype, generation_config="vllm"
+            model=str(self._source.path),
+            dtype=self._options.dtype,
+            generation_config="vllm",
+            **more,
         )
