@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _document import put_section
 
 from flexalign.statistics import Interval, paired_difference_interval
 
@@ -28,22 +29,26 @@ Row = dict[str, Any]
 
 
 def publish(results: dict[str, Any]) -> None:
-    """Write the figures and their tables; of each answer only what the tables need is left out."""
+    """Write the figures, without the single answers, and their tables."""
     RAW.parent.mkdir(parents=True, exist_ok=True)
     told = {key: value for key, value in results["options"].items() if key != "work"}
     rows = [_summary(results["rows"], row) for row in _ordered(results["rows"])]
     kept = results | {"options": told, "rows": rows}
     RAW.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     REPORT.write_text(report(results), encoding="utf-8")
+    put_section("concise", "\n".join([*_body(results, heading="###"), ""]))
 
 
 def report(results: dict[str, Any]) -> str:
     """The document of all cells that are there."""
+    return "\n".join(["# λ < 0 that pays", "", *_body(results, heading="##"), ""])
+
+
+def _body(results: dict[str, Any], heading: str) -> list[str]:
+    """The lines below the title, with headings of the given depth."""
     options = results["options"]
     rows = [_summary(results["rows"], row) for row in _ordered(results["rows"])]
     lines = [
-        "# λ < 0 that pays",
-        "",
         f"`python benchmarks/concise.py`: the pair `miniature:reference` and `miniature:concise`, "
         f"which differ in the habit `again` (r: 0.70 and 0.55) alone. {options['questions']} "
         f"questions at temperature 1, the same ones for each row; habits at the branches of "
@@ -53,8 +58,8 @@ def report(results: dict[str, Any]) -> str:
         "",
     ]
     for system in SYSTEMS:
-        lines += _table(system, [row for row in rows if row["system"] == system])
-    return "\n".join([*lines, *_places(results["places"]), ""])
+        lines += _table(system, [row for row in rows if row["system"] == system], heading)
+    return [*lines, *_places(results["places"], heading)]
 
 
 def _ordered(rows: Sequence[Row]) -> list[Row]:
@@ -74,7 +79,7 @@ def _gain(row: Row, reference: Row) -> Interval:
     return paired_difference_interval(right, questions, base, questions)
 
 
-def _table(system: str, rows: Sequence[Row]) -> list[str]:
+def _table(system: str, rows: Sequence[Row], heading: str) -> list[str]:
     if not rows:
         return []
     where = rows[0]["training"]
@@ -84,7 +89,7 @@ def _table(system: str, rows: Sequence[Row]) -> list[str]:
     if system == "dial":
         named += f", {where['steps']} steps"
     lines = [
-        f"## {named}",
+        f"{heading} {named}",
         "",
         "| λ | accuracy | form | tokens | form | gain over λ = 0 | r | r of the pair |",
         "|---|---|---|---|---|---|---|---|",
@@ -110,11 +115,11 @@ def _table(system: str, rows: Sequence[Row]) -> list[str]:
     return [*lines, ""]
 
 
-def _places(places: Sequence[Row]) -> list[str]:
+def _places(places: Sequence[Row], heading: str) -> list[str]:
     if not places:
         return []
     lines = [
-        "## Which place and steps reach it",
+        f"{heading} Which place and steps reach it",
         "",
         "A layer adapter, the identity at first, is trained towards the concise model by TrRa's loss; "
         "its habits at λ = 1, on traces of the concise world (r = 0.55, and all others the "

@@ -135,7 +135,7 @@ def test_calibrate(run_cli: Any, dial: Path, plain: Path, tmp_path: Path) -> Non
 def test_a_calibration_is_stored_beside_the_lora(
     run_cli: Any, dial: Path, calibrated: Path, alone: Callable[..., str]
 ) -> None:
-    names = {"adapter_model.safetensors", "adapter_config.json", "lora_dial.json"}
+    names = {"README.md", "adapter_model.safetensors", "adapter_config.json", "lora_dial.json"}
     assert {path.name for path in calibrated.iterdir()} == names
     stored, before = read_dial(calibrated), read_dial(dial)
     assert stored.calibration == Calibration.from_json(CALIBRATION).to_json()

@@ -257,6 +257,23 @@ def test_a_dry_run_says_what_it_would_download(hub: Hub, tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_a_model_of_the_hub_becomes_gguf_and_a_dry_run_fetches_no_weights(hub: Hub, tmp_path: Path):
+    pytest.importorskip("gguf", reason="gguf is not installed (flexalign[gguf])")
+    command = ("export", "gguf", "acme/reference", "out.gguf", "--json")
+    result = _flexalign(hub, tmp_path, *command, "--dry-run")
+    assert result.returncode == 0, result.stderr
+    planned = json.loads(result.stdout)
+    assert "would download acme/reference" in result.stderr
+    assert hub.weights_fetched() == []
+    assert not (tmp_path / "out.gguf").exists()
+
+    result = _flexalign(hub, tmp_path, *command)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == planned | {"dry_run": False}
+    assert (tmp_path / "out.gguf").stat().st_size > planned["bytes"]
+
+
+@pytest.mark.slow
 def test_a_run_from_the_hub_and_back(hub: Hub, tmp_path: Path):
     # Nothing large is fetched before what needs no weights is right.
     wrong = _recipe(tmp_path, data="nowhere.jsonl")

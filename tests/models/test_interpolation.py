@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import RENAMED_TOKENS
+from families import family_model
 from flexalign.errors import ConfigError, LambdaError, PairMismatchError
 from flexalign.models.interpolation import RECORD, interpolate
 
@@ -143,6 +144,21 @@ def test_of_a_tied_and_an_untied_model_the_result_is_untied(
         end = AutoModelForCausalLM.from_pretrained(folders[int(lam)])
         with torch.no_grad():
             assert torch.equal(model(ids).logits, end(ids).logits)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "gemma2", "phi"])
+def test_the_head_is_found_by_the_name_that_its_file_has(tmp_path, family):
+    folders = [tmp_path / "tied", tmp_path / "untied"]
+    for seed, folder in enumerate(folders):
+        family_model(family, seed=seed, tie_word_embeddings=seed == 0).save_pretrained(folder)
+    ids = torch.arange(5, 15)[None]
+    for lam, folder in enumerate(folders):
+        output = interpolate(*folders, float(lam), tmp_path / f"at-{lam}")
+        models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (output, folder)]
+        assert not models[0].config.tie_word_embeddings
+        with torch.no_grad():
+            found, expected = (model(ids).logits for model in models)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_head_that_a_tied_model_stores_and_differs_is_its_own(folders, tmp_path):

@@ -63,8 +63,9 @@ Outcome: TypeAlias = tuple[Cell, Answer | Failure]
 def settings_of(system: System, asked: Sequence[Setting]) -> list[Setting]:
     """Return those of the requested settings that a system supports, or its defaults.
 
-    A model has the setting ``as it is``, and exit policies. Interpolated weights support only single numbers. If
-    no setting is requested, a local dial is measured at λ = 0, 0.5 and 1, and a server ``as it is``.
+    A model has the setting ``as it is``, and exit policies. Interpolated weights support only single
+    numbers. If no setting is requested, a local dial is measured at λ = 0, 0.5 and 1, and a server
+    ``as it is``.
     """
     if system.kind == "model":
         return [AS_IT_IS, *(setting for setting in asked if isinstance(setting.dial, Exit))]

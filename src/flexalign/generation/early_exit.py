@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from flexalign.data.thinking import ThinkingTags, text_after_closing
+from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError
 from flexalign.generation.adaptive import PromptBatch, with_settings, write_fast_answers
 from flexalign.generation.confidence import RowTracker
@@ -28,6 +28,7 @@ from flexalign.generation.interface import DialModel
 from flexalign.generation.penalties import RowPenalties
 from flexalign.generation.seeded import SeededSampling
 from flexalign.generation.text import ResponseText, StreamedText
+from flexalign.generation.thinking_limits import closing_ids
 from flexalign.lambdas import Dial, Exit, Way, way_dial
 
 if TYPE_CHECKING:
@@ -73,13 +74,7 @@ class ExitTokens:
                 "an exit policy closes the thinking, and neither the chat template nor the "
                 "vocabulary of this model shows tags around one; take an adaptive policy."
             )
-        text = found.close + text_after_closing(tokenizer, found)
-        tag, whole = (
-            tuple(int(token) for token in tokenizer(one, add_special_tokens=False)["input_ids"])
-            for one in (found.close, text)
-        )
-        after = whole[len(tag) :] if whole[: len(tag)] == tag else ()
-        return cls(ResponseText(tokenizer, found), tag, after)
+        return cls(ResponseText(tokenizer, found), *closing_ids(tokenizer, found))
 
     @property
     def closing(self) -> tuple[int, ...]:
@@ -168,8 +163,10 @@ def check_exit_options(model: DialModel, options: dict[str, Any]) -> None:
             )
     if (model.generation_option("num_beams", options) or 1) > 1:
         raise ConfigError("num_beams is not available with an exit policy; leave it out.")
-    if _limit(model, options) is None:
-        raise ConfigError("an exit policy needs max_new_tokens, or max_length; give one.")
+    if (_limit(model, options) or 0) < 1:
+        raise ConfigError(
+            "an exit policy needs max_new_tokens, or a max_length above that of the prompts; give one."
+        )
 
 
 class ExitResponse(NamedTuple):

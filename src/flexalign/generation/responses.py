@@ -26,7 +26,7 @@ from flexalign.generation.seeded import SeededSampling
 from flexalign.generation.text import ResponseText
 from flexalign.generation.thinking_limits import ClosingTokens
 from flexalign.generation.two_prompts import padded_prompts
-from flexalign.lambdas import Dial, Exit, Fixed, Way
+from flexalign.lambdas import Dial, Exit, Fixed, Way, thinking_lambda
 from flexalign.models.prompted import TwoPrompts
 
 
@@ -351,7 +351,7 @@ def _is_opened(
     if not isinstance(prompt, TwoPrompts):
         return None
     dial = dials[index] if isinstance(dials, list) else None
-    return prompt.opens_at(dial.lam if isinstance(dial, Fixed) else None)
+    return prompt.opens_at(thinking_lambda(dial))
 
 
 def _padded(

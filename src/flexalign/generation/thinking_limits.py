@@ -58,12 +58,22 @@ class ClosingTokens:
                 "them out."
             )
         tokens = TagTokens(tokenizer, found, "a limit on the thinking")
-        whole = tokenizer(
-            found.close + text_after_closing(tokenizer, found), add_special_tokens=False
-        )
-        ids = [int(token) for token in whole["input_ids"]]
-        length = len(tokens.closing)
-        return cls(tokens, tuple(ids[length:]) if ids[:length] == tokens.closing else ())
+        return cls(tokens, closing_ids(tokenizer, found)[1])
+
+
+def closing_ids(
+    tokenizer: "PreTrainedTokenizerBase", tags: ThinkingTags
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the tokens of the closing tag, and those that the chat template writes after it.
+
+    The second is empty if the text after the tag changes the tokens of the tag.
+    """
+    text = tags.close + text_after_closing(tokenizer, tags)
+    tag, whole = (
+        tuple(int(token) for token in tokenizer(one, add_special_tokens=False)["input_ids"])
+        for one in (tags.close, text)
+    )
+    return tag, whole[len(tag) :] if whole[: len(tag)] == tag else ()
 
 
 class _PromptThinking(NamedTuple):

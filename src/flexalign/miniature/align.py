@@ -98,12 +98,11 @@ def alignment_options(
         raise ConfigError(f"--cost must be a number ≥ 0, got {cost}.")
     own = Reinforcement()
     chosen: RewardName = next((name for name in REWARDS if name == reward), own.reward)
-    return replace(
-        own,
-        cost=0.0 if chosen != "right" else own.cost if cost is None else cost,
-        steps=steps or own.steps,
-        reward=chosen,
-    )
+    if chosen != "right":
+        cost = 0.0
+    elif cost is None:
+        cost = own.cost
+    return replace(own, cost=cost, steps=steps or own.steps, reward=chosen)
 
 
 def align(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flexalign._storage import flush, free_bytes, replacing, write_text
 from flexalign.data.rendering import stop_ids
+from flexalign.data.template import fixed_template
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
 from flexalign.models.hub import as_size, fetch_weights
@@ -94,7 +95,7 @@ _DEEPSEEK = (
     "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
     "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
 )
-_SPLITS = {
+_SPLITS: dict[tuple[tuple[str | None, ...], bool], str] = {
     ((_LLAMA3,), True): "llama-bpe",
     ((_LLAMA3,), False): "dbrx",
     ((_QWEN2,), False): "qwen2",
@@ -204,7 +205,10 @@ class GGUFExport:
             outtype,
             tensors,
             size,
-            tuple(str(tokenizer.convert_ids_to_tokens(end)) for end in _ends(source, tokenizer)),
+            tuple(
+                str(tokenizer.convert_ids_to_tokens(end))
+                for end in _ends(source, config, tokenizer)
+            ),
             ThinkingTags.detect(tokenizer),
             _context(config),
             config,
@@ -236,7 +240,9 @@ class GGUFExport:
             self._announce(writer, "rope_freqs.weight", tuple(factors.shape), "f32")
 
         with replacing(self.modelfile) as beside, replacing(self.output) as partial:
-            text = modelfile(self.output.name, self.tokenizer, self.stops, self.vocabulary.begins)
+            text = modelfile(
+                self.output.name, self.tokenizer, self.stops, adds_bos=self.vocabulary.begins
+            )
             try:
                 writer.write_header_to_file(partial)
                 writer.write_kv_data_to_file()
@@ -305,6 +311,7 @@ class GGUFExport:
 
         metadata = gguf.Metadata.load(model_path=self.source.path, total_params=total)
         metadata.name = metadata.name or self.output.stem
+        metadata.size_label = metadata.size_label or gguf.size_label(total, 0, 0, 0)
         writer.add_type(gguf.GGUFType.MODEL)
         metadata.set_gguf_meta_model(writer)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -333,7 +340,7 @@ class GGUFExport:
         writer.add_add_bos_token(vocabulary.begins)
         writer.add_add_eos_token(vocabulary.ends)
 
-        template = self.tokenizer.chat_template
+        template = fixed_template(self.tokenizer)
         if isinstance(template, dict):
             template = [{"name": name, "template": text} for name, text in template.items()]
         if template:
@@ -443,7 +450,8 @@ def _rope_factors(config: Any) -> Tensor | None:
     width = _head_width(config)
     steps = torch.arange(0, width, 2, dtype=torch.float32) / width
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    return rope["rope_theta"] ** -steps / scaled
+    factors: Tensor = rope["rope_theta"] ** -steps / scaled
+    return factors
 
 
 def _head_width(config: Any) -> int:
@@ -533,12 +541,12 @@ def _require_room(output: Path, size: int) -> None:
         )
 
 
-def _ends(source: Source, tokenizer: Any) -> list[int]:
+def _ends(source: Source, config: Any, tokenizer: Any) -> list[int]:
     """Return the ids of the tokens that end a response, those of the tokenizer first."""
     file = source.path / "generation_config.json"
     own = (read_json(file) if file.is_file() else {}).get("eos_token_id")
-    own = own if isinstance(own, list) else [own]
-    return [end for end in dict.fromkeys([*stop_ids(tokenizer), *own]) if end is not None]
+    ends = dict.fromkeys([*stop_ids(tokenizer), *(own if isinstance(own, list) else [own])])
+    return [end for end in ends if end is not None and end < config.vocab_size]
 
 
 def _vocabulary_of(source: Source, config: Any, tokenizer: Any) -> _Vocabulary:
@@ -556,21 +564,15 @@ def _vocabulary_of(source: Source, config: Any, tokenizer: Any) -> _Vocabulary:
         merge if isinstance(merge, str) else " ".join(merge) for merge in parts["model"]["merges"]
     ]
 
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
-    begins, ends = whole[: len(whole) - len(plain)], whole[len(plain) :]
-    if whole == plain:
-        begins = ends = []
-    elif whole == [tokenizer.bos_token_id, *plain]:
-        ends = []
-    elif whole == [*plain, tokenizer.eos_token_id]:
-        begins = []
-    elif whole != [tokenizer.bos_token_id, *plain, tokenizer.eos_token_id]:
+    begins, ends = whole[:1] == [bos], whole[-1:] == [eos]
+    if whole != [bos] * begins + plain + [eos] * ends:
         raise _refused(source, f"its tokenizer puts other tokens around a text: {whole}")
 
-    return _Vocabulary(
-        split, tokens, types, merges, _special(source, tokenizer), bool(begins), bool(ends)
-    )
+    special = _special(source, config, tokenizer)
+    return _Vocabulary(split, tokens, types, merges, special, begins, ends)
 
 
 def _split_of(source: Source, parts: dict[str, Any]) -> str:
@@ -629,25 +631,36 @@ def _rows(source: Source, config: Any, tokenizer: Any) -> tuple[list[str], list[
 
     llama.cpp leaves control tokens out of what it shows. Thinking tags are shown, also where the
     tokenizer calls them special, because clients look for them in the text.
+
+    An added token without a row is left out: the model knows no such token. transformers adds
+    ``<|endoftext|>`` to Qwen's tokenizers that do not have it.
+
+    Raises:
+        CheckpointError: If another token has no row.
+        UnsupportedModelError: If an added token takes the white space beside it.
     """
     import gguf
 
     kinds = gguf.TokenType
     vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
-    largest = max(vocabulary.values())
-    if largest >= config.vocab_size:
+    rows = config.vocab_size
+    largest = max((row for row in vocabulary.values() if row not in added), default=-1)
+    if largest >= rows:
         raise CheckpointError(
-            f"{source}: its tokenizer has the id {largest}, and the model has {config.vocab_size} "
-            "rows of embeddings; copy the model again."
+            f"{source}: its tokenizer has the id {largest}, and the model has {rows} rows of "
+            "embeddings; copy the model again."
         )
     tags = ThinkingTags.detect(tokenizer)
     shown = () if tags is None else (tags.open, tags.close)
 
-    tokens = [f"[PAD{row}]" for row in range(config.vocab_size)]
-    types = [int(kinds.UNUSED)] * config.vocab_size
+    tokens = [f"[PAD{row}]" for row in range(rows)]
+    types = [int(kinds.UNUSED)] * rows
     for token, row in vocabulary.items():
-        tokens[row], types[row] = token, int(kinds.NORMAL)
+        if row < rows:
+            tokens[row], types[row] = token, int(kinds.NORMAL)
     for row, token in added.items():
+        if row >= rows:
+            continue
         if token.lstrip or token.rstrip or token.single_word:
             raise _refused(source, f"its token {token.content!r} takes the white space beside it")
         looks_special = token.content.startswith("<|") and token.content.endswith("|>")
@@ -656,13 +669,13 @@ def _rows(source: Source, config: Any, tokenizer: Any) -> tuple[list[str], list[
     return tokens, types
 
 
-def _special(source: Source, tokenizer: Any) -> dict[str, int]:
+def _special(source: Source, config: Any, tokenizer: Any) -> dict[str, int]:
     """Return ids by their role in GGUF.
 
     A response may end with several tokens, and GGUF has three roles for them: the end of the text,
     of the turn and of the message. llama.cpp stops at each.
     """
-    ends = _ends(source, tokenizer)
+    ends = _ends(source, config, tokenizer)
     if tokenizer.eos_token_id in ends:
         ends.remove(tokenizer.eos_token_id)
         ends.insert(0, tokenizer.eos_token_id)
@@ -671,4 +684,7 @@ def _special(source: Source, tokenizer: Any) -> dict[str, int]:
     roles = dict(zip(("eos", "eot", "eom"), ends, strict=False))
     known = {"bos": tokenizer.bos_token_id, "pad": tokenizer.pad_token_id}
     known["unk"] = tokenizer.unk_token_id
-    return roles | {role: token for role, token in known.items() if token is not None}
+    rows = config.vocab_size
+    return roles | {
+        role: token for role, token in known.items() if token is not None and token < rows
+    }

@@ -134,7 +134,7 @@ def interpolate(
     """Write a model whose weights are between those of two models, or beyond one of them.
 
     Every tensor is (1−λ)·θ_ref + λ·θ_al, computed in float32 and stored in its own data type
-    (in float32 where the two differ). λ=0 and λ=1 give the two models' tensors bit for bit. One
+    (in float32 where the two differ). λ=0 and λ=1 give the two models' values bit for bit. One
     file of the reference is in memory at a time; a GGUF file or a PEFT adapter is first written
     as a whole model (the adapter merged into its base). The rest of the folder is copied from the
     reference: configuration, tokenizer, chat template.
@@ -371,12 +371,20 @@ def _paired(
 
 
 def _ends(config: Any) -> tuple[str, str]:
-    """Return the names of the embedding and the head; empty where a model has none."""
+    """Return the names that files have the embedding and the head under; empty if there is none."""
+    from transformers.core_model_loading import revert_weight_conversion
+
     model = skeleton(config)
     modules = {module: name for name, module in model.named_modules()}
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    embedding, head = (f"{modules[end]}.weight" if end in modules else "" for end in ends)
-    return embedding, head
+
+    def stored_name(module: Any) -> str:
+        if module not in modules:
+            return ""
+        # In some families the names in the module differ from those in the file.
+        held = {f"{modules[module]}.weight": module.weight}
+        return str(next(iter(revert_weight_conversion(model, held))))
+
+    return stored_name(model.get_input_embeddings()), stored_name(model.get_output_embeddings())
 
 
 def _equal(one: _Part, other: _Part) -> bool:
