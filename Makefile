@@ -9,9 +9,11 @@ VLLM := .venv-vllm/bin/python
 INSTALL_VLLM := $(VLLM) -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt
 RESULTS := benchmarks/environment.py benchmarks/miniature.py benchmarks/lora_dial.py benchmarks/rollouts.py benchmarks/lambda_change.py benchmarks/dial.py benchmarks/grading.py benchmarks/coverage.py benchmarks/tune.py benchmarks/evaluate.py benchmarks/effort.py benchmarks/preview.py benchmarks/prompts.py
 
+# Whatever Python sees the GPU: .venv may hold torch's build for CPUs.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 COVERED := --cov --cov-report= --cov-fail-under=0
 
-.PHONY: demo test test-full coverage check mutation bench results smollm2 paper-rehearsal real-tokenizers docs docs-cli clean
+.PHONY: demo test test-full coverage check mutation bench gpu results smollm2 paper-rehearsal real-tokenizers docs docs-cli clean
 
 demo: .venv/installed ## Realign the built-in miniature at several λ
 	$(BIN)/flexalign demo --output out/demo
@@ -42,8 +44,11 @@ mutation: .venv/mutation ## Small changes to the mathematics, each of which a te
 	$(BIN)/python tools/mutation.py --jobs $(JOBS)
 
 bench: .venv/installed .venv-vllm/installed ## Each claim's benchmark: ours, the peer, the ratio (hours)
-	set -e; for file in $(filter-out $(RESULTS) benchmarks/vllm.py,$(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$file; done
+	set -e; for file in $(filter-out $(RESULTS) benchmarks/vllm.py benchmarks/gpu.py,$(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$file; done
 	$(VLLM) benchmarks/vllm.py
+
+gpu: ## What a GPU is asked first, in eight minutes; a rehearsal in two without one
+	PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu.py
 
 results: .venv/installed ## Tables and pictures: the miniature, coverage; with FLEXALIGN_DATA grading and two prompts
 	set -e; for file in $(RESULTS); do $(BIN)/python $$file; done

@@ -1,9 +1,10 @@
-"""What the benchmarks share: peak memory of this process, and the machine's facts."""
+"""What the benchmarks share: time and peak memory on a device, and the machine's facts."""
 
 import ctypes
 import gc
 import os
 import platform
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +21,30 @@ def resident(field: str, process: int | str = "self") -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
 
 
+def work_seconds(device: str = "cpu") -> float:
+    """Return a clock of work: CPU time, or on a GPU the wall's, once all that was queued is done."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 @contextmanager
-def peak_growth() -> Iterator[dict[str, float]]:
-    """Fill in ``mib``: how far the resident set rose inside, by the kernel's high-water mark."""
+def peak_growth(device: str = "cpu") -> Iterator[dict[str, float]]:
+    """Fill in ``mib``: how far memory rose inside.
+
+    On a CPU that of the resident set, by the kernel's high-water mark; on a GPU that of torch's
+    allocations.
+    """
     gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        allocated: dict[str, float] = {}
+        yield allocated
+        allocated["mib"] = (torch.cuda.max_memory_allocated() - held) / MIB
+        return
     ctypes.CDLL(None).malloc_trim(0)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark

@@ -44,7 +44,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from _machine import MIB, machine, peak_growth, unique
+from _machine import MIB, machine, peak_growth, unique, work_seconds
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -184,9 +184,12 @@ def moved(parameters: Any) -> None:
             parameter += 0.02 * parameter.std() * torch.randn_like(parameter)
 
 
-def all_methods(dtype: torch.dtype) -> dict[str, Method]:
+def all_methods(
+    dtype: torch.dtype, device: str = "cpu", shape: LlamaConfig = SHAPE
+) -> dict[str, Method]:
     torch.manual_seed(0)
-    base = LlamaForCausalLM(SHAPE).eval().to(dtype)
+    with torch.device(device):
+        base = LlamaForCausalLM(shape).eval().to(dtype)
     aligned = copy.deepcopy(base)
     moved(aligned.parameters())
     inra = InRaModel.create(base)
@@ -195,7 +198,7 @@ def all_methods(dtype: torch.dtype) -> dict[str, Method]:
         nn.init.normal_(layer.self_attn.o_proj.weight, std=0.01)
     passes = TwoPasses(base, inra.adapter, inra.inra_config)
     tokenizer: Any = SimpleNamespace(eos_token_id=None, pad_token_id=0)
-    two = TwoModelDecoder(ModelPair(base, aligned, tokenizer, SHAPE.vocab_size))
+    two = TwoModelDecoder(ModelPair(base, aligned, tokenizer, shape.vocab_size))
 
     def stream(code: int, lam: float) -> Method:
         def generate(tokens: Tensor, **options: Any) -> Any:
@@ -260,11 +263,17 @@ def all_methods(dtype: torch.dtype) -> dict[str, Method]:
 
 @torch.no_grad()
 def measure(
-    methods: dict[str, Method], row: str, rounds: int, prefills: int, new_tokens: int
+    methods: dict[str, Method],
+    row: str,
+    rounds: int,
+    prefills: int,
+    new_tokens: int,
+    device: str = "cpu",
 ) -> dict[str, dict[str, list[float]]]:
     """Let the methods take turns at one row; everything in seconds and MiB."""
     prompt, batch = (int(part) for part in row.split(":")[1:])
-    tokens = torch.randint(3, SHAPE.vocab_size, (batch, prompt))
+    vocabulary = methods["plain"].modules[0].config.vocab_size
+    tokens = torch.randint(3, vocabulary, (batch, prompt), device=device)
     options = {
         "attention_mask": torch.ones_like(tokens),
         "max_new_tokens": new_tokens,
@@ -274,9 +283,10 @@ def measure(
     }
 
     def decode(method: Method, cache: Any) -> tuple[float, float]:
-        start, cpu = time.perf_counter(), time.process_time()
+        cpu, start = work_seconds(device), time.perf_counter()
         written = method.generate(tokens, past_key_values=cache, **options)
-        times = time.perf_counter() - start, time.process_time() - cpu
+        worked = work_seconds(device) - cpu  # on a GPU it waits for what is queued
+        times = time.perf_counter() - start, worked
         assert written.shape == (batch, prompt + new_tokens)
         return times
 
@@ -287,14 +297,16 @@ def measure(
     caches: dict[str, Any] = {}
     for _ in range(prefills):
         for name, method in methods.items():
-            with peak_growth() as grown:
+            with peak_growth(device) as grown:
+                work_seconds(device)
                 start = time.perf_counter()
                 caches[name] = method.prefill(tokens[:, :-1])
+                work_seconds(device)
                 found[name]["prefill"].append(time.perf_counter() - start)
             found[name]["mib"] = [method.weights() / MIB + grown["mib"]]
             found[name]["cache"] = [cache_bytes(caches[name]) / MIB]
     for name, method in methods.items():  # also warms up
-        with peak_growth() as grown:
+        with peak_growth(device) as grown:
             decode(method, copy.deepcopy(caches[name]))
         whole = method.weights() / MIB + grown["mib"]
         found[name]["mib"] = [max(whole, *found[name]["mib"])]

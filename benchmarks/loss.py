@@ -28,15 +28,14 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
-from _machine import MIB, peak_growth, resident
+from _machine import MIB, peak_growth, resident, work_seconds
 from torch import Tensor
-from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from flexalign.fusion import concatenate_hidden, fuse
 from flexalign.losses import fused_divergence
@@ -61,11 +60,14 @@ SHARE_OF_MEMORY = 0.7
 class Inputs:
     """Hidden states and heads of a student and two teachers."""
 
-    def __init__(self, T: int, V: int, H: int) -> None:
+    def __init__(
+        self, T: int, V: int, H: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
         torch.manual_seed(0)
-        self.hidden = [torch.randn(1, T, H) for _ in range(3)]
-        self.heads = [torch.randn(V, H) / H**0.5 for _ in range(3)]
-        self.mask = torch.ones(1, T, dtype=torch.bool)
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.hidden = [torch.randn(1, T, H, **made) for _ in range(3)]
+        self.heads = [torch.randn(V, H, **made) / H**0.5 for _ in range(3)]
+        self.mask = torch.ones(1, T, dtype=torch.bool, device=device)
         self.joined_head = torch.cat([self.heads[1], self.heads[2]], dim=1)
         self.leaves = (self.hidden[0].requires_grad_(), self.heads[0].requires_grad_())
 
@@ -85,12 +87,13 @@ def sides(x: Inputs) -> list[Tensor]:
 
 def teacher_logits(x: Inputs) -> Tensor:
     with torch.no_grad():
-        return fuse(x.hidden[1] @ x.heads[1].mT, x.hidden[2] @ x.heads[2].mT, LAM)
+        sides = ((x.hidden[side] @ x.heads[side].mT).float() for side in (1, 2))
+        return fuse(*sides, LAM)
 
 
 def materialised(x: Inputs) -> Tensor:
     log_t = teacher_logits(x).log_softmax(-1)
-    log_s = (x.hidden[0] @ x.heads[0].mT).log_softmax(-1)
+    log_s = (x.hidden[0] @ x.heads[0].mT).float().log_softmax(-1)
     return (log_s.exp() * (log_s - log_t)).sum(-1).mean()
 
 
@@ -101,11 +104,37 @@ def released(x: Inputs) -> Tensor:
 
 
 def trl(x: Inputs) -> Tensor:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
     joined = concatenate_hidden(x.hidden[1][0], x.hidden[2][0], LAM)
     divergence, _ = ChunkedDivergenceFunction.apply(
         x.hidden[0][0], x.heads[0], None, joined, x.joined_head, None, 1.0
     )
     return divergence.mean()
+
+
+def liger(x: Inputs) -> Tensor:
+    """Liger's kernel in Triton, which needs a GPU; β = 1 is the reverse KL."""
+    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+
+    joined = concatenate_hidden(x.hidden[1][0], x.hidden[2][0], LAM)
+    labels = torch.zeros(len(joined), dtype=torch.long, device=joined.device)
+    kernel = LigerFusedLinearJSD(jsd_beta=1.0)
+    loss: Tensor = kernel(x.hidden[0][0], x.heads[0], joined, x.joined_head, labels)
+    return loss
+
+
+def liger_chunked(x: Inputs) -> Tensor:
+    """Liger's loss over chunks, compiled by torch on a GPU; β = 1 is the reverse KL."""
+    from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
+
+    joined = concatenate_hidden(x.hidden[1][0], x.hidden[2][0], LAM)
+    labels = torch.zeros(len(joined), dtype=torch.long, device=joined.device)
+    kernel = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=joined.is_cuda
+    )
+    loss: Tensor = kernel(x.hidden[0][0], x.heads[0], joined, x.joined_head, labels)
+    return loss
 
 
 METHODS = {
@@ -115,21 +144,27 @@ METHODS = {
     "released": released,
     "trl": trl,
 }
+ON_A_GPU = {
+    **{name: METHODS[name] for name in ("ours", "ours, logged", "materialised", "trl")},
+    "liger": liger,
+    "liger, chunked": liger_chunked,
+}
+"""What `benchmarks/gpu.py` measures, where the packages are installed."""
 
 
 def available() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def measure(method: Callable[[Inputs], Tensor], x: Inputs) -> dict[str, float]:
-    """One run: CPU seconds, MiB above what was there before, the loss."""
+def measure(method: Callable[[Inputs], Tensor], x: Inputs, device: str = "cpu") -> dict[str, float]:
+    """One run: seconds of work, MiB above what was there before, the loss."""
     for leaf in x.leaves:
         leaf.grad = None
-    with peak_growth() as grown:
-        start = time.process_time()
+    with peak_growth(device) as grown:
+        start = work_seconds(device)
         loss = method(x)
         loss.backward()
-        seconds = time.process_time() - start
+        seconds = work_seconds(device) - start
     return {"seconds": seconds, "mib": grown["mib"], "loss": float(loss.detach())}
 
 

@@ -47,6 +47,7 @@ import psutil
 import torch
 from _machine import machine
 from _servers import Server, serving, stream_completion
+from dials import SHAPE, moved
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -54,7 +55,6 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 from flexalign.inra import InRaModel
 from flexalign.miniature import folder
 from flexalign.models.loading import load_model
-from inra import SHAPE, moved
 
 RESULTS = Path(__file__).parent / "results" / "serving.json"
 CLIENTS = (1, 4, 16)

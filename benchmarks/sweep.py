@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 from _machine import machine
+from dials import SHAPE
 from transformers import LlamaForCausalLM
 
 from flexalign.inra import InRaModel
-from inra import SHAPE
 
 LAMS = [-0.5, 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0]
 

@@ -28,8 +28,8 @@ import json
 import multiprocessing
 import os
 import statistics
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -38,10 +38,16 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
-from _machine import MIB, machine, peak_growth
+from _machine import MIB, machine, peak_growth, work_seconds
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from tokenizers import Tokenizer, models
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 from trl.experimental.gkd import GKDConfig, GKDTrainer
@@ -54,7 +60,6 @@ from flexalign.training import TrRaConfig, TrRaTrainer
 from flexalign.training.hidden_cache import Form, identity_of, prepare_documents, write_cache
 
 RESULTS = Path(__file__).parent / "results"
-TOKENS, PROMPT = 256, 64
 LAM = 2.0
 LOGGING_STEPS = 5
 STEPS = 2 * LOGGING_STEPS
@@ -68,23 +73,62 @@ TARGETS = {
 }
 
 
-def write_models(folder: Path, quick: bool) -> None:
-    """A reference, an aligned model near it, and an adapter on the reference with an effect."""
-    if quick:
-        config = AutoConfig.for_model(
-            "llama",
-            vocab_size=49152,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=True,
-        )
-        model = AutoModelForCausalLM.from_config(config)
+TINY = {
+    "vocab_size": 49152,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+"""The model of `--quick`."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every variant trains on.
+
+    Attributes:
+        folder: The models' folder, and that of what is written.
+        tokens: Tokens of a row.
+        prompt: Those of them that are given.
+        device: ``cpu``, in float32, or ``cuda``, in bfloat16 by autocast.
+        vocabulary: Ids of the rows are below it.
+    """
+
+    folder: Path
+    tokens: int = 256
+    prompt: int = 64
+    device: str = "cpu"
+    vocabulary: int = 49000
+
+
+def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of so many words: a pair's logits are cut to what its tokenizer has."""
+    words = models.WordLevel({f"t{token}": token for token in range(size)}, unk_token="t2")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(words), eos_token="t0", pad_token="t1", unk_token="t2"
+    )
+
+
+def write_models(folder: Path, shape: dict[str, Any] | None, tokenizer_of: str | None) -> None:
+    """A reference, an aligned model near it, and an adapter on the reference with an effect.
+
+    Args:
+        folder: Where they are written.
+        shape: Fields of a Llama with random weights; SmolLM2-135M if None.
+        tokenizer_of: The model whose tokenizer goes with them; one of as many words as the shape
+            has tokens if None.
+    """
+    if shape is not None:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape))
     else:
         model = load_model("smollm2", dtype=torch.float32)
-    tokenizer = load_tokenizer("smollm2")
+    if tokenizer_of is not None:
+        tokenizer = load_tokenizer(tokenizer_of)
+    else:
+        tokenizer = word_tokenizer(model.config.vocab_size)
     torch.manual_seed(0)
     model.save_pretrained(folder / "reference")
     tokenizer.save_pretrained(folder / "reference")
@@ -100,27 +144,29 @@ def write_models(folder: Path, quick: bool) -> None:
     tokenizer.save_pretrained(folder / "aligned")
 
 
-def make_rows() -> Dataset:
-    """Rows of random tokens, of which the first `PROMPT` are given; one row for each step."""
+def make_rows(setup: Setup) -> Dataset:
+    """Rows of random tokens, of which the first ones are given; one row for each step."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(10, 49000, (STEPS, TOKENS), generator=generator).tolist()
+    size = (STEPS, setup.tokens)
+    rows = torch.randint(10, setup.vocabulary, size, generator=generator).tolist()
+    given = setup.prompt
     return Dataset.from_list(
-        [{"input_ids": ids, "labels": [-100] * PROMPT + ids[PROMPT:]} for ids in rows]
+        [{"input_ids": ids, "labels": [-100] * given + ids[given:]} for ids in rows]
     )
 
 
-def settings(folder: Path, kind: Any = SFTConfig, **options: Any) -> Any:
+def settings(setup: Setup, kind: Any = SFTConfig, **options: Any) -> Any:
     return kind(
-        output_dir=str(folder / "out"),
+        output_dir=str(setup.folder / "out"),
         max_steps=STEPS,
         per_device_train_batch_size=1,
         learning_rate=1e-5,
-        max_length=TOKENS,
+        max_length=setup.tokens,
         save_strategy="no",
         logging_steps=LOGGING_STEPS,
         report_to="none",
-        use_cpu=True,
-        bf16=False,
+        use_cpu=setup.device == "cpu",
+        bf16=setup.device != "cpu",
         dataloader_pin_memory=False,
         **options,
     )
@@ -130,9 +176,10 @@ def cached(folder: Path) -> dict[str, str]:
     return {"teacher": "cached", "cache_dir": str(folder / "cache")}
 
 
-def make_cache(folder: Path) -> None:
-    rows, tokenizer = make_rows(), load_tokenizer(folder / "reference")
-    args = settings(folder, TrRaConfig)
+def make_cache(setup: Setup) -> None:
+    folder = setup.folder
+    rows, tokenizer = make_rows(setup), load_tokenizer(folder / "reference")
+    args = settings(setup, TrRaConfig)
     config = AutoConfig.from_pretrained(folder / "reference")
     float32 = torch.float32
     form = Form((config.hidden_size,) * 2, config.vocab_size, False, float32, float32)
@@ -147,61 +194,63 @@ def make_cache(folder: Path) -> None:
 
 
 class Clock(TrainerCallback):
-    """CPU seconds of every step and of the optimizer's part in it; it waits for its turn."""
+    """Seconds of every step and of the optimizer's part in it; it waits for its turn."""
 
-    def __init__(self, mine: Any, following: Any) -> None:
-        self.mine, self.following = mine, following
+    def __init__(self, mine: Any, following: Any, device: str) -> None:
+        self.mine, self.following, self.device = mine, following, device
         self.seconds: list[float] = []
         self.optimizer: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.mine.acquire()
-        self._began = time.process_time()
+        self._began = work_seconds(self.device)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._updating = time.process_time()
+        self._updating = work_seconds(self.device)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._updated = time.process_time()
+        self._updated = work_seconds(self.device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds.append(time.process_time() - self._began)
+        self.seconds.append(work_seconds(self.device) - self._began)
         self.optimizer.append(self._updated - self._updating)
         self.following.release()
 
 
-def sft(folder: Path, **options: Any) -> Any:
-    model = load_model(folder / "reference", dtype=torch.float32)
-    tokenizer = load_tokenizer(folder / "reference")
+def sft(setup: Setup, **options: Any) -> Any:
+    model = load_model(setup.folder / "reference", dtype=torch.float32)
+    tokenizer = load_tokenizer(setup.folder / "reference")
     return SFTTrainer(
         model=model,
-        args=settings(folder),
-        train_dataset=make_rows(),
+        args=settings(setup),
+        train_dataset=make_rows(setup),
         processing_class=tokenizer,
         **options,
     )
 
 
-def trra(folder: Path, aligned: str, *, from_cache: bool, **options: Any) -> Any:
+def trra(setup: Setup, aligned: str, *, from_cache: bool, **options: Any) -> Any:
+    folder = setup.folder
     extra = cached(folder) if from_cache else {}
     return TrRaTrainer(
         reference=folder / "reference",
         aligned=folder / aligned,
-        args=settings(folder, TrRaConfig, lam=LAM, chunk_size=CHUNK, **extra),
-        train_dataset=make_rows(),
+        args=settings(setup, TrRaConfig, lam=LAM, chunk_size=CHUNK, **extra),
+        train_dataset=make_rows(setup),
         processing_class=load_tokenizer(folder / "reference"),
         **options,
     )
 
 
-def gkd(folder: Path) -> Any:
+def gkd(setup: Setup) -> Any:
+    folder = setup.folder
     tokenizer = load_tokenizer(folder / "reference")
     return GKDTrainer(
         model=load_model(folder / "reference", dtype=torch.float32),
         teacher_model=load_model(folder / "aligned", dtype=torch.float32),
-        args=settings(folder, GKDConfig, lmbda=0.0, beta=1.0),
+        args=settings(setup, GKDConfig, lmbda=0.0, beta=1.0),
         data_collator=DataCollatorForLanguageModeling(tokenizer.pad_token_id or 0),
-        train_dataset=make_rows(),
+        train_dataset=make_rows(setup),
         processing_class=tokenizer,
     )
 
@@ -210,14 +259,14 @@ def _lora() -> LoraConfig:
     return LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-VARIANTS: dict[str, Callable[[Path], Any]] = {
+VARIANTS: dict[str, Callable[[Setup], Any]] = {
     "SFT": sft,
-    "TrRa online": lambda folder: trra(folder, "aligned", from_cache=False),
-    "TrRa cached": lambda folder: trra(folder, "aligned", from_cache=True),
+    "TrRa online": lambda setup: trra(setup, "aligned", from_cache=False),
+    "TrRa cached": lambda setup: trra(setup, "aligned", from_cache=True),
     "GKD": gkd,
-    "LoRA SFT": lambda folder: sft(folder, peft_config=_lora()),
-    "LoRA TrRa, shared base": lambda folder: trra(
-        folder, "adapter", from_cache=False, peft_config=_lora()
+    "LoRA SFT": lambda setup: sft(setup, peft_config=_lora()),
+    "LoRA TrRa, shared base": lambda setup: trra(
+        setup, "adapter", from_cache=False, peft_config=_lora()
     ),
 }
 
@@ -225,13 +274,13 @@ VARIANTS: dict[str, Callable[[Path], Any]] = {
 Run = dict[str, Any]
 
 
-def run(name: str, folder: Path, threads: int, mine: Any, following: Any, answers: Any) -> None:
+def run(name: str, setup: Setup, threads: int, mine: Any, following: Any, answers: Any) -> None:
     """Load one variant, take its steps in turn, and send their seconds and the peak memory."""
     torch.set_num_threads(threads)
-    clock = Clock(mine, following)
+    clock = Clock(mine, following, setup.device)
     try:
-        with peak_growth() as grown:
-            trainer = VARIANTS[name](folder)
+        with peak_growth(setup.device) as grown:
+            trainer = VARIANTS[name](setup)
             trainer.add_callback(clock)
             trainer.train()
     except BaseException as error:
@@ -248,13 +297,14 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.apply(function, arguments)
 
 
-def measure(folder: Path, threads: int, names: list[str]) -> dict[str, Run]:
+def measure(setup: Setup, threads: int, names: list[str]) -> dict[str, Run]:
     """Let the variants take turns, step by step."""
-    context = multiprocessing.get_context("fork")
+    # A process that is forked cannot use a GPU if something has asked for one before.
+    context = multiprocessing.get_context("fork" if setup.device == "cpu" else "spawn")
     turns = [context.Semaphore(int(place == 0)) for place in range(len(names))]
     answers = context.Queue()
     started = [
-        context.Process(target=run, args=(name, folder, threads, *turn, answers), daemon=True)
+        context.Process(target=run, args=(name, setup, threads, *turn, answers), daemon=True)
         for name, *turn in zip(names, turns, [*turns[1:], turns[0]], strict=True)
     ]
     for process in started:
@@ -292,9 +342,9 @@ def turn_by_turn(one: list[float], other: list[float]) -> list[float]:
     return [a / b for a, b in zip(one, other, strict=True)]
 
 
-def ratios(found: dict[str, Run], vocab_size: int) -> dict[str, float]:
+def ratios(found: dict[str, Run], setup: Setup, vocab_size: int) -> dict[str, float]:
     """The figures that the targets are about."""
-    product = min(CHUNK, TOKENS - PROMPT) * vocab_size * 4 / MIB
+    product = min(CHUNK, setup.tokens - setup.prompt) * vocab_size * 4 / MIB
     work = {name: without_optimizer(run) for name, run in found.items()}
     steps = {name: run["seconds"] for name, run in found.items()}
     values = (
@@ -324,12 +374,14 @@ def table(found: dict[str, Run]) -> list[str]:
     return lines
 
 
-def report(found: dict[str, Run], reached: dict[str, float], facts: dict[str, Any]) -> str:
+def report(
+    found: dict[str, Run], reached: dict[str, float], setup: Setup, facts: dict[str, Any]
+) -> str:
     lines = [
         "# A training step",
         "",
         f"`python benchmarks/training.py`: SmolLM2-135M, float32, {facts['threads']} thread of "
-        f"{facts['cpu']}, torch {facts['torch']}. One row of {TOKENS} tokens in a step, {PROMPT} of "
+        f"{facts['cpu']}, torch {facts['torch']}. One row of {setup.tokens} tokens in a step, {setup.prompt} of "
         f"them the prompt; AdamW, activation checkpointing as TRL sets it, λ = {LAM:g}, reverse "
         f"KL. {STEPS} steps of each variant, in turns, the first left out; one step in "
         f"{LOGGING_STEPS} is logged. Ratios are the medians of those within a turn. Memory is the peak "
@@ -355,17 +407,18 @@ def main() -> None:
     logging.set_verbosity_error()
     disable_progress_bars()
     with TemporaryDirectory() as folder:
-        in_own_process(write_models, Path(folder), arguments.quick)
+        setup = Setup(Path(folder))
+        in_own_process(write_models, setup.folder, TINY if arguments.quick else None, "smollm2")
         if "TrRa cached" in arguments.variants:
-            in_own_process(make_cache, Path(folder))
-        found = measure(Path(folder), arguments.threads, arguments.variants)
+            in_own_process(make_cache, setup)
+        found = measure(setup, arguments.threads, arguments.variants)
         config = json.loads((Path(folder) / "reference" / "config.json").read_text())
     if set(arguments.variants) != set(VARIANTS):
         print("\n".join(table(found)))
         return
-    reached = ratios(found, config["vocab_size"])
+    reached = ratios(found, setup, config["vocab_size"])
     facts = machine() | {"threads": arguments.threads}
-    text = report(found, reached, facts)
+    text = report(found, reached, setup, facts)
     print(text)
     if arguments.quick:
         return

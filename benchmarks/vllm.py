@@ -23,22 +23,16 @@ The LoRA dial's arithmetic is that of the low-rank term: at rank 16, 5.5 % of a 
 """
 
 import argparse
-import contextlib
 import importlib.util
 import json
-import multiprocessing
 import os
-import random
-import shutil
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from _document import put_section
+from _vllm_engines import CLOCKS, RANK, Engine, folders, measure
 
 HERE = Path(__file__).parent
 sys.path[:] = [*(path for path in sys.path if path != str(HERE)), str(HERE)]  # this is not vLLM
@@ -49,128 +43,6 @@ TARGETS = {
     "lora": dict.fromkeys(ROWS[:3], 0.9),
 }
 NAMES = {"plain": "plain", "inra": "InRa", "lora": "LoRA dial"}
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-LAMBDA = 0.5
-PROMPT = 32
-RANK = 16
-
-
-def folders(where: Path, rank: int) -> dict[str, Path]:
-    """Write the plain model and those with a dial."""
-    import torch
-    from dials import SHAPE
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaForCausalLM
-
-    from flexalign.inra import InRaModel
-    from flexalign.miniature import folder
-    from flexalign.serving.vllm.folder import prepare_folder
-
-    torch.manual_seed(0)
-    config = SHAPE
-    config.max_position_embeddings = 4608
-    base = LlamaForCausalLM(config).bfloat16()
-    base.save_pretrained(where / "plain")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(folder("reference") / name, where / "plain")
-    InRaModel.create(where / "plain").save_pretrained(where / "inra-adapter")
-
-    low = LoraConfig(r=rank, target_modules="all-linear", init_lora_weights=False)
-    get_peft_model(base, low).save_pretrained(where / "lora-adapter")
-    return {
-        "plain": where / "plain",
-        "inra": prepare_folder(where / "plain", where / "inra-adapter", where / "inra"),
-        "lora": prepare_folder(where / "plain", where / "lora-adapter", where / "lora"),
-    }
-
-
-class Engine:
-    """An engine in a process of its own, which takes no time while it is not asked."""
-
-    def __init__(self, folder: Path, compiled: bool, clock: str, longest: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, other = context.Pipe()
-        arguments = (other, str(folder), compiled, clock, longest)
-        context.Process(target=_run, args=arguments, daemon=True).start()
-        self._pipe.recv()
-
-    def seconds(self, rows: int, length: int, tokens: int, seed: int) -> float:
-        """Time so many rows of random prompts of that length, and so many new tokens each."""
-        self._pipe.send((rows, length, tokens, seed))
-        found: float = self._pipe.recv()
-        return found
-
-
-def _run(pipe: Any, folder: str, compiled: bool, clock: str, longest: int) -> None:
-    from vllm import LLM
-
-    llm = LLM(
-        folder,
-        dtype="bfloat16",
-        enforce_eager=not compiled,
-        skip_tokenizer_init=True,
-        enable_prefix_caching=False,
-        max_model_len=longest + 256,
-        max_num_batched_tokens=longest + 256,
-        max_num_seqs=32,
-    )
-    pipe.send("ready")
-    with contextlib.suppress(EOFError):  # whoever asked is done
-        while True:
-            pipe.send(_generate(llm, CLOCKS[clock], *pipe.recv()))
-
-
-def _generate(
-    llm: Any, clock: Callable[[], float], rows: int, length: int, tokens: int, seed: int
-) -> float:
-    from vllm import SamplingParams
-    from vllm.inputs import TokensPrompt
-
-    draw = random.Random(seed)
-    prompts = [
-        TokensPrompt(prompt_token_ids=[draw.randrange(49152) for _ in range(length)])
-        for _ in range(rows)
-    ]
-    params = SamplingParams(
-        temperature=0.0,
-        max_tokens=tokens,
-        ignore_eos=True,
-        detokenize=False,
-        extra_args={"lambda": LAMBDA},
-    )
-    began = clock()
-    llm.generate(prompts, params, use_tqdm=False)
-    return clock() - began
-
-
-def seconds(engine: Engine, row: str, new_tokens: int, seed: int) -> float:
-    """Time one row once."""
-    kind, size = row.split(":")
-    if kind == "prefill":
-        return engine.seconds(1, int(size), 1, seed)
-    first = engine.seconds(int(size), PROMPT, 1, seed)
-    return engine.seconds(int(size), PROMPT, 1 + new_tokens, seed) - first
-
-
-def measure(engines: dict[str, Engine], row: str, rounds: int, new_tokens: int) -> dict[str, Any]:
-    """Time a row on both engines, after one round that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in engines}
-    for turn in range(rounds + 1):
-        for name in sorted(engines, reverse=turn % 2 == 0):
-            times[name].append(seconds(engines[name], row, new_tokens, turn))
-    times = {name: found[1:] for name, found in times.items()}
-    kind, size = row.split(":")
-    done = int(size) * (new_tokens if kind == "decode" else 1)
-    found: dict[str, Any] = {"row": row, "rounds": rounds, "dials": {}}
-    found["tokens_per_second"] = {name: done / statistics.median(t) for name, t in times.items()}
-    for name in times.keys() - {"plain"}:
-        pairs = zip(times["plain"], times[name], strict=True)
-        ratios = [plain / dial for plain, dial in pairs]
-        found["dials"][name] = {
-            "ratio": statistics.median(ratios),
-            "range": [min(ratios), max(ratios)],
-        }
-    return found
 
 
 def lines(found: dict[str, Any]) -> list[str]:
@@ -262,10 +134,10 @@ def main() -> None:
         made = folders(Path(where), arguments.rank)
         prompts = [int(size) for _, size in (row.split(":") for row in arguments.rows)]
         longest = max(1024, *prompts)  # 32 prompts of 32 tokens come together
-        engines = {
-            name: Engine(folder, arguments.compiled, arguments.clock, longest)
-            for name, folder in made.items()
-        }
+        engines = {}
+        for name, folder in made.items():
+            engines[name] = Engine(folder, arguments.compiled, arguments.clock, longest)
+            engines[name].wait()
         print("\n".join(HEADER), flush=True)
         for row in arguments.rows:
             found = measure(engines, row, arguments.rounds, arguments.new_tokens)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from flexalign.errors import ConfigError, LambdaError
 from flexalign.lambdas import (
     Adaptive,
+    Exit,
     Fixed,
     LambdaRange,
     Route,
@@ -239,6 +240,13 @@ THINKING_DIAL = {"kind": "thinking", "think": 0.0, "answer": 1.0}
         ("adaptive 0.3", Adaptive(0.3)),
         ("route 0.3", Route(0.3)),
         ("auto", Adaptive()),
+        ("exit", Exit()),
+        ("exit 0.9", Exit(0.9)),
+        ({"policy": "exit"}, Exit(0.95, "answer_probability", "\n\n", 64, 1.0, 0.0)),
+        (
+            {"policy": "exit", "threshold": 0, "marker": ";", "answer_tokens": 9, "fast_lambda": 2},
+            Exit(0.0, marker=";", answer_tokens=9, fast_lambda=2.0),
+        ),
         ({"policy": "adaptive"}, Adaptive()),
         ('{"policy": "adaptive", "threshold": 1}', Adaptive(1.0)),
         (
@@ -290,6 +298,16 @@ def test_forms(given, expected):
             "slow_lambda must be a finite number",
         ),
         (1e39, LambdaError, "finite"),
+        ({"policy": "exit", "makrer": ";"}, ConfigError, "did you mean 'marker'"),
+        ({"policy": "exit", "threshold": -1}, ConfigError, r"exit .* in \[0, 1\], got -1"),
+        ({"policy": "exit", "marker": ""}, ConfigError, "a text that is not empty, got ''"),
+        ({"policy": "exit", "answer_tokens": 0}, ConfigError, "answer_tokens must be a whole"),
+        ({"policy": "exit", "measure": "sure"}, ConfigError, "no measure"),
+        (
+            {"policy": "exit", "slow_lambda": {"kind": "thinking", "think": 0, "answer": 1}},
+            LambdaError,
+            "slow_lambda must be a finite number",
+        ),
         ({"policy": "route"}, ConfigError, "needs a share"),
         ({"policy": "route", "share": float("nan")}, ConfigError, r"in \[0, 1\], got nan"),
         ({"policy": "route", "share": "half"}, ConfigError, r"in \[0, 1\], got 'half'"),
@@ -328,6 +346,9 @@ def test_a_route_goes_the_slow_way_as_often_as_its_share_says():
             "adaptive 0.5 measure=agreement",
         ),
         ({"policy": "route", "share": 0.25}, "route 0.25"),
+        ("exit 0.9", "exit 0.9"),
+        ({"policy": "exit", "marker": ";"}, "exit marker=;"),
+        ({"policy": "exit", "threshold": 0.9, "marker": "\n"}, 'exit 0.9 marker="\\n"'),
     ],
 )
 def test_a_dial_has_one_name(value: object, name: str) -> None:

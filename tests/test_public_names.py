@@ -14,6 +14,7 @@ from flexalign import errors
 SOURCE = Path(flexalign.__file__).parent
 PUBLIC = [
     "Adaptive",
+    "Exit",
     "Fixed",
     "FlexAlignError",
     "InRaConfig",

@@ -25,9 +25,7 @@ def main() -> None:
     for lam in options.lams.split(","):
         folder = options.output / f"lambda={float(lam):g}"
         if not folder.exists():
-            interpolate(
-                options.reference, options.aligned, float(lam), folder, by_id=options.by_id
-            )
+            interpolate(options.reference, options.aligned, float(lam), folder, by_id=options.by_id)
         print(folder)
 
 

@@ -7,10 +7,12 @@ from flexalign.calibration.calibrate import _require_saving
 from flexalign.calibration.cascade import Cascade, fit_thresholds
 from flexalign.calibration.effort import AchievedRatio, Calibration
 from flexalign.calibration.fitting import (
+    describe_deeper,
     describe_loss,
     effort_levels,
     find_holes,
     fit_lambdas,
+    judge_deeper,
     require_saving,
 )
 from flexalign.errors import ConfigError
@@ -187,6 +189,54 @@ def test_between_two_measured_lambdas_the_ratios_of_both_are_mixed():
 
 def test_no_ratio_where_no_question_is_asked_for_tokens():
     assert AchievedRatio.of([3.0, 4.0], [0.0, -1.0]) is None
+
+
+def deeper(gained, tokens=150, margin=0.02):
+    """A dial of λ whose accuracy changes from 0.7 to 0.7 + gained at λ = −0.5."""
+    fixed = {-0.5: answers(tokens, 0.7 + gained), 0.0: answers(100, 0.7), 1.0: answers(20, 0.6)}
+    means = {lam: float(own.tokens.mean()) for lam, own in fixed.items()}
+    made = Calibration(fit_lambdas(means), margin=margin, lambda_range=(-0.5, 1.0))
+    return replace(made, levels=effort_levels(made, None, fixed))
+
+
+@pytest.mark.parametrize(
+    ("gained", "verdict", "end"),
+    [
+        (0.1, "pays", "against effort 100: thinking deeper pays."),
+        (0.005, "costs tokens only", "only, as a gain above 2 points is excluded."),
+        (-0.1, "costs tokens only", "only, as a gain above 2 points is excluded."),
+        (0.0, "costs tokens only", "only, as a gain above 2 points is excluded."),
+    ],
+)
+def test_an_effort_above_100_says_whether_it_pays(gained, verdict, end):
+    calibration = deeper(gained)
+    assert judge_deeper(calibration) == verdict
+    said = describe_deeper(calibration)
+    longer = calibration.levels[-1].metrics.tokens.mean / calibration.levels[4].metrics.tokens.mean
+    assert f"(λ=-0.5) takes {100 * longer - 100:+.1f} % tokens and" in said
+    deep, base = (np.arange(COUNT) < round(share * COUNT) for share in (0.7 + gained, 0.7))
+    low, mean, high = paired_difference_interval(deep, QUESTIONS, base, QUESTIONS)
+    assert f"{100 * mean:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]" in said
+    assert said.endswith(end)
+
+
+def test_a_gain_that_may_be_chance_is_not_decided():
+    fixed = {-0.5: answers(150, 0.7), 0.0: answers(100, 0.7), 1.0: answers(20, 0.6)}
+    swapped = fixed[-0.5].correct.copy()
+    swapped[np.r_[:40, -50:0]] = np.r_[np.zeros(40, bool), np.ones(50, bool)]
+    fixed[-0.5] = Samples(QUESTIONS, swapped, fixed[-0.5].tokens)
+    means = {lam: float(own.tokens.mean()) for lam, own in fixed.items()}
+    made = Calibration(fit_lambdas(means), margin=0.02, lambda_range=(-0.5, 1.0))
+    made = replace(made, levels=effort_levels(made, None, fixed))
+    assert made.levels[-1].accuracy_change.mean == pytest.approx(0.025)
+    assert judge_deeper(made) == "not decided"
+    assert "neither a gain nor its absence (above 2 points) is shown" in describe_deeper(made)
+
+
+def test_without_a_lambda_below_0_nothing_is_said_of_it():
+    calibration = replace(deeper(0.1), lambda_range=(0.0, 1.0))
+    assert describe_deeper(calibration) is None
+    assert describe_deeper(deeper(0.1, tokens=90)).startswith("no measured λ below 0 thinks longer")
 
 
 def right(share, seed=0):

@@ -1,4 +1,5 @@
 import io
+import json
 import signal
 import subprocess
 import sys
@@ -47,6 +48,18 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def told(result: Any) -> list[str]:
     return [line for line in result.stderr.splitlines() if not line.startswith("Loading")]
+
+
+def test_exits_are_streamed_and_told(chat: Callable[..., Any]) -> None:
+    exits = [json.dumps({"policy": "exit", "threshold": at, "marker": ";"}) for at in (0, 1)]
+    result = chat(f"/policy {exits[0]}", "9+3+6?", f"/policy {exits[1]}", "9+3+6?")
+    assert result.exit_code == 0, result.stderr
+    at_once, never = result.stdout.splitlines()
+    assert at_once.count(";") == 1 < never.count(";")
+    _, _, first, _, second = told(result)
+    assert "exit: confidence" in first
+    assert "no exit: last trial answer's confidence" in second
+    assert " rejected)" in second
 
 
 def test_the_dial_turns_in_mid_conversation(chat: Callable[..., Any]) -> None:

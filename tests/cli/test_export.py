@@ -78,3 +78,60 @@ def test_a_folder_that_is_no_dial_and_an_output_that_is_there(
         result = run_cli("export", folder, "--lambda", "1", "--output", output)
         assert result.exit_code == 2
         assert says in result.stderr
+
+
+@pytest.fixture
+def student(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any) -> Path:
+    tiny_model("llama").save_pretrained(tmp_path / "student")
+    tiny_tokenizer.save_pretrained(tmp_path / "student")
+    return tmp_path / "student"
+
+
+def test_a_model_becomes_a_gguf_file_with_a_modelfile_beside_it(
+    run_cli: Any, student: Path, tmp_path: Path
+):
+    pytest.importorskip("gguf", reason="gguf is not installed (flexalign[gguf])")
+    output, beside = tmp_path / "out" / "student.gguf", tmp_path / "out" / "student.Modelfile"
+    command = ("export", "gguf", student, output, "--outtype", "bf16")
+    dry = run_cli(*command, "--dry-run")
+    assert dry.exit_code == 0, dry.stderr
+    assert "nothing is written" in dry.stderr
+    assert not output.parent.exists()
+
+    result = run_cli(*command, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    size = found.pop("bytes")
+    assert found == {
+        "format": "gguf",
+        "output": str(output),
+        "modelfile": str(beside),
+        "outtype": "bf16",
+        "stops": ["<|im_end|>"],
+        "thinking": ["<think>", "</think>"],
+        "dry_run": False,
+    }
+    assert sorted(output.parent.iterdir()) == [beside, output]
+    assert size < output.stat().st_size
+
+    again = run_cli(*command)
+    assert again.exit_code == 2
+    assert "is there already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("miniature:aligned", "WordLevel"),
+        ("miniature:dial", "bake one λ of it"),
+        ("miniature:fast", "bake one λ of it"),
+        ("no/such/folder", "no/such/folder"),
+    ],
+)
+def test_what_cannot_be_gguf_is_one_sentence(run_cli: Any, tmp_path: Path, model: str, says: str):
+    pytest.importorskip("gguf", reason="gguf is not installed (flexalign[gguf])")
+    result = run_cli("export", "gguf", model, tmp_path / "out.gguf")
+    assert result.exit_code == 2
+    assert result.stderr.count("error:") == 1
+    assert says in result.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -92,6 +92,27 @@ def test_a_policy_tells_its_way_and_counts_what_it_rejects(rows: Callable[..., A
     assert ways == {"fast", "slow"}
 
 
+def test_exits_are_told_and_need_no_dial(generate: Any, rows: Callable[..., Any]) -> None:
+    policy = json.dumps({"policy": "exit", "threshold": 1, "marker": ";"})
+    at_once, never = rows(
+        *DIAL, QUESTION, "--policy", policy.replace("1", "0"), "--policy", policy, *SAMPLED
+    )
+    assert (at_once["route"], never["route"]) == ("fast", "slow")
+    assert at_once["response"].count(";") == 1
+    assert at_once["rejected_tokens"] == 0
+    assert 0 < never["rejected_tokens"] == never["tokens"] - count(never["response"])
+    assert never["setting"] == "exit 1 marker=;"
+
+    (plain,) = rows("miniature", QUESTION, "--policy", policy.replace("1", "0.5"), *SAMPLED)
+    assert plain["route"] == "fast"
+    assert plain["confidence"] >= 0.5
+    shown = generate("miniature", QUESTION, "--policy", policy.replace("1", "0.5"), *SAMPLED)
+    assert "exit: confidence" in shown.stdout
+    refused = generate("miniature", QUESTION, "--policy", policy.replace(";", "/"))
+    assert refused.exit_code == 2
+    assert "marker '/' is a piece of the closing tag" in " ".join(refused.stderr.split())
+
+
 def test_a_schedule_is_taken_for_lambda(rows: Callable[..., Any]) -> None:
     schedule = {"kind": "piecewise", "points": [[0, 0.0], [3, 0.0], [3, 1.0]]}
     (row,) = rows(*DIAL, QUESTION, "--lambda", json.dumps(schedule), "--max-new-tokens", 50)

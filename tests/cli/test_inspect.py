@@ -121,6 +121,33 @@ def test_the_miniature_is_compared_with_its_own_aligned_model(run_cli, tmp_path)
     assert facts["difference"]["rows"] == 2
 
 
+@pytest.mark.parametrize("aligned", ["miniature:concise", "miniature:fast"])
+def test_whether_thinking_deeper_pays_is_said_before_anything_is_sampled(
+    aligned, run_cli, tmp_path
+):
+    traces = tmp_path / "traces.jsonl"
+    assert run_cli("miniature", "traces", "--count", "30", "-o", traces).exit_code == 0
+    rows = [json.loads(line) for line in traces.read_text().splitlines()]
+    result = run_cli("inspect", "miniature:reference", aligned, "--diff", traces, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)["difference"]["deeper"]
+    assert found["lambda"] == -0.25
+    assert found["tokens"] == pytest.approx(
+        sum(len(row["completion"][0]["content"].split()) + 1 for row in rows) / len(rows)
+    )
+    assert found["whole"]["accuracy"] is not None
+    shown = run_cli("inspect", "miniature:reference", aligned, "--diff", traces)
+    assert found["sentence"] in shown.stdout
+
+    # Without known answers there is no accuracy, and so no verdict.
+    for row in rows:
+        del row["answer"]
+    traces.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    blind = run_cli("inspect", "miniature:reference", aligned, "--diff", traces, "--json")
+    found = json.loads(blind.stdout)["difference"]["deeper"]
+    assert (found["whole"]["accuracy"], found["verdict"]) == (None, "not decided")
+
+
 def test_what_is_loaded_for_a_difference_is_named(tiny_pair, run_cli, traces):
     result = run_cli("inspect", *tiny_pair, "--diff", traces)
     loaded = [line for line in result.stderr.splitlines() if line.startswith("loading ")]

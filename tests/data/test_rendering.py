@@ -24,7 +24,12 @@ from flexalign.data.rendering import (
     tokenize_preferences,
     tokenize_rows,
 )
-from flexalign.data.template import bare_template, bind_template, template_arguments
+from flexalign.data.template import (
+    bare_template,
+    bind_template,
+    fixed_template,
+    template_arguments,
+)
 from flexalign.data.traces import sampling_record
 from flexalign.errors import ConfigError, DataError
 
@@ -427,3 +432,19 @@ def test_conversations_need_a_template_that_takes_them(tiny_tokenizer) -> None:
     with pytest.raises(DataError, match="no chat template"):
         measure_lengths(_chat("1"), tokenizer, None)
     assert measure_lengths(_plain("1"), tokenizer, None).rows == 1
+
+
+def test_fixed_arguments_are_those_that_no_call_overrides(opening: Any) -> None:
+    assert fixed_template(opening) == OPENING_TEMPLATE
+    bind_template(opening, {"enable_thinking": False, "more": {"a": None, "c": 'say "x"'}})
+    bound = render_chat(opening, [USER], add_generation_prompt=True)
+    opening.chat_template = fixed_template(opening)
+    for given in ({}, {"enable_thinking": True}, {"enable_thinking": False}):
+        assert render_chat(opening, [USER], add_generation_prompt=True, **given) == bound
+    opening.chat_template = {"default": OPENING_TEMPLATE, "tool": OPENING_TEMPLATE}
+    bind_template(opening, {"enable_thinking": False})
+    fixed = fixed_template(opening)
+    assert list(fixed) == ["default", "tool"]
+    assert all("is not defined" not in text.partition("{# end #}")[0] for text in fixed.values())
+    opening.chat_template = None
+    assert fixed_template(opening) is None

@@ -19,11 +19,19 @@ import pytest
 import torch
 import trl
 import yaml
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from flexalign.data.rendering import Rendering
 from flexalign.data.thinking import ThinkingTags
 from flexalign.generation.text import ResponseText, StreamedText
+from flexalign.models.interpolation import interpolate
+from flexalign.models.loading import load_model
 
 pytestmark = pytest.mark.full
 
@@ -174,6 +182,72 @@ def test_the_chain_of_commands_runs(
         for seed in range(8):
             body = {"messages": [QUESTION], "seed": seed, "max_tokens": 24, "lambda": seed / 7}
             assert read_stream(ask(url, {**body, "stream": True})) == read_whole(ask(url, body))
+
+
+DISTILLED = {
+    "<|endoftext|>": "<｜end▁of▁sentence｜>",
+    "<|im_start|>": "<｜User｜>",
+    "<|im_end|>": "<｜Assistant｜>",
+    "<|object_ref_start|>": "<｜begin▁of▁sentence｜>",
+    "<|object_ref_end|>": "<|EOT|>",
+    "<|box_start|>": "<think>",
+    "<|box_end|>": "</think>",
+}
+"""The special tokens of Qwen2.5 that DeepSeek-R1-Distill-Qwen has under other names."""
+
+
+@pytest.fixture
+def distilled(models: Callable[[str], tuple[Path, Path]]) -> tuple[Path, Path]:
+    """Models as wide as Qwen2.5's: one untied with the names of R1-Distill, one tied with Qwen's."""
+    load("qwen3")
+    slow, base = models("qwen3")
+    for path in (slow, base):
+        (path / "chat_template.jinja").unlink(missing_ok=True)
+        state = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+        kept = [token for token in state["added_tokens"] if token["id"] < 151_665]  # Qwen2.5's
+        settings: dict[str, Any] = {"tokenizer_class": "Qwen2Tokenizer", "unk_token": None}
+        settings |= {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+        if path == slow:
+            for token in kept:
+                is_special = token["content"] in ("<|endoftext|>", "<|object_ref_start|>")
+                if token["content"] in DISTILLED:
+                    token |= {"content": DISTILLED[token["content"]], "special": is_special}
+            ends = dict.fromkeys(("eos_token", "pad_token"), DISTILLED["<|endoftext|>"])
+            settings |= {**ends, "tokenizer_class": "LlamaTokenizerFast"}
+        state["added_tokens"] = kept
+        text = json.dumps(state, ensure_ascii=False)
+        (path / "tokenizer.json").write_text(text, encoding="utf-8")
+        (path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    config = Qwen2Config.from_pretrained(slow, tie_word_embeddings=False)
+    Qwen2ForCausalLM(config).save_pretrained(slow)
+    return slow, base
+
+
+def test_a_distilled_model_and_its_base_go_together_by_id(
+    distilled: tuple[Path, Path], run_cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    refused = run_cli("inspect", *distilled)
+    assert refused.exit_code == 2
+    for name, other in DISTILLED.items():
+        assert f"{other!r}" in refused.stdout
+        assert f"{name!r}" in refused.stdout
+    report = json.loads(run_cli("inspect", *distilled, "--by-id", "--json").stdout)
+    assert {one["aligned"]: one["reference"] for one in report["renamed"]} == DISTILLED
+    assert report["vocab_size"] == 151_665
+
+    slow, base = distilled
+    asked = ("2+3?", "--lambda", 0.5, "--max-new-tokens", 4, "--json", "--by-id")
+    answered = run_cli("generate", slow, *asked, "--aligned", base)
+    assert answered.exit_code == 0, answered.stderr
+
+    output = interpolate(slow, base, 0.5, tmp_path / "between", by_id=True)
+    model = AutoModelForCausalLM.from_pretrained(output)
+    one, other = (load_model(path).state_dict() for path in distilled)
+    for name, tensor in model.state_dict().items():
+        expected = (one[name].double() + other[name].double()) / 2
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-6, atol=1e-8)
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert tokenizer.convert_tokens_to_ids("</think>") == 151_649
 
 
 @contextmanager

@@ -6,16 +6,16 @@ from flexalign.systems import System
 
 
 def test_each_kind_takes_its_settings() -> None:
-    asked = unique_settings([0, 2, {"policy": "route", "share": 0.5}])
+    asked = unique_settings([0, 2, "route 0.5", "exit 0.9"])
     by_kind = {
         kind: [s.id for s in settings_of(System("s", kind, ("a", "b")), asked)]
         for kind in ("model", "pair", "interpolate", "url")
     }
     assert by_kind == {
-        "model": ["as it is"],
-        "pair": ["λ=0", "λ=2", "route 0.5"],
+        "model": ["as it is", "exit 0.9"],
+        "pair": ["λ=0", "λ=2", "route 0.5", "exit 0.9"],
         "interpolate": ["λ=0", "λ=2"],
-        "url": ["λ=0", "λ=2", "route 0.5"],
+        "url": ["λ=0", "λ=2", "route 0.5", "exit 0.9"],
     }
     assert [s.id for s in settings_of(System("s", "dial", ("a", "b")), [])] == [
         "λ=0",

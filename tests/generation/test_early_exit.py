@@ -176,7 +176,16 @@ def expected_of(one: Subject, slow: list[Response], policy: Exit, **options: Any
     ]
 
 
-@pytest.mark.parametrize("kind", ["model", "pair", "InRa", "LoRA", "prompts"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "model",
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in ("pair", "InRa", "LoRA", "prompts")
+        ),
+    ],
+)
 def test_exits_are_those_of_the_loop(kind: str):
     """In a batch with a row without the policy, whose response stays what it is."""
     one = subject(kind)
@@ -215,6 +224,7 @@ def test_a_threshold_of_1_thinks_to_the_end_and_0_exits_at_once():
     assert [found.rejected_tokens for found in at_once] == [0] * len(MESSAGES)
 
 
+@pytest.mark.slow
 def test_limits_cut_trials_and_responses():
     """A trial answer of two tokens and its end takes three; a response its limit."""
     one = subject("InRa")
@@ -228,6 +238,7 @@ def test_limits_cut_trials_and_responses():
             assert len(response.token_ids) <= limit
 
 
+@pytest.mark.slow
 def test_penalties_hold_in_the_parts_and_in_the_trials():
     one = subject("InRa")
     logits = LogitsSettings(frequency_penalty=0.3, repetition_penalty=1.1)

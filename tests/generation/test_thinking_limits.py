@@ -14,7 +14,7 @@ from flexalign.generation.penalties import RowPenalties
 from flexalign.generation.responses import generate_responses
 from flexalign.generation.row_lambdas import TagTokens
 from flexalign.generation.thinking_limits import ClosingTokens, ThinkingLimits
-from flexalign.lambdas import Adaptive
+from flexalign.lambdas import Adaptive, Exit
 from flexalign.models.loading import load_model
 
 VOCABULARY = 12
@@ -200,16 +200,19 @@ def test_a_row_is_what_it_is_alone(pair: Any, opening: Any) -> None:
     model = TwoModelDecoder(pair)
     prompts: Any = [
         [{"role": "user", "content": text}]
-        for text in ("1+2=", "the answer is six because one and two", "a", "<think></think>")
+        for text in ("1+2=", "the answer is six because one and two", "a", "<think></think>", "six")
     ]
-    dials: list[Any] = [0.0, 0.5, 2.0, Adaptive(1.0)]
+    exits = Exit(0.0, "answer_probability", " ", answer_tokens=4)
+    dials: list[Any] = [0.0, 0.5, 2.0, Adaptive(1.0), exits]
     options: Any = {
         "max_new_tokens": 20,
         "logits": LogitsSettings(
             thinking_budget=8, end_of_thinking_bias=2.0, repetition_penalty=1.3
         ),
     }
-    together = generate_responses(model, opening, prompts, lam=dials, seeds=[1, 2, 3, 4], **options)
+    together = generate_responses(
+        model, opening, prompts, lam=dials, seeds=[1, 2, 3, 4, 5], **options
+    )
     for number, response in enumerate(together):
         [alone] = generate_responses(
             model, opening, [prompts[number]], lam=[dials[number]], seeds=[number + 1], **options

@@ -77,6 +77,8 @@ def test_vllm_is_asked_for_where_it_is_not(tiny_pair) -> None:
     model = System("m", "model", (str(tiny_pair.reference),))
     with pytest.raises(ConfigError, match=r"needs vllm.*flexalign\[vllm\]"):
         open_backend(model, [], SystemOptions(engine="vllm"))
+    with pytest.raises(ConfigError, match=r"exit 0.9: --engine vllm cannot close a thinking"):
+        open_backend(model, unique_settings(["exit 0.9"]), SystemOptions(engine="vllm"))
     pair = System("p", "pair", tuple(map(str, tiny_pair)))
     with pytest.raises(ConfigError, match="runs plain models"):
         open_backend(pair, [], SystemOptions(engine="vllm"))

@@ -10,6 +10,7 @@ positions. :func:`propose_gate` proposes a gate between noise and difference.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,12 +22,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flexalign._modes import evaluating
+from flexalign.analysis.deeper import DeeperThinking, ScoredTokens, think_deeper
 from flexalign.data.formats import load_traces
 from flexalign.data.rendering import Rendering, bind_as_sampled, split_tokens
 from flexalign.data.tools import tools_of
-from flexalign.errors import DataError
+from flexalign.errors import ConfigError, DataError
 from flexalign.fusion import total_variation
 from flexalign.heads import Head
+from flexalign.inra import InRaModel
 from flexalign.models.adapters import inner_model
 from flexalign.models.compatibility import shared_width, vocabulary_size
 from flexalign.models.pair import SIDES, ModelPair
@@ -42,8 +45,8 @@ _TAIL = 0.01
 """The share of a group's total variation that lies beyond the quantile which bounds the group."""
 
 _CONTEXT_TOKENS = 12
-_COLUMNS = ("row", "position", "variation", "falls", "rises", "falls_reference", "falls_aligned",
-            "rises_reference", "rises_aligned")  # fmt: skip
+_PROBABILITIES = ("falls_reference", "falls_aligned", "rises_reference", "rises_aligned")
+_COLUMNS = ("row", "position", "score", "variation", "falls", "rises", *_PROBABILITIES)
 
 
 def load_rows(
@@ -151,7 +154,7 @@ class Shift:
 
 @dataclass(frozen=True)
 class Difference:
-    """How two models differ on given responses.
+    """How two models, or the two streams of one, differ on given responses.
 
     Attributes:
         rows: Number of responses.
@@ -165,6 +168,8 @@ class Difference:
         falls: The tokens that become rarer, the largest loss first.
         rises: The tokens that become more frequent, the largest gain first.
         shifts: The shifts, the largest sum of total variation first.
+        deeper: What λ < 0 changes, if the reference sampled the responses; None if the models do
+            not differ, or all responses are to one question.
     """
 
     rows: int
@@ -177,20 +182,22 @@ class Difference:
     falls: tuple[TokenChange, ...]
     rises: tuple[TokenChange, ...]
     shifts: tuple[Shift, ...]
+    deeper: DeeperThinking | None
 
     def to_json(self) -> dict[str, Any]:
         """Return all figures by name."""
-        return asdict(self)
+        return asdict(self) | {"deeper": None if self.deeper is None else self.deeper.to_json()}
 
 
 @torch.no_grad()
 def measure_difference(
-    pair: ModelPair,
+    system: ModelPair | InRaModel,
     rows: Sequence[TokenizedRow],
     *,
     batch_size: int = 16,
     chunk_size: int = 256,
     shown: int = 10,
+    right: Sequence[bool] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Difference:
     """Measure how a pair differs on given responses.
@@ -198,26 +205,36 @@ def measure_difference(
     Both models score every row once. Logits exist for one chunk of tokens at a time.
 
     Args:
-        pair: The two models.
+        system: Two models, or one model with the two streams of its adapter.
         rows: Prompts and responses, as `flexalign.data.split_tokens` or
             :func:`load_prompted_rows` returns them.
         batch_size: Rows scored together.
         chunk_size: Tokens whose logits exist at one time.
         shown: Maximal number of falling tokens, of rising tokens, and of shifts.
+        right: Whether the answer of each response is right; None if that is not known.
         progress: Called after each batch with (rows done, rows in all).
 
     Raises:
+        ConfigError: If the tokenizer of an adapter's base is not known.
         DataError: If the rows have no response tokens.
     """
     if not any(row[1] for row in rows):
         raise DataError("the traces have no response tokens to compare the two models on.")
 
+    if not isinstance(system, InRaModel):
+        pair = system
+    elif system.tokenizer is None:
+        raise ConfigError(
+            "the adapter's base was given as a module, and its tokenizer is not known; load it by name."
+        )
+    else:
+        pair = one_model_pair(system.base, system.tokenizer)
+
     # Per model, the sum of the probabilities of each token over all positions.
     masses = torch.zeros(2, pair.vocab_size, dtype=torch.float64)
-    device = next(pair.reference.parameters()).device
-    with evaluating(pair.reference), evaluating(pair.aligned):
+    with scoring(system) as (hidden, _, device):
         chunks = score_responses(
-            pair_hidden(pair),
+            hidden,
             pair.heads,
             rows,
             device=device,
@@ -225,7 +242,7 @@ def measure_difference(
             chunk_size=chunk_size,
             progress=progress,
         )
-        parts = [_compare(*chunk, masses) for chunk in chunks]
+        parts = [_compare(*chunk, rows, masses) for chunk in chunks]
 
     table = dict(zip(_COLUMNS, np.concatenate(parts, axis=1), strict=True))
     gate, noise, separation = propose_gate(table["variation"])
@@ -241,11 +258,16 @@ def measure_difference(
         falls=_changes(masses, len(above), pair.tokenizer, shown, sign=-1),
         rises=_changes(masses, len(above), pair.tokenizer, shown, sign=1),
         shifts=_shifts({key: column[above] for key, column in table.items()}, rows, pair, shown),
+        deeper=_deeper(table, above, rows, pair, right),
     )
 
 
 def _compare(
-    reference: Tensor, aligned: Tensor, where: Tensor, masses: Tensor
+    reference: Tensor,
+    aligned: Tensor,
+    where: Tensor,
+    rows: Sequence[TokenizedRow],
+    masses: Tensor,
 ) -> NDArray[np.float64]:
     """Compare both models' logits, (N, V), at a chunk of positions.
 
@@ -253,10 +275,11 @@ def _compare(
         reference: The reference's logits.
         aligned: The aligned model's logits.
         where: Row and position of the tokens that they predict, (2, N).
+        rows: All rows.
         masses: Sums of the probabilities of each token, (2, V). Those of the chunk are added.
 
     Returns:
-        The columns of `_COLUMNS`, (9, N).
+        The columns of `_COLUMNS`, (10, N).
     """
     variation = total_variation(reference, aligned)
     before, after = reference.float().softmax(-1), aligned.float().softmax(-1)
@@ -267,12 +290,63 @@ def _compare(
     falls, rises = change.argmin(-1, keepdim=True), change.argmax(-1, keepdim=True)
     columns = [
         *where,
+        _scores(reference, aligned, where, rows),
         variation,
         falls[:, 0],
         rises[:, 0],
         *(model.gather(-1, token)[:, 0] for token in (falls, rises) for model in (before, after)),
     ]
     return torch.stack([column.double() for column in columns]).numpy()
+
+
+def _scores(
+    reference: Tensor, aligned: Tensor, where: Tensor, rows: Sequence[TokenizedRow]
+) -> Tensor:
+    """Return the score of each token (see `flexalign.analysis.deeper`), (N,); as `_compare`."""
+    before, after = reference.float().log_softmax(-1), aligned.float().log_softmax(-1)
+    mass = before.exp()
+    # A token of no probability adds nothing, whatever the ratio.
+    ratio = (after - before).where(mass > 0, 0.0)
+    written = torch.tensor([_token(rows[row], position) for row, position in where.T.tolist()])
+    return ratio.gather(-1, written[:, None])[:, 0] - (mass * ratio).sum(-1)
+
+
+def _token(row: TokenizedRow, position: int) -> int:
+    """Return the token at a position of a prompt and its response."""
+    start = len(row[0])
+    return row[0][position] if position < start else row[1][position - start]
+
+
+def _deeper(
+    table: dict[str, NDArray[np.float64]],
+    above: NDArray[np.bool_],
+    rows: Sequence[TokenizedRow],
+    pair: ModelPair,
+    right: Sequence[bool] | None,
+) -> DeeperThinking | None:
+    """Return what λ < 0 changes; arguments as in `measure_difference` and `_shifts`."""
+    row = table["row"].astype(np.int64)
+    ends = np.array([len(one[0]) + len(one[1]) for one in rows])
+    code = table["falls"] * pair.vocab_size + table["rises"]
+    codes, group = np.unique(code, return_inverse=True)
+
+    def name(shift: int) -> tuple[str, str]:
+        falls, rises = divmod(int(codes[shift]), pair.vocab_size)
+        return _text(pair.tokenizer, [falls]), _text(pair.tokenizer, [rises])
+
+    return think_deeper(
+        ScoredTokens(
+            row=row,
+            left=ends[row] - table["position"].astype(np.int64),
+            score=table["score"],
+            variation=table["variation"],
+            shift=np.where(above, group, -1),
+        ),
+        [len(one[1]) for one in rows],
+        [tuple(one[0]) for one in rows],
+        name,
+        right,
+    )
 
 
 def _changes(
@@ -319,7 +393,7 @@ def _shifts(
                 rises=_text(pair.tokenizer, [int(members["rises"][0])]),
                 positions=len(members["row"]),
                 context=_text(pair.tokenizer, before),
-                **{key: float(members[key].mean()) for key in ("variation", *_COLUMNS[5:])},
+                **{key: float(members[key].mean()) for key in ("variation", *_PROBABILITIES)},
             )
         )
     return tuple(found)
@@ -377,7 +451,7 @@ def _weighted_quantile(ordered: NDArray[np.float64], share: float) -> float:
     return float(ordered[int(np.searchsorted(sums, share * sums[-1]))])
 
 
-def pair_hidden(pair: ModelPair) -> Callable[..., list[Tensor]]:
+def _pair_hidden(pair: ModelPair) -> Callable[..., list[Tensor]]:
     """Return a function that returns both sides' final hidden states.
 
     It takes the reference's inputs, and as ``aligned`` those of the aligned side if they differ.
@@ -388,6 +462,25 @@ def pair_hidden(pair: ModelPair) -> Callable[..., list[Tensor]]:
         return [pair.hidden(side, **own[side]) for side in SIDES]
 
     return hidden
+
+
+@contextmanager
+def scoring(
+    system: ModelPair | InRaModel,
+) -> Iterator[tuple[Callable[..., Sequence[Tensor]], Sequence[Head], torch.device]]:
+    """Yield a function that returns both models' hidden states, their heads and their device.
+
+    Args:
+        system: Two models, or one model with the two streams of its adapter.
+    """
+    if isinstance(system, InRaModel):
+        with evaluating(system):
+            yield system.stream_hidden, (system.head, system.head), system.device
+        return
+
+    pair = system
+    with evaluating(pair.reference), evaluating(pair.aligned):
+        yield _pair_hidden(pair), pair.heads, next(pair.reference.parameters()).device
 
 
 def score_responses(

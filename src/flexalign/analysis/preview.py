@@ -6,8 +6,7 @@ likeliest token is among the likeliest tokens of neither model. The first grows 
 start. The second shows extrapolated noise.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexalign._modes import evaluating
 from flexalign._storage import write_json
 from flexalign.analysis.difference import (
     TokenizedRow,
     load_prompted_rows,
     load_rows,
     one_model_pair,
-    pair_hidden,
     score_responses,
+    scoring,
 )
 from flexalign.errors import ConfigError, DataError
 from flexalign.fusion import as_lambda, fuse
-from flexalign.heads import Head
 from flexalign.inra import InRaModel
 from flexalign.lora_dial import LoRADialConfig
 from flexalign.models.compatibility import examine_pair
@@ -169,7 +166,7 @@ def preview(
         raise ConfigError("a preview needs at least one λ.")
 
     sums, count = torch.zeros(len(ordered), 3, dtype=torch.float64), 0
-    with _scoring(system) as (hidden, heads, device):
+    with scoring(system) as (hidden, heads, device):
         for reference, aligned, _ in score_responses(
             hidden,
             heads,
@@ -217,21 +214,6 @@ def _draw(found: Preview, path: Path) -> None:
     right.plot(lams, [100 * row.outside for row in found.rows], color="C3")
     right.set_ylabel(f"top choice outside both top {found.top_k}, %", color="C3")
     figure.savefig(path, dpi=150)
-
-
-@contextmanager
-def _scoring(
-    system: ModelPair | InRaModel,
-) -> Iterator[tuple[Callable[..., Sequence[Tensor]], Sequence[Head], torch.device]]:
-    """Yield a function that returns both models' hidden states, their heads and their device."""
-    if isinstance(system, InRaModel):
-        with evaluating(system):
-            yield system.stream_hidden, (system.head, system.head), system.device
-        return
-
-    pair = system
-    with evaluating(pair.reference), evaluating(pair.aligned):
-        yield pair_hidden(pair), pair.heads, next(pair.reference.parameters()).device
 
 
 def _likeliest(logits: Tensor, k: int) -> Tensor:

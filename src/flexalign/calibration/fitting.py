@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import isotonic_regression
 
+from flexalign.analysis.deeper import Verdict
 from flexalign.calibration.cascade import Cascade
 from flexalign.calibration.effort import (
     REFERENCE_EFFORT,
@@ -274,4 +275,61 @@ def describe_loss(calibration: Calibration) -> str | None:
         f"{-100 * change:.1f} points [{-100 * high:.1f}, {-100 * low:.1f}]: train "
         "the adapter further or on better answers before you use this dial, or accept the loss "
         "with a larger --margin."
+    )
+
+
+def judge_deeper(calibration: Calibration) -> Verdict | None:
+    """Decide whether the largest effort above 100 pays, by its accuracy against effort 100.
+
+    ``pays``: the whole interval is above 0. ``costs tokens only``: a gain of more than the margin
+    is excluded.
+
+    Args:
+        calibration: A calibration with levels and a margin.
+
+    Returns:
+        The verdict; None if no effort above 100 is calibrated.
+    """
+    level = calibration.levels[-1] if calibration.levels else None
+    if level is None or level.effort <= REFERENCE_EFFORT:
+        return None
+    if level.accuracy_change.low > 0:
+        return "pays"
+    return (
+        "costs tokens only" if level.accuracy_change.high <= calibration.margin else "not decided"
+    )
+
+
+def describe_deeper(calibration: Calibration) -> str | None:
+    """Say in one sentence what the efforts above 100 are worth.
+
+    Args:
+        calibration: A calibration with levels and a margin.
+
+    Returns:
+        The sentence, with the largest effort's tokens and accuracy against effort 100; None if λ
+        is nowhere below 0.
+    """
+    if calibration.lambda_range[0] >= 0 or not calibration.levels:
+        return None
+    verdict = judge_deeper(calibration)
+    if verdict is None:
+        return "no measured λ below 0 thinks longer than λ = 0, so there is no effort above 100."
+
+    level = calibration.levels[-1]
+    (reference,) = (one for one in calibration.levels if one.effort == REFERENCE_EFFORT)
+    low, change, high = (100 * end for end in level.accuracy_change)
+    longer = 100 * (level.metrics.tokens.mean / reference.metrics.tokens.mean - 1)
+    margin = f"{100 * calibration.margin:g} points"
+    ends: dict[Verdict, str] = {
+        "pays": "thinking deeper pays.",
+        "costs tokens only": (
+            f"thinking deeper costs tokens only, as a gain above {margin} is excluded."
+        ),
+        "not decided": f"neither a gain nor its absence (above {margin}) is shown; ask more questions.",
+    }
+    return (
+        f"effort {level.effort:.4g} ({level.setting}) takes {longer:+.1f} % tokens and changes the "
+        f"accuracy by {change:+.1f} points [{low:+.1f}, {high:+.1f}] against effort "
+        f"{REFERENCE_EFFORT:g}: {ends[verdict]}"
     )

@@ -237,6 +237,7 @@ def _run(plan: "CalibrationPlan", output: Path | None, workers: int) -> "Calibra
 
 
 def _show(calibration: "Calibration") -> None:
+    from flexalign.calibration.fitting import describe_deeper
     from flexalign.lambdas import LAMBDA_LEGEND
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -275,6 +276,9 @@ def _show(calibration: "Calibration") -> None:
         result_console.print(
             f"skipped: λ between {low:g} and {high:g}, less accurate than at both ends."
         )
+    deeper = describe_deeper(calibration)
+    if deeper is not None:
+        result_console.print(deeper, markup=False, soft_wrap=True)
     if calibration.threshold is not None:
         result_console.print(
             f"the adapter's own threshold: {calibration.threshold:.3g} (a policy without one)."

@@ -28,7 +28,7 @@ from flexalign.cli.options import (
 from flexalign.errors import ConfigError, FlexAlignError
 
 if TYPE_CHECKING:
-    from flexalign.analysis.difference import Difference, TokenChange
+    from flexalign.analysis.difference import Difference, TokenChange, TokenizedRow
     from flexalign.models.compatibility import ModelFacts, PairFacts
     from flexalign.models.prompted import PromptPair
 
@@ -40,7 +40,9 @@ def inspect(
     ],
     aligned: Annotated[
         str | None,
-        typer.Argument(help="The aligned model, or a PEFT adapter on the reference."),
+        typer.Argument(
+            help="The aligned model, or a PEFT adapter or (with --diff) an InRa adapter on the reference."
+        ),
     ] = None,
     reference_prompt: ReferencePrompt = None,
     aligned_prompt: AlignedPrompt = None,
@@ -97,6 +99,11 @@ def inspect(
         aligned = aligned_beside(model)
         if aligned is None:
             raise ConfigError("--diff compares two models; name the aligned one too.")
+
+    if diff is not None and aligned is not None and (folder := _inra_folder(aligned)) is not None:
+        loading = {**options, "allow_pickle": allow_pickle}
+        _inspect_adapter(model, folder, diff, limit, batch_size, loading, as_json=as_json)
+        return
 
     names = [model] if aligned is None else [model, aligned]
     _say_slow_parts(names)
@@ -179,13 +186,77 @@ def _measure(
     from flexalign.models.pair import ModelPair
 
     rows = load_rows(path, facts.tokenizer, limit)
+    right = _grade(path, rows, facts.tokenizer, limit)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report has said it all
         pair = ModelPair.load_examined(facts, say=say, **loading)
     with progress_bar("reading with both models", len(rows)) as show:
         return measure_difference(
-            pair, rows, batch_size=batch_size, progress=lambda done, _: show(done)
+            pair, rows, batch_size=batch_size, right=right, progress=lambda done, _: show(done)
         )
+
+
+def _inra_folder(name: str) -> Path | None:
+    """Return the folder of an InRa adapter; None if the name is of something else."""
+    from flexalign.models.sources import resolve_adapter
+
+    try:
+        folder = resolve_adapter(name)
+    except ConfigError:
+        return None
+    return folder if (folder / "inra_config.json").is_file() else None
+
+
+def _inspect_adapter(
+    model: str,
+    adapter: Path,
+    diff: Path,
+    limit: int,
+    batch_size: int,
+    loading: dict[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    """Show the base of an InRa adapter, and, on responses, what the adapter turns."""
+    from flexalign.analysis.difference import load_rows, measure_difference
+    from flexalign.inra import InRaModel
+    from flexalign.models.compatibility import examine
+
+    _say_slow_parts([model])
+    trusted = loading["trust_remote_code"]
+    facts = examine(model, dtype=loading["dtype"], trust_remote_code=trusted)
+    rows = load_rows(diff, facts.tokenizer, limit)
+    right = _grade(diff, rows, facts.tokenizer, limit)
+    if not as_json:
+        _show_models(facts)
+    say(f"loading {facts.name}, {facts.gib:.3g} GiB")
+    dial = InRaModel.from_pretrained(model, adapter, **loading)
+    with progress_bar("reading with both streams", len(rows)) as show:
+        difference = measure_difference(
+            dial, rows, batch_size=batch_size, right=right, progress=lambda done, _: show(done)
+        )
+    if as_json:
+        print_json(facts.to_json() | {"difference": difference.to_json()})
+    else:
+        _show_difference(difference)
+
+
+def _grade(path: Path, rows: "list[TokenizedRow]", tokenizer: Any, limit: int) -> list[bool] | None:
+    """Return whether each response is right; None if one of them has no known answer."""
+    from flexalign.data.formats import load_traces
+    from flexalign.evaluation.grading import Answered, Grader
+    from flexalign.generation.text import ResponseText
+
+    given = load_traces(path)
+    if "answer" not in given.column_names or None in (golds := given["answer"][:limit]):
+        return None
+    reader = ResponseText(tokenizer)
+    answered = [
+        Answered(reader.read(row[1]), gold, opened=reader.is_opened_by(row[0]))
+        for row, gold in zip(rows, golds, strict=True)
+    ]
+    with Grader(tags=reader.tags) as grader:
+        return [grade.correct for grade in grader.grade_many(answered)]
 
 
 def _inspect_prompts(
@@ -232,11 +303,12 @@ def _inspect_prompts(
     difference = None
     if diff is not None:
         rows = load_prompted_rows(diff, rendering, limit)
+        right = _grade(diff, rows, rendering.tokenizers["reference"], limit)
         say(f"loading {facts.name}, {facts.gib:.3g} GiB")
         pair = one_model_pair(load_model(model, **loading), rendering.tokenizers["reference"])
         with progress_bar("reading under both prompts", len(rows)) as show:
             difference = measure_difference(
-                pair, rows, batch_size=batch_size, progress=lambda done, _: show(done)
+                pair, rows, batch_size=batch_size, right=right, progress=lambda done, _: show(done)
             )
 
     if as_json:
@@ -290,6 +362,8 @@ def _show_difference(found: "Difference") -> None:
         result_console.print(
             "note: difference and noise pass into each other; a gate cuts somewhere between."
         )
+    if found.deeper is not None:
+        result_console.print(found.deeper.sentence, markup=False, soft_wrap=True)
 
     _show_changes("becomes rarer", found.falls)
     _show_changes("becomes more frequent", found.rises)

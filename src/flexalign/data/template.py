@@ -114,6 +114,27 @@ def bare_template(tokenizer: "PreTrainedTokenizerBase") -> Any:
     return None if template is None else _HEADER.sub("", template, count=1)
 
 
+def fixed_template(tokenizer: "PreTrainedTokenizerBase") -> Any:
+    """Return the chat template with its bound arguments fixed: a call cannot override them.
+
+    It is for engines that give arguments of their own with every call, as llama.cpp gives
+    ``enable_thinking``.
+
+    Returns:
+        As in `bare_template`.
+    """
+
+    def fix(text: str) -> str:
+        for name, value in template_arguments(tokenizer).items():
+            text = text.replace(_default(name, value), _assignment(name, value), 1)
+        return text
+
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        return {name: fix(text) for name, text in template.items()}
+    return None if template is None else fix(template)
+
+
 def template_arguments(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """Return the arguments that are bound to a tokenizer's chat template, by name."""
     return dict(_bound(tokenizer).get("arguments", {}))
@@ -183,11 +204,17 @@ def _header(arguments: Mapping[str, Any], thinking: tuple[str, str] | None) -> s
         ) from None
 
     told = told.replace("#", "\\u0023")  # '#}' in a value would end the comment
-    statements = "".join(
-        f"{{% if {name} is not defined %}}{{% set {name} = {_literal(value)} %}}{{% endif %}}"
-        for name, value in sorted(arguments.items())
-    )
+    statements = "".join(_default(name, value) for name, value in sorted(arguments.items()))
     return f"{{# flexalign: {told} #}}{statements}{{# end #}}\n"
+
+
+def _default(name: str, value: Any) -> str:
+    """Write the statement that gives an argument its value where a call gives none."""
+    return f"{{% if {name} is not defined %}}{_assignment(name, value)}{{% endif %}}"
+
+
+def _assignment(name: str, value: Any) -> str:
+    return f"{{% set {name} = {_literal(value)} %}}"
 
 
 def _literal(value: Any) -> str:

@@ -34,7 +34,7 @@ from flexalign.errors import ConfigError
 from flexalign.generation import TwoModelDecoder, TwoPromptDecoder
 from flexalign.generation.adapted import BasedModel
 from flexalign.generation.fused import positions_of
-from flexalign.lambdas import Fixed, Policy, Setting
+from flexalign.lambdas import Exit, Fixed, Policy, Setting
 from flexalign.models.loading import fingerprint
 from flexalign.models.prompted import PromptPair, TwoPrompts, require_context
 from flexalign.systems import LocalBackend, System, SystemOptions
@@ -431,7 +431,13 @@ def _read_setting(
             f"{name}= needs a dial: adapter=… or aligned=… beside pretrained=…, or the model's own "
             "aligned_system=…."
         )
-    return Setting.of(next(iter(given.values()))) if given else None
+    setting = Setting.of(next(iter(given.values()))) if given else None
+    if setting is not None and isinstance(setting.dial, Exit):
+        raise ConfigError(
+            f"{setting.id}: exits are not available in lm-eval, whose stop texts count from the "
+            "prompt; take an adaptive policy, or flexalign evaluate."
+        )
+    return setting
 
 
 _INSTEAD = {

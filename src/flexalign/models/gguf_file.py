@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flexalign._storage import flush, free_bytes, replacing, write_text
 from flexalign.data.rendering import stop_ids
+from flexalign.data.template import fixed_template
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
 from flexalign.models.hub import as_size, fetch_weights
@@ -94,7 +95,7 @@ _DEEPSEEK = (
     "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+"
     "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
 )
-_SPLITS = {
+_SPLITS: dict[tuple[tuple[str | None, ...], bool], str] = {
     ((_LLAMA3,), True): "llama-bpe",
     ((_LLAMA3,), False): "dbrx",
     ((_QWEN2,), False): "qwen2",
@@ -236,7 +237,9 @@ class GGUFExport:
             self._announce(writer, "rope_freqs.weight", tuple(factors.shape), "f32")
 
         with replacing(self.modelfile) as beside, replacing(self.output) as partial:
-            text = modelfile(self.output.name, self.tokenizer, self.stops, self.vocabulary.begins)
+            text = modelfile(
+                self.output.name, self.tokenizer, self.stops, adds_bos=self.vocabulary.begins
+            )
             try:
                 writer.write_header_to_file(partial)
                 writer.write_kv_data_to_file()
@@ -333,7 +336,7 @@ class GGUFExport:
         writer.add_add_bos_token(vocabulary.begins)
         writer.add_add_eos_token(vocabulary.ends)
 
-        template = self.tokenizer.chat_template
+        template = fixed_template(self.tokenizer)
         if isinstance(template, dict):
             template = [{"name": name, "template": text} for name, text in template.items()]
         if template:
@@ -443,7 +446,8 @@ def _rope_factors(config: Any) -> Tensor | None:
     width = _head_width(config)
     steps = torch.arange(0, width, 2, dtype=torch.float32) / width
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    return rope["rope_theta"] ** -steps / scaled
+    factors: Tensor = rope["rope_theta"] ** -steps / scaled
+    return factors
 
 
 def _head_width(config: Any) -> int:

@@ -133,8 +133,7 @@ def parse_system(text: str) -> System:
         raise ConfigError(
             f"{text!r} is no system; write model:PATH, dial:BASE,ADAPTER, lora:BASE,ADAPTER, "
             "pair:REF,ALIGNED, prompts:MODEL, interpolate:REF,ALIGNED or url:http://…, with name= in "
-            "front if you like"
-            + (f" (such as model:{text})." if ":" not in text else ".")
+            "front if you like" + (f" (such as model:{text})." if ":" not in text else ".")
         )
     kind, rest = match["kind"], match["rest"]
 

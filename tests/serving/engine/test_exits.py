@@ -18,6 +18,7 @@ from flexalign.systems.dials import load_dial
 
 QUESTIONS = [[{"role": "user", "content": one.text}] for one in make_questions(5, 20_000)]
 LIMIT = 140
+KINDS = ("pair", "LoRA", "InRa")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,9 @@ def job_of(tokenizer: Any, place: int, dial: Any, **more: Any) -> Job:
     return Job(tuple(ids), dial, LIMIT, **settings)
 
 
-@pytest.mark.parametrize("kind", ["model", "pair", "LoRA", "InRa"])
+@pytest.mark.parametrize(
+    "kind", ["model", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS)]
+)
 def test_each_answer_is_the_librarys(
     kind: str, engine: Callable[..., Engine], write: Any, tokenizer: Any
 ):
@@ -58,7 +61,7 @@ def test_each_answer_is_the_librarys(
     ]
     other = None if kind == "model" else Fixed(0.0)
     cases = [(place, policy) for policy in policies for place in range(len(QUESTIONS))]
-    cases = [one for case in cases for one in (case, (case[0], other))][:24]
+    cases = [one for case in cases for one in (case, (case[0], other))][:14]
     jobs = [job_of(tokenizer, place, dial) for place, dial in cases]
     answers = write(engine(runner, tokenizer=tokenizer, rows=5), jobs)
     routes = set()

@@ -218,6 +218,7 @@ def test_a_schedule_reaches_the_engine_as_text_beside_what_else_it_is_told(folde
         ({"lambda": "auto", "n": 2}, "n"),
         ({"lambda": "auto", "tools": [{"type": "function"}]}, "tools"),
         ({"lambda": {"policy": "route", "share": 0.5}, "n": 2}, "n"),
+        ({"lambda": {"policy": "exit"}}, "lambda"),
     ],
 )
 def test_what_would_not_arrive_is_refused(folder: Path, body: Any, param: str):
