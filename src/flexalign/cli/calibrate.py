@@ -125,7 +125,7 @@ def calibrate(
     [cyan]flexalign calibrate miniature --adapter miniature:fast --task miniature
     --save-to out/fast[/cyan]
 
-    [cyan]flexalign generate miniature '3+14+15?' --adapter out/fast --effort 50[/cyan]
+    [cyan]flexalign generate miniature '9+3+6?' --adapter out/fast --effort 50[/cyan]
 
     Your own, with samples kept so that a broken run goes on:
 
