@@ -97,7 +97,12 @@ def print_json(value: Any) -> None:
 
 
 def say_instruction(instruction: str | None, tasks: "Sequence[Task]") -> None:
-    """Print the instruction after each question if it is the task's default: answers depend on it."""
+    """Print the instruction after each question if it is the task's default: answers depend on it.
+
+    A note follows for each task whose known answers are words that nothing asks to put in a box.
+    """
+    from flexalign.evaluation.tasks import words_warning
+
     texts = {task.instruction for task in tasks if task.instruction}
     if instruction is None:
         for text in sorted(texts):
@@ -106,6 +111,8 @@ def say_instruction(instruction: str | None, tasks: "Sequence[Task]") -> None:
                 markup=False,
                 soft_wrap=True,
             )
+    for warning in filter(None, map(words_warning, tasks)):
+        note(warning)
 
 
 @contextmanager
