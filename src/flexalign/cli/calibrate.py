@@ -38,7 +38,6 @@ from flexalign.cli.options import (
     read_range,
 )
 from flexalign.cli.training import planned_push
-
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:

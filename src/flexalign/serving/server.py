@@ -40,7 +40,6 @@ from flexalign.serving.service import ServedModel, Service
 from flexalign.systems import LocalBackend, System, SystemOptions
 from flexalign.systems.open import require_two_models
 
-
 _PROMPTS_EFFORT = f"{EFFORT_OF_PROMPTS}, and give lambda."
 _PAIR_EFFORT = "two models have no effort; choose a λ with flexalign tune pair:REFERENCE,ALIGNED, and give lambda."
 """Why a server of two prompts, or of two models, refuses an effort."""
