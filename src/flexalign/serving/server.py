@@ -175,7 +175,8 @@ def _open(options: ServeOptions) -> tuple[Runner, Any, ThinkingTags | None, Dial
     rules = adapter_rules(settings, options.lambda_range)
     model = backend.load()
     # The model would warn of a λ outside its own range, but the operator's range decides.
-    model.dial_config = replace(settings, lambda_range=rules.lambda_range)
+    permitted = settings.widened(rules.lambda_range)
+    model.dial_config = replace(permitted, lambda_range=rules.lambda_range)
     is_lora = isinstance(model, LoRADial)
     runner = LoRARunner(model) if is_lora else InRaRunner(model, options.gate)
     return runner, tokenizer, settings.tags, rules
