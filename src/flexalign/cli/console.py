@@ -185,7 +185,6 @@ def hide_library_warnings() -> None:
 def quieten_libraries() -> None:
     """Turn off other libraries' messages and progress bars."""
     import datasets
-    from tqdm.auto import tqdm
     from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging
 
@@ -194,7 +193,8 @@ def quieten_libraries() -> None:
     datasets.disable_progress_bars()
     os.environ.setdefault("TQDM_DISABLE", "1")
     # Its bar heeds none of these. It is looked up in its module, so it can be replaced there.
-    modeling_gguf_pytorch_utils.tqdm = partial(tqdm, disable=True)
+    gguf: Any = modeling_gguf_pytorch_utils
+    gguf.tqdm = partial(gguf.tqdm, disable=True)
     # Of several processes (torchrun, accelerate launch), only the first one prints.
     console.quiet = os.environ.get("RANK", "0") != "0"
 
