@@ -84,6 +84,27 @@ def test_answers_that_cannot_be_read_are_listed_first(run_cli, arguments, questi
     assert [row["question"] for row in json.loads(result.stdout)["unreadable_golds"]] == ["4"]
 
 
+@pytest.mark.parametrize(
+    ("question", "answer", "instruction", "is_said"),
+    [
+        ("which city", "Paris", "", True),
+        ("which city", "Paris", "Be brief.", True),
+        ("which city", "Paris", "Put your final answer within \\boxed{}.", False),
+        ("which city, in \\boxed{}", "Paris", "", False),
+        ("how many", "7", "", False),
+    ],
+)
+def test_answers_in_words_that_nothing_boxes_are_said_before(
+    run_cli, arguments, questions, question, answer, instruction, is_said
+) -> None:
+    with questions.open("a") as file:
+        file.write(json.dumps({"problem": question, "answer": answer}) + "\n")
+    result = run_cli("evaluate", *arguments, "--dry-run", "--instruction", instruction)
+    assert result.exit_code == 0, result.stderr
+    said = "note: sums: 1 of 4 known answers are words, such as 'Paris'"
+    assert (said in result.stderr) == is_said
+
+
 @pytest.mark.parametrize(("given", "below"), [("Be brief.", "\n\nBe brief."), ("", "")])
 def test_an_instruction_of_ones_own_stands_below_the_question(
     run_cli, arguments, given, below

@@ -133,6 +133,8 @@ def test_the_cut_off_shortens_what_is_shown(
     result = realign(tree, "--dry-run", "--json", "--set", "training.max_length=10")
     facts = json.loads(result.stdout)
     assert facts["data"]["truncated"] == 1
+    shown = realign(tree, "--dry-run", "--set", "training.max_length=10").stdout
+    assert "cut to 10 (max_length)" in " ".join(shown.split())
     assert facts["samples"][0] == {"masked": "abc=", "trained": "x" * 6}
 
 

@@ -83,6 +83,27 @@ def test_several_lines_without_a_mark_hold_no_textual_answer() -> None:
     assert grade("one idea\nanother idea", "east").status == "unparsed"
 
 
+@pytest.mark.parametrize(
+    ("response", "gold", "status"),
+    [
+        ("The capital of France is Paris.", "Paris", "unparsed"),
+        ("The answer is the city of Paris.", "Paris", "unparsed"),
+        ("Yes, it is.", "yes", "unparsed"),
+        ("Paris.", "Paris", "correct"),
+        ("The answer is Paris.", "Paris", "correct"),
+        (r"The capital is \boxed{Paris}.", "Paris", "correct"),
+        (r"The capital is \boxed{Lyon, not Paris}.", "Paris", "wrong"),
+        ("#### Los Angeles", "Paris", "wrong"),
+        ("Lyon", "Paris", "wrong"),
+        ("Los Angeles", "New York", "wrong"),
+    ],
+)
+def test_a_sentence_is_no_answer_where_words_are_known(
+    response: str, gold: str, status: str
+) -> None:
+    assert grade(response, gold).status == status
+
+
 def test_thinking_that_the_prompt_opened_earns_nothing() -> None:
     assert grade("it must be 7", "7", opened=True).status == "no_answer"
     assert grade("it may be 6</think>7", "7").correct

@@ -162,6 +162,17 @@ def test_a_plain_lora_is_a_dial_of_two_settings(tiny_model, folder, rows, dial):
     assert isinstance(check_folder(folder).lambda_range, OnlyEnds)
 
 
+@pytest.mark.parametrize("lam", [0.5, 2.0])
+def test_a_plain_lora_notes_what_was_not_tried(tiny_model, folder, rows, lam, recwarn):
+    (folder / CONFIG).unlink()
+    loaded = LoRADial.from_pretrained(tiny_model(initializer_range=0.1), folder)
+    tokens = torch.tensor([rows[0]])
+    loaded.generate(tokens, lam=1.0, max_new_tokens=1)
+    assert not [w for w in recwarn if "leaves" in str(w.message)]
+    with pytest.warns(UserWarning, match="range, which is λ = 0 and 1 alone: it is a plain LoRA"):
+        loaded.generate(tokens, lam=lam, max_new_tokens=1)
+
+
 def test_only_ends():
     ends = OnlyEnds((0.0, 1.0))
     assert [outside_range(Fixed(lam), ends) for lam in (0, 1, 0.5, 2)] == [None, None, 0.5, 2]

@@ -15,6 +15,9 @@ from transformers import AutoTokenizer
 
 from asgi import exchange, read, request
 from flexalign import _packages
+from flexalign.errors import ConfigError
+from flexalign.models.loading import load_tokenizer
+from flexalign.serving.engine.grammar import GrammarCompiler
 
 pytest.importorskip("llguidance", reason="llguidance is not installed (flexalign[grammar])")
 
@@ -211,3 +214,13 @@ def test_without_the_library_the_way_to_get_it_is_said(
     status, answer = ask(pair_app, messages=TURNS, **PART)
     assert status == 400
     assert "pip install 'flexalign[grammar]'" in answer["error"]["message"]
+
+
+def test_a_tokenizer_of_another_kind_is_refused_by_name() -> None:
+    tokenizer = load_tokenizer("miniature")
+    compiler = GrammarCompiler(tokenizer, None, [tokenizer.eos_token_id])
+    said = (
+        "this model's tokenizer cannot follow a schema: .*; serve a model with a tokenizer of the"
+    )
+    with pytest.raises(ConfigError, match=said):
+        compiler.compile({"type": "object"})

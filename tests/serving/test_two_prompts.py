@@ -43,6 +43,15 @@ def ask(app: Any, path: str = CHAT, **body: Any) -> tuple[int, dict[str, Any]]:
     return status, json.loads(content)
 
 
+def test_an_effort_is_refused_by_what_two_prompts_have(app: Any) -> None:
+    status, answer = ask(app, messages=[USER], max_tokens=2, effort=50)
+    assert status == 400
+    assert answer["error"]["message"] == (
+        "effort: two prompts have no effort; choose a λ with flexalign tune prompts:MODEL "
+        "--aligned-prompt …, and give lambda."
+    )
+
+
 @pytest.mark.parametrize("lam", [0, 1, 1.5])
 @pytest.mark.parametrize("messages", [[USER], [OWN, USER]])
 def test_an_answer_is_that_of_the_library(

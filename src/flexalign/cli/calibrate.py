@@ -38,6 +38,7 @@ from flexalign.cli.options import (
     read_range,
 )
 from flexalign.cli.training import planned_push
+from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
     from flexalign.calibration import Calibration
@@ -48,9 +49,32 @@ _COARSE = 0.1
 """Relative difference from the line of tokens above which a note is printed."""
 
 
+def _no_system(base: str) -> str:
+    """Refuse a system in place of the base, before a missing --adapter is."""
+    if base.startswith("prompts:"):
+        from flexalign.models.prompted import EFFORT_OF_PROMPTS
+
+        raise ConfigError(f"{base}: {EFFORT_OF_PROMPTS}.")
+    return base
+
+
+def _no_prompts(given: list[str] | None) -> list[str] | None:
+    """Refuse the options of two prompts by what to do instead."""
+    if given:
+        from flexalign.models.prompted import EFFORT_OF_PROMPTS
+
+        raise ConfigError(f"calibrate is for adapters: {EFFORT_OF_PROMPTS}.")
+    return given
+
+
 def calibrate(
     base: Annotated[
-        str, typer.Argument(help="The adapter's base: a folder, hub id or known name.")
+        str,
+        typer.Argument(
+            help="The adapter's base: a folder, hub id or known name.",
+            callback=_no_system,
+            is_eager=True,
+        ),
     ],
     adapter: Annotated[str, typer.Option(help="The InRa adapter or LoRA dial that is calibrated.")],
     task: Annotated[
@@ -113,6 +137,16 @@ def calibrate(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the calibration as JSON, alone, on stdout.")
     ] = False,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--aligned-prompt",
+            "--reference-prompt",
+            hidden=True,
+            callback=_no_prompts,
+            is_eager=True,
+        ),
+    ] = None,
 ) -> None:
     """Measure an adapter's dial, so that --effort 50 means half of the thinking tokens.
 
@@ -125,7 +159,7 @@ def calibrate(
     [cyan]flexalign calibrate miniature --adapter miniature:fast --task miniature
     --save-to out/fast[/cyan]
 
-    [cyan]flexalign generate miniature '3+14+15?' --adapter out/fast --effort 50[/cyan]
+    [cyan]flexalign generate miniature '9+3+6?' --adapter out/fast --effort 50[/cyan]
 
     Your own, with samples kept so that a broken run goes on:
 

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -97,7 +98,12 @@ def print_json(value: Any) -> None:
 
 
 def say_instruction(instruction: str | None, tasks: "Sequence[Task]") -> None:
-    """Print the instruction after each question if it is the task's default: answers depend on it."""
+    """Print the instruction after each question if it is the task's default: answers depend on it.
+
+    A note follows for each task whose known answers are words that nothing asks to put in a box.
+    """
+    from flexalign.evaluation.tasks import words_warning
+
     texts = {task.instruction for task in tasks if task.instruction}
     if instruction is None:
         for text in sorted(texts):
@@ -106,11 +112,14 @@ def say_instruction(instruction: str | None, tasks: "Sequence[Task]") -> None:
                 markup=False,
                 soft_wrap=True,
             )
+    for warning in filter(None, map(words_warning, tasks)):
+        note(warning)
 
 
 @contextmanager
 def progress_bar(label: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Show a bar; yield a function that sets the number of complete items."""
+    """Show a bar, in place of those of libraries; yield a function that sets the complete items."""
+    quieten_libraries()
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(label, total=total, completed=done)
@@ -176,12 +185,16 @@ def hide_library_warnings() -> None:
 def quieten_libraries() -> None:
     """Turn off other libraries' messages and progress bars."""
     import datasets
+    from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
     os.environ.setdefault("TQDM_DISABLE", "1")
+    # Its bar heeds none of these. It is looked up in its module, so it can be replaced there.
+    gguf: Any = modeling_gguf_pytorch_utils
+    gguf.tqdm = partial(gguf.tqdm, disable=True)
     # Of several processes (torchrun, accelerate launch), only the first one prints.
     console.quiet = os.environ.get("RANK", "0") != "0"
 

@@ -123,7 +123,7 @@ def generate(
     stand in the order of the prompts.
 
     One question, slow, halfway and fast:
-    [cyan]flexalign generate miniature '3+14+15?' --adapter miniature:fast --lambda 0,0.5,1[/cyan]
+    [cyan]flexalign generate miniature '9+3+6?' --adapter miniature:fast --lambda 0,0.5,1[/cyan]
 
     Think only where the fast answer is unsure:
     [cyan]flexalign generate models/R1 --adapter out/fast --policy 'adaptive 0.5' < question.txt[/cyan]

@@ -29,6 +29,7 @@ from flexalign.cli.training import planned_push, train
 if TYPE_CHECKING:
     from flexalign.lambdas import LambdaRange
     from flexalign.training.plan import TrainingPlan
+    from flexalign.training.recipes import RealignRecipe
     from flexalign.training.run import Outcome
 
 
@@ -115,7 +116,7 @@ def realign(
         print_json(result.to_json())
     for outcome in result.students or (result,):
         if outcome.lambda_range is None:
-            _summarise(outcome, recipes[0].models[0])
+            _summarise(outcome, recipes[0].models[0], _task_of(recipes[0], outcome))
         else:
             _summarise_dial(outcome, recipes[0].models[0], outcome.lambda_range)
 
@@ -130,7 +131,19 @@ def _say_report(result: "Outcome") -> None:
         console.print(f"{describe_costs(costs, len(result.students))}. {costs['how']}")
 
 
-def _summarise(outcome: "Outcome", reference: str) -> None:
+def _task_of(recipe: "RealignRecipe", outcome: "Outcome") -> str | None:
+    """Return a task for a student: the watched questions, or that of a known reference."""
+    from flexalign.models.names import known_name
+
+    watched = recipe.watch
+    has_answers = bool(outcome.curve) and "accuracy" in outcome.curve[-1]
+    if watched is not None and has_answers and not watched.columns:
+        return watched.prompts
+    known = known_name(recipe.models[0])
+    return known[0].name if known is not None and known[0].task is not None else None
+
+
+def _summarise(outcome: "Outcome", reference: str, task: str | None) -> None:
     console.print(f"the realigned model: [bold]{escape(str(outcome.output))}[/bold]")
     if outcome.merged:
         console.print(f"as a plain model:    {escape(str(outcome.merged))}")
@@ -153,11 +166,13 @@ def _summarise(outcome: "Outcome", reference: str) -> None:
         shlex.quote(f"{name}=model:{model}")
         for name, model in (("before", reference), ("after", outcome.merged or outcome.output))
     )
+    asked = "QUESTIONS" if task is None else shlex.quote(task)
+    file = "" if task is not None else "; QUESTIONS: a file of yours with `problem` and `answer`"
     console.print(
         f"next: [cyan]flexalign evaluate {escape(before)} {escape(after)} --baseline before "
-        "--task questions.jsonl --limit 100 --samples 1 "
+        f"--task {escape(asked)} --limit 100 --samples 1 "
         f"-o {escape(shlex.quote(f'{outcome.output}-evaluated'))}[/cyan] (a first look; the "
-        "whole without --limit and --samples)",
+        f"whole without --limit and --samples{file})",
         soft_wrap=True,
     )
 
@@ -195,7 +210,7 @@ def _rows(plan: "TrainingPlan") -> dict[str, str]:
         "rows": f"{data['rows']:,}, of which {data['kept']:,} keep response tokens and "
         f"{data['truncated']:,} are shortened by the cut-off",
         "tokens": f"{data['prompt_tokens']:,} prompt, {data['response_tokens']:,} response; "
-        f"rows of {data['shortest']:,} to {data['longest']:,}",
+        f"rows of {data['shortest']:,} to {data['longest']:,}{_cut_off(data)}",
         "steps": f"{facts['steps']:,} of {facts['effective_batch']} rows, {facts['epochs']} epochs",
         "trained": f"{facts['trained_parameters']:,} parameters",
         "memory": f"about {memory['total']:.3g} GiB: "
@@ -207,6 +222,11 @@ def _rows(plan: "TrainingPlan") -> dict[str, str]:
     if facts["rounds"] > 1:
         rows["λ"] += f", {facts['rounds']} rounds: effective {facts['effective_lambda']:g}"
     return rows
+
+
+def _cut_off(data: Mapping[str, Any]) -> str:
+    most = data["max_length"]
+    return "" if most is None or most >= data["longest"] else f", cut to {most:,} (max_length)"
 
 
 def _read_by_id(facts: Mapping[str, Any]) -> dict[str, str]:

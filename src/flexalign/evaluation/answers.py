@@ -109,6 +109,7 @@ _TEXT = r"\\(?:text|textnormal|textrm|textbf|textit|mathrm|mathbf|mathsf|mbox)"
 _WRAPPED = re.compile(_TEXT + r"\s*\{([^{}]*)\}")
 _ALL_WRAPPED = re.compile(rf"\s*(?:{_TEXT}\s*\{{[^{{}}]*\}})\s*\.?\s*")
 _WORDS = re.compile(r"[^\W\d_]{4,}|(?=.*[^\W\d_]{3})[^\W\d_]+(?:[ '-][^\W\d_]+)+")
+_LETTERS = re.compile(r"[^\W\d_]{2,}(?:[ '-][^\W\d_]+)*")
 _CHOICE = re.compile(r"\(?([A-Za-z])\)?(?:[\s:.,)].*)?")
 _TWO_CHOICES = re.compile(r"\(?[A-Z]\)?\s*(?:[,;&/]|and|or)\s*\(?[A-HJ-Z]\)?(?![\w'])")
 _VALUED_CHOICE = re.compile(r"(?:\((?P<inside>[A-Z])\)|(?P<bare>[A-H])[).:])\s*(?P<value>.*\d.*)")
@@ -248,16 +249,20 @@ def find_stated(answer: str, *, expected: str) -> str | None:
     """Return the answer of a text without a box; None if there is none.
 
     If the known answer is words or a choice, the answer is the first formula of an announced
-    answer, or the last formula of the whole text, or the text itself if it is a single line. If it
-    is mathematics, the answer is an expression; if it is a number, only the right side of an
-    equation.
+    answer, or the last formula of the whole text, or the text itself if it is a single line. A line
+    with more words than the known answer is a sentence in which no answer is found; after ``####``
+    all is the answer. If the known answer is mathematics, the answer is an expression; if it is a
+    number, only the right side of an equation.
 
     Args:
         answer: The text after the thinking.
         expected: The known answer.
     """
-    announced = _HASHES.findall(answer) or _ANNOUNCED.findall(answer)
+    marked = _HASHES.findall(answer)
+    announced = marked or _ANNOUNCED.findall(answer)
     text = announced[-1].strip() if announced else answer
+    if not marked and not _FORMULA.search(text) and _is_sentence(text, expected):
+        return None
     if is_choice(expected) or is_words(expected):
         formulas = ["".join(groups).strip() for groups in _FORMULA.findall(text)]
         if formulas:
@@ -276,6 +281,16 @@ def find_stated(answer: str, *, expected: str) -> str | None:
     if stated is None and not numeric and "\n" not in text:
         return text
     return stated
+
+
+def is_prose(expected: str) -> bool:
+    """Whether a known answer is words, of two letters or more, without a number or LaTeX."""
+    return is_words(expected) or bool(_LETTERS.fullmatch(normalise(expected)))
+
+
+def _is_sentence(text: str, expected: str) -> bool:
+    """Whether a text says more than an answer does, where the known answer is words."""
+    return is_prose(expected) and len(normalise(text).split()) > len(normalise(expected).split())
 
 
 def _joins(between: str) -> bool:

@@ -19,6 +19,7 @@ from flexalign.data.columns import check_columns, renamed, require_columns
 from flexalign.data.files import BadRow, Row, read_rows
 from flexalign.data.folders import split_of
 from flexalign.errors import ConfigError, DataError
+from flexalign.evaluation.answers import is_prose
 from flexalign.evaluation.grading import Grader
 from flexalign.models.names import known_name, known_names
 
@@ -184,6 +185,23 @@ def sample_warning(task: Task, samples: int) -> str | None:
         f"{task.name} has {len(task.questions)} questions, one of which is "
         f"{100 / len(task.questions):.1f} points: with {samples} samples each the figures will "
         f"hardly reproduce; take at least {_AIME_SAMPLES} (--samples {_AIME_SAMPLES})."
+    )
+
+
+def words_warning(task: Task) -> str | None:
+    """Return a warning if known answers are words and nothing asks for a box, else None.
+
+    A word in a sentence cannot be told from the rest of the sentence.
+    """
+    if "boxed" in task.instruction:
+        return None
+    words = [q.gold for q in task.questions if is_prose(q.gold) and "boxed" not in q.problem]
+    if not words:
+        return None
+    return (
+        f"{task.name}: {len(words)} of {len(task.questions)} known answers are words, such as "
+        f"{words[0]!r}, which are found as bare text or in \\boxed{{}} alone; in a sentence they are "
+        "unparsed. Ask for a box with --instruction 'Put your final answer within \\boxed{}.'"
     )
 
 

@@ -21,7 +21,7 @@ from flexalign.fusion import Lambda, as_lambda
 from flexalign.generation.dial_config import DialConfig, require_base
 from flexalign.generation.fused import FusedDecoding
 from flexalign.generation.row_lambdas import RowDials, read_dials
-from flexalign.lambdas import Adaptive, Dial
+from flexalign.lambdas import Adaptive, Dial, OnlyEnds
 from flexalign.models.loading import fingerprint, load_model, load_tokenizer
 from flexalign.models.sources import resolve
 
@@ -161,14 +161,21 @@ class AdaptedModel(BasedModel):
 
     def _note_range(self, least: float, largest: float) -> None:
         """Warn, once, if λ is outside the dial's range."""
-        low, high = self.dial_config.lambda_range
-        if self._has_warned or (low <= least and largest <= high):
+        tried = self.dial_config.lambda_range
+        low, high = tried
+        only_ends = isinstance(tried, OnlyEnds)
+        inside = {least, largest} <= set(tried) if only_ends else low <= least and largest <= high
+        if self._has_warned or inside:
             return
 
         self._has_warned = True
+        asked = f"λ from {least:g} to {largest:g} leaves this adapter's range"
         warnings.warn(
-            f"λ from {least:g} to {largest:g} leaves this adapter's range [{low:g}, {high:g}], "
-            "where it was tried; results outside it are unmeasured.",
+            f"{asked}, which is λ = {low:g} and {high:g} alone: it is a plain LoRA, trained at one "
+            "strength; results at other λ are unmeasured."
+            if only_ends
+            else f"{asked} [{low:g}, {high:g}], where it was tried; results outside it are "
+            "unmeasured.",
             stacklevel=3,
         )
 

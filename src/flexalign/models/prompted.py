@@ -34,6 +34,11 @@ from flexalign.models.pair import SIDES, Side
 _KEYS = ("model", "system", "template")
 _SYSTEM_ROLES = ("system", "developer")
 
+EFFORT_OF_PROMPTS = (
+    "two prompts have no effort; choose a λ with flexalign tune prompts:MODEL --aligned-prompt …"
+)
+"""Why two prompts are not calibrated and what to do; a message ends it."""
+
 
 @dataclass(frozen=True)
 class PromptedModel:

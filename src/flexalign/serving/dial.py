@@ -147,6 +147,13 @@ class DialChoice:
     template: Mapping[str, Any] = field(default_factory=dict)
 
 
+NOT_CALIBRATED = (
+    "this adapter is not calibrated, so that effort has no meaning here; give lambda, or let the "
+    "operator run flexalign calibrate."
+)
+"""Why an adapter's server refuses an effort before calibration."""
+
+
 @dataclass
 class DialRules:
     """What dials a server permits, set by its operator.
@@ -161,6 +168,7 @@ class DialRules:
             with other values is noted once in the log.
         template_effort: On a model without a dial, those of :data:`EFFORT_ARGUMENTS` that its chat
             template reads.
+        without_effort: Why no effort is served and what to do, if `effort` is None.
     """
 
     default: Dial | None
@@ -169,6 +177,7 @@ class DialRules:
     holes: tuple[tuple[float, float], ...] = ()
     sampling: Mapping[str, float] = field(default_factory=dict)
     template_effort: tuple[str, ...] = ()
+    without_effort: str = NOT_CALIBRATED
     _has_warned: bool = field(default=False, init=False, repr=False)
 
     def to_json(self) -> dict[str, Any] | None:
@@ -254,10 +263,7 @@ class DialRules:
 
     def _of_effort(self, value: object) -> Dial:
         if self.effort is None:
-            raise ConfigError(
-                "this adapter is not calibrated, so that effort has no meaning here; give lambda, "
-                "or let the operator run flexalign calibrate."
-            )
+            raise ConfigError(self.without_effort)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not 0 <= value <= sys.float_info.max:  # type: ignore[operator]
             raise _bad(

@@ -23,7 +23,7 @@ from flexalign.fusion import gated_lambda
 from flexalign.generation import TwoModelDecoder, TwoPromptDecoder
 from flexalign.lambdas import Fixed
 from flexalign.lora_dial import LoRADial
-from flexalign.models.prompted import PromptPair
+from flexalign.models.prompted import EFFORT_OF_PROMPTS, PromptPair
 from flexalign.serving.dial import EFFORT_ARGUMENTS, DialRules, adapter_rules
 from flexalign.serving.engine import (
     Engine,
@@ -39,6 +39,10 @@ from flexalign.serving.middleware import is_loopback
 from flexalign.serving.service import ServedModel, Service
 from flexalign.systems import LocalBackend, System, SystemOptions
 from flexalign.systems.open import require_two_models
+
+_PROMPTS_EFFORT = f"{EFFORT_OF_PROMPTS}, and give lambda."
+_PAIR_EFFORT = "two models have no effort; choose a λ with flexalign tune pair:REFERENCE,ALIGNED, and give lambda."
+"""Why a server of two prompts, or of two models, refuses an effort."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,11 @@ def _open(options: ServeOptions) -> tuple[Runner, Any, ThinkingTags | None, Dial
     if backend.kind == "model":
         rules = DialRules(None, template_effort=_effort_arguments(tokenizer))
         return PlainRunner(backend.load()), tokenizer, None, rules
-    pair_rules = DialRules(Fixed(1.0), options.lambda_range or (0.0, 1.0))
+    pair_rules = DialRules(
+        Fixed(1.0),
+        options.lambda_range or (0.0, 1.0),
+        without_effort=_PROMPTS_EFFORT if backend.kind == "prompts" else _PAIR_EFFORT,
+    )
     if backend.kind == "prompts":
         return TwoPromptRunner(backend.load(), options.gate), tokenizer, None, pair_rules
     if settings is None:
@@ -167,7 +175,8 @@ def _open(options: ServeOptions) -> tuple[Runner, Any, ThinkingTags | None, Dial
     rules = adapter_rules(settings, options.lambda_range)
     model = backend.load()
     # The model would warn of a λ outside its own range, but the operator's range decides.
-    model.dial_config = replace(settings, lambda_range=rules.lambda_range)
+    permitted = settings.widened(rules.lambda_range)
+    model.dial_config = replace(permitted, lambda_range=rules.lambda_range)
     is_lora = isinstance(model, LoRADial)
     runner = LoRARunner(model) if is_lora else InRaRunner(model, options.gate)
     return runner, tokenizer, settings.tags, rules

@@ -404,7 +404,11 @@ def _plan(runs: Sequence[Realignment], inputs: Inputs) -> TrainingPlan:
         "effective_lambda": run.effective_lambda(),
         "output": recipe.output,
         "output_state": run.state,
-        "data": {"path": recipe.data, **inputs.lengths.to_json()},
+        "data": {
+            "path": recipe.data,
+            **inputs.lengths.to_json(),
+            "max_length": arguments.max_length,
+        },
         **steps,
         **_plan_memory(recipe, inputs.pair, longest),
     }

@@ -19,6 +19,7 @@ from torch import Tensor
 from flexalign._packages import require_packages
 from flexalign.errors import ConfigError
 from flexalign.generation.row_lambdas import TagTokens
+from flexalign.models.hub import in_one_line
 
 _START = r"start: /[ \n]{0,4}/ %json "
 """The grammar of an answer, in llguidance's notation: models write line breaks after a thinking."""
@@ -80,7 +81,8 @@ class GrammarCompiler:
             return from_tokenizer(self._tokenizer, len(self._tokenizer), self._ends)
         except ValueError as error:
             raise ConfigError(
-                f"response_format needs a tokenizer of the tokenizers library ({error})."
+                f"response_format: this model's tokenizer cannot follow a schema: {in_one_line(error)}; "
+                "serve a model with a tokenizer of the tokenizers library."
             ) from error
 
 

@@ -35,7 +35,7 @@ export function readSettings(text, model) {
     if (digits === undefined) throw new Error(`“${part}” is no setting; write a number${model.dial.effort ? ", effort 25" : ""} or auto.`);
     const value = Number(digits);
     if (isEffort) {
-      if (!model.dial.effort) throw new Error("This adapter is not calibrated, so that effort has no meaning here; give λ.");
+      if (!model.dial.effort) throw new Error("No adapter is calibrated here, so that effort has no meaning; give λ.");
       return setting.effort(value);
     }
     if (value < low || value > high) throw new Error(`λ = ${numeral(value)} is outside this server’s range, ${numeral(low)} to ${numeral(high)}.`);
