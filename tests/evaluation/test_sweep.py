@@ -296,7 +296,27 @@ def _served(make, url, **options) -> Sweep:
 
 def _reply(text="<think>a</think>2", **usage):
     choice = {"message": {"content": text}, "finish_reason": "stop"}
-    return 200, {"choices": [choice], "usage": {"completion_tokens": 5} | usage}
+    used = {"completion_tokens": 5} | usage
+    return 200, {"choices": [choice], "usage": used, "dial": {"policy": "fixed"}}
+
+
+def test_a_server_that_does_not_say_that_it_turned_the_dial_is_not_swept(
+    make, serve, tmp_path
+) -> None:
+    def answer(path, body):
+        status, told = _reply()
+        return status, {key: value for key, value in told.items() if key != "dial"}
+
+    chat = serve(answer)
+    for lams in ([0, 1], [0], ["adaptive 0.5"]):
+        sweep = make(f"s=url:{chat.url}", lams=lams, options=ASKED)
+        with pytest.raises(ServingError, match=r"did not say that it turned λ.*without --lambda"):
+            sweep.run(tmp_path / str(lams))
+        assert not (tmp_path / str(lams) / "samples.jsonl").exists()
+
+    plain = make(f"s=url:{chat.url}", lams=[], options=ASKED)
+    assert plain.run(tmp_path / "plain").made == 6
+    assert not any("lambda" in body for _, body, _ in chat.asked[-6:])
 
 
 def test_a_server_is_sent_the_dial_and_the_seed(make, serve, tmp_path) -> None:

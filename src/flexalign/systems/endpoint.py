@@ -2,15 +2,19 @@
 
 import json
 import threading
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
 from queue import Empty, SimpleQueue
 from typing import Any, Generic
 
-from flexalign.data.client import Endpoint, EndpointResponse
+from flexalign.data.client import (
+    Endpoint,
+    EndpointResponse,
+    ServerUnusableError,
+)
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, ServingError
-from flexalign.lambdas import Exit
+from flexalign.lambdas import Exit, Setting
 from flexalign.systems.open import Answer, Asked, Failure, Messages, Request, SystemOptions
 
 _IN_A_ROW = 8
@@ -58,7 +62,8 @@ class EndpointBackend:
 
         Raises:
             ConfigError: If the server has not exactly one model, and none is named.
-            ServingError: If the server cannot be reached, or many requests in a row fail.
+            ServingError: If the server cannot be reached, many requests in a row fail, or one fails
+                in a way in which every other would: no `dial` in the answer to a setting of one.
         """
         missing = [request for request in requests if request.key not in done]
         if not missing:
@@ -99,6 +104,7 @@ class EndpointBackend:
                 outcomes.put(request, self._ask(server, request))
             except BaseException as error:
                 outcomes.answered.put(error)
+                outcomes.given_up.set()
                 return
 
     def _ask(self, server: Endpoint, request: Request) -> Answer | Failure:
@@ -108,14 +114,32 @@ class EndpointBackend:
             dial["lambda"] = setting.policy if setting.lam is None else setting.lam
         try:
             response = server.ask(request.messages, request.seed, **dial)
-            if isinstance(setting.dial, Exit) and response.dial.get("policy") != "exit":
-                raise ServingError(
-                    f"{self._url} does not report the policy {setting.id}: exits are served by "
-                    "flexalign serve with --engine local alone."
-                )
+            self._require_turned(setting, response.dial)
             return self._read(response)
+        except ServerUnusableError:
+            raise
         except ServingError as error:
             return Failure(str(error))
+
+    def _require_turned(self, setting: Setting, reported: Mapping[str, Any]) -> None:
+        """Check that an answer reports a dial where one was asked, λ = 0 too.
+
+        A server of another kind ignores `lambda`, and would answer every setting alike.
+
+        Raises:
+            ServerUnusableError: If it does not.
+        """
+        if isinstance(setting.dial, Exit) and reported.get("policy") != "exit":
+            raise ServerUnusableError(
+                f"{self._url} does not report the policy {setting.id}: exits are served by "
+                "flexalign serve with --engine local alone."
+            )
+        if setting.dial is not None and not reported:
+            raise ServerUnusableError(
+                f"{self._url} did not say that it turned λ (its answer to {setting.id} has no "
+                "`dial`); ask it without --lambda, --policy and --effort, or serve the model with "
+                "flexalign serve."
+            )
 
     def _read(self, response: EndpointResponse) -> Answer:
         text = response.text.encode(
