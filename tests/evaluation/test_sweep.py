@@ -396,6 +396,7 @@ def test_the_only_model_of_a_server_needs_no_name(make, serve, tmp_path) -> None
     models.append({"id": "second"})
     with pytest.raises(ConfigError, match=r"has 2 models \(only, second\); name one"):
         _served(make, chat.url, model_name=None).run(tmp_path / "two")
+    assert _served(make, chat.url, model_name="only").run(tmp_path / "two").made == 12
 
 
 def test_a_task_is_asked_once(tiny_pair) -> None:
