@@ -5,7 +5,12 @@ from typing import Any
 import pytest
 
 from chat_server import CLOSE, Answer, Chat, Half, say
-from flexalign.data.client import Endpoint, EndpointResponse
+from flexalign.data.client import (
+    Endpoint,
+    EndpointResponse,
+    RequestRefusedError,
+    ServerUnusableError,
+)
 from flexalign.errors import ConfigError, ServingError
 
 
@@ -122,6 +127,47 @@ def test_a_refusal_is_final(serve: Callable[[Answer], Chat]) -> None:
     with pytest.raises(ServingError, match="refused a request: 404 no model m"):
         endpoint(chat.url).generate([user("?")], [1])
     assert len(chat.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "options", "cure"),
+    [
+        (401, {}, "give --api-key-env NAME"),
+        (403, {"api_key": "old"}, "check the key that --api-key-env names"),
+        (404, {}, "check the address and --model-name"),
+    ],
+)
+def test_a_refusal_of_every_request_names_its_cure(
+    serve: Callable[[Answer], Chat], status: int, options: dict[str, Any], cure: str
+) -> None:
+    chat = serve(lambda path, body: (status, b"<p>\n no </p>"))
+    message = rf"refused a request: {status} <p> no </p>; {cure}"
+    for ask in (lambda one: one.models(), lambda one: one.generate([user("?")], [1])):
+        with pytest.raises(ServerUnusableError, match=message):
+            ask(endpoint(chat.url, **options))
+    assert len(chat.asked) == 2
+
+
+def test_a_refusal_of_one_request_is_told_apart(serve: Callable[[Answer], Chat]) -> None:
+    chat = serve(lambda path, body: (400, b"too long"))
+    with pytest.raises(RequestRefusedError, match=r"400 too long$"):
+        endpoint(chat.url).generate([user("?")], [1])
+
+
+def test_a_page_is_said_to_be_no_json_and_not_asked_for_again(
+    serve: Callable[[Answer], Chat],
+) -> None:
+    chat = serve(lambda path, body: (200, b"<!DOCTYPE html>\n<title>A router</title>"))
+    with pytest.raises(
+        ServerUnusableError, match=r"else than JSON \(<!DOCTYPE html> <title>A router</title>\)"
+    ):
+        endpoint(chat.url).generate([user("?")], [1])
+    assert len(chat.asked) == 1
+    empty = serve(lambda path, body: (200, b""))
+    with pytest.raises(
+        ServingError, match=r"in 2 attempts \(its answer is not whole JSON: it is empty"
+    ):
+        endpoint(empty.url, attempts=2).generate([user("?")], [1])
 
 
 @pytest.mark.parametrize("value", [{}, [], {"choices": []}, {"choices": [{}]}, {"error": "x"}])

@@ -372,6 +372,44 @@ def test_one_question_that_fails_costs_itself_alone(make, serve, tmp_path) -> No
     assert len(chat.asked) == asked + 2
 
 
+def test_what_no_repetition_mends_stops_a_sweep_in_one_line(make, serve, tmp_path) -> None:
+    uncounted = {"choices": [{"message": {"content": "2"}}], "dial": {"policy": "fixed"}}
+    cases = [
+        ((400, b"no such field"), r"refused a request: 400 no such field"),
+        ((401, b"no key"), r"401 no key; give --api-key-env NAME"),
+        ((200, b"<html>"), r"something else than JSON \(<html>\)"),
+        ((200, uncounted), r"does not count .* name its model's tokenizer with --tokenizer"),
+    ]
+    for number, (told, message) in enumerate(cases):
+        chat = serve(lambda path, body, told=told: told)
+        with pytest.raises(ServingError, match=message) as stopped:
+            _served(make, chat.url).run(tmp_path / str(number))
+        assert "same command" not in str(stopped.value)
+        assert str(stopped.value).count(chat.url) == 1
+        assert told[0] == 400 or len(chat.asked) <= ASKED.concurrency
+
+
+def test_a_reason_is_said_once_with_the_number_of_samples(make, serve, tmp_path) -> None:
+    def answer(path, body):
+        if "one plus one" in body["messages"][0]["content"]:
+            return (400, b"too long") if body["lambda"] == 1 else (503, b"down")
+        return _reply()
+
+    result = _served(make, serve(answer).url, attempts=1, concurrency=1).run(tmp_path)
+    with pytest.raises(ServingError) as incomplete:
+        result.require_complete()
+    said = str(incomplete.value)
+    assert said.startswith("4 of 12 samples got no response (question q2 of sums at λ=0, s and 1 ")
+    assert said.count("400 too long") == said.count("503 down") == 1
+    assert "s and 1 more: http" in said
+    assert said.endswith(
+        "same command again to ask for these; what was refused will be refused again."
+    )
+    refused = [one for one in result.lost if one.is_final]
+    with pytest.raises(ServingError, match=r"saved; what was refused will be refused again\.$"):
+        dataclasses.replace(result, lost=refused).require_complete()
+
+
 def test_a_server_that_goes_down_is_given_up(make, serve, tmp_path) -> None:
     served = [0]
 

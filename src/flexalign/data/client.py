@@ -102,8 +102,10 @@ class Endpoint:
             The responses, in the order of the prompts.
 
         Raises:
-            ServingError: If the server cannot be reached, refuses a request, or its answer is not
-                a response.
+            ServerUnusableError: If the server refuses the key, the path or the model, or does not
+                answer in JSON.
+            RequestRefusedError: If the server refuses a request for another reason.
+            ServingError: If the server cannot be reached, or its answer is not a response.
         """
         with ThreadPoolExecutor(self.concurrency) as pool:
             return list(pool.map(self.ask, prompts, seeds))
@@ -112,6 +114,7 @@ class Endpoint:
         """List the names of the models that the server has.
 
         Raises:
+            ServerUnusableError: If it refuses the key or the path, or does not answer in JSON.
             ServingError: If the server cannot be reached, or its answer is not a list of models.
         """
         answer = self._send("models", None)
@@ -177,7 +180,10 @@ class Endpoint:
         """Post a body, or get a path if it is None, and return the JSON of the answer.
 
         Raises:
-            ServingError: If the server refuses the request, or all attempts fail.
+            ServerUnusableError: If the server refuses the key, the path or the model, or does not
+                answer in JSON.
+            RequestRefusedError: If the server refuses the request for another reason.
+            ServingError: If all attempts fail.
         """
         from openai import APIConnectionError, APIStatusError
 
@@ -186,12 +192,12 @@ class Endpoint:
             pause = self.pause_seconds * 2 ** (attempt - 1)
 
             try:
-                return json.loads(self._exchange(client, path, body))
+                return self._parse(self._exchange(client, path, body))
             except APIStatusError as error:
                 said = error.response.content[:300].decode(errors="replace")
-                reason = f"{error.status_code} {said}".strip()
+                reason = " ".join([str(error.status_code), *said.split()])
                 if error.status_code not in _RETRIED_STATUSES:
-                    raise ServingError(f"{self.url} refused a request: {reason}") from error
+                    raise self._refusal(error.status_code, reason) from error
                 pause = max(pause, _retry_after(error.response.headers))
             except (APIConnectionError, ValueError) as error:
                 cause = error.__cause__ or error  # the client says only "Connection error."
@@ -204,6 +210,40 @@ class Endpoint:
             f"{self.url} gave no response in {self.attempts} attempts ({reason}); "
             "check that the server runs, then run the same command to go on."
         )
+
+    def _parse(self, content: bytes) -> Any:
+        """Read an answer's JSON.
+
+        Raises:
+            ServerUnusableError: If it is no JSON, such as the page of another kind of server.
+            ValueError: If it is JSON that was cut off on the way, or nothing.
+        """
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            beginning = " ".join(content[:300].decode(errors="replace").split())[:80]
+            if not beginning or beginning.startswith(("{", "[")):
+                raise ValueError(
+                    f"its answer is not whole JSON: {beginning or 'it is empty'}"
+                ) from None
+            raise ServerUnusableError(
+                f"{self.url} answered with something else than JSON ({beginning}); give the address "
+                "of a server of OpenAI's protocol."
+            ) from error
+
+    def _refusal(self, status: int, reason: str) -> ServingError:
+        """Return the error of a status that is not tried again, with what to do where it is known."""
+        refused = f"{self.url} refused a request: {reason}"
+        if status in (401, 403) and self.api_key is None:
+            return ServerUnusableError(
+                f"{refused}; give --api-key-env NAME, the environment variable that holds a key."
+            )
+        if status in (401, 403):
+            return ServerUnusableError(f"{refused}; check the key that --api-key-env names.")
+        if status == 404:
+            return ServerUnusableError(f"{refused}; check the address and --model-name.")
+        kind = ServerUnusableError if status in _PERMANENT_STATUSES else RequestRefusedError
+        return kind(refused)
 
     @cached_property
     def _client(self) -> "OpenAI":

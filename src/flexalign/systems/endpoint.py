@@ -10,6 +10,7 @@ from typing import Any, Generic
 from flexalign.data.client import (
     Endpoint,
     EndpointResponse,
+    RequestRefusedError,
     ServerUnusableError,
 )
 from flexalign.data.thinking import ThinkingTags
@@ -62,8 +63,9 @@ class EndpointBackend:
 
         Raises:
             ConfigError: If the server has not exactly one model, and none is named.
-            ServingError: If the server cannot be reached, many requests in a row fail, or one fails
-                in a way in which every other would: no `dial` in the answer to a setting of one.
+            ServingError: If the server cannot be reached; all of the first requests, or many in a
+                row, fail; or one fails as every other would: a key or an address that is refused, an
+                answer that is not JSON, tokens that nobody counts, no `dial` where one was asked.
         """
         missing = [request for request in requests if request.key not in done]
         if not missing:
@@ -82,7 +84,13 @@ class EndpointBackend:
             arguments = (server, waiting, outcomes)
             threading.Thread(target=self._work, args=arguments, daemon=True).start()
         try:
-            yield from _collected(answered, len(missing), outcomes.most_in_a_row, self._url)
+            yield from _collected(
+                answered,
+                len(missing),
+                outcomes.most_in_a_row,
+                self._url,
+                at_once=workers if len(missing) == len(requests) else 0,
+            )
         finally:
             given_up.set()
 
@@ -119,7 +127,7 @@ class EndpointBackend:
         except ServerUnusableError:
             raise
         except ServingError as error:
-            return Failure(str(error))
+            return Failure(str(error), is_final=isinstance(error, RequestRefusedError))
 
     def _require_turned(self, setting: Setting, reported: Mapping[str, Any]) -> None:
         """Check that an answer reports a dial where one was asked, λ = 0 too.
@@ -153,7 +161,7 @@ class EndpointBackend:
                 tokens = len(ids)
 
         if tokens is None:
-            raise ServingError(
+            raise ServerUnusableError(
                 f"{self._url} does not count the tokens of its responses (usage); name its "
                 "model's tokenizer with --tokenizer."
             )
@@ -238,11 +246,20 @@ def _collected(
     expected: int,
     most_in_a_row: int,
     url: str,
+    at_once: int = 0,
 ) -> Iterator[list[tuple[Asked, Answer | Failure]]]:
     """Yield outcomes as they arrive, in batches of those that are there.
 
+    Args:
+        answered: The outcomes.
+        expected: How many there will be.
+        most_in_a_row: Consecutive failures at which the server is given up.
+        url: Its address.
+        at_once: Requests that are sent first. If all of these fail, no later one is waited for: the
+            cause is the server's or the run's. 0 for a run that has answers already.
+
     Raises:
-        ServingError: If this many requests in a row failed.
+        ServingError: If the first requests, or this many in a row, failed.
     """
     in_a_row, left = 0, expected
     while left:
@@ -260,6 +277,8 @@ def _collected(
             # Counted one by one, as the size of a batch depends on timing.
             left -= 1
             in_a_row = in_a_row + 1 if isinstance(answer, Failure) else 0
+            if isinstance(answer, Failure) and in_a_row == at_once == expected - left:
+                raise ServingError(answer.reason)
             if isinstance(answer, Failure) and in_a_row == most_in_a_row and left:
                 raise ServingError(
                     f"{in_a_row} requests in a row got no response, the last for "

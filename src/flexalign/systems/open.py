@@ -360,9 +360,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no response."""
+    """Why there is no response.
+
+    Attributes:
+        reason: A sentence.
+        is_final: Whether the same request would fail again.
+    """
 
     reason: str
+    is_final: bool = False
 
 
 class Backend(Protocol):
