@@ -122,6 +122,16 @@ def test_a_server_that_stays_overloaded_ends_the_run(serve: Callable[[Answer], C
     assert len(chat.asked) == 3
 
 
+def test_the_first_retry_alone_is_told(serve: Callable[[Answer], Chat]) -> None:
+    answers = iter([(503, b"loading"), (503, b"loading"), say("7")])
+    chat, told = serve(lambda path, body: next(answers)), []
+    assert endpoint(chat.url, on_retry=told.append).generate([user("?")], [1])[0].text == "7"
+    assert told == [
+        f"{chat.url} gave no response (503 loading); every request is tried up to 5 times, after "
+        "longer and longer pauses."
+    ]
+
+
 def test_a_refusal_is_final(serve: Callable[[Answer], Chat]) -> None:
     chat = serve(lambda path, body: (404, b"no model m"))
     with pytest.raises(ServingError, match="refused a request: 404 no model m"):

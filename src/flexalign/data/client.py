@@ -1,8 +1,9 @@
 """A client of servers with OpenAI's HTTP interface, which sends several requests at a time."""
 
 import json
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -68,6 +69,7 @@ class Endpoint:
         pause_seconds: The first pause between attempts, in seconds.
         timeout_seconds: Longest wait for one response, in seconds.
         api_key: Sent as a bearer token; no key is sent if it is None.
+        on_retry: Called once, with a sentence, before a request is repeated for the first time.
 
     Raises:
         ConfigError: If `url` is not an HTTP address.
@@ -84,6 +86,11 @@ class Endpoint:
     pause_seconds: float = 1.0
     timeout_seconds: float = 600.0
     api_key: str | None = field(default=None, repr=False)
+    on_retry: Callable[[str], None] | None = field(default=None, repr=False, compare=False)
+    _first_retry: threading.Lock = field(
+        default_factory=threading.Lock, init=False, repr=False, compare=False
+    )
+    """Taken by the first thread that repeats a request, and never released."""
 
     def __post_init__(self) -> None:
         """Check the address."""
@@ -204,12 +211,20 @@ class Endpoint:
                 reason = str(cause) or type(cause).__name__
 
             if attempt < self.attempts:
+                self._tell_retry(reason)
                 time.sleep(pause)
 
         raise ServingError(
             f"{self.url} gave no response in {self.attempts} attempts ({reason}); "
             "check that the server runs, then run the same command to go on."
         )
+
+    def _tell_retry(self, reason: str) -> None:
+        if self.on_retry is not None and self._first_retry.acquire(blocking=False):
+            self.on_retry(
+                f"{self.url} gave no response ({reason}); every request is tried up to "
+                f"{self.attempts} times, after longer and longer pauses."
+            )
 
     def _parse(self, content: bytes) -> Any:
         """Read an answer's JSON.

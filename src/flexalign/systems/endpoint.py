@@ -212,6 +212,7 @@ class EndpointBackend:
             pause_seconds=options.pause_seconds,
             timeout_seconds=options.timeout_seconds,
             api_key=options.api_key,
+            on_retry=options.on_retry,
         )
 
 
