@@ -31,7 +31,7 @@ from _methods import Sides, Task, run
 MODELS = Path("out/grpo")
 GATES = ("plain", "gated")
 ROWS = 200
-"""Rows of the traces on which a gate is proposed, as many as ``inspect --diff`` reads."""
+"""Traces on which a gate is proposed, as many as ``inspect --diff`` reads."""
 
 
 def prepare(models: Path, seed: int, options: dict[str, Any]) -> float | None:
@@ -49,9 +49,14 @@ def prepare(models: Path, seed: int, options: dict[str, Any]) -> float | None:
     if not proposed.is_file():
         from flexalign import ModelPair
         from flexalign.analysis.difference import load_rows, measure_difference
+        from flexalign.miniature import make_traces
 
+        proposed.parent.mkdir(parents=True, exist_ok=True)
+        traces = proposed.with_name("traces.jsonl")
+        lines = [json.dumps(row) for row in make_traces(ROWS, seed=0)]
+        traces.write_text("\n".join(lines) + "\n", encoding="utf-8")
         pair = ModelPair.load("miniature:reference", str(folder))
-        found = measure_difference(pair, load_rows("miniature", pair.tokenizer, ROWS))
+        found = measure_difference(pair, load_rows(traces, pair.tokenizer))
         store(proposed, found.to_json())
     gate: float | None = json.loads(proposed.read_text(encoding="utf-8"))["gate"]
     return gate

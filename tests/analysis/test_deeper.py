@@ -196,7 +196,7 @@ def graded(count, seed):
 def test_the_miniatures_pairs_tell_when_thinking_deeper_pays(aligned, verdict):
     """Both pairs differ in the habit of going over a line again; one of them in the errors too."""
     pair = ModelPair.load("miniature:reference", aligned)
-    rows, right = graded(400, seed=7)
+    rows, right = graded(1000, seed=0)  # the traces of docs/which-dial.md
     found = measure_difference(
         pair, list(split_tokens(rows, pair.tokenizer)), batch_size=64, right=right
     ).deeper
@@ -206,6 +206,6 @@ def test_the_miniatures_pairs_tell_when_thinking_deeper_pays(aligned, verdict):
     assert found.length.accuracy.low > 0
     if aligned == "miniature:concise":
         assert found.share > 0.9
-        assert found.rest.accuracy.low < 0 < found.rest.accuracy.high
+        assert found.rest.accuracy.mean == pytest.approx(0, abs=0.002)
     else:
         assert found.rest.accuracy.high < 0

@@ -74,6 +74,9 @@ def test_inspect(told_both_ways: Callable[..., Any], renamed_pair: Any, run_cli:
     assert "'<think>' and '<|box_start|>'" in result.stdout
     report = json.loads(run_cli("inspect", *renamed_pair, "--by-id", "--json").stdout)
     assert named(report["renamed"]) == RENAMED_TOKENS
+    adapter = run_cli("inspect", "miniature", "miniature:fast", "--diff", "x", "--by-id")
+    assert adapter.exit_code == 2
+    assert "miniature:fast is an adapter" in " ".join(adapter.stderr.split())
     alone = run_cli("inspect", renamed_pair.reference, "--by-id")
     assert alone.exit_code == 2
     assert "name the aligned one" in alone.stderr

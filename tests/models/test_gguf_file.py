@@ -1,5 +1,6 @@
 """GGUF files: read again by transformers' and gguf's own readers, and run by llama.cpp if it is here."""
 
+import copy
 import json
 import math
 import shutil
@@ -10,7 +11,7 @@ import numpy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import Regex, pre_tokenizers
+from tokenizers import Regex, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
@@ -214,6 +215,30 @@ def test_tokens_that_end_a_response_and_those_that_are_shown(
         "FROM ./model.gguf",
         *stops,
     ]
+
+
+@pytest.mark.parametrize(
+    ("around", "begins", "ends"),
+    [("<|bos|> $A", True, False), ("$A <|im_end|>", False, True), ("<|pad|> $A", None, None)],
+)
+def test_tokens_around_a_text_are_said(
+    saved: Any, export: Any, tiny_tokenizer: Any, around: str, begins: Any, ends: Any
+):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    ids = [
+        (token, tokenizer.convert_tokens_to_ids(token)) for token in around.split() if "|" in token
+    ]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=around, special_tokens=ids
+    )
+    saved("llama", tokenizer)
+    if begins is None:
+        with pytest.raises(UnsupportedModelError, match="puts other tokens around a text"):
+            export()
+        return
+    reader = export()
+    assert _value(reader, "tokenizer.ggml.add_bos_token") is begins
+    assert _value(reader, "tokenizer.ggml.add_eos_token") is ends
 
 
 def test_a_token_without_a_row_is_left_out_if_it_was_added(

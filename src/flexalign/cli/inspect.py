@@ -101,6 +101,10 @@ def inspect(
             raise ConfigError("--diff compares two models; name the aligned one too.")
 
     if diff is not None and aligned is not None and (folder := _inra_folder(aligned)) is not None:
+        if by_id:
+            raise ConfigError(
+                f"--by-id is about two models, and {aligned} is an adapter; leave it out."
+            )
         loading = {**options, "allow_pickle": allow_pickle}
         _inspect_adapter(model, folder, diff, limit, batch_size, loading, as_json=as_json)
         return

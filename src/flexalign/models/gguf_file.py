@@ -564,21 +564,15 @@ def _vocabulary_of(source: Source, config: Any, tokenizer: Any) -> _Vocabulary:
         merge if isinstance(merge, str) else " ".join(merge) for merge in parts["model"]["merges"]
     ]
 
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
-    begins, ends = whole[: len(whole) - len(plain)], whole[len(plain) :]
-    if whole == plain:
-        begins = ends = []
-    elif whole == [tokenizer.bos_token_id, *plain]:
-        ends = []
-    elif whole == [*plain, tokenizer.eos_token_id]:
-        begins = []
-    elif whole != [tokenizer.bos_token_id, *plain, tokenizer.eos_token_id]:
+    begins, ends = whole[:1] == [bos], whole[-1:] == [eos]
+    if whole != [bos] * begins + plain + [eos] * ends:
         raise _refused(source, f"its tokenizer puts other tokens around a text: {whole}")
 
-    return _Vocabulary(
-        split, tokens, types, merges, _special(source, config, tokenizer), bool(begins), bool(ends)
-    )
+    special = _special(source, config, tokenizer)
+    return _Vocabulary(split, tokens, types, merges, special, begins, ends)
 
 
 def _split_of(source: Source, parts: dict[str, Any]) -> str:
