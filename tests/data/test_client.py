@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 
 from chat_server import CLOSE, Answer, Chat, Half, say
-from flexalign.data.client import (
-    Endpoint,
-    EndpointResponse,
+from flexalign.data.client import Endpoint, EndpointResponse
+from flexalign.errors import (
+    ConfigError,
     RequestRefusedError,
     ServerUnusableError,
+    ServingError,
 )
-from flexalign.errors import ConfigError, ServingError
 
 
 def endpoint(url: str, **options: Any) -> Endpoint:

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from flexalign.data.logits import LogitsSettings
 from flexalign.data.thinking import ThinkingTags
-from flexalign.errors import ConfigError, ServingError
+from flexalign.errors import (
+    ConfigError,
+    RequestRefusedError,
+    ServerUnusableError,
+    ServingError,
+)
 
 if TYPE_CHECKING:
     from openai import Omit, OpenAI
@@ -21,14 +26,6 @@ _RETRIED_STATUSES = {408, 409, 425, 429, 500, 502, 503, 504}
 _PERMANENT_STATUSES = {401, 402, 403, 404, 405}
 """Of the key, the address or the model, so that every other request would meet the same."""
 _LONGEST_PAUSE_SECONDS = 60.0
-
-
-class ServerUnusableError(ServingError):
-    """What a server did with one request, it does with all: asking again does not help."""
-
-
-class RequestRefusedError(ServingError):
-    """A server refused a request for what it holds; it may answer others."""
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ from functools import cached_property
 from queue import Empty, SimpleQueue
 from typing import Any, Generic
 
-from flexalign.data.client import (
-    Endpoint,
-    EndpointResponse,
+from flexalign.data.client import Endpoint, EndpointResponse
+from flexalign.data.thinking import ThinkingTags
+from flexalign.errors import (
+    ConfigError,
     RequestRefusedError,
     ServerUnusableError,
+    ServingError,
 )
-from flexalign.data.thinking import ThinkingTags
-from flexalign.errors import ConfigError, ServingError
 from flexalign.lambdas import Exit, Setting
 from flexalign.systems.open import Answer, Asked, Failure, Messages, Request, SystemOptions
 
