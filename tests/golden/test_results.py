@@ -50,7 +50,12 @@ def test_the_sections_are_written_from_what_is_stored(scripts, tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     ("name", "script"),
-    [("lora_dial", "_lora_dial_report"), ("prompts", "prompts"), ("vllm", "vllm")],
+    [
+        ("lora_dial", "_lora_dial_report"),
+        ("prompts", "prompts"),
+        ("rivals", "rivals"),
+        ("vllm", "vllm"),
+    ],
 )
 def test_sections_of_stopped_benchmarks_are_those_of_their_figures(scripts, name, script):
     """These scripts go on from cells that are not kept; only their writing is run."""

@@ -139,4 +139,4 @@ def test_every_example_of_a_dial_in_the_docs_is_taken(app: Any):
     [content] = paths[CHAT]["post"]["requestBody"]["content"].values()
     rules = DialRules(Fixed(0.0))
     examples = content["schema"]["properties"]["lambda"]["examples"]
-    assert len({type(rules.choose({"lambda": value}).dial) for value in examples}) == 4
+    assert len({type(rules.choose({"lambda": value}).dial) for value in examples}) == 5

@@ -64,7 +64,7 @@ class Reinforcement:
     """
 
     cost: float = 0.01
-    steps: int = 40
+    steps: int = 22
     reward: RewardName = "right"
     learning_rate: float = 4e-4
     groups: int = 8

@@ -216,7 +216,8 @@ def make_concise(parts: Path, *, seed: int) -> None:
 
     model.peft_config["default"].base_model_name_or_path = "miniature:reference"
     with following_umask(parts / "concise"):
-        model.save_pretrained(parts / "concise")
+        # PEFT looks for a changed vocabulary at the base's name, which is no folder.
+        model.save_pretrained(parts / "concise", save_embedding_layers=False)
     (parts / "concise" / "README.md").unlink()
 
 
