@@ -67,6 +67,14 @@ class ServingError(FlexAlignError, RuntimeError):
     """A server or an inference engine failed."""
 
 
+class ServerUnusableError(ServingError):
+    """A server fails one request as it would fail every other; caught as a ServingError."""
+
+
+class RequestRefusedError(ServingError):
+    """A server refused a request for what it holds; it may answer others. Caught as a ServingError."""
+
+
 @contextmanager
 def as_input_errors() -> Iterator[None]:
     """Treat a damaged file that the user gave as wrong input.

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from chat_server import say
 from flexalign.data import load_traces, split_tokens
 
 
@@ -171,7 +172,6 @@ def test_a_server_answers_with_a_seed_of_its_own_for_each(
     ("arguments", "message"),
     [
         ([], "name a MODEL, or a server with --endpoint"),
-        (["--endpoint", "http://127.0.0.1:9"], "--endpoint needs --model-name"),
         (["m", "--endpoint", "http://127.0.0.1:9"], "MODEL has no meaning with --endpoint"),
         (["--endpoint", "http://127.0.0.1:9", "--plain"], "--plain has no meaning with"),
         (["m", "--model-name", "m"], "--model-name has no meaning without --endpoint"),
@@ -190,6 +190,43 @@ def test_contradictions_are_refused_in_a_sentence(
     assert result.exit_code == 2
     assert message in result.stderr
     assert not (tmp_path / "o.jsonl.manifest.json").exists()
+
+
+@pytest.mark.parametrize("form", ["url", "endpoint"])
+def test_the_only_model_of_a_server_needs_no_name(
+    run_cli: Callable[..., Any], prompts: Path, tmp_path: Path, serve: Any, form: str
+) -> None:
+    models = [{"id": "only"}, {"id": "second"}]
+    chat = serve(lambda path, body: say("4") if body else (200, {"data": models}))
+    system = [f"url:{chat.url}"] if form == "url" else ["--endpoint", chat.url]
+    command = ["sample", *system, "--prompts", prompts, "-o", tmp_path / "o.jsonl"]
+    result = run_cli(*command)
+    assert result.exit_code == 2
+    assert "has 2 models (only, second); name one with --model-name" in result.stderr
+    models.pop()
+    result = run_cli(*command)
+    assert result.exit_code == 0, result.stderr
+    assert [body["model"] for _, body, _ in chat.asked if body] == ["only"] * 3
+
+
+def test_a_server_that_is_tried_again_is_said_once(
+    run_cli: Callable[..., Any],
+    prompts: Path,
+    tmp_path: Path,
+    serve: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("flexalign.data.client.time.sleep", lambda seconds: None)
+    chat = serve(lambda path, body: (503, b"loading"))
+    command = ["sample", "--endpoint", chat.url, "--model-name", "m", "--prompts", prompts]
+    result = run_cli(*command, "-o", tmp_path / "o.jsonl", "--attempts", 3, "--timeout", 9)
+    assert result.exit_code == 1
+    assert result.stderr.count("note:") == 1
+    assert "gave no response (503 loading); every request is tried up to 3 times" in result.stderr
+    assert "gave no response in 3 attempts (503 loading)" in result.stderr
+    assert len(chat.asked) % 3 == 0
+    result = run_cli(*command, "-o", tmp_path / "o.jsonl", "--attempts", 1)
+    assert "note:" not in result.stderr
 
 
 def test_bad_prompts_are_named_by_line(

@@ -6,7 +6,12 @@ import pytest
 
 from chat_server import CLOSE, Answer, Chat, Half, say
 from flexalign.data.client import Endpoint, EndpointResponse
-from flexalign.errors import ConfigError, ServingError
+from flexalign.errors import (
+    ConfigError,
+    RequestRefusedError,
+    ServerUnusableError,
+    ServingError,
+)
 
 
 def endpoint(url: str, **options: Any) -> Endpoint:
@@ -117,11 +122,62 @@ def test_a_server_that_stays_overloaded_ends_the_run(serve: Callable[[Answer], C
     assert len(chat.asked) == 3
 
 
+def test_the_first_retry_alone_is_told(serve: Callable[[Answer], Chat]) -> None:
+    answers = iter([(503, b"loading"), (503, b"loading"), say("7")])
+    chat, told = serve(lambda path, body: next(answers)), []
+    assert endpoint(chat.url, on_retry=told.append).generate([user("?")], [1])[0].text == "7"
+    assert told == [
+        f"{chat.url} gave no response (503 loading); every request is tried up to 5 times, after "
+        "longer and longer pauses."
+    ]
+
+
 def test_a_refusal_is_final(serve: Callable[[Answer], Chat]) -> None:
     chat = serve(lambda path, body: (404, b"no model m"))
     with pytest.raises(ServingError, match="refused a request: 404 no model m"):
         endpoint(chat.url).generate([user("?")], [1])
     assert len(chat.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "options", "cure"),
+    [
+        (401, {}, "give --api-key-env NAME"),
+        (403, {"api_key": "old"}, "check the key that --api-key-env names"),
+        (404, {}, "check the address and --model-name"),
+    ],
+)
+def test_a_refusal_of_every_request_names_its_cure(
+    serve: Callable[[Answer], Chat], status: int, options: dict[str, Any], cure: str
+) -> None:
+    chat = serve(lambda path, body: (status, b"<p>\n no </p>"))
+    message = rf"refused a request: {status} <p> no </p>; {cure}"
+    for ask in (lambda one: one.models(), lambda one: one.generate([user("?")], [1])):
+        with pytest.raises(ServerUnusableError, match=message):
+            ask(endpoint(chat.url, **options))
+    assert len(chat.asked) == 2
+
+
+def test_a_refusal_of_one_request_is_told_apart(serve: Callable[[Answer], Chat]) -> None:
+    chat = serve(lambda path, body: (400, b"too long"))
+    with pytest.raises(RequestRefusedError, match=r"400 too long$"):
+        endpoint(chat.url).generate([user("?")], [1])
+
+
+def test_a_page_is_said_to_be_no_json_and_not_asked_for_again(
+    serve: Callable[[Answer], Chat],
+) -> None:
+    chat = serve(lambda path, body: (200, b"<!DOCTYPE html>\n<title>A router</title>"))
+    with pytest.raises(
+        ServerUnusableError, match=r"else than JSON \(<!DOCTYPE html> <title>A router</title>\)"
+    ):
+        endpoint(chat.url).generate([user("?")], [1])
+    assert len(chat.asked) == 1
+    empty = serve(lambda path, body: (200, b""))
+    with pytest.raises(
+        ServingError, match=r"in 2 attempts \(its answer is not whole JSON: it is empty"
+    ):
+        endpoint(empty.url, attempts=2).generate([user("?")], [1])
 
 
 @pytest.mark.parametrize("value", [{}, [], {"choices": []}, {"choices": [{}]}, {"error": "x"}])

@@ -163,6 +163,27 @@ def test_the_output_of_another_run_is_refused(
     assert output.read_bytes() == before
 
 
+def test_a_run_without_a_row_leaves_its_file_to_any_other(tmp_path: Path) -> None:
+    output = tmp_path / "traces.jsonl"
+    assert open_run(PROMPTS, output, SETTINGS, {"model": "no such"}) == 0
+    output.touch()
+    assert run(output).rows == 15
+    manifest = json.loads((tmp_path / "traces.jsonl.manifest.json").read_text("utf-8"))
+    assert manifest["source"] == SOURCE
+
+
+def test_a_file_that_is_taken_over_is_not_written_by_two_runs(tmp_path: Path) -> None:
+    output = tmp_path / "traces.jsonl"
+
+    def overtaken(prompts: Any, seeds: Any) -> Any:
+        open_run(PROMPTS, output, SETTINGS, {"model": "other"})
+        return respond(prompts, seeds)
+
+    with pytest.raises(ConfigError, match="was taken over by another run"):
+        run(output, overtaken)
+    assert output.read_bytes() == b""
+
+
 def test_a_run_begun_before_manifests_told_of_the_template_goes_on(tmp_path: Path) -> None:
     whole, output = tmp_path / "whole.jsonl", tmp_path / "traces.jsonl"
     run(whole)
@@ -180,6 +201,7 @@ def test_a_run_begun_before_manifests_told_of_the_template_goes_on(tmp_path: Pat
         open_run(PROMPTS, output, SETTINGS, SOURCE, asked)
     fresh = tmp_path / "fresh.jsonl"
     open_run(PROMPTS, fresh, SETTINGS, SOURCE, now)
+    make_traces(PROMPTS, fresh, respond, SETTINGS, rendering=now)
     with pytest.raises(ConfigError, match=r"another run \(rendering"):
         open_run(PROMPTS, fresh, SETTINGS, SOURCE, asked)
 

@@ -70,13 +70,29 @@ def test_a_damaged_line_is_named(tmp_path) -> None:
 
 
 def test_another_configuration_is_refused_by_what_differs(tmp_path) -> None:
-    _begin(tmp_path)
+    _begin(tmp_path).append([_row(0)])
     other = {"systems": [{"name": "m"}, {"name": "n"}], "sampling": {"seed": 1, "gate": None}}
     with pytest.raises(ConfigError) as refused:
         _begin(tmp_path, other)
     assert 'systems: ["m"] there, ["m", "n"] asked' in str(refused.value)
     assert "sampling.seed: 0 there, 1 asked" in str(refused.value)
     assert "name another --output" in str(refused.value)
+
+
+def test_a_folder_without_a_sample_is_left_to_any_configuration(tmp_path) -> None:
+    first = _begin(tmp_path)
+    (tmp_path / "samples.jsonl").touch()
+    other = {"systems": [{"name": "m", "model": "k2"}], "sampling": {"seed": 1}}
+    folder = ResultsFolder.begin(tmp_path, other, [], {"machine": "two"})
+    assert folder.configuration == other
+    stored = ResultsFolder.read(tmp_path)
+    assert (stored.configuration, stored.environments) == (other, [{"machine": "two"}])
+    assert stored.golds() == {}
+
+    with pytest.raises(ConfigError, match="was taken over by a run of another configuration"):
+        first.append([_row(0)])
+    folder.append([_row(0)])
+    assert ResultsFolder.read(tmp_path).rows == [_row(0)]
 
 
 def test_another_machine_is_noted(tmp_path) -> None:

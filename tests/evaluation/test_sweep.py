@@ -296,7 +296,27 @@ def _served(make, url, **options) -> Sweep:
 
 def _reply(text="<think>a</think>2", **usage):
     choice = {"message": {"content": text}, "finish_reason": "stop"}
-    return 200, {"choices": [choice], "usage": {"completion_tokens": 5} | usage}
+    used = {"completion_tokens": 5} | usage
+    return 200, {"choices": [choice], "usage": used, "dial": {"policy": "fixed"}}
+
+
+def test_a_server_that_does_not_say_that_it_turned_the_dial_is_not_swept(
+    make, serve, tmp_path
+) -> None:
+    def answer(path, body):
+        status, told = _reply()
+        return status, {key: value for key, value in told.items() if key != "dial"}
+
+    chat = serve(answer)
+    for lams in ([0, 1], [0], ["adaptive 0.5"]):
+        sweep = make(f"s=url:{chat.url}", lams=lams, options=ASKED)
+        with pytest.raises(ServingError, match=r"did not say that it turned λ.*without --lambda"):
+            sweep.run(tmp_path / str(lams))
+        assert not (tmp_path / str(lams) / "samples.jsonl").exists()
+
+    plain = make(f"s=url:{chat.url}", lams=[], options=ASKED)
+    assert plain.run(tmp_path / "plain").made == 6
+    assert not any("lambda" in body for _, body, _ in chat.asked[-6:])
 
 
 def test_a_server_is_sent_the_dial_and_the_seed(make, serve, tmp_path) -> None:
@@ -352,6 +372,44 @@ def test_one_question_that_fails_costs_itself_alone(make, serve, tmp_path) -> No
     assert len(chat.asked) == asked + 2
 
 
+def test_what_no_repetition_mends_stops_a_sweep_in_one_line(make, serve, tmp_path) -> None:
+    uncounted = {"choices": [{"message": {"content": "2"}}], "dial": {"policy": "fixed"}}
+    cases = [
+        ((400, b"no such field"), r"refused a request: 400 no such field"),
+        ((401, b"no key"), r"401 no key; give --api-key-env NAME"),
+        ((200, b"<html>"), r"something else than JSON \(<html>\)"),
+        ((200, uncounted), r"does not count .* name its model's tokenizer with --tokenizer"),
+    ]
+    for number, (told, message) in enumerate(cases):
+        chat = serve(lambda path, body, told=told: told)
+        with pytest.raises(ServingError, match=message) as stopped:
+            _served(make, chat.url).run(tmp_path / str(number))
+        assert "same command" not in str(stopped.value)
+        assert str(stopped.value).count(chat.url) == 1
+        assert told[0] == 400 or len(chat.asked) <= ASKED.concurrency
+
+
+def test_a_reason_is_said_once_with_the_number_of_samples(make, serve, tmp_path) -> None:
+    def answer(path, body):
+        if "one plus one" in body["messages"][0]["content"]:
+            return (400, b"too long") if body["lambda"] == 1 else (503, b"down")
+        return _reply()
+
+    result = _served(make, serve(answer).url, attempts=1, concurrency=1).run(tmp_path)
+    with pytest.raises(ServingError) as incomplete:
+        result.require_complete()
+    said = str(incomplete.value)
+    assert said.startswith("4 of 12 samples got no response (question q2 of sums at λ=0, s and 1 ")
+    assert said.count("400 too long") == said.count("503 down") == 1
+    assert "s and 1 more: http" in said
+    assert said.endswith(
+        "same command again to ask for these; what was refused will be refused again."
+    )
+    refused = [one for one in result.lost if one.is_final]
+    with pytest.raises(ServingError, match=r"saved; what was refused will be refused again\.$"):
+        dataclasses.replace(result, lost=refused).require_complete()
+
+
 def test_a_server_that_goes_down_is_given_up(make, serve, tmp_path) -> None:
     served = [0]
 
@@ -376,6 +434,7 @@ def test_the_only_model_of_a_server_needs_no_name(make, serve, tmp_path) -> None
     models.append({"id": "second"})
     with pytest.raises(ConfigError, match=r"has 2 models \(only, second\); name one"):
         _served(make, chat.url, model_name=None).run(tmp_path / "two")
+    assert _served(make, chat.url, model_name="only").run(tmp_path / "two").made == 12
 
 
 def test_a_task_is_asked_once(tiny_pair) -> None:

@@ -13,12 +13,13 @@ from flexalign.systems.endpoint import _collected
 REQUESTS = [PromptRequest(n, "1+1?", AS_IT_IS, 0, n) for n in range(5)]
 
 
-def collected(*answers: Answer | Failure, expected: int = 5) -> list[Any]:
+def collected(*answers: Answer | Failure, expected: int = 5, at_once: int = 0) -> list[Any]:
     """Collect answers that have all come in before anybody looks."""
     queue: SimpleQueue[Any] = SimpleQueue()
     for outcome in zip(REQUESTS, answers, strict=False):
         queue.put(outcome)
-    return [one for batch in _collected(queue, expected, 3, "http://x") for one in batch]
+    batches = _collected(queue, expected, 3, "http://x", at_once)
+    return [one for batch in batches for one in batch]
 
 
 def test_failures_in_a_row_give_the_server_up_although_all_came_in_at_once():
@@ -34,3 +35,11 @@ def test_failures_between_answers_cost_themselves_alone():
 def test_failures_at_the_end_leave_nothing_to_give_up():
     answers = [Answer("2", 1), Answer("2", 1), *[Failure("down")] * 3]
     assert [answer for _, answer in collected(*answers)] == answers
+
+
+def test_first_requests_that_all_fail_end_the_run_with_their_reason_alone():
+    for expected in (2, 5):
+        with pytest.raises(ServingError, match=r"^400 no$"):
+            collected(*[Failure("400 no")] * 2, expected=expected, at_once=2)
+    answers = [Failure("400 no"), Answer("2", 1), Failure("400 no"), Failure("400 no")]
+    assert [one for _, one in collected(*answers, expected=4, at_once=2)] == answers

@@ -21,9 +21,11 @@ from flexalign.cli.console import (
 )
 from flexalign.cli.options import (
     AlignedPrompt,
+    Attempts,
     BatchSize,
     ByID,
     Columns,
+    Concurrency,
     Data,
     Dtype,
     EndOfThinkingBias,
@@ -37,11 +39,14 @@ from flexalign.cli.options import (
     PresencePenalty,
     ReferencePrompt,
     RepetitionPenalty,
+    ServerKey,
+    ServerModel,
     TaskMaxNewTokens,
     TaskTemperature,
     TaskTopP,
     Template,
     ThinkingBudget,
+    Timeout,
     TopK,
     Workers,
     read_efforts,
@@ -152,16 +157,14 @@ def evaluate(
     engine: Annotated[
         EngineName, typer.Option(help="local runs here; vllm is for plain models.")
     ] = EngineName.LOCAL,
-    model_name: Annotated[str | None, typer.Option(help="The model's name at a url:.")] = None,
+    model_name: ServerModel = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Of a url:'s model; counts where the server does not.")
     ] = None,
-    api_key_env: Annotated[
-        str | None, typer.Option(help="Environment variable that holds a url:'s key.")
-    ] = None,
-    concurrency: Annotated[int, typer.Option(help="Requests under way at a url: at one time.")] = 8,
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for one response.")] = 1800.0,
-    attempts: Annotated[int, typer.Option(min=1, help="Tries per request.")] = 5,
+    api_key_env: ServerKey = None,
+    concurrency: Concurrency = 8,
+    timeout: Timeout = 1800.0,
+    attempts: Attempts = 5,
     workers: Workers = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show prompts as sent and the cost; sample nothing.")
@@ -252,6 +255,7 @@ def evaluate(
             timeout_seconds=timeout,
             attempts=attempts,
             api_key=read_secret(api_key_env),
+            on_retry=note,
             engine=engine.value,
             template=parse_template(template or []),
             prompts=two_prompts,

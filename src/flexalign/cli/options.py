@@ -183,6 +183,20 @@ EndOfThinkingBias: TypeAlias = Annotated[
 MaxNewTokens: TypeAlias = Annotated[int, typer.Option(help="Tokens at which an answer is cut off.")]
 BatchSize: TypeAlias = Annotated[int, typer.Option(min=1, help="Answers made together.")]
 
+ServerModel: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--model-name", help="The model's name at a server; else its only one."),
+]
+ServerKey: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--api-key-env", help="Environment variable that holds a server's key."),
+]
+Concurrency: TypeAlias = Annotated[
+    int, typer.Option(min=1, help="Requests under way at a server at one time.")
+]
+Timeout: TypeAlias = Annotated[float, typer.Option(help="Seconds to wait for one response.")]
+Attempts: TypeAlias = Annotated[int, typer.Option(min=1, help="Tries per request.")]
+
 Policies: TypeAlias = Annotated[
     list[str] | None,
     typer.Option(

@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from flexalign.cli.console import (
     console,
+    note,
     print_json,
     progress_bar,
     resumable,
@@ -19,8 +20,10 @@ from flexalign.cli.options import (
     Aligned,
     AlignedPrompt,
     AnyBase,
+    Attempts,
     ByID,
     Columns,
+    Concurrency,
     Dtype,
     EndOfThinkingBias,
     FrequencyPenalty,
@@ -30,10 +33,13 @@ from flexalign.cli.options import (
     PresencePenalty,
     ReferencePrompt,
     RepetitionPenalty,
+    ServerKey,
+    ServerModel,
     SkipBadRows,
     Temperature,
     Template,
     ThinkingBudget,
+    Timeout,
     TopK,
     TopP,
     read_lambdas,
@@ -47,6 +53,8 @@ if TYPE_CHECKING:
     from flexalign.systems.sampling import SampleRun
 
 _PREVIEWED = 2
+_SERVER = "url:"
+"""In front of a server's address in place of a model, as in ``flexalign evaluate``."""
 
 
 def sample(
@@ -63,19 +71,19 @@ def sample(
     ],
     model: Annotated[
         str | None,
-        typer.Argument(help="A model's folder, hub id or known name; none with --endpoint."),
+        typer.Argument(
+            help="A model's folder, hub id or known name, or url:http://…; none with --endpoint."
+        ),
     ] = None,
     endpoint: Annotated[
         str | None,
         typer.Option(help="A server of OpenAI's protocol, such as http://localhost:8000/v1."),
     ] = None,
-    model_name: Annotated[str | None, typer.Option(help="The model's name at --endpoint.")] = None,
-    api_key_env: Annotated[
-        str | None, typer.Option(help="Environment variable that holds the endpoint's key.")
-    ] = None,
-    concurrency: Annotated[
-        int, typer.Option(min=1, help="Requests under way at the endpoint at one time.")
-    ] = 8,
+    model_name: ServerModel = None,
+    api_key_env: ServerKey = None,
+    concurrency: Concurrency = 8,
+    timeout: Timeout = 600.0,
+    attempts: Attempts = 5,
     samples: Annotated[int, typer.Option("--samples", "-n", help="Answers to each prompt.")] = 1,
     max_new_tokens: MaxNewTokens = 2048,
     temperature: Temperature = 1.0,
@@ -166,10 +174,12 @@ def sample(
             "--lambda is one λ between two sides; give --aligned-prompt, --adapter or --aligned "
             "with it."
         )
+    if endpoint is None and model is not None and model.startswith(_SERVER):
+        endpoint, model = model.removeprefix(_SERVER), None
     if endpoint is None:
         _refuse({"--model-name": model_name, "--api-key-env": api_key_env}, "without --endpoint")
         if model is None:
-            raise ConfigError("name a MODEL, or a server with --endpoint and --model-name.")
+            raise ConfigError("name a MODEL, or a server with --endpoint.")
         system = System.of(model, adapter, aligned, two_prompts)
     else:
         _refuse(
@@ -185,15 +195,15 @@ def sample(
             },
             "with --endpoint",
         )
-        if model_name is None:
-            raise ConfigError("--endpoint needs --model-name, the model's name on that server.")
         system = System("endpoint", "url", (endpoint,))
     options = SystemOptions(
         dtype=dtype,
         model_name=model_name,
         api_key=read_secret(api_key_env),
         concurrency=concurrency,
-        timeout_seconds=600.0,
+        timeout_seconds=timeout,
+        attempts=attempts,
+        on_retry=note,
         prompts=two_prompts,
         lambda_range=read_range(lambda_range),
         any_base=any_base,

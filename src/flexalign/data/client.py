@@ -1,8 +1,9 @@
 """A client of servers with OpenAI's HTTP interface, which sends several requests at a time."""
 
 import json
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,13 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from flexalign.data.logits import LogitsSettings
 from flexalign.data.thinking import ThinkingTags
-from flexalign.errors import ConfigError, ServingError
+from flexalign.errors import (
+    ConfigError,
+    RequestRefusedError,
+    ServerUnusableError,
+    ServingError,
+)
 
 if TYPE_CHECKING:
     from openai import Omit, OpenAI
 
 
 _RETRIED_STATUSES = {408, 409, 425, 429, 500, 502, 503, 504}
+_PERMANENT_STATUSES = {401, 402, 403, 404, 405}
+"""Of the key, the address or the model, so that every other request would meet the same."""
 _LONGEST_PAUSE_SECONDS = 60.0
 
 
@@ -58,6 +66,7 @@ class Endpoint:
         pause_seconds: The first pause between attempts, in seconds.
         timeout_seconds: Longest wait for one response, in seconds.
         api_key: Sent as a bearer token; no key is sent if it is None.
+        on_retry: Called once, with a sentence, before a request is repeated for the first time.
 
     Raises:
         ConfigError: If `url` is not an HTTP address.
@@ -74,6 +83,11 @@ class Endpoint:
     pause_seconds: float = 1.0
     timeout_seconds: float = 600.0
     api_key: str | None = field(default=None, repr=False)
+    on_retry: Callable[[str], None] | None = field(default=None, repr=False, compare=False)
+    _first_retry: threading.Lock = field(
+        default_factory=threading.Lock, init=False, repr=False, compare=False
+    )
+    """Taken by the first thread that repeats a request, and never released."""
 
     def __post_init__(self) -> None:
         """Check the address."""
@@ -92,8 +106,10 @@ class Endpoint:
             The responses, in the order of the prompts.
 
         Raises:
-            ServingError: If the server cannot be reached, refuses a request, or its answer is not
-                a response.
+            ServerUnusableError: If the server refuses the key, the path or the model, or does not
+                answer in JSON.
+            RequestRefusedError: If the server refuses a request for another reason.
+            ServingError: If the server cannot be reached, or its answer is not a response.
         """
         with ThreadPoolExecutor(self.concurrency) as pool:
             return list(pool.map(self.ask, prompts, seeds))
@@ -102,6 +118,7 @@ class Endpoint:
         """List the names of the models that the server has.
 
         Raises:
+            ServerUnusableError: If it refuses the key or the path, or does not answer in JSON.
             ServingError: If the server cannot be reached, or its answer is not a list of models.
         """
         answer = self._send("models", None)
@@ -167,7 +184,10 @@ class Endpoint:
         """Post a body, or get a path if it is None, and return the JSON of the answer.
 
         Raises:
-            ServingError: If the server refuses the request, or all attempts fail.
+            ServerUnusableError: If the server refuses the key, the path or the model, or does not
+                answer in JSON.
+            RequestRefusedError: If the server refuses the request for another reason.
+            ServingError: If all attempts fail.
         """
         from openai import APIConnectionError, APIStatusError
 
@@ -176,24 +196,66 @@ class Endpoint:
             pause = self.pause_seconds * 2 ** (attempt - 1)
 
             try:
-                return json.loads(self._exchange(client, path, body))
+                return self._parse(self._exchange(client, path, body))
             except APIStatusError as error:
                 said = error.response.content[:300].decode(errors="replace")
-                reason = f"{error.status_code} {said}".strip()
+                reason = " ".join([str(error.status_code), *said.split()])
                 if error.status_code not in _RETRIED_STATUSES:
-                    raise ServingError(f"{self.url} refused a request: {reason}") from error
+                    raise self._refusal(error.status_code, reason) from error
                 pause = max(pause, _retry_after(error.response.headers))
             except (APIConnectionError, ValueError) as error:
                 cause = error.__cause__ or error  # the client says only "Connection error."
                 reason = str(cause) or type(cause).__name__
 
             if attempt < self.attempts:
+                self._tell_retry(reason)
                 time.sleep(pause)
 
         raise ServingError(
             f"{self.url} gave no response in {self.attempts} attempts ({reason}); "
             "check that the server runs, then run the same command to go on."
         )
+
+    def _tell_retry(self, reason: str) -> None:
+        if self.on_retry is not None and self._first_retry.acquire(blocking=False):
+            self.on_retry(
+                f"{self.url} gave no response ({reason}); every request is tried up to "
+                f"{self.attempts} times, after longer and longer pauses."
+            )
+
+    def _parse(self, content: bytes) -> Any:
+        """Read an answer's JSON.
+
+        Raises:
+            ServerUnusableError: If it is no JSON, such as the page of another kind of server.
+            ValueError: If it is JSON that was cut off on the way, or nothing.
+        """
+        try:
+            return json.loads(content)
+        except ValueError as error:
+            beginning = " ".join(content[:300].decode(errors="replace").split())[:80]
+            if not beginning or beginning.startswith(("{", "[")):
+                raise ValueError(
+                    f"its answer is not whole JSON: {beginning or 'it is empty'}"
+                ) from None
+            raise ServerUnusableError(
+                f"{self.url} answered with something else than JSON ({beginning}); give the address "
+                "of a server of OpenAI's protocol."
+            ) from error
+
+    def _refusal(self, status: int, reason: str) -> ServingError:
+        """Return the error of a status that is not tried again, with what to do where it is known."""
+        refused = f"{self.url} refused a request: {reason}"
+        if status in (401, 403) and self.api_key is None:
+            return ServerUnusableError(
+                f"{refused}; give --api-key-env NAME, the environment variable that holds a key."
+            )
+        if status in (401, 403):
+            return ServerUnusableError(f"{refused}; check the key that --api-key-env names.")
+        if status == 404:
+            return ServerUnusableError(f"{refused}; check the address and --model-name.")
+        kind = ServerUnusableError if status in _PERMANENT_STATUSES else RequestRefusedError
+        return kind(refused)
 
     @cached_property
     def _client(self) -> "OpenAI":

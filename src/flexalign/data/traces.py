@@ -88,8 +88,9 @@ def open_run(
 ) -> int:
     """Begin a run, or find where an earlier run of the same configuration stopped.
 
-    Writes the manifest, or compares it. Removes an incomplete last line. Needs no model, so call
-    it before loading one.
+    Writes the manifest, or compares it. A manifest without a row beside it, as a run leaves it that
+    failed before its first one, is written anew. Removes an incomplete last line. Needs no model,
+    so call it before loading one.
 
     Args:
         prompts: As `load_prompts` returns them.
@@ -104,7 +105,7 @@ def open_run(
         The number of rows that the file already holds.
 
     Raises:
-        ConfigError: If the file exists without a manifest, or with the manifest of another run.
+        ConfigError: If the file exists without a manifest, or has rows of another run.
         DataError: If a line before the last is damaged.
     """
     manifest = {
@@ -116,22 +117,35 @@ def open_run(
     if rendering is not None:
         manifest["rendering"] = rendering
 
-    path = output.with_name(output.name + ".manifest.json")
+    path = _manifest_of(output)
     if path.exists():
-        _check_manifest(path, manifest)
-    elif output.exists():
+        different = _manifest_differences(path, manifest)
+        rows = drop_half_line(output)
+        if different and rows:
+            raise ConfigError(
+                f"{path} belongs to another run ({different}); "
+                "repeat that run's options to go on with it, or name another output."
+            )
+        if different:
+            write_json(path, manifest)
+        return rows
+
+    if output.exists():
         raise ConfigError(
             f"{output} is there already and no manifest says how it was made; "
             "move it away or name another output."
         )
-    else:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, manifest)
-    return drop_half_line(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, manifest)
+    return 0
 
 
-def _check_manifest(path: Path, expected: dict[str, Any]) -> None:
-    """Check that the manifest on disk is that of this run.
+def _manifest_of(output: Path) -> Path:
+    return output.with_name(output.name + ".manifest.json")
+
+
+def _manifest_differences(path: Path, expected: dict[str, Any]) -> str:
+    """Say in what the manifest on disk is not that of this run; empty if it is.
 
     A manifest by an earlier version has no `rendering`; it is then not compared.
     """
@@ -149,15 +163,10 @@ def _check_manifest(path: Path, expected: dict[str, Any]) -> None:
         if key in found or key != "rendering"
         if found.get(key) != expected[key]
     ]
-    if different:
-        details = "; ".join(
-            f"{key}: {json.dumps(found.get(key))} there, {json.dumps(expected[key])} asked"
-            for key in different
-        )
-        raise ConfigError(
-            f"{path} belongs to another run ({details}); "
-            "repeat that run's options to go on with it, or name another output."
-        )
+    return "; ".join(
+        f"{key}: {json.dumps(found.get(key))} there, {json.dumps(expected[key])} asked"
+        for key in different
+    )
 
 
 def _require_rendering_known(path: Path, found: Any, expected: dict[str, Any]) -> None:
@@ -291,7 +300,11 @@ def make_traces(
         progress: Called with the number of rows after each block.
         render: Renders a prompt of messages as text; used only where `settings.plain` is set.
         rendering: The same record as for `open_run`.
+
+    Raises:
+        ConfigError: If the file had no row, and another run has taken it over.
     """
+    manifest = _manifest_bytes(output)
     pairs = [(index, sample) for index in range(len(prompts)) for sample in range(settings.samples)]
     with output.open("a", encoding="utf-8", newline="\n") as file:
         for start in range(0, len(pairs), settings.batch_size):
@@ -309,6 +322,11 @@ def make_traces(
                 for row, pair, response in zip(rows, block, responses, strict=True)
             ]
 
+            if not output.stat().st_size and _manifest_bytes(output) != manifest:
+                raise ConfigError(
+                    f"{output} was taken over by another run while this one had no row; name "
+                    "another output."
+                )
             # Of a block that was interrupted, only the rows that are not yet in the file.
             file.writelines(
                 json.dumps(row, ensure_ascii=False) + "\n" for row in made[max(done - start, 0) :]
@@ -318,6 +336,11 @@ def make_traces(
             if progress is not None:
                 progress(start + len(block))
     return _summarise(output, len(prompts), made=len(pairs) - done)
+
+
+def _manifest_bytes(output: Path) -> bytes | None:
+    path = _manifest_of(output)
+    return path.read_bytes() if path.exists() else None
 
 
 def sampling_record(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:

@@ -367,6 +367,9 @@ class ResultsFolder:
     ) -> "ResultsFolder":
         """Start a results folder, or continue one of the same configuration.
 
+        A folder without a sample, as a run leaves it that failed before its first one, is started
+        anew with any configuration.
+
         Args:
             path: The folder; created if it does not exist.
             configuration: Everything that determines the samples, as JSON.
@@ -375,7 +378,7 @@ class ResultsFolder:
             notes: What a reader of the results must know, which decides no sample.
 
         Raises:
-            ConfigError: If the folder belongs to another configuration; the message names the
+            ConfigError: If the folder has samples of another configuration; the message names the
                 differences.
             DataError: If its samples are damaged.
         """
@@ -387,19 +390,20 @@ class ResultsFolder:
             folder = cls.read(path)
             form = "{key}: {before} there, {now} asked"
             different = list(differences(folder.configuration, expected, form=form))
-            if different:
+            if different and folder.rows:
                 raise ConfigError(
                     f"{path} holds results of another configuration ({'; '.join(different)}); "
                     "repeat that one's options to go on with it, or name another --output."
                 )
-            if environment not in folder.environments or list(notes) != folder.notes:
-                if environment not in folder.environments:
-                    folder._run["environments"].append(dict(environment))
-                folder._run |= {"notes": list(notes)} if notes or folder.notes else {}
-                write_json(file, folder._run)
-            return folder
+            if not different:
+                if environment not in folder.environments or list(notes) != folder.notes:
+                    if environment not in folder.environments:
+                        folder._run["environments"].append(dict(environment))
+                    folder._run |= {"notes": list(notes)} if notes or folder.notes else {}
+                    write_json(file, folder._run)
+                return folder
 
-        if (path / "samples.jsonl").exists():
+        elif (path / "samples.jsonl").exists():
             raise ConfigError(
                 f"{path} has samples and no run.json that says what they are; move them away or "
                 "name another --output."
@@ -499,7 +503,19 @@ class ResultsFolder:
         )
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Append samples to the file; returns only after they are on the disk."""
+        """Append samples to the file; returns only after they are on the disk.
+
+        Raises:
+            ConfigError: If the folder had no sample, and another configuration has taken it over.
+        """
+        if rows and not self.rows:
+            differing = differences(ResultsFolder.read(self.path).configuration, self.configuration)
+            if list(differing):
+                raise ConfigError(
+                    f"{self.path} was taken over by a run of another configuration while this one "
+                    "had no sample; name another --output."
+                )
+
         with self.samples_file.open("a", encoding="utf-8", newline="\n") as file:
             file.writelines(_line(row) for row in rows)
             file.flush()

@@ -45,7 +45,7 @@ from flexalign.systems import (
 from flexalign.systems.open import require_two_models
 
 _SHOWN = 5
-"""The most lost samples that a message names."""
+"""The most reasons of lost samples that a message names."""
 
 Progress = Callable[[int], None]
 """A function that is called with the number of samples made since its last call."""
@@ -196,19 +196,25 @@ class SweepResult:
         """Return the summary of a sweep without lost samples.
 
         Raises:
-            ServingError: If samples could not be made; it names the first ones, and why.
+            ServingError: If samples could not be made; it says why, each reason once.
         """
         if not self.lost and self.summary is not None:
             return self.summary
-        shown = "; ".join(
-            f"question {one.cell.question} of {one.cell.task} at {one.cell.setting.label}, "
-            f"{one.system}: {one.reason}"
-            for one in self.lost[:_SHOWN]
-        )
-        more = f"; and {len(self.lost) - _SHOWN} more" if len(self.lost) > _SHOWN else ""
+        by_reason: dict[str, list[Lost]] = {}
+        for one in self.lost:
+            by_reason.setdefault(one.reason, []).append(one)
+        shown = "; ".join(map(_lost_alike, list(by_reason.values())[:_SHOWN]))
+        more = f"; and {len(by_reason) - _SHOWN} more reasons" if len(by_reason) > _SHOWN else ""
+
+        final = sum(one.is_final for one in self.lost)
+        again = "give the same command again to ask for these."
+        if final:
+            again = "what was refused will be refused again."
+        if 0 < final < len(self.lost):
+            again = f"give the same command again to ask for these; {again}"
         raise ServingError(
             f"{len(self.lost)} of {self.total} samples got no response ({shown}{more}). All others "
-            "are saved; give the same command again to ask for these."
+            f"are saved; {again}"
         )
 
 
@@ -480,6 +486,16 @@ class Lost(NamedTuple):
     system: str
     cell: Cell
     reason: str
+    is_final: bool = False
+    """Whether the same request would fail again."""
+
+
+def _lost_alike(lost: Sequence[Lost]) -> str:
+    """Name the first of the samples that were lost for one reason, their number, and the reason."""
+    first = lost[0]
+    place = f"question {first.cell.question} of {first.cell.task} at {first.cell.setting.label}"
+    others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+    return f"{place}, {first.system}{others}: {first.reason.removesuffix('.')}"
 
 
 def sample_seed(seed: int, task: str, question: str, sample: int) -> int:
@@ -543,7 +559,7 @@ class Sampler:
             made = [(cell, given) for cell, given in outcomes if isinstance(given, Answer)]
             self._folder.append(self._rows(made))
             lost += [
-                Lost(self._system, cell, given.reason)
+                Lost(self._system, cell, given.reason, given.is_final)
                 for cell, given in outcomes
                 if isinstance(given, Failure)
             ]

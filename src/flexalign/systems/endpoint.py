@@ -2,15 +2,20 @@
 
 import json
 import threading
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
 from queue import Empty, SimpleQueue
 from typing import Any, Generic
 
 from flexalign.data.client import Endpoint, EndpointResponse
 from flexalign.data.thinking import ThinkingTags
-from flexalign.errors import ConfigError, ServingError
-from flexalign.lambdas import Exit
+from flexalign.errors import (
+    ConfigError,
+    RequestRefusedError,
+    ServerUnusableError,
+    ServingError,
+)
+from flexalign.lambdas import Exit, Setting
 from flexalign.systems.open import Answer, Asked, Failure, Messages, Request, SystemOptions
 
 _IN_A_ROW = 8
@@ -58,7 +63,9 @@ class EndpointBackend:
 
         Raises:
             ConfigError: If the server has not exactly one model, and none is named.
-            ServingError: If the server cannot be reached, or many requests in a row fail.
+            ServingError: If the server cannot be reached; all of the first requests, or many in a
+                row, fail; or one fails as every other would: a key or an address that is refused, an
+                answer that is not JSON, tokens that nobody counts, no `dial` where one was asked.
         """
         missing = [request for request in requests if request.key not in done]
         if not missing:
@@ -77,7 +84,13 @@ class EndpointBackend:
             arguments = (server, waiting, outcomes)
             threading.Thread(target=self._work, args=arguments, daemon=True).start()
         try:
-            yield from _collected(answered, len(missing), outcomes.most_in_a_row, self._url)
+            yield from _collected(
+                answered,
+                len(missing),
+                outcomes.most_in_a_row,
+                self._url,
+                at_once=workers if len(missing) == len(requests) else 0,
+            )
         finally:
             given_up.set()
 
@@ -99,6 +112,7 @@ class EndpointBackend:
                 outcomes.put(request, self._ask(server, request))
             except BaseException as error:
                 outcomes.answered.put(error)
+                outcomes.given_up.set()
                 return
 
     def _ask(self, server: Endpoint, request: Request) -> Answer | Failure:
@@ -108,14 +122,32 @@ class EndpointBackend:
             dial["lambda"] = setting.policy if setting.lam is None else setting.lam
         try:
             response = server.ask(request.messages, request.seed, **dial)
-            if isinstance(setting.dial, Exit) and response.dial.get("policy") != "exit":
-                raise ServingError(
-                    f"{self._url} does not report the policy {setting.id}: exits are served by "
-                    "flexalign serve with --engine local alone."
-                )
+            self._require_turned(setting, response.dial)
             return self._read(response)
+        except ServerUnusableError:
+            raise
         except ServingError as error:
-            return Failure(str(error))
+            return Failure(str(error), is_final=isinstance(error, RequestRefusedError))
+
+    def _require_turned(self, setting: Setting, reported: Mapping[str, Any]) -> None:
+        """Check that an answer reports a dial where one was asked, λ = 0 too.
+
+        A server of another kind ignores `lambda`, and would answer every setting alike.
+
+        Raises:
+            ServerUnusableError: If it does not.
+        """
+        if isinstance(setting.dial, Exit) and reported.get("policy") != "exit":
+            raise ServerUnusableError(
+                f"{self._url} does not report the policy {setting.id}: exits are served by "
+                "flexalign serve with --engine local alone."
+            )
+        if setting.dial is not None and not reported:
+            raise ServerUnusableError(
+                f"{self._url} did not say that it turned λ (its answer to {setting.id} has no "
+                "`dial`); ask it without --lambda, --policy and --effort, or serve the model with "
+                "flexalign serve."
+            )
 
     def _read(self, response: EndpointResponse) -> Answer:
         text = response.text.encode(
@@ -129,7 +161,7 @@ class EndpointBackend:
                 tokens = len(ids)
 
         if tokens is None:
-            raise ServingError(
+            raise ServerUnusableError(
                 f"{self._url} does not count the tokens of its responses (usage); name its "
                 "model's tokenizer with --tokenizer."
             )
@@ -180,6 +212,7 @@ class EndpointBackend:
             pause_seconds=options.pause_seconds,
             timeout_seconds=options.timeout_seconds,
             api_key=options.api_key,
+            on_retry=options.on_retry,
         )
 
 
@@ -214,11 +247,20 @@ def _collected(
     expected: int,
     most_in_a_row: int,
     url: str,
+    at_once: int = 0,
 ) -> Iterator[list[tuple[Asked, Answer | Failure]]]:
     """Yield outcomes as they arrive, in batches of those that are there.
 
+    Args:
+        answered: The outcomes.
+        expected: How many there will be.
+        most_in_a_row: Consecutive failures at which the server is given up.
+        url: Its address.
+        at_once: Requests that are sent first. If all of these fail, no later one is waited for: the
+            cause is the server's or the run's. 0 for a run that has answers already.
+
     Raises:
-        ServingError: If this many requests in a row failed.
+        ServingError: If the first requests, or this many in a row, failed.
     """
     in_a_row, left = 0, expected
     while left:
@@ -236,6 +278,8 @@ def _collected(
             # Counted one by one, as the size of a batch depends on timing.
             left -= 1
             in_a_row = in_a_row + 1 if isinstance(answer, Failure) else 0
+            if isinstance(answer, Failure) and in_a_row == at_once == expected - left:
+                raise ServingError(answer.reason)
             if isinstance(answer, Failure) and in_a_row == most_in_a_row and left:
                 raise ServingError(
                     f"{in_a_row} requests in a row got no response, the last for "

@@ -7,7 +7,7 @@ are loaded at the first answer.
 """
 
 import re
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
@@ -228,6 +228,8 @@ class SystemOptions:
         attempts: Tries per request.
         pause_seconds: The first pause between tries; it doubles after each.
         api_key: The API key of an endpoint.
+        on_retry: Called once, with a sentence, before a request to an endpoint is repeated for the
+            first time.
         engine: ``local`` or ``vllm``, for plain models.
         template: Arguments of the chat template, for what is on this machine.
         prompts: The two prompts of systems of the kind ``prompts``.
@@ -251,6 +253,7 @@ class SystemOptions:
     attempts: int = 5
     pause_seconds: float = 1.0
     api_key: str | None = None
+    on_retry: Callable[[str], None] | None = field(default=None, repr=False, compare=False)
     engine: str = "local"
     template: Mapping[str, Any] | None = None
     prompts: "PromptPair | None" = None
@@ -360,9 +363,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why there is no response."""
+    """Why there is no response.
+
+    Attributes:
+        reason: A sentence.
+        is_final: Whether the same request would fail again.
+    """
 
     reason: str
+    is_final: bool = False
 
 
 class Backend(Protocol):

@@ -186,8 +186,10 @@ class _Generator(Protocol):
         rendering: How its prompts are rendered; None if a server does it.
     """
 
-    source: dict[str, Any]
     rendering: dict[str, Any] | None
+
+    @property
+    def source(self) -> dict[str, Any]: ...
 
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Sequence[Sampled]:
         """Answer a batch of prompts; there is a seed for each prompt."""
@@ -346,11 +348,20 @@ class _SampledServer:
     """A server; it applies the chat template."""
 
     def __init__(self, backend: EndpointBackend, system: System, options: SystemOptions) -> None:
-        self._backend = backend
-        # If no name is given, the server is asked for it: the manifest must name the model.
-        name = options.model_name or backend.endpoint.model
-        self.source = {"endpoint": system.parts[0], "model": name}
+        self._backend, self._address, self._name = backend, system.parts[0], options.model_name
         self.rendering: dict[str, Any] | None = None
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Its address and the model's name, for which the server is asked if none is given.
+
+        Raises:
+            ConfigError: If the server has not exactly one model.
+            ServingError: If it cannot be asked.
+        """
+        # Not asked earlier: a dry run calls no server.
+        name = self._name or self._backend.endpoint.model
+        return {"endpoint": self._address, "model": name}
 
     def generate(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> Sequence[Sampled]:
         """Answer a batch, each prompt with its own seed."""
