@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+from tqdm.auto import tqdm
 from transformers import modeling_gguf_pytorch_utils
 from transformers.utils import logging
 
@@ -11,8 +12,8 @@ from flexalign.cli.console import progress_bar
 
 @pytest.fixture(autouse=True)
 def restored(monkeypatch: pytest.MonkeyPatch):
-    own = modeling_gguf_pytorch_utils.tqdm
-    monkeypatch.setattr(modeling_gguf_pytorch_utils, "tqdm", own)
+    # Another test may have hidden it in this process.
+    monkeypatch.setattr(modeling_gguf_pytorch_utils, "tqdm", tqdm)
     logging.enable_progress_bar()
     yield
     logging.enable_progress_bar()

@@ -43,7 +43,7 @@ def test_its_answers_are_those_of_the_weights_with_the_scaled_difference(plain: 
         for place, text in enumerate(ASKED)
         for lam in lams
     ]
-    with pytest.warns(UserWarning, match="results outside it are unmeasured"):
+    with pytest.warns(UserWarning, match="results at other λ are unmeasured"):
         found = {one.key: answer.text for block in backend.run(requests) for one, answer in block}
 
     tensors = load_file(plain / "adapter_model.safetensors")

@@ -137,15 +137,13 @@ def calibrate(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the calibration as JSON, alone, on stdout.")
     ] = False,
-    prompts: Annotated[
+    reference_prompt: Annotated[
         list[str] | None,
-        typer.Option(
-            "--aligned-prompt",
-            "--reference-prompt",
-            hidden=True,
-            callback=_no_prompts,
-            is_eager=True,
-        ),
+        typer.Option("--reference-prompt", hidden=True, callback=_no_prompts, is_eager=True),
+    ] = None,
+    aligned_prompt: Annotated[
+        list[str] | None,
+        typer.Option("--aligned-prompt", hidden=True, callback=_no_prompts, is_eager=True),
     ] = None,
 ) -> None:
     """Measure an adapter's dial, so that --effort 50 means half of the thinking tokens.

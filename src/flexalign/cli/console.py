@@ -194,7 +194,8 @@ def quieten_libraries() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     # Its bar heeds none of these. It is looked up in its module, so it can be replaced there.
     gguf: Any = modeling_gguf_pytorch_utils
-    gguf.tqdm = partial(gguf.tqdm, disable=True)
+    if not isinstance(gguf.tqdm, partial):
+        gguf.tqdm = partial(gguf.tqdm, disable=True)
     # Of several processes (torchrun, accelerate launch), only the first one prints.
     console.quiet = os.environ.get("RANK", "0") != "0"
 
