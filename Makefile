@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
 VLLM := .venv-vllm/bin/python
 INSTALL_VLLM := $(VLLM) -m pip install --quiet --disable-pip-version-check -c constraints-vllm.txt
-RESULTS := benchmarks/environment.py benchmarks/miniature.py benchmarks/lora_dial.py benchmarks/rollouts.py benchmarks/lambda_change.py benchmarks/dial.py benchmarks/grading.py benchmarks/coverage.py benchmarks/tune.py benchmarks/evaluate.py benchmarks/effort.py benchmarks/preview.py benchmarks/prompts.py
+RESULTS := benchmarks/environment.py benchmarks/miniature.py benchmarks/lora_dial.py benchmarks/rivals.py benchmarks/concise.py benchmarks/grpo.py benchmarks/rollouts.py benchmarks/lambda_change.py benchmarks/dial.py benchmarks/grading.py benchmarks/coverage.py benchmarks/tune.py benchmarks/evaluate.py benchmarks/effort.py benchmarks/preview.py benchmarks/prompts.py
 
 # Whatever Python sees the GPU: .venv may hold torch's build for CPUs.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
