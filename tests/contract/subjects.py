@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import warnings
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -143,7 +144,9 @@ def put_lora(base: PreTrainedModel, size: float = 0.15, **settings: Any) -> Peft
     """Put a random LoRA into a base, in evaluation mode."""
     torch.manual_seed(5)
     modules = LORA_TARGETS.get(base.config.model_type, "all-linear")
-    model = get_peft_model(base, LoraConfig(**({"r": 4, "target_modules": modules} | settings)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT sets fan_in_fan_out itself, and says so
+        model = get_peft_model(base, LoraConfig(**({"r": 4, "target_modules": modules} | settings)))
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = size * torch.randn_like(parameter)
