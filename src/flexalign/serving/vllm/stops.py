@@ -5,6 +5,7 @@ the answer before it begins. The server in front therefore hands a chat's stop t
 the engine (:func:`with_stops`), and the text of such a request is made by :class:`OutsideThinking`.
 """
 
+import sys
 from functools import wraps
 from typing import Any
 
@@ -38,11 +39,10 @@ def with_stops(body: dict[str, Any], extras_key: str, tags: ThinkingTags) -> dic
 
 def are_stops_installed() -> bool:
     """Whether vLLM, in this process, makes the text of marked requests outside the thinking."""
-    try:
-        from vllm.v1.engine.detokenizer import IncrementalDetokenizer
-    except ImportError:
+    loaded = sys.modules.get("vllm.v1.engine.detokenizer")  # vLLM's server has loaded it
+    if loaded is None:
         return False
-    return getattr(IncrementalDetokenizer.from_new_request, "knows_thinking", False)
+    return getattr(loaded.IncrementalDetokenizer.from_new_request, "knows_thinking", False)
 
 
 def install_stops() -> None:
