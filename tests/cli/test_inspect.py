@@ -135,7 +135,11 @@ def test_whether_thinking_deeper_pays_is_said_before_anything_is_sampled(
     assert found["tokens"] == pytest.approx(
         sum(len(row["completion"][0]["content"].split()) + 1 for row in rows) / len(rows)
     )
-    assert found["whole"]["accuracy"] is not None
+    for part in ("whole", "length", "rest"):
+        low, high = found[part]["accuracy_ci"]
+        assert low <= found[part]["accuracy"] <= high
+    together = found["length"]["accuracy"] + found["rest"]["accuracy"]
+    assert found["whole"]["accuracy"] == pytest.approx(together, abs=1e-9)
     if aligned == "miniature:fast":  # its stream does not think, so that nothing can be told
         assert found["variation"] > 0.5
         assert found["verdict"] == "not decided"

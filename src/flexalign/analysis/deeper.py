@@ -103,6 +103,7 @@ class DeeperThinking:
     @property
     def sentence(self) -> str:
         """The figures and the verdict in one sentence."""
+        # Where the two differ, and what that does to the tokens.
         named = ", ".join(f"{falls!r} → {rises!r}" for falls, rises in self.decisions[:3])
         more = len(self.decisions) - 3
         where = f" ({named}{f' and {more} more' if more > 0 else ''})" if named else ""
@@ -111,11 +112,14 @@ class DeeperThinking:
             f"{self.tokens:.1f}, to first order; {self.share:.0%} of the difference is at decisions "
             f"of length{where}"
         )
+
+        # What it does to the accuracy, if that is known.
         whole, length, rest = (one.accuracy for one in (self.whole, self.length, self.rest))
         if whole is None or length is None or rest is None:
             return (
                 f"{parts}. Whether that pays is not decided: not every response has a known answer."
             )
+
         points = (
             f"{parts}, which change the accuracy by {_points(length)} points, all other tokens by "
             f"{_points(rest)}, together {_points(whole)}: thinking deeper "

@@ -270,6 +270,8 @@ class _SampledModel:
             "fingerprint": known_fingerprint(resolve(name)),
             "dtype": options.dtype,
         }
+
+        # A plain model has no dial; of anything else the manifest says what it is and at which λ.
         self._dial: dict[str, Any] = {}
         if system.kind == "model":
             prompting.bind(self._tokenizer)
@@ -279,6 +281,7 @@ class _SampledModel:
                     "--plain has no meaning with two prompts: the text of a row would be one of "
                     "the two; leave it out."
                 )
+
             (setting,) = asked or [backend.default]
             dial = setting.dial
             if dial is None or isinstance(dial, Policy):
@@ -292,6 +295,7 @@ class _SampledModel:
                 if "renamed" in described:
                     self.source["renamed"] = described["renamed"]
             self.source["lambda"] = dial.to_json()
+
         self.rendering: dict[str, Any] | None = sampling_record(self._tokenizer)
 
     def asked(self, prompts: "Dataset") -> "Dataset":
