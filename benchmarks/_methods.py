@@ -8,6 +8,9 @@ from typing import Any
 
 from _cells import QUESTION_SEED, fused_logits, logits_of, measured, store, trained, trained_dial
 
+BATCH_SIZE = 40
+"""Responses sampled together; on one core 5000 take a third less time than by 96, the size before."""
+
 BEYOND = 1.05
 """How far beyond its largest λ a dial is trained, whose end is learnt from one side only."""
 
@@ -66,6 +69,7 @@ def run(task: Task, options: dict[str, Any]) -> list[str]:
                 "seed": task.seed,
                 "lambda": lam,
                 "training": training,
+                "batch_size": BATCH_SIZE,
             }
             row |= _answered(model, settings, lam, task, options)
             store(work / task.cell(lam), row)
@@ -211,7 +215,7 @@ def _answered(
     return measured(
         task.method,
         questions,
-        respond(model, tokenizer, questions, seed=1 + task.seed, batch_size=96, **settings),
+        respond(model, tokenizer, questions, seed=1 + task.seed, batch_size=BATCH_SIZE, **settings),
         tokenizer=tokenizer,
         world=token_level(*habits, lam, task.gate),
         pair=_own_form(task.sides, lam, task.gate, tokenizer),

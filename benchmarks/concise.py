@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "questions": 100 if chosen.quick else 5000,
         "judged": 50 if chosen.quick else 400,
         "dial_steps": 20 if chosen.quick else 700,
-        "batch_size": 250,
+        "batch_size": 40,
         "places": [(place, 20) for place in (0, 1)] if chosen.quick else PLACES,
         "adapter": (1, 20 if chosen.quick else 150),
     }
