@@ -1,5 +1,6 @@
 """Output in an encoding that has no λ: text spells it, JSON escapes it, nothing ends in a traceback."""
 
+import ast
 import io
 import json
 import os
@@ -10,9 +11,12 @@ from typing import Any
 
 import pytest
 
+import flexalign
 from flexalign.cli.console import print_json, show_in_any_encoding
 
 ENCODINGS = ("ascii", "latin-1")
+OTHERS_NOTATION = ("answers.py", "gguf_file.py", "ollama.py", "rendering.py", "text.py")
+"""Files whose characters are read from answers, or written for other programs."""
 HELP_OF_EVERYTHING = """
 import contextlib, sys
 import typer.main
@@ -121,6 +125,24 @@ def test_json_is_escaped_only_where_it_must_be(monkeypatch: pytest.MonkeyPatch) 
     print_json("\ud800")
     sys.stdout.seek(0)
     assert sys.stdout.read() == '"\\ud800"\n'
+
+
+def test_no_character_of_our_messages_becomes_a_question_mark() -> None:
+    """Docstrings of commands are their help; those of the rest are not shown."""
+    show_in_any_encoding()
+    source = Path(flexalign.__file__).parent
+    unspelled = set()
+    for file in source.rglob("*.py"):
+        if file.name in OTHERS_NOTATION:
+            continue
+        tree = ast.parse(file.read_text("utf-8"))
+        unshown = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        shown = set(ast.walk(tree)) - (set() if file.parent.name == "cli" else unshown)
+        texts = [node.value for node in shown if isinstance(node, ast.Constant)]
+        characters = set("".join(text for text in texts if isinstance(text, str)))
+        foreign = {character for character in characters if not character.isascii()}
+        unspelled |= {(file.name, c) for c in foreign if c.encode("ascii", "flexalign") == b"?"}
+    assert unspelled == set()
 
 
 def test_text_keeps_what_can_be_shown_and_spells_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
