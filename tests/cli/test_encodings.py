@@ -79,15 +79,21 @@ def test_commands_and_their_json(encoding: str, tiny_pair: Any, tmp_path: Path) 
     asked += ["--lambda", "0,0.5", "--max-new-tokens", "4"]
     sweep = ["evaluate", f"pair:{pair[0]},{pair[1]}", "--task", str(questions), "--lambda", "0,1"]
     sweep += ["--max-new-tokens", "4", "--output", str(tmp_path / "out")]
+    many = tmp_path / "many.jsonl"
+    asked_of_tune = [{"problem": f"is λ ≥ {number}?", "answer": "2"} for number in range(24)]
+    many.write_text("".join(json.dumps(row) + "\n" for row in asked_of_tune))
+    tuned = ["tune", f"pair:{pair[0]},{pair[1]}", "--task", str(many), "--margin", "0.2"]
+    tuned += ["--lambda", "0.5,1", "--max-new-tokens", "4", "--output", str(tmp_path / "tuned")]
     commands = [
         asked,
         [*asked, "--json"],
         sweep,
         [*sweep, "--json"],
+        tuned,
         ["inspect", *pair],  # the first command of a process would leave torch out of it
         ["inspect", *pair, "--json"],
     ]
-    answers, answered, table, summary, models, facts = in_encoding(
+    answers, answered, table, summary, chosen, models, facts = in_encoding(
         encoding, RUN_EACH, json.dumps(commands)
     )
     assert "fits: 320 shared tokens" in models
@@ -96,6 +102,7 @@ def test_commands_and_their_json(encoding: str, tiny_pair: Any, tmp_path: Path) 
     assert [row["prompt"] for row in json.loads(answered)] == ["is λ ≥ 1?"] * 2
     assert "\\u03bb" in answered
     assert "lambda=1" in table
+    assert chosen == "none\n"  # these models write noise; what was compared is on stderr
     assert {row["setting"] for row in json.loads(summary)["rows"]} == {"λ=0", "λ=1"}
 
 
