@@ -278,18 +278,22 @@ def _serve_here(
         if playground:
             app = Playground(app)
 
-        _print_address(
-            url_of(host, listening.getsockname()[1]),
-            service.model.name,
-            rules.lambda_range,
-            playground=playground,
-            as_json=as_json,
-        )
+        def announce() -> None:
+            _print_address(
+                url_of(host, listening.getsockname()[1]),
+                service.model.name,
+                rules.lambda_range,
+                playground=playground,
+                as_json=as_json,
+            )
+
+        engine = service.engine
         try:
-            engine = service.engine
-            run_server(app, listening, grace=grace, is_well=lambda: engine.is_alive)
+            run_server(
+                app, listening, grace=grace, is_well=lambda: engine.is_alive, on_ready=announce
+            )
         finally:
-            service.engine.stop()
+            engine.stop()
 
 
 def _print_address(

@@ -213,7 +213,12 @@ def require_safe_address(host: str, key: str | None, *, insecure: bool) -> None:
 
 
 def run_server(
-    app: Any, listening: socket.socket, *, grace: float, is_well: Callable[[], bool]
+    app: Any,
+    listening: socket.socket,
+    *,
+    grace: float,
+    is_well: Callable[[], bool],
+    on_ready: Callable[[], None],
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; then refuse new requests and finish the running ones.
 
@@ -223,6 +228,7 @@ def run_server(
         grace: Seconds in which running answers must finish.
         is_well: Returns whether the engine runs. If it does not, the server ends too, so that a
             process manager can restart it.
+        on_ready: Called once, when SIGTERM ends the server as described; it prints the address.
 
     Raises:
         ServingError: If the engine has failed.
@@ -235,10 +241,13 @@ def run_server(
         lifespan="off",
         timeout_graceful_shutdown=max(1, round(grace)),
     )
-    # uvicorn raises the signal again after it has stopped; a clean end must not look like a failure.
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    server = _UvicornServer(config, is_well)
+    # Before uvicorn has handlers of its own, a SIGTERM must not be lost. After it has stopped, it
+    # raises the signal again, and a clean end must not look like a failure.
+    before = signal.signal(signal.SIGTERM, server.handle_exit)
     try:
-        _UvicornServer(config, is_well).run(sockets=[listening])
+        on_ready()
+        server.run(sockets=[listening])
     finally:
         signal.signal(signal.SIGTERM, before)
     if not is_well():
