@@ -1,7 +1,6 @@
 """The LoRA dial: a base model with one LoRA, whose strength is each row's λ."""
 
 import copy
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from flexalign._modes import evaluating
 from flexalign._storage import following_umask
 from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
 from flexalign.generation.adapted import AdaptedModel, Base, load_own_base, model_name
-from flexalign.generation.fused import positions_of
+from flexalign.generation.fused import forward_inputs, positions_of, taken_inputs
 from flexalign.generation.inherited import refuse_inner_outputs
 from flexalign.generation.interface import Phase
 from flexalign.generation.row_lambdas import RowDials
@@ -85,7 +84,7 @@ class LoRADial(AdaptedModel):
         self.peft = model
         self.projections = LoRAProjections(model, ADAPTER)
         self.scale = self.projections.scale
-        self._takes = set(inspect.signature(self.base.forward).parameters)
+        self._takes = forward_inputs(self.base)
         probe_rows(self, model_name(self.base))
 
     @classmethod
@@ -134,7 +133,8 @@ class LoRADial(AdaptedModel):
         """Return a copy of the base with the LoRA at strength λ in its weights.
 
         It is a plain model, without PEFT, and equals the dial at this λ up to the rounding of
-        ``W + λ·s·B·A`` to the weights' data type.
+        ``W + λ·s·B·A`` to the weights' data type. The dial stays as it is, so that both are in
+        memory; :meth:`merge` keeps a second time only the weights that the LoRA adapts.
 
         Raises:
             LambdaError: If λ is not finite.
@@ -202,18 +202,12 @@ class LoRADial(AdaptedModel):
         keeps = past_key_values is not None if use_cache is None else use_cache
         kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask}
         kwargs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
-        kwargs |= {"return_dict": True}
+        kwargs |= {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
+        kwargs |= {"use_cache": keeps, "return_dict": True}
         given = {name: value for name, value in kwargs.items() if value is not None}
-        # The forward of some families does not take these two.
-        optional = {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
-        given |= {
-            name: value
-            for name, value in optional.items()
-            if name in self._takes and value is not None
-        }
 
         with self.projections.at(lam, *prompts.shape[:2]):
-            output = self.base(**given, use_cache=keeps)
+            output = self.base(**taken_inputs(given, self._takes))
 
         logits = output.logits
         if "logits_to_keep" not in self._takes:
