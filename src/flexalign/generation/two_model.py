@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
-from flexalign.data.rendering import stop_ids
+from flexalign.data.rendering import end_ids
 from flexalign.errors import ConfigError, UnsupportedModelError
 from flexalign.fusion import Lambda, as_lambda, fuse_logits
 from flexalign.generation.fused import (
@@ -93,7 +93,8 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
 
         # The reference's settings, and the end tokens of both.
         settings: Any = copy.deepcopy(self.reference.generation_config)
-        settings.eos_token_id = _ends(self.reference, self.aligned, pair.tokenizer)
+        own = [getattr(self, side).generation_config.eos_token_id for side in SIDES]
+        settings.eos_token_id = end_ids(pair.tokenizer, *own) or None
         if settings.pad_token_id is None:
             settings.pad_token_id = pair.tokenizer.pad_token_id
         self.generation_config = settings
@@ -342,16 +343,3 @@ def _sides(dials: RowDials) -> tuple[Side, ...]:
     if all(end == 1 for end in dials.ends):
         return ("aligned",)
     return SIDES
-
-
-def _ends(reference: Any, aligned: Any, tokenizer: Any) -> list[int] | None:
-    """Return all the tokens that end a response for either model."""
-    ends: list[int] = []
-    for given in (
-        reference.generation_config.eos_token_id,
-        aligned.generation_config.eos_token_id,
-        stop_ids(tokenizer),
-    ):
-        if given is not None:
-            ends += given if isinstance(given, list | tuple) else [given]
-    return list(dict.fromkeys(ends)) or None

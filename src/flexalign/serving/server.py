@@ -15,7 +15,7 @@ import torch
 import uvicorn
 
 from flexalign.data.prompting import PromptSettings
-from flexalign.data.rendering import stop_ids
+from flexalign.data.rendering import end_ids
 from flexalign.data.template_arguments import template_variables
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, ServingError
@@ -131,7 +131,7 @@ def load_service(options: ServeOptions) -> tuple[Service, DialRules]:
         model.rendering if isinstance(model, TwoPromptDecoder) else None,
     )
 
-    ends = _ends(model.generation_config.eos_token_id, tokenizer)
+    ends = end_ids(tokenizer, model.generation_config.eos_token_id)
     engine = Engine(runner, tokenizer, tags, ends, options.limits)
     engine.start()
     return Service(served, engine, options.limits.queue), rules
@@ -190,12 +190,6 @@ def _effort_arguments(tokenizer: Any) -> tuple[str, ...]:
 
 def _sides(model: Any) -> Sequence[Any]:
     return [model.reference, model.aligned] if isinstance(model, TwoModelDecoder) else [model]
-
-
-def _ends(given: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end an answer: the model's and its tokenizer's."""
-    own = given if isinstance(given, list | tuple) else [given]
-    return [int(end) for end in dict.fromkeys([*own, *stop_ids(tokenizer)]) if end is not None]
 
 
 def require_safe_address(host: str, key: str | None, *, insecure: bool) -> None:
