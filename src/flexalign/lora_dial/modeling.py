@@ -1,8 +1,7 @@
 """The LoRA dial: a base model with one LoRA, whose strength is each row's λ."""
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ from flexalign.generation.adapted import AdaptedModel, Base, load_own_base, mode
 from flexalign.generation.fused import forward_inputs, positions_of, taken_inputs
 from flexalign.generation.inherited import refuse_inner_outputs
 from flexalign.generation.interface import Phase
+from flexalign.generation.probing import distance_beyond_rounding, perturbed
 from flexalign.generation.row_lambdas import RowDials
 from flexalign.lambdas import finite_lambda
 from flexalign.lora_dial.configuration import LoRADialConfig, check_folder
 from flexalign.lora_dial.projections import LoRAProjections
-from flexalign.lora_dial.scaling import LoRAScale
 from flexalign.models.adapters import make_bases_absolute, read_adapter_config, unfit_tensor
 from flexalign.models.loading import load_adapter
 from flexalign.models.sources import Source, resolve_adapter
@@ -361,12 +360,11 @@ class PrefilledRows:
 
 
 # The test of a model when it is loaded. λ belongs to a row, and a layer that gets its tokens in an
-# order of its own (routed to experts, for instance) would apply it to others. Instead of keeping a
-# list of families, a few tokens are run in one batch and row by row, and compared.
+# order of its own (routed to experts, for instance) would apply it to others. A few tokens are run
+# in one batch and row by row, and compared.
 
 _ROWS, _TOKENS = 2, 4
 _LAMBDAS = (0.5, 2.0)
-_TOLERANCE = 1e-4
 
 
 @torch.no_grad()
@@ -381,39 +379,23 @@ def probe_rows(dial: LoRADial, name: str) -> None:
     tokens = torch.randint(1, width, (_ROWS, _TOKENS), generator=generator).to(dial.device)
     lam = torch.tensor(_LAMBDAS)
 
-    with evaluating(dial), _perturbed(dial.scale):
+    b_matrices = [layer.lora_B[ADAPTER].weight for layer in dial.scale.layers.values()]
+    with evaluating(dial), perturbed(b_matrices):
         try:
-            mixed = dial(tokens, lam=lam, lam_checked=True).logits.float()
+            mixed = dial(tokens, lam=lam, lam_checked=True).logits
         except ValueError as error:
             raise UnsupportedModelError(
                 f"{name}: rows of different λ cannot run as one batch ({error})"
             ) from error
         alone = [
-            dial(tokens[row : row + 1], lam=one, lam_checked=True).logits.float()
+            dial(tokens[row : row + 1], lam=one, lam_checked=True).logits
             for row, one in enumerate(_LAMBDAS)
         ]
 
-    expected = torch.cat(alone)
-    allowed = max(_TOLERANCE, 8 * torch.finfo(dial.base.dtype).eps)
-    off = float(torch.linalg.vector_norm(mixed - expected) / torch.linalg.vector_norm(expected))
-    if not off <= allowed:
+    off = distance_beyond_rounding(mixed, torch.cat(alone), dial.base.dtype)
+    if off is not None:
         raise UnsupportedModelError(
             f"{name}: rows of different λ disturb each other in one batch (off by {off:.1%}); a "
             "LoRA dial cannot serve this model. Leave out target_modules that see tokens in an "
             "order of their own, such as experts."
         )
-
-
-@contextmanager
-def _perturbed(scale: LoRAScale) -> Iterator[None]:
-    """Add noise to the B matrices inside the block, so that λ has an effect before training."""
-    generator = torch.Generator().manual_seed(2)
-    weights = [layer.lora_B[ADAPTER].weight for layer in scale.layers.values()]
-    originals = [weight.detach().clone() for weight in weights]
-    for weight in weights:
-        weight.add_(0.02 * torch.randn(weight.shape, generator=generator).to(weight))
-    try:
-        yield
-    finally:
-        for weight, original in zip(weights, originals, strict=True):
-            weight.copy_(original)
