@@ -202,6 +202,7 @@ def evaluate(
         raise ConfigError("name the folder of the results with --output DIR.")
 
     lams, limits = read_lambdas(lam), read_range(lambda_range)
+
     from flexalign.data.columns import parse_columns
     from flexalign.data.prompting import parse_template
     from flexalign.systems import parse_systems
@@ -209,6 +210,7 @@ def evaluate(
     asked = parse_systems(systems, own or [])
     two_prompts = read_prompt_pair(reference_prompt, aligned_prompt)
     settings = read_settings(lams, policy or [], read_efforts(effort, _only_adapter(effort, asked)))
+
     from flexalign.evaluation.sweep import plan_sweep
     from flexalign.evaluation.tasks import load_task
 

@@ -148,6 +148,7 @@ def sample(
     settings = SamplingSettings(
         samples, max_new_tokens, temperature, top_p, batch_size, seed, plain, logits
     )
+
     two_prompts, dials = read_prompt_pair(reference_prompt, aligned_prompt), read_lambdas(lam)
     has_dial = any(side is not None for side in (two_prompts, adapter, aligned))
     if len(dials) > 1 or (dials and not has_dial):
@@ -155,6 +156,7 @@ def sample(
             "--lambda is one λ between two sides; give --aligned-prompt, --adapter or --aligned "
             "with it."
         )
+
     if endpoint is None and model is not None and model.startswith(_SERVER):
         endpoint, model = model.removeprefix(_SERVER), None
     if endpoint is None:
@@ -177,6 +179,7 @@ def sample(
             "with --endpoint",
         )
         system = System("endpoint", "url", (endpoint,))
+
     options = SystemOptions(
         dtype=dtype,
         model_name=model_name,

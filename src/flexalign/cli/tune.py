@@ -194,8 +194,7 @@ def tune(
             columns=parse_columns(columns, "--columns"),
         )
 
-    # Answers that exist already: nothing is sampled.
-    if stored is not None:
+    if stored is not None:  # answers that exist already: nothing is sampled
         if system is not None:
             raise ConfigError("SYSTEM is not asked with --from; leave one of the two out.")
         found = StoredSamples(ResultsFolder.read(stored), task=asked.name if asked else None)
@@ -204,7 +203,6 @@ def tune(
         if plan_only or dry_run or output is None:
             _show_plan(planned, kept, as_json)
             return
-
         _warn_of_margin(planned, kept)
         tuning = Tuning.of_stored(found, kept, given, options)
         _show(tuning, tuning.run(output), output, as_json)

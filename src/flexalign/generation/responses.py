@@ -126,6 +126,7 @@ def generate_responses(
         and not isinstance(model, DialModel)
     ):
         model = _with_one_stream(model, tokenizer, dials)
+
     if temperature > 0 and not is_seeded:
         # With seeds, the logits processor applies them.
         limits = {"top_k": logits.top_k, "min_p": logits.min_p}
@@ -157,6 +158,7 @@ def generate_responses(
                 settings.return_dict_in_generate = not isinstance(own, Tensor) and chooses_stream(
                     own
                 )
+
             processors = LogitsProcessorList()
             if logits.has_penalties:
                 lengths = torch.tensor([_prompt_length(encoded[i]) for i in batch])

@@ -225,6 +225,7 @@ class LocalBackend:
         self._sources = [resolve(part) for part in self._parts[: 1 if self.kind == "dial" else 2]]
         for source in self._sources:
             note_weights(source.path)
+
         self.default = Setting.of(Fixed(1.0)) if self.kind in ("pair", "prompts") else AS_IT_IS
         self.permitted = self._options.lambda_range
         self.config: DialConfig | None = None
@@ -240,6 +241,7 @@ class LocalBackend:
 
         if self.kind != "model":
             self.require_range(settings)
+
         tokenizer = load_tokenizer(self._sources[0], trust_remote_code=trust_remote_code)
         self._options.logits.require_tokens(len(tokenizer))
         self._renamed = self._compare_tokens(tokenizer) if system.has_two_models else ()
@@ -247,6 +249,7 @@ class LocalBackend:
             self.config.bind(tokenizer)
         if self._options.template:
             self._bind_asked(tokenizer, self._options.template)
+
         tags = self.config.tags if self.config else None
         if self._options.logits.limits_thinking:
             ClosingTokens.of(tokenizer, tags)  # raises if the thinking has no end to be found
