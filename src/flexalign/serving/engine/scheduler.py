@@ -328,9 +328,12 @@ class Engine:
                 staying.append(place)
         self._batch.keep(staying)
 
+        gone = []
         with self._wakes:
-            gone = [one for one in self._waiting if one.is_cancelled]
-            self._waiting = deque(one for one in self._waiting if not one.is_cancelled)
+            waiting, self._waiting = self._waiting, deque()
+            for generation in waiting:
+                # Read once: another thread may cancel it at any time.
+                (gone if generation.is_cancelled else self._waiting).append(generation)
         for generation in gone:
             AnswerSequence(generation, self._settings).end("cancelled")
 
