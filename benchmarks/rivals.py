@@ -153,7 +153,8 @@ def answered(model: Any, questions: Sequence[Any], options: dict[str, Any]) -> d
         **options,
     )
 
-    tokens = [float(one.tokens + one.rejected_tokens) for one in responses]
+    # The tokens of a response have those of rejected answers.
+    tokens = [float(one.tokens) for one in responses]
     return _summary(questions, [one.text for one in responses], tokens)
 
 
@@ -178,7 +179,6 @@ def _by_ladder(questions: Sequence[Any], ladder: Any) -> tuple[list[str], list[f
     blocks = backend.run(requests, set())
     answers = {request.prompt: answer for block in blocks for request, answer in block}
     found: list[Any] = [answers[place] for place in range(len(questions))]
-    # The tokens of an answer have those of its rejected first answer.
     return [one.text for one in found], [float(one.tokens) for one in found]
 
 
