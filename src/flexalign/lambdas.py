@@ -653,7 +653,7 @@ class Ladder:
 
     The measures are those of :class:`Adaptive`. With one threshold it is that policy, in the weights.
     Source: dynamic model interpolation (arXiv 2601.21414), which sets λ for each question without
-    training by confidence; there λ is continuous and both models are asked, here it has steps and one is.
+    training by a discrepancy of both models' confidence; here λ has steps, and one model is asked.
 
     Attributes:
         thresholds: The least confidence of each λ but the last, in [0, 1], descending.
