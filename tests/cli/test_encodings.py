@@ -1,5 +1,6 @@
 """Output in an encoding that has no λ: text spells it, JSON escapes it, nothing ends in a traceback."""
 
+import ast
 import io
 import json
 import os
@@ -10,9 +11,12 @@ from typing import Any
 
 import pytest
 
+import flexalign
 from flexalign.cli.console import print_json, show_in_any_encoding
 
 ENCODINGS = ("ascii", "latin-1")
+OTHERS_NOTATION = ("answers.py", "gguf_file.py", "ollama.py", "rendering.py", "text.py")
+"""Files whose characters are read from answers, or written for other programs."""
 HELP_OF_EVERYTHING = """
 import contextlib, sys
 import typer.main
@@ -75,15 +79,21 @@ def test_commands_and_their_json(encoding: str, tiny_pair: Any, tmp_path: Path) 
     asked += ["--lambda", "0,0.5", "--max-new-tokens", "4"]
     sweep = ["evaluate", f"pair:{pair[0]},{pair[1]}", "--task", str(questions), "--lambda", "0,1"]
     sweep += ["--max-new-tokens", "4", "--output", str(tmp_path / "out")]
+    many = tmp_path / "many.jsonl"
+    asked_of_tune = [{"problem": f"is λ ≥ {number}?", "answer": "2"} for number in range(24)]
+    many.write_text("".join(json.dumps(row) + "\n" for row in asked_of_tune))
+    tuned = ["tune", f"pair:{pair[0]},{pair[1]}", "--task", str(many), "--margin", "0.2"]
+    tuned += ["--lambda", "0.5,1", "--max-new-tokens", "4", "--output", str(tmp_path / "tuned")]
     commands = [
         asked,
         [*asked, "--json"],
         sweep,
         [*sweep, "--json"],
+        tuned,
         ["inspect", *pair],  # the first command of a process would leave torch out of it
         ["inspect", *pair, "--json"],
     ]
-    answers, answered, table, summary, models, facts = in_encoding(
+    answers, answered, table, summary, chosen, models, facts = in_encoding(
         encoding, RUN_EACH, json.dumps(commands)
     )
     assert "fits: 320 shared tokens" in models
@@ -92,6 +102,7 @@ def test_commands_and_their_json(encoding: str, tiny_pair: Any, tmp_path: Path) 
     assert [row["prompt"] for row in json.loads(answered)] == ["is λ ≥ 1?"] * 2
     assert "\\u03bb" in answered
     assert "lambda=1" in table
+    assert chosen == "none\n"  # these models write noise; what was compared is on stderr
     assert {row["setting"] for row in json.loads(summary)["rows"]} == {"λ=0", "λ=1"}
 
 
@@ -121,6 +132,24 @@ def test_json_is_escaped_only_where_it_must_be(monkeypatch: pytest.MonkeyPatch) 
     print_json("\ud800")
     sys.stdout.seek(0)
     assert sys.stdout.read() == '"\\ud800"\n'
+
+
+def test_no_character_of_our_messages_becomes_a_question_mark() -> None:
+    """Docstrings of commands are their help; those of the rest are not shown."""
+    show_in_any_encoding()
+    source = Path(flexalign.__file__).parent
+    unspelled = set()
+    for file in source.rglob("*.py"):
+        if file.name in OTHERS_NOTATION:
+            continue
+        tree = ast.parse(file.read_text("utf-8"))
+        unshown = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        shown = set(ast.walk(tree)) - (set() if file.parent.name == "cli" else unshown)
+        texts = [node.value for node in shown if isinstance(node, ast.Constant)]
+        characters = set("".join(text for text in texts if isinstance(text, str)))
+        foreign = {character for character in characters if not character.isascii()}
+        unspelled |= {(file.name, c) for c in foreign if c.encode("ascii", "flexalign") == b"?"}
+    assert unspelled == set()
 
 
 def test_text_keeps_what_can_be_shown_and_spells_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
