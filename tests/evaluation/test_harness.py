@@ -439,6 +439,34 @@ def test_the_command_takes_what_lm_eval_takes(
     assert config["flexalign"]["dial"] == {"policy": "adaptive", "threshold": 0.5}
 
 
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ("lambda=7", "error: λ=7: outside the range [0, 1] of the adapter miniature:fast; "),
+        ("lamda=1", "error: the model has no argument 'lamda'; did you mean 'lambda'?\n"),
+    ],
+)
+def test_the_command_refuses_in_one_sentence(
+    tasks: TaskManager,
+    more: str,
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    given = f"pretrained=miniature,adapter=miniature:fast,{more}"
+    folder = Path(str(tasks.include_path))
+    command = ["harness", "--model", "flexalign", "--model_args", given, "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [*command, "--tasks", str(folder / "offline_responses.yaml")])
+    from flexalign.evaluation import harness
+
+    with pytest.raises(SystemExit) as refused:
+        harness.main()
+    assert refused.value.code == 2
+    said = capsys.readouterr().err
+    assert said[said.index("error: ") :].startswith(sentence)
+    assert "Traceback" not in said
+
+
 def _numbers(responses: Any) -> list[float]:
     """Log-likelihoods, and whether they are greedy, of one document's requests."""
     flat: list[float] = []

@@ -145,3 +145,10 @@ def test_the_longest_name_owns_an_option() -> None:
     shared = SystemOptions(logits=LogitsSettings(top_k=5))
     assert a.options(shared).logits == LogitsSettings(top_k=5, thinking_budget=3)
     assert b.options(shared) == shared
+
+
+def test_an_option_that_systems_do_not_have_is_refused_by_the_nearest(tmp_path: Path) -> None:
+    task = load_task("miniature", limit=2)
+    with pytest.raises(ConfigError, match=r"no option 'max_tokens'; did you mean 'max_new_tokens'"):
+        evaluate(["model:miniature"], [task], tmp_path / "out", max_tokens=80)
+    assert not (tmp_path / "out").exists()

@@ -30,7 +30,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from flexalign._spelling import nearest
 from flexalign.data.prompting import PromptSettings
-from flexalign.errors import ConfigError
+from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.generation import TwoModelDecoder, TwoPromptDecoder
 from flexalign.generation.adapted import BasedModel
 from flexalign.generation.fused import positions_of
@@ -495,8 +495,16 @@ def _leader(model: Any) -> Any:
 
 
 def main() -> None:
-    """Run lm_eval's command line with the model ``flexalign``."""
-    cli_evaluate()
+    """Run lm_eval's command line with the model ``flexalign``.
+
+    An expected error becomes one sentence, and the exit code that :mod:`flexalign.cli` has for it:
+    2 for wrong input, 1 for a failure while running.
+    """
+    try:
+        cli_evaluate()
+    except FlexAlignError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flexalign._spelling import nearest
 from flexalign._storage import write_json
 from flexalign.data.logits import LogitsSettings
 from flexalign.data.thinking import ThinkingTags
@@ -149,14 +150,19 @@ def sampling_options(tasks: Sequence[Task], **options: Any) -> SystemOptions:
             such as top_k; None counts as not given.
 
     Raises:
-        ConfigError: If an option is not given and differs among the tasks.
+        ConfigError: If there is no such option, or if one is not given and differs among the tasks.
     """
+    logits_names = [one.name for one in fields(LogitsSettings)]
+    known = [*(one.name for one in fields(SystemOptions)), *logits_names]
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"systems have no option {name!r}{nearest(name, known)}")
+
     given = {name: value for name, value in options.items() if value is not None}
     for name in ("temperature", "top_p", "max_new_tokens"):
         given[name] = _agreed(given.get(name), tasks, name)
 
-    names = [one.name for one in fields(LogitsSettings) if one.name in given]
-    logits = {name: given.pop(name) for name in names}
+    logits = {name: given.pop(name) for name in logits_names if name in given}
     if logits:
         given["logits"] = replace(given.get("logits", LogitsSettings()), **logits)
     return SystemOptions(**given)

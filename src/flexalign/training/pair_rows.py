@@ -297,7 +297,7 @@ def split_sides(reference: Any, aligned: Any) -> tuple[Any, Any, PromptPair | No
 
     Args:
         reference: A model in any form, or a `PromptedModel`.
-        aligned: Likewise.
+        aligned: An aligned model in any form, or a `PromptedModel`.
 
     Returns:
         Both models, and the two prompts; None if neither side has a prompt.
