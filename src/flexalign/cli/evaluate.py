@@ -33,7 +33,6 @@ from flexalign.cli.options import (
     Gate,
     Instruction,
     PermittedRange,
-    Policies,
     ReferencePrompt,
     ServerKey,
     ServerModel,
@@ -110,7 +109,14 @@ def evaluate(
             "adapter's.",
         ),
     ] = None,
-    policy: Policies = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--policy",
+            help="'adaptive 0.5', 'exit 0.95', 'route 0.3', auto, or JSON of a policy or a schedule; "
+            "of interpolate: 'ladder 0.9,0.6'; repeatable.",
+        ),
+    ] = None,
     effort: Annotated[
         str | None,
         typer.Option(help="Efforts to measure, such as 0,50,100, of one calibrated dial:."),

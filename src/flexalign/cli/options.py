@@ -17,11 +17,11 @@ from flexalign.cli.console import as_input_errors, describe_setting, say
 from flexalign.data.logits import LogitsSettings
 from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.lambdas import (
-    Dial,
+    AnyDial,
     Fixed,
     Setting,
     TrainingLambda,
-    parse_dial,
+    parse_any_dial,
     parse_lambdas,
     parse_range,
     parse_training_lambda,
@@ -293,7 +293,7 @@ def _read_logits(
 # Reading the options of the dial.
 
 
-def read_lambdas(text: str | None) -> list[Dial]:
+def read_lambdas(text: str | None) -> list[AnyDial]:
     """Read ``--lambda 0,0.5,1``, or a schedule's JSON in its place.
 
     Raises:
@@ -302,11 +302,11 @@ def read_lambdas(text: str | None) -> list[Dial]:
     """
     if text is None:
         return []
-    return [parse_dial(text)] if text.lstrip().startswith("{") else [*parse_lambdas(text)]
+    return [parse_any_dial(text)] if text.lstrip().startswith("{") else [*parse_lambdas(text)]
 
 
 def read_settings(
-    lambdas: Sequence[Dial], policies: Sequence[str], efforts: Sequence[Setting] = ()
+    lambdas: Sequence[AnyDial], policies: Sequence[str], efforts: Sequence[Setting] = ()
 ) -> list[Setting]:
     """Make settings of ``--lambda``, every ``--policy`` and ``--effort``.
 

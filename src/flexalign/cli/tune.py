@@ -83,7 +83,11 @@ def tune(
     ] = None,
     policies: Annotated[
         list[str] | None,
-        typer.Option("--policy", help="More candidates: 'adaptive 0.5' or JSON; repeatable."),
+        typer.Option(
+            "--policy",
+            help="More candidates: 'adaptive 0.5', JSON, or 'ladder 0.9,0.6' of interpolate:; "
+            "repeatable.",
+        ),
     ] = None,
     samples: Annotated[
         int | None,
