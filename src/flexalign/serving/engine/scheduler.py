@@ -328,12 +328,13 @@ class Engine:
                 staying.append(place)
         self._batch.keep(staying)
 
-        gone = []
+        gone: list[Generation] = []
+        waiting: deque[Generation] = deque()
         with self._wakes:
-            waiting, self._waiting = self._waiting, deque()
-            for generation in waiting:
+            for generation in self._waiting:
                 # Read once: another thread may cancel it at any time.
-                (gone if generation.is_cancelled else self._waiting).append(generation)
+                (gone if generation.is_cancelled else waiting).append(generation)
+            self._waiting = waiting
         for generation in gone:
             AnswerSequence(generation, self._settings).end("cancelled")
 
