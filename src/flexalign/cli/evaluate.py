@@ -20,6 +20,7 @@ from flexalign.cli.console import (
     without_downloads,
 )
 from flexalign.cli.options import (
+    UNCHANGED_LOGITS,
     AlignedPrompt,
     Attempts,
     BatchSize,
@@ -28,26 +29,18 @@ from flexalign.cli.options import (
     Concurrency,
     Data,
     Dtype,
-    EndOfThinkingBias,
     EngineName,
-    FrequencyPenalty,
     Gate,
     Instruction,
-    MinP,
     PermittedRange,
-    Policies,
-    PresencePenalty,
     ReferencePrompt,
-    RepetitionPenalty,
     ServerKey,
     ServerModel,
     TaskMaxNewTokens,
     TaskTemperature,
     TaskTopP,
     Template,
-    ThinkingBudget,
     Timeout,
-    TopK,
     Workers,
     read_efforts,
     read_lambdas,
@@ -55,7 +48,9 @@ from flexalign.cli.options import (
     read_range,
     read_secret,
     read_settings,
+    with_logits_options,
 )
+from flexalign.data.logits import LogitsSettings
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,6 +66,7 @@ _LEGEND = (
 )
 
 
+@with_logits_options
 def evaluate(
     systems: Annotated[
         list[str] | None,
@@ -113,7 +109,14 @@ def evaluate(
             "adapter's.",
         ),
     ] = None,
-    policy: Policies = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--policy",
+            help="'adaptive 0.5', 'exit 0.95', 'route 0.3', auto, or JSON of a policy or a schedule; "
+            "of interpolate: 'ladder 0.9,0.6'; repeatable.",
+        ),
+    ] = None,
     effort: Annotated[
         str | None,
         typer.Option(help="Efforts to measure, such as 0,50,100, of one calibrated dial:."),
@@ -123,13 +126,7 @@ def evaluate(
     ] = None,
     temperature: TaskTemperature = None,
     top_p: TaskTopP = None,
-    top_k: TopK = 0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    presence_penalty: PresencePenalty = 0.0,
-    frequency_penalty: FrequencyPenalty = 0.0,
-    thinking_budget: ThinkingBudget = None,
-    end_of_thinking_bias: EndOfThinkingBias = 0.0,
+    logits: LogitsSettings = UNCHANGED_LOGITS,
     max_new_tokens: TaskMaxNewTokens = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only so many questions of each task, drawn.")
@@ -211,6 +208,7 @@ def evaluate(
         raise ConfigError("name the folder of the results with --output DIR.")
 
     lams, limits = read_lambdas(lam), read_range(lambda_range)
+
     from flexalign.data.columns import parse_columns
     from flexalign.data.prompting import parse_template
     from flexalign.systems import parse_systems
@@ -218,6 +216,7 @@ def evaluate(
     asked = parse_systems(systems, own or [])
     two_prompts = read_prompt_pair(reference_prompt, aligned_prompt)
     settings = read_settings(lams, policy or [], read_efforts(effort, _only_adapter(effort, asked)))
+
     from flexalign.evaluation.sweep import plan_sweep
     from flexalign.evaluation.tasks import load_task
 
@@ -237,13 +236,7 @@ def evaluate(
             any_training=any_training,
             temperature=temperature,
             top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            thinking_budget=thinking_budget,
-            end_of_thinking_bias=end_of_thinking_bias,
+            logits=logits,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             gate=gate,
