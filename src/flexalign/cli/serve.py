@@ -23,6 +23,7 @@ from flexalign.cli.options import (
     AlignedPrompt,
     AnyBase,
     ByID,
+    Calibrated,
     Dtype,
     EngineName,
     Gate,
@@ -62,6 +63,7 @@ def serve(
     aligned: Aligned = None,
     reference_prompt: ReferencePrompt = None,
     aligned_prompt: AlignedPrompt = None,
+    calibration: Calibrated = None,
     engine: Annotated[
         EngineName, typer.Option(help="local runs here; vllm starts vLLM (docs/vllm.md).")
     ] = EngineName.LOCAL,
@@ -169,6 +171,10 @@ def serve(
                 "--reference-prompt and --aligned-prompt are served by --engine local alone: vLLM "
                 "runs one prompt for each request; leave --engine out."
             )
+        if calibration is not None:
+            raise ConfigError(
+                "--calibration is that of two prompts, which vLLM does not serve; leave it out."
+            )
         if aligned is not None:
             raise ConfigError(
                 "--aligned is served by --engine local alone; on vLLM give --adapter."
@@ -221,6 +227,7 @@ def serve(
         parse_template(template or []),
         two_prompts,
         by_id,
+        calibration,
     )
     _serve_here(
         options,
