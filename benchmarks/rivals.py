@@ -5,8 +5,9 @@
     python benchmarks/rivals.py --rewrite    # only the table and the picture of what is stored
 
 The rivals need no training and one stream: the thinking cut off at a budget, a bias on its end, an
-early exit, the model under the prompt alone. The adaptive dial and the early exit are counted with
-the tokens of the answers that they reject. What `lora_dial.py` has measured on the same questions
+early exit, the model under the prompt alone, interpolated weights with a λ for each question. The
+adaptive dial, the early exit and the λ for each question are counted with the tokens of the answers
+that they reject. What `lora_dial.py` has measured on the same questions
 with the same seeds (two models, students, the LoRA dial, a scaled LoRA, interpolated weights) is
 taken from its results.
 
@@ -15,6 +16,7 @@ A cell (system, setting) is stored in ``out/rivals`` as soon as it is measured.
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,14 @@ BUDGETS = (16, 32, 48, 64, 96)
 BIASES = (1.0, 2.0, 3.0, 4.0, 6.0)
 THRESHOLDS = (0.3, 0.4, 0.5, 0.7, 0.9)
 EXITS = (0.9, 0.999, 0.99999)
+LADDERS = (
+    ((0.5,), (1.0, 0.0)),
+    ((0.2, 0.08), (2.0, 1.0, 0.0)),
+    ((0.08,), (2.0, 1.0)),
+    ((0.0,), (2.0, 1.0)),
+)
+"""Thresholds and λ of interpolated weights with a λ for each question. The last keeps every greedy first
+answer at λ = 2: what the first answers have without a choice."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,7 @@ KINDS = {
     "adaptive InRa dial": Kind("one layer, once", "1 and a layer", "1 or 1 + 1", "threshold"),
     "two models": Kind("–", "2", "2", "λ"),
     "interpolated weights": Kind("–", "1 for each λ", "1", "λ"),
+    "interpolated, λ per question": Kind("–", "1 at a time", "1, twice", "thresholds"),
     "scaled LoRA": Kind("a LoRA, once", "1 and a LoRA", "1", "λ"),
     "LoRA dial": Kind("a LoRA, once", "1 and a LoRA", "1", "λ"),
     "student": Kind("all weights, for each λ", "1 for each λ", "1", "λ"),
@@ -83,7 +94,7 @@ def systems() -> Iterator[tuple[str, str, Callable[[], Any], dict[str, Any]]]:
     """All cells: the system, its setting, what opens the model, and options of its answers."""
     from flexalign import InRaModel, ModelPair, TwoModelDecoder
     from flexalign.data.logits import LogitsSettings
-    from flexalign.lambdas import Adaptive, Exit
+    from flexalign.lambdas import Adaptive, Exit, Ladder
     from flexalign.miniature import SYSTEM
     from flexalign.models.loading import load_model
 
@@ -111,17 +122,21 @@ def systems() -> Iterator[tuple[str, str, Callable[[], Any], dict[str, Any]]]:
         yield "early exit, pair", f"{threshold:g}", pair, {"lam": policy}
     for threshold in THRESHOLDS:
         yield "adaptive InRa dial", f"{threshold:g}", adapter, {"lam": Adaptive(threshold)}
+    for thresholds, lambdas in LADDERS:
+        ladder = Ladder(thresholds, lambdas)
+        at, between = (", ".join(f"{one:g}" for one in part) for part in (thresholds, lambdas))
+        yield "interpolated, λ per question", f"{at} for λ {between}", dict, {"ladder": ladder}
 
 
 def answered(model: Any, questions: Sequence[Any], options: dict[str, Any]) -> dict[str, Any]:
     """Answer the questions; return accuracy and tokens with their intervals."""
     from flexalign.generation.responses import generate_responses
     from flexalign.miniature.demo import LONGEST_RESPONSE
-    from flexalign.miniature.measure import is_right, split_trace
     from flexalign.models.loading import load_tokenizer
-    from flexalign.statistics import clustered_interval
 
     options = dict(options)
+    if "ladder" in options:
+        return _summary(questions, *_by_ladder(questions, options["ladder"]))
     system = options.pop("system", None)
     told = [] if system is None else [{"role": "system", "content": system}]
     prompts: list[Any] = [[*told, {"role": "user", "content": one.text}] for one in questions]
@@ -138,12 +153,47 @@ def answered(model: Any, questions: Sequence[Any], options: dict[str, Any]) -> d
         **options,
     )
 
+    # The tokens of a response have those of rejected answers.
+    tokens = [float(one.tokens) for one in responses]
+    return _summary(questions, [one.text for one in responses], tokens)
+
+
+def _by_ladder(questions: Sequence[Any], ladder: Any) -> tuple[list[str], list[float]]:
+    """Answer the questions by interpolated weights with a λ for each; return texts and tokens."""
+    from flexalign.data.traces import derive_seed
+    from flexalign.lambdas import Setting
+    from flexalign.miniature.demo import LONGEST_RESPONSE
+    from flexalign.systems import PromptRequest, SystemOptions, open_backend, parse_system
+
+    setting = Setting.of(ladder)
+    options = SystemOptions(
+        temperature=1.0, top_p=1.0, max_new_tokens=LONGEST_RESPONSE, batch_size=96
+    )
+    requests = [
+        PromptRequest(
+            place, [{"role": "user", "content": one.text}], setting, 0, derive_seed(SEED, place)
+        )
+        for place, one in enumerate(questions)
+    ]
+    backend = open_backend(parse_system("interpolate:miniature"), [setting], options)
+    blocks = backend.run(requests, set())
+    answers = {request.prompt: answer for block in blocks for request, answer in block}
+    found: list[Any] = [answers[place] for place in range(len(questions))]
+    return [one.text for one in found], [float(one.tokens) for one in found]
+
+
+def _summary(
+    questions: Sequence[Any], texts: Sequence[str], tokens: Sequence[float]
+) -> dict[str, Any]:
+    """Return accuracy and tokens with their intervals."""
+    from flexalign.miniature.measure import is_right, split_trace
+    from flexalign.statistics import clustered_interval
+
     asked = range(len(questions))
     right = [
-        float(is_right(question, split_trace(response.text)))
-        for question, response in zip(questions, responses, strict=True)
+        float(is_right(question, split_trace(text)))
+        for question, text in zip(questions, texts, strict=True)
     ]
-    tokens = [float(one.tokens + one.rejected_tokens) for one in responses]
     return {
         "accuracy": list(clustered_interval(right, asked)),
         "tokens": list(clustered_interval(tokens, asked, share=False)),
@@ -193,10 +243,8 @@ def _in_order(row: dict[str, Any], name: str) -> list[float]:
 
 
 def _place(row: dict[str, Any]) -> float:
-    try:
-        return float(row["setting"])
-    except ValueError:
-        return 0.0
+    number = re.match(r"[\d.]+", row["setting"])
+    return float(number[0]) if number else 0.0
 
 
 def section(results: dict[str, Any]) -> str:
@@ -234,7 +282,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot()
-    markers = "os^vD<>pP*Xhd"
+    markers = "os^vD<>pP*8Xhd"
     for marker, name in zip(markers, KINDS, strict=True):
         own = [row for row in results["rows"] if row["system"] == name]
         own.sort(key=lambda row: row["tokens"][1])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flexalign import lambdas
-from flexalign.lambdas import Adaptive, Dial, Fixed, Route, Schedule, extremes
+from flexalign.lambdas import Adaptive, AnyDial, Dial, Fixed, Route, Schedule, extremes
 
 
 def count_lambda(monkeypatch: pytest.MonkeyPatch, lam: float) -> Counter[str]:
@@ -32,13 +32,13 @@ def count_lambda(monkeypatch: pytest.MonkeyPatch, lam: float) -> Counter[str]:
     for kind in (Fixed, Schedule, Adaptive, Route):
         watch(kind)
 
-    finite, parse, outside = lambdas.finite_lambda, lambdas.parse_dial, lambdas.outside_range
+    finite, parse, outside = lambdas.finite_lambda, lambdas.parse_any_dial, lambdas.outside_range
 
     def count_number(value: object, name: str) -> float:
         counts["numbers"] += value == lam
         return finite(value, name)
 
-    def count_parse(value: object) -> Dial:
+    def count_parse(value: object) -> AnyDial:
         counts["parses"] += not isinstance(value, Dial)
         return parse(value)
 

@@ -16,11 +16,13 @@ from flexalign.lambdas import (
     Adaptive,
     Exit,
     Fixed,
+    Ladder,
     LambdaRange,
     Route,
     Schedule,
     Setting,
     extremes,
+    parse_any_dial,
     parse_dial,
     parse_training_lambda,
     require_forward,
@@ -320,6 +322,83 @@ def test_refusals(given, error, message):
         parse_dial(given)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("ladder 0.9,0.6", Ladder((0.9, 0.6), (1.0, 0.5, 0.0))),
+        ("ladder 0.5", Ladder((0.5,), (1.0, 0.0))),
+        (
+            {"policy": "ladder", "thresholds": [1, 0], "lambdas": [0, 2, -0.5]},
+            Ladder((1.0, 0.0), (0.0, 2.0, -0.5)),
+        ),
+        (
+            '{"policy": "ladder", "thresholds": [0.9], "measure": "agreement", "samples": 3}',
+            Ladder((0.9,), measure="agreement", samples=3),
+        ),
+    ],
+    ids=str,
+)
+def test_forms_of_a_ladder(given: object, expected: Ladder) -> None:
+    assert parse_any_dial(given) == expected
+    assert parse_any_dial(expected.to_json()) == expected
+    assert json.loads(json.dumps(expected.to_json())) == expected.to_json()
+    with pytest.raises(ConfigError, match="interpolate:REF,ALIGNED alone has; measure"):
+        parse_dial(given)
+
+
+def test_the_lambdas_of_a_ladder_are_in_equal_steps() -> None:
+    assert Ladder((0.9, 0.6, 0.3)).lambdas == (1.0, 1 - 1 / 3, 1 - 2 / 3, 0.0)
+    assert Ladder((0.9, 0.6)).to_json() == {"policy": "ladder", "thresholds": [0.9, 0.6]}
+    assert extremes(Ladder((0.9, 0.6), (1, 2.5, -1))) == (-1.0, 2.5)
+
+
+def test_a_ladder_chooses_by_the_thresholds_that_are_not_reached() -> None:
+    ladder = Ladder((0.9, 0.6, 0.0), (2, 1, 0.5, 0))
+    chosen = {one: ladder.next_lambda(one) for one in (1.0, 0.9, 0.89, 0.6, 0.59, 0.0, None)}
+    assert chosen == {1.0: None, 0.9: None, 0.89: 1, 0.6: 1, 0.59: 0.5, 0.0: 0.5, None: 0}
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ("ladder", ConfigError, "needs thresholds"),
+        ("ladder 0.9,half", ConfigError, "'0.9,half' is not numbers with commas between"),
+        ({"policy": "ladder", "thresholds": 0.9}, ConfigError, r"numbers in \[0, 1\], such as"),
+        ({"policy": "ladder", "thresholds": []}, ConfigError, r"numbers in \[0, 1\], such as"),
+        ({"policy": "ladder", "thresholds": [1.5]}, ConfigError, r"in \[0, 1\], got 1.5"),
+        ("ladder 0.6,0.9", ConfigError, "must descend, got 0.6,0.9"),
+        ("ladder 0.6,0.6", ConfigError, "must descend"),
+        (
+            {"policy": "ladder", "thresholds": [0.9], "lambdas": [1]},
+            ConfigError,
+            "must be 2 different ones, one more than its thresholds, got 1",
+        ),
+        (
+            {"policy": "ladder", "thresholds": [0.9], "lambdas": [1, 1]},
+            ConfigError,
+            "2 different ones",
+        ),
+        (
+            {"policy": "ladder", "thresholds": [0.9], "lambdas": [1, float("nan")]},
+            LambdaError,
+            "must be a finite number",
+        ),
+        ({"policy": "ladder", "thresholds": [0.9], "lambdas": 1}, ConfigError, "must be a list"),
+        ({"policy": "ladder", "threshold": [0.9]}, ConfigError, "did you mean 'thresholds'"),
+        (
+            {"policy": "ladder", "thresholds": [0.9], "measure": "sure"},
+            ConfigError,
+            "no measure",
+        ),
+        ({"policy": "ladder", "thresholds": [0.9], "samples": 0}, ConfigError, "ladder's samples"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_refused_ladders(given: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        parse_any_dial(given)
+
+
 def test_a_route_goes_the_slow_way_as_often_as_its_share_says():
     generator = torch.Generator().manual_seed(0)
     ways = [Route(0.3).draw(generator) for _ in range(2000)]
@@ -349,6 +428,11 @@ def test_a_route_goes_the_slow_way_as_often_as_its_share_says():
         ("exit 0.9", "exit 0.9"),
         ({"policy": "exit", "marker": ";"}, "exit marker=;"),
         ({"policy": "exit", "threshold": 0.9, "marker": "\n"}, 'exit 0.9 marker="\\n"'),
+        ("ladder 0.90,0.6", "ladder 0.9,0.6"),
+        (
+            {"policy": "ladder", "thresholds": [0.9], "lambdas": [1.5, 0], "measure": "agreement"},
+            "ladder 0.9 lambdas=1.5,0 measure=agreement",
+        ),
     ],
 )
 def test_a_dial_has_one_name(value: object, name: str) -> None:

@@ -19,6 +19,7 @@ PUBLIC = [
     "FlexAlignError",
     "InRaConfig",
     "InRaModel",
+    "Ladder",
     "LoRADial",
     "ModelPair",
     "Route",

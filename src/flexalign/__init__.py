@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from flexalign.fusion import fuse
     from flexalign.generation import TwoModelDecoder
     from flexalign.inra import InRaConfig, InRaModel
-    from flexalign.lambdas import Adaptive, Exit, Fixed, Route, Schedule
+    from flexalign.lambdas import Adaptive, Exit, Fixed, Ladder, Route, Schedule
     from flexalign.lora_dial import LoRADial
     from flexalign.models.interpolation import interpolate
     from flexalign.models.pair import ModelPair
@@ -25,6 +25,7 @@ _HOMES = {
     "Fixed": "flexalign.lambdas",
     "InRaConfig": "flexalign.inra",
     "InRaModel": "flexalign.inra",
+    "Ladder": "flexalign.lambdas",
     "LoRADial": "flexalign.lora_dial",
     "ModelPair": "flexalign.models.pair",
     "Route": "flexalign.lambdas",
@@ -46,6 +47,7 @@ __all__ = [
     "FlexAlignError",
     "InRaConfig",
     "InRaModel",
+    "Ladder",
     "LoRADial",
     "ModelPair",
     "Route",

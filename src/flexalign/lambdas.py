@@ -1,7 +1,8 @@
 """λ: numbers, schedules and policies, their text and JSON forms, and permitted ranges.
 
 A dial sets the λ of a run or of a request: one number (:class:`Fixed`), a :class:`Schedule` over
-steps, or a policy that chooses for each request (:class:`Adaptive`, :class:`Exit`, :class:`Route`).
+steps, or a policy that chooses for each request (:class:`Adaptive`, :class:`Exit`, :class:`Route`;
+of weights between two models, :class:`Ladder`).
 Python, YAML, the command line and HTTP use the same JSON form::
 
     2.0                                                          one λ throughout
@@ -14,7 +15,10 @@ Python, YAML, the command line and HTTP use the same JSON form::
     {"policy": "adaptive", "threshold": 0.5}                     fast if confident enough, else slow
     {"policy": "exit", "threshold": 0.95}                        slow, until a fast trial answer is confident
     {"policy": "route", "share": 0.3}                            slow with probability 0.3, else fast
-    "auto", "adaptive 0.5", "exit 0.95", "route 0.3"             short forms of policies, as text
+    {"policy": "ladder", "thresholds": [0.9, 0.6], "lambdas": [1, 0.5, 0]}
+                                                                 λ that falls with confidence
+    "auto", "adaptive 0.5", "exit 0.95", "route 0.3", "ladder 0.9,0.6"
+                                                                 short forms of policies, as text
 
     {"low": 0, "high": 5}, "0:5"                                 all λ of a range; in training only
 
@@ -34,6 +38,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, Union, cast, get_args
 
 from flexalign._spelling import nearest
@@ -636,6 +641,100 @@ Policy: TypeAlias = Adaptive | Exit | Route
 """A policy that chooses, for a whole response, which stream answers."""
 
 
+@dataclass(frozen=True)
+class Ladder:
+    """Give each question a λ that falls with the confidence of a first answer.
+
+    It is for weights between two models, which are one model for each λ. The model of the first λ
+    answers first, greedily. From the largest threshold on, that is the answer. Below it, the answer is
+    rejected, and the question is answered at another λ with the requested sampling: at the second one
+    down to the second threshold, and so on; at the last one below all thresholds. A first answer that
+    is cut off by the limit on new tokens is rejected for the last λ.
+
+    The measures are those of :class:`Adaptive`. With one threshold it is that policy, in the weights.
+    Source: dynamic model interpolation (arXiv 2601.21414), which sets λ for each question without
+    training by a discrepancy of both models' confidence; here λ has steps, and one model is asked.
+
+    Attributes:
+        thresholds: The least confidence of each λ but the last, in [0, 1], descending.
+        lambdas: The λ, one more than the thresholds; if empty, from 1 to 0 in equal steps.
+        measure: The measure of confidence.
+        samples: Number of answers sampled for ``"agreement"``; other measures ignore it.
+
+    Raises:
+        ConfigError: If a setting is unknown or out of its range, or the numbers do not fit together.
+        LambdaError: If a λ is not a finite number.
+    """
+
+    thresholds: tuple[float, ...]
+    lambdas: tuple[float, ...] = ()
+    measure: Measure = "answer_probability"
+    samples: int = 5
+
+    def __post_init__(self) -> None:
+        whose = "a ladder's thresholds"
+        if not isinstance(self.thresholds, list | tuple) or not self.thresholds:
+            raise ConfigError(
+                f"{whose} must be numbers in [0, 1], such as [0.9, 0.6], got {self.thresholds!r:.80}."
+            )
+        thresholds = tuple(_share(one, f"each of {whose}") for one in self.thresholds)
+        if any(low >= high for high, low in pairwise(thresholds)):
+            raise ConfigError(f"{whose} must descend, got {_word(thresholds)}.")
+        _set(self, "thresholds", thresholds)
+
+        if not isinstance(self.lambdas, list | tuple):
+            raise ConfigError(f"a ladder's lambdas must be a list, got {self.lambdas!r:.80}.")
+        lambdas = tuple(finite_lambda(one, "each of a ladder's lambdas") for one in self.lambdas)
+        lambdas = lambdas or _equal_steps(len(thresholds))
+        if len(lambdas) != len(thresholds) + 1 or len(set(lambdas)) < len(lambdas):
+            raise ConfigError(
+                f"a ladder's lambdas must be {len(thresholds) + 1} different ones, one more than its "
+                f"thresholds, got {_word(lambdas)}."
+            )
+        _set(self, "lambdas", lambdas)
+        _check_measure(self, "a ladder's samples")
+
+    @property
+    def first(self) -> Adaptive:
+        """The policy of first answers: one below all thresholds is not written to its end."""
+        return Adaptive(self.thresholds[-1], self.measure, self.lambdas[0], samples=self.samples)
+
+    def next_lambda(self, confidence: float | None) -> float | None:
+        """Return the λ to answer at after a first answer; None if that is kept.
+
+        Example:
+            >>> [Ladder((0.9, 0.6)).next_lambda(confidence) for confidence in (0.95, 0.7, 0.1)]
+            [None, 0.5, 0.0]
+
+        Args:
+            confidence: The first answer's confidence; None if it did not come to its end.
+        """
+        if confidence is None:
+            return self.lambdas[-1]
+        passed = sum(confidence < threshold for threshold in self.thresholds)
+        return self.lambdas[passed] if passed else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form, which :func:`parse_any_dial` reads."""
+        form = {"policy": "ladder", **_changed(self)}
+        if self.lambdas == _equal_steps(len(self.thresholds)):
+            del form["lambdas"]
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in form.items()}
+
+
+def _equal_steps(steps: int) -> tuple[float, ...]:
+    """Return λ from 1 to 0 in equal steps, exact at both ends."""
+    return tuple(1 - step / steps for step in range(steps + 1))
+
+
+def ladder_refused(ladder: Ladder) -> str:
+    """Return why a ladder is refused where there is one model, and what serves it."""
+    return (
+        f"{dial_name(ladder)} gives each question weights of its own, which interpolate:REF,ALIGNED "
+        "alone has; measure that system with flexalign evaluate or tune. A dial takes an adaptive policy."
+    )
+
+
 def way_dial(policy: Policy, way: Way) -> Fixed:
     """Return the dial of a policy's fast or slow answers.
 
@@ -646,7 +745,7 @@ def way_dial(policy: Policy, way: Way) -> Fixed:
     return Fixed(policy.fast_lambda if way == "fast" else policy.slow_lambda)
 
 
-def thinking_lambda(dial: "Dial | None") -> float | None:
+def thinking_lambda(dial: "AnyDial | None") -> float | None:
     """Return the λ that a response begins at, and thinks at; None if it is no one number.
 
     Example:
@@ -663,7 +762,7 @@ def _set_lambdas(policy: Policy) -> None:
         _set(policy, name, finite_lambda(getattr(policy, name), name))
 
 
-def _check_measure(policy: Adaptive | Exit, samples: str) -> None:
+def _check_measure(policy: Adaptive | Exit | Ladder, samples: str) -> None:
     """Check a policy's measure and its samples, which have this name in the message."""
     if policy.measure not in get_args(Measure):
         known = nearest(policy.measure, get_args(Measure))
@@ -685,7 +784,7 @@ def _share(value: object, name: str) -> float:
     return number
 
 
-def _changed(policy: Policy) -> dict[str, Any]:
+def _changed(policy: Policy | Ladder) -> dict[str, Any]:
     """Return the fields that differ from their defaults."""
     return {
         field.name: getattr(policy, field.name)
@@ -697,21 +796,30 @@ def _changed(policy: Policy) -> dict[str, Any]:
 # Parsing: from user input to a dial.
 
 Dial: TypeAlias = Fixed | Schedule | Adaptive | Exit | Route
+"""The type of all dials of one model in memory."""
+
+AnyDial: TypeAlias = Dial | Ladder
 """The type of all dials."""
 
-_POLICIES: dict[str, tuple[type[Fixed | Adaptive | Exit | Route], dict[str, str]]] = {
+_POLICIES: dict[str, tuple[type[Fixed | Adaptive | Exit | Route | Ladder], dict[str, str]]] = {
     "fixed": (Fixed, {"lambda": "lam", "lam": "lam"}),
     "adaptive": (Adaptive, {field.name: field.name for field in fields(Adaptive)}),
     "exit": (Exit, {field.name: field.name for field in fields(Exit)}),
     "route": (Route, {field.name: field.name for field in fields(Route)}),
+    "ladder": (Ladder, {field.name: field.name for field in fields(Ladder)}),
 }
 
-_SHORT = {"adaptive": "threshold", "exit": "threshold", "route": "share"}
-"""Policies that have a short form, and the field that its number sets."""
+_SHORT = {
+    "adaptive": "threshold",
+    "exit": "threshold",
+    "route": "share",
+    "ladder": "thresholds",
+}
+"""Policies that have a short form, and the field that its number, or numbers, set."""
 
 
 def parse_dial(value: object) -> Dial:
-    """Read a dial from a number, a JSON object or text, a schedule or a policy.
+    """Read the dial of one model from a number, a JSON object or text, a schedule or a policy.
 
     Example:
         >>> parse_dial({"policy": "fixed", "lambda": 0.5})
@@ -720,10 +828,28 @@ def parse_dial(value: object) -> Dial:
         Route(share=0.3, fast_lambda=1.0, slow_lambda=0.0)
 
     Raises:
+        ConfigError: If it is malformed, where the message names the key and the nearest known one; or
+            if it is a :class:`Ladder`.
+        LambdaError: If a λ in it is not a finite number.
+    """
+    dial = parse_any_dial(value)
+    if isinstance(dial, Ladder):
+        raise ConfigError(ladder_refused(dial))
+    return dial
+
+
+def parse_any_dial(value: object) -> AnyDial:
+    """Read a dial of any kind, as :func:`parse_dial` does, ladders included.
+
+    Example:
+        >>> parse_any_dial("ladder 0.9,0.6")
+        Ladder(thresholds=(0.9, 0.6), lambdas=(1.0, 0.5, 0.0), measure='answer_probability', samples=5)
+
+    Raises:
         ConfigError: If it is malformed; the message names the key and the nearest known one.
         LambdaError: If a λ in it is not a finite number.
     """
-    if isinstance(value, Dial):
+    if isinstance(value, AnyDial):
         return value
     if isinstance(value, str):
         value = _from_text(value)
@@ -751,6 +877,10 @@ def parse_dial(value: object) -> Dial:
         raise ConfigError('the policy fixed takes one λ: {"policy": "fixed", "lambda": 0.5}.')
     if name == "route" and "share" not in given:
         raise ConfigError('the policy route needs a share: {"policy": "route", "share": 0.3}.')
+    if name == "ladder" and "thresholds" not in given:
+        raise ConfigError(
+            'the policy ladder needs thresholds: {"policy": "ladder", "thresholds": [0.9, 0.6]}.'
+        )
 
     return policy(**{keys[key]: argument for key, argument in given.items()})
 
@@ -758,30 +888,36 @@ def parse_dial(value: object) -> Dial:
 def _from_text(text: str) -> object:
     words = ["adaptive"] if text.strip() == "auto" else text.split()
     if words and words[0] in _SHORT and len(words) <= 2:
-        return {"policy": words[0], **_only_number(text, words)}
+        return {"policy": words[0], **_only_argument(text, words)}
 
     try:
         value: object = json.loads(text)
     except ValueError as error:
-        form = "write a number, adaptive 0.5, exit 0.95, route 0.3, auto, or JSON"
+        form = "write a number, adaptive 0.5, exit 0.95, route 0.3, ladder 0.9,0.6, auto, or JSON"
         if not text.lstrip().startswith(("{", "[")):
             raise ConfigError(f"{text!r} is no λ and no policy; {form}.") from None
         raise ConfigError(f"{text!r} is no JSON ({error}); {form}.") from error
     return value
 
 
-def _only_number(text: str, words: Sequence[str]) -> dict[str, float]:
+def _only_argument(text: str, words: Sequence[str]) -> dict[str, float | list[float]]:
     """Return the argument of a short form such as ``adaptive 0.5``; empty if there is none."""
     if len(words) == 1:
         return {}
-    name, number = words
+    name, argument = words
     try:
-        return {_SHORT[name]: float(number)}
+        if name == "ladder":
+            return {_SHORT[name]: [float(number) for number in argument.split(",")]}
+        return {_SHORT[name]: float(argument)}
     except ValueError:
-        form = json.dumps({"policy": name, _SHORT[name]: 0.5})
+        what, example = "a number", "0.5"
+        if name == "ladder":
+            what, example = "numbers with commas between", "0.9,0.6"
+        value = [0.9, 0.6] if name == "ladder" else 0.5
+        form = json.dumps({"policy": name, _SHORT[name]: value})
         raise ConfigError(
-            f"the policy {text!r}: {number!r} is not a number; write {name} 0.5, or JSON such as "
-            f"{form}."
+            f"the policy {text!r}: {argument!r} is not {what}; write {name} {example}, or JSON such "
+            f"as {form}."
         ) from None
 
 
@@ -811,14 +947,15 @@ class Setting:
     """A dial with the id under which measurements and answers are stored.
 
     Attributes:
-        id: Its name in results: ``λ=0.5``, ``adaptive 0.5``, ``route 0.3``, a schedule's JSON, or
-            ``as it is`` for a system without a dial. The same dial always has the same id.
+        id: Its name in results: ``λ=0.5``, ``adaptive 0.5``, ``route 0.3``, ``ladder 0.9,0.6``, a
+            schedule's JSON, or ``as it is`` for a system without a dial. The same dial always has
+            the same id.
         dial: The dial; None for a system without one.
         effort: The effort that was requested; None if the dial itself was requested.
     """
 
     id: str
-    dial: Dial | None = None
+    dial: AnyDial | None = None
     effort: float | None = None
 
     @classmethod
@@ -829,7 +966,7 @@ class Setting:
             ConfigError: If it is malformed.
             LambdaError: If a λ in it is not a finite number.
         """
-        dial = parse_dial(value)
+        dial = parse_any_dial(value)
         return cls(dial_name(dial), dial, effort)
 
     @property
@@ -855,7 +992,7 @@ AS_IT_IS = Setting("as it is")
 """The only setting of a system without a dial."""
 
 
-def dial_name(dial: Dial) -> str:
+def dial_name(dial: AnyDial) -> str:
     """Return the name of a dial; equal dials have equal names.
 
     Example:
@@ -866,12 +1003,12 @@ def dial_name(dial: Dial) -> str:
         return f"λ={dial.lam:g}"
     form: Any = dial.to_json()
 
-    if isinstance(dial, Policy):
+    if isinstance(dial, Policy | Ladder):
         given = {key: value for key, value in form.items() if key != "policy"}
         first = _SHORT[form["policy"]]
         words = [form["policy"]]
         if first in given:
-            words.append(f"{given.pop(first):g}")
+            words.append(_digits(given.pop(first)))
         return " ".join([*words, *(f"{key}={_word(value)}" for key, value in given.items())])
 
     return json.dumps(form, ensure_ascii=False, separators=(", ", ": "))
@@ -879,8 +1016,16 @@ def dial_name(dial: Dial) -> str:
 
 def _word(value: object) -> str:
     """Return a value as one word; a text with white space in it is quoted."""
+    if isinstance(value, list | tuple):
+        return _digits(value)
     has_space = isinstance(value, str) and any(letter.isspace() for letter in value)
     return json.dumps(value, ensure_ascii=False) if has_space else str(value)
+
+
+def _digits(value: float | Sequence[float]) -> str:
+    """Return a number, or several with commas between, with six digits."""
+    numbers_ = value if isinstance(value, list | tuple) else [value]
+    return ",".join(f"{number:g}" for number in numbers_)
 
 
 def setting_label(setting: str, effort: float | None) -> str:
@@ -930,7 +1075,7 @@ class OnlyEnds(tuple[float, float]):
     __slots__ = ()
 
 
-def extremes(dial: Dial | LambdaRange) -> tuple[float, float]:
+def extremes(dial: AnyDial | LambdaRange) -> tuple[float, float]:
     """Return the least and the largest λ that a dial, or a range, may use.
 
     Example:
@@ -941,11 +1086,13 @@ def extremes(dial: Dial | LambdaRange) -> tuple[float, float]:
         return dial.lam, dial.lam
     if isinstance(dial, Schedule | LambdaRange):
         return min(dial.values), max(dial.values)
+    if isinstance(dial, Ladder):
+        return min(dial.lambdas), max(dial.lambdas)
     ends = (dial.fast_lambda, dial.slow_lambda)
     return min(ends), max(ends)
 
 
-def outside_range(dial: Dial | LambdaRange, permitted: tuple[float, float]) -> float | None:
+def outside_range(dial: AnyDial | LambdaRange, permitted: tuple[float, float]) -> float | None:
     """Return a λ that a dial may use outside the permitted range; None if there is none.
 
     All checks of a range use this function; each caller has its own message.
@@ -960,8 +1107,10 @@ def outside_range(dial: Dial | LambdaRange, permitted: tuple[float, float]) -> f
     return next((lam for lam in extremes(dial) if not low <= lam <= high), None)
 
 
-def _visited(dial: Dial | LambdaRange) -> tuple[float, ...]:
+def _visited(dial: AnyDial | LambdaRange) -> tuple[float, ...]:
     """Return the λ that a dial uses; of a schedule between two values, also the middle."""
+    if isinstance(dial, Ladder):
+        return dial.lambdas
     if not isinstance(dial, Schedule):
         return extremes(dial)
     low, high = extremes(dial)
@@ -971,7 +1120,7 @@ def _visited(dial: Dial | LambdaRange) -> tuple[float, ...]:
 
 def require_range(
     permitted: tuple[float, float],
-    asked: Sequence[tuple[str, Dial]],
+    asked: Sequence[tuple[str, AnyDial]],
     whose: str,
     permit: str = "start with --lambda-range LEAST,LARGEST",
 ) -> None:
@@ -1007,7 +1156,7 @@ def ends_alone(permitted: OnlyEnds, whose: str, permit: str) -> str:
     )
 
 
-def require_forward(asked: Sequence[tuple[str, Dial | LambdaRange]], permit: str) -> None:
+def require_forward(asked: Sequence[tuple[str, AnyDial | LambdaRange]], permit: str) -> None:
     """Refuse dials of a pair that may use a λ below 0.
 
     Fusion itself accepts any finite λ; this check is for the tools that train and measure with it.

@@ -219,3 +219,12 @@ def test_an_option_of_several_commands_is_written_the_same_in_all() -> None:
     gather(typer.main.get_command(app_module.app), "flexalign")
     assert len(forms["--output"][("--output", "-o")]) > 8
     assert {long: form for long, form in forms.items() if len(form) > 1} == {}
+
+
+def test_a_process_ends_without_searching_all_objects_for_garbage():
+    asked = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0))"
+    program = f"{asked}; from flexalign.cli.app import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [f"flexalign {__version__}", "True"]

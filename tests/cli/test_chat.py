@@ -211,6 +211,7 @@ def test_a_terminal_is_read_by_input(
         ((*DIAL, "--lambda", "2"), "outside the range [0, 1]"),
         ((*DIAL, "--lambda", "0,1"), "begins with one setting"),
         (("miniature", "--policy", "adaptive 0.5"), "needs a dial"),
+        ((*DIAL, "--policy", "ladder 0.5"), "ladder 0.5 gives each question weights of its own"),
         (("nowhere",), "there is no model 'nowhere'"),
     ],
 )

@@ -141,6 +141,8 @@ def test_systems_without_the_reference_are_named_before_they_run(
         (["--api-key-env", "NO_SUCH_KEY"], "'NO_SUCH_KEY' is not set"),
         (["second"], "'second' is no system"),
         (["--engine", "vllm"], "runs plain models"),
+        (["--policy", "ladder 0.9,0.6"], "no system here can be set to ladder 0.9,0.6"),
+        (["--policy", "ladder 0.6,0.9"], "a ladder's thresholds must descend, got 0.6,0.9"),
         (["--temperature", "nan"], "temperature must be a number ≥ 0 (0 is greedy), got nan"),
         (["--top-k", "-1"], "top_k must be a whole number ≥ 0 (0: all), got -1"),
         (["--min-p", "1.5"], "min_p must be between 0 and 1, got 1.5"),

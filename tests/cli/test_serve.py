@@ -1,14 +1,20 @@
 """``flexalign serve``: what it refuses before anything is loaded."""
 
 import json
+import os
+import signal
 import socket
+import time
 from typing import Any
 
 import pytest
+import uvicorn
+from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from flexalign.errors import ConfigError
 from flexalign.serving import server as serving_server
+from flexalign.serving.address import open_socket
 from flexalign.serving.server import require_safe_address
 
 
@@ -89,8 +95,9 @@ def test_without_the_packages_the_way_to_get_them_is_said(
 def test_where_it_serves_is_told_as_json(run_cli: Any, monkeypatch: pytest.MonkeyPatch, host: str):
     served: list[Any] = []
 
-    def run_server(app: Any, listening: Any, *, grace: float, is_well: Any) -> None:
+    def run_server(app: Any, listening: Any, *, grace: float, is_well: Any, on_ready: Any) -> None:
         assert is_well()
+        on_ready()
         served.append(listening.getsockname()[1])
 
     monkeypatch.setattr(serving_server, "run_server", run_server)
@@ -102,3 +109,25 @@ def test_where_it_serves_is_told_as_json(run_cli: Any, monkeypatch: pytest.Monke
     told = {"url": f"{url}/v1", "model": "miniature", "lambda_range": [0.0, 1.0]}
     assert json.loads(result.stdout) == told
     assert f"playground: {url}/playground" in result.stderr
+
+
+def test_a_sigterm_before_the_server_runs_is_not_lost(monkeypatch: pytest.MonkeyPatch):
+    run, before = uvicorn.Server.run, signal.getsignal(signal.SIGTERM)
+    ready: list[bool] = []
+
+    def run_late(self: Any, sockets: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        run(self, sockets)
+
+    monkeypatch.setattr(uvicorn.Server, "run", run_late)
+    deadline = time.monotonic() + 60  # where the signal is lost, the engine's end is what ends it
+    with open_socket("127.0.0.1", 0) as listening:
+        serving_server.run_server(
+            FastAPI(),
+            listening,
+            grace=1,
+            is_well=lambda: time.monotonic() < deadline,
+            on_ready=lambda: ready.append(True),
+        )
+    assert ready == [True]
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -18,6 +18,7 @@ from flexalign.data.rendering import (
     Rendering,
     bind_as_sampled,
     chat_template_of,
+    end_ids,
     plain_prompt,
     render_chat,
     stop_ids,
@@ -227,6 +228,7 @@ def test_the_stop_token_is_the_templates(tokenizer: Any) -> None:
     assert written(tokenizer, row("3")).endswith("3<|im_end|>")
     pad, end = tokenizer.convert_tokens_to_ids(["<|pad|>", "<|im_end|>"])
     assert stop_ids(tokenizer) == [end, pad]
+    assert end_ids(tokenizer, None, 7, [pad, 8]) == [7, pad, 8, end]
     assert written(tokenizer, {"prompt": "1+2=", "completion": "3"}) == "3<|pad|>"
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert written(tokenizer, row("3")).endswith("3<|pad|>")  # it shows none

@@ -256,12 +256,40 @@ def test_stored_samples_are_graded_again(make, tmp_path, monkeypatch) -> None:
     assert _rows(tmp_path)[0]["status"] == "truncated"
 
 
+def test_a_ladder_of_weights_is_measured_beside_a_pair(make, tmp_path) -> None:
+    ladder = {"policy": "ladder", "thresholds": [1.0], "lambdas": [1.0, 0.0]}
+    sweep = make("pair", "between", lams=[0, ladder])
+    sweep.run(tmp_path)
+    rows = _by_place(_rows(tmp_path))
+    assert len(rows) == sweep.total == 3 * 2 * (1 + 2)
+    for question in ("q0", "q1", "q2"):
+        for sample in (0, 1):
+            row = rows["between", "ladder 1", question, sample]
+            slow = rows["between", "λ=0", question, sample]
+            # No first answer is sure, and the reference answers as it does alone.
+            assert (row["response"], row["route"]) == (slow["response"], "slow")
+            assert row["tokens"] == slow["tokens"] + row["rejected_tokens"]
+            assert (row["lambda"], row["policy"]) == (
+                None,
+                {"policy": "ladder", "thresholds": [1.0]},
+            )
+            assert 0 < row["confidence"] < 1
+    [pair] = [one for one in sweep.configuration()["systems"] if one["name"] == "pair"]
+    assert [one["id"] for one in pair["settings"]] == ["λ=0"]
+
+
 @pytest.mark.parametrize(
     ("systems", "fields", "problem"),
     [
         (("ref",), {"lams": [1]}, "no system here can be set to λ=1"),
         (("ref",), {"lams": [], "baseline": "x"}, "'x' is none of the systems"),
         (("between",), {"lams": ["auto"]}, "takes none of the settings"),
+        (
+            ("pair",),
+            {"lams": ["ladder 0.5"]},
+            "pair: ladder 0.5 gives each question weights of its",
+        ),
+        (("pair",), {"lams": [0, "ladder 0.5"]}, "ladders are for them alone"),
         (("ref",), {"lams": [], "samples": 0}, "samples must be at least 1"),
         (
             ("ref",),

@@ -6,7 +6,7 @@ from flexalign.systems import System
 
 
 def test_each_kind_takes_its_settings() -> None:
-    asked = unique_settings([0, 2, "route 0.5", "exit 0.9"])
+    asked = unique_settings([0, 2, "route 0.5", "exit 0.9", "ladder 0.9,0.6"])
     by_kind = {
         kind: [s.id for s in settings_of(System("s", kind, ("a", "b")), asked)]
         for kind in ("model", "pair", "interpolate", "url")
@@ -14,7 +14,7 @@ def test_each_kind_takes_its_settings() -> None:
     assert by_kind == {
         "model": ["as it is", "exit 0.9"],
         "pair": ["λ=0", "λ=2", "route 0.5", "exit 0.9"],
-        "interpolate": ["λ=0", "λ=2"],
+        "interpolate": ["λ=0", "λ=2", "ladder 0.9,0.6"],
         "url": ["λ=0", "λ=2", "route 0.5", "exit 0.9"],
     }
     assert [s.id for s in settings_of(System("s", "dial", ("a", "b")), [])] == [

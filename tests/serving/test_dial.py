@@ -79,6 +79,11 @@ def test_a_body_is_parsed_once_and_its_range_checked_once(
         ({"lambda": {"policy": "adaptive", "fast_lambda": 3}}, "lambda", "3"),
         ({"lambda": {"policy": "adaptive", "treshold": 0.5}}, "lambda", "threshold"),
         ({"lambda": {"policy": "rout"}}, "lambda", "route"),
+        (
+            {"lambda": {"policy": "ladder", "thresholds": [0.9]}},
+            "lambda",
+            "interpolate:REF,ALIGNED",
+        ),
         ({"lambda": {"kind": "cubic"}}, "lambda", "cubic"),
         ({"lambda": {}}, "lambda", "kind"),
         ({"lambda": 0, "control": 0}, "control", "2 dials"),

@@ -101,6 +101,13 @@ def test_sigterm_lets_what_runs_finish(start_server: Any):
     assert "Traceback" not in server.log.read_text()
 
 
+def test_sigterm_ends_an_idle_server(start_server: Any):
+    server = start_server("miniature", "--adapter", "miniature:fast")
+    server.process.send_signal(signal.SIGTERM)  # at once: from its address on it ends as documented
+    assert server.process.wait(60) == 0
+    assert "Traceback" not in server.log.read_text()
+
+
 def test_whoever_is_not_done_within_the_grace_is_told(start_server: Any):
     dial = ("miniature", "--adapter", "miniature:fast", "--batch-size", "1", "--grace", "1")
     server = start_server(*dial)

@@ -1,14 +1,16 @@
 """What is made of a server's answers, however many of them come in at one time."""
 
+from contextlib import closing
 from queue import SimpleQueue
 from typing import Any
 
 import pytest
 
+from chat_server import Chat, say
 from flexalign.errors import ServingError
 from flexalign.lambdas import AS_IT_IS
-from flexalign.systems import Answer, Failure, PromptRequest
-from flexalign.systems.endpoint import _collected
+from flexalign.systems import Answer, Failure, PromptRequest, SystemOptions
+from flexalign.systems.endpoint import EndpointBackend, _collected
 
 REQUESTS = [PromptRequest(n, "1+1?", AS_IT_IS, 0, n) for n in range(5)]
 
@@ -43,3 +45,15 @@ def test_first_requests_that_all_fail_end_the_run_with_their_reason_alone():
             collected(*[Failure("400 no")] * 2, expected=expected, at_once=2)
     answers = [Failure("400 no"), Answer("2", 1), Failure("400 no"), Failure("400 no")]
     assert [one for _, one in collected(*answers, expected=4, at_once=2)] == answers
+
+
+def test_the_list_of_models_and_the_samples_tell_one_retry():
+    listed = (200, {"data": [{"id": "only"}]})
+    answers = iter([(503, b"loading"), listed, (503, b"loading"), say("2")])
+    told: list[str] = []
+    options = SystemOptions(concurrency=1, pause_seconds=0, on_retry=told.append)
+    with closing(Chat(lambda path, body: next(answers))) as chat:
+        [[(_, answer)]] = EndpointBackend(chat.url, options).run(REQUESTS[:1], ())
+    assert (answer.text, answer.tokens) == ("2", 5)
+    assert [body.get("model") for _, body, _ in chat.asked] == [None, None, "only", "only"]
+    assert len(told) == 1

@@ -121,6 +121,8 @@ def test_what_is_no_dial_takes_no_lambda(questions: Path, tmp_path: Path):
         sample("model:miniature", questions, output, lam=1)
     with pytest.raises(ConfigError, match="sampled from models or from a server"):
         sample(parse_system("interpolate:miniature"), questions, output)
+    with pytest.raises(ConfigError, match="interpolate:REF,ALIGNED alone has"):
+        sample("pair:miniature", questions, output, lam="ladder 0.9,0.6")
     with pytest.raises(LambdaError, match="outside the range"):
         sample("dial:miniature,miniature:dial", questions, output, lam=7)
     assert not output.exists()

@@ -88,9 +88,6 @@ def draw_path(tuned: "Tuned", path: Path) -> None:
 
     Without a finalist, the candidates' chances of a proof are drawn.
     """
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")

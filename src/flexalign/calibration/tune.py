@@ -489,6 +489,7 @@ def select_setting(
         )
         if proofs[-1].verdict != "kept":
             break  # the fixed sequence ends with the first that is not proved
+
     kept = [proof.setting for proof in proofs if proof.verdict == "kept"]
     at_proof = {
         proof.setting: _evidence(

@@ -1,6 +1,8 @@
 """The ``flexalign`` command: its subcommands, and the exit codes of errors."""
 
+import atexit
 import errno
+import gc
 import sys
 from typing import Annotated, NoReturn
 
@@ -86,6 +88,9 @@ def main() -> None:
     """
     show_in_any_encoding()
     hide_library_warnings()
+    # At its end the interpreter collects garbage among all objects of torch and transformers, which
+    # takes more than a second of a core. Frozen objects are not searched; the process frees them.
+    atexit.register(gc.freeze)
     try:
         app(prog_name="flexalign")
     except FlexAlignError as error:

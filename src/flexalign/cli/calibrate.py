@@ -177,6 +177,7 @@ def calibrate(
     if push is not None and two_prompts is not None:
         raise ConfigError("--push uploads an adapter, and two prompts have none; leave it out.")
     target = planned_push(push, private=private)
+
     from flexalign.calibration.calibrate import plan_calibration
     from flexalign.calibration.fitting import describe_loss
     from flexalign.data.columns import parse_columns
@@ -216,6 +217,7 @@ def calibrate(
             dtype=dtype,
         )
     say_instruction(instruction, [asked])
+
     if dry_run:
         _preview(plan, as_json)
         if target is not None:
@@ -230,6 +232,7 @@ def calibrate(
         print_json(calibration.to_json())
     else:
         _show(calibration, "adapter" if two_prompts is None else "dial")
+
     console.print(f"Written to {escape(str(written))}.", soft_wrap=True)
     dial_options = ["--adapter", str(save_to or adapter)]
     if two_prompts is not None:
@@ -282,27 +285,8 @@ def _show(calibration: "Calibration", owner: str = "adapter") -> None:
     from flexalign.calibration.fitting import describe_deeper
     from flexalign.lambdas import LAMBDA_LEGEND
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("effort", "setting"):
-        table.add_column(name, justify="right" if name == "effort" else "left")
     is_by_question = any(level.achieved is not None for level in calibration.levels)
-    by_question = ["÷ asked"] if is_by_question else []
-    for name in ("line", "tokens", "10 %", "90 %", "accuracy", *by_question):
-        table.add_column(name, justify="right")
-    for level in calibration.levels:
-        metrics = level.metrics
-        low, share, high = metrics.accuracy
-        table.add_row(
-            f"{level.effort:g}",
-            escape(level.setting),
-            f"{level.line:.1f}",
-            f"{metrics.tokens.mean:.1f}",
-            f"{metrics.tokens_p10:.0f}",
-            f"{metrics.tokens_p90:.0f}",
-            f"{100 * share:.1f} \\[{100 * low:.0f}, {100 * high:.0f}]",
-            *([_ratio(level)] if is_by_question else []),
-        )
-    result_console.print(table)
+    result_console.print(_levels(calibration, is_by_question))
     asked = (
         " ÷ asked: a question's tokens by those on the line between its own at effort 0 and 100, "
         "the median and in brackets the tenth and the ninetieth percentile of the questions."
@@ -336,6 +320,31 @@ def _show(calibration: "Calibration", owner: str = "adapter") -> None:
             f"at effort {', '.join(f'{one:g}' for one in coarse)} no "
             "setting has the line's tokens to within 10 %; the scale has steps there."
         )
+
+
+def _levels(calibration: "Calibration", is_by_question: bool) -> Table:
+    """Return the table of the efforts, with what single questions took if it was measured."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("effort", "setting"):
+        table.add_column(name, justify="right" if name == "effort" else "left")
+    by_question = ["÷ asked"] if is_by_question else []
+    for name in ("line", "tokens", "10 %", "90 %", "accuracy", *by_question):
+        table.add_column(name, justify="right")
+
+    for level in calibration.levels:
+        metrics = level.metrics
+        low, share, high = metrics.accuracy
+        table.add_row(
+            f"{level.effort:g}",
+            escape(level.setting),
+            f"{level.line:.1f}",
+            f"{metrics.tokens.mean:.1f}",
+            f"{metrics.tokens_p10:.0f}",
+            f"{metrics.tokens_p90:.0f}",
+            f"{100 * share:.1f} \\[{100 * low:.0f}, {100 * high:.0f}]",
+            *([_ratio(level)] if is_by_question else []),
+        )
+    return table
 
 
 def _ratio(level: "EffortLevel") -> str:

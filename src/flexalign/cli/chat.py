@@ -19,6 +19,7 @@ from flexalign.cli.console import (
     reading_input,
 )
 from flexalign.cli.options import (
+    UNCHANGED_LOGITS,
     Adapter,
     Aligned,
     AlignedPrompt,
@@ -26,20 +27,13 @@ from flexalign.cli.options import (
     ByID,
     Calibrated,
     Dtype,
-    EndOfThinkingBias,
-    FrequencyPenalty,
     Gate,
     MaxNewTokens,
-    MinP,
     Model,
     PermittedRange,
-    PresencePenalty,
     ReferencePrompt,
-    RepetitionPenalty,
     Temperature,
     Template,
-    ThinkingBudget,
-    TopK,
     TopP,
     read_efforts,
     read_lambdas,
@@ -47,7 +41,9 @@ from flexalign.cli.options import (
     read_range,
     read_setting,
     read_settings,
+    with_logits_options,
 )
+from flexalign.data.logits import LogitsSettings
 from flexalign.errors import ConfigError, FlexAlignError
 
 if TYPE_CHECKING:
@@ -67,6 +63,7 @@ _HELP = """\
 /quit                leave, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
+@with_logits_options
 def chat(
     model: Model,
     adapter: Adapter = None,
@@ -101,13 +98,7 @@ def chat(
     by_id: ByID = False,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.95,
-    top_k: TopK = 0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    presence_penalty: PresencePenalty = 0.0,
-    frequency_penalty: FrequencyPenalty = 0.0,
-    thinking_budget: ThinkingBudget = None,
-    end_of_thinking_bias: EndOfThinkingBias = 0.0,
+    logits: LogitsSettings = UNCHANGED_LOGITS,
     max_new_tokens: MaxNewTokens = 2048,
     seed: Annotated[int, typer.Option(help="Of all sampling.")] = 0,
     template: Template = None,
@@ -138,19 +129,9 @@ def chat(
         raise ConfigError("a conversation begins with one setting; give one λ, policy or effort.")
 
     from flexalign.cli.console import quieten_libraries, warnings_as_notes
-    from flexalign.data.logits import LogitsSettings
     from flexalign.data.prompting import parse_template
     from flexalign.systems import Conversation, LocalBackend, System, SystemOptions
 
-    logits = LogitsSettings(
-        top_k,
-        min_p,
-        repetition_penalty,
-        presence_penalty,
-        frequency_penalty,
-        thinking_budget=thinking_budget,
-        end_of_thinking_bias=end_of_thinking_bias,
-    )
     named = System.of(model, adapter, aligned, two_prompts)
     options = SystemOptions(
         temperature=temperature,

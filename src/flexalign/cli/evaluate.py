@@ -20,6 +20,7 @@ from flexalign.cli.console import (
     without_downloads,
 )
 from flexalign.cli.options import (
+    UNCHANGED_LOGITS,
     AlignedPrompt,
     Attempts,
     BatchSize,
@@ -29,26 +30,18 @@ from flexalign.cli.options import (
     Concurrency,
     Data,
     Dtype,
-    EndOfThinkingBias,
     EngineName,
-    FrequencyPenalty,
     Gate,
     Instruction,
-    MinP,
     PermittedRange,
-    Policies,
-    PresencePenalty,
     ReferencePrompt,
-    RepetitionPenalty,
     ServerKey,
     ServerModel,
     TaskMaxNewTokens,
     TaskTemperature,
     TaskTopP,
     Template,
-    ThinkingBudget,
     Timeout,
-    TopK,
     Workers,
     read_efforts,
     read_lambdas,
@@ -56,7 +49,9 @@ from flexalign.cli.options import (
     read_range,
     read_secret,
     read_settings,
+    with_logits_options,
 )
+from flexalign.data.logits import LogitsSettings
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -73,6 +68,7 @@ _LEGEND = (
 )
 
 
+@with_logits_options
 def evaluate(
     systems: Annotated[
         list[str] | None,
@@ -115,7 +111,14 @@ def evaluate(
             "adapter's.",
         ),
     ] = None,
-    policy: Policies = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--policy",
+            help="'adaptive 0.5', 'exit 0.95', 'route 0.3', auto, or JSON of a policy or a schedule; "
+            "of interpolate: 'ladder 0.9,0.6'; repeatable.",
+        ),
+    ] = None,
     effort: Annotated[
         str | None,
         typer.Option(
@@ -127,13 +130,7 @@ def evaluate(
     ] = None,
     temperature: TaskTemperature = None,
     top_p: TaskTopP = None,
-    top_k: TopK = 0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    presence_penalty: PresencePenalty = 0.0,
-    frequency_penalty: FrequencyPenalty = 0.0,
-    thinking_budget: ThinkingBudget = None,
-    end_of_thinking_bias: EndOfThinkingBias = 0.0,
+    logits: LogitsSettings = UNCHANGED_LOGITS,
     max_new_tokens: TaskMaxNewTokens = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only so many questions of each task, drawn.")
@@ -216,6 +213,7 @@ def evaluate(
         raise ConfigError("name the folder of the results with --output DIR.")
 
     lams, limits = read_lambdas(lam), read_range(lambda_range)
+
     from flexalign.data.columns import parse_columns
     from flexalign.data.prompting import parse_template
     from flexalign.systems import parse_systems
@@ -225,6 +223,7 @@ def evaluate(
     adapter, own_prompts = _only_dial(effort, asked, two_prompts)
     efforts = read_efforts(effort, adapter, own_prompts, calibration)
     settings = read_settings(lams, policy or [], efforts)
+
     from flexalign.evaluation.sweep import plan_sweep
     from flexalign.evaluation.tasks import load_task
 
@@ -244,13 +243,7 @@ def evaluate(
             any_training=any_training,
             temperature=temperature,
             top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            thinking_budget=thinking_budget,
-            end_of_thinking_bias=end_of_thinking_bias,
+            logits=logits,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             gate=gate,

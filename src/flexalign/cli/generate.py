@@ -20,6 +20,7 @@ from flexalign.cli.console import (
     result_console,
 )
 from flexalign.cli.options import (
+    UNCHANGED_LOGITS,
     Adapter,
     Aligned,
     AlignedPrompt,
@@ -28,28 +29,23 @@ from flexalign.cli.options import (
     ByID,
     Calibrated,
     Dtype,
-    EndOfThinkingBias,
-    FrequencyPenalty,
     Gate,
     MaxNewTokens,
-    MinP,
     Model,
     PermittedRange,
     Policies,
-    PresencePenalty,
     ReferencePrompt,
-    RepetitionPenalty,
     Temperature,
     Template,
-    ThinkingBudget,
-    TopK,
     TopP,
     read_efforts,
     read_lambdas,
     read_prompt_pair,
     read_range,
     read_settings,
+    with_logits_options,
 )
+from flexalign.data.logits import LogitsSettings
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,6 +53,7 @@ if TYPE_CHECKING:
     from flexalign.systems.prompts import TimedAnswer, UserPrompt
 
 
+@with_logits_options
 def generate(
     model: Model,
     prompt: Annotated[
@@ -97,13 +94,7 @@ def generate(
     by_id: ByID = False,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.95,
-    top_k: TopK = 0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    presence_penalty: PresencePenalty = 0.0,
-    frequency_penalty: FrequencyPenalty = 0.0,
-    thinking_budget: ThinkingBudget = None,
-    end_of_thinking_bias: EndOfThinkingBias = 0.0,
+    logits: LogitsSettings = UNCHANGED_LOGITS,
     max_new_tokens: MaxNewTokens = 2048,
     samples: Annotated[
         int, typer.Option("--samples", "-n", min=1, help="Answers to each prompt at each setting.")
@@ -150,21 +141,11 @@ def generate(
     settings = read_settings(read_lambdas(lam), policy or [], efforts)
     prompts = _read_prompts(prompt, input_file)
 
-    from flexalign.data.logits import LogitsSettings
     from flexalign.data.prompting import parse_template
     from flexalign.lambdas import LAMBDA_LEGEND
     from flexalign.systems import LocalBackend, System, SystemOptions
     from flexalign.systems.prompts import prompt_requests
 
-    logits = LogitsSettings(
-        top_k,
-        min_p,
-        repetition_penalty,
-        presence_penalty,
-        frequency_penalty,
-        thinking_budget=thinking_budget,
-        end_of_thinking_bias=end_of_thinking_bias,
-    )
     system = System.of(model, adapter, aligned, two_prompts)
     options = SystemOptions(
         temperature=temperature,

@@ -3,23 +3,26 @@
 Only this module parses a λ of the command line; its functions return dials and settings.
 """
 
+import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
 from flexalign.cli.console import as_input_errors, describe_setting, say
+from flexalign.data.logits import LogitsSettings
 from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.lambdas import (
-    Dial,
+    AnyDial,
     Fixed,
     Setting,
     TrainingLambda,
-    parse_dial,
+    parse_any_dial,
     parse_lambdas,
     parse_range,
     parse_training_lambda,
@@ -250,10 +253,56 @@ TaskMaxNewTokens: TypeAlias = Annotated[
 Workers: TypeAlias = Annotated[int, typer.Option(min=1, help="Processes that grade.")]
 
 
+# The options of the logits, which commands take together.
+
+UNCHANGED_LOGITS = LogitsSettings()
+"""The default of a command's parameter ``logits``."""
+
+
+def with_logits_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of :func:`_read_logits` in place of its parameter ``logits``.
+
+    The command itself is called with the settings that are read from them.
+    """
+    signature = inspect.signature(command)
+    options = inspect.signature(_read_logits).parameters
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        logits = _read_logits(**{name: given.pop(name) for name in options})
+        command(**given, logits=logits)
+
+    shown: list[inspect.Parameter] = []
+    for parameter in signature.parameters.values():
+        shown += options.values() if parameter.name == "logits" else [parameter]
+    run.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    return run
+
+
+def _read_logits(
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    presence_penalty: PresencePenalty = 0.0,
+    frequency_penalty: FrequencyPenalty = 0.0,
+    thinking_budget: ThinkingBudget = None,
+    end_of_thinking_bias: EndOfThinkingBias = 0.0,
+) -> LogitsSettings:
+    return LogitsSettings(
+        top_k,
+        min_p,
+        repetition_penalty,
+        presence_penalty,
+        frequency_penalty,
+        thinking_budget=thinking_budget,
+        end_of_thinking_bias=end_of_thinking_bias,
+    )
+
+
 # Reading the options of the dial.
 
 
-def read_lambdas(text: str | None) -> list[Dial]:
+def read_lambdas(text: str | None) -> list[AnyDial]:
     """Read ``--lambda 0,0.5,1``, or a schedule's JSON in its place.
 
     Raises:
@@ -262,11 +311,11 @@ def read_lambdas(text: str | None) -> list[Dial]:
     """
     if text is None:
         return []
-    return [parse_dial(text)] if text.lstrip().startswith("{") else [*parse_lambdas(text)]
+    return [parse_any_dial(text)] if text.lstrip().startswith("{") else [*parse_lambdas(text)]
 
 
 def read_settings(
-    lambdas: Sequence[Dial], policies: Sequence[str], efforts: Sequence[Setting] = ()
+    lambdas: Sequence[AnyDial], policies: Sequence[str], efforts: Sequence[Setting] = ()
 ) -> list[Setting]:
     """Make settings of ``--lambda``, every ``--policy`` and ``--effort``.
 

@@ -16,6 +16,7 @@ from flexalign.cli.console import (
     without_downloads,
 )
 from flexalign.cli.options import (
+    UNCHANGED_LOGITS,
     Adapter,
     Aligned,
     AlignedPrompt,
@@ -25,28 +26,23 @@ from flexalign.cli.options import (
     Columns,
     Concurrency,
     Dtype,
-    EndOfThinkingBias,
-    FrequencyPenalty,
     MaxNewTokens,
-    MinP,
     PermittedRange,
-    PresencePenalty,
     ReferencePrompt,
-    RepetitionPenalty,
     ServerKey,
     ServerModel,
     SkipBadRows,
     Temperature,
     Template,
-    ThinkingBudget,
     Timeout,
-    TopK,
     TopP,
     read_lambdas,
     read_prompt_pair,
     read_range,
     read_secret,
+    with_logits_options,
 )
+from flexalign.data.logits import LogitsSettings
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,6 +53,7 @@ _SERVER = "url:"
 """In front of a server's address in place of a model, as in ``flexalign evaluate``."""
 
 
+@with_logits_options
 def sample(
     prompts: Annotated[
         Path,
@@ -88,13 +85,7 @@ def sample(
     max_new_tokens: MaxNewTokens = 2048,
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    min_p: MinP = 0.0,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    presence_penalty: PresencePenalty = 0.0,
-    frequency_penalty: FrequencyPenalty = 0.0,
-    thinking_budget: ThinkingBudget = None,
-    end_of_thinking_bias: EndOfThinkingBias = 0.0,
+    logits: LogitsSettings = UNCHANGED_LOGITS,
     batch_size: Annotated[int, typer.Option(help="Answers made, and saved, together.")] = 16,
     seed: Annotated[int, typer.Option(help="The same seed gives the same traces.")] = 0,
     limit: Annotated[
@@ -149,24 +140,15 @@ def sample(
     --lambda 1.5 --prompts questions.jsonl -o brief.jsonl[/cyan]
     """
     from flexalign.data.columns import parse_columns
-    from flexalign.data.logits import LogitsSettings
     from flexalign.data.prompting import PromptSettings, parse_template
     from flexalign.data.traces import SamplingSettings
     from flexalign.systems import System, SystemOptions
     from flexalign.systems.sampling import SampleRun
 
-    logits = LogitsSettings(
-        top_k,
-        min_p,
-        repetition_penalty,
-        presence_penalty,
-        frequency_penalty,
-        thinking_budget=thinking_budget,
-        end_of_thinking_bias=end_of_thinking_bias,
-    )
     settings = SamplingSettings(
         samples, max_new_tokens, temperature, top_p, batch_size, seed, plain, logits
     )
+
     two_prompts, dials = read_prompt_pair(reference_prompt, aligned_prompt), read_lambdas(lam)
     has_dial = any(side is not None for side in (two_prompts, adapter, aligned))
     if len(dials) > 1 or (dials and not has_dial):
@@ -174,6 +156,7 @@ def sample(
             "--lambda is one λ between two sides; give --aligned-prompt, --adapter or --aligned "
             "with it."
         )
+
     if endpoint is None and model is not None and model.startswith(_SERVER):
         endpoint, model = model.removeprefix(_SERVER), None
     if endpoint is None:
@@ -196,6 +179,7 @@ def sample(
             "with --endpoint",
         )
         system = System("endpoint", "url", (endpoint,))
+
     options = SystemOptions(
         dtype=dtype,
         model_name=model_name,

@@ -36,6 +36,7 @@ from flexalign.cli.options import (
 from flexalign.errors import ConfigError
 
 if TYPE_CHECKING:
+    from flexalign.models.prompted import PromptPair
     from flexalign.serving.server import ServeOptions
     from flexalign.serving.vllm.launch import DialSource, Launch
 
@@ -166,25 +167,7 @@ def serve(
     from flexalign.serving.server import require_safe_address
 
     if engine is EngineName.VLLM:
-        if two_prompts is not None:
-            raise ConfigError(
-                "--reference-prompt and --aligned-prompt are served by --engine local alone: vLLM "
-                "runs one prompt for each request; leave --engine out."
-            )
-        if calibration is not None:
-            raise ConfigError(
-                "--calibration is that of two prompts, which vLLM does not serve; leave it out."
-            )
-        if aligned is not None:
-            raise ConfigError(
-                "--aligned is served by --engine local alone; on vLLM give --adapter."
-            )
-        if by_id:
-            raise ConfigError(
-                "--by-id is about --aligned, which vLLM does not serve; leave it out."
-            )
-        if gate is not None:
-            raise ConfigError("--gate is served by --engine local alone; leave it out on vLLM.")
+        _refuse_on_vllm(two_prompts, calibration, aligned, gate, by_id=by_id)
         from flexalign.serving.vllm.launch import DialSource
         from flexalign.serving.vllm.middleware import FrontOptions
 
@@ -245,6 +228,36 @@ def serve(
     )
 
 
+def _refuse_on_vllm(
+    prompts: "PromptPair | None",
+    calibration: Path | None,
+    aligned: str | None,
+    gate: float | None,
+    *,
+    by_id: bool,
+) -> None:
+    """Refuse what only the local engine serves.
+
+    Raises:
+        ConfigError: If one of the options is given.
+    """
+    if prompts is not None:
+        raise ConfigError(
+            "--reference-prompt and --aligned-prompt are served by --engine local alone: vLLM "
+            "runs one prompt for each request; leave --engine out."
+        )
+    if calibration is not None:
+        raise ConfigError(
+            "--calibration is that of two prompts, which vLLM does not serve; leave it out."
+        )
+    if aligned is not None:
+        raise ConfigError("--aligned is served by --engine local alone; on vLLM give --adapter.")
+    if by_id:
+        raise ConfigError("--by-id is about --aligned, which vLLM does not serve; leave it out.")
+    if gate is not None:
+        raise ConfigError("--gate is served by --engine local alone; leave it out on vLLM.")
+
+
 def _serve_here(
     options: "ServeOptions",
     host: str,
@@ -285,18 +298,22 @@ def _serve_here(
         if playground:
             app = Playground(app)
 
-        _print_address(
-            url_of(host, listening.getsockname()[1]),
-            service.model.name,
-            rules.lambda_range,
-            playground=playground,
-            as_json=as_json,
-        )
+        def announce() -> None:
+            _print_address(
+                url_of(host, listening.getsockname()[1]),
+                service.model.name,
+                rules.lambda_range,
+                playground=playground,
+                as_json=as_json,
+            )
+
+        engine = service.engine
         try:
-            engine = service.engine
-            run_server(app, listening, grace=grace, is_well=lambda: engine.is_alive)
+            run_server(
+                app, listening, grace=grace, is_well=lambda: engine.is_alive, on_ready=announce
+            )
         finally:
-            service.engine.stop()
+            engine.stop()
 
 
 def _print_address(

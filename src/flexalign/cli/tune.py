@@ -84,7 +84,11 @@ def tune(
     ] = None,
     policies: Annotated[
         list[str] | None,
-        typer.Option("--policy", help="More candidates: 'adaptive 0.5' or JSON; repeatable."),
+        typer.Option(
+            "--policy",
+            help="More candidates: 'adaptive 0.5', JSON, or 'ladder 0.9,0.6' of interpolate:; "
+            "repeatable.",
+        ),
     ] = None,
     samples: Annotated[
         int | None,
@@ -195,8 +199,7 @@ def tune(
             columns=parse_columns(columns, "--columns"),
         )
 
-    # Answers that exist already: nothing is sampled.
-    if stored is not None:
+    if stored is not None:  # answers that exist already: nothing is sampled
         if system is not None:
             raise ConfigError("SYSTEM is not asked with --from; leave one of the two out.")
         found = StoredSamples(ResultsFolder.read(stored), task=asked.name if asked else None)
@@ -205,7 +208,6 @@ def tune(
         if plan_only or dry_run or output is None:
             _show_plan(planned, kept, as_json)
             return
-
         _warn_of_margin(planned, kept)
         tuning = Tuning.of_stored(found, kept, given, options)
         _show(tuning, tuning.run(output), output, as_json)

@@ -1,5 +1,6 @@
 """A client of servers with OpenAI's HTTP interface, which sends several requests at a time."""
 
+import copy
 import json
 import threading
 import time
@@ -96,6 +97,12 @@ class Endpoint:
                 f"endpoint {self.url!r} is not an address; write one such as "
                 "http://localhost:8000/v1."
             )
+
+    def for_model(self, name: str) -> "Endpoint":
+        """Return this endpoint for another of its models; of both, the first retry alone is told."""
+        other = copy.copy(self)  # with the same lock, where `replace` would make another
+        object.__setattr__(other, "model", name)
+        return other
 
     def generate(
         self, prompts: Sequence[str | list[dict[str, Any]]], seeds: Sequence[int]

@@ -48,6 +48,7 @@ class LogitsSettings:
             raise ConfigError(f"top_k must be a whole number ≥ 0 (0: all), got {self.top_k!r}.")
         if not 0 <= self.min_p <= 1:
             raise ConfigError(f"min_p must be between 0 and 1, got {self.min_p!r}.")
+
         if not 0 < self.repetition_penalty < math.inf:
             raise ConfigError(
                 f"repetition_penalty must be a number above 0, got {self.repetition_penalty!r}."
@@ -55,6 +56,7 @@ class LogitsSettings:
         for name in ("presence_penalty", "frequency_penalty"):
             if not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"{name} must be a finite number, got {getattr(self, name)!r}.")
+
         budget = self.thinking_budget
         if budget is not None and (
             isinstance(budget, bool) or not isinstance(budget, int) or budget < 0
@@ -67,6 +69,7 @@ class LogitsSettings:
             or not math.isfinite(end_bias)
         ):
             raise ConfigError(f"end_of_thinking_bias must be a finite number, got {end_bias!r}.")
+
         for token, bias in self.logit_bias:
             if isinstance(token, bool) or not isinstance(token, int) or token < 0:
                 raise ConfigError(f"logit_bias must have token ids ≥ 0, got {token!r}.")

@@ -611,6 +611,19 @@ def stop_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return [stop for stop in dict.fromkeys(stops) if stop is not None]
 
 
+def end_ids(tokenizer: "PreTrainedTokenizerBase", *configured: Any) -> list[int]:
+    """Return the ids of all tokens that end a response, each once.
+
+    Args:
+        tokenizer: The tokenizer; its :func:`stop_ids` come last.
+        *configured: The ``eos_token_id`` of generation configs: a number, several, or None.
+    """
+    ends: list[Any] = []
+    for given in (*configured, stop_ids(tokenizer)):
+        ends += given if isinstance(given, list | tuple) else [given]
+    return [int(end) for end in dict.fromkeys(ends) if end is not None]
+
+
 def plain_prompt(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]]) -> str:
     """Render a prompt so that tokenizing the text gives the same ids as the chat template.
 

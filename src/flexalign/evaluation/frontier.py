@@ -416,9 +416,6 @@ def draw_pareto(
         title: The title of the plot.
         ends: The two ends of each dial (λ = 0 and λ = 1), whose chord is drawn.
     """
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")

@@ -43,7 +43,7 @@ from flexalign.systems import (
     open_backend,
     parse_systems,
 )
-from flexalign.systems.open import require_two_models, require_two_prompts
+from flexalign.systems.open import refuse_ladders, require_two_models, require_two_prompts
 
 _SHOWN = 5
 """The most reasons of lost samples that a message names."""
@@ -277,12 +277,13 @@ class Sweep:
             require_two_models(self.systems)
         for system in self.systems:
             if not self.settings_of(system):
+                refuse_ladders(system, self.settings)
                 raise ConfigError(f"{system.name} takes none of the settings; give it a --lambda.")
         for setting in self.settings:
             if not any(setting in self.settings_of(system) for system in self.systems):
                 raise ConfigError(
-                    f"no system here can be set to {setting.id}; models have no dial, and weights "
-                    "are interpolated at numbers alone."
+                    f"no system here can be set to {setting.id}; models have no dial, weights are "
+                    "interpolated at numbers and under ladders, and ladders are for them alone."
                 )
 
         _ = self.backends  # made here to check that every model exists

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
-from flexalign.lambdas import AS_IT_IS, Exit, Fixed, Setting, unique_settings
+from flexalign.lambdas import AS_IT_IS, Exit, Fixed, Ladder, Setting, unique_settings
 from flexalign.systems import Answer, Failure, Messages, System
 
 _DEFAULT_LAMBDAS = (0.0, 0.5, 1.0)
@@ -63,8 +63,8 @@ Outcome: TypeAlias = tuple[Cell, Answer | Failure]
 def settings_of(system: System, asked: Sequence[Setting]) -> list[Setting]:
     """Return those of the requested settings that a system supports, or its defaults.
 
-    A model has the setting ``as it is``, and exit policies. Interpolated weights support only single
-    numbers. If no setting is requested, a local dial is measured at λ = 0, 0.5 and 1, and a server
+    A model has the setting ``as it is``, and exit policies. Interpolated weights support numbers and
+    ladders, which no other system does. If no setting is requested, a local dial is measured at λ = 0, 0.5 and 1, and a server
     ``as it is``.
     """
     if system.kind == "model":
@@ -73,8 +73,8 @@ def settings_of(system: System, asked: Sequence[Setting]) -> list[Setting]:
         return [AS_IT_IS]
     settings = list(asked) or unique_settings(_DEFAULT_LAMBDAS)
     if system.kind == "interpolate":
-        return [setting for setting in settings if isinstance(setting.dial, Fixed)]
-    return settings
+        return [setting for setting in settings if isinstance(setting.dial, Fixed | Ladder)]
+    return [setting for setting in settings if not isinstance(setting.dial, Ladder)]
 
 
 def tell_apart(folders: Sequence[Path]) -> list[str]:

@@ -45,6 +45,10 @@ Pause = Literal["marker", "end", "limit"]
 class ExitTokens:
     """What exits need of a tokenizer.
 
+    The closing tag is found in decoded text, and its tokens are only written. Therefore tags of
+    ordinary text are served too, which :class:`~flexalign.generation.thinking_limits.ClosingTokens`,
+    found in token ids, must refuse.
+
     Attributes:
         reader: Decodes responses; it has thinking tags.
         tag: The tokens of the closing tag.

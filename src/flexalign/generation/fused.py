@@ -8,7 +8,9 @@ is parsed and checked once, stored per prompt before ``generate`` repeats rows, 
 """
 
 import copy
+import inspect
 from abc import abstractmethod
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 _REPEATING = ("num_beams", "num_return_sequences")
+_OPTIONAL = ("position_ids", "logits_to_keep")
+"""Inputs that the forward of some families does not take."""
 
 
 class FusedDecoding(InheritedMethods, GenerationMixin, DialModel):  # type: ignore[misc]
@@ -256,6 +260,21 @@ def _leave_cache_unnamed(options: dict[str, Any]) -> None:
     if config is not None and config.cache_implementation is not None:
         options["generation_config"] = config = copy.copy(config)
         config.cache_implementation = None
+
+
+def forward_inputs(model: Any) -> frozenset[str]:
+    """Return the names of the inputs that a model's forward takes."""
+    return frozenset(inspect.signature(model.forward).parameters)
+
+
+def taken_inputs(given: Mapping[str, Any], takes: Collection[str]) -> dict[str, Any]:
+    """Return inputs without the positions and the ``logits_to_keep`` that a forward does not take.
+
+    Args:
+        given: The inputs by name.
+        takes: What :func:`forward_inputs` returns for the model.
+    """
+    return {name: value for name, value in given.items() if name not in _OPTIONAL or name in takes}
 
 
 def positions_of(attention_mask: Tensor) -> Tensor:

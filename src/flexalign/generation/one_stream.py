@@ -1,12 +1,12 @@
 """A plain model for policies that need no dial: λ is taken and has no effect."""
 
-import inspect
 from typing import Any
 
 from torch import Tensor
 
 from flexalign.errors import ConfigError
 from flexalign.generation.adapted import BasedModel
+from flexalign.generation.fused import forward_inputs, taken_inputs
 from flexalign.generation.inherited import refuse_inner_outputs
 from flexalign.generation.row_lambdas import RowDials
 from flexalign.models.adapters import inner_model
@@ -24,7 +24,7 @@ class OneStreamModel(BasedModel):
     def __init__(self, base: Any, tokenizer: Any = None) -> None:
         """Wrap a model."""
         super().__init__(inner_model(base), tokenizer)
-        self._takes = set(inspect.signature(self.base.forward).parameters)
+        self._takes = forward_inputs(self.base)
 
     def forward(
         self,
@@ -63,16 +63,10 @@ class OneStreamModel(BasedModel):
         refuse_inner_outputs(kwargs, self.base.config)
         kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask}
         kwargs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
+        kwargs |= {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
         kwargs |= {"use_cache": use_cache}
         given = {name: value for name, value in kwargs.items() if value is not None}
-        # The forward of some families does not take these two.
-        optional = {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
-        given |= {
-            name: value
-            for name, value in optional.items()
-            if name in self._takes and value is not None
-        }
-        return self.base(**given)
+        return self.base(**taken_inputs(given, self._takes))
 
     def prefill_phases(
         self, input_ids: Tensor, attention_mask: Tensor, phases: Any, **inputs: Tensor

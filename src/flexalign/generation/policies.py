@@ -171,6 +171,45 @@ def generate_with_policies(
     )
 
 
+def generate_fast_answers(
+    model: DialModel, policy: Adaptive, options: dict[str, Any]
+) -> RoutedOutput:
+    """Generate the fast answers of an adaptive policy, and no slow ones.
+
+    Args:
+        model: The model.
+        policy: The policy, with a threshold of its own.
+        options: The arguments of ``generate`` but λ.
+
+    Returns:
+        An accepted answer has the route ``"fast"``. A rejected one has the route ``"slow"`` and no
+        tokens, which are counted among the rejected ones.
+
+    Raises:
+        ConfigError: If an option is not available with such a policy.
+    """
+    _check_options(model, [policy], options)
+    prompts = PromptBatch(
+        model, options.pop("input_ids"), options.pop("attention_mask", None), gate=None
+    )
+    policies = dict.fromkeys(range(len(prompts.ids)), policy)
+    fast: dict[int, Dial] = {row: way_dial(policy, "fast") for row in policies}
+    prompts.prefill([fast], options)
+    thresholds = [model.threshold(policy)] * len(policies)
+    options = with_settings(options, {"return_dict_in_generate": False})
+    answers = write_fast_answers(prompts, policies, thresholds, options)
+
+    found = [answers[row] for row in policies]
+    nothing = prompts.ids.new_empty(0)
+    written = [[nothing if one.accepted is None else one.accepted] for one in found]
+    return RoutedOutput(
+        sequences=_joined(prompts.ids, written, model.pad_token(options)),
+        route=["slow" if one.accepted is None else "fast" for one in found],
+        confidence=[one.confidence for one in found],
+        rejected_tokens=[one.rejected_tokens for one in found],
+    )
+
+
 def _check_options(model: DialModel, dials: Sequence[Dial], options: dict[str, Any]) -> None:
     model.check_options(options)
     for name in _REFUSED:

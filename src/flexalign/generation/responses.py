@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 
 from flexalign._modes import evaluating
 from flexalign.data.logits import LogitsSettings
-from flexalign.data.rendering import Prompt, Rendering, stop_ids
+from flexalign.data.rendering import Prompt, Rendering, end_ids
 from flexalign.errors import ConfigError, DataError, LambdaError
 from flexalign.generation.adaptive import NEUTRAL
 from flexalign.generation.interface import DialModel
@@ -126,6 +126,7 @@ def generate_responses(
         and not isinstance(model, DialModel)
     ):
         model = _with_one_stream(model, tokenizer, dials)
+
     if temperature > 0 and not is_seeded:
         # With seeds, the logits processor applies them.
         limits = {"top_k": logits.top_k, "min_p": logits.min_p}
@@ -157,6 +158,7 @@ def generate_responses(
                 settings.return_dict_in_generate = not isinstance(own, Tensor) and chooses_stream(
                     own
                 )
+
             processors = LogitsProcessorList()
             if logits.has_penalties:
                 lengths = torch.tensor([_prompt_length(encoded[i]) for i in batch])
@@ -310,10 +312,7 @@ def generation_settings(
         top_p: Probability mass sampled from.
         given: Options of ``generate``. Those that are settings are moved from it to the result.
     """
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    ends = ends if isinstance(ends, list | tuple) else [ends]
-    ends = [end for end in dict.fromkeys([*ends, *stop_ids(tokenizer)]) if end is not None]
-
+    ends = end_ids(tokenizer, getattr(model.generation_config, "eos_token_id", None))
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = ends[0] if ends else 0

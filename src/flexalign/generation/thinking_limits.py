@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ClosingTokens:
-    """The tokens that close a model's thinking.
+    """The tokens that close a model's thinking, for a logits processor, which sees token ids alone.
+
+    Early exits read text, and refuse fewer tags: ``flexalign.generation.early_exit.ExitTokens``.
 
     Attributes:
         tags: The tokens of the two tags.

@@ -1,27 +1,28 @@
 """Decoding with equation 5 over two models, each with its own cache."""
 
 import copy
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
-from flexalign.data.rendering import stop_ids
+from flexalign.data.rendering import end_ids
 from flexalign.errors import ConfigError, UnsupportedModelError
 from flexalign.fusion import Lambda, as_lambda, fuse_logits
-from flexalign.generation.fused import FusedDecoding, positions_of
+from flexalign.generation.fused import (
+    FusedDecoding,
+    forward_inputs,
+    positions_of,
+    taken_inputs,
+)
 from flexalign.generation.inherited import refuse_inner_outputs
 from flexalign.generation.interface import Phase
 from flexalign.generation.row_lambdas import RowDials, TagTokens
 from flexalign.models.adapters import inner_model
 from flexalign.models.pair import SIDES, ModelPair, Side
-
-_OPTIONAL = ("position_ids", "logits_to_keep")
-"""Inputs that models of some families do not take."""
 
 
 class TwoModelConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -88,11 +89,12 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
         self.tokenizer = pair.tokenizer
         self.reference: Any = inner_model(pair.reference)
         self.aligned: Any = inner_model(pair.aligned)
-        self._takes = {side: _parameters(getattr(self, side)) for side in SIDES}
+        self._takes = {side: forward_inputs(getattr(self, side)) for side in SIDES}
 
         # The reference's settings, and the end tokens of both.
         settings: Any = copy.deepcopy(self.reference.generation_config)
-        settings.eos_token_id = _ends(self.reference, self.aligned, pair.tokenizer)
+        own = [getattr(self, side).generation_config.eos_token_id for side in SIDES]
+        settings.eos_token_id = end_ids(pair.tokenizer, *own) or None
         if settings.pad_token_id is None:
             settings.pad_token_id = pair.tokenizer.pad_token_id
         self.generation_config = settings
@@ -179,11 +181,8 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
         self, side: Side, common: dict[str, Any], cache: PairCache | None
     ) -> dict[str, Any]:
         """Return the arguments of one model: the common ones that it takes, and its cache."""
-        given = {
-            name: value
-            for name, value in common.items()
-            if value is not None and (name not in _OPTIONAL or name in self._takes[side])
-        }
+        known = {name: value for name, value in common.items() if value is not None}
+        given = taken_inputs(known, self._takes[side])
         if cache is not None:
             given["past_key_values"] = getattr(cache, side)
         return given
@@ -244,11 +243,7 @@ class TwoModelDecoder(FusedDecoding, PreTrainedModel, GenerationMixin):  # type:
         """Return the inputs that each model prepares, and each row's λ for the next token."""
         inputs = {}
         for side in sides:
-            given = {
-                name: value
-                for name, value in kwargs.items()
-                if name not in _OPTIONAL or name in self._takes[side]
-            }
+            given = taken_inputs(kwargs, self._takes[side])
             if past_key_values is not None:
                 given["past_key_values"] = getattr(past_key_values, side)
             inputs[side] = getattr(self, side).prepare_inputs_for_generation(input_ids, **given)
@@ -348,20 +343,3 @@ def _sides(dials: RowDials) -> tuple[Side, ...]:
     if all(end == 1 for end in dials.ends):
         return ("aligned",)
     return SIDES
-
-
-def _parameters(model: nn.Module) -> set[str]:
-    return set(inspect.signature(model.forward).parameters)
-
-
-def _ends(reference: Any, aligned: Any, tokenizer: Any) -> list[int] | None:
-    """Return all the tokens that end a response for either model."""
-    ends: list[int] = []
-    for given in (
-        reference.generation_config.eos_token_id,
-        aligned.generation_config.eos_token_id,
-        stop_ids(tokenizer),
-    ):
-        if given is not None:
-            ends += given if isinstance(given, list | tuple) else [given]
-    return list(dict.fromkeys(ends)) or None

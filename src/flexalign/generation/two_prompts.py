@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from flexalign.data.rendering import Prompt
+from flexalign.data.rendering import Prompt, end_ids
 from flexalign.errors import ConfigError
 from flexalign.generation.fused import positions_of
 from flexalign.generation.row_lambdas import RowDials, TagTokens
@@ -73,10 +73,8 @@ class TwoPromptDecoder(TwoStreamModel):
 
         # The model's settings, and the tokens that end a response under either prompt.
         settings: Any = copy.deepcopy(self.base.generation_config)
-        own = settings.eos_token_id
-        own = own if isinstance(own, list | tuple) else [own]
-        ends = [end for end in (*own, *rendering.stop_ids) if end is not None]
-        settings.eos_token_id = list(dict.fromkeys(ends)) or None
+        ends = end_ids(rendering.tokenizers["reference"], settings.eos_token_id, rendering.stop_ids)
+        settings.eos_token_id = ends or None
         if settings.pad_token_id is None:
             settings.pad_token_id = self.tokenizer.pad_token_id if self.tokenizer else None
         self.generation_config = settings

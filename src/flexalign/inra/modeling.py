@@ -1,8 +1,7 @@
 """The InRa model: a base model, an adapter before its layer 0, and λ between the two streams."""
 
 import weakref
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +19,7 @@ from flexalign.generation.adapted import (
     model_name,
 )
 from flexalign.generation.fused import positions_of
+from flexalign.generation.probing import distance_beyond_rounding, perturbed
 from flexalign.generation.row_lambdas import RowDials
 from flexalign.generation.stream_cache import FIRST, SECOND, StackPlan, StreamCache
 from flexalign.generation.two_streams import TwoStreamModel
@@ -169,15 +169,12 @@ class InRaModel(AdaptedModel, TwoStreamModel):
         return super()._decoding_inputs(dials, options)
 
 
-# The test of a model's two streams when it is loaded. Model families pass different arguments to
-# their layers. Instead of keeping a list of families, a few tokens are run through both streams,
+# The test of a model's two streams when it is loaded: a few tokens are run through both streams,
 # stacked and separately, and compared. A model whose results differ is refused.
 
 _ROWS, _TOKENS, _PADDING = 2, 4, 1
 """The stack has as many rows as tokens, so that an input that is cut by tokens instead of by rows
 gives a wrong result here."""
-
-_TOLERANCE = 1e-4
 
 _FAILING = "its two streams cannot run as rows of one batch"
 _STACKED = "its two streams disturb each other when they run as rows of one batch"
@@ -198,8 +195,8 @@ def probe_streams(model: InRaModel, name: str) -> None:
     mask = torch.ones_like(tokens)
     mask[-1, :_PADDING] = 0
 
-    perturbed = _perturbed(list(model.adapter.parameters()))
-    with refusing(name, _FAILING), evaluating(model), perturbed:
+    noise = perturbed(list(model.adapter.parameters()))
+    with refusing(name, _FAILING), evaluating(model), noise:
         _compare(model, tokens, mask, name)
 
 
@@ -219,20 +216,6 @@ def _compare(model: InRaModel, tokens: Tensor, mask: Tensor, name: str) -> None:
         _require_equal(cached, uncached[:, -1:], mask[:, -1:], _CACHED, name)
 
 
-@contextmanager
-def _perturbed(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Add noise to an adapter's parameters inside the block, so that the two streams differ."""
-    generator = torch.Generator().manual_seed(2)
-    originals = [parameter.detach().clone() for parameter in parameters]
-    for parameter in parameters:
-        parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator).to(parameter))
-    try:
-        yield
-    finally:
-        for parameter, original in zip(parameters, originals, strict=True):
-            parameter.copy_(original)
-
-
 def _require_equal(found: Tensor, expected: Tensor, mask: Tensor, problem: str, name: str) -> None:
     """Check that hidden states (B, T, H) agree where the mask (B, T) is set.
 
@@ -240,10 +223,8 @@ def _require_equal(found: Tensor, expected: Tensor, mask: Tensor, problem: str, 
         UnsupportedModelError: If their relative distance is larger than rounding.
     """
     kept = mask.bool()
-    allowed = max(_TOLERANCE, 8 * torch.finfo(expected.dtype).eps)
-    found, expected = found[kept].float(), expected[kept].float()
-    off = float(torch.linalg.vector_norm(found - expected) / torch.linalg.vector_norm(expected))
-    if not off <= allowed:
+    off = distance_beyond_rounding(found[kept], expected[kept], expected.dtype)
+    if off is not None:
         raise UnsupportedModelError(
             f"{name}: {problem} (off by {off:.1%}); InRa cannot serve this model."
         )

@@ -1,9 +1,7 @@
 """The LoRA dial: a base model with one LoRA, whose strength is each row's λ."""
 
 import copy
-import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,14 @@ from flexalign._modes import evaluating
 from flexalign._storage import following_umask
 from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
 from flexalign.generation.adapted import AdaptedModel, Base, load_own_base, model_name
-from flexalign.generation.fused import positions_of
+from flexalign.generation.fused import forward_inputs, positions_of, taken_inputs
 from flexalign.generation.inherited import refuse_inner_outputs
 from flexalign.generation.interface import Phase
+from flexalign.generation.probing import distance_beyond_rounding, perturbed
 from flexalign.generation.row_lambdas import RowDials
 from flexalign.lambdas import finite_lambda
 from flexalign.lora_dial.configuration import LoRADialConfig, check_folder
 from flexalign.lora_dial.projections import LoRAProjections
-from flexalign.lora_dial.scaling import LoRAScale
 from flexalign.models.adapters import make_bases_absolute, read_adapter_config, unfit_tensor
 from flexalign.models.loading import load_adapter
 from flexalign.models.sources import Source, resolve_adapter
@@ -85,7 +83,7 @@ class LoRADial(AdaptedModel):
         self.peft = model
         self.projections = LoRAProjections(model, ADAPTER)
         self.scale = self.projections.scale
-        self._takes = set(inspect.signature(self.base.forward).parameters)
+        self._takes = forward_inputs(self.base)
         probe_rows(self, model_name(self.base))
 
     @classmethod
@@ -134,7 +132,8 @@ class LoRADial(AdaptedModel):
         """Return a copy of the base with the LoRA at strength λ in its weights.
 
         It is a plain model, without PEFT, and equals the dial at this λ up to the rounding of
-        ``W + λ·s·B·A`` to the weights' data type.
+        ``W + λ·s·B·A`` to the weights' data type. The dial stays as it is, so that both are in
+        memory; :meth:`merge` keeps a second time only the weights that the LoRA adapts.
 
         Raises:
             LambdaError: If λ is not finite.
@@ -202,18 +201,12 @@ class LoRADial(AdaptedModel):
         keeps = past_key_values is not None if use_cache is None else use_cache
         kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask}
         kwargs |= {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
-        kwargs |= {"return_dict": True}
+        kwargs |= {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
+        kwargs |= {"use_cache": keeps, "return_dict": True}
         given = {name: value for name, value in kwargs.items() if value is not None}
-        # The forward of some families does not take these two.
-        optional = {"position_ids": position_ids, "logits_to_keep": logits_to_keep}
-        given |= {
-            name: value
-            for name, value in optional.items()
-            if name in self._takes and value is not None
-        }
 
         with self.projections.at(lam, *prompts.shape[:2]):
-            output = self.base(**given, use_cache=keeps)
+            output = self.base(**taken_inputs(given, self._takes))
 
         logits = output.logits
         if "logits_to_keep" not in self._takes:
@@ -367,12 +360,11 @@ class PrefilledRows:
 
 
 # The test of a model when it is loaded. λ belongs to a row, and a layer that gets its tokens in an
-# order of its own (routed to experts, for instance) would apply it to others. Instead of keeping a
-# list of families, a few tokens are run in one batch and row by row, and compared.
+# order of its own (routed to experts, for instance) would apply it to others. A few tokens are run
+# in one batch and row by row, and compared.
 
 _ROWS, _TOKENS = 2, 4
 _LAMBDAS = (0.5, 2.0)
-_TOLERANCE = 1e-4
 
 
 @torch.no_grad()
@@ -387,39 +379,23 @@ def probe_rows(dial: LoRADial, name: str) -> None:
     tokens = torch.randint(1, width, (_ROWS, _TOKENS), generator=generator).to(dial.device)
     lam = torch.tensor(_LAMBDAS)
 
-    with evaluating(dial), _perturbed(dial.scale):
+    b_matrices = [layer.lora_B[ADAPTER].weight for layer in dial.scale.layers.values()]
+    with evaluating(dial), perturbed(b_matrices):
         try:
-            mixed = dial(tokens, lam=lam, lam_checked=True).logits.float()
+            mixed = dial(tokens, lam=lam, lam_checked=True).logits
         except ValueError as error:
             raise UnsupportedModelError(
                 f"{name}: rows of different λ cannot run as one batch ({error})"
             ) from error
         alone = [
-            dial(tokens[row : row + 1], lam=one, lam_checked=True).logits.float()
+            dial(tokens[row : row + 1], lam=one, lam_checked=True).logits
             for row, one in enumerate(_LAMBDAS)
         ]
 
-    expected = torch.cat(alone)
-    allowed = max(_TOLERANCE, 8 * torch.finfo(dial.base.dtype).eps)
-    off = float(torch.linalg.vector_norm(mixed - expected) / torch.linalg.vector_norm(expected))
-    if not off <= allowed:
+    off = distance_beyond_rounding(mixed, torch.cat(alone), dial.base.dtype)
+    if off is not None:
         raise UnsupportedModelError(
             f"{name}: rows of different λ disturb each other in one batch (off by {off:.1%}); a "
             "LoRA dial cannot serve this model. Leave out target_modules that see tokens in an "
             "order of their own, such as experts."
         )
-
-
-@contextmanager
-def _perturbed(scale: LoRAScale) -> Iterator[None]:
-    """Add noise to the B matrices inside the block, so that λ has an effect before training."""
-    generator = torch.Generator().manual_seed(2)
-    weights = [layer.lora_B[ADAPTER].weight for layer in scale.layers.values()]
-    originals = [weight.detach().clone() for weight in weights]
-    for weight in weights:
-        weight.add_(0.02 * torch.randn(weight.shape, generator=generator).to(weight))
-    try:
-        yield
-    finally:
-        for weight, original in zip(weights, originals, strict=True):
-            weight.copy_(original)

@@ -562,20 +562,7 @@ def run_demo(
         mixed = judge(asked, ask("dial λ=0.5", dial, lam=0.5, max_new_tokens=_LIMIT))
         confidence = confidences(dial, tokenizer, asked, written)
 
-    # The share of slow answers at which Route has the adaptive policy's mean tokens.
-    chosen = adaptive(fast, slow, confidence, _THRESHOLD)
-    share = (chosen.mean_tokens - fast.mean_tokens) / (slow.mean_tokens - fast.mean_tokens)
-    settings = {
-        "λ=0, slow": slow,
-        "λ=0.5": mixed,
-        "λ=1, fast": fast,
-        f"adaptive, τ={_THRESHOLD:g}": chosen,
-        f"coin, {share:.0%} slow": coin(fast, slow, min(max(share, 0.0), 1.0), seed),
-    }
-
-    rows = [
-        DialRow(name, compare_with_ends(answers, fast, slow)) for name, answers in settings.items()
-    ]
+    rows = _dial_rows(slow, mixed, fast, confidence, seed)
     picture(
         output / "pareto.png",
         {
@@ -595,6 +582,38 @@ def run_demo(
     }
     write_json(output / "demo.json", figures)
     return measurements, rows
+
+
+def _dial_rows(
+    slow: JudgedAnswers,
+    mixed: JudgedAnswers,
+    fast: JudgedAnswers,
+    confidence: NDArray[np.float64],
+    seed: int,
+) -> list[DialRow]:
+    """Compare the settings of the fast adapter's dial with its two ends.
+
+    Args:
+        slow: The answers at λ = 0.
+        mixed: Those at λ = 0.5.
+        fast: Those at λ = 1.
+        confidence: That of each fast answer.
+        seed: Seed of the coin.
+    """
+    # The share of slow answers at which Route has the adaptive policy's mean tokens.
+    chosen = adaptive(fast, slow, confidence, _THRESHOLD)
+    share = (chosen.mean_tokens - fast.mean_tokens) / (slow.mean_tokens - fast.mean_tokens)
+
+    settings = {
+        "λ=0, slow": slow,
+        "λ=0.5": mixed,
+        "λ=1, fast": fast,
+        f"adaptive, τ={_THRESHOLD:g}": chosen,
+        f"coin, {share:.0%} slow": coin(fast, slow, min(max(share, 0.0), 1.0), seed),
+    }
+    return [
+        DialRow(name, compare_with_ends(answers, fast, slow)) for name, answers in settings.items()
+    ]
 
 
 class _StepCallback(TrainerCallback):  # type: ignore[misc]

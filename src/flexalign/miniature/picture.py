@@ -22,9 +22,6 @@ def draw_forms(path: Path, lowest: float = -1.5, highest: float = 10.0) -> None:
         lowest: The least λ.
         highest: The largest λ.
     """
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
     lams = np.linspace(lowest, highest, 400)

@@ -333,30 +333,7 @@ def _paired(
     A tied head that one of the two stores all the same is left out, if it equals its embedding.
     """
     parts = [{name: _Part(name, info) for name, info in infos.items()} for infos in tensors]
-    tied = [bool(config.get_text_config().tie_word_embeddings) for config in configs]
-    untied = False
-    if any(tied):
-        embedding, head = _ends(configs[0])
-        for held, is_tied in zip(parts, tied, strict=True):
-            if is_tied and head in held:
-                held.setdefault(embedding, held[head])  # stored under the head's name alone
-        own = [
-            not is_tied or (head in held and not _equal(held[head], held[embedding]))
-            for held, is_tied in zip(parts, tied, strict=True)
-        ]
-        untied = any(own)
-        if untied and not all(embedding in held for held in parts):
-            raise PairMismatchError(
-                f"{names}: one ties its head to its embedding, and {embedding or 'no embedding'} is "
-                "not stored in both. Mix their logits instead, with TwoModelDecoder."
-            )
-        is_stored = all(head in held for held in parts)
-        for held, has_own in zip(parts, own, strict=True):
-            if untied and not has_own:
-                held[head] = held[embedding]
-            elif not untied and not is_stored:
-                held.pop(head, None)
-
+    untied = _settle_heads(parts, configs, names)
     reference, aligned = parts
     alone = reference.keys() ^ aligned.keys()
     if alone:
@@ -368,6 +345,40 @@ def _paired(
             + ". Give two models of one architecture."
         )
     return {name: (part, aligned[name]) for name, part in reference.items()}, untied
+
+
+def _settle_heads(parts: list[dict[str, _Part]], configs: Sequence[Any], names: str) -> bool:
+    """Add or remove tied heads, in place, so that both models store one or neither does.
+
+    Returns:
+        Whether a tied head was untied.
+    """
+    tied = [bool(config.get_text_config().tie_word_embeddings) for config in configs]
+    if not any(tied):
+        return False
+
+    embedding, head = _ends(configs[0])
+    for held, is_tied in zip(parts, tied, strict=True):
+        if is_tied and head in held:
+            held.setdefault(embedding, held[head])  # stored under the head's name alone
+    own = [
+        not is_tied or (head in held and not _equal(held[head], held[embedding]))
+        for held, is_tied in zip(parts, tied, strict=True)
+    ]
+    untied = any(own)
+    if untied and not all(embedding in held for held in parts):
+        raise PairMismatchError(
+            f"{names}: one ties its head to its embedding, and {embedding or 'no embedding'} is "
+            "not stored in both. Mix their logits instead, with TwoModelDecoder."
+        )
+
+    is_stored = all(head in held for held in parts)
+    for held, has_own in zip(parts, own, strict=True):
+        if untied and not has_own:
+            held[head] = held[embedding]
+        elif not untied and not is_stored:
+            held.pop(head, None)
+    return untied
 
 
 def _ends(config: Any) -> tuple[str, str]:

@@ -16,7 +16,7 @@ import torch
 import uvicorn
 
 from flexalign.data.prompting import PromptSettings
-from flexalign.data.rendering import stop_ids
+from flexalign.data.rendering import end_ids
 from flexalign.data.template_arguments import template_variables
 from flexalign.data.thinking import ThinkingTags
 from flexalign.errors import ConfigError, ServingError
@@ -140,7 +140,7 @@ def load_service(options: ServeOptions) -> tuple[Service, DialRules]:
         model.rendering if isinstance(model, TwoPromptDecoder) else None,
     )
 
-    ends = _ends(model.generation_config.eos_token_id, tokenizer)
+    ends = end_ids(tokenizer, model.generation_config.eos_token_id)
     engine = Engine(runner, tokenizer, tags, ends, options.limits)
     engine.start()
     return Service(served, engine, options.limits.queue), rules
@@ -203,12 +203,6 @@ def _sides(model: Any) -> Sequence[Any]:
     return [model.reference, model.aligned] if isinstance(model, TwoModelDecoder) else [model]
 
 
-def _ends(given: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end an answer: the model's and its tokenizer's."""
-    own = given if isinstance(given, list | tuple) else [given]
-    return [int(end) for end in dict.fromkeys([*own, *stop_ids(tokenizer)]) if end is not None]
-
-
 def require_safe_address(host: str, key: str | None, *, insecure: bool) -> None:
     """Refuse an address that other machines can reach, if there is no key.
 
@@ -224,7 +218,12 @@ def require_safe_address(host: str, key: str | None, *, insecure: bool) -> None:
 
 
 def run_server(
-    app: Any, listening: socket.socket, *, grace: float, is_well: Callable[[], bool]
+    app: Any,
+    listening: socket.socket,
+    *,
+    grace: float,
+    is_well: Callable[[], bool],
+    on_ready: Callable[[], None],
 ) -> None:
     """Serve until SIGTERM or Ctrl-C; then refuse new requests and finish the running ones.
 
@@ -234,6 +233,7 @@ def run_server(
         grace: Seconds in which running answers must finish.
         is_well: Returns whether the engine runs. If it does not, the server ends too, so that a
             process manager can restart it.
+        on_ready: Called once, when SIGTERM ends the server as described; it prints the address.
 
     Raises:
         ServingError: If the engine has failed.
@@ -246,10 +246,13 @@ def run_server(
         lifespan="off",
         timeout_graceful_shutdown=max(1, round(grace)),
     )
-    # uvicorn raises the signal again after it has stopped; a clean end must not look like a failure.
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    server = _UvicornServer(config, is_well)
+    # Before uvicorn has handlers of its own, a SIGTERM must not be lost. After it has stopped, it
+    # raises the signal again, and a clean end must not look like a failure.
+    before = signal.signal(signal.SIGTERM, server.handle_exit)
     try:
-        _UvicornServer(config, is_well).run(sockets=[listening])
+        on_ready()
+        server.run(sockets=[listening])
     finally:
         signal.signal(signal.SIGTERM, before)
     if not is_well():

@@ -40,7 +40,20 @@ class EndpointBackend:
 
             self._tokenizer = load_tokenizer(options.tokenizer)
         self._tags = ThinkingTags()
-        self._endpoint_of("")  # checks the address
+        self._unnamed = Endpoint(
+            url,
+            "",
+            options.max_new_tokens,
+            options.temperature,
+            options.top_p,
+            options.logits,
+            concurrency=options.concurrency,
+            attempts=options.attempts,
+            pause_seconds=options.pause_seconds,
+            timeout_seconds=options.timeout_seconds,
+            api_key=options.api_key,
+            on_retry=options.on_retry,
+        )
 
     def describe(self) -> dict[str, Any]:
         """Return the address, the model's name there, the tokenizer and the thinking tags."""
@@ -189,31 +202,14 @@ class EndpointBackend:
         """
         name = self._options.model_name
         if name is None:
-            models = self._endpoint_of("").models()
+            models = self._unnamed.models()
             if len(models) != 1:
                 listed = ", ".join(models) or "none"
                 raise ConfigError(
                     f"{self._url} has {len(models)} models ({listed}); name one with --model-name."
                 )
             [name] = models
-        return self._endpoint_of(name)
-
-    def _endpoint_of(self, model: str) -> Endpoint:
-        options = self._options
-        return Endpoint(
-            self._url,
-            model,
-            options.max_new_tokens,
-            options.temperature,
-            options.top_p,
-            options.logits,
-            concurrency=options.concurrency,
-            attempts=options.attempts,
-            pause_seconds=options.pause_seconds,
-            timeout_seconds=options.timeout_seconds,
-            api_key=options.api_key,
-            on_retry=options.on_retry,
-        )
+        return self._unnamed.for_model(name)
 
 
 class _Outcomes(Generic[Asked]):

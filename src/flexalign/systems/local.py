@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +23,7 @@ from flexalign.errors import ConfigError, PairMismatchError
 from flexalign.generation import TwoModelDecoder, TwoPromptDecoder
 from flexalign.generation.dial_config import DialConfig
 from flexalign.generation.early_exit import ExitTokens, require_marker
+from flexalign.generation.first_answers import write_first_answers
 from flexalign.generation.responses import Response, generate_responses
 from flexalign.generation.thinking_limits import ClosingTokens
 from flexalign.generation.two_prompt_config import TwoPromptConfig
@@ -29,6 +31,7 @@ from flexalign.lambdas import (
     AS_IT_IS,
     Exit,
     Fixed,
+    Ladder,
     Policy,
     Route,
     Setting,
@@ -60,6 +63,7 @@ from flexalign.systems.open import (
     Request,
     System,
     SystemOptions,
+    refuse_ladders,
     require_two_models,
     require_two_prompts,
 )
@@ -180,7 +184,8 @@ class LocalBackend:
 
     The settings of a dial, or of two prompts, share one batch, and those of an InRa adapter or of two
     prompts one prefill. In every other system each setting has its own, as only one model of a pair
-    runs at λ = 0 and at λ = 1.
+    runs at λ = 0 and at λ = 1. Weights between two models are written and loaded for one λ at a time,
+    also for those of a ladder.
 
     Attributes:
         kind: ``model``, ``dial``, ``pair``, ``prompts`` or ``interpolate``. A scaled LoRA is a
@@ -210,9 +215,9 @@ class LocalBackend:
             trust_remote_code: Permit code in a checkpoint to run.
 
         Raises:
-            ConfigError: If a part does not exist, an option does not apply to the system, a biased
-                token is not in the vocabulary, the thinking is limited and has no tags, or a
-                calibration is of another model or of other prompts.
+            ConfigError: If a part does not exist, a setting or an option does not apply to the
+                system, a biased token is not in the vocabulary, the thinking is limited and has
+                no tags, or a calibration is of another model or of other prompts.
             CheckpointError: If the folder of an adapter or a calibration is damaged.
             LambdaError: If a λ is outside the range that is permitted.
             PairMismatchError: If a token id of two models is of two tokens.
@@ -227,10 +232,12 @@ class LocalBackend:
             require_two_models([system])
         if self._options.calibration is not None:
             require_two_prompts([system])
+        refuse_ladders(system, settings)
 
         self._sources = [resolve(part) for part in self._parts[: 1 if self.kind == "dial" else 2]]
         for source in self._sources:
             note_weights(source.path)
+
         self.default = Setting.of(Fixed(1.0)) if self.kind in ("pair", "prompts") else AS_IT_IS
         self.permitted = self._options.lambda_range
         self.config: DialConfig | None = None
@@ -249,6 +256,7 @@ class LocalBackend:
 
         if self.kind != "model":
             self.require_range(settings)
+
         tokenizer = load_tokenizer(self._sources[0], trust_remote_code=trust_remote_code)
         self._options.logits.require_tokens(len(tokenizer))
         self._renamed = self._compare_tokens(tokenizer) if system.has_two_models else ()
@@ -258,6 +266,7 @@ class LocalBackend:
             self.config.bind(tokenizer)
         if self._options.template:
             self._bind_asked(tokenizer, self._options.template)
+
         tags = self.config.tags if self.config else None
         if self._options.logits.limits_thinking:
             ClosingTokens.of(tokenizer, tags)  # raises if the thinking has no end to be found
@@ -351,14 +360,16 @@ class LocalBackend:
     def require_dial(self, settings: Sequence[Setting]) -> None:
         """Refuse settings, a gate and a range for a plain model, which has no dial.
 
-        Exit policies are for plain models too.
+        Exit policies are for plain models too. Ladders are refused for all that is one model.
 
         Args:
             settings: The settings that the user gave.
 
         Raises:
-            ConfigError: If the system is a plain model and one of them is given.
+            ConfigError: If the system is a plain model and one of them is given, or a setting is a
+                ladder that the system has no weights for.
         """
+        refuse_ladders(self._system, settings)
         if self.kind != "model":
             return
         asked = [setting.id for setting in settings if not isinstance(setting.dial, Exit)]
@@ -452,19 +463,91 @@ class LocalBackend:
         """
         for group in self._groups(requests):
             asked = [request for request in requests if request.setting in group]
-            blocks = self._blocks(asked, len(group))
-            blocks = [block for block in blocks if any(one.key not in done for one in block)]
-            if not blocks:
-                continue
+            dial = group[0].dial
+            if isinstance(dial, Ladder):
+                yield from self._run_ladder(dial, asked, done)
+            else:
+                yield from self._run_at(group[0], asked, done, len(group))
 
-            with self._model_at(group[0]) as model:
-                for block in blocks:
-                    answers = self._answer(model, block, len(group))
-                    yield [
-                        (request, answer)
-                        for request, answer in zip(block, answers, strict=True)
-                        if request.key not in done
-                    ]
+    def _run_at(
+        self, setting: Setting, requests: Sequence[Asked], done: Collection[Hashable], settings: int
+    ) -> Iterator[list[tuple[Asked, Answer | Failure]]]:
+        """Answer requests by the model of one setting, which is freed at the end.
+
+        Args:
+            setting: The setting.
+            requests: The requests, in which each prompt has one for each of the settings.
+            done: Keys of the requests that are answered already.
+            settings: Number of settings that share the model.
+        """
+        blocks = self._blocks(requests, settings)
+        blocks = [block for block in blocks if any(one.key not in done for one in block)]
+        if not blocks:
+            return
+
+        with self._model_at(setting) as model:
+            for block in blocks:
+                answers = self._answer(model, block, settings)
+                yield [
+                    (request, answer)
+                    for request, answer in zip(block, answers, strict=True)
+                    if request.key not in done
+                ]
+
+    def _run_ladder(
+        self, ladder: Ladder, requests: Sequence[Asked], done: Collection[Hashable]
+    ) -> Iterator[list[tuple[Asked, Answer | Failure]]]:
+        """Answer requests at the λ that a first answer to each prompt chooses.
+
+        The samples of a prompt share its first answer, which is greedy. A run that goes on writes all
+        first answers again, because they decide which requests are in one block.
+        """
+        if all(request.key in done for request in requests):
+            return
+        samples: dict[Hashable, list[Asked]] = {}
+        for request in requests:
+            samples.setdefault(request.prompt, []).append(request)
+
+        first: dict[Hashable, Response] = {}
+        later: dict[float, list[Asked]] = {lam: [] for lam in ladder.lambdas[1:]}
+        for answered in self._first_answers(ladder, [own[0] for own in samples.values()]):
+            kept: list[tuple[Asked, Answer | Failure]] = []
+            for asked, response in answered:
+                ended = response.route == "fast"
+                lam = ladder.next_lambda(response.confidence if ended else None)
+                first[asked.prompt], own = response, samples[asked.prompt]
+                if lam is None:
+                    answer = self.text.read(asked.messages, response)
+                    kept += [(request, answer) for request in own if request.key not in done]
+                else:
+                    later[lam] += own
+            if kept:
+                yield kept
+
+        for lam, rejected in later.items():
+            for block in self._run_at(Setting.of(lam), rejected, done, 1):
+                yield [
+                    (request, _after_first(first[request.prompt], answer))
+                    for request, answer in block
+                ]
+
+    def _first_answers(
+        self, ladder: Ladder, requests: Sequence[Asked]
+    ) -> Iterator[list[tuple[Asked, Response]]]:
+        """Write first answers block by block, with the model of the ladder's first λ."""
+        options = self._options
+        with self._model_at(Setting.of(ladder.lambdas[0])) as model:
+            for block in self._blocks(requests, 1):
+                responses = write_first_answers(
+                    model,
+                    self.text.tokenizer,
+                    [self.text.prompt(request.messages) for request in block],
+                    ladder.first,
+                    max_new_tokens=options.max_new_tokens,
+                    logits=options.logits,
+                    batch_size=len(block),
+                )
+                yield list(zip(block, responses, strict=True))
 
     def _groups(self, requests: Sequence[Request]) -> list[list[Setting]]:
         """Return the settings in groups that are decoded together."""
@@ -525,7 +608,9 @@ class LocalBackend:
             return
 
         if setting.lam is None:
-            raise ConfigError(f"weights are interpolated at a number, and {setting.id} is none.")
+            raise ConfigError(
+                f"weights are interpolated at a number or under a ladder, and {setting.id} is neither."
+            )
         with TemporaryDirectory(prefix="flexalign-") as scratch:
             reference, aligned = self._sources
             folder = interpolate(
@@ -554,6 +639,19 @@ class _OnePrefill:
         n = self._settings
         options |= {name: options[name][::n] for name in self._model.row_inputs if name in options}
         return self._model.sweep(input_ids[::n], attention_mask[::n], lams=lam[:n], **options)
+
+
+def _after_first(first: Response, answer: Answer | Failure) -> Answer | Failure:
+    """Return the answer to a question whose first answer was rejected, with the tokens of both."""
+    if isinstance(answer, Failure):
+        return answer
+    return replace(
+        answer,
+        tokens=answer.tokens + first.tokens,
+        rejected_tokens=answer.rejected_tokens + first.tokens,
+        route="slow",
+        confidence=first.confidence,
+    )
 
 
 def _resolved(request: Request) -> tuple[Any, str | None]:

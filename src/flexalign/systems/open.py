@@ -16,7 +16,7 @@ from flexalign._spelling import nearest
 from flexalign.data.logits import LogitsSettings
 from flexalign.data.prompting import PromptSettings, parse_prompt
 from flexalign.errors import ConfigError
-from flexalign.lambdas import Exit, Setting
+from flexalign.lambdas import Exit, Ladder, Setting, ladder_refused
 from flexalign.models.names import known_name
 
 if TYPE_CHECKING:
@@ -289,6 +289,17 @@ def require_two_prompts(systems: Sequence[System]) -> None:
         )
 
 
+def refuse_ladders(system: System, settings: Sequence[Setting]) -> None:
+    """Refuse ladders for all systems but weights between two models.
+
+    Raises:
+        ConfigError: If one of the settings is a ladder.
+    """
+    for setting in settings:
+        if isinstance(setting.dial, Ladder) and system.kind != "interpolate":
+            raise ConfigError(f"{system.name}: {ladder_refused(setting.dial)}")
+
+
 class Request(Protocol):
     """A request for one answer."""
 
@@ -363,8 +374,9 @@ class Answer:
         thinking_tokens: Tokens between the thinking tags; None if not known.
         rejected_tokens: Tokens of fast or trial answers that the policy rejected.
         truncated: Whether the limit on tokens cut it off.
-        route: ``fast`` or ``slow``, under a policy that chooses; with exits, ``fast`` after one.
-        confidence: Confidence of the fast answer, or of the last trial answer.
+        route: ``fast`` or ``slow``, under a policy that chooses; with exits, ``fast`` after one; with
+            a ladder, ``fast`` for a first answer that is kept.
+        confidence: Confidence of the fast or first answer, or of the last trial answer.
     """
 
     text: str
@@ -426,13 +438,15 @@ def open_backend(
         options: How it is run.
 
     Raises:
-        ConfigError: If a part does not exist, or the engine does not serve its kind or an option.
+        ConfigError: If a part does not exist, or the system or the engine does not serve a setting or
+            an option.
         CheckpointError: If a part is damaged.
         LambdaError: If a λ is outside the permitted range.
     """
     options = system.options(options or SystemOptions())
     if options.by_id:
         require_two_models([system])
+    refuse_ladders(system, settings)
     if options.template and (system.kind == "url" or options.engine == "vllm"):
         raise ConfigError(
             f"{system.name}: --template, or an argument of the chat template by --for, is for what "

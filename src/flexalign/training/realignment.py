@@ -306,6 +306,7 @@ class Realignment(TrainingRun):
             cache=self._cache() if self._cache and args.teacher == "cached" else None,
             callbacks=callbacks,
         )
+
         self._at_lambda = trainer.at_lambda
         if trainer.dial is not None:
             tags = ThinkingTags.of(self.tokenizer)
@@ -412,6 +413,7 @@ def _plan(runs: Sequence[Realignment], inputs: Inputs) -> TrainingPlan:
         **steps,
         **_plan_memory(recipe, inputs.pair, longest),
     }
+
     if len(runs) > 1:
         facts["lambda"] = [each.recipe.lam for each in runs]
         facts["output"] = [each.recipe.output for each in runs]

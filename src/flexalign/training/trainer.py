@@ -161,9 +161,12 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
             if options.get(name) is not None:
                 raise ConfigError(f"{name}: the loss builds no logits and is fixed; leave it out.")
         require_metric(args.metric_for_best_model, eval_dataset, args.schedule)
+
         one, other, prompts = split_sides(reference, aligned)
         if isinstance(args.schedule, LambdaRange):
             _require_lora(args.schedule, model, one, peft_config, parts)
+
+        # Sides with prompts of their own: the rows are rendered under both.
         start = one if model is None else model
         if prompts is not None and pair_rows is None:
             tokenizer = processing_class or tokenizer_of(start, args)

@@ -16,7 +16,7 @@ from flexalign.errors import ConfigError, ServingError, UnsupportedModelError
 from flexalign.generation.responses import generate_responses
 from flexalign.inra import InRaModel
 from flexalign.lambdas import Adaptive, Fixed, Route, Schedule
-from flexalign.serving.engine import AnswerPiece, Engine, Generation, InRaRunner, Job
+from flexalign.serving.engine import AnswerPiece, Engine, Generation, InRaRunner, Job, scheduler
 from flexalign.serving.engine.batch import Batch, PlainRunner
 from flexalign.serving.engine.scheduler import TokenRate
 
@@ -234,6 +234,36 @@ def test_who_leaves_makes_room_within_one_step(engine: Callable[..., Engine], ti
 
     asyncio.run(run())
     until(lambda: started.running + started.waiting == 0)
+
+
+class CancelledMeanwhile(Generation):
+    """Is cancelled just after the engine has asked for the first time whether it is."""
+
+    is_asked = False
+
+    @property
+    def is_cancelled(self) -> bool:
+        is_cancelled, self.is_asked = self.is_asked, True
+        return is_cancelled
+
+    @is_cancelled.setter
+    def is_cancelled(self, value: bool) -> None:
+        assert not value
+
+
+def test_who_leaves_while_the_queue_is_read_is_not_lost(
+    engine: Callable[..., Engine], tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(scheduler, "Generation", CancelledMeanwhile)
+    prompt = tuple(tiny_tokenizer("1+2=")["input_ids"])
+    started = engine(rows=1)
+
+    async def run() -> None:
+        (one,) = started.submit([Job(prompt, Fixed(0.5), 400)], asyncio.get_running_loop())
+        last = await asyncio.wait_for(last_piece(one), timeout=60)
+        assert last.ended.finish == "cancelled"
+
+    asyncio.run(run())
 
 
 async def last_piece(generation: Generation) -> AnswerPiece:

@@ -7,7 +7,6 @@ library and of transformers.
 """
 
 import copy
-import inspect
 from collections.abc import Iterable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -17,7 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from flexalign.errors import UnsupportedModelError
-from flexalign.generation.fused import positions_of
+from flexalign.generation.fused import forward_inputs, positions_of, taken_inputs
 from flexalign.generation.interface import Phase
 from flexalign.generation.row_lambdas import RowDials
 from flexalign.generation.stream_cache import StreamCache
@@ -351,7 +350,7 @@ class PlainRunner:
             UnsupportedModelError: If a layer caches anything but keys and values.
         """
         self.model = model
-        self._takes = set(inspect.signature(model.forward).parameters)
+        self._takes = forward_inputs(model)
         _new_cache(model.config)
 
     def prefill(self, ids: Tensor, mask: Tensor, phases: Sequence[Phase]) -> DynamicCache:
@@ -388,15 +387,13 @@ class PlainRunner:
         return self._forward(tokens, mask, positions, cache)
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-        # The forward of some families does not take these two.
         optional = {"position_ids": positions, "logits_to_keep": 1}
-        given = {name: value for name, value in optional.items() if name in self._takes}
         output = self.model(
             input_ids=ids,
             attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
-            **given,
+            **taken_inputs(optional, self._takes),
         )
         logits: Tensor = output.logits[:, -1]
         return logits

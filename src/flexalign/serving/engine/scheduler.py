@@ -328,9 +328,13 @@ class Engine:
                 staying.append(place)
         self._batch.keep(staying)
 
+        gone: list[Generation] = []
+        waiting: deque[Generation] = deque()
         with self._wakes:
-            gone = [one for one in self._waiting if one.is_cancelled]
-            self._waiting = deque(one for one in self._waiting if not one.is_cancelled)
+            for generation in self._waiting:
+                # Read once: another thread may cancel it at any time.
+                (gone if generation.is_cancelled else waiting).append(generation)
+            self._waiting = waiting
         for generation in gone:
             AnswerSequence(generation, self._settings).end("cancelled")
 

@@ -330,6 +330,8 @@ class AnswerSequence:
         self._written = []
         self._tokens = []
         self._text = ""
+
+        # What follows the text.
         reader = self._settings.reader
         tags = reader.tags if job.stops_after_thinking else None
         opened = reader.is_opened_by(job.prompt) if job.opened is None else job.opened
@@ -338,6 +340,8 @@ class AnswerSequence:
         if self._exit is not None and self._settings.exits is not None:
             own = self._settings.exits.reader
             self._parts = ThinkingParts(own, self._exit.marker, opened=opened)
+
+        # What changes the logits, and chooses a token of them.
         closing = self._settings.closing
         if closing is not None and job.grammar is not None:
             # The answer follows the grammar from the closing tag on.
