@@ -80,6 +80,26 @@ def test_chat_and_evaluate_take_an_effort(
     assert found == [(0, 1.0), (50, pytest.approx(HALF))]
 
 
+def test_an_adaptive_calibration_turns_the_threshold(
+    run_cli: Callable[..., Any], tmp_path: Path, hybrid_folder: Path
+) -> None:
+    """The aligned prompt closes the thinking, so that its answer may be taken, or not."""
+    prompts = PromptPair(aligned=PromptSettings({"enable_thinking": False}))
+    points = {"thresholds": [[0.0, 0.0], [100.0, 1.0]], "lambdas": [[100.0, 0.0]]}
+    more = {"effort": points, "measure": "min_token_probability"}
+    folder = stored(tmp_path / "effort", str(hybrid_folder), prompts, **more)
+    result = run_cli(
+        *("evaluate", f"prompts:{hybrid_folder}", "--aligned-prompt", "enable_thinking=false"),
+        *("--calibration", folder, "--task", "miniature", "--limit", 1, "--dry-run", "--json"),
+        *("--effort", "0,25,100"),
+    )
+    assert result.exit_code == 0, result.stderr
+    (system,) = json.loads(result.stdout)["configuration"]["systems"]
+    policies = [one["policy"] for one in system["settings"]]
+    assert [policy and policy["threshold"] for policy in policies] == [0, 0.25, None]
+    assert {policy["measure"] for policy in policies if policy} == {"min_token_probability"}
+
+
 def test_a_policy_without_a_threshold_takes_the_calibrated_one(tmp_path: Path) -> None:
     folder = stored(tmp_path / "effort", MODEL, PROMPTS, threshold=0.75)
     for calibration, threshold in ((folder, 0.75), (None, 0.5)):

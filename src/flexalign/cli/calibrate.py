@@ -164,7 +164,7 @@ def calibrate(
     One model under two prompts, into a folder that --calibration names:
 
     [cyan]flexalign calibrate miniature:hybrid --aligned-prompt 'system=check ;' --task miniature
-    --save-to out/effort[/cyan]
+    --dial lambda --save-to out/effort[/cyan]
 
     [cyan]flexalign generate miniature:hybrid '9+3+6?' --aligned-prompt 'system=check ;'
     --calibration out/effort --effort 50[/cyan]
