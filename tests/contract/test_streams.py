@@ -12,7 +12,7 @@ from flexalign.inra import InRaModel
 
 TOLERANCE = 1e-5
 
-pytestmark = pytest.mark.filterwarnings("ignore:λ from:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:λ .*leaves:UserWarning")
 
 every_family = pytest.mark.parametrize("subject", SERVED, indirect=True)
 

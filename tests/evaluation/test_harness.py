@@ -412,7 +412,7 @@ def test_the_cache_of_requests_tells_settings_apart(tiny: Dial, tmp_path: Path):
     assert [measured(lam)[1] for lam in (0.0, 1.0)] == [0, 0]
 
 
-@pytest.mark.filterwarnings("ignore:λ from 2 to 2")
+@pytest.mark.filterwarnings("ignore:λ = 2 leaves")
 def test_a_lambda_outside_the_range_is_permitted_when_meant():
     model = HarnessModel(
         "miniature", adapter="miniature:fast", lam=2, extrapolate=True, device="cpu"

@@ -62,7 +62,7 @@ def test_the_range_is_warned_of_once(base, inputs):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(**inputs, lam=-3.0)
-    with pytest.warns(UserWarning, match="λ from -3 to -3"):
+    with pytest.warns(UserWarning, match="^λ = -3 leaves"):
         InRaModel.create(base)(**inputs, lam=-3.0)
 
 

@@ -98,7 +98,7 @@ def test_nothing_is_written_of_what_is_refused(made, tmp_path):
     _, dial = made
     output = tmp_path / "out"
     refused = [
-        ([4.0], LambdaError, r"lambda=4: outside the range \[0, 3\]"),
+        ([4.0], LambdaError, r"λ=4: outside the range \[0, 3\]"),
         ([float("nan")], LambdaError, "finite"),
         ([1.0, 1.0], ConfigError, "twice"),
         ([1.0, 1.0000001], ConfigError, "twice"),

@@ -191,7 +191,7 @@ def test_bad_lambdas(dial, inputs, lam):
 
 
 def test_a_lambda_outside_the_range_is_noted_once(dial, inputs, recwarn):
-    with pytest.warns(UserWarning, match=r"from 6 to 6 leaves this adapter's range \[-2, 5\]"):
+    with pytest.warns(UserWarning, match=r"^λ = 6 leaves this adapter's range \[-2, 5\]"):
         dial.generate(**inputs, lam=6.0, max_new_tokens=1)
     recwarn.clear()
     dial.generate(**inputs, lam=7.0, max_new_tokens=1)

@@ -1,7 +1,8 @@
 """The routes of other protocols: each tells what the chat route tells, in its own form."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 from asgi import read, request
 from flexalign.lambdas import Fixed
 from flexalign.serving.app import create_app
-from flexalign.serving.facades import MessagesFacade, ResponsesFacade
+from flexalign.serving.facades import MessagesFacade, ResponsesFacade, with_facades
+from flexalign.serving.requests import RunningRequest
 from flexalign.serving.server import ServeOptions, load_service
+from flexalign.serving.service import Service
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 TURNS = [{"role": "user", "content": "3+14+15?"}]
@@ -228,5 +231,78 @@ def test_the_gate_takes_both_forms_of_a_key():
             assert read(request(app, MESSAGES, body, headers=[header]))[0] == 200
         for header in ((b"x-api-key", b"other"), (b"x-api-key", b""), (b"x-else", b"sesame")):
             assert read(request(app, MESSAGES, body, headers=[header]))[0] == 401
+    finally:
+        service.engine.stop()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        (RESPONSES, SAME | {"input": TURNS}, 200),
+        (RESPONSES, SAME | {"input": TURNS, "max_output_tokens": 3}, 200),
+        (RESPONSES, {"input": "1?", "seed": 3, "reasoning": {"summary": "auto"}}, 200),
+        (RESPONSES, SAME | {"input": TURNS, "model": "other"}, 404),
+        (MESSAGES, SAME | {"messages": TURNS, "max_tokens": 200}, 200),
+        (MESSAGES, {"messages": TURNS, "max_tokens": 3, "seed": 3, "lambda": "auto"}, 200),
+        (MESSAGES, SAME | {"messages": TURNS, "max_tokens": 3, "thinking": {"type": "x"}}, 200),
+        (MESSAGES, SAME | {"messages": TURNS, "max_tokens": 3, "lambda": 7}, 400),
+    ],
+)
+def test_an_answer_is_the_same_from_objects_and_from_bytes(
+    app: Any, path: str, body: dict[str, Any], status: int, stream: bool
+):
+    # The local server hands its answer over as objects; facades before it see its chat route as bytes.
+    def told(served: Any) -> tuple[int, dict[bytes, bytes], str]:
+        sent = request(served, path, body | {"stream": stream})
+        headers = {key: value for key, value in sent[0]["headers"] if key != b"x-request-id"}
+        found, content = read(sent)
+        assert sent[-1].get("more_body", False) is False
+        assert headers.get(b"content-length") == (
+            None if stream and found == 200 else str(len(content)).encode()
+        )
+        return found, headers, _without_ids(content.decode())
+
+    answer = told(app)
+    assert answer[0] == status
+    assert told(with_facades(app, None)) == answer
+
+
+def _without_ids(text: str) -> str:
+    return re.sub(r'_[0-9a-f]{32}|"created_at": [0-9]+', "", text)
+
+
+@pytest.mark.parametrize("path", [RESPONSES, MESSAGES])
+def test_a_stream_that_fails_ends_in_the_protocols_own_error(
+    app: Any, path: str, monkeypatch: pytest.MonkeyPatch
+):
+    pieces = Service.pieces
+
+    async def failing(self: Service, running: RunningRequest) -> AsyncIterator[Any]:
+        left = 3
+        async for one in pieces(self, running):
+            if not left:
+                raise ConnectionError("lost")
+            left -= 1
+            yield one
+
+    monkeypatch.setattr(Service, "pieces", failing)
+    own = {"input": TURNS} if path == RESPONSES else {"messages": TURNS, "max_tokens": 90}
+    *before, last = events(app, path, SAME | own)
+    failed = last["response"]["error"] if path == RESPONSES else last["error"]
+    assert last["type"] == ("response.failed" if path == RESPONSES else "error")
+    assert "the server failed on this request" in failed["message"]
+    deltas = [event for event in before if event["type"].endswith(("_text.delta", "_block_delta"))]
+    assert 1 <= len(deltas) <= 3
+
+
+def test_a_body_is_measured_as_it_was_sent():
+    service, rules = load_service(ServeOptions("miniature", "miniature:fast"))
+    try:
+        app = create_app(service, rules, body_limit=300)
+        body = {"messages": TURNS, "max_tokens": 2, "stop_sequences": ["é" * 60]}
+        content = json.dumps(body, ensure_ascii=False).encode()
+        assert len(content) < 300 < len(json.dumps(body))
+        assert read(request(app, MESSAGES, content))[0] == 200
     finally:
         service.engine.stop()

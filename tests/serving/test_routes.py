@@ -14,6 +14,10 @@ from flexalign.serving.server import ServeOptions, load_service
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 ASKED = {"messages": [{"role": "user", "content": "3+14+15?"}], "max_tokens": 6, "seed": 3}
+OTHER_PROTOCOLS = [
+    ("/v1/responses", {"input": "3+14+15?", "max_output_tokens": 6, "seed": 3}),
+    ("/v1/messages", ASKED),
+]
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +71,41 @@ def test_a_streamed_chat_is_parsed_once_and_each_event_written_once(app: Any, co
     assert (status, done, rest) == (200, b"data: [DONE]", b"")
     assert (counts.parsed, counts.written) == (1, len(events))
     assert len(events) > 3
+
+
+@pytest.mark.parametrize(("path", "asked"), OTHER_PROTOCOLS)
+def test_another_protocol_is_parsed_once_and_its_answer_written_once(
+    app: Any, counts: Counts, path: str, asked: dict[str, Any]
+):
+    body = json.dumps(asked | {"lambda": 0.5}).encode()
+    counts.written = 0
+    status, content = read(request(app, path, body))
+    assert (status, counts.parsed, counts.written) == (200, 1, 1)
+    assert json.loads(content)["dial"]["lambda"] == 0.5
+
+
+@pytest.mark.parametrize(("path", "asked"), OTHER_PROTOCOLS)
+def test_a_stream_of_another_protocol_is_parsed_once_and_each_event_written_once(
+    app: Any, counts: Counts, path: str, asked: dict[str, Any]
+):
+    body = json.dumps(asked | {"lambda": 0.5, "stream": True}).encode()
+    counts.written = 0
+    status, content = read(request(app, path, body))
+    *events, rest = content.split(b"\n\n")
+    assert (status, rest) == (200, b"")
+    assert (counts.parsed, counts.written) == (1, len(events))
+    assert len(events) > 6
+
+
+@pytest.mark.parametrize(("path", "asked"), OTHER_PROTOCOLS)
+def test_an_error_of_another_protocol_is_written_once(
+    app: Any, counts: Counts, path: str, asked: dict[str, Any]
+):
+    body = json.dumps(asked | {"model": "other"}).encode()
+    counts.written = 0
+    status, content = read(request(app, path, body))
+    assert (status, counts.parsed, counts.written) == (404, 1, 1)
+    assert "there is no model 'other' here" in json.loads(content)["error"]["message"]
 
 
 def test_a_dial_is_parsed_once(app: Any, monkeypatch: pytest.MonkeyPatch):

@@ -479,7 +479,7 @@ def measure_settings(
     """
     with warnings.catch_warnings():
         # Calibration may widen the adapter's range, so that λ outside it is expected here.
-        warnings.filterwarnings("ignore", message="λ from .* leaves this adapter's range")
+        warnings.filterwarnings("ignore", message="λ .* leaves this adapter's range")
         result = sweep.run(output, workers=workers, begun=progress, progress=progress)
     if result.lost:
         raise ServingError(

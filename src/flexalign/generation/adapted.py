@@ -169,7 +169,8 @@ class AdaptedModel(BasedModel):
             return
 
         self._has_warned = True
-        asked = f"λ from {least:g} to {largest:g} leaves this adapter's range"
+        named = f"λ = {least:g}" if least == largest else f"λ from {least:g} to {largest:g}"
+        asked = f"{named} leaves this adapter's range"
         warnings.warn(
             f"{asked}, which is λ = {low:g} and {high:g} alone: it is a plain LoRA, trained at one "
             "strength; results at other λ are unmeasured."

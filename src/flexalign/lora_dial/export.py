@@ -93,7 +93,7 @@ def export_lora(
     names = _names(lams)
     require_range(
         lambda_range or settings.lambda_range,
-        [(name, Fixed(lam)) for lam, name in names.items()],
+        [(f"λ={lam:g}", Fixed(lam)) for lam in names],
         str(folder),
         "give --lambda-range LEAST,LARGEST",
     )
@@ -136,7 +136,7 @@ def _names(lams: Sequence[float]) -> dict[float, str]:
         value = finite_lambda(lam, "λ") + 0.0  # −0 is 0
         name = f"lambda={value:g}"
         if name in names.values():
-            raise ConfigError(f"{name} is there twice; name each λ once, with up to 6 digits.")
+            raise ConfigError(f"λ={value:g} is there twice; name each λ once, with up to 6 digits.")
         names[value] = name
     if not names:
         raise ConfigError("no λ is given; name the strengths to write, such as 0.5,1,2.")

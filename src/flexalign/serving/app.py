@@ -2,7 +2,8 @@
 
 A route reads the body once, reads the dial by the operator's rules, and passes a typed request to the
 service. No layer between a route and its client parses bodies or answers; an answer is serialised
-once. The byte-level :class:`~flexalign.serving.middleware.DialMiddleware` is for vLLM only.
+once, in the form of the protocol that was asked (:mod:`flexalign.serving.facades`). The byte-level
+:class:`~flexalign.serving.middleware.DialMiddleware` is for vLLM only.
 """
 
 import asyncio
@@ -20,11 +21,12 @@ from starlette.exceptions import HTTPException
 from flexalign.errors import FlexAlignError
 from flexalign.serving.dial import DialChoice, DialRules
 from flexalign.serving.errors import ApiError, Scope
-from flexalign.serving.facades import with_facades
+from flexalign.serving.facades import TRANSLATION, Translation, with_facades
 from flexalign.serving.keys import IGNORED, ignored_value
 from flexalign.serving.middleware import KeyGate, LoopbackGate, RequestIds
 from flexalign.serving.protocol import (
     BODY_LIMIT,
+    AnswerEncoder,
     AnswerFormat,
     ChatBody,
     ChatFormat,
@@ -33,8 +35,6 @@ from flexalign.serving.protocol import (
     as_json,
     body_keys,
     body_schema,
-    encode,
-    encode_event,
     read_chat,
     read_completion,
     read_json,
@@ -73,7 +73,7 @@ def create_app(
     for kind in (ApiError, FlexAlignError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)
 
-    stack: Any = with_facades(app, routes.keys[_CHAT], body_limit=body_limit)
+    stack: Any = with_facades(app, routes.keys[_CHAT], body_limit=body_limit, takes_objects=True)
     if key is not None:
         stack = KeyGate(stack, key)
     elif is_local:
@@ -174,7 +174,12 @@ class _Routes:
         return Response(self._service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def _answer(self, request: Request, form: _RouteFormat) -> Response:
-        body = await read_json(request.scope, request.receive, self._body_limit)
+        translation = _translation(request)
+        encoder = translation or AnswerEncoder()
+        if translation is None:
+            body = await read_json(request.scope, request.receive, self._body_limit)
+        else:
+            body = translation.body  # the facade has read it
         if body is None:
             return _NoResponse()
 
@@ -191,7 +196,7 @@ class _Routes:
             if not running.tools.is_parsed:
                 headers |= {UNPARSED: "text"}
         if running.sampling.stream:
-            return _EventStream(self._events(running, answers), running, headers)
+            return _EventStream(self._chunks(running, answers), encoder, running, headers)
 
         # The engine drops the request if the client disconnects while it waits.
         leaving = asyncio.create_task(_cancel_when_gone(request.receive, running))
@@ -205,25 +210,26 @@ class _Routes:
 
         usage = self._service.usage(running)
         answer = answers.answer(running.drafts, running.sampling.logprobs, usage)
-        return Response(encode(answer), headers=headers, media_type="application/json")
+        return _whole_response(encoder, encoder.whole(answer), 200, headers)
 
-    async def _events(self, running: RunningRequest, answers: AnswerFormat) -> AsyncIterator[bytes]:
-        """Yield an answer's events as it is written."""
+    async def _chunks(
+        self, running: RunningRequest, answers: AnswerFormat
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Yield the chunks of an answer as it is written."""
         sampling = running.sampling
         # With include_usage every chunk has the key, and only the last one has the counts.
         more = {"usage": None} if sampling.include_usage else {}
         for draft in running.drafts:
             for choice in answers.opening(draft):
-                yield encode_event(answers.chunk([choice], **more))
+                yield answers.chunk([choice], **more)
 
         async for draft, piece in self._service.pieces(running):
             for choice in answers.choices_of(draft, piece, sampling.logprobs):
-                yield encode_event(answers.chunk([choice], **more))
+                yield answers.chunk([choice], **more)
 
         if sampling.include_usage:
             usage = as_json(self._service.usage(running))
-            yield encode_event(answers.chunk([], usage=usage))
-        yield b"data: [DONE]\n\n"
+            yield answers.chunk([], usage=usage)
 
     def _model(self) -> dict[str, Any]:
         model = self._service.model
@@ -244,6 +250,20 @@ def _headers(choice: DialChoice) -> dict[str, str]:
     return {IGNORED: ignored_value(choice.ignored)} if choice.ignored else {}
 
 
+def _translation(request: Request) -> Translation | None:
+    """Return the translation of a request of another protocol; None for OpenAI's own."""
+    translation: Translation | None = request.scope.get(TRANSLATION)
+    return translation
+
+
+def _whole_response(
+    encoder: AnswerEncoder, content: bytes, status: int, headers: Mapping[str, str]
+) -> Response:
+    response = Response(content, status, headers=headers, media_type="application/json")
+    response.raw_headers = encoder.headers(response.raw_headers, len(content))
+    return response
+
+
 class _NoResponse(Response):
     """Sends nothing: the client has disconnected."""
 
@@ -255,13 +275,19 @@ class _EventStream(Response):
     """A stream of events. The engine drops its request when the client disconnects."""
 
     def __init__(
-        self, events: AsyncIterator[bytes], running: RunningRequest, headers: Mapping[str, str]
+        self,
+        chunks: AsyncIterator[dict[str, Any]],
+        encoder: AnswerEncoder,
+        running: RunningRequest,
+        headers: Mapping[str, str],
     ) -> None:
         super().__init__(
             media_type="text/event-stream", headers={"cache-control": "no-cache", **headers}
         )
         del self.headers["content-length"]
-        self._events = events
+        self.raw_headers = encoder.headers(self.raw_headers)
+        self._chunks = chunks
+        self._encoder = encoder
         self._running = running
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
@@ -269,20 +295,23 @@ class _EventStream(Response):
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         try:
             await send(start)
-            async for content in self._guarded():
-                await send({"type": "http.response.body", "body": content, "more_body": True})
+            async for content in self._events():
+                if content:
+                    await send({"type": "http.response.body", "body": content, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             leaving.cancel()
             self._running.cancel()
 
-    async def _guarded(self) -> AsyncIterator[bytes]:
+    async def _events(self) -> AsyncIterator[bytes]:
         """Yield the events. The status is sent before, so a failure becomes an event too."""
         try:
-            async for content in self._events:
-                yield content
+            yield self._encoder.begin()
+            async for chunk in self._chunks:
+                yield self._encoder.chunk(chunk)
+            yield self._encoder.end()
         except (Exception, asyncio.CancelledError) as error:
-            yield encode_event(_as_api_error(error).to_json())
+            yield self._encoder.chunk(_as_api_error(error).to_json())
 
 
 async def _cancel_when_gone(receive: Any, running: RunningRequest) -> None:
@@ -296,7 +325,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         told.message = f"{request.method} {request.url.path:.200}: {told.message.lower()}."
     headers = told.headers | getattr(request.state, "headers", {})
-    return JSONResponse(told.to_json(), told.status, headers=headers)
+    encoder = _translation(request) or AnswerEncoder()
+    return _whole_response(encoder, encoder.error(told.to_json()), told.status, headers)
 
 
 def _as_api_error(error: BaseException) -> ApiError:

@@ -1,16 +1,20 @@
 """Other protocols over the chat service: OpenAI's ``/v1/responses`` and Anthropic's ``/v1/messages``.
 
 A :class:`Facade` is ASGI middleware before either engine. It turns a request of its protocol into one
-of ``/v1/chat/completions``, lets the server answer that, and turns the answer, whole or as a stream,
-into the form of its protocol. The dial, the sampling, the limits and the errors are those of the chat
-route. Both protocols are stateless here: nothing is stored between two requests.
+of ``/v1/chat/completions``, and the answer of that route, whole or as a stream, into the form of its
+protocol. The dial, the sampling, the limits and the errors are those of the chat route. Both protocols
+are stateless here: nothing is stored between two requests.
+
+A :class:`Translation` holds the chat request and encodes the answer's objects. The local server takes
+it from the request's scope, so that the request is parsed once and the answer is serialised once. vLLM
+takes and sends bytes: there the facade serialises the chat request and parses the chat answer.
 """
 
 import json
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from flexalign._spelling import misspelt
@@ -18,10 +22,20 @@ from flexalign.serving.dial import DIAL_KEYS
 from flexalign.serving.errors import ApiError, Scope, as_sent
 from flexalign.serving.keys import IGNORED, BodyKeys, ignored_value
 from flexalign.serving.middleware import path_of, with_body, with_length
-from flexalign.serving.protocol import BODY_LIMIT, encode, read_json
+from flexalign.serving.protocol import (
+    BODY_LIMIT,
+    AnswerEncoder,
+    encode,
+    encode_event,
+    read_json,
+)
 
 CHAT = "/v1/chat/completions"
 """The route that answers."""
+
+TRANSLATION = "flexalign.translation"
+"""Under this name the scope of a request to the local server's chat route holds its
+:class:`Translation`, if it is of another protocol; its body has been read then."""
 
 
 class AnswerWriter(ABC):
@@ -62,7 +76,12 @@ class Facade(ABC):
     renamed: ClassVar[frozenset[str]]
 
     def __init__(
-        self, app: Any, keys: BodyKeys | None = None, *, body_limit: int = BODY_LIMIT
+        self,
+        app: Any,
+        keys: BodyKeys | None = None,
+        *,
+        body_limit: int = BODY_LIMIT,
+        takes_objects: bool = False,
     ) -> None:
         """Stand before an application.
 
@@ -70,10 +89,13 @@ class Facade(ABC):
             app: An ASGI application with the chat route.
             keys: The keys that bodies of the chat route may have; None if they are not known.
             body_limit: The longest body in bytes.
+            takes_objects: Whether its chat route takes a :data:`TRANSLATION`; else it gets the chat
+                request as bytes, and its answer is parsed.
         """
         self._app = app
         self._keys = keys
         self._body_limit = body_limit
+        self._takes_objects = takes_objects
 
     @abstractmethod
     def to_chat(self, body: dict[str, Any]) -> tuple[dict[str, Any], AnswerWriter, list[str]]:
@@ -100,8 +122,8 @@ class Facade(ABC):
             body = await read_json(scope, receive, self._body_limit)
             if body is None:  # the client has disconnected
                 return
-            chat, writer, ignored = self.to_chat(body)
-            self._refuse_unknown(chat)
+            translation = Translation(self, *self.to_chat(body))
+            self._refuse_unknown(translation.body)
         except ApiError as error:
             content = encode(self.error(error.to_json()))
             headers = [(key.encode(), value.encode()) for key, value in error.headers.items()]
@@ -109,12 +131,15 @@ class Facade(ABC):
             return
 
         # The chat route's stream has the token counts in its last chunk only if they are asked for.
-        if chat.get("stream"):
-            chat["stream_options"] = {"include_usage": True}
+        if translation.body.get("stream"):
+            translation.body["stream_options"] = {"include_usage": True}
         path = scope.get("root_path", "") + CHAT
         scope = {**scope, "path": path, "raw_path": path.encode()}
-        scope, receive = with_body(scope, chat, receive)
-        await self._app(scope, receive, _Translation(self, writer, ignored, send))
+        if self._takes_objects:
+            await self._app({**scope, TRANSLATION: translation}, receive, send)
+            return
+        scope, receive = with_body(scope, translation.body, receive)
+        await self._app(scope, receive, _AnswerReader(translation, send))
 
     def _refuse_unknown(self, chat: Mapping[str, Any]) -> None:
         """Refuse a key that the chat route does not know, with the nearest of this protocol.
@@ -131,20 +156,71 @@ class Facade(ABC):
                 raise self._keys.refusal(key, inner, suggested=suggested)
 
 
-class _Translation:
-    """Sends a chat answer on in the form of another protocol; an application's ``send``."""
+class Translation(AnswerEncoder):
+    """A request of another protocol: the chat request that it makes, and its answer's encoding.
+
+    Attributes:
+        body: The body of the chat request.
+    """
 
     def __init__(
-        self, facade: Facade, writer: AnswerWriter, ignored: Sequence[str], send: Any
+        self, facade: Facade, body: dict[str, Any], writer: AnswerWriter, ignored: Sequence[str]
     ) -> None:
+        """Translate one request; the last three arguments are what :meth:`Facade.to_chat` returns."""
+        self.body = body
         self._facade = facade
         self._writer = writer
         self._ignored = ignored
+        self._has_failed = False
+
+    def headers(
+        self, headers: Iterable[tuple[bytes, bytes]], length: int | None = None
+    ) -> list[tuple[bytes, bytes]]:
+        """Return the headers of the chat answer, with the keys that have no effect here."""
+        named = _with_ignored(headers, self._ignored)
+        return named if length is None else with_length(named, length)
+
+    def whole(self, answer: dict[str, Any]) -> bytes:
+        """Return a whole answer of the chat route in this protocol's form."""
+        return encode(self._writer.whole(answer))
+
+    def error(self, error: dict[str, Any]) -> bytes:
+        """Return an error of the chat route in this protocol's form."""
+        return encode(self._facade.error(error))
+
+    def begin(self) -> bytes:
+        """Return the events before the first text."""
+        return _as_events(self._writer.begin())
+
+    def chunk(self, chunk: dict[str, Any]) -> bytes:
+        """Return the events of a chunk of the chat route's stream; none after an error."""
+        if self._has_failed:
+            return b""
+        self._has_failed = "error" in chunk
+        return _as_events((self._writer.failed if self._has_failed else self._writer.take)(chunk))
+
+    def end(self) -> bytes:
+        """Return the events after the last chunk; none after an error."""
+        return b"" if self._has_failed else _as_events(self._writer.end())
+
+
+def _as_events(events: Iterable[dict[str, Any]]) -> bytes:
+    """Return server-sent events; each has its name as ``type`` too."""
+    return b"".join(b"event: " + one["type"].encode() + b"\n" + encode_event(one) for one in events)
+
+
+class _AnswerReader:
+    """Reads a chat answer from the bytes of an application and sends its translation.
+
+    It is what the application is given as ``send``.
+    """
+
+    def __init__(self, translation: Translation, send: Any) -> None:
+        self._translation = translation
         self._send = send
         self._start: Scope = {}
         self._buffer = b""
         self._is_stream = False
-        self._has_failed = False
 
     async def __call__(self, message: Scope) -> None:
         """Take a message of the application."""
@@ -158,58 +234,59 @@ class _Translation:
             await self._whole(message)
 
     async def _begin(self, message: Scope) -> None:
-        headers = _with_ignored(message.get("headers", ()), self._ignored)
-        self._start = {**message, "headers": headers}
+        headers = message.get("headers", ())
         kind = next((v for k, v in headers if k.lower() == b"content-type"), b"").split(b";")[0]
         self._is_stream = message["status"] == 200 and kind == b"text/event-stream"
-        if self._is_stream:
-            await self._send(self._start)
-            await self._events(self._writer.begin(), more=True)
+        if not self._is_stream:
+            self._start = message  # its length is known when the answer is whole
+            return
+        await self._send({**message, "headers": self._translation.headers(headers)})
+        await self._send_events(self._translation.begin(), more=True)
 
     async def _whole(self, message: Scope) -> None:
         self._buffer += message.get("body", b"")
         if message.get("more_body"):
             return
-        status = self._start["status"]
+
+        translation = self._translation
         try:
             answer = json.loads(self._buffer)
         except ValueError:  # not of the chat route: a gate's page, or nothing
             content = self._buffer
         else:
-            ended = self._writer.whole(answer) if status == 200 else self._facade.error(answer)
-            content = encode(ended)
-        await self._send(
-            {**self._start, "headers": with_length(self._start["headers"], len(content))}
-        )
+            is_answer = self._start["status"] == 200
+            content = translation.whole(answer) if is_answer else translation.error(answer)
+        headers = translation.headers(self._start.get("headers", ()), len(content))
+        await self._send({**self._start, "headers": headers})
         await self._send({"type": "http.response.body", "body": content})
 
     async def _stream(self, message: Scope) -> None:
         *events, self._buffer = (self._buffer + message.get("body", b"")).split(b"\n\n")
         is_last = not message.get("more_body")
         for event in [*events, self._buffer] if is_last else events:
-            if not event.startswith(b"data: {") or self._has_failed:
-                continue  # [DONE], and comments that keep a connection open
-            chunk = json.loads(event.removeprefix(b"data: "))
-            self._has_failed = "error" in chunk
-            told = self._writer.failed(chunk) if self._has_failed else self._writer.take(chunk)
-            await self._events(told, more=True)
+            if event.startswith(
+                b"data: {"
+            ):  # not [DONE], nor a comment that keeps a connection open
+                chunk = json.loads(event.removeprefix(b"data: "))
+                await self._send_events(self._translation.chunk(chunk), more=True)
         if is_last:
-            await self._events(iter(()) if self._has_failed else self._writer.end(), more=False)
+            await self._send_events(self._translation.end(), more=False)
 
-    async def _events(self, events: Iterator[dict[str, Any]], *, more: bool) -> None:
-        """Send events; each has its name as ``type`` too."""
-        content = b"".join(
-            b"event: " + event["type"].encode() + b"\ndata: " + encode(event) + b"\n\n"
-            for event in events
-        )
+    async def _send_events(self, content: bytes, *, more: bool) -> None:
         if content or not more:
             await self._send({"type": "http.response.body", "body": content, "more_body": more})
 
 
-def with_facades(app: Any, keys: BodyKeys | None, *, body_limit: int = BODY_LIMIT) -> Any:
+def with_facades(
+    app: Any,
+    keys: BodyKeys | None,
+    *,
+    body_limit: int = BODY_LIMIT,
+    takes_objects: bool = False,
+) -> Any:
     """Return an application with the routes of every protocol; arguments as of :class:`Facade`."""
     for facade in (ResponsesFacade, MessagesFacade):
-        app = facade(app, keys, body_limit=body_limit)
+        app = facade(app, keys, body_limit=body_limit, takes_objects=takes_objects)
     return app
 
 
@@ -722,10 +799,13 @@ def _bad(where: str, wanted: str, given: Any) -> ApiError:
     return ApiError(400, f"{where} must be {wanted}, got {as_sent(given)}.", param=param)
 
 
-def _with_ignored(headers: Any, ignored: Sequence[str]) -> list[tuple[bytes, bytes]]:
+def _with_ignored(
+    headers: Iterable[tuple[bytes, bytes]], ignored: Sequence[str]
+) -> list[tuple[bytes, bytes]]:
     """Return headers in which keys without effect are named, with those of the chat route."""
+    headers = list(headers)
     if not ignored:
-        return list(headers)
+        return headers
     name = IGNORED.encode()
     named = [value.decode() for key, value in headers if key.lower() == name]
     kept = [(key, value) for key, value in headers if key.lower() != name]

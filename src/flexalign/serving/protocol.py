@@ -3,7 +3,8 @@
 A body is read up to a limit and parsed once (:func:`read_json`). The form of each route's body is a
 pydantic model (:class:`ChatBody`, :class:`CompletionBody`), which ``/docs`` shows; :func:`read_chat`
 and :func:`read_completion` turn it into the service's request. A key that would change an answer and
-is not served is refused by name. An :class:`AnswerFormat` builds an answer, which is serialised once.
+is not served is refused by name. An :class:`AnswerFormat` builds an answer, which an
+:class:`AnswerEncoder` serialises once.
 """
 
 import json
@@ -11,7 +12,7 @@ import secrets
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -917,6 +918,45 @@ def as_json(usage: Usage) -> dict[str, Any]:
             "rejected_prediction_tokens": usage.rejected_tokens,
         },
     }
+
+
+class AnswerEncoder:
+    """Serialises the answer to one request: here in OpenAI's form, which the objects have already.
+
+    Another protocol overrides it. The objects are those of an :class:`AnswerFormat`, and errors as
+    :meth:`ApiError.to_json` returns them.
+    """
+
+    def headers(
+        self, headers: Iterable[tuple[bytes, bytes]], length: int | None = None
+    ) -> list[tuple[bytes, bytes]]:
+        """Return the answer's headers.
+
+        Args:
+            headers: Those that the route gives it.
+            length: The number of bytes of a whole answer; None for a stream.
+        """
+        return list(headers)
+
+    def whole(self, answer: dict[str, Any]) -> bytes:
+        """Return a whole answer."""
+        return encode(answer)
+
+    def error(self, error: dict[str, Any]) -> bytes:
+        """Return an error in the place of a whole answer."""
+        return json.dumps(error, ensure_ascii=False, separators=(",", ":")).encode()
+
+    def begin(self) -> bytes:
+        """Return the events before the first chunk of a stream."""
+        return b""
+
+    def chunk(self, chunk: dict[str, Any]) -> bytes:
+        """Return the events of a chunk, or of an error in its place, which ends the stream."""
+        return encode_event(chunk)
+
+    def end(self) -> bytes:
+        """Return the events after the last chunk."""
+        return b"data: [DONE]\n\n"
 
 
 def encode(value: object) -> bytes:

@@ -465,8 +465,9 @@ class Recipe(Section):
         return tree
 
     def to_yaml(self) -> str:
-        """Return the recipe as YAML, defaults left out."""
-        text: str = yaml.safe_dump(self.to_tree(), sort_keys=False, allow_unicode=True)
+        """Return the recipe as YAML, defaults left out; whole numbers have no point."""
+        tree = _without_points(self.to_tree())
+        text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
         return text
 
     def identity(self) -> dict[str, Any]:
@@ -535,6 +536,16 @@ def plain_value(value: Any) -> Any:
     if hasattr(value, "to_json"):
         return value.to_json()
     return value.model_dump() if isinstance(value, Section) else value
+
+
+def _without_points(value: Any) -> Any:
+    """Return a value in which whole numbers below a million are integers, as a person writes them."""
+    if isinstance(value, Mapping):
+        return {key: _without_points(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_points(one) for one in value]
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e6
+    return int(value) if is_whole else value
 
 
 class RealignRecipe(Recipe):
