@@ -47,6 +47,9 @@ _EFFORTS = tuple(range(0, 101, 5))
 _FAST_SHARE = 0.5
 """A dial is adaptive if fast answers use at most this share of the tokens of λ = 0."""
 
+_SHORTER = "train the adapter on shorter answers"
+"""What makes an adapter's answers shorter, for messages."""
+
 _STEPS = 8
 """Number of steps of λ between 0 and the end of its range."""
 
@@ -408,7 +411,9 @@ def measure_dial(
         for lam, samples in fixed.items()
         if not any(low < lam < high for low, high in holes)
     }
-    _require_saving(sweep, measured, cascade, tokens)
+    is_prompts = sweep.systems[0].kind == "prompts"
+    shorter = "give prompts for shorter answers" if is_prompts else _SHORTER
+    _require_saving(measured, cascade, tokens, shorter)
 
     thresholds, lambdas = _fit(cascade, tokens)
     (task,) = sweep.tasks
@@ -495,15 +500,20 @@ def measure_settings(
 
 
 def _require_saving(
-    sweep: Sweep,
     measured: Mapping[str, Samples],
     cascade: Cascade | None,
     tokens: Mapping[float, float],
+    shorter: str = _SHORTER,
 ) -> None:
-    """Refuse a dial that saves no tokens at any setting that efforts below 100 use."""
+    """Refuse a dial that saves no tokens at any setting that efforts below 100 use.
+
+    Args:
+        measured: The samples, by setting.
+        cascade: The fast and slow answers of an adaptive dial; None if effort sets λ.
+        tokens: The mean tokens of the λ's that effort may set.
+        shorter: What makes the dial's answers shorter, for the message.
+    """
     reference = measured["λ=0"]
-    is_prompts = sweep.systems[0].kind == "prompts"
-    shorter = f"{'give prompts for' if is_prompts else 'train the adapter on'} shorter answers"
     if cascade is None:
         names = [Setting.of(lam).id for lam in tokens if lam > 0]
         faster = {name: measured[name] for name in names}

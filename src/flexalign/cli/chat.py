@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from flexalign.systems import Conversation, LocalBackend
 
 EffortReader: TypeAlias = "Callable[[str | None], list[Setting]]"
+"""Reads efforts by the calibration of a conversation's dial."""
 
 _HELP = """\
 /lambda 0.3          λ from the next answer on, or a schedule's JSON; 0 is the reference, 1 the
