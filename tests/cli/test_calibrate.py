@@ -58,20 +58,6 @@ def test_an_adaptive_dial_alone_needs_both_ways_and_no_grid(run_cli):
 
 
 @pytest.mark.parametrize(
-    "given",
-    [
-        ("prompts:miniature:hybrid", "--task", "miniature"),
-        ("miniature:hybrid", "--aligned-prompt", "system=check ;", "--task", "miniature"),
-        ("miniature:hybrid", "--reference-prompt", "system=check ;", "--adapter", "miniature:fast"),
-    ],
-)
-def test_two_prompts_are_sent_to_tune(run_cli, given):
-    result = run_cli("calibrate", *given)
-    assert result.exit_code == 2
-    assert "choose a λ with flexalign tune prompts:MODEL --aligned-prompt …." in result.stderr
-
-
-@pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--dial", "speed"), "the dial is auto, adaptive or lambda, not 'speed'"),

@@ -2,17 +2,22 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from asgi import read, request
+from flexalign.calibration.effort import Calibration, store_calibration
 from flexalign.data.prompting import PromptSettings
 from flexalign.errors import ConfigError
 from flexalign.generation import TwoPromptDecoder
 from flexalign.generation.responses import generate_responses
+from flexalign.generation.two_prompt_config import TwoPromptConfig
+from flexalign.models.loading import load_tokenizer
 from flexalign.models.prompted import PromptPair
+from flexalign.models.sources import resolve
 from flexalign.serving.app import create_app
 from flexalign.serving.server import ServeOptions, load_service
 
@@ -43,13 +48,44 @@ def ask(app: Any, path: str = CHAT, **body: Any) -> tuple[int, dict[str, Any]]:
     return status, json.loads(content)
 
 
-def test_an_effort_is_refused_by_what_two_prompts_have(app: Any) -> None:
+def test_an_effort_without_a_calibration_says_what_to_run(app: Any) -> None:
     status, answer = ask(app, messages=[USER], max_tokens=2, effort=50)
     assert status == 400
     assert answer["error"]["message"] == (
-        "effort: two prompts have no effort; choose a λ with flexalign tune prompts:MODEL "
-        "--aligned-prompt …, and give lambda."
+        "effort: the two prompts of this server have no calibration, so that effort has no meaning "
+        "here; give lambda, or let the operator run flexalign calibrate MODEL --aligned-prompt … "
+        "and serve with --calibration FOLDER."
     )
+    status, answer = ask(app, messages=[USER], max_tokens=2, reasoning_effort="low")
+    assert status == 200
+    assert answer["dial"]["lambda"] == 1
+
+
+def test_a_calibration_gives_requests_an_effort(options: ServeOptions, tmp_path: Path) -> None:
+    points = {"lambdas": [[0.0, 1.0], [40.0, 0.75], [100.0, 0.0]]}
+    settings = TwoPromptConfig.of(resolve(options.model), load_tokenizer(options.model), PROMPTS)
+    calibration = Calibration.from_json({"version": 1, "effort": points})
+    (tmp_path / "effort").mkdir()
+    store_calibration(tmp_path / "effort", calibration, settings)
+    service, rules = load_service(
+        replace(options, calibration=tmp_path / "effort", lambda_range=None)
+    )
+    app = create_app(service, rules)
+    try:
+        _, listed = read(request(app, "/v1/models", b"", method="GET"))
+        dial = json.loads(listed)["data"][0]["dial"]
+        assert (dial["effort"], dial["lambda_range"]) == (True, [0, 1])
+        # 50 and 70 are a sixth and a half of the way from (40, 0.75) to (100, 0).
+        asked = {"effort": {50: 0.625, 70: 0.375}, "reasoning_effort": {"none": 1, "medium": 0.625}}
+        for key, values in asked.items():
+            for value, lam in values.items():
+                status, answer = ask(app, messages=[USER], max_tokens=2, **{key: value})
+                assert status == 200
+                assert answer["dial"]["lambda"] == pytest.approx(lam)
+        _, answer = ask(app, messages=[USER], max_tokens=2)
+        assert answer["dial"]["lambda"] == 1
+    finally:
+        service.engine.stop()
 
 
 @pytest.mark.parametrize("lam", [0, 1, 1.5])

@@ -1,6 +1,6 @@
-"""Measures an InRa dial, and fits effort to the tokens of its settings.
+"""Measures a dial, and fits effort to the tokens of its settings.
 
-If an adapter has a fast mode, which answers at λ = 1 with a fraction of the tokens, effort sets the
+If a dial has a fast mode, which answers at λ = 1 with a fraction of the tokens, effort sets the
 threshold of the adaptive policy; otherwise it sets λ. :func:`calibrate` does all steps;
 :func:`plan_calibration` only checks the arguments, and loads no weights.
 """
@@ -30,9 +30,12 @@ from flexalign.errors import ConfigError, ServingError
 from flexalign.evaluation.samples import ResultsFolder, Samples
 from flexalign.evaluation.sweep import Progress, Sweep, sampling_options
 from flexalign.evaluation.tasks import Task, load_task
+from flexalign.generation.two_prompt_config import TwoPromptConfig
 from flexalign.lambdas import Adaptive, Measure, Setting
 from flexalign.models.hub import name_of
-from flexalign.models.sources import resolve_adapter
+from flexalign.models.loading import load_tokenizer
+from flexalign.models.prompted import PromptPair
+from flexalign.models.sources import resolve, resolve_adapter
 from flexalign.systems import System, SystemOptions
 from flexalign.systems.dials import read_dial
 
@@ -44,6 +47,9 @@ _EFFORTS = tuple(range(0, 101, 5))
 _FAST_SHARE = 0.5
 """A dial is adaptive if fast answers use at most this share of the tokens of λ = 0."""
 
+_SHORTER = "train the adapter on shorter answers"
+"""What makes an adapter's answers shorter, for messages."""
+
 _STEPS = 8
 """Number of steps of λ between 0 and the end of its range."""
 
@@ -53,9 +59,10 @@ _QUESTIONS = 300
 
 def calibrate(
     base: str,
-    adapter: str | Path,
+    adapter: str | Path | None,
     task: str | Task,
     *,
+    prompts: PromptPair | None = None,
     save_to: str | Path | None = None,
     output: str | Path | None = None,
     dial: Kind = "auto",
@@ -68,20 +75,22 @@ def calibrate(
     progress: Progress | None = None,
     **sampling: Any,
 ) -> Calibration:
-    """Measure an adapter's dial, and write the setting of each effort into its configuration.
+    """Measure a dial, and write the setting of each effort into its configuration.
 
     Args:
-        base: The adapter's base: a folder or a known name.
-        adapter: The InRa adapter that is calibrated.
+        base: The adapter's base, or the model of two prompts: a folder or a known name.
+        adapter: The InRa adapter or LoRA dial that is calibrated; None with `prompts`.
         task: Questions with known answers; from a task given by name, 300 are drawn.
+        prompts: Instead of an adapter, the two prompts of the model.
         save_to: A folder for a calibrated copy of the adapter; if not given, the adapter itself is
-            changed.
+            changed. With `prompts`, the folder for the calibration, which must be given.
         output: A folder for the samples, from which an interrupted run continues; if not given,
             they are not kept.
         dial: What effort sets, as in :class:`CalibrateOptions`, like the next five.
         measure: The measure of the fast answer's confidence.
-        lambda_range: The least and the largest λ of all efforts; the adapter's range if not given.
-        margin: Permitted loss of accuracy at the adapter's own threshold.
+        lambda_range: The least and the largest λ of all efforts; if not given, the adapter's range,
+            and [0, 1] for two prompts.
+        margin: Permitted loss of accuracy at the dial's own threshold.
         samples: Responses to each question.
         seed: Seed of all sampling, and of the draw of questions.
         workers: Number of processes that grade.
@@ -100,6 +109,7 @@ def calibrate(
         base,
         adapter,
         load_task(task, limit=_QUESTIONS, seed=seed) if isinstance(task, str) else task,
+        prompts=prompts,
         save_to=save_to,
         dial=dial,
         measure=measure,
@@ -179,14 +189,17 @@ class CalibrationPlan:
     """A calibration whose parts are checked; no weights are loaded.
 
     Attributes:
-        folder: The adapter's folder.
-        save_to: The folder for a calibrated copy; None if the adapter itself is changed.
+        target: The folder that the calibration is written to.
+        copied_from: The adapter's folder, if `target` becomes a copy of it; None otherwise.
+        settings: Of two prompts, the configuration to be written; None for an adapter, which has
+            its own.
         options: Options of the calibration.
         sweeps: The sweeps that may be needed, from :func:`plan_sweeps`.
     """
 
-    folder: Path
-    save_to: Path | None
+    target: Path
+    copied_from: Path | None
+    settings: TwoPromptConfig | None
     options: CalibrateOptions
     sweeps: Mapping[str, Sweep]
 
@@ -207,29 +220,26 @@ class CalibrationPlan:
             kept = Path(scratch if output is None else output)
             return measure_dial(self.sweeps, self.options, kept, workers=workers, progress=progress)
 
-    @property
-    def target(self) -> Path:
-        """The folder of the calibrated adapter."""
-        return self.save_to or self.folder
-
     def store(self, calibration: Calibration) -> Path:
-        """Write a calibration into the adapter's configuration and card, or those of a copy.
+        """Write a calibration into the dial's configuration, and into an adapter's card.
 
         Returns:
-            The folder of the calibrated adapter.
+            The file of the configuration.
         """
-        if self.save_to is not None:
-            copy_adapter(self.folder, self.save_to)
-        store_calibration(self.target, calibration)
+        if self.copied_from is not None:
+            copy_adapter(self.copied_from, self.target)
+        self.target.mkdir(parents=True, exist_ok=True)
+        settings = store_calibration(self.target, calibration, self.settings)
         add_calibration(self.target, calibration)
-        return self.target
+        return self.target / settings.CONFIG_FILE
 
 
 def plan_calibration(
     base: str,
-    adapter: str | Path,
+    adapter: str | Path | None,
     task: Task,
     *,
+    prompts: PromptPair | None = None,
     save_to: str | Path | None = None,
     is_stored: bool = True,
     dial: Kind = "auto",
@@ -243,30 +253,73 @@ def plan_calibration(
     """Check a calibration's arguments, which are those of :func:`calibrate`; loads no weights.
 
     Args:
-        is_stored: Whether the calibration will be written; if not, an adapter of the package
-            needs no `save_to`.
+        is_stored: Whether the calibration will be written; if not, an adapter that is not to be
+            changed needs no `save_to`.
     """
-    folder, target = resolve_adapter(str(adapter)), None if save_to is None else Path(save_to)
-    if target is None and is_stored and is_packaged(folder):
+    system = System.of(base, None if adapter is None else str(adapter), prompts=prompts)
+    if system.kind == "model":
         raise ConfigError(
-            f"{adapter} is part of the package and stays as it is; name a folder for a calibrated "
-            "copy with --save-to, such as --save-to out/fast."
+            "calibrate measures a dial, and the model alone has none; name its --adapter or an "
+            "--aligned-prompt."
         )
-    if target is None and is_stored and name_of(folder) is not None:
-        raise ConfigError(
-            f"{adapter} is from the hub, and what was fetched stays as it is; name a folder for a "
-            "calibrated copy with --save-to, such as --save-to out/fast."
-        )
-    if target is not None and is_packaged(target):
-        raise ConfigError(f"--save-to {target} is inside the package; name a folder outside it.")
-    if target is not None and target.exists():
-        raise ConfigError(f"--save-to {target} is there already; move it away or name another.")
+    folder = None if adapter is None else resolve_adapter(str(adapter))
+    target = _target(adapter, folder, save_to, is_stored=is_stored)
 
-    limits = lambda_range or read_dial(folder).lambda_range
+    limits = lambda_range or ((0.0, 1.0) if folder is None else read_dial(folder).lambda_range)
     options = CalibrateOptions(dial, measure, limits, margin, samples, seed)
-    system = System("dial", "dial", (base, str(adapter)))
-    how = sampling_options([task], **sampling)
-    return CalibrationPlan(folder, target, options, plan_sweeps(system, task, options, how))
+    how = sampling_options([task], prompts=prompts, **sampling)
+    sweeps = plan_sweeps(system, task, options, how)
+    copied_from = None if target == folder else folder
+    return CalibrationPlan(target, copied_from, _two_prompts(base, how), options, sweeps)
+
+
+def _target(
+    adapter: str | Path | None, folder: Path | None, save_to: str | Path | None, *, is_stored: bool
+) -> Path:
+    """Return the folder that a calibration is written to, after checking it.
+
+    Args:
+        adapter: The adapter, as the user named it; None for two prompts.
+        folder: Its folder.
+        save_to: The folder that the user named.
+        is_stored: Whether the calibration will be written.
+
+    Raises:
+        ConfigError: If a folder must be named and is not, or cannot be written to.
+    """
+    if save_to is None:
+        if folder is None:
+            raise ConfigError(
+                "--save-to is missing: two prompts have no folder of their own; name one for their "
+                "calibration, such as --save-to out/effort."
+            )
+        if is_stored and is_packaged(folder):
+            raise ConfigError(
+                f"{adapter} is part of the package and stays as it is; name a folder for a "
+                "calibrated copy with --save-to, such as --save-to out/fast."
+            )
+        if is_stored and name_of(folder) is not None:
+            raise ConfigError(
+                f"{adapter} is from the hub, and what was fetched stays as it is; name a folder for "
+                "a calibrated copy with --save-to, such as --save-to out/fast."
+            )
+        return folder
+
+    target = Path(save_to)
+    if is_packaged(target):
+        raise ConfigError(f"--save-to {target} is inside the package; name a folder outside it.")
+    if target.exists():
+        raise ConfigError(f"--save-to {target} is there already; move it away or name another.")
+    return target
+
+
+def _two_prompts(model: str, how: SystemOptions) -> TwoPromptConfig | None:
+    """Return the configuration of a model under two prompts; None if there are no prompts."""
+    if how.prompts is None:
+        return None
+    source = resolve(model)
+    prompts = how.prompts.with_template(how.template or {})
+    return TwoPromptConfig.of(source, load_tokenizer(source), prompts)
 
 
 def plan_sweeps(
@@ -281,8 +334,11 @@ def plan_sweeps(
         ConfigError: If the system is not a dial, or a part of it is missing.
         LambdaError: If the range is wider than that of the sampling options.
     """
-    if system.kind != "dial":
-        raise ConfigError(f"{system.name} is no InRa dial; only an adapter can be calibrated.")
+    if system.kind not in ("dial", "prompts"):
+        raise ConfigError(
+            f"{system.name} is no InRa dial, LoRA dial or model under two prompts, and only those "
+            "can be calibrated."
+        )
 
     how = replace(sampling, lambda_range=options.lambda_range)
     fast = Adaptive(0.0, measure=options.measure)
@@ -355,7 +411,9 @@ def measure_dial(
         for lam, samples in fixed.items()
         if not any(low < lam < high for low, high in holes)
     }
-    _require_saving(measured, cascade, tokens)
+    is_prompts = sweep.systems[0].kind == "prompts"
+    shorter = "give prompts for shorter answers" if is_prompts else _SHORTER
+    _require_saving(measured, cascade, tokens, shorter)
 
     thresholds, lambdas = _fit(cascade, tokens)
     (task,) = sweep.tasks
@@ -442,11 +500,20 @@ def measure_settings(
 
 
 def _require_saving(
-    measured: Mapping[str, Samples], cascade: Cascade | None, tokens: Mapping[float, float]
+    measured: Mapping[str, Samples],
+    cascade: Cascade | None,
+    tokens: Mapping[float, float],
+    shorter: str = _SHORTER,
 ) -> None:
-    """Refuse a dial that saves no tokens at any setting that efforts below 100 use."""
+    """Refuse a dial that saves no tokens at any setting that efforts below 100 use.
+
+    Args:
+        measured: The samples, by setting.
+        cascade: The fast and slow answers of an adaptive dial; None if effort sets λ.
+        tokens: The mean tokens of the λ's that effort may set.
+        shorter: What makes the dial's answers shorter, for the message.
+    """
     reference = measured["λ=0"]
-    shorter = "train the adapter on shorter answers"
     if cascade is None:
         names = [Setting.of(lam).id for lam in tokens if lam > 0]
         faster = {name: measured[name] for name in names}

@@ -2,8 +2,8 @@
 
 A :class:`Calibration` maps efforts to settings, by points between which it interpolates linearly,
 and holds the measurements behind them. Efforts below 100 are thresholds if the dial is adaptive;
-all other efforts are λ's. A dial's configuration (``inra_config.json`` or ``lora_dial.json``)
-stores it as JSON under ``calibration``.
+all other efforts are λ's. A dial's configuration (``inra_config.json``, ``lora_dial.json`` or, of two
+prompts, ``two_prompts.json``) stores it as JSON under ``calibration``.
 """
 
 import json
@@ -237,7 +237,7 @@ class EffortLevel:
 
 @dataclass(frozen=True)
 class Calibration:
-    """An adapter's calibrated dial.
+    """A calibrated dial.
 
     Attributes:
         lambdas: λ by effort; the last effort, at least 100, is the largest that was calibrated.
@@ -255,7 +255,7 @@ class Calibration:
         task: The name of the task.
         questions: The number of questions.
         questions_hash: A hash of the questions.
-        parts: Paths and fingerprints of base and adapter.
+        parts: Paths and fingerprints of base and adapter, or of the one model.
         made_by: The version of flexalign that made it.
     """
 
@@ -302,7 +302,7 @@ class Calibration:
         version = given.get("version")
         if version != VERSION:
             raise ConfigError(
-                f"this adapter's calibration has version {version!r} and this flexalign reads "
+                f"this dial's calibration has version {version!r} and this flexalign reads "
                 f"{VERSION}; run flexalign calibrate again."
             )
 
@@ -321,7 +321,7 @@ class Calibration:
             _ = calibration.largest_effort  # raises IndexError if there are no points
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
             raise ConfigError(
-                f"this adapter's calibration is damaged ({error!r}); run flexalign calibrate again."
+                f"this dial's calibration is damaged ({error!r}); run flexalign calibrate again."
             ) from error
         return calibration
 
@@ -382,7 +382,7 @@ def effort_to_dial(calibration: Calibration, effort: float) -> Adaptive | Fixed:
     is_number = isinstance(effort, numbers.Real) and not isinstance(effort, bool)
     if not is_number or not 0 <= float(effort) <= largest:
         raise ConfigError(
-            f"an effort of this adapter is a number from 0 (fastest) to {largest:g} (100 is the "
+            f"an effort of this dial is a number from 0 (fastest) to {largest:g} (100 is the "
             f"reference), got {effort!r}."
         )
 
@@ -496,18 +496,26 @@ def sweep_notes(sweep: "Sweep") -> list[str]:
 # The adapter's folder.
 
 
-def store_calibration(folder: Path, calibration: Calibration) -> DialConfig:
-    """Write a calibration into an adapter's configuration, and widen its λ range if needed.
+def store_calibration(
+    folder: Path, calibration: Calibration, settings: DialConfig | None = None
+) -> DialConfig:
+    """Write a calibration into a dial's configuration, and widen its λ range if needed.
 
     The file is replaced in one step: after a crash the old file is unchanged.
+
+    Args:
+        folder: The dial's folder.
+        calibration: The calibration.
+        settings: The configuration; the one in the folder, an adapter's, if not given.
 
     Returns:
         The new configuration.
 
     Raises:
-        CheckpointError: If the folder holds no adapter.
+        CheckpointError: If no configuration is given and the folder holds no adapter.
     """
-    settings = read_dial(folder).widened(calibration.lambda_range)
+    settings = read_dial(folder) if settings is None else settings
+    settings = settings.widened(calibration.lambda_range)
     settings = replace(settings, calibration=json.loads(json.dumps(calibration.to_json())))
     write_json(folder / settings.CONFIG_FILE, json.loads(settings.to_text()))
     return settings

@@ -1,4 +1,4 @@
-"""``flexalign calibrate``: give an adapter's dial a scale in tokens."""
+"""``flexalign calibrate``: give a dial a scale in tokens."""
 
 import shlex
 from pathlib import Path
@@ -19,6 +19,7 @@ from flexalign.cli.console import (
     without_downloads,
 )
 from flexalign.cli.options import (
+    AlignedPrompt,
     BatchSize,
     Columns,
     Data,
@@ -29,12 +30,15 @@ from flexalign.cli.options import (
     PresencePenalty,
     Private,
     PushTo,
+    ReferencePrompt,
     RepetitionPenalty,
     TaskMaxNewTokens,
     TaskTemperature,
     TaskTopP,
     TopK,
     Workers,
+    prompt_options,
+    read_prompt_pair,
     read_range,
 )
 from flexalign.cli.training import planned_push
@@ -50,33 +54,25 @@ _COARSE = 0.1
 
 
 def _no_system(base: str) -> str:
-    """Refuse a system in place of the base, before a missing --adapter is."""
+    """Refuse a system in place of the model, before a missing --task is."""
     if base.startswith("prompts:"):
-        from flexalign.models.prompted import EFFORT_OF_PROMPTS
-
-        raise ConfigError(f"{base}: {EFFORT_OF_PROMPTS}.")
+        model = base.removeprefix("prompts:")
+        raise ConfigError(
+            f"{base}: name the model alone, as in flexalign calibrate {model} --aligned-prompt …"
+            " --save-to FOLDER."
+        )
     return base
-
-
-def _no_prompts(given: list[str] | None) -> list[str] | None:
-    """Refuse the options of two prompts by what to do instead."""
-    if given:
-        from flexalign.models.prompted import EFFORT_OF_PROMPTS
-
-        raise ConfigError(f"calibrate is for adapters: {EFFORT_OF_PROMPTS}.")
-    return given
 
 
 def calibrate(
     base: Annotated[
         str,
         typer.Argument(
-            help="The adapter's base: a folder, hub id or known name.",
+            help="The adapter's base, or the model of two prompts: a folder, hub id or known name.",
             callback=_no_system,
             is_eager=True,
         ),
     ],
-    adapter: Annotated[str, typer.Option(help="The InRa adapter or LoRA dial that is calibrated.")],
     task: Annotated[
         str,
         typer.Option(
@@ -84,6 +80,11 @@ def calibrate(
             "answer."
         ),
     ],
+    adapter: Annotated[
+        str | None, typer.Option(help="The InRa adapter or LoRA dial that is calibrated.")
+    ] = None,
+    reference_prompt: ReferencePrompt = None,
+    aligned_prompt: AlignedPrompt = None,
     data: Data = None,
     columns: Columns = None,
     instruction: Instruction = None,
@@ -103,11 +104,11 @@ def calibrate(
         str | None,
         typer.Option(
             help="λ that effort may use, such as -0.5,1; below 0 it thinks deeper than the "
-            "reference. The adapter's own if not given; widens it."
+            "reference. The adapter's own, or 0,1 for two prompts, if not given; widens it."
         ),
     ] = None,
     margin: Annotated[
-        float, typer.Option(help="Loss of accuracy that the adapter's own threshold may show.")
+        float, typer.Option(help="Loss of accuracy that the dial's own threshold may show.")
     ] = 0.02,
     temperature: TaskTemperature = None,
     top_p: TaskTopP = None,
@@ -127,7 +128,10 @@ def calibrate(
     ] = None,
     save_to: Annotated[
         Path | None,
-        typer.Option(help="Write a calibrated copy of the adapter here; the adapter stays as is."),
+        typer.Option(
+            help="Write a calibrated copy of the adapter here; the adapter stays as is. Of two "
+            "prompts, the folder for their calibration."
+        ),
     ] = None,
     push: PushTo = None,
     private: Private = False,
@@ -137,20 +141,13 @@ def calibrate(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the calibration as JSON, alone, on stdout.")
     ] = False,
-    reference_prompt: Annotated[
-        list[str] | None,
-        typer.Option("--reference-prompt", hidden=True, callback=_no_prompts, is_eager=True),
-    ] = None,
-    aligned_prompt: Annotated[
-        list[str] | None,
-        typer.Option("--aligned-prompt", hidden=True, callback=_no_prompts, is_eager=True),
-    ] = None,
 ) -> None:
-    """Measure an adapter's dial, so that --effort 50 means half of the thinking tokens.
+    """Measure a dial, so that --effort 50 means half of the thinking tokens.
 
     Effort 100 spends the tokens of λ = 0, effort 0 those of the fastest setting, and between them
     tokens follow a straight line; above 100 λ goes below 0, where the range permits it. What each
-    effort costs and gets right is written into the adapter's inra_config.json, or the LoRA's lora_dial.json.
+    effort costs and gets right is written into the adapter's inra_config.json, the LoRA's lora_dial.json, or
+    a folder of the two prompts' own.
 
     The built-in miniature, into a copy of its adapter, and then used:
 
@@ -164,17 +161,27 @@ def calibrate(
     [cyan]flexalign calibrate models/R1 --adapter out/adapter --task math500 --data DIR
     --limit 500 -o out/calibration[/cyan]
 
+    One model under two prompts, into a folder that --calibration names:
+
+    [cyan]flexalign calibrate miniature:hybrid --aligned-prompt 'system=check ;' --task miniature
+    --dial lambda --save-to out/effort[/cyan]
+
+    [cyan]flexalign generate miniature:hybrid '9+3+6?' --aligned-prompt 'system=check ;'
+    --calibration out/effort --effort 50[/cyan]
+
     Few questions make a coarse scale: at effort 25 the tokens have a standard error of about 10 %
     with 300 questions, and 5 % with 1500.
     """
     widened = read_range(lambda_range)
+    two_prompts = read_prompt_pair(reference_prompt, aligned_prompt)
+    if push is not None and two_prompts is not None:
+        raise ConfigError("--push uploads an adapter, and two prompts have none; leave it out.")
     target = planned_push(push, private=private)
 
     from flexalign.calibration.calibrate import plan_calibration
     from flexalign.calibration.fitting import describe_loss
     from flexalign.data.columns import parse_columns
     from flexalign.evaluation.tasks import load_task
-    from flexalign.systems.dials import read_dial
 
     asked = load_task(
         task,
@@ -189,6 +196,7 @@ def calibrate(
             base,
             adapter,
             asked,
+            prompts=two_prompts,
             save_to=save_to,
             is_stored=not dry_run,
             dial=dial,  # type: ignore[arg-type]
@@ -223,11 +231,13 @@ def calibrate(
     if as_json:
         print_json(calibration.to_json())
     else:
-        _show(calibration)
+        _show(calibration, "adapter" if two_prompts is None else "dial")
 
-    file = read_dial(written).CONFIG_FILE
-    console.print(f"Written to {escape(str(written))}/{file}.", soft_wrap=True)
-    parts = escape(shlex.join([base, "--adapter", str(save_to or adapter)]))
+    console.print(f"Written to {escape(str(written))}.", soft_wrap=True)
+    dial_options = ["--adapter", str(save_to or adapter)]
+    if two_prompts is not None:
+        dial_options = [*prompt_options(two_prompts), "--calibration", str(save_to)]
+    parts = escape(shlex.join([base, *dial_options]))
     console.print(
         f"next: [cyan]flexalign serve {parts}[/cyan], to whose requests `effort` is a number and "
         "`reasoning_effort` a word now.",
@@ -237,7 +247,7 @@ def calibrate(
     if loss is not None:
         console.print(f"[yellow]warning:[/yellow] {escape(loss)}", soft_wrap=True)
     if target is not None:
-        console.print(f"uploaded: {target.upload(written)}", soft_wrap=True, markup=False)
+        console.print(f"uploaded: {target.upload(plan.target)}", soft_wrap=True, markup=False)
 
 
 def _preview(plan: "CalibrationPlan", as_json: bool) -> None:
@@ -271,7 +281,7 @@ def _run(plan: "CalibrationPlan", output: Path | None, workers: int) -> "Calibra
         return plan.measure(output, workers=workers, progress=advance)
 
 
-def _show(calibration: "Calibration") -> None:
+def _show(calibration: "Calibration", owner: str = "adapter") -> None:
     from flexalign.calibration.fitting import describe_deeper
     from flexalign.lambdas import LAMBDA_LEGEND
 
@@ -297,7 +307,7 @@ def _show(calibration: "Calibration") -> None:
         result_console.print(deeper, markup=False, soft_wrap=True)
     if calibration.threshold is not None:
         result_console.print(
-            f"the adapter's own threshold: {calibration.threshold:.3g} (a policy without one)."
+            f"the {owner}'s own threshold: {calibration.threshold:.3g} (a policy without one)."
         )
 
     coarse = [

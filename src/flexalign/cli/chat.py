@@ -1,9 +1,10 @@
 """``flexalign chat``: a conversation in which the dial can be turned."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 from rich.markup import escape
@@ -24,6 +25,7 @@ from flexalign.cli.options import (
     AlignedPrompt,
     AnyBase,
     ByID,
+    Calibrated,
     Dtype,
     Gate,
     MaxNewTokens,
@@ -48,12 +50,15 @@ if TYPE_CHECKING:
     from flexalign.lambdas import Setting
     from flexalign.systems import Conversation, LocalBackend
 
+EffortReader: TypeAlias = "Callable[[str | None], list[Setting]]"
+"""Reads efforts by the calibration of a conversation's dial."""
+
 _HELP = """\
 /lambda 0.3          λ from the next answer on, or a schedule's JSON; 0 is the reference, 1 the
                      aligned model or the adapter's
 /policy adaptive 0.5 think only where the fast answer is unsure; or exit 0.95, route 0.3,
                      auto, JSON
-/effort 50           0 is fastest, 100 the reference's tokens; the adapter must be calibrated
+/effort 50           0 is fastest, 100 the reference's tokens; the dial must be calibrated
 /system TEXT         what the model is told beforehand; alone: nothing
 /reset               forget the conversation
 /quit                leave, as Ctrl-D does; Ctrl-C stops an answer"""
@@ -66,6 +71,7 @@ def chat(
     aligned: Aligned = None,
     reference_prompt: ReferencePrompt = None,
     aligned_prompt: AlignedPrompt = None,
+    calibration: Calibrated = None,
     lam: Annotated[
         str | None,
         typer.Option(
@@ -118,7 +124,8 @@ def chat(
         read_prompt_pair(reference_prompt, aligned_prompt),
     )
     policies = [policy] if policy is not None else []
-    settings = read_settings(read_lambdas(lam), policies, read_efforts(effort, adapter))
+    read = partial(read_efforts, adapter=adapter, prompts=two_prompts, calibration=calibration)
+    settings = read_settings(read_lambdas(lam), policies, read(effort))
     if len(settings) > 1:
         raise ConfigError("a conversation begins with one setting; give one λ, policy or effort.")
 
@@ -139,6 +146,7 @@ def chat(
         by_id=by_id,
         template=parse_template(template or []),
         prompts=two_prompts,
+        calibration=calibration,
     )
     quieten_libraries()
     with warnings_as_notes():
@@ -152,7 +160,7 @@ def chat(
         console.print(
             f"{escape(_describe_start(setting, backend))}. /help lists the commands; Ctrl-D leaves."
         )
-        _converse(Conversation(backend, options, setting, seed, system), adapter)
+        _converse(Conversation(backend, options, setting, seed, system), read)
 
 
 def _describe_start(setting: "Setting", backend: "LocalBackend") -> str:
@@ -171,13 +179,18 @@ def _describe_start(setting: "Setting", backend: "LocalBackend") -> str:
     return f"{start}; it may go from {low:g} to {high:g}"
 
 
-def _converse(conversation: "Conversation", adapter: str | None) -> None:
-    """Answer each line, or execute it if it is a command, until /quit or the end of the input."""
+def _converse(conversation: "Conversation", read: EffortReader) -> None:
+    """Answer each line, or execute it if it is a command, until /quit or the end of the input.
+
+    Args:
+        conversation: The conversation.
+        read: Reads efforts by the calibration of its dial.
+    """
     for line in _lines():
         try:
             if not line.startswith("/"):
                 _ask(conversation, line)
-            elif not _execute(conversation, line, adapter):
+            elif not _execute(conversation, line, read):
                 return
         except FlexAlignError as error:
             console.print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
@@ -206,7 +219,7 @@ def _ask(conversation: "Conversation", text: str) -> None:
         console.print("no answer came after the thinking; the question is not kept.")
 
 
-def _execute(conversation: "Conversation", line: str, adapter: str | None) -> bool:
+def _execute(conversation: "Conversation", line: str, read: EffortReader) -> bool:
     """Execute a command; return whether the conversation continues.
 
     Raises:
@@ -229,7 +242,7 @@ def _execute(conversation: "Conversation", line: str, adapter: str | None) -> bo
             console.print("The system prompt is set." if value else "No system prompt.")
         case "lambda" | "policy" | "effort":
             if value:
-                conversation.turn_to(_read_setting(name, value, adapter))
+                conversation.turn_to(_read_setting(name, value, read))
             setting, calibration = conversation.setting, conversation.backend.calibration
             console.print(describe_setting(setting, calibration), markup=False)
         case _:
@@ -237,10 +250,10 @@ def _execute(conversation: "Conversation", line: str, adapter: str | None) -> bo
     return True
 
 
-def _read_setting(name: str, value: str, adapter: str | None) -> "Setting":
+def _read_setting(name: str, value: str, read: EffortReader) -> "Setting":
     if name != "effort":
         return read_setting(name, value)
-    settings = read_efforts(value, adapter)
+    settings = read(value)
     if len(settings) != 1:
         raise ConfigError(f"a conversation has one effort at a time; got {value!r}.")
     return settings[0]

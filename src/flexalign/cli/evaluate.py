@@ -25,6 +25,7 @@ from flexalign.cli.options import (
     Attempts,
     BatchSize,
     ByID,
+    Calibrated,
     Columns,
     Concurrency,
     Data,
@@ -56,6 +57,7 @@ from flexalign.errors import ConfigError
 if TYPE_CHECKING:
     from flexalign.evaluation.summary import Summary, SummaryMean
     from flexalign.evaluation.sweep import Sweep
+    from flexalign.models.prompted import PromptPair
     from flexalign.statistics import Interval
     from flexalign.systems import System
 
@@ -119,7 +121,9 @@ def evaluate(
     ] = None,
     effort: Annotated[
         str | None,
-        typer.Option(help="Efforts to measure, such as 0,50,100, of one calibrated dial:."),
+        typer.Option(
+            help="Efforts to measure, such as 0,50,100, of one calibrated dial: or prompts:."
+        ),
     ] = None,
     samples: Annotated[
         int | None, typer.Option("--samples", "-n", help="Answers to each question; 8 by default.")
@@ -148,6 +152,7 @@ def evaluate(
     lambda_range: PermittedRange = None,
     reference_prompt: ReferencePrompt = None,
     aligned_prompt: AlignedPrompt = None,
+    calibration: Calibrated = None,
     by_id: ByID = False,
     template: Template = None,
     dtype: Dtype = "auto",
@@ -215,7 +220,9 @@ def evaluate(
 
     asked = parse_systems(systems, own or [])
     two_prompts = read_prompt_pair(reference_prompt, aligned_prompt)
-    settings = read_settings(lams, policy or [], read_efforts(effort, _only_adapter(effort, asked)))
+    adapter, own_prompts = _only_dial(effort, asked, two_prompts)
+    efforts = read_efforts(effort, adapter, own_prompts, calibration)
+    settings = read_settings(lams, policy or [], efforts)
 
     from flexalign.evaluation.sweep import plan_sweep
     from flexalign.evaluation.tasks import load_task
@@ -252,6 +259,7 @@ def evaluate(
             engine=engine.value,
             template=parse_template(template or []),
             prompts=two_prompts,
+            calibration=calibration,
             by_id=by_id,
         )
         unreadable = _warn(sweep, workers)
@@ -261,15 +269,21 @@ def evaluate(
         _show(_run(sweep, output, workers), as_json)
 
 
-def _only_adapter(effort: str | None, systems: "list[System]") -> str | None:
-    """Return the adapter whose calibration defines the efforts; None if there is no adapter."""
-    adapters = [system.parts[1] for system in systems if system.kind == "dial"]
-    if effort is not None and len(adapters) > 1:
+def _only_dial(
+    effort: str | None, systems: "list[System]", prompts: "PromptPair | None"
+) -> "tuple[str | None, PromptPair | None]":
+    """Return the adapter, or the two prompts, whose calibration defines the efforts, if any does."""
+    dials = [system for system in systems if system.kind in ("dial", "prompts")]
+    if effort is not None and len(dials) > 1:
         raise ConfigError(
-            "an effort is another setting for each adapter; measure one dial: at a time with "
-            "--effort, and put the runs together with flexalign compare."
+            "an effort is another setting for each adapter, and for each model under two prompts; "
+            "measure one dial: or prompts: at a time with --effort, and put the runs together with "
+            "flexalign compare."
         )
-    return adapters[0] if adapters else None
+    if not dials:
+        return None, None
+    dial = dials[0]
+    return (dial.parts[1], None) if dial.kind == "dial" else (None, prompts)
 
 
 def _warn(sweep: "Sweep", workers: int) -> list[dict[str, str]]:

@@ -27,6 +27,7 @@ from flexalign.cli.options import (
     AnyBase,
     BatchSize,
     ByID,
+    Calibrated,
     Dtype,
     Gate,
     MaxNewTokens,
@@ -70,6 +71,7 @@ def generate(
     aligned: Aligned = None,
     reference_prompt: ReferencePrompt = None,
     aligned_prompt: AlignedPrompt = None,
+    calibration: Calibrated = None,
     lam: Annotated[
         str | None,
         typer.Option(
@@ -135,7 +137,8 @@ def generate(
         read_range(lambda_range),
         read_prompt_pair(reference_prompt, aligned_prompt),
     )
-    settings = read_settings(read_lambdas(lam), policy or [], read_efforts(effort, adapter))
+    efforts = read_efforts(effort, adapter, two_prompts, calibration)
+    settings = read_settings(read_lambdas(lam), policy or [], efforts)
     prompts = _read_prompts(prompt, input_file)
 
     from flexalign.data.prompting import parse_template
@@ -157,6 +160,7 @@ def generate(
         by_id=by_id,
         template=parse_template(template or []),
         prompts=two_prompts,
+        calibration=calibration,
     )
     quieten_libraries()
     with warnings_as_notes():

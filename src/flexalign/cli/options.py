@@ -4,6 +4,7 @@ Only this module parses a λ of the command line; its functions return dials and
 """
 
 import inspect
+import json
 import os
 from collections.abc import Callable, Sequence
 from enum import StrEnum
@@ -148,6 +149,14 @@ AlignedPrompt: TypeAlias = Annotated[
         metavar="KEY=VALUE",
         help="Or the model itself under another prompt: system=TEXT, or an argument of its chat "
         "template, such as enable_thinking=false; repeatable.",
+    ),
+]
+Calibrated: TypeAlias = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FOLDER",
+        help="Of the two prompts, what flexalign calibrate wrote: their efforts.",
     ),
 ]
 Dtype: TypeAlias = Annotated[
@@ -377,29 +386,63 @@ def read_side_prompts(
     }
 
 
-def read_efforts(text: str | None, adapter: str | None) -> list[Setting]:
-    """Read ``--effort 0,50,100`` by an adapter's calibration, and print the setting of each.
+def prompt_options(prompts: "PromptPair | None") -> list[str]:
+    """Return the words of the command line that give two prompts."""
+    if prompts is None:
+        return []
+    words = []
+    for option, prompt in (
+        ("--reference-prompt", prompts.reference),
+        ("--aligned-prompt", prompts.aligned),
+    ):
+        given = [] if prompt.system is None else [f"system={prompt.system}"]
+        given += [f"{name}={json.dumps(value)}" for name, value in prompt.template.items()]
+        words += [word for text in given for word in (option, text)]
+    return words
+
+
+def read_efforts(
+    text: str | None,
+    adapter: str | None,
+    prompts: "PromptPair | None" = None,
+    calibration: Path | None = None,
+) -> list[Setting]:
+    """Read ``--effort 0,50,100`` by a dial's calibration, and print the setting of each.
 
     Args:
         text: The option's value.
         adapter: The adapter; None if there is none.
+        prompts: The two prompts of the model; None if it has not two.
+        calibration: The folder with their calibration. Whether it is of this model and of these
+            prompts is checked where the model is opened.
 
     Raises:
-        ConfigError: If it is not numbers, there is no adapter, it has not been calibrated, or an
+        ConfigError: If it is not numbers, there is no dial, it has not been calibrated, or an
             effort lies outside what calibration covers.
     """
     if text is None:
         return []
-    if adapter is None:
+    if adapter is None and prompts is None:
         raise ConfigError(
-            "--effort needs an InRa adapter or a LoRA dial that flexalign calibrate has measured; name it, or "
-            "give --lambda."
+            "--effort needs an InRa adapter or a LoRA dial that flexalign calibrate has measured, or "
+            "two prompts and their --calibration; name it, or give --lambda."
+        )
+    folder = adapter or calibration
+    if folder is None:
+        raise ConfigError(
+            "--effort of two prompts has no meaning before calibration; run flexalign calibrate MODEL "
+            "--aligned-prompt … --task TASK --save-to FOLDER and give --calibration FOLDER, or give "
+            "--lambda."
         )
     from flexalign.calibration.effort import Calibration, effort_settings
+    from flexalign.generation.two_prompt_config import TwoPromptConfig
     from flexalign.systems.dials import read_dial
 
     with as_input_errors():
-        stored = read_dial(adapter).calibration
+        if adapter is not None:
+            stored = read_dial(adapter).calibration
+        else:
+            stored = TwoPromptConfig.load(Path(folder)).calibration
 
     efforts = []
     for part in text.split(","):

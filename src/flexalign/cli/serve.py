@@ -23,6 +23,7 @@ from flexalign.cli.options import (
     AlignedPrompt,
     AnyBase,
     ByID,
+    Calibrated,
     Dtype,
     EngineName,
     Gate,
@@ -63,6 +64,7 @@ def serve(
     aligned: Aligned = None,
     reference_prompt: ReferencePrompt = None,
     aligned_prompt: AlignedPrompt = None,
+    calibration: Calibrated = None,
     engine: Annotated[
         EngineName, typer.Option(help="local runs here; vllm starts vLLM (docs/vllm.md).")
     ] = EngineName.LOCAL,
@@ -165,7 +167,7 @@ def serve(
     from flexalign.serving.server import require_safe_address
 
     if engine is EngineName.VLLM:
-        _refuse_on_vllm(two_prompts, aligned, gate, by_id=by_id)
+        _refuse_on_vllm(two_prompts, calibration, aligned, gate, by_id=by_id)
         from flexalign.serving.vllm.launch import DialSource
         from flexalign.serving.vllm.middleware import FrontOptions
 
@@ -208,6 +210,7 @@ def serve(
         parse_template(template or []),
         two_prompts,
         by_id,
+        calibration,
     )
     _serve_here(
         options,
@@ -226,7 +229,12 @@ def serve(
 
 
 def _refuse_on_vllm(
-    prompts: "PromptPair | None", aligned: str | None, gate: float | None, *, by_id: bool
+    prompts: "PromptPair | None",
+    calibration: Path | None,
+    aligned: str | None,
+    gate: float | None,
+    *,
+    by_id: bool,
 ) -> None:
     """Refuse what only the local engine serves.
 
@@ -237,6 +245,10 @@ def _refuse_on_vllm(
         raise ConfigError(
             "--reference-prompt and --aligned-prompt are served by --engine local alone: vLLM "
             "runs one prompt for each request; leave --engine out."
+        )
+    if calibration is not None:
+        raise ConfigError(
+            "--calibration is that of two prompts, which vLLM does not serve; leave it out."
         )
     if aligned is not None:
         raise ConfigError("--aligned is served by --engine local alone; on vLLM give --adapter.")

@@ -34,6 +34,7 @@ from flexalign.cli.options import (
     TaskTemperature,
     TaskTopP,
     Workers,
+    prompt_options,
     read_lambdas,
     read_prompt_pair,
     read_range,
@@ -378,27 +379,12 @@ def next_step(
         return f"flexalign realign recipe.yaml --lambda {chosen.lam:g}{read}, for one model that does it"
 
     second = {"dial": "--adapter", "pair": "--aligned"}.get(system.kind)
-    dial = [second, system.parts[1]] if second is not None else _as_options(prompts)
+    dial = [second, system.parts[1]] if second is not None else prompt_options(prompts)
     dial += ["--by-id"] if by_id else []
     turned = ["--policy", json.dumps(chosen.policy)]
     if chosen.lam is not None:
         turned = ["--lambda", f"{chosen.lam:g}"]
     return shlex.join(["flexalign", "generate", system.parts[0], *dial, *turned])
-
-
-def _as_options(prompts: "PromptPair | None") -> list[str]:
-    """Return the options that give two prompts."""
-    if prompts is None:
-        return []
-    words = []
-    for option, prompt in (
-        ("--reference-prompt", prompts.reference),
-        ("--aligned-prompt", prompts.aligned),
-    ):
-        given = [] if prompt.system is None else [f"system={prompt.system}"]
-        given += [f"{name}={json.dumps(value)}" for name, value in prompt.template.items()]
-        words += [word for text in given for word in (option, text)]
-    return words
 
 
 def _warn_of_margin(planned: "ProofPlan", kept: "Constraint") -> None:

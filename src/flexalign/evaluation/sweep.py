@@ -43,7 +43,7 @@ from flexalign.systems import (
     open_backend,
     parse_systems,
 )
-from flexalign.systems.open import refuse_ladders, require_two_models
+from flexalign.systems.open import refuse_ladders, require_two_models, require_two_prompts
 
 _SHOWN = 5
 """The most reasons of lost samples that a message names."""
@@ -271,6 +271,8 @@ class Sweep:
             raise ConfigError(
                 "--reference-prompt and --aligned-prompt are about a system prompts:MODEL; name one."
             )
+        if self.options.calibration is not None:
+            require_two_prompts(self.systems)
         if self.options.by_id:
             require_two_models(self.systems)
         for system in self.systems:
@@ -311,8 +313,12 @@ class Sweep:
         return training_notes({one.name: resolve(one.parts[0]).path for one in models})
 
     def _options_of(self, system: System) -> SystemOptions:
-        """Return the options of one system; reading by id is about two models alone."""
-        return replace(self.options, by_id=self.options.by_id and system.has_two_models)
+        """Return the options of one system; some are about two models or two prompts alone."""
+        return replace(
+            self.options,
+            by_id=self.options.by_id and system.has_two_models,
+            calibration=self.options.calibration if system.kind == "prompts" else None,
+        )
 
     def cells(self, system: System) -> list[Cell]:
         """List all samples of one of the systems."""

@@ -17,7 +17,9 @@ from flexalign.data.rendering import Prompt, end_ids
 from flexalign.errors import ConfigError
 from flexalign.generation.fused import positions_of
 from flexalign.generation.row_lambdas import RowDials, TagTokens
+from flexalign.generation.two_prompt_config import TwoPromptConfig
 from flexalign.generation.two_streams import TwoStreamModel
+from flexalign.lambdas import Adaptive
 from flexalign.models.adapters import inner_model
 from flexalign.models.loading import load_model, load_tokenizer
 from flexalign.models.prompted import (
@@ -48,8 +50,10 @@ class TwoPromptDecoder(TwoStreamModel):
         base: The model. It is not copied or changed.
         rendering: Renders conversations under both prompts.
         tokenizer: The tokenizer with the reference's template arguments.
+        dial_config: The settings with the dial's calibration; None if it has none.
     """
 
+    dial_config: TwoPromptConfig | None = None
     row_inputs = ("aligned_ids", "aligned_mask")
 
     def __init__(self, base: Any, rendering: PairRendering) -> None:
@@ -135,6 +139,11 @@ class TwoPromptDecoder(TwoStreamModel):
 
     def _default_dial(self) -> float:
         return 1.0
+
+    def threshold(self, policy: Adaptive) -> float:
+        """Return a policy's threshold. If it sets none, the calibrated one, if there is one."""
+        settings = self.dial_config
+        return super().threshold(policy) if settings is None else settings.threshold(policy)
 
     # Methods that `generate` calls.
 

@@ -9,7 +9,7 @@ the history included; the response is common to both.
 import copy
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,6 @@ from flexalign.models.pair import SIDES, Side
 
 _KEYS = ("model", "system", "template")
 _SYSTEM_ROLES = ("system", "developer")
-
-EFFORT_OF_PROMPTS = (
-    "two prompts have no effort; choose a λ with flexalign tune prompts:MODEL --aligned-prompt …"
-)
-"""Why two prompts are not calibrated and what to do; a message ends it."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +129,11 @@ class PromptPair:
     def to_json(self) -> dict[str, Any]:
         """Return ``{reference: …, aligned: …}`` of :func:`prompt_json`."""
         return {side: prompt_json(getattr(self, side)) for side in SIDES}
+
+    def with_template(self, template: Mapping[str, Any]) -> "PromptPair":
+        """Return the pair with template arguments on both sides; a side's own go before them."""
+        sides = (getattr(self, side) for side in SIDES)
+        return PromptPair(*(replace(one, template={**template, **one.template}) for one in sides))
 
 
 def prompted_messages(

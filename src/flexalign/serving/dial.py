@@ -110,7 +110,7 @@ class DialFields(BaseModel):
     effort: Annotated[Any, WithJsonSchema({"type": "number", "minimum": 0})] = Field(
         None,
         description="0 is the fastest answer, 100 spends the reference's tokens. Needs a calibrated "
-        "adapter.",
+        "dial.",
     )
     reasoning_effort: Annotated[Any, WithJsonSchema({"enum": list(EFFORT_LEVELS)})] = Field(
         None,
@@ -152,6 +152,13 @@ NOT_CALIBRATED = (
     "operator run flexalign calibrate."
 )
 """Why an adapter's server refuses an effort before calibration."""
+
+PROMPTS_NOT_CALIBRATED = (
+    "the two prompts of this server have no calibration, so that effort has no meaning here; give "
+    "lambda, or let the operator run flexalign calibrate MODEL --aligned-prompt … and serve with "
+    "--calibration FOLDER."
+)
+"""Why a server of two prompts refuses an effort without their calibration."""
 
 
 @dataclass
@@ -381,21 +388,21 @@ def _bad(param: str, message: str) -> ApiError:
 def adapter_rules(
     settings: DialConfig, lambda_range: tuple[float, float] | None = None
 ) -> DialRules:
-    """Return the rules of a server with an adapter.
+    """Return the rules of a server with an adapter, or with two prompts that are calibrated.
 
     Args:
-        settings: The adapter's configuration.
-        lambda_range: The range that the operator permits; the adapter's own range if not given.
+        settings: The dial's configuration.
+        lambda_range: The range that the operator permits; the dial's own range if not given.
 
     Raises:
-        ConfigError: If the adapter's default is not permitted, or its calibration cannot be read.
+        ConfigError: If the dial's default is not permitted, or its calibration cannot be read.
     """
     permitted = lambda_range or settings.lambda_range
     default = Fixed(settings.default_lambda)
     if outside_range(default, permitted) is not None:
         low, high = permitted
         raise ConfigError(
-            f"the adapter's default λ = {settings.default_lambda:g} is outside --lambda-range "
+            f"the dial's default λ = {settings.default_lambda:g} is outside --lambda-range "
             f"[{low:g}, {high:g}]; permit it."
         )
 

@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -23,8 +24,13 @@ from flexalign.fusion import gated_lambda
 from flexalign.generation import TwoModelDecoder, TwoPromptDecoder
 from flexalign.lambdas import Fixed
 from flexalign.lora_dial import LoRADial
-from flexalign.models.prompted import EFFORT_OF_PROMPTS, PromptPair
-from flexalign.serving.dial import EFFORT_ARGUMENTS, DialRules, adapter_rules
+from flexalign.models.prompted import PromptPair
+from flexalign.serving.dial import (
+    EFFORT_ARGUMENTS,
+    PROMPTS_NOT_CALIBRATED,
+    DialRules,
+    adapter_rules,
+)
 from flexalign.serving.engine import (
     Engine,
     EngineLimits,
@@ -38,11 +44,10 @@ from flexalign.serving.engine import (
 from flexalign.serving.middleware import is_loopback
 from flexalign.serving.service import ServedModel, Service
 from flexalign.systems import LocalBackend, System, SystemOptions
-from flexalign.systems.open import require_two_models
+from flexalign.systems.open import require_two_models, require_two_prompts
 
-_PROMPTS_EFFORT = f"{EFFORT_OF_PROMPTS}, and give lambda."
 _PAIR_EFFORT = "two models have no effort; choose a λ with flexalign tune pair:REFERENCE,ALIGNED, and give lambda."
-"""Why a server of two prompts, or of two models, refuses an effort."""
+"""Why a server of two models refuses an effort."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class ServeOptions:
         aligned: Instead of an adapter, the aligned model of a pair.
         name: The model's name in requests; ``model`` if not given.
         lambda_range: The least and the largest λ to permit; if not given, the adapter's own range,
-            and [0, 1] for a pair.
+            [0, 1] for a pair, and for two prompts that of their calibration, or [0, 1].
         gate: As in :func:`flexalign.fusion.fuse`, for every request.
         any_base: Accept an adapter that was made for another base.
         dtype: Data type of the weights.
@@ -65,6 +70,7 @@ class ServeOptions:
         template: Arguments of the chat template, for every request.
         prompts: Instead of an adapter or an aligned model, the two prompts of the model.
         by_id: Take special tokens of a pair for the same where only their names differ.
+        calibration: The folder with the calibration of the two prompts.
 
     Raises:
         ConfigError: If options exclude each other, or a number is out of its range.
@@ -83,6 +89,7 @@ class ServeOptions:
     template: Mapping[str, Any] = field(default_factory=dict)
     prompts: PromptPair | None = None
     by_id: bool = False
+    calibration: str | PurePath | None = None
 
     def __post_init__(self) -> None:
         """Check all that needs no weights."""
@@ -92,6 +99,8 @@ class ServeOptions:
         system = System.of(self.model, self.adapter, self.aligned, self.prompts)
         if self.by_id:
             require_two_models([system])
+        if self.calibration is not None:
+            require_two_prompts([system])
         if self.any_base and not self.adapter:
             raise ConfigError("--any-base is about an adapter; name --adapter.")
         is_dial = self.adapter or self.aligned or self.prompts
@@ -153,6 +162,7 @@ def _open(options: ServeOptions) -> tuple[Runner, Any, ThinkingTags | None, Dial
             template=options.template,
             prompts=options.prompts,
             by_id=options.by_id,
+            calibration=options.calibration,
         ),
     )
 
@@ -160,19 +170,20 @@ def _open(options: ServeOptions) -> tuple[Runner, Any, ThinkingTags | None, Dial
     if backend.kind == "model":
         rules = DialRules(None, template_effort=_effort_arguments(tokenizer))
         return PlainRunner(backend.load()), tokenizer, None, rules
-    pair_rules = DialRules(
-        Fixed(1.0),
-        options.lambda_range or (0.0, 1.0),
-        without_effort=_PROMPTS_EFFORT if backend.kind == "prompts" else _PAIR_EFFORT,
-    )
+    if settings is None:
+        is_prompts = backend.kind == "prompts"
+        refusal = PROMPTS_NOT_CALIBRATED if is_prompts else _PAIR_EFFORT
+        limits = options.lambda_range or (0.0, 1.0)
+        rules = DialRules(Fixed(1.0), limits, without_effort=refusal)
+    else:
+        rules = adapter_rules(settings, options.lambda_range)
     if backend.kind == "prompts":
-        return TwoPromptRunner(backend.load(), options.gate), tokenizer, None, pair_rules
+        return TwoPromptRunner(backend.load(), options.gate), tokenizer, None, rules
     if settings is None:
         decoder = backend.load()
         PromptSettings(options.template).bind(decoder.tokenizer)
-        return PairRunner(decoder, options.gate), decoder.tokenizer, None, pair_rules
+        return PairRunner(decoder, options.gate), decoder.tokenizer, None, rules
 
-    rules = adapter_rules(settings, options.lambda_range)
     model = backend.load()
     # The model would warn of a λ outside its own range, but the operator's range decides.
     permitted = settings.widened(rules.lambda_range)

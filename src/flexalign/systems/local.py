@@ -26,6 +26,7 @@ from flexalign.generation.early_exit import ExitTokens, require_marker
 from flexalign.generation.first_answers import write_first_answers
 from flexalign.generation.responses import Response, generate_responses
 from flexalign.generation.thinking_limits import ClosingTokens
+from flexalign.generation.two_prompt_config import TwoPromptConfig
 from flexalign.lambdas import (
     AS_IT_IS,
     Exit,
@@ -64,6 +65,7 @@ from flexalign.systems.open import (
     SystemOptions,
     refuse_ladders,
     require_two_models,
+    require_two_prompts,
 )
 
 
@@ -188,7 +190,8 @@ class LocalBackend:
     Attributes:
         kind: ``model``, ``dial``, ``pair``, ``prompts`` or ``interpolate``. A scaled LoRA is a
             ``dial``.
-        config: The dial's configuration; None if it is not a dial.
+        config: The configuration of a trained dial, or of two prompts with a calibration; None
+            without.
         default: The setting that is used if none is given.
         permitted: The least and the largest λ that may be used; None for a pair or a scaled LoRA
             without a range, which takes any λ ≥ 0.
@@ -213,9 +216,9 @@ class LocalBackend:
 
         Raises:
             ConfigError: If a part does not exist, a setting or an option does not apply to the
-                system, a biased token is not in the vocabulary, or the thinking is limited and has
-                no tags.
-            CheckpointError: If an adapter's folder is damaged.
+                system, a biased token is not in the vocabulary, the thinking is limited and has
+                no tags, or a calibration is of another model or of other prompts.
+            CheckpointError: If the folder of an adapter or a calibration is damaged.
             LambdaError: If a λ is outside the range that is permitted.
             PairMismatchError: If a token id of two models is of two tokens.
         """
@@ -227,6 +230,8 @@ class LocalBackend:
             raise ConfigError("--any-base is about an adapter; name --adapter.")
         if self._options.by_id:
             require_two_models([system])
+        if self._options.calibration is not None:
+            require_two_prompts([system])
         refuse_ladders(system, settings)
 
         self._sources = [resolve(part) for part in self._parts[: 1 if self.kind == "dial" else 2]]
@@ -245,6 +250,9 @@ class LocalBackend:
             self.default = Setting.of(Fixed(self.config.default_lambda))
             if not is_scaled:
                 self.permitted = self.permitted or self.config.lambda_range
+        if self._options.calibration is not None:
+            self.config = TwoPromptConfig.load(Path(self._options.calibration))
+            self.permitted = self.permitted or self.config.lambda_range
 
         if self.kind != "model":
             self.require_range(settings)
@@ -252,6 +260,8 @@ class LocalBackend:
         tokenizer = load_tokenizer(self._sources[0], trust_remote_code=trust_remote_code)
         self._options.logits.require_tokens(len(tokenizer))
         self._renamed = self._compare_tokens(tokenizer) if system.has_two_models else ()
+        if self._options.calibration is not None:
+            self._require_calibrated(tokenizer)
         if self.config is not None:
             self.config.bind(tokenizer)
         if self._options.template:
@@ -292,9 +302,17 @@ class LocalBackend:
         config = load_config(self._sources[0], trust_remote_code=self._trust_remote_code)
         return PairRendering(tokenizer, prompts, context=context_of(config))
 
+    def _require_calibrated(self, tokenizer: Any) -> None:
+        """Check that a calibration is of this model and these prompts; `tokenizer` is not bound."""
+        options = self._options
+        if isinstance(self.config, TwoPromptConfig) and options.prompts is not None:
+            prompts = options.prompts.with_template(options.template or {})
+            asked = TwoPromptConfig.of(self._sources[0], tokenizer, prompts)
+            self.config.require_same(asked, Path(str(options.calibration)))
+
     @property
     def calibration(self) -> dict[str, Any] | None:
-        """The calibration of the adapter; None if there is none."""
+        """The calibration of the adapter or of the two prompts; None if there is none."""
         return self.config.calibration if self.config else None
 
     @property
@@ -309,7 +327,8 @@ class LocalBackend:
     def _bind_asked(self, tokenizer: Any, asked: Mapping[str, Any]) -> None:
         """Bind template arguments that are asked for, and warn where training had others."""
         trained = template_arguments(tokenizer)
-        is_known = bool(trained) or (self.config is not None and self.config.rendering is not None)
+        known = self.config.rendering if self.kind == "dial" and self.config else None
+        is_known = bool(trained) or known is not None
         if is_known and any(trained.get(name) != value for name, value in asked.items()):
             trained_one = self._parts[1] if self.kind == "dial" else self._parts[0]
             warnings.warn(
@@ -365,7 +384,7 @@ class LocalBackend:
     def describe(self) -> dict[str, Any]:
         """Return names, fingerprints, the data type, the thinking tags, and what was read by id."""
         parts = [{"name": str(s), "fingerprint": known_fingerprint(s)} for s in self._sources]
-        if self.config is not None:
+        if self.kind == "dial" and self.config is not None:
             weights = None
             if fetch_weights(self._adapter):
                 weights = fingerprint_file(self._adapter / self.config.WEIGHTS_FILE)
@@ -419,7 +438,10 @@ class LocalBackend:
             return load_dial(self._parts[0], self._adapter, any_base=any_base, **loading)
         model = load_model(self._sources[0], **loading)
         if isinstance(self.text, TwoPromptText):
-            return TwoPromptDecoder(model, self.text.rendering)
+            decoder = TwoPromptDecoder(model, self.text.rendering)
+            if isinstance(self.config, TwoPromptConfig):
+                decoder.dial_config = self.config
+            return decoder
         return model
 
     @cached_property

@@ -233,6 +233,7 @@ class SystemOptions:
         engine: ``local`` or ``vllm``, for plain models.
         template: Arguments of the chat template, for what is on this machine.
         prompts: The two prompts of systems of the kind ``prompts``.
+        calibration: The folder with the calibration of systems of the kind ``prompts``.
         by_id: Of two models, take each token id for one token of both where only the names of
             special tokens differ; see `flexalign.models.compatibility.renamed_tokens`.
         logits: Limits on tokens, penalties and biases, beside temperature and top_p.
@@ -257,6 +258,7 @@ class SystemOptions:
     engine: str = "local"
     template: Mapping[str, Any] | None = None
     prompts: "PromptPair | None" = None
+    calibration: str | PurePath | None = None
     by_id: bool = False
     logits: LogitsSettings = field(default_factory=LogitsSettings)
 
@@ -271,6 +273,19 @@ def require_two_models(systems: Sequence[System]) -> None:
         raise ConfigError(
             "--by-id is about two models whose special tokens differ in name; name the --aligned "
             "model, pair:REF,ALIGNED or interpolate:REF,ALIGNED."
+        )
+
+
+def require_two_prompts(systems: Sequence[System]) -> None:
+    """Refuse ``--calibration`` where no system has two prompts.
+
+    Raises:
+        ConfigError: If none has.
+    """
+    if all(system.kind != "prompts" for system in systems):
+        raise ConfigError(
+            "--calibration is that of one model under two prompts; name its --aligned-prompt (an "
+            "adapter's calibration is in the adapter's own folder)."
         )
 
 
