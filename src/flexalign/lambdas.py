@@ -703,8 +703,8 @@ class Ladder:
         """Return the λ to answer at after a first answer; None if that is kept.
 
         Example:
-            >>> [Ladder((0.9, 0.6)).next_lambda(confidence) for confidence in (0.95, 0.7, 0.1)]
-            [None, 0.5, 0.0]
+            >>> Ladder((0.9, 0.6)).next_lambda(0.7)
+            0.5
 
         Args:
             confidence: The first answer's confidence; None if it did not come to its end.
