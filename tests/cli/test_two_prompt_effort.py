@@ -118,8 +118,9 @@ def test_arguments_of_the_template_that_both_sides_have_are_part_of_the_prompts(
     common = SystemOptions(
         prompts=PromptPair(aligned=told), template={"enable_thinking": False}, calibration=folder
     )
+    measured = TwoPromptConfig.load(folder).calibration
     for options in (SystemOptions(prompts=both, calibration=folder), common):
-        assert LocalBackend(system, options=options).calibration is not None
+        assert LocalBackend(system, options=options).calibration == measured
     with pytest.raises(ConfigError, match="reference: enable_thinking=False there, none here"):
         LocalBackend(
             system, options=SystemOptions(prompts=PromptPair(aligned=told), calibration=folder)

@@ -52,6 +52,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         except FileNotFoundError:
             pytest.skip("there is no mount command here")
         if done.returncode:
+            # Mounting needs root; a full disk cannot be had without it.
             pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
         mounted.append(folder)
         return folder
