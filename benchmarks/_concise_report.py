@@ -33,7 +33,8 @@ def publish(results: dict[str, Any]) -> None:
     RAW.parent.mkdir(parents=True, exist_ok=True)
     told = {key: value for key, value in results["options"].items() if key != "work"}
     rows = [_summary(results["rows"], row) for row in _ordered(results["rows"])]
-    kept = results | {"options": told, "rows": rows}
+    many = [_summary(results["many"], row) for row in _ordered(results["many"])]
+    kept = results | {"options": told, "rows": rows, "many": many}
     RAW.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     REPORT.write_text(report(results), encoding="utf-8")
     put_section("concise", "\n".join([*_body(results, heading="###"), ""]))
@@ -59,6 +60,7 @@ def _body(results: dict[str, Any], heading: str) -> list[str]:
     ]
     for system in SYSTEMS:
         lines += _table(system, [row for row in rows if row["system"] == system], heading)
+    lines += _many(results, heading)
     return [*lines, *_places(results["places"], heading)]
 
 
@@ -67,8 +69,9 @@ def _ordered(rows: Sequence[Row]) -> list[Row]:
 
 
 def _summary(rows: Sequence[Row], row: Row) -> Row:
-    """A row without its answers, and with its gain over λ = 0 of the same system."""
-    same = [one for one in rows if (one["system"], one["lambda"]) == (row["system"], 0.0)]
+    """A row without its answers, and with its gain over λ = 0, which is the reference in any system."""
+    zero = [one for one in rows if one["lambda"] == 0]
+    same = [one for one in zero if one["system"] == row["system"]] or zero
     gain = _gain(row, same[0]) if same else None
     return {k: v for k, v in row.items() if k not in ("right", "lengths")} | {"gain": gain}
 
@@ -115,6 +118,28 @@ def _table(system: str, rows: Sequence[Row], heading: str) -> list[str]:
     return [*lines, ""]
 
 
+def _many(results: dict[str, Any], heading: str) -> list[str]:
+    """The gain at λ = −0.5 of each system, over more questions."""
+    rows = [_summary(results["many"], row) for row in _ordered(results["many"])]
+    found = [row for row in rows if row["lambda"] and row["gain"] is not None]
+    if not found:
+        return []
+    lines = [
+        f"{heading} λ = −0.5 over {results['options']['many']} questions",
+        "",
+        "| | accuracy | form | tokens | form | gain over λ = 0 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        low, high = row["accuracy_interval"]
+        lines.append(
+            f"| {_NAMES[row['system']]} | {row['accuracy']:.4f} [{low:.4f}, {high:.4f}] "
+            f"| {row['expected']['accuracy']:.4f} | {row['tokens']:.1f} "
+            f"| {row['expected']['tokens']:.1f} | {_interval(row['gain'], digits=4)} |"
+        )
+    return [*lines, ""]
+
+
 def _places(places: Sequence[Row], heading: str) -> list[str]:
     if not places:
         return []
@@ -135,6 +160,6 @@ def _places(places: Sequence[Row], heading: str) -> list[str]:
     return lines
 
 
-def _interval(found: Sequence[float]) -> str:
-    low, mean, high = found
-    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+def _interval(found: Sequence[float], digits: int = 3) -> str:
+    low, mean, high = (f"{value:+.{digits}f}" for value in found)
+    return f"{mean} [{low}, {high}]"

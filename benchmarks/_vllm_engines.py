@@ -19,21 +19,35 @@ PROMPT = 32
 RANK = 16
 
 
-def folders(where: Path, rank: int) -> dict[str, Path]:
+SHAPES: dict[str, dict[str, int]] = {
+    "SmolLM2-135M": {},
+    "Qwen2.5-1.5B": {
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+    },
+}
+"""What the shape of a model changes in that of ``dials.SHAPE``, whose classes are Llama's."""
+
+
+def folders(where: Path, rank: int, shape: str = "SmolLM2-135M") -> dict[str, Path]:
     """Write the plain model and those with a dial."""
     import torch
     from dials import SHAPE
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     from flexalign.inra import InRaModel
     from flexalign.miniature import folder
     from flexalign.serving.vllm.folder import prepare_folder
 
     torch.manual_seed(0)
-    config = SHAPE
-    config.max_position_embeddings = 4608
-    base = LlamaForCausalLM(config).bfloat16()
+    sizes = SHAPE.to_dict() | SHAPES[shape] | {"max_position_embeddings": 4608}
+    base = LlamaForCausalLM(LlamaConfig.from_dict(sizes)).bfloat16()
     base.save_pretrained(where / "plain")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(folder("reference") / name, where / "plain")

@@ -16,6 +16,8 @@ Methods, all by transformers' own ``generate``, greedy:
 * ``lora, merged``: ``LoRADial.merged``, a plain model;
 * ``PEFT``: PEFT's own forward of the same LoRA, which has one strength;
 * ``PEFT, mixed batch``: four strengths as four adapters, and ``adapter_names=`` row by row;
+* ``two prompts``: one model under two prompts of different lengths, λ = 0.5, both as rows of one
+  batch;
 * ``inra``: both streams as rows of one batch, λ = 0.5;
 * ``two passes``: the paper's way, the base stream and then the adapter stream, each with its own
   cache and head product;
@@ -52,9 +54,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flexalign.fusion import fuse
 from flexalign.generation.two_model import PairCache, TwoModelDecoder
+from flexalign.generation.two_prompts import TwoPromptDecoder
 from flexalign.inra import ADAPTER, BASE, BOTH, InRaModel
 from flexalign.lora_dial import LoRADial, LoRADialConfig
+from flexalign.miniature import SYSTEM
+from flexalign.models.loading import load_tokenizer
 from flexalign.models.pair import ModelPair
+from flexalign.models.prompted import PairRendering, PromptPair, PromptSettings
 
 RESULTS = Path(__file__).parent / "results" / "dials.json"
 SHAPE = LlamaConfig(
@@ -69,6 +75,9 @@ SHAPE = LlamaConfig(
 ROWS = [f"float32:{prompt}:{batch}" for prompt in (32, 512) for batch in (1, 4, 16)]
 ROWS += [row.replace("float32", "bfloat16") for row in ROWS]
 LAM = 0.5
+FEWER = 8
+"""Tokens that an aligned prompt has less than the reference's, of two prompts."""
+
 KEPT = 1.5
 """λ of the merged weights."""
 STRENGTHS = ("at_half", "at_one", "at_two", "at_three")
@@ -156,6 +165,8 @@ def cache_bytes(cache: Any) -> int:
 
 
 def decoder_prefill(model: Any) -> Callable[[Tensor], DynamicCache]:
+    """Fill a cache by all layers and without the head, whose product is the same for all methods."""
+
     def prefill(tokens: Tensor) -> DynamicCache:
         cache = DynamicCache(config=model.config)
         model.get_decoder()(input_ids=tokens, past_key_values=cache, use_cache=True)
@@ -222,9 +233,8 @@ def all_methods(
 
     def lora(lams: Callable[[int], Any], copied: int = 0) -> Method:
         def fill(tokens: Tensor) -> Any:
-            cache = DynamicCache(config=base.config)
-            dial(tokens, past_key_values=cache, logits_to_keep=1, lam=lams(len(tokens)))
-            return cache
+            with dial.projections.at(lams(len(tokens)), *tokens.shape):
+                return decoder_prefill(dial.base)(tokens)
 
         def generate(tokens: Tensor, **options: Any) -> Any:
             return dial.generate(tokens, lam=lams(len(tokens)), **options)
@@ -234,13 +244,23 @@ def all_methods(
     def names(rows: int) -> list[str]:
         return [STRENGTHS[row % len(STRENGTHS)] for row in range(rows)]
 
-    def peft_fill(tokens: Tensor) -> Any:
-        cache = DynamicCache(config=base.config)
-        peft(tokens, past_key_values=cache, logits_to_keep=1)
-        return cache
-
     def peft_generate(tokens: Tensor, **options: Any) -> Any:
         return peft.generate(input_ids=tokens, adapter_names=names(len(tokens)), **options)
+
+    prompts = PromptPair(aligned=PromptSettings(system=SYSTEM))
+    prompted = TwoPromptDecoder(base, PairRendering(load_tokenizer("miniature:hybrid"), prompts))
+
+    def aligned_inputs(tokens: Tensor) -> dict[str, Tensor]:
+        """The aligned prompts: other tokens, and fewer by a few."""
+        mask = torch.ones_like(tokens)
+        mask[:, :FEWER] = 0
+        return {"aligned_ids": tokens.roll(1, 1), "aligned_mask": mask}
+
+    def prompted_prefill(tokens: Tensor) -> Any:
+        return prompted.prefill(tokens, torch.ones_like(tokens), **aligned_inputs(tokens))
+
+    def prompted_generate(tokens: Tensor, **options: Any) -> Any:
+        return prompted.generate(tokens, lam=LAM, **aligned_inputs(tokens), **options)
 
     def by(model: Any) -> Callable[..., Any]:
         return lambda tokens, **options: model.generate(tokens, lam=LAM, **options)
@@ -251,8 +271,9 @@ def all_methods(
         "lora, λ=0": lora(lambda _: 0.0),
         "lora, kept merged": lora(lambda _: KEPT, adapted),
         "lora, merged": Method(decoder_prefill(merged), merged.generate, [merged]),
-        "PEFT": Method(peft_fill, peft.generate, [peft]),
-        "PEFT, mixed batch": Method(peft_fill, peft_generate, [peft]),
+        "PEFT": Method(decoder_prefill(peft.get_base_model()), peft.generate, [peft]),
+        "PEFT, mixed batch": Method(decoder_prefill(peft.get_base_model()), peft_generate, [peft]),
+        "two prompts": Method(prompted_prefill, prompted_generate, [base]),
         "inra": stream(BOTH, LAM),
         "two passes": Method(passes_prefill, by(passes), [passes]),
         "two models": Method(pair_prefill, by(two), [base, aligned]),

@@ -4,6 +4,7 @@ Run it from the repository, in the environment that has vLLM (``make .venv-vllm/
 
     .venv-vllm/bin/python benchmarks/vllm.py                       # every row, ten quiet minutes
     .venv-vllm/bin/python benchmarks/vllm.py --rows decode:8       # one row into the table
+    .venv-vllm/bin/python benchmarks/vllm.py --shape Qwen2.5-1.5B --rows decode:1 --new-tokens 16
     .venv-vllm/bin/python benchmarks/vllm.py --quick               # few tokens, nothing written
     .venv-vllm/bin/python benchmarks/vllm.py --clock cpu           # where others compute too
 
@@ -11,13 +12,14 @@ Three engines stand side by side: the plain model, the same one with an InRa ada
 one with a LoRA dial (rank 16 on all linear layers), both at λ = 0.5; those that are not asked wait. A
 round asks each in turn, and turns the order around each time. A ratio is the median over rounds of
 plain's time to the dial's in the same round, with its least and largest. ``decode:B`` are B requests
-with prompts of 32 tokens: the time of 65 tokens less that of the first. ``prefill:N`` is one request
+with prompts of 32 tokens: the time of 65 tokens (``--new-tokens`` and one) less that of the first. ``prefill:N`` is one request
 of N tokens up to its first token. The prefix cache is off. Time is that of the wall, or with
 ``--clock cpu`` that for which the engine's process has computed, on a machine that is not quiet; such
 figures are printed and not kept.
 
-The model has the shape of SmolLM2-135M (30 layers, width 576, vocabulary 49152) with random weights
-in bfloat16; prompts are random tokens. InRa's decoding reads each weight once, as plain does, so its
+The model has the shape of SmolLM2-135M (30 layers, width 576, vocabulary 49152), or that of
+Qwen2.5-1.5B (28 layers, width 1536, vocabulary 151936), with random weights in bfloat16; prompts are
+random tokens. InRa's decoding reads each weight once, as plain does, so its
 cost is arithmetic; its prefill is arithmetic alone, and 30 layers against 2·30 + 1 bound it by 0.49.
 The LoRA dial's arithmetic is that of the low-rank term: at rank 16, 5.5 % of a decoding step's.
 """
@@ -32,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from _document import put_section
-from _vllm_engines import CLOCKS, RANK, Engine, folders, measure
+from _vllm_engines import CLOCKS, RANK, SHAPES, Engine, folders, measure
 
 HERE = Path(__file__).parent
 sys.path[:] = [*(path for path in sys.path if path != str(HERE)), str(HERE)]  # this is not vLLM
@@ -78,14 +80,14 @@ def section(results: dict[str, Any]) -> str:
     from _machine import unique
 
     parts = [
-        "`.venv-vllm/bin/python benchmarks/vllm.py`, the shape of SmolLM2-135M in bfloat16. What the "
-        "columns mean: the script's head.",
+        "`.venv-vllm/bin/python benchmarks/vllm.py`, in bfloat16. What the columns mean: the script's "
+        "head.",
     ]
     settings = unique(row["machine"] for row in results["rows"])
     for facts in settings:
         lora = f", the LoRA of rank {facts['rank']}" if "rank" in facts else ""
         parts.append(
-            f"**{facts['cpu']}**, {facts['cores']} cores of which vLLM computes on one, "
+            f"**{facts['shape']}'s shape, {facts['cpu']}**, {facts['cores']} cores of which vLLM computes on one, "
             f"{facts['mode']}; "
             f"vLLM {facts['vllm']}, torch {facts['torch']}{lora}."
         )
@@ -94,9 +96,10 @@ def section(results: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def place(row: dict[str, Any]) -> tuple[str, str, str]:
-    """What tells rows apart: requests or tokens, the processor, and whether it was compiled."""
-    return row["row"], row["machine"]["cpu"], row["machine"]["mode"]
+def place(row: dict[str, Any]) -> tuple[str, ...]:
+    """What tells rows apart: requests or tokens, the shape, the processor, whether compiled."""
+    facts = row["machine"]
+    return row["row"], facts["shape"], facts["cpu"], facts["mode"]
 
 
 def main() -> None:
@@ -104,6 +107,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--shape", choices=SHAPES, default="SmolLM2-135M", help="of the model")
     parser.add_argument("--rank", type=int, default=RANK, help="of the LoRA")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="which seconds count")
     parser.add_argument("--compiled", action="store_true", help="by torch.compile; else eager")
@@ -129,9 +133,14 @@ def main() -> None:
     mode = "compiled" if arguments.compiled else "eager"
     stored = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     measured = {place(row): row for row in stored}
-    facts = machine() | {"vllm": __version__, "mode": mode, "rank": arguments.rank}
+    facts = machine() | {
+        "vllm": __version__,
+        "mode": mode,
+        "rank": arguments.rank,
+        "shape": arguments.shape,
+    }
     with tempfile.TemporaryDirectory() as where:
-        made = folders(Path(where), arguments.rank)
+        made = folders(Path(where), arguments.rank, arguments.shape)
         prompts = [int(size) for _, size in (row.split(":") for row in arguments.rows)]
         longest = max(1024, *prompts)  # 32 prompts of 32 tokens come together
         engines = {}
