@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from contract.subjects import dial_subject_of
 from families import FAMILIES, family_model
 from flexalign.errors import LambdaError
-from flexalign.lora_dial.projections import LoRAProjections
+from flexalign.lora_dial.projections import FEW_TOKENS, LoRAProjections
 from lora_dial.test_scaling import TOKENS, by_hand, logits, with_lora
 
 LAMS = torch.tensor([0.3, -1.0, 4.0])
@@ -83,7 +83,13 @@ def test_every_family_is_pefts_forward(family: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("adapter_dtype", [None, torch.float32])
-def test_every_precision(dtype: torch.dtype, adapter_dtype: torch.dtype | None) -> None:
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_every_precision(
+    dtype: torch.dtype, adapter_dtype: torch.dtype | None, repeats: int
+) -> None:
+    """Of few tokens, and of more than are multiplied in float32."""
+    tokens = TOKENS.repeat(1, repeats)
+    assert (tokens.numel() > FEW_TOKENS) == (repeats > 1)
     model = with_lora(dtype=dtype)
     if adapter_dtype is not None:
         for name, parameter in model.named_parameters():
@@ -91,19 +97,20 @@ def test_every_precision(dtype: torch.dtype, adapter_dtype: torch.dtype | None) 
                 parameter.data = parameter.data.to(adapter_dtype)
     path = LoRAProjections(model)
     expected = torch.cat(
-        [logits(by_hand(model, lam), TOKENS[i : i + 1]) for i, lam in enumerate(LAMS.tolist())]
+        [logits(by_hand(model, lam), tokens[i : i + 1]) for i, lam in enumerate(LAMS.tolist())]
     )
     with path.scale.at(LAMS):
-        peft = logits(model)
-    found = run(path, model, LAMS)
+        peft = logits(model, tokens)
+    found = run(path, model, LAMS, tokens)
     assert found.dtype == dtype
 
     # In low precision, as far from the exact result as PEFT's own forward is.
     off, own = ((one.double() - expected).norm() / expected.norm() for one in (found, peft))
     assert float(off) <= max(1.5 * float(own), 1e-6)
     with model.disable_adapter():
-        base = logits(model)
-    assert torch.equal(run(path, model, torch.tensor([0.0, 2.0, 0.0]))[[0, 2]], base[[0, 2]])
+        base = logits(model, tokens)
+    ends = run(path, model, torch.tensor([0.0, 2.0, 0.0]), tokens)
+    assert torch.equal(ends[[0, 2]], base[[0, 2]])
 
 
 def test_a_shared_input_is_multiplied_once() -> None:

@@ -8,6 +8,7 @@ and tensors cost more than the products do. :class:`LoRAProjections` computes th
   matrices stacked on each other;
 * that product, the smallest tensor, is multiplied once by λ, of each row or token;
 * the product with B is added into the base's output by the same call (``addmm_``);
+* on a CPU, a few tokens in half precision are multiplied in float32, where such products are faster;
 * where λ is 0 in all rows, nothing is computed beside the base.
 
 The base's own product does not change, and 0 times B is added to it in rows with λ = 0, so these
@@ -35,6 +36,10 @@ from flexalign._modes import evaluating
 from flexalign.fusion import Lambda
 from flexalign.lambdas import finite_lambda
 from flexalign.lora_dial.scaling import LoRAScale
+
+FEW_TOKENS = 32
+"""Up to so many tokens, a CPU multiplies with A and B faster in float32 than in half precision: there
+torch arranges the matrices anew for every product, which takes longer than a small product does."""
 
 
 class LoRAProjections:
@@ -224,18 +229,26 @@ class _Group:
         """Stack the A matrices, each times its scaling."""
         downs = [projection.refresh() for projection in self.projections]
         self._ranks = [len(down) for down in downs]
-        self._down = torch.cat(downs).T
-        self._kind = self._down.device, torch.promote_types(self._down.dtype, torch.float32)
+        precise = torch.cat(downs).T
+        self._down = precise.to(self.projections[0].dtype)
+        self._kind = precise.device, precise.dtype
+
+        has_few = precise.device.type == "cpu" and precise.dtype != self._down.dtype
+        self._precise_down = precise if has_few else None
 
     def products(self, hidden: Tensor) -> tuple[Tensor, ...]:
         """Return s·A·x of each layer, ``(N, r)``, times λ where tokens differ in it.
 
         Returns:
-            Nothing if λ is for another number of tokens.
+            Nothing if λ is for another number of tokens. They are in float32 where float32 is faster.
         """
         products = self._products
         if hidden is not self._input:
-            product = torch.mm(hidden.reshape(-1, hidden.shape[-1]), self._down)
+            tokens = hidden.reshape(-1, hidden.shape[-1])
+            if self._precise_down is not None and len(tokens) <= FEW_TOKENS:
+                product = torch.mm(tokens.to(self._precise_down.dtype), self._precise_down)
+            else:
+                product = torch.mm(tokens, self._down)
             strength = self.strength
             if strength.tokens:
                 if strength.tokens != len(product):
@@ -277,17 +290,23 @@ class _Projection:
         a, b = (part[self._adapter].weight for part in (layer.lora_A, layer.lora_B))
         return a, b, self._base.weight
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of W."""
+        return self._up.dtype
+
     @torch.no_grad()
     def refresh(self) -> Tensor:
-        """Read the layer's weights again; return A times the scaling, ``(r, H)``, in W's dtype."""
+        """Read the layer's weights again; return A times the scaling, ``(r, H)``, in float32."""
         a, b, weight = self.weights()
         self._up = b.detach().to(weight.dtype).T
+        self._precise_up = _precise(b).T if b.device.type == "cpu" else self._up
         # accelerate puts a forward of its own into a module whose weights it moves.
         is_plain = type(self._base) is nn.Linear and "forward" not in vars(self._base)
         self._weight = weight if is_plain else None
         self._bias = self._base.bias
         scaling: float = self.layer.scaling[self._adapter]
-        return (_precise(a) * scaling).to(weight.dtype)
+        return _precise(a) * scaling
 
     @torch.no_grad()
     def merge(self, lam: float | None) -> None:
@@ -323,8 +342,11 @@ class _Projection:
             return self._peft_forward(hidden)
         if not output.is_contiguous():
             output = output.contiguous()
-        product = products[self._place]
-        output.view(-1, self._width).addmm_(product, self._up, alpha=strength.number)
+        product, rows = products[self._place], output.view(-1, self._width)
+        if product.dtype == rows.dtype:
+            rows.addmm_(product, self._up, alpha=strength.number)
+        else:
+            rows.add_(torch.mm(product, self._precise_up), alpha=strength.number)
         return output
 
 
