@@ -44,8 +44,8 @@ mutation: .venv/mutation ## Small changes to the mathematics, each of which a te
 	$(BIN)/python tools/mutation.py --jobs $(JOBS)
 
 bench: .venv/installed .venv-vllm/installed ## Each claim's benchmark: ours, the peer, the ratio (hours)
-	set -e; for file in $(filter-out $(RESULTS) benchmarks/vllm.py benchmarks/gpu.py,$(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$file; done
-	$(VLLM) benchmarks/vllm.py
+	set -e; for file in $(filter-out $(RESULTS) benchmarks/dials_vllm.py benchmarks/gpu.py,$(wildcard benchmarks/[a-z]*.py)); do $(BIN)/python $$file; done
+	$(VLLM) benchmarks/dials_vllm.py
 
 gpu: ## What a GPU is asked first, in eight minutes; a rehearsal in two without one
 	PYTHONPATH=src $(GPU_PYTHON) benchmarks/gpu.py

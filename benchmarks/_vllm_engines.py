@@ -1,7 +1,4 @@
-"""Engines of vLLM that benchmarks ask: each in a process of its own, beside the plain model's.
-
-Apart from `benchmarks/vllm.py`, whose name is the package's: the processes of the engines import this.
-"""
+"""Engines of vLLM that benchmarks ask: each in a process of its own, beside the plain model's."""
 
 import contextlib
 import multiprocessing

@@ -22,7 +22,7 @@ nothing; they go to `out/gpu-rehearsal.json`.
   (``benchmarks/training.py``);
 * ``decode``: each dial beside the plain model at batch 1, 16 and 64 (``benchmarks/dials.py``);
 * ``vllm``: requests of several λ in one batch against the library, by log-probabilities, and each
-  dial's throughput beside plain, with model runner V2 and CUDA graphs (``benchmarks/vllm.py``).
+  dial's throughput beside plain, with model runner V2 and CUDA graphs (``benchmarks/dials_vllm.py``).
 """
 
 import argparse
@@ -45,9 +45,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-HERE = ROOT / "benchmarks"
-sys.path[:] = [*(path for path in sys.path if path != str(HERE)), str(HERE)]  # vllm.py is not vLLM
-RESULTS = HERE / "results" / "gpu.json"
+RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 REHEARSAL = ROOT / "out" / "gpu-rehearsal.json"
 LIMIT, REHEARSAL_LIMIT = 480, 120
 """Seconds of all parts together."""
@@ -448,7 +446,7 @@ def run_part(part: Part, limit: float, is_rehearsal: bool, vllm_python: Path) ->
     if part.name == "vllm":
         if vllm_python.is_file():
             python = str(vllm_python)
-        elif importlib.util.find_spec("vllm") is None or _is_ours("vllm"):
+        elif importlib.util.find_spec("vllm") is None:
             return _outcome("skipped", 0.0, limit, f"vLLM is not installed here, nor {vllm_python}")
 
     log = ROOT / "out" / f"gpu-{part.name}.log"
@@ -508,11 +506,6 @@ def _outcome(state: str, seconds: float, limit: float, reason: str | None) -> Ro
         "rows": [],
         "notes": [],
     }
-
-
-def _is_ours(name: str) -> bool:
-    spec = importlib.util.find_spec(name)
-    return spec is not None and spec.origin == str(HERE / f"{name}.py")
 
 
 def facts() -> dict[str, Any]:

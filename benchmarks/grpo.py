@@ -40,7 +40,7 @@ def prepare(models: Path, seed: int, options: dict[str, Any]) -> float | None:
 
     folder = models / f"seed={seed}"
     if not (folder / RECORD).is_file():
-        # In a process of its own: TRL would take benchmarks/vllm.py for the package vllm.
+        # In a process of its own, whose memory is freed at its end.
         command = [sys.executable, "-m", "flexalign", "miniature", "align", "--method", "grpo"]
         command += ["--seed", str(seed), "--output", str(folder), *options["training"]]
         subprocess.run(command, check=True)

@@ -2,11 +2,11 @@
 
 Run it from the repository, in the environment that has vLLM (``make .venv-vllm/installed``):
 
-    .venv-vllm/bin/python benchmarks/vllm.py                       # every row, ten quiet minutes
-    .venv-vllm/bin/python benchmarks/vllm.py --rows decode:8       # one row into the table
-    .venv-vllm/bin/python benchmarks/vllm.py --shape Qwen2.5-1.5B --rows decode:1 --new-tokens 16
-    .venv-vllm/bin/python benchmarks/vllm.py --quick               # few tokens, nothing written
-    .venv-vllm/bin/python benchmarks/vllm.py --clock cpu           # where others compute too
+    .venv-vllm/bin/python benchmarks/dials_vllm.py                       # every row, ten quiet minutes
+    .venv-vllm/bin/python benchmarks/dials_vllm.py --rows decode:8       # one row into the table
+    .venv-vllm/bin/python benchmarks/dials_vllm.py --shape Qwen2.5-1.5B --rows decode:1 --new-tokens 16
+    .venv-vllm/bin/python benchmarks/dials_vllm.py --quick               # few tokens, nothing written
+    .venv-vllm/bin/python benchmarks/dials_vllm.py --clock cpu           # where others compute too
 
 Three engines stand side by side: the plain model, the same one with an InRa adapter, and the same
 one with a LoRA dial (rank 16 on all linear layers), both at λ = 0.5; those that are not asked wait. A
@@ -36,9 +36,7 @@ from typing import Any
 from _document import put_section
 from _vllm_engines import CLOCKS, RANK, SHAPES, Engine, folders, measure
 
-HERE = Path(__file__).parent
-sys.path[:] = [*(path for path in sys.path if path != str(HERE)), str(HERE)]  # this is not vLLM
-RESULTS = HERE / "results" / "vllm.json"
+RESULTS = Path(__file__).parent / "results" / "dials_vllm.json"
 ROWS = ("decode:1", "decode:8", "decode:32", "prefill:400", "prefill:4000")
 TARGETS = {
     "inra": dict(zip(ROWS, (0.85, 0.7, 0.5, 0.44, 0.44), strict=True)),
@@ -80,7 +78,7 @@ def section(results: dict[str, Any]) -> str:
     from _machine import unique
 
     parts = [
-        "`.venv-vllm/bin/python benchmarks/vllm.py`, in bfloat16. What the columns mean: the script's "
+        "`.venv-vllm/bin/python benchmarks/dials_vllm.py`, in bfloat16. What the columns mean: the script's "
         "head.",
     ]
     settings = unique(row["machine"] for row in results["rows"])
@@ -113,10 +111,9 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="by torch.compile; else eager")
     parser.add_argument("--quick", action="store_true", help="few tokens, nothing written")
     arguments = parser.parse_args()
-    spec = importlib.util.find_spec("vllm")
-    if spec is None or spec.origin == str(Path(__file__).absolute()):
+    if importlib.util.find_spec("vllm") is None:
         print(
-            "benchmarks/vllm.py: skipped, as vLLM is not installed here; run it by "
+            "benchmarks/dials_vllm.py: skipped, as vLLM is not installed here; run it by "
             ".venv-vllm/bin/python (make .venv-vllm/installed)",
             file=sys.stderr,
         )
