@@ -104,7 +104,8 @@ def test_wrong_commands_are_one_sentence_and_the_conversation_goes_on(
     chat: Callable[..., Any],
 ) -> None:
     wrong = {
-        "/lambda 7": "λ=7: outside the range [0, 1]",
+        "/lambda 7": "λ=7: outside the range [0, 1] of the adapter miniature:fast; if you mean it, "
+        "leave with /quit and start again with --lambda-range LEAST,LARGEST; else give a λ inside it.",
         "/lambda nan": "/lambda takes one finite number, such as 0.3; got 'nan'",
         "/lambda 0,1": "/lambda takes one finite number",
         "/policy adaptive 3": "must be a number in [0, 1]",

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from flexalign.miniature import folder as miniature
 from flexalign.models.loading import fingerprint
 
 TRACES = [
@@ -101,6 +102,60 @@ def test_equal_models_are_said(tiny_pair, run_cli):
     shown = run_cli("inspect", tiny_pair.reference, tiny_pair.reference)
     assert "warning: " in shown.stdout
     assert "nothing to realign" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "held"),
+    [
+        (["miniature:dial"], "LoRA dial", {"gate": 0.01, "lambda_range": [0.0, 5.0]}),
+        (["miniature:reference", "DIAL"], "LoRA dial", {"gate": 0.01, "default_lambda": 1.0}),
+        (["miniature:fast"], "InRa adapter", {"adapter_layers": 1, "lambda_range": [0.0, 1.0]}),
+        (["miniature", "miniature:fast"], "InRa adapter", {"default_lambda": 0.0}),
+    ],
+)
+def test_a_trained_dial_is_shown_as_its_folder_has_it(names, kind, held, run_cli, tmp_path):
+    names = [
+        shutil.copytree(miniature("dial"), tmp_path / "own") if n == "DIAL" else n for n in names
+    ]
+    result = run_cli("inspect", *names, "--json")
+    assert result.exit_code == 0, result.stderr
+    facts = json.loads(result.stdout)
+    dial = facts["dial"]
+    assert (dial["kind"], dial["base"]) == (kind, "miniature:reference")
+    assert dial["base_fingerprint"] == fingerprint("miniature:reference")
+    assert dial["calibration"] is None
+    assert held.items() <= dial.items()
+    if names != ["miniature:fast"]:  # an InRa adapter alone is no model
+        assert facts.get("reference", facts)["family"] == "llama"
+
+    shown = " ".join(run_cli("inspect", *names).stdout.split())
+    low, high = dial["lambda_range"]
+    for part in (
+        f"kind │ {kind}",
+        f"λ permitted │ {low:g} to {high:g}",
+        f"default λ │ {dial['default_lambda']:g}",
+        "gate of training │ 0.01" if kind == "LoRA dial" else "place │ 1 layer before the base's",
+        "calibration │ none",
+    ):
+        assert part in shown
+
+
+def test_a_dials_calibration_is_shown(run_cli, tmp_path):
+    folder = shutil.copytree(miniature("fast"), tmp_path / "own")
+    file = folder / "inra_config.json"
+    effort = {"lambdas": [[0.0, 1.0], [100.0, 0.0], [125.0, -0.5]]}
+    given = {"version": 1, "effort": effort, "lambda_range": [-0.5, 1.0]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"calibration": given}))
+    shown = " ".join(run_cli("inspect", folder).stdout.split())
+    assert "efforts 0 to 125, λ from -0.5 to 1" in shown
+    assert json.loads(run_cli("inspect", folder, "--json").stdout)["dial"]["calibration"] == given
+
+
+def test_an_adapter_of_another_base_does_not_fit(run_cli):
+    result = run_cli("inspect", "miniature:aligned", "miniature:fast")
+    assert result.exit_code == 2
+    assert "miniature:fast was made for miniature:reference" in result.stderr
+    assert "--any-base" not in result.stderr
 
 
 def test_a_padded_width_is_noted(tiny_pair, tiny_model, tiny_tokenizer, run_cli, tmp_path):

@@ -281,3 +281,15 @@ def test_a_preview_reads_traces_and_samples_nothing(run_cli, tmp_path):
         assert (tmp_path / "preview" / "preview.png").stat().st_size > 0
         divergences = [row["divergence"] for row in found["rows"]]
         assert divergences == sorted(divergences)
+
+
+@pytest.mark.parametrize("system", ["dial:miniature", "pair:miniature"])
+@pytest.mark.parametrize("more", [("-o", "out"), ("--dry-run",)])
+def test_too_few_questions_leave_no_folder(
+    run_cli, system: str, more: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    result = run_cli("tune", system, "--task", "miniature", "--limit", "2", *more)
+    assert result.exit_code == 2
+    assert "tune needs at least 20 different questions, got 2." in result.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -173,6 +173,33 @@ def test_a_calibration_is_of_its_model_and_its_prompts(
 
 
 @pytest.mark.parametrize(
+    "command",
+    [
+        ("generate", MODEL, QUESTION),
+        ("chat", MODEL),
+        ("evaluate", f"prompts:{MODEL}", "--task", "miniature", "--dry-run"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_calibration_of_other_prompts_is_refused_before_its_effort_is_said(
+    run_cli: Callable[..., Any],
+    calibrated: Path,
+    command: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n"))
+    asked = (*command, "--calibration", calibrated, "--effort", 50)
+    result = run_cli(*asked, "--aligned-prompt", "system=check")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert "effort 50" not in result.stderr
+    more = GREEDY if command[0] != "evaluate" else ()
+    result = run_cli(*asked, *TOLD, *more)
+    assert result.exit_code == 0, result.stderr
+    assert f"effort 50: λ={HALF:g}" in result.stderr
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (

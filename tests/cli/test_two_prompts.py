@@ -96,6 +96,52 @@ def test_evaluate_and_tune_take_the_system(
     assert 0 < rows[1]["divergence"] < rows[2]["divergence"]
 
 
+TOO_LONG = ("--aligned-prompt", "system=" + "check ; " * 600)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("chat", MODEL),
+        ("serve", MODEL, "--port", 0),
+        ("generate", MODEL, QUESTION),
+        ("evaluate", f"prompts:{MODEL}", "--task", "miniature", "--lambda", 0.5, "-o", "out"),
+        ("tune", f"prompts:{MODEL}", "--task", "miniature", "--limit", 20, "-o", "out"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_prompt_that_fills_the_context_alone_is_refused_at_the_start(
+    run_cli: Callable[..., Any],
+    command: tuple[Any, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("9+3+6?\n"))
+    result = run_cli(*command, *TOO_LONG)
+    assert result.exit_code == 2
+    error = result.stderr.strip()
+    assert error.startswith("error: the aligned prompt has 12")
+    assert len(error.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["evaluate", "tune"])
+def test_a_question_beyond_the_context_leaves_no_folder(
+    run_cli: Callable[..., Any], command: str, tmp_path: Path
+) -> None:
+    rows = [{"problem": f"{n}+1?", "answer": str(n + 1)} for n in range(20)]
+    rows[13]["problem"] = "+".join("1" * 600) + "?"
+    task, output = tmp_path / "q.jsonl", tmp_path / "out"
+    task.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ("--task", task, "--lambda", "0.5", "--samples", 1, "--max-new-tokens", 5)
+    result = run_cli(command, f"prompts:{MODEL}", *TOLD, *asked, "-o", output)
+    assert result.exit_code == 2
+    assert "question 14 of q: the prompt has" in result.stderr
+    assert "samples" not in result.stderr  # no bar was begun
+    assert not output.exists()
+
+
 def test_tune_says_how_to_go_on() -> None:
     prompts = PromptPair(
         PromptSettings({"enable_thinking": True}), PromptSettings(system="Be brief.")

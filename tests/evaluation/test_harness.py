@@ -23,7 +23,7 @@ from lm_eval.tasks import TaskManager
 
 from conftest import TinyPair
 from contract.subjects import inserted, put_lora, stir
-from flexalign.errors import CheckpointError, ConfigError, LambdaError
+from flexalign.errors import CheckpointError, ConfigError, LambdaError, PairMismatchError
 from flexalign.evaluation.harness import HarnessModel
 from flexalign.generation import TwoModelDecoder
 from flexalign.inra import InRaModel
@@ -363,6 +363,15 @@ def test_settings_are_recorded(tiny: Dial):
         ({"adapter": "nowhere"}, CheckpointError, "nowhere holds no dial"),
         # What `hf` takes for models that it loads itself, and what nobody takes.
         ({"adapter": "a", "lamda": 1.0}, ConfigError, "'lamda'; did you mean 'lambda'"),
+        (
+            {"aligned_systm": "check ;", "lambda": 1.5},
+            ConfigError,
+            "'aligned_systm'; did you mean 'aligned_system'",
+        ),
+        ({"adapter": "miniature:dial", "gate": 0.1}, ConfigError, "^gate=: a LoRA dial takes no"),
+        ({"adapter": "a", "aligned_system": "b"}, ConfigError, r"leave them out, or adapter=\.$"),
+        ({"aligned": "a", "aligned_system": "b"}, ConfigError, r"leave them out, or aligned=\.$"),
+        ({"by_id": True, "adapter": "a"}, ConfigError, "^by_id= is about .* aligned=…"),
         ({"load_in_8bit": True}, ConfigError, "no argument 'load_in_8bit'"),
         ({"peft": "some/adapter"}, ConfigError, "peft=some/adapter is not served.*aligned="),
         ({"revision": "abc"}, ConfigError, "revision=abc is not served"),
@@ -374,6 +383,16 @@ def test_settings_are_recorded(tiny: Dial):
 def test_what_cannot_be_is_refused(arguments: dict[str, Any], error: type, message: str):
     with pytest.raises(error, match=message):
         HarnessModel("miniature", device="cpu", **arguments)
+
+
+def test_another_base_is_refused_before_it_is_loaded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        "flexalign.systems.local.LocalBackend.load", lambda *_, **__: pytest.fail("loaded")
+    )
+    with pytest.raises(PairMismatchError, match=r"other weights\. Give its own base\.$"):
+        HarnessModel("miniature:aligned", adapter="miniature:fast", device="cpu")
+    with pytest.raises(ConfigError, match=r"the aligned prompt has .* context"):
+        HarnessModel("miniature:hybrid", aligned_system="check ; " * 600, device="cpu")
 
 
 def test_what_hf_takes_by_default_is_taken_too():

@@ -52,6 +52,21 @@ def test_a_schedule_leaves_what_is_cached_at_its_own_lambda(dial, greedy, naive,
     assert expected[2] != naive(dial, rows[2], 3.0, STEPS)
 
 
+@pytest.mark.parametrize(
+    ("lam", "message"),
+    [
+        ([0.5, 1.0], "^2 λ for 3 rows; give one number"),
+        (torch.ones(4), "^4 λ for 3 rows"),
+        (torch.ones(3, 2), r"^λ of shape \(3, 2\) does not fit 3 rows of 5 tokens"),
+        (torch.ones(5, 3), r"^λ of shape \(5, 3\) does not fit"),
+    ],
+    ids=str,
+)
+def test_a_forward_says_how_many_lambda_it_takes(dial, lam, message):
+    with pytest.raises(LambdaError, match=message):
+        dial(torch.ones(3, 5, dtype=torch.long), lam=lam)
+
+
 def test_lambda_by_token_in_one_forward(dial, rows):
     tokens = torch.tensor([rows[2]])
     lam = torch.linspace(-1, 3, tokens.shape[1])[None]

@@ -166,6 +166,19 @@ def test_prompts_that_differ_do_not_warn(hybrid_tokenizer: Any) -> None:
         PairRendering(hybrid_tokenizer, PromptPair(aligned=PromptSettings(system=BRIEF)))
 
 
+@pytest.mark.parametrize("side", ["reference", "aligned"])
+def test_a_prompt_that_fills_the_context_alone_is_refused_at_once(
+    hybrid_tokenizer: Any, side: str
+) -> None:
+    prompts = PromptPair(**{side: PromptSettings(system="be brief ; " * 20)})
+    question = [{"role": "user", "content": "1"}]
+    tokens = getattr(PairRendering(hybrid_tokenizer, prompts).both(question), side).ids
+    for context in (len(tokens), None):
+        PairRendering(hybrid_tokenizer, prompts, context=context)
+    with pytest.raises(ConfigError, match=f"the {side} prompt has {len(tokens)} tokens"):
+        PairRendering(hybrid_tokenizer, prompts, context=len(tokens) - 1)
+
+
 def test_plain_text_has_no_place_for_a_prompt(hybrid_tokenizer: Any) -> None:
     rendering = PairRendering(hybrid_tokenizer, PromptPair(aligned=PromptSettings(system=BRIEF)))
     with pytest.raises(DataError, match="plain text, which is the same under both prompts"):

@@ -162,8 +162,9 @@ class Tuning:
         """Tune a system on a task. Arguments as for :func:`tune`.
 
         Raises:
-            ConfigError: If the system has no dial, a part of it is missing, or there is no
-                candidate.
+            ConfigError: If the system has no dial, a part of it is missing, there is no candidate,
+                or there are too few questions.
+            DataError: If the system cannot be asked one of the questions.
             LambdaError: If a λ is outside an adapter's range.
         """
         compared = compared_settings(
@@ -177,9 +178,12 @@ class Tuning:
             raise ConfigError(
                 f"{system.name} has no dial to tune; give dial:, pair:, prompts: or interpolate:."
             )
+        # Before the sweep, which finds the models, and long before its folder is made.
+        ids = tuple(question.id for question in task.questions)
+        reference, *candidates = [setting.id for setting in compared]
+        _check(candidates, reference, ids, constraint, options)
         how = sampling_options([task], **sampling)
         sweep = Sweep([system], [task], compared, options.samples, options.seed, options=how)
-        ids = tuple(question.id for question in task.questions)
         return cls(system.name, task.name, ids, tuple(compared), constraint, options, sweep)
 
     @classmethod
@@ -446,11 +450,7 @@ def select_setting(
             betting is requested for a `TokenBudget`.
     """
     how = options or TuneOptions()
-    _check(candidates, reference, questions)
-    if how.looks == "betting" and math.isinf(constraint.lowest):
-        raise ConfigError(
-            "betting needs a loss that is bounded, and tokens are not; take looks obrien-fleming."
-        )
+    _check(candidates, reference, questions, constraint, how)
 
     racing = list(candidates)
     if not isinstance(constraint, NonInferiority):
@@ -515,7 +515,13 @@ def select_setting(
     )
 
 
-def _check(candidates: Sequence[str], reference: str, questions: Sequence[str]) -> None:
+def _check(
+    candidates: Sequence[str],
+    reference: str,
+    questions: Sequence[str],
+    constraint: Constraint,
+    options: TuneOptions,
+) -> None:
     if not candidates:
         raise ConfigError("there is no candidate; name at least one setting besides λ = 0.")
     twice = [name for name in candidates if list(candidates).count(name) > 1 or name == reference]
@@ -527,6 +533,10 @@ def _check(candidates: Sequence[str], reference: str, questions: Sequence[str]) 
         raise ConfigError(
             f"tune needs at least {_FEWEST_QUESTIONS} different questions, "
             f"got {len(set(questions))}."
+        )
+    if options.looks == "betting" and math.isinf(constraint.lowest):
+        raise ConfigError(
+            "betting needs a loss that is bounded, and tokens are not; take looks obrien-fleming."
         )
 
 

@@ -41,6 +41,7 @@ from flexalign.cli.options import (
     read_range,
     read_setting,
     read_settings,
+    say_efforts,
     with_logits_options,
 )
 from flexalign.data.logits import LogitsSettings
@@ -125,7 +126,8 @@ def chat(
     )
     policies = [policy] if policy is not None else []
     read = partial(read_efforts, adapter=adapter, prompts=two_prompts, calibration=calibration)
-    settings = read_settings(read_lambdas(lam), policies, read(effort))
+    efforts = read(effort)
+    settings = read_settings(read_lambdas(lam), policies, efforts)
     if len(settings) > 1:
         raise ConfigError("a conversation begins with one setting; give one λ, policy or effort.")
 
@@ -153,6 +155,7 @@ def chat(
         with as_input_errors():
             backend = LocalBackend(named, settings, options)
         backend.require_dial(settings)
+        say_efforts(efforts, adapter, calibration)
 
         with as_input_errors(), console.status("loading"):
             _ = backend.model
@@ -244,7 +247,10 @@ def _execute(conversation: "Conversation", line: str, read: EffortReader) -> boo
             if value:
                 conversation.turn_to(_read_setting(name, value, read))
             setting, calibration = conversation.setting, conversation.backend.calibration
-            console.print(describe_setting(setting, calibration), markup=False)
+            told = describe_setting(setting, calibration)
+            if name == "effort" and value:
+                console.print(f"effort {setting.effort:g}: {told}", markup=False)
+            console.print(told, markup=False)
         case _:
             raise ConfigError(f"there is no command /{name}; /help lists them.")
     return True

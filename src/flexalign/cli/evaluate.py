@@ -49,6 +49,7 @@ from flexalign.cli.options import (
     read_range,
     read_secret,
     read_settings,
+    say_efforts,
     with_logits_options,
 )
 from flexalign.data.logits import LogitsSettings
@@ -262,6 +263,7 @@ def evaluate(
             calibration=calibration,
             by_id=by_id,
         )
+        say_efforts(efforts, adapter, calibration)
         unreadable = _warn(sweep, workers)
         if dry_run or output is None:
             _preview(sweep, unreadable, as_json)

@@ -43,6 +43,7 @@ from flexalign.cli.options import (
     read_prompt_pair,
     read_range,
     read_settings,
+    say_efforts,
     with_logits_options,
 )
 from flexalign.data.logits import LogitsSettings
@@ -167,6 +168,7 @@ def generate(
         with as_input_errors():
             backend = LocalBackend(system, settings, options)
         backend.require_dial(settings)
+        say_efforts(efforts, adapter, calibration)
 
         asked = settings or [backend.default]
         requests = prompt_requests(prompts, asked, samples=samples, seed=seed)

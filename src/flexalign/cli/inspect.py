@@ -17,6 +17,7 @@ from flexalign.cli.console import (
     warnings_as_notes,
     without_downloads,
 )
+from flexalign.cli.dial_facts import DialFacts, read_dial_facts
 from flexalign.cli.options import (
     AlignedPrompt,
     AllowPickle,
@@ -41,7 +42,7 @@ def inspect(
     aligned: Annotated[
         str | None,
         typer.Argument(
-            help="The aligned model, or a PEFT adapter or (with --diff) an InRa adapter on the reference."
+            help="The aligned model, or a PEFT adapter, LoRA dial or InRa adapter on the reference."
         ),
     ] = None,
     reference_prompt: ReferencePrompt = None,
@@ -69,7 +70,7 @@ def inspect(
 ) -> None:
     """Show what a model is, whether two fit together, and what λ would turn between them.
 
-    No weights are loaded without --diff. A pair that does not fit ends with exit code 2.
+    Of a trained dial it shows what its folder says: base, λ, gate and calibration. No weights are loaded without --diff. A pair that does not fit ends with exit code 2.
 
     Examples:
 
@@ -100,13 +101,19 @@ def inspect(
         if aligned is None:
             raise ConfigError("--diff compares two models; name the aligned one too.")
 
-    if diff is not None and aligned is not None and (folder := _inra_folder(aligned)) is not None:
+    if aligned is not None and (inra := _inra_facts(aligned, at_hub=diff is not None)) is not None:
         if by_id:
             raise ConfigError(
                 f"--by-id is about two models, and {aligned} is an adapter; leave it out."
             )
         loading = {**options, "allow_pickle": allow_pickle}
-        _inspect_adapter(model, folder, diff, limit, batch_size, loading, as_json=as_json)
+        _inspect_adapter(model, inra, diff, limit, batch_size, loading, as_json=as_json)
+        return
+    if aligned is None and (inra := _inra_facts(model, at_hub=False)) is not None:
+        if as_json:
+            print_json({"dial": inra.to_json()})
+        else:
+            _show_dial(inra)
         return
 
     names = [model] if aligned is None else [model, aligned]
@@ -118,16 +125,20 @@ def inspect(
     if aligned is None:
         with without_downloads(dry_run=True):
             one = examine(model, **options)
+            dial = read_dial_facts(model)
         if as_json:
-            print_json(one.to_json())
+            print_json(one.to_json() | _dial_json(dial))
         else:
             _show_models(one)
+            _show_dial(dial)
         return
 
     with without_downloads(dry_run=diff is None):
         facts = examine_pair(model, aligned, by_id=by_id, **options)
+        dial = read_dial_facts(aligned)
     if not as_json:
         _show_models(facts.reference, facts.aligned)
+        _show_dial(dial)
         _show_verdict(facts)
 
     difference = None
@@ -137,7 +148,7 @@ def inspect(
 
     if as_json:
         extra = {} if difference is None else {"difference": difference.to_json()}
-        print_json(facts.to_json() | extra)
+        print_json(facts.to_json() | _dial_json(dial) | extra)
     elif difference is not None:
         _show_difference(difference)
     if not facts.fits:
@@ -200,47 +211,64 @@ def _measure(
         )
 
 
-def _inra_folder(name: str) -> Path | None:
-    """Return the folder of an InRa adapter; None if the name is of something else."""
-    from flexalign.models.sources import resolve_adapter
+def _inra_facts(name: str, *, at_hub: bool) -> DialFacts | None:
+    """Return what the folder of an InRa adapter says; None if the name is of something else.
 
-    try:
-        folder = resolve_adapter(name)
-    except ConfigError:
+    Args:
+        name: The name.
+        at_hub: Look a repository up as an adapter; if it is a model's, it is looked up once more.
+    """
+    from flexalign.models.sources import hub_id
+
+    if not at_hub and hub_id(name) is not None:
         return None
-    return folder if (folder / "inra_config.json").is_file() else None
+    found = read_dial_facts(name)
+    return None if found is None or found.is_lora else found
 
 
 def _inspect_adapter(
     model: str,
-    adapter: Path,
-    diff: Path,
+    adapter: DialFacts,
+    diff: Path | None,
     limit: int,
     batch_size: int,
     loading: dict[str, Any],
     *,
     as_json: bool,
 ) -> None:
-    """Show the base of an InRa adapter, and, on responses, what the adapter turns."""
+    """Show an InRa adapter and its base, and, on responses, what the adapter turns."""
     from flexalign.analysis.difference import load_rows, measure_difference
+    from flexalign.generation.dial_config import require_base
     from flexalign.inra import InRaModel
     from flexalign.models.compatibility import examine
 
     _say_slow_parts([model])
     trusted = loading["trust_remote_code"]
-    facts = examine(model, dtype=loading["dtype"], trust_remote_code=trusted)
+    with without_downloads(dry_run=diff is None):
+        facts = examine(model, dtype=loading["dtype"], trust_remote_code=trusted)
+    if facts.fingerprint is not None:
+        require_base(adapter.settings, facts.fingerprint, facts.name, adapter.name, insist="")
+    if diff is None:
+        if as_json:
+            print_json(facts.to_json() | _dial_json(adapter))
+        else:
+            _show_models(facts)
+            _show_dial(adapter)
+        return
+
     rows = load_rows(diff, facts.tokenizer, limit)
     right = _grade(diff, rows, facts.tokenizer, limit)
     if not as_json:
         _show_models(facts)
+        _show_dial(adapter)
     say(f"loading {facts.name}, {facts.gib:.3g} GiB")
-    dial = InRaModel.from_pretrained(model, adapter, **loading)
+    dial = InRaModel.from_pretrained(model, adapter.folder, **loading)
     with progress_bar("reading with both streams", len(rows)) as show:
         difference = measure_difference(
             dial, rows, batch_size=batch_size, right=right, progress=lambda done, _: show(done)
         )
     if as_json:
-        print_json(facts.to_json() | {"difference": difference.to_json()})
+        print_json(facts.to_json() | _dial_json(adapter) | {"difference": difference.to_json()})
     else:
         _show_difference(difference)
 
@@ -336,6 +364,19 @@ def _show_models(*models: "ModelFacts") -> None:
     ):
         table.add_row(label, *map(escape, values))
     result_console.print(table)
+
+
+def _show_dial(dial: DialFacts | None) -> None:
+    if dial is None:
+        return
+    table = Table("", escape(dial.name), title="the dial")
+    for label, value in dial.rows():
+        table.add_row(label, escape(value))
+    result_console.print(table)
+
+
+def _dial_json(dial: DialFacts | None) -> dict[str, Any]:
+    return {} if dial is None else {"dial": dial.to_json()}
 
 
 def _show_verdict(facts: "PairFacts") -> None:

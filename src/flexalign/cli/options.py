@@ -407,7 +407,7 @@ def read_efforts(
     prompts: "PromptPair | None" = None,
     calibration: Path | None = None,
 ) -> list[Setting]:
-    """Read ``--effort 0,50,100`` by a dial's calibration, and print the setting of each.
+    """Read ``--effort 0,50,100`` by a dial's calibration; :func:`say_efforts` prints the settings.
 
     Args:
         text: The option's value.
@@ -435,15 +435,8 @@ def read_efforts(
             "--lambda."
         )
     from flexalign.calibration.effort import Calibration, effort_settings
-    from flexalign.generation.two_prompt_config import TwoPromptConfig
-    from flexalign.systems.dials import read_dial
 
-    with as_input_errors():
-        if adapter is not None:
-            stored = read_dial(adapter).calibration
-        else:
-            stored = TwoPromptConfig.load(Path(folder)).calibration
-
+    stored = _stored_calibration(adapter, folder)
     efforts = []
     for part in text.split(","):
         try:
@@ -454,10 +447,36 @@ def read_efforts(
                 "with commas."
             ) from None
 
-    settings = effort_settings(Calibration.from_json(stored), efforts)
-    for setting in settings:
+    return effort_settings(Calibration.from_json(stored), efforts)
+
+
+def say_efforts(
+    efforts: Sequence[Setting], adapter: str | None, calibration: Path | None = None
+) -> None:
+    """Print the setting of each effort, once the model is known to be the calibration's.
+
+    Args:
+        efforts: The result of :func:`read_efforts`.
+        adapter: The adapter; None if there is none.
+        calibration: The folder with the calibration of two prompts.
+    """
+    folder = adapter or calibration
+    if not efforts or folder is None:
+        return
+    stored = _stored_calibration(adapter, folder)
+    for setting in efforts:
         say(f"effort {setting.effort:g}: {describe_setting(setting, stored)}")
-    return settings
+
+
+def _stored_calibration(adapter: str | None, folder: str | Path) -> dict[str, Any] | None:
+    """Return the calibration of an adapter, or of two prompts by its folder."""
+    from flexalign.generation.two_prompt_config import TwoPromptConfig
+    from flexalign.systems.dials import read_dial
+
+    with as_input_errors():
+        if adapter is not None:
+            return read_dial(adapter).calibration
+        return TwoPromptConfig.load(Path(folder)).calibration
 
 
 def read_range(text: str | None) -> tuple[float, float] | None:

@@ -33,8 +33,11 @@ from flexalign.data.prompting import PromptSettings
 from flexalign.errors import ConfigError, FlexAlignError
 from flexalign.generation import TwoModelDecoder, TwoPromptDecoder
 from flexalign.generation.adapted import BasedModel
+from flexalign.generation.dial_config import require_base
 from flexalign.generation.fused import positions_of
 from flexalign.lambdas import Exit, Fixed, Policy, Setting
+from flexalign.lora_dial import LoRADialConfig
+from flexalign.lora_dial.modeling import GATE_REFUSED
 from flexalign.models.loading import fingerprint
 from flexalign.models.prompted import PromptPair, TwoPrompts, require_context
 from flexalign.systems import LocalBackend, System, SystemOptions
@@ -120,11 +123,16 @@ class HarnessModel(HFLM):  # type: ignore[misc]
         prompts = _read_prompts(
             (reference_template, reference_system), (aligned_template, aligned_system)
         )
-        setting = _read_setting(asked, adapter, aligned, prompts, gate)
         has_dial = adapter is not None or aligned is not None or prompts is not None
         check_arguments(options, has_dial=has_dial)
+        if by_id and (aligned is None or adapter is not None or prompts is not None):
+            raise ConfigError("by_id= is about two models; name the other one as aligned=….")
+        setting = _read_setting(asked, adapter, aligned, prompts, gate)
         if adapter is not None:
-            read_dial(adapter)  # a missing adapter raises CheckpointError here
+            config = read_dial(adapter)  # a missing adapter raises CheckpointError here
+            if gate is not None and isinstance(config, LoRADialConfig):
+                raise ConfigError(f"gate=: {GATE_REFUSED}")
+            require_base(config, fingerprint(pretrained), pretrained, adapter, insist="")
 
         backend = LocalBackend(
             System.of(pretrained, adapter, aligned, prompts),
@@ -422,6 +430,12 @@ def _read_setting(
     given = {name: value for name, value in asked.items() if value is not None}
     if adapter is not None and aligned is not None:
         raise ConfigError("give adapter= or aligned=, not both: each makes a dial of its own.")
+    if prompts is not None and (adapter is not None or aligned is not None):
+        other = "adapter" if adapter is not None else "aligned"
+        raise ConfigError(
+            "two prompts (reference_system=, reference_template=, aligned_system=, "
+            f"aligned_template=) are a dial of one model; leave them out, or {other}=."
+        )
     if len(given) > 1:
         raise ConfigError(f"give one of {' and '.join(given)}: they are names of one dial.")
     has_dial = adapter is not None or aligned is not None or prompts is not None

@@ -17,7 +17,7 @@ from flexalign._storage import write_json
 from flexalign.data.logits import LogitsSettings
 from flexalign.data.thinking import ThinkingTags
 from flexalign.data.traces import derive_seed
-from flexalign.errors import ConfigError, ServingError
+from flexalign.errors import ConfigError, DataError, ServingError
 from flexalign.evaluation.grading import Answered, Grader
 from flexalign.evaluation.report import write_report
 from flexalign.evaluation.samples import ResultsFolder
@@ -242,6 +242,8 @@ class Sweep:
     Raises:
         ConfigError: If something is missing or is given twice, fields contradict each other, or
             students of one pair were trained differently.
+        DataError: If a system cannot be asked one of the questions, such as one that is longer than
+            its context.
         LambdaError: If a λ is outside an adapter's range.
     """
 
@@ -287,12 +289,26 @@ class Sweep:
                 )
 
         _ = self.backends  # made here to check that every model exists
+        self._require_prompts()
         if self.notes and not self.any_training:
             raise ConfigError(
                 f"{' '.join(self.notes).removesuffix('.')}; so λ is not all that sets them apart: "
                 "train them alike, or compare them with --any-training (any_training=True), which "
                 "says so in the report."
             )
+
+    def _require_prompts(self) -> None:
+        """Render every question for every system, so that one is refused before anything is written."""
+        for system in self.systems:
+            for task in self.tasks:
+                for number, question in enumerate(task.questions, start=1):
+                    asked = _asked(system, task.messages(question), number)
+                    try:
+                        self.backends[system.name].render(asked)
+                    except DataError as error:
+                        raise DataError(
+                            f"{system.name}, question {question.id} of {task.name}: {error}"
+                        ) from error
 
     def settings_of(self, system: System) -> list[Setting]:
         """Return the settings at which one of the systems is measured."""

@@ -180,7 +180,13 @@ class DialConfig:
             raise CheckpointError(f"{path} is not usable: {error}") from error
 
 
-def require_base(settings: DialConfig, found: str, name: str, folder: Path) -> None:
+def require_base(
+    settings: DialConfig,
+    found: str,
+    name: str,
+    folder: str | Path,
+    insist: str = ", or insist with --any-base (any_base=True)",
+) -> None:
     """Refuse a base that an adapter was not made for.
 
     Args:
@@ -188,6 +194,7 @@ def require_base(settings: DialConfig, found: str, name: str, folder: Path) -> N
         found: The base's fingerprint.
         name: The base's name, for the message.
         folder: The adapter's folder, for the message.
+        insist: How another base is accepted, for the message; empty where none is.
 
     Raises:
         PairMismatchError: If the base's fingerprint is not the one in the adapter's settings.
@@ -196,7 +203,7 @@ def require_base(settings: DialConfig, found: str, name: str, folder: Path) -> N
         raise PairMismatchError(
             f"the adapter {folder} was made for {settings.base} (fingerprint "
             f"{settings.base_fingerprint}), and {name} has {found}: other weights. Give its own "
-            "base, or insist with --any-base (any_base=True)."
+            f"base{insist}."
         )
 
 

@@ -21,7 +21,7 @@ from flexalign.generation.two_prompt_config import TwoPromptConfig
 from flexalign.generation.two_streams import TwoStreamModel
 from flexalign.lambdas import Adaptive
 from flexalign.models.adapters import inner_model
-from flexalign.models.loading import load_model, load_tokenizer
+from flexalign.models.loading import load_config, load_model, load_tokenizer
 from flexalign.models.prompted import (
     PairRendering,
     PromptPair,
@@ -91,11 +91,15 @@ class TwoPromptDecoder(TwoStreamModel):
             **loading: Options of :func:`flexalign.models.loading.load_model`.
 
         Raises:
-            ConfigError: If the chat template does not take one of the prompts.
+            ConfigError: If the chat template does not take one of the prompts, or it alone is longer
+                than the model's context.
             CheckpointError: If weights are missing or damaged.
             UnsupportedModelError: As in the constructor.
         """
-        rendering = PairRendering(load_tokenizer(model), prompts)
+        trusted = bool(loading.get("trust_remote_code", False))
+        config = load_config(model, trust_remote_code=trusted)
+        tokenizer = load_tokenizer(model, trust_remote_code=trusted)
+        rendering = PairRendering(tokenizer, prompts, context=context_of(config))
         return cls(load_model(model, **loading), rendering)
 
     def encode(self, prompts: Sequence[Prompt | TwoPrompts]) -> dict[str, Tensor]:

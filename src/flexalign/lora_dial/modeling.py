@@ -14,7 +14,13 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from flexalign._modes import evaluating
 from flexalign._storage import following_umask
-from flexalign.errors import CheckpointError, ConfigError, UnsupportedModelError
+from flexalign.errors import (
+    CheckpointError,
+    ConfigError,
+    LambdaError,
+    UnsupportedModelError,
+)
+from flexalign.fusion import Lambda
 from flexalign.generation.adapted import AdaptedModel, Base, load_own_base, model_name
 from flexalign.generation.fused import forward_inputs, positions_of, taken_inputs
 from flexalign.generation.inherited import refuse_inner_outputs
@@ -197,6 +203,7 @@ class LoRADial(AdaptedModel):
             raise ConfigError("forward needs input_ids or inputs_embeds.")
         if not lam_checked:
             lam = self._checked_lambda(lam)
+            _require_shape(lam, *prompts.shape[:2])
 
         keeps = past_key_values is not None if use_cache is None else use_cache
         kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -325,6 +332,25 @@ class LoRADial(AdaptedModel):
     def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         """Create the cache that the base's own ``generate`` would: its family decides."""
         return self.base._prepare_cache_for_generation(*args, **kwargs)
+
+
+def _require_shape(lam: Lambda, rows: int, tokens: int) -> None:
+    """Refuse λ of a forward that is neither one number, nor one per row, nor one per row and token.
+
+    Raises:
+        LambdaError: If it is of another shape.
+    """
+    if not isinstance(lam, Tensor) or lam.numel() == 1 or lam.shape in ((rows,), (rows, tokens)):
+        return
+    if lam.ndim == 1:
+        raise LambdaError(
+            f"{len(lam)} λ for {rows} rows; give one number, or one for each row, or one for each "
+            "row and token."
+        )
+    raise LambdaError(
+        f"λ of shape {tuple(lam.shape)} does not fit {rows} rows of {tokens} tokens; give one "
+        f"number, ({rows},), or ({rows}, {tokens})."
+    )
 
 
 @dataclass(frozen=True)

@@ -282,7 +282,8 @@ class PairRendering:
 
         Raises:
             ConfigError: If there is no chat template, the template does not read one of the
-                arguments, or it has no place for a system message that is given.
+                arguments, it has no place for a system message that is given, or a prompt alone is
+                longer than the context.
         """
         self.prompts = prompts
         self.context = context
@@ -296,12 +297,23 @@ class PairRendering:
         self._renderings = {side: Rendering(own, tags) for side, own in self.tokenizers.items()}
 
         probe = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+        for side in SIDES:
+            self._require_room(side, probe[:1])
         texts = [self.render(side, [*probe, probe[0]]).text for side in SIDES]
         if texts[0] == texts[1]:
             warnings.warn(
                 "the reference's prompt and the aligned prompt render the same text: there is "
                 "nothing to turn, and every λ is the plain model.",
                 stacklevel=3,
+            )
+
+    def _require_room(self, side: Side, shortest: list[dict[str, Any]]) -> None:
+        """Refuse a prompt that leaves no room in the context for the shortest question."""
+        tokens = len(self.render(side, shortest).ids)
+        if self.context is not None and tokens > self.context:
+            raise ConfigError(
+                f"the {side} prompt has {tokens} tokens with a question of one character, and the "
+                f"model's context is {self.context}; shorten its system message."
             )
 
     def messages(self, side: Side, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ class Conversation:
             LambdaError: If a λ is outside the range that is permitted.
         """
         self.backend.require_dial([setting])
-        self.backend.require_range([setting])
+        self.backend.require_range([setting], permit=_START_AGAIN)
         self.setting = setting
 
     def ask(self, text: str, show: Callable[[Sequence[Piece]], None]) -> Reply:
@@ -119,6 +119,12 @@ class Conversation:
             **dial,
         )
         return self.backend.text.read(messages, response)
+
+
+_START_AGAIN = (
+    "leave with /quit and start again with --lambda-range LEAST,LARGEST; else give a λ inside it"
+)
+"""How a running conversation permits a λ outside its range, for messages."""
 
 
 class _Streamer:
