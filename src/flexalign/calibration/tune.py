@@ -162,8 +162,8 @@ class Tuning:
         """Tune a system on a task. Arguments as for :func:`tune`.
 
         Raises:
-            ConfigError: If the system has no dial, a part of it is missing, there is no candidate,
-                or there are too few questions.
+            ConfigError: If the system has no dial, a part of it is missing, or there is no
+                candidate.
             DataError: If the system cannot be asked one of the questions.
             LambdaError: If a λ is outside an adapter's range.
         """
@@ -178,12 +178,9 @@ class Tuning:
             raise ConfigError(
                 f"{system.name} has no dial to tune; give dial:, pair:, prompts: or interpolate:."
             )
-        # Before the sweep, which finds the models, and long before its folder is made.
-        ids = tuple(question.id for question in task.questions)
-        reference, *candidates = [setting.id for setting in compared]
-        _check(candidates, reference, ids, constraint, options)
         how = sampling_options([task], **sampling)
         sweep = Sweep([system], [task], compared, options.samples, options.seed, options=how)
+        ids = tuple(question.id for question in task.questions)
         return cls(system.name, task.name, ids, tuple(compared), constraint, options, sweep)
 
     @classmethod
@@ -219,6 +216,15 @@ class Tuning:
             raise ConfigError("the samples of this tuning are stored; none is drawn.")
         return self.source
 
+    def require_possible(self) -> None:
+        """Refuse a tuning that cannot be run, before anything is sampled or written.
+
+        Raises:
+            ConfigError: If there are too few questions, or the looks do not fit the constraint.
+        """
+        reference, *candidates = [setting.id for setting in self.settings]
+        _check(candidates, reference, self.questions, self.constraint, self.options)
+
     def run(self, output: Path, *, workers: int = 1, progress: Progress | None = None) -> "Tuned":
         """Choose a setting, and write the card; samples that are drawn are kept in the same folder.
 
@@ -227,6 +233,7 @@ class Tuning:
                 configuration.
             ServingError: If samples could not be made.
         """
+        self.require_possible()
         if isinstance(self.source, StoredSamples):
             tuned = self._select(self.source.ask)
         else:

@@ -261,6 +261,7 @@ def _show_prompt(tuning: "Tuning") -> None:
 def _draw(tuning: "Tuning", output: Path, workers: int) -> "Tuned":
     from flexalign.cli.console import quieten_libraries
 
+    tuning.require_possible()
     quieten_libraries()
     with resumable_bar("samples, at most", tuning.sweep.total) as advance:
         return tuning.run(output, workers=workers, progress=advance)
