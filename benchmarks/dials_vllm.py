@@ -154,7 +154,7 @@ def main() -> None:
             if is_kept:
                 RESULTS.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
                 RESULTS.with_suffix(".md").write_text(markdown(results))
-                put_section("vllm", section(results))
+                put_section("dials_vllm", section(results))
 
 
 if __name__ == "__main__":

@@ -18,20 +18,15 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from _cells import QUESTION_SEED, store
-from _document import put_section
 from _lora_dial_report import RAW as LORA_DIAL
+from _rivals_report import GATE, KINDS, costs, mixtures, publish, section
 
 WORK = Path("out/rivals")
-RAW = Path("benchmarks/results/rivals.json")
-REPORT = Path("benchmarks/results/rivals.md")
-PICTURE = Path("docs/pictures/rivals.png")
 SEED = 1
-GATE = 0.01
 
 BUDGETS = (16, 32, 48, 64, 96)
 BIASES = (1.0, 2.0, 3.0, 4.0, 6.0)
@@ -47,39 +42,6 @@ LADDERS = (
 answer at λ = 2: what the first answers have without a choice."""
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What a system is and needs.
-
-    Attributes:
-        training: What is trained before.
-        models: Models or adapters in memory.
-        streams: Forward passes for each token.
-        setting: What is turned.
-    """
-
-    training: str
-    models: str
-    streams: str
-    setting: str
-
-
-KINDS = {
-    "reference": Kind("–", "1", "1", "–"),
-    "aligned": Kind("–", "1", "1", "–"),
-    "prompt alone": Kind("–", "1", "1", "–"),
-    "hard budget": Kind("–", "1", "1", "tokens"),
-    "bias on the end": Kind("–", "1", "1", "logit"),
-    "early exit": Kind("–", "1", "1, and trials", "threshold"),
-    "early exit, pair": Kind("–", "2", "2, and trials", "threshold"),
-    "adaptive InRa dial": Kind("one layer, once", "1 and a layer", "1 or 1 + 1", "threshold"),
-    "two models": Kind("–", "2", "2", "λ"),
-    "interpolated weights": Kind("–", "1 for each λ", "1", "λ"),
-    "interpolated, λ per question": Kind("–", "1 at a time", "1, twice", "thresholds"),
-    "scaled LoRA": Kind("a LoRA, once", "1 and a LoRA", "1", "λ"),
-    "LoRA dial": Kind("a LoRA, once", "1 and a LoRA", "1", "λ"),
-    "student": Kind("all weights, for each λ", "1 for each λ", "1", "λ"),
-}
 _STORED = {
     "pair": "two models",
     "interpolated": "interpolated weights",
@@ -217,7 +179,7 @@ def measure(work: Path, count: int, only: Sequence[str] = ()) -> None:
 
 
 def collected(work: Path, count: int) -> dict[str, Any]:
-    """All cells, and those of `lora_dial.py` on as many questions."""
+    """All cells, those of `lora_dial.py` on as many questions, and what others say about both."""
     rows = [json.loads(path.read_text(encoding="utf-8")) for path in work.glob("*.json")]
     stored = json.loads(LORA_DIAL.read_text(encoding="utf-8"))
     if stored["options"]["questions"] == count:
@@ -231,10 +193,8 @@ def collected(work: Path, count: int) -> dict[str, Any]:
             for row in stored["rows"]
             if row["pair"] == "miniature" and row["gate"] == GATE and row["seed"] == 0
         ]
-    return {
-        "questions": count,
-        "rows": sorted(rows, key=lambda row: (list(KINDS).index(row["system"]), _place(row))),
-    }
+    rows.sort(key=lambda row: (list(KINDS).index(row["system"]), _place(row)))
+    return {"questions": count, "rows": rows, "costs": costs(), "mixtures": mixtures(rows)}
 
 
 def _in_order(row: dict[str, Any], name: str) -> list[float]:
@@ -245,71 +205,6 @@ def _in_order(row: dict[str, Any], name: str) -> list[float]:
 def _place(row: dict[str, Any]) -> float:
     number = re.match(r"[\d.]+", row["setting"])
     return float(number[0]) if number else 0.0
-
-
-def section(results: dict[str, Any]) -> str:
-    """The section of the results: the command, the table and the picture."""
-    lines = [
-        f"`python benchmarks/rivals.py`: {results['questions']} questions of the miniature, the same "
-        "for all, one answer each at temperature 1; tokens of rejected answers are counted. λ with "
-        f"the gate τ = {GATE:g}, seed 0. Brackets: 95 % intervals.",
-        "",
-        "| system | setting | accuracy | tokens | training | models | streams |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in results["rows"]:
-        kind = KINDS[row["system"]]
-        turned = "" if kind.setting == "–" else f"{kind.setting} "
-        lines.append(
-            f"| {row['system']} | {turned}{row['setting']} | {_bracket(row['accuracy'], 3)} "
-            f"| {_bracket(row['tokens'], 1)} | {kind.training} | {kind.models} | {kind.streams} |"
-        )
-    return "\n".join([*lines, "", f"![Accuracy against tokens]({_from_docs(PICTURE)})", ""])
-
-
-def _from_docs(path: Path) -> str:
-    return path.relative_to("docs").as_posix()
-
-
-def _bracket(interval: Sequence[float], digits: int) -> str:
-    low, mean, high = interval
-    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Draw accuracy against tokens, a line for each system."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5.5), layout="constrained")
-    axes = figure.add_subplot()
-    markers = "os^vD<>pP*8Xhd"
-    for marker, name in zip(markers, KINDS, strict=True):
-        own = [row for row in results["rows"] if row["system"] == name]
-        own.sort(key=lambda row: row["tokens"][1])
-        if own:
-            axes.plot(
-                [row["tokens"][1] for row in own],
-                [row["accuracy"][1] for row in own],
-                marker=marker,
-                markersize=5,
-                linewidth=1,
-                label=name,
-            )
-    axes.set_xlabel("tokens an answer, rejected answers counted")
-    axes.set_ylabel("accuracy")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", ncols=2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-
-
-def publish(results: dict[str, Any]) -> None:
-    """Write the figures, their table and their picture."""
-    RAW.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    told = section(results).replace("](pictures/", "](../../docs/pictures/")
-    REPORT.write_text(f"# Every dial beside every cheap rival\n\n{told}", encoding="utf-8")
-    draw(results, PICTURE)
-    put_section("rivals", section(results))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -54,7 +54,7 @@ def test_the_sections_are_written_from_what_is_stored(scripts, tmp_path, monkeyp
         ("lora_dial", "_lora_dial_report"),
         ("prompts", "prompts"),
         ("rivals", "rivals"),
-        ("vllm", "vllm"),
+        ("dials_vllm", "dials_vllm"),
     ],
 )
 def test_sections_of_stopped_benchmarks_are_those_of_their_figures(scripts, name, script):
