@@ -141,7 +141,8 @@ def test_the_verdict_is_of_the_intervals():
         ((0.1, 0.2, 0.3), (-0.1, 0.0, 0.1), 0.6, "not decided"),
     ],
 )
-def test_each_verdict(whole, rest, variation, verdict):
+@pytest.mark.parametrize("available", [None, 200, 1000])
+def test_each_verdict(whole, rest, variation, verdict, available):
     none = Interval(0.0, 0.0, 0.0)
     found = DeeperThinking(
         -0.25,
@@ -152,10 +153,16 @@ def test_each_verdict(whole, rest, variation, verdict):
         variation,
         0.5,
         (),
+        200,
+        available,
     )
     assert found.verdict == verdict
     assert found.to_json()["verdict"] == verdict
     assert ("another token at 60% of the places" in found.sentence) is (variation > 0.5)
+    if verdict == "not decided" and variation < 0.5:
+        of_all = "on 200 of 1,000 responses; more decide it: --limit 1000."
+        assert found.sentence.endswith(of_all) is (available == 1000)
+        assert found.sentence.endswith("all 200 responses; sample more.") is (available != 1000)
 
 
 @torch.no_grad()

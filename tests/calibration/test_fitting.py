@@ -5,7 +5,7 @@ import pytest
 
 from flexalign.calibration.calibrate import _require_saving
 from flexalign.calibration.cascade import Cascade, fit_thresholds
-from flexalign.calibration.effort import AchievedRatio, Calibration
+from flexalign.calibration.effort import AchievedRatio, Calibration, effort_to_dial, show_effort
 from flexalign.calibration.fitting import (
     describe_deeper,
     describe_loss,
@@ -231,6 +231,19 @@ def test_a_gain_that_may_be_chance_is_not_decided():
     assert made.levels[-1].accuracy_change.mean == pytest.approx(0.025)
     assert judge_deeper(made) == "not decided"
     assert "neither a gain nor its absence (above 2 points) is shown" in describe_deeper(made)
+    assert "against effort 100: not decided: neither a gain" in describe_deeper(made)
+
+
+@pytest.mark.parametrize(
+    ("effort", "shown"), [(25.0, "25"), (142.0048, "142"), (138.69, "138.6"), (138.7, "138.7")]
+)
+def test_an_effort_is_shown_rounded_and_never_above_what_is_allowed(effort, shown):
+    assert show_effort(effort) == shown
+    made = Calibration(((0.0, 1.0), (100.0, 0.0), (effort + 100, -0.5)))
+    told = show_effort(made.largest_effort)
+    assert effort_to_dial(made, float(told)).lam <= 0
+    with pytest.raises(ConfigError, match=rf"\(fastest\) to {told} \(100"):
+        effort_to_dial(made, 1000)
 
 
 def test_without_a_lambda_below_0_nothing_is_said_of_it():

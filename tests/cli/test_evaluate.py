@@ -327,3 +327,32 @@ def test_a_damaged_summary_is_said_with_the_way_to_mend_it(run_cli, tmp_path, te
     assert result.exit_code == 2, result.stderr
     assert "is damaged" in result.stderr
     assert "flexalign evaluate --regrade" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("evaluate", "lora:miniature:reference,miniature:aligned", "--lambda", 1),
+        ("evaluate", "dial:miniature:reference,miniature:aligned"),
+        ("tune", "dial:miniature:reference,miniature:aligned", "--margin", 0.02),
+    ],
+    ids=str,
+)
+def test_a_whole_model_in_the_place_of_a_dial_is_wrong_input(
+    run_cli, weightless, tmp_path, command
+) -> None:
+    result = run_cli(
+        *command, "--task", "miniature", "--limit", 4, "--samples", 2, "-o", tmp_path / "x"
+    )
+    assert result.exit_code == 2
+    assert "it is a whole model; two whole models are pair:REF,ALIGNED" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "serve"])
+def test_a_whole_model_as_the_adapter_is_wrong_input(run_cli, weightless, command) -> None:
+    prompt = ["hello"] if command == "generate" else []
+    result = run_cli(command, "miniature", *prompt, "--adapter", "miniature:aligned")
+    assert result.exit_code == 2
+    assert "pair:REF,ALIGNED, or --aligned instead of --adapter." in result.stderr

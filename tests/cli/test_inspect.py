@@ -176,6 +176,16 @@ def test_the_miniature_is_compared_with_its_own_aligned_model(run_cli, tmp_path)
     assert facts["difference"]["rows"] == 2
 
 
+def test_what_is_not_decided_names_the_responses_that_are_not_read(run_cli, tmp_path):
+    traces = tmp_path / "traces.jsonl"
+    assert run_cli("miniature", "traces", "--count", "12", "-o", traces).exit_code == 0
+    pair = ("miniature:reference", "miniature:concise")
+    shown = run_cli("inspect", *pair, "--diff", traces, "--limit", 8)
+    assert shown.exit_code == 0, shown.stderr
+    told = "is not decided on 8 of 12 responses; more decide it: --limit 12."
+    assert told in shown.stdout
+
+
 @pytest.mark.parametrize("aligned", ["miniature:concise", "miniature:fast"])
 def test_whether_thinking_deeper_pays_is_said_before_anything_is_sampled(
     aligned, run_cli, tmp_path
@@ -225,7 +235,11 @@ def test_the_difference_on_traces(tiny_pair, run_cli, traces):
     assert difference["falls"][0].keys() == {"token", "reference", "aligned", "log_change"}
     fewer = run_cli("inspect", *tiny_pair, "--diff", traces, "--limit", "1", "--json")
     assert json.loads(fewer.stdout)["difference"]["tokens"] < difference["tokens"]
+    assert (json.loads(fewer.stdout)["difference"]["available"], difference["available"]) == (3, 3)
+    part = run_cli("inspect", *tiny_pair, "--diff", traces, "--limit", "1")
+    assert "\n1 of 3 responses, " in part.stdout
     shown = run_cli("inspect", *tiny_pair, "--diff", traces)
+    assert "\n3 responses, " in shown.stdout
     assert f"{difference['tokens']:,} tokens" in shown.stdout
     assert f"τ = {difference['gate']:.2g}" in shown.stdout
 

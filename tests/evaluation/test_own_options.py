@@ -105,6 +105,9 @@ def test_the_command_line_takes_them(run_cli: Any) -> None:
         ("thinking_budget=9", "write NAME:KEY=VALUE"),
         ("brief:thinking_budget", "write NAME:KEY=VALUE"),
         ("breif:system=x", "did you mean 'brief'"),
+        ("plain:thinking_budget=3", "with a system's name; known are brief."),
+        ("brief", "KEY=VALUE is missing; write NAME:KEY=VALUE, such as brief:thinking_budget="),
+        ("brief:thinking_budget", "'brief:thinking_budget': KEY=VALUE is missing"),
         ("brief:thinking_budget=-1", "--for brief: thinking_budget must be"),
         ("brief:end_of_thinking_bias=much", "--for brief: end_of_thinking_bias must be"),
         ("brief:system=", "--for brief: system= is empty"),
@@ -141,6 +144,8 @@ def test_a_question_with_another_system_message_is_refused() -> None:
 
 def test_the_longest_name_owns_an_option() -> None:
     a, b = parse_systems(["model:a", "x=model:b"], ["model:a:thinking_budget=3"])
+    with pytest.raises(ConfigError, match=r"did you mean 'model:long'\?"):
+        parse_systems(["model:long", "x=model:b"], ["model:lung:system=y: z"])
     assert (a.own, b.own) == ({"thinking_budget": 3}, {})
     shared = SystemOptions(logits=LogitsSettings(top_k=5))
     assert a.options(shared).logits == LogitsSettings(top_k=5, thinking_budget=3)

@@ -284,6 +284,8 @@ def test_a_ladder_of_weights_is_measured_beside_a_pair(make, tmp_path) -> None:
         (("ref",), {"lams": [1]}, "no system here can be set to λ=1"),
         (("ref",), {"lams": [], "baseline": "x"}, "'x' is none of the systems"),
         (("between",), {"lams": ["auto"]}, "takes none of the settings"),
+        (("between",), {"lams": ["adaptive 0.9"]}, "--lambda, or .* --policy 'ladder 0.9,0.6'"),
+        (("between",), {"lams": ["exit 0.9"]}, "--lambda, or .* --policy 'ladder 0.9,0.6'"),
         (
             ("pair",),
             {"lams": ["ladder 0.5"]},

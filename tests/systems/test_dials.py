@@ -68,6 +68,8 @@ def test_the_kind_is_told_by_the_files(dial: Path, plain: Path) -> None:
 def test_a_folder_that_is_no_dial_or_two(dial: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no dial \(inra_config\.json is missing"):
         read_dial(part("reference"))
+    with pytest.raises(CheckpointError, match="whole model; two whole models are pair:REF,ALIGNED"):
+        read_dial(part("aligned"))
     both = shutil.copytree(dial, tmp_path / "both")
     shutil.copy(part("fast") / "inra_config.json", both)
     with pytest.raises(CheckpointError, match="keep one of them"):

@@ -256,7 +256,7 @@ def test_an_objective_of_samples_reaches_sampled_batches_alone(
         assert (one[name] - other[name]).norm() > 0.01 * one[name].norm()
     on_data = gradients("token", 0.0)
     for objective in ("sequence", "sampled"):
-        unused = gradients(objective, 0.0)
+        unused = gradients(objective, 1e-9)  # a batch in 10⁹ is sampled, so none here
         assert all(torch.equal(part, unused[key]) for key, part in on_data.items())
 
 
@@ -294,6 +294,8 @@ def test_a_row_that_ends_before_its_response_costs_nothing(
             "per_device_train_batch_size to 2",
         ),
         ({"teacher": "cached", "cache_dir": "hidden"}, "no responses of the student"),
+        ({"rollouts": 0, "rollout_objective": "sampled"}, "'sampled' without rollouts"),
+        ({"rollouts": 0, "rollout_objective": "sequence"}, "'sequence' without rollouts"),
     ],
     ids=str,
 )

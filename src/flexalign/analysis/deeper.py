@@ -76,6 +76,8 @@ class DeeperThinking:
         variation: Mean total variation of the two models, over all tokens.
         share: Share of the models' total variation that lies at decisions of length, 0…1.
         decisions: The decisions of length as pairs (falls, rises), the most total variation first.
+        responses: Number of the responses.
+        available: Number of responses in the file that they are the first of; None if not known.
     """
 
     lam: float
@@ -86,6 +88,8 @@ class DeeperThinking:
     variation: float
     share: float
     decisions: tuple[tuple[str, str], ...]
+    responses: int
+    available: int | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -135,10 +139,20 @@ class DeeperThinking:
                 "is not decided, as the two would write another token at "
                 f"{self.variation:.0%} of the places, and first order does not reach so far."
                 if self.variation > LARGEST_VARIATION
-                else "is not decided on so many responses."
+                else f"is not decided on {self._sample}."
             ),
         }
         return points + ends[self.verdict]
+
+    @property
+    def _sample(self) -> str:
+        """The responses that were read, and how more are read."""
+        if self.available is None or self.available <= self.responses:
+            return f"all {self.responses:,} responses; sample more"
+        return (
+            f"{self.responses:,} of {self.available:,} responses; more decide it: "
+            f"--limit {self.available}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return all figures by name, with the verdict and its sentence."""
@@ -181,6 +195,7 @@ def think_deeper(
     questions: Sequence[Hashable],
     name: Callable[[int], tuple[str, str]],
     right: Sequence[bool] | None = None,
+    available: int | None = None,
     lam: float = DEEPER_LAMBDA,
 ) -> DeeperThinking | None:
     """Predict what a λ near 0 changes, from responses that the reference sampled at temperature 1.
@@ -191,6 +206,7 @@ def think_deeper(
         questions: The question of each response; intervals are clustered by it.
         name: Returns the two tokens of a shift, as text, from its number.
         right: Whether the answer of each response is right; None if that is not known.
+        available: Number of responses in the file that these are the first of, if known.
         lam: λ.
 
     Returns:
@@ -241,6 +257,8 @@ def think_deeper(
         variation=float(tokens.variation.mean()),
         share=float(tokens.variation[at_decision].sum() / tokens.variation.sum()),
         decisions=tuple(map(name, decisions)),
+        responses=len(lengths),
+        available=available,
     )
 
 

@@ -170,6 +170,7 @@ class Difference:
         shifts: The shifts, the largest sum of total variation first.
         deeper: What λ < 0 changes, if the reference sampled the responses; None if the models do
             not differ, or all responses are to one question.
+        available: Number of responses in the file that these are the first of; None if not known.
     """
 
     rows: int
@@ -183,6 +184,7 @@ class Difference:
     rises: tuple[TokenChange, ...]
     shifts: tuple[Shift, ...]
     deeper: DeeperThinking | None
+    available: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return all figures by name."""
@@ -198,6 +200,7 @@ def measure_difference(
     chunk_size: int = 256,
     shown: int = 10,
     right: Sequence[bool] | None = None,
+    available: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Difference:
     """Measure how a pair differs on given responses.
@@ -212,6 +215,7 @@ def measure_difference(
         chunk_size: Tokens whose logits exist at one time.
         shown: Maximal number of falling tokens, of rising tokens, and of shifts.
         right: Whether the answer of each response is right; None if that is not known.
+        available: Number of responses in the file that the rows are the first of, if known.
         progress: Called after each batch with (rows done, rows in all).
 
     Raises:
@@ -258,7 +262,8 @@ def measure_difference(
         falls=_changes(masses, len(above), pair.tokenizer, shown, sign=-1),
         rises=_changes(masses, len(above), pair.tokenizer, shown, sign=1),
         shifts=_shifts({key: column[above] for key, column in table.items()}, rows, pair, shown),
-        deeper=_deeper(table, above, rows, pair, right),
+        deeper=_deeper(table, above, rows, pair, right, available),
+        available=available,
     )
 
 
@@ -323,6 +328,7 @@ def _deeper(
     rows: Sequence[TokenizedRow],
     pair: ModelPair,
     right: Sequence[bool] | None,
+    available: int | None,
 ) -> DeeperThinking | None:
     """Return what λ < 0 changes; arguments as in `measure_difference` and `_shifts`."""
     row = table["row"].astype(np.int64)
@@ -346,6 +352,7 @@ def _deeper(
         [tuple(one[0]) for one in rows],
         name,
         right,
+        available,
     )
 
 

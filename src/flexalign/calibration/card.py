@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexalign._storage import write_json, write_text
-from flexalign.calibration.effort import Calibration
+from flexalign.calibration.effort import Calibration, show_effort
 from flexalign.calibration.verify import Evidence, Proof
 from flexalign.lambdas import LAMBDA_LEGEND
 from flexalign.statistics import Interval
@@ -231,7 +231,7 @@ def _effort_results(calibration: Calibration) -> "list[EvalResult]":
             dataset_name=f"{calibration.task}, {calibration.questions} questions",
             metric_type=key,
             metric_value=value,
-            metric_name=f"{meaning} at effort {level.effort:g} ({level.setting})",
+            metric_name=f"{meaning} at effort {show_effort(level.effort)} ({level.setting})",
             metric_args={"effort": level.effort},
         )
         for level in calibration.levels
@@ -246,7 +246,7 @@ def _calibrated(calibration: Calibration) -> str:
     """Return the section, whose table has a row for each effort."""
     rows = [
         (
-            f"{level.effort:g}",
+            show_effort(level.effort),
             level.setting,
             f"{level.metrics.tokens.mean:.1f}",
             f"{level.metrics.tokens_p10:.0f} to {level.metrics.tokens_p90:.0f}",

@@ -382,7 +382,7 @@ def effort_to_dial(calibration: Calibration, effort: float) -> Adaptive | Fixed:
     is_number = isinstance(effort, numbers.Real) and not isinstance(effort, bool)
     if not is_number or not 0 <= float(effort) <= largest:
         raise ConfigError(
-            f"an effort of this dial is a number from 0 (fastest) to {largest:g} (100 is the "
+            f"an effort of this dial is a number from 0 (fastest) to {show_effort(largest)} (100 is the "
             f"reference), got {effort!r}."
         )
 
@@ -393,6 +393,16 @@ def effort_to_dial(calibration: Calibration, effort: float) -> Adaptive | Fixed:
             return Adaptive(threshold)
         return Adaptive(threshold, measure=calibration.measure)
     return Fixed(_outside(calibration.holes, _along(calibration.lambdas, effort)))
+
+
+def show_effort(effort: float) -> str:
+    """Return a calibrated effort as text, rounded down to a tenth, so that it is one to ask for.
+
+    Example:
+        >>> show_effort(142.0048)
+        '142'
+    """
+    return f"{math.floor(10 * effort) / 10:g}"
 
 
 def effort_settings(calibration: Calibration, efforts: Sequence[float]) -> list[Setting]:

@@ -21,6 +21,7 @@ from flexalign.calibration.effort import (
     SettingMetrics,
     Source,
     effort_to_dial,
+    show_effort,
 )
 from flexalign.errors import ConfigError
 from flexalign.evaluation.samples import Samples
@@ -326,10 +327,12 @@ def describe_deeper(calibration: Calibration) -> str | None:
         "costs tokens only": (
             f"thinking deeper costs tokens only, as a gain above {margin} is excluded."
         ),
-        "not decided": f"neither a gain nor its absence (above {margin}) is shown; ask more questions.",
+        "not decided": (
+            f"not decided: neither a gain nor its absence (above {margin}) is shown; ask more questions."
+        ),
     }
     return (
-        f"effort {level.effort:.4g} ({level.setting}) takes {longer:+.1f} % tokens and changes the "
+        f"effort {show_effort(level.effort)} ({level.setting}) takes {longer:+.1f} % tokens and changes the "
         f"accuracy by {change:+.1f} points [{low:+.1f}, {high:+.1f}] against effort "
         f"{REFERENCE_EFFORT:g}: {ends[verdict]}"
     )

@@ -282,6 +282,7 @@ def _run(plan: "CalibrationPlan", output: Path | None, workers: int) -> "Calibra
 
 
 def _show(calibration: "Calibration", owner: str = "adapter") -> None:
+    from flexalign.calibration.effort import show_effort
     from flexalign.calibration.fitting import describe_deeper
     from flexalign.lambdas import LAMBDA_LEGEND
 
@@ -317,13 +318,15 @@ def _show(calibration: "Calibration", owner: str = "adapter") -> None:
     ]
     if coarse:
         note(
-            f"at effort {', '.join(f'{one:g}' for one in coarse)} no "
+            f"at effort {', '.join(show_effort(one) for one in coarse)} no "
             "setting has the line's tokens to within 10 %; the scale has steps there."
         )
 
 
 def _levels(calibration: "Calibration", is_by_question: bool) -> Table:
     """Return the table of the efforts, with what single questions took if it was measured."""
+    from flexalign.calibration.effort import show_effort
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("effort", "setting"):
         table.add_column(name, justify="right" if name == "effort" else "left")
@@ -335,7 +338,7 @@ def _levels(calibration: "Calibration", is_by_question: bool) -> Table:
         metrics = level.metrics
         low, share, high = metrics.accuracy
         table.add_row(
-            f"{level.effort:g}",
+            show_effort(level.effort),
             escape(level.setting),
             f"{level.line:.1f}",
             f"{metrics.tokens.mean:.1f}",

@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from flexalign.generation.text import Piece
     from flexalign.systems import Answer
 
-console = Console(stderr=True, highlight=False)
+# Rich replaces `:smile:` even in text that is printed without markup; ours is a user's or a model's.
+console = Console(stderr=True, highlight=False, emoji=False)
 """Messages for people go to stderr; only the result goes to stdout."""
 
-result_console = Console(highlight=False)
+result_console = Console(highlight=False, emoji=False)
 """The result of a command, when it is not JSON."""
 
 
@@ -121,7 +122,12 @@ def say_instruction(instruction: str | None, tasks: "Sequence[Task]") -> None:
 def progress_bar(label: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
     """Show a bar, in place of those of libraries; yield a function that sets the complete items."""
     quieten_libraries()
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn(label, markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(label, total=total, completed=done)
         yield lambda completed: progress.update(task, completed=completed)

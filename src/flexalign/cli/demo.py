@@ -86,9 +86,9 @@ def demo(
 def _bars() -> Iterator[Callable[[str, int, int], None]]:
     """Show a bar for each task; yield a function of a task's name, items done and their total."""
     columns = (
-        TextColumn("{task.description:<26}"),
+        TextColumn("{task.description:<26}", markup=False),
         BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
         TimeElapsedColumn(),
     )
     tasks: dict[str, TaskID] = {}

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flexalign.cli.console import (
+    as_input_errors,
     console,
     note,
     print_json,
@@ -234,35 +235,36 @@ def evaluate(
     say_instruction(instruction, tasks)
 
     with warnings_as_notes(), without_downloads(dry_run=dry_run):
-        sweep = plan_sweep(
-            asked,
-            tasks,
-            settings=settings,
-            samples=samples,
-            seed=seed,
-            baseline=baseline,
-            any_training=any_training,
-            temperature=temperature,
-            top_p=top_p,
-            logits=logits,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            gate=gate,
-            dtype=dtype,
-            lambda_range=limits,
-            model_name=model_name,
-            tokenizer=tokenizer,
-            concurrency=concurrency,
-            timeout_seconds=timeout,
-            attempts=attempts,
-            api_key=read_secret(api_key_env),
-            on_retry=note,
-            engine=engine.value,
-            template=parse_template(template or []),
-            prompts=two_prompts,
-            calibration=calibration,
-            by_id=by_id,
-        )
+        with as_input_errors():
+            sweep = plan_sweep(
+                asked,
+                tasks,
+                settings=settings,
+                samples=samples,
+                seed=seed,
+                baseline=baseline,
+                any_training=any_training,
+                temperature=temperature,
+                top_p=top_p,
+                logits=logits,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                gate=gate,
+                dtype=dtype,
+                lambda_range=limits,
+                model_name=model_name,
+                tokenizer=tokenizer,
+                concurrency=concurrency,
+                timeout_seconds=timeout,
+                attempts=attempts,
+                api_key=read_secret(api_key_env),
+                on_retry=note,
+                engine=engine.value,
+                template=parse_template(template or []),
+                prompts=two_prompts,
+                calibration=calibration,
+                by_id=by_id,
+            )
         say_efforts(efforts, adapter, calibration)
         unreadable = _warn(sweep, workers)
         if dry_run or output is None:

@@ -202,12 +202,18 @@ def _measure(
 
     rows = load_rows(path, facts.tokenizer, limit)
     right = _grade(path, rows, facts.tokenizer, limit)
+    available = _count_responses(path, rows, limit)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report has said it all
         pair = ModelPair.load_examined(facts, say=say, **loading)
     with progress_bar("reading with both models", len(rows)) as show:
         return measure_difference(
-            pair, rows, batch_size=batch_size, right=right, progress=lambda done, _: show(done)
+            pair,
+            rows,
+            batch_size=batch_size,
+            right=right,
+            available=available,
+            progress=lambda done, _: show(done),
         )
 
 
@@ -258,6 +264,7 @@ def _inspect_adapter(
 
     rows = load_rows(diff, facts.tokenizer, limit)
     right = _grade(diff, rows, facts.tokenizer, limit)
+    available = _count_responses(diff, rows, limit)
     if not as_json:
         _show_models(facts)
         _show_dial(adapter)
@@ -265,7 +272,12 @@ def _inspect_adapter(
     dial = InRaModel.from_pretrained(model, adapter.folder, **loading)
     with progress_bar("reading with both streams", len(rows)) as show:
         difference = measure_difference(
-            dial, rows, batch_size=batch_size, right=right, progress=lambda done, _: show(done)
+            dial,
+            rows,
+            batch_size=batch_size,
+            right=right,
+            available=available,
+            progress=lambda done, _: show(done),
         )
     if as_json:
         print_json(facts.to_json() | _dial_json(adapter) | {"difference": difference.to_json()})
@@ -289,6 +301,13 @@ def _grade(path: Path, rows: "list[TokenizedRow]", tokenizer: Any, limit: int) -
     ]
     with Grader(tags=reader.tags) as grader:
         return [grade.correct for grade in grader.grade_many(answered)]
+
+
+def _count_responses(path: Path, rows: "list[TokenizedRow]", limit: int) -> int:
+    """Return how many responses a file has, of which the rows are the first."""
+    from flexalign.data.formats import load_traces
+
+    return len(rows) if len(rows) < limit else len(load_traces(path))
 
 
 def _inspect_prompts(
@@ -336,11 +355,17 @@ def _inspect_prompts(
     if diff is not None:
         rows = load_prompted_rows(diff, rendering, limit)
         right = _grade(diff, rows, rendering.tokenizers["reference"], limit)
+        available = _count_responses(diff, rows, limit)
         say(f"loading {facts.name}, {facts.gib:.3g} GiB")
         pair = one_model_pair(load_model(model, **loading), rendering.tokenizers["reference"])
         with progress_bar("reading under both prompts", len(rows)) as show:
             difference = measure_difference(
-                pair, rows, batch_size=batch_size, right=right, progress=lambda done, _: show(done)
+                pair,
+                rows,
+                batch_size=batch_size,
+                right=right,
+                available=available,
+                progress=lambda done, _: show(done),
             )
 
     if as_json:
@@ -396,8 +421,10 @@ def _show_verdict(facts: "PairFacts") -> None:
 
 def _show_difference(found: "Difference") -> None:
     gate = "none: they do not differ" if found.gate is None else f"{found.gate:.2g}"
+    available = found.rows if found.available is None else found.available
+    of_all = f" of {available:,}" if available > found.rows else ""
     result_console.print(
-        f"\n{found.rows:,} responses, {found.tokens:,} tokens; total variation "
+        f"\n{found.rows:,}{of_all} responses, {found.tokens:,} tokens; total variation "
         f"{found.variation:.3g} on average\n"
         f"noise floor {found.noise_floor:.2g}; proposed gate τ = {gate} "
         f"(the difference stands {found.separation:.1f}× above the noise)\n"

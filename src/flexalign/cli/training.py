@@ -279,11 +279,12 @@ class StepProgress(StepObserver):
 
     def __init__(self, name: str = "steps") -> None:
         columns = (
-            TextColumn(name),
+            TextColumn(name, markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}", table_column=Column()),  # alone may wrap
+            # The figures alone may wrap.
+            TextColumn("{task.fields[figures]}", markup=False, table_column=Column()),
         )
         self._bar = Progress(*columns, console=console)
         self._task = self._bar.add_task(name, figures="")

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flexalign.cli.console import (
+    as_input_errors,
     console,
     note,
     print_json,
@@ -227,20 +228,21 @@ def tune(
     say_instruction(instruction, [asked])
     parsed = parse_system(system)
     with without_downloads(dry_run=dry_run):
-        tuning = Tuning.of_system(
-            parsed,
-            asked,
-            kept,
-            given,
-            options,
-            temperature=temperature,
-            top_p=top_p,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            lambda_range=limits,
-            prompts=two_prompts,
-            by_id=by_id,
-        )
+        with as_input_errors():
+            tuning = Tuning.of_system(
+                parsed,
+                asked,
+                kept,
+                given,
+                options,
+                temperature=temperature,
+                top_p=top_p,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                lambda_range=limits,
+                prompts=two_prompts,
+                by_id=by_id,
+            )
         _warn_of_margin(planned, kept)
         if dry_run or output is None:
             _show_prompt(tuning)
@@ -459,7 +461,7 @@ def _preview(
     from flexalign.systems import parse_system
 
     quieten_libraries()
-    with warnings_as_notes():
+    with as_input_errors(), warnings_as_notes():
         model, rows = open_preview(parse_system(system), traces, prompts, limit=limit, by_id=by_id)
     with progress_bar("reading with both models", len(rows)) as show:
         found = preview(

@@ -47,6 +47,8 @@ from flexalign.models.weights import TensorInfo, tensor_infos, write_tensors
 RECORD = "interpolation.json"
 """The file that says how differences of the two models were settled; absent if there were none."""
 
+_MIX_LOGITS = "Mix their logits instead, with pair:REF,ALIGNED (in Python, TwoModelDecoder)."
+
 _OF_NO_MATTER = {
     "_name_or_path",
     "architectures",
@@ -246,7 +248,7 @@ def _require_one_meaning(configs: Sequence[Any], names: str) -> tuple[int, int] 
         details = "; ".join(f"{key}: {a!r} and {b!r}" for key, (a, b) in different.items())
         raise PairMismatchError(
             f"{names} are not of one shape ({details}); weights can be interpolated only between "
-            "models of one architecture. Mix their logits instead, with TwoModelDecoder."
+            f"models of one architecture. {_MIX_LOGITS}"
         )
     return None if lengths is None else (int(lengths[0]), int(lengths[1]))
 
@@ -369,7 +371,7 @@ def _settle_heads(parts: list[dict[str, _Part]], configs: Sequence[Any], names: 
     if untied and not all(embedding in held for held in parts):
         raise PairMismatchError(
             f"{names}: one ties its head to its embedding, and {embedding or 'no embedding'} is "
-            "not stored in both. Mix their logits instead, with TwoModelDecoder."
+            f"not stored in both. {_MIX_LOGITS}"
         )
 
     is_stored = all(head in held for held in parts)
@@ -414,7 +416,7 @@ def _require_shapes(
         if one != other and not (is_vocabulary and one[1:] == other[1:]):
             raise PairMismatchError(
                 f"{names}: {name} is {one} in the reference and {other} in the "
-                "aligned model. Mix their logits instead, with TwoModelDecoder."
+                f"aligned model. {_MIX_LOGITS}"
             )
 
 

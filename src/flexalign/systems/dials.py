@@ -113,8 +113,14 @@ def _is_lora(folder: Path) -> bool:
             f"({lora.ADAPTER_FILE}); keep one of them in a folder of its own."
         )
     if not is_inra and not is_lora:
+        missing = f"{inra.CONFIG_FILE} is missing, and {lora.ADAPTER_FILE} too"
+        if (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"{folder} holds no dial ({missing}), as it is a whole model; two whole models are "
+                "pair:REF,ALIGNED, or --aligned instead of --adapter."
+            )
         raise CheckpointError(
-            f"{folder} holds no dial ({inra.CONFIG_FILE} is missing, and {lora.ADAPTER_FILE} too); "
+            f"{folder} holds no dial ({missing}); "
             "give a folder that flexalign adapt, flexalign realign with lora, or PEFT wrote."
         )
     return is_lora

@@ -183,9 +183,15 @@ def parse_systems(texts: Sequence[str], own: Sequence[str] = ()) -> list[System]
     for text in own:
         # A name may have colons and be the beginning of another one.
         owners = [name for name in names if text.startswith(f"{name}:")]
-        if not owners or "=" not in text:
-            hint = nearest(text.partition(":")[0], names, otherwise="name one of them")
+        if not owners and text not in names:
+            owner, colon, _ = text.partition("=")[0].rpartition(":")
+            hint = nearest(owner if colon else text, names)
             raise ConfigError(f"--for {text!r}: write NAME:KEY=VALUE, with a system's name{hint}")
+        if not owners or "=" not in text:
+            raise ConfigError(
+                f"--for {text!r}: KEY=VALUE is missing; write NAME:KEY=VALUE, such as "
+                f"{max(owners, key=len) if owners else text}:thinking_budget=2000."
+            )
         name = max(owners, key=len)
         given[name].append(text.removeprefix(f"{name}:"))
     return [_with_own(system, given[system.name]) for system in systems]

@@ -189,6 +189,12 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
             _require_count("rollout_max_new_tokens", self.rollout_max_new_tokens)
         if self.rollouts > 0:
             self._check_rollouts()
+        elif self.rollout_objective != "token":
+            raise ConfigError(
+                f"rollout_objective={self.rollout_objective!r} without rollouts: it is what sampled "
+                "batches minimise, and rollouts=0 samples none; set rollouts (such as 0.5), or leave "
+                "rollout_objective out."
+            )
 
     def _check_cached(self) -> None:
         if self.cache_dir is None:
