@@ -114,7 +114,7 @@ def _table(system: str, rows: Sequence[Row], heading: str) -> list[str]:
     half = [row for row in rows if row["lambda"] == -0.5 and row["gain"] is not None]
     for row in half:
         reached = "yes" if row["gain"][0] > 0 else "no"
-        lines += ["", f"To be reached, a gain at λ = −0.5 whose interval is above 0: {reached}."]
+        lines += ["", f"The interval of the gain at λ = −0.5 is above 0: {reached}."]
     return [*lines, ""]
 
 
