@@ -50,6 +50,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except FileNotFoundError:
+            # Some systems have none; a full disk cannot be had without it.
             pytest.skip("there is no mount command here")
         if done.returncode:
             # Mounting needs root; a full disk cannot be had without it.

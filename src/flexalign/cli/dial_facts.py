@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexalign.errors import ConfigError
+from flexalign.models.sources import INRA_FILE, LORA_DIAL_FILE, resolve_adapter
 
 if TYPE_CHECKING:
     from flexalign.generation.dial_config import DialConfig
-
-_DIAL_FILES = ("inra_config.json", "lora_dial.json")
-"""The files of which a folder of a trained dial has one."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class DialFacts:
     @property
     def is_lora(self) -> bool:
         """Whether it is a LoRA dial, and not an InRa adapter."""
-        return self.settings.CONFIG_FILE == "lora_dial.json"
+        return self.settings.CONFIG_FILE == LORA_DIAL_FILE
 
     def to_json(self) -> dict[str, Any]:
         """Return what it is, and its settings as its folder has them."""
@@ -71,13 +69,11 @@ def read_dial_facts(name: str) -> DialFacts | None:
     Raises:
         CheckpointError: If the folder is damaged.
     """
-    from flexalign.models.sources import resolve_adapter
-
     try:
         folder = resolve_adapter(name)
     except ConfigError:
         return None
-    if not any((folder / file).is_file() for file in _DIAL_FILES):
+    if not any((folder / file).is_file() for file in (INRA_FILE, LORA_DIAL_FILE)):
         return None
     from flexalign.systems.dials import read_dial
 

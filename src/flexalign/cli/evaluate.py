@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -265,7 +265,7 @@ def evaluate(
                 calibration=calibration,
                 by_id=by_id,
             )
-        say_efforts(efforts, adapter, calibration)
+        say_efforts(efforts, _calibration_of(sweep))
         unreadable = _warn(sweep, workers)
         if dry_run or output is None:
             _preview(sweep, unreadable, as_json)
@@ -288,6 +288,14 @@ def _only_dial(
         return None, None
     dial = dials[0]
     return (dial.parts[1], None) if dial.kind == "dial" else (None, prompts)
+
+
+def _calibration_of(sweep: "Sweep") -> dict[str, Any] | None:
+    """Return the calibration of the sweep's only dial; None if it has none."""
+    from flexalign.systems import LocalBackend
+
+    found = [one.calibration for one in sweep.backends.values() if isinstance(one, LocalBackend)]
+    return next((one for one in found if one is not None), None)
 
 
 def _warn(sweep: "Sweep", workers: int) -> list[dict[str, str]]:

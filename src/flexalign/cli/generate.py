@@ -168,7 +168,7 @@ def generate(
         with as_input_errors():
             backend = LocalBackend(system, settings, options)
         backend.require_dial(settings)
-        say_efforts(efforts, adapter, calibration)
+        say_efforts(efforts, backend.calibration)
 
         asked = settings or [backend.default]
         requests = prompt_requests(prompts, asked, samples=samples, seed=seed)

@@ -29,6 +29,8 @@ from flexalign.cli.options import (
 from flexalign.errors import ConfigError, FlexAlignError
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from flexalign.analysis.difference import Difference, TokenChange, TokenizedRow
     from flexalign.models.compatibility import ModelFacts, PairFacts
     from flexalign.models.prompted import PromptPair
@@ -197,22 +199,40 @@ def _leave_torch_out(models: list[str]) -> None:
 def _measure(
     facts: "PairFacts", path: Path, limit: int, batch_size: int, loading: dict[str, Any]
 ) -> "Difference":
-    from flexalign.analysis.difference import load_rows, measure_difference
+    from flexalign.analysis.difference import load_rows
     from flexalign.models.pair import ModelPair
 
     rows = load_rows(path, facts.tokenizer, limit)
-    right = _grade(path, rows, facts.tokenizer, limit)
-    available = _count_responses(path, rows, limit)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report has said it all
         pair = ModelPair.load_examined(facts, say=say, **loading)
-    with progress_bar("reading with both models", len(rows)) as show:
+    return _read_difference("reading with both models", pair, path, rows, batch_size)
+
+
+def _read_difference(
+    label: str, dial: Any, path: Path, rows: "list[TokenizedRow]", batch_size: int
+) -> "Difference":
+    """Measure what a dial turns on the first responses of a file, with a bar.
+
+    Args:
+        label: Of the bar.
+        dial: A pair or an adapter's model, loaded.
+        path: The file.
+        rows: Its first responses, rendered.
+        batch_size: Responses read at one time.
+    """
+    from flexalign.analysis.difference import measure_difference
+    from flexalign.data.formats import load_traces
+
+    given = load_traces(path)
+    right = _grade(given, rows, dial.tokenizer)
+    with progress_bar(label, len(rows)) as show:
         return measure_difference(
-            pair,
+            dial,
             rows,
             batch_size=batch_size,
             right=right,
-            available=available,
+            available=len(given),
             progress=lambda done, _: show(done),
         )
 
@@ -243,7 +263,7 @@ def _inspect_adapter(
     as_json: bool,
 ) -> None:
     """Show an InRa adapter and its base, and, on responses, what the adapter turns."""
-    from flexalign.analysis.difference import load_rows, measure_difference
+    from flexalign.analysis.difference import load_rows
     from flexalign.generation.dial_config import require_base
     from flexalign.inra import InRaModel
     from flexalign.models.compatibility import examine
@@ -263,36 +283,24 @@ def _inspect_adapter(
         return
 
     rows = load_rows(diff, facts.tokenizer, limit)
-    right = _grade(diff, rows, facts.tokenizer, limit)
-    available = _count_responses(diff, rows, limit)
     if not as_json:
         _show_models(facts)
         _show_dial(adapter)
     say(f"loading {facts.name}, {facts.gib:.3g} GiB")
     dial = InRaModel.from_pretrained(model, adapter.folder, **loading)
-    with progress_bar("reading with both streams", len(rows)) as show:
-        difference = measure_difference(
-            dial,
-            rows,
-            batch_size=batch_size,
-            right=right,
-            available=available,
-            progress=lambda done, _: show(done),
-        )
+    difference = _read_difference("reading with both streams", dial, diff, rows, batch_size)
     if as_json:
         print_json(facts.to_json() | _dial_json(adapter) | {"difference": difference.to_json()})
     else:
         _show_difference(difference)
 
 
-def _grade(path: Path, rows: "list[TokenizedRow]", tokenizer: Any, limit: int) -> list[bool] | None:
-    """Return whether each response is right; None if one of them has no known answer."""
-    from flexalign.data.formats import load_traces
+def _grade(given: "Dataset", rows: "list[TokenizedRow]", tokenizer: Any) -> list[bool] | None:
+    """Return whether each of the first responses is right; None if one has no known answer."""
     from flexalign.evaluation.grading import Answered, Grader
     from flexalign.generation.text import ResponseText
 
-    given = load_traces(path)
-    if "answer" not in given.column_names or None in (golds := given["answer"][:limit]):
+    if "answer" not in given.column_names or None in (golds := given["answer"][: len(rows)]):
         return None
     reader = ResponseText(tokenizer)
     answered = [
@@ -301,13 +309,6 @@ def _grade(path: Path, rows: "list[TokenizedRow]", tokenizer: Any, limit: int) -
     ]
     with Grader(tags=reader.tags) as grader:
         return [grade.correct for grade in grader.grade_many(answered)]
-
-
-def _count_responses(path: Path, rows: "list[TokenizedRow]", limit: int) -> int:
-    """Return how many responses a file has, of which the rows are the first."""
-    from flexalign.data.formats import load_traces
-
-    return len(rows) if len(rows) < limit else len(load_traces(path))
 
 
 def _inspect_prompts(
@@ -321,11 +322,7 @@ def _inspect_prompts(
     as_json: bool,
 ) -> None:
     """Show both prompts of one model, and, on responses, what the aligned prompt turns."""
-    from flexalign.analysis.difference import (
-        load_prompted_rows,
-        measure_difference,
-        one_model_pair,
-    )
+    from flexalign.analysis.difference import load_prompted_rows, one_model_pair
     from flexalign.models.compatibility import examine
     from flexalign.models.loading import load_model
     from flexalign.models.prompted import PairRendering, context_of
@@ -354,19 +351,9 @@ def _inspect_prompts(
     difference = None
     if diff is not None:
         rows = load_prompted_rows(diff, rendering, limit)
-        right = _grade(diff, rows, rendering.tokenizers["reference"], limit)
-        available = _count_responses(diff, rows, limit)
         say(f"loading {facts.name}, {facts.gib:.3g} GiB")
         pair = one_model_pair(load_model(model, **loading), rendering.tokenizers["reference"])
-        with progress_bar("reading under both prompts", len(rows)) as show:
-            difference = measure_difference(
-                pair,
-                rows,
-                batch_size=batch_size,
-                right=right,
-                available=available,
-                progress=lambda done, _: show(done),
-            )
+        difference = _read_difference("reading under both prompts", pair, diff, rows, batch_size)
 
     if as_json:
         extra = {} if difference is None else {"difference": difference.to_json()}

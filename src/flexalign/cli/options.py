@@ -6,7 +6,7 @@ Only this module parses a λ of the command line; its functions return dials and
 import inspect
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
@@ -435,8 +435,14 @@ def read_efforts(
             "--lambda."
         )
     from flexalign.calibration.effort import Calibration, effort_settings
+    from flexalign.generation.two_prompt_config import TwoPromptConfig
+    from flexalign.systems.dials import read_dial
 
-    stored = _stored_calibration(adapter, folder)
+    with as_input_errors():
+        if adapter is not None:
+            stored = read_dial(adapter).calibration
+        else:
+            stored = TwoPromptConfig.load(Path(folder)).calibration
     efforts = []
     for part in text.split(","):
         try:
@@ -450,33 +456,15 @@ def read_efforts(
     return effort_settings(Calibration.from_json(stored), efforts)
 
 
-def say_efforts(
-    efforts: Sequence[Setting], adapter: str | None, calibration: Path | None = None
-) -> None:
+def say_efforts(efforts: Sequence[Setting], calibration: Mapping[str, Any] | None) -> None:
     """Print the setting of each effort, once the model is known to be the calibration's.
 
     Args:
         efforts: The result of :func:`read_efforts`.
-        adapter: The adapter; None if there is none.
-        calibration: The folder with the calibration of two prompts.
+        calibration: The calibration that the opened system has.
     """
-    folder = adapter or calibration
-    if not efforts or folder is None:
-        return
-    stored = _stored_calibration(adapter, folder)
     for setting in efforts:
-        say(f"effort {setting.effort:g}: {describe_setting(setting, stored)}")
-
-
-def _stored_calibration(adapter: str | None, folder: str | Path) -> dict[str, Any] | None:
-    """Return the calibration of an adapter, or of two prompts by its folder."""
-    from flexalign.generation.two_prompt_config import TwoPromptConfig
-    from flexalign.systems.dials import read_dial
-
-    with as_input_errors():
-        if adapter is not None:
-            return read_dial(adapter).calibration
-        return TwoPromptConfig.load(Path(folder)).calibration
+        say(f"effort {setting.effort:g}: {describe_setting(setting, calibration)}")
 
 
 def read_range(text: str | None) -> tuple[float, float] | None:

@@ -281,8 +281,8 @@ class Sweep:
             if not self.settings_of(system):
                 refuse_ladders(system, self.settings)
                 raise ConfigError(
-                    f"{system.name} takes none of the settings; give it a --lambda, or the policy of "
-                    "weights between two models, --policy 'ladder 0.9,0.6'."
+                    f"{system.name} takes none of the settings; give it a --lambda, or with interpolate: "
+                    "a --policy 'ladder 0.9,0.6'."
                 )
         for setting in self.settings:
             if not any(setting in self.settings_of(system) for system in self.systems):

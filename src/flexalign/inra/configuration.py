@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flexalign._storage import replacing
 from flexalign.errors import CheckpointError, ConfigError
 from flexalign.generation.dial_config import DialConfig, require_whole
+from flexalign.models.sources import INRA_FILE
 from flexalign.models.weights import write_tensors
 
 
@@ -33,7 +34,7 @@ class InRaConfig(DialConfig):
         LambdaError: If a λ is not finite, or the range is empty.
     """
 
-    CONFIG_FILE: ClassVar[str] = "inra_config.json"
+    CONFIG_FILE: ClassVar[str] = INRA_FILE
     WEIGHTS_FILE: ClassVar[str] = "inra_adapter.safetensors"
     KIND: ClassVar[str] = "InRa adapter"
     WRITER: ClassVar[str] = "InRaModel.save_pretrained or flexalign adapt"

@@ -16,7 +16,7 @@ from flexalign.generation.dial_config import DialConfig, require_whole
 from flexalign.lambdas import OnlyEnds
 from flexalign.lora_dial.scaling import require_linear
 from flexalign.models.adapters import read_adapter_config
-from flexalign.models.sources import Source, read_json
+from flexalign.models.sources import LORA_DIAL_FILE, Source, read_json
 
 ADAPTER_FILE = "adapter_config.json"
 """PEFT's settings of the LoRA."""
@@ -40,7 +40,7 @@ class LoRADialConfig(DialConfig):
         LambdaError: If a λ is not finite, or the range is empty.
     """
 
-    CONFIG_FILE: ClassVar[str] = "lora_dial.json"
+    CONFIG_FILE: ClassVar[str] = LORA_DIAL_FILE
     WEIGHTS_FILE: ClassVar[str] = "adapter_model.safetensors"
     OPTIONAL: ClassVar[tuple[str, ...]] = ("only_ends", "rendering")
     KIND: ClassVar[str] = "LoRA dial"

@@ -18,10 +18,9 @@ from flexalign.errors import ConfigError, UnsupportedModelError
 from flexalign.lambdas import Fixed, finite_lambda, require_range
 from flexalign.lora_dial.configuration import ADAPTER_FILE, LoRADialConfig, check_folder
 from flexalign.models.hub import require_weights
-from flexalign.models.sources import absolute_name, read_json, resolve_adapter
+from flexalign.models.sources import INRA_FILE, absolute_name, read_json, resolve_adapter
 from flexalign.models.weights import write_tensors
 
-_INRA_FILE = "inra_config.json"
 _MATRICES = (".lora_A.weight", ".lora_B.weight")
 _TOKENIZER_FILES = (
     "tokenizer",
@@ -84,7 +83,7 @@ def export_lora(
             linear in its strength.
     """
     folder, output = resolve_adapter(adapter), Path(output).expanduser()
-    if (folder / _INRA_FILE).is_file():
+    if (folder / INRA_FILE).is_file():
         raise UnsupportedModelError(
             f"{folder} holds an InRa adapter, whose dial is a second stream and no LoRA; bake one λ "
             "of it into a plain model (flexalign bake), or serve it (flexalign serve)."

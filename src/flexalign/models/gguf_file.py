@@ -26,6 +26,7 @@ from flexalign.models.hub import as_size, fetch_weights
 from flexalign.models.loading import load_config, load_tokenizer, skeleton
 from flexalign.models.ollama import modelfile
 from flexalign.models.sources import (
+    INRA_FILE,
     Model,
     Source,
     read_json,
@@ -40,7 +41,6 @@ OUTTYPES = ("auto", "f32", "f16", "bf16")
 
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _STORED = {"F16": "f16", "BF16": "bf16"}
-_INRA_FILE = "inra_config.json"
 _SCRIPT = "python convert_hf_to_gguf.py"
 
 
@@ -374,7 +374,7 @@ def _plain_model(model: Model) -> Source:
         "bake one λ of it into a plain model first: flexalign bake recipe.yaml --lambda 0.5 "
         "(keys: base, adapter, output), then export that."
     )
-    if not isinstance(model, Source) and (resolve_adapter(str(model)) / _INRA_FILE).is_file():
+    if not isinstance(model, Source) and (resolve_adapter(str(model)) / INRA_FILE).is_file():
         raise UnsupportedModelError(f"{model} is an InRa adapter and no model; {advice}")
     source = resolve(model)
     if source.is_adapter:

@@ -15,6 +15,12 @@ from flexalign.errors import CheckpointError, ConfigError
 from flexalign.models.hub import HubName, locate, name_of
 from flexalign.models.names import known_name, known_names
 
+INRA_FILE = "inra_config.json"
+"""The file by which a folder is an InRa adapter."""
+
+LORA_DIAL_FILE = "lora_dial.json"
+"""The file beside a PEFT LoRA by which it is a LoRA dial."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -60,7 +66,7 @@ def resolve(model: Model) -> Source:
     if known is not None:
         entry, part = known
         path = entry.locate(part)
-        if not (path / "inra_config.json").is_file():
+        if not (path / INRA_FILE).is_file():
             return _source_of(name, path)
     else:
         at_hub = _at_hub(model)
@@ -77,7 +83,7 @@ def resolve(model: Model) -> Source:
 
     if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         return Source(name, path)
-    if (path / "inra_config.json").is_file():
+    if (path / INRA_FILE).is_file():
         raise ConfigError(
             f"{name} is an InRa adapter and no model of its own; give its base as the model, and "
             "the adapter as adapter."
