@@ -70,9 +70,8 @@ def _ordered(rows: Sequence[Row]) -> list[Row]:
 
 def _summary(rows: Sequence[Row], row: Row) -> Row:
     """A row without its answers, and with its gain over λ = 0, which is the reference in any system."""
-    zero = [one for one in rows if one["lambda"] == 0]
-    same = [one for one in zero if one["system"] == row["system"]] or zero
-    gain = _gain(row, same[0]) if same else None
+    zero = next((one for one in rows if one["lambda"] == 0), None)
+    gain = None if zero is None else _gain(row, zero)
     return {k: v for k, v in row.items() if k not in ("right", "lengths")} | {"gain": gain}
 
 
