@@ -1,4 +1,4 @@
-"""The tables of `grpo.py`, from its stored cells."""
+"""The tables of `grpo.py`, and its section of the results, from its stored cells."""
 
 import json
 from collections.abc import Sequence
@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from _cells import JUDGED
-from _lora_dial_report import Row, accuracy, by_lambda, departure, mean, tokens
+from _document import put_section
+from _lora_dial_report import Row, accuracy, by_lambda, departure, mean, mean_of, tokens
 
 RAW = Path("benchmarks/results/grpo.json")
 REPORT = Path("benchmarks/results/grpo.md")
@@ -29,6 +30,83 @@ def publish(results: dict[str, Any]) -> None:
     RAW.parent.mkdir(parents=True, exist_ok=True)
     RAW.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     REPORT.write_text(report(results), encoding="utf-8")
+    put_section("grpo", section(results))
+
+
+def section(results: dict[str, Any]) -> str:
+    """The section of the results: the aligned models, each pair decoded, then every method."""
+    options, rows, gates = results["options"], results["rows"], results["gates"]
+    lines = [
+        f"`flexalign miniature align --method grpo --seed 0`, 1 and 2, and `python benchmarks/grpo.py`: "
+        f"{options['questions']} questions for each setting of a pair "
+        f"([all tables](../{REPORT.as_posix()})).",
+        "",
+        "| aligned model | accuracy | change | tokens | change |",
+        "|---|---|---|---|---|",
+    ]
+    for name, record in results["alignments"].items():
+        change, side, reward = record["change"], record["aligned"], record["options"]["reward"]
+        named = name.replace("=", " ") if reward == "right" else f"control, {reward} reward"
+        lines.append(
+            f"| {named} | {_bracket(side['accuracy'], 3)} | {_bracket(change['accuracy'], 3, '+')} "
+            f"| {_bracket(side['tokens'], 1)} | {_bracket(change['tokens'], 1, '+')} |"
+        )
+    lines += [
+        "",
+        "Accuracy and tokens of the two models, decoded together, beside the pair's *own form*; "
+        "gated by the τ that `inspect --diff` proposes:",
+        "",
+        *_pairs(rows, gates),
+    ]
+    for gated in (False, True):
+        columns = _columns(rows, gated)
+        seeds = {
+            method: sorted({row["seed"] for same in column.values() for row in same})
+            for method, column in columns.items()
+        }
+        told = "; ".join(
+            f"{_NAMES.get(method, method)} {', '.join(map(str, own))}"
+            for method, own in seeds.items()
+        )
+        lines += [
+            f"By every method, {'gated' if gated else 'plain'}: means over the seeds, brackets from "
+            f"the lowest to the highest end of their intervals (seeds: {told}):",
+            "",
+            *_table(columns),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _pairs(rows: Sequence[Row], gates: dict[str, float]) -> list[str]:
+    """The two models of each seed, plain beside their own form and gated."""
+    seeds = sorted({row["seed"] for row in rows if row["method"] == "pair"})
+    heads, columns = [], []
+    for seed in seeds:
+        own = [row for row in rows if row["method"] == "pair" and row["seed"] == seed]
+        plain, gated = (_columns(own, which)["pair"] for which in (False, True))
+        heads += [f"seed {seed}, plain", "own form", f"τ = {gates[str(seed)]:.3f}"]
+        columns += [
+            {
+                lam: f"{mean_of(same, 'accuracy'):.3f}, {tokens(same)}"
+                for lam, same in plain.items()
+            },
+            {lam: _own_form(same) for lam, same in plain.items()},
+            {
+                lam: f"{mean_of(same, 'accuracy'):.3f}, {tokens(same)}"
+                for lam, same in gated.items()
+            },
+        ]
+    lines = ["| λ | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    for lam in LAMS:
+        cells = [column.get(lam, "–") for column in columns]
+        lines.append(f"| {lam:g} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _own_form(pair: Sequence[Row]) -> str:
+    accuracy, tokens = (mean(pair, "pair_outcome", name) for name in ("accuracy", "tokens"))
+    return f"{accuracy:.3f}, {tokens:.1f}"
 
 
 def report(results: dict[str, Any]) -> str:
@@ -40,7 +118,9 @@ def report(results: dict[str, Any]) -> str:
         f"`python benchmarks/grpo.py`: {options['questions']} questions of the miniature at "
         f"temperature 1 for each setting; habits at the branches of {options['judged']} of the "
         "responses. Brackets: 95 % intervals. *Own form*: accuracy and tokens of the pair's own "
-        "fused probabilities, measured at the branches that the two models' responses visit.",
+        "fused probabilities, measured at the branches that the two models' responses visit. A gate "
+        "changes nothing at λ in [0, 1], so that the plain figures stand in both tables there; the "
+        "dial, which is trained for all λ, is measured with and without it.",
         "",
         *_alignments(results["alignments"]),
         *_expected(results["alignments"], gates),
@@ -127,26 +207,32 @@ def mean_habits_of(record: dict[str, Any]) -> Any:
     )
 
 
-def _methods(rows: Sequence[Row], gated: bool, title: str) -> list[str]:
-    """All methods side by side, then where each one's accuracy is highest."""
+def _columns(rows: Sequence[Row], gated: bool) -> dict[str, dict[float, list[Row]]]:
+    """The rows of each method by λ, where plain ones stand for those that a gate does not change."""
     columns: dict[str, dict[float, list[Row]]] = {}
     for method in METHODS:
-        own = [
-            row
-            for row in rows
-            if row["method"] == method
-            and (method in GATELESS or (row["gate"] is not None) == gated)
-        ]
-        if own:
-            columns[method] = by_lambda(own)
-    if not columns.keys() - set(GATELESS):
-        return []
+        own = [row for row in rows if row["method"] == method]
+        found = [row for row in own if (row["gate"] is not None) == gated]
+        if gated:
+            measured = {(row["lambda"], row["seed"]) for row in found}
+            found += [
+                row
+                for row in own
+                if row["gate"] is None
+                and (row["lambda"] <= 1 or method in GATELESS)
+                and method != "dial"
+                and (row["lambda"], row["seed"]) not in measured
+            ]
+        if found:
+            columns[method] = by_lambda(found)
+    return columns
 
+
+def _table(columns: dict[str, dict[float, list[Row]]]) -> list[str]:
+    """All methods side by side, beside the pair's own form."""
     pair = columns.get("pair", {})
     names = [_NAMES.get(method, method) for method in columns]
     lines = [
-        title,
-        "",
         "| λ | own form | " + " | ".join(names) + " |",
         "|---|---|" + "---|" * len(columns),
     ]
@@ -155,18 +241,23 @@ def _methods(rows: Sequence[Row], gated: bool, title: str) -> list[str]:
             f"{accuracy(same)}, {tokens(same)}" if (same := column.get(lam)) else "–"
             for column in columns.values()
         ]
-        form = "–"
-        if lam in pair:
-            expected = [mean(pair[lam], "pair_outcome", name) for name in ("accuracy", "tokens")]
-            form = f"{expected[0]:.3f}, {expected[1]:.1f}"
+        form = _own_form(pair[lam]) if lam in pair else "–"
         lines.append(f"| {lam:g} | {form} | " + " | ".join(cells) + " |")
+    return lines
 
-    lines.append("")
-    for name, column in zip(names, columns.values(), strict=True):
+
+def _methods(rows: Sequence[Row], gated: bool, title: str) -> list[str]:
+    """All methods of a seed, then where each one's accuracy is highest."""
+    columns = _columns(rows, gated)
+    if not columns.keys() - set(GATELESS):
+        return []
+    lines = [title, "", *_table(columns), ""]
+    for method, column in columns.items():
         best = max(column, key=lambda lam: column[lam][0]["accuracy"])
         last = max(column)
         lines.append(
-            f"- {name}: most accurate at λ = {best:g} ({accuracy(column[best])}); at λ = {last:g} "
+            f"- {_NAMES.get(method, method)}: most accurate at λ = {best:g} "
+            f"({accuracy(column[best])}); at λ = {last:g} "
             f"{accuracy(column[last])} with {tokens(column[last])} tokens."
         )
     return [*lines, ""]
@@ -174,7 +265,9 @@ def _methods(rows: Sequence[Row], gated: bool, title: str) -> list[str]:
 
 def _departures(rows: Sequence[Row]) -> list[str]:
     """The trained models' habits less the pair's own at the same branches."""
-    own = [row for row in rows if row["method"] in ("student", "dial") and "departure" in row]
+    own = [
+        row for row in rows if row["method"] in ("student", "dial", "rounds") and "departure" in row
+    ]
     if not own:
         return []
     lines = [

@@ -12,6 +12,8 @@ one LoRA dial, students of two rounds (√λ each, which amounts to λ) and inte
 ``out/grpo/placebo-*`` are controls: as many steps with a reward that says nothing.
 
 A cell (seed, method, gate, λ) is stored as soon as it is measured; what is there is not made again.
+A gate changes nothing at λ in [0, 1], where only the dial, which is trained for all λ, is measured
+again.
 """
 
 import argparse
@@ -69,7 +71,7 @@ def tasks(
     gates: Sequence[str],
     lams: tuple[float, ...],
 ) -> list[Task]:
-    """All tasks, one seed after the other; a method that knows no gate is measured once.
+    """All tasks, one seed after the other; what a gate does not change is measured once.
 
     Args:
         models: The folder of the aligned models.
@@ -89,9 +91,12 @@ def tasks(
             if gate == "gated" and proposed is None:
                 continue
             for method in methods:
-                if gate == "plain" or method not in GATELESS:
+                own = lams
+                if gate == "gated" and method != "dial":
+                    own = () if method in GATELESS else tuple(lam for lam in lams if lam > 1)
+                if own:
                     tau = proposed if gate == "gated" else None
-                    found.append(Task("rl", method, tau, seed, lams, sides))
+                    found.append(Task("rl", method, tau, seed, own, sides))
     return found
 
 

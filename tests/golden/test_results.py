@@ -52,6 +52,7 @@ def test_the_sections_are_written_from_what_is_stored(scripts, tmp_path, monkeyp
     ("name", "script"),
     [
         ("lora_dial", "_lora_dial_report"),
+        ("grpo", "_grpo_report"),
         ("prompts", "prompts"),
         ("rivals", "rivals"),
         ("dials_vllm", "dials_vllm"),
