@@ -38,6 +38,8 @@ def test_a_copy_from_its_own_dictionary_is_equal(tmp_path: Path) -> None:
     [
         ({"divergence": "kl"}, "one of reverse, forward, jsd"),
         ({"beta": 1.5}, "from 0 to 1"),
+        ({"beta": 0.3}, "'reverse': it says where 'jsd' lies"),
+        ({"beta": 1, "divergence": "forward"}, "'forward': it says where 'jsd' lies"),
         ({"beta": float("nan")}, "from 0 to 1"),
         ({"gate": -0.1}, "from 0 to 1"),
         ({"gate": True}, "from 0 to 1"),

@@ -86,7 +86,7 @@ def test_a_recipe_survives_its_own_yaml(tmp_path: Path) -> None:
 
 def test_whole_numbers_are_written_without_a_point() -> None:
     training = {"save_steps": 3, "learning_rate": 2e-5, "max_steps": 4, "logging_steps": 0.5}
-    recipe = Recipe.parse(MINIMAL | {"lambda": 2, "beta": 0.25, "training": training})
+    recipe = Recipe.parse(MINIMAL | {"lambda": 2, "chunk_size": 64, "training": training})
     lines = [line.strip() for line in recipe.to_yaml().splitlines()]
     assert {"lambda: 2", "save_steps: 3", "max_steps: 4", "logging_steps: 0.5"} <= set(lines)
     assert Recipe.parse(yaml.safe_load(recipe.to_yaml())) == recipe

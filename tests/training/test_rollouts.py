@@ -254,7 +254,7 @@ def test_an_objective_of_samples_reaches_sampled_batches_alone(
     name = "model.embed_tokens.weight"
     for one, other in itertools.combinations(sampled.values(), 2):
         assert (one[name] - other[name]).norm() > 0.01 * one[name].norm()
-    on_data = gradients("token", 0.0)
+    on_data = step(make_trainer(make_rows(8), max_length=ON_POLICY["max_length"]))
     for objective in ("sequence", "sampled"):
         unused = gradients(objective, 1e-9)  # a batch in 10⁹ is sampled, so none here
         assert all(torch.equal(part, unused[key]) for key, part in on_data.items())
@@ -296,6 +296,7 @@ def test_a_row_that_ends_before_its_response_costs_nothing(
         ({"teacher": "cached", "cache_dir": "hidden"}, "no responses of the student"),
         ({"rollouts": 0, "rollout_objective": "sampled"}, "'sampled' without rollouts"),
         ({"rollouts": 0, "rollout_objective": "sequence"}, "'sequence' without rollouts"),
+        ({"rollouts": 0, "rollout_max_new_tokens": 8}, "=8 without rollouts"),
     ],
     ids=str,
 )

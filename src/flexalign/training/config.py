@@ -171,6 +171,11 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
         _require_choice("divergence", self.divergence, DIVERGENCES)
         _require_choice("teacher", self.teacher, _TEACHERS)
         _require_share("beta", self.beta)
+        if self.divergence != "jsd" and self.beta != type(self).beta:
+            raise ConfigError(
+                f"beta={self.beta} with divergence={self.divergence!r}: it says where 'jsd' lies; set "
+                "divergence='jsd', or leave beta out."
+            )
         _require_share("rollouts", self.rollouts)
         if self.gate is not None:
             _require_share("gate", self.gate)
@@ -194,6 +199,12 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
                 f"rollout_objective={self.rollout_objective!r} without rollouts: it is what sampled "
                 "batches minimise, and rollouts=0 samples none; set rollouts (such as 0.5), or leave "
                 "rollout_objective out."
+            )
+        elif self.rollout_max_new_tokens is not None:
+            raise ConfigError(
+                f"rollout_max_new_tokens={self.rollout_max_new_tokens} without rollouts: it cuts "
+                "sampled responses off, and rollouts=0 samples none; set rollouts (such as 0.5), or "
+                "leave rollout_max_new_tokens out."
             )
 
     def _check_cached(self) -> None:
