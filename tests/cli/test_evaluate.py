@@ -63,6 +63,18 @@ def test_stored_samples_are_graded_again(run_cli, arguments, tmp_path) -> None:
     assert "samples nothing" in wrong.stderr
 
 
+@pytest.mark.parametrize(
+    "option", [("--dry-run",), ("--baseline", "pair"), ("--lambda", "0,1"), ("--top-k", "20")]
+)
+def test_what_grading_again_does_not_read_is_refused(run_cli, arguments, tmp_path, option) -> None:
+    run_cli("evaluate", *arguments)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    wrong = run_cli("evaluate", "--regrade", "--output", tmp_path / "out", *option)
+    assert wrong.exit_code == 2
+    assert f"{option[0]} has no meaning with --regrade" in wrong.stderr
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
 def test_a_dry_run_shows_prompts_and_cost(run_cli, arguments, tmp_path) -> None:
     result = run_cli("evaluate", *arguments, "--policy", "route 0.5", "--dry-run")
     assert result.exit_code == 0, result.stderr

@@ -250,6 +250,8 @@ def test_the_difference_on_traces(tiny_pair, run_cli, traces):
         (["nowhere/model"], "no model 'nowhere/model'"),
         (["{model}", "--diff", "x.jsonl"], "name the aligned one"),
         (["{model}", "{model}", "--dtype", "int3"], "float32"),
+        (["{model}", "{other}", "--limit", "8"], "--limit has no meaning without --diff"),
+        (["{model}", "{other}", "--batch-size", "8"], "--batch-size has no meaning without --diff"),
         (["{model}", "{other}", "--diff", "x.jsonl"], "x.jsonl"),
     ],
 )

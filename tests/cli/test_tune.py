@@ -184,6 +184,18 @@ def test_a_stored_sweep_gives_the_plan_its_variance(run_cli, sweep: Path):
         (("--plan", "--task", "miniature", "--margin", "0"), "the margin must be"),
         (("--plan", "--task", "miniature", "--looks", "daily"), "looks must be one of"),
         (("a", "--from", "x", "-o", "x"), "SYSTEM is not asked"),
+        (("a", "--preview", "t", "--dry-run"), "--dry-run has no meaning with --preview"),
+        (("a", "--preview", "t", "--from", "s"), "--from has no meaning with --preview"),
+        (("--plan", "--task", "miniature", "--top-k", 20), "--top-k has no meaning without --prev"),
+        (("--from", "s", "-o", "x", "--limit", 50), "--limit has no meaning with --from"),
+        (
+            ("--from", "s", "-o", "x", "--temperature", 1),
+            "--temperature has no meaning with --from",
+        ),
+        (
+            ("--plan", "--task", "miniature", "--margin", 0.1, "--max-tokens-mean", 50),
+            "--margin has no meaning with --max-tokens-mean",
+        ),
     ],
 )
 def test_wrong_input_is_said_at_once(run_cli, tmp_path, monkeypatch, arguments, message):

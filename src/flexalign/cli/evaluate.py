@@ -50,6 +50,7 @@ from flexalign.cli.options import (
     read_range,
     read_secret,
     read_settings,
+    refuse_options,
     say_efforts,
     with_logits_options,
 )
@@ -72,6 +73,7 @@ _LEGEND = (
 
 @with_logits_options
 def evaluate(
+    context: typer.Context,
     systems: Annotated[
         list[str] | None,
         typer.Argument(
@@ -207,6 +209,11 @@ def evaluate(
     if regrade:
         if output is None or systems or task:
             raise ConfigError("--regrade takes --output DIR alone: it samples nothing.")
+        refuse_options(
+            context,
+            "with --regrade, which grades what --output holds",
+            besides=("regrade", "output", "workers", "as_json"),
+        )
         _show(_regrade(output, workers), as_json)
         return
     if not systems or not task:

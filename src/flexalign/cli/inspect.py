@@ -25,6 +25,7 @@ from flexalign.cli.options import (
     Dtype,
     ReferencePrompt,
     read_prompt_pair,
+    refuse_options,
 )
 from flexalign.errors import ConfigError, FlexAlignError
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 
 def inspect(
+    context: typer.Context,
     model: Annotated[
         str,
         typer.Argument(help="A model's folder, hub id or known name; of a pair, the reference."),
@@ -85,6 +87,8 @@ def inspect(
     [cyan]flexalign inspect smollm2 --aligned-prompt system='Answer in one short sentence.'
     --diff traces.jsonl[/cyan]
     """
+    if diff is None:
+        refuse_options(context, "without --diff", of=("limit", "batch_size"))
     from flexalign.models.sources import aligned_beside
 
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}

@@ -6,7 +6,7 @@ Only this module parses a λ of the command line; its functions return dials and
 import inspect
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
@@ -251,6 +251,44 @@ TaskMaxNewTokens: TypeAlias = Annotated[
     ),
 ]
 Workers: TypeAlias = Annotated[int, typer.Option(min=1, help="Processes that grade.")]
+
+
+# Options that a mode of a command does not read.
+
+
+def refuse_options(
+    context: typer.Context,
+    where: str,
+    *,
+    of: Collection[str] = (),
+    besides: Collection[str] | None = None,
+) -> None:
+    """Refuse options and arguments that are given and would have no effect.
+
+    One that is given with its default value is not refused.
+
+    Args:
+        context: The context of the command.
+        where: Where they have no effect, for the message, such as ``without --diff``.
+        of: The parameters of the command that have none there.
+        besides: Instead, the only ones that have an effect there.
+
+    Raises:
+        ConfigError: If one is given; the message names the first.
+    """
+    known = {str(parameter.name): parameter for parameter in context.command.params}
+    wrong = set(besides or of) - set(known)
+    if wrong:
+        raise LookupError(f"{context.command.name} has no {', '.join(sorted(wrong))}")
+
+    refused = set(of) if besides is None else set(known) - set(besides)
+    for name, parameter in known.items():
+        source = context.get_parameter_source(name)
+        is_given = source is not None and source.name == "COMMANDLINE"
+        if name in refused and is_given and context.params[name] != parameter.default:
+            is_option = parameter.param_type_name == "option"
+            shown = parameter.opts[0] if is_option else name.upper()
+            raise ConfigError(f"{shown} has no meaning {where}; leave it out.")
 
 
 # The options of the logits, which commands take together.

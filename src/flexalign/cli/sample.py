@@ -1,6 +1,5 @@
 """``flexalign sample``: make traces from prompts, with a model or a server."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,6 +39,7 @@ from flexalign.cli.options import (
     read_prompt_pair,
     read_range,
     read_secret,
+    refuse_options,
     with_logits_options,
 )
 from flexalign.data.logits import LogitsSettings
@@ -52,9 +52,19 @@ _PREVIEWED = 2
 _SERVER = "url:"
 """In front of a server's address in place of a model, as in ``flexalign evaluate``."""
 
+_OF_SERVERS = ("model_name", "api_key_env", "concurrency", "timeout", "attempts")
+"""Parameters that only a server reads."""
+
+_OF_MODELS = (
+    *("plain", "template", "adapter", "aligned", "by_id", "reference_prompt", "aligned_prompt"),
+    *("lambda_range", "any_base", "dtype"),
+)
+"""Parameters that only a model on this machine reads."""
+
 
 @with_logits_options
 def sample(
+    context: typer.Context,
     prompts: Annotated[
         Path,
         typer.Option(
@@ -160,24 +170,16 @@ def sample(
     if endpoint is None and model is not None and model.startswith(_SERVER):
         endpoint, model = model.removeprefix(_SERVER), None
     if endpoint is None:
-        _refuse({"--model-name": model_name, "--api-key-env": api_key_env}, "without --endpoint")
+        refuse_options(context, "without --endpoint", of=_OF_SERVERS)
         if model is None:
             raise ConfigError("name a MODEL, or a server with --endpoint.")
+        if not has_dial:
+            where = "without --adapter, --aligned or --aligned-prompt"
+            refuse_options(context, where, of=("lambda_range",))
         system = System.of(model, adapter, aligned, two_prompts)
     else:
-        _refuse(
-            {
-                "MODEL": model,
-                "--plain": plain or None,
-                "--template": template or None,
-                "--adapter": adapter,
-                "--aligned": aligned,
-                "--by-id": by_id or None,
-                "--reference-prompt": reference_prompt or None,
-                "--aligned-prompt": aligned_prompt or None,
-            },
-            "with --endpoint",
-        )
+        given = ("model",) if model is not None else ()  # not a server's url: in its place
+        refuse_options(context, "with --endpoint", of=(*given, *_OF_MODELS))
         system = System("endpoint", "url", (endpoint,))
 
     options = SystemOptions(
@@ -232,12 +234,6 @@ def sample(
     )
     if summary.empty:
         console.print(f"{summary.empty} responses are empty; train with --skip-bad-rows.")
-
-
-def _refuse(options: Mapping[str, object | None], where: str) -> None:
-    for name, value in options.items():
-        if value is not None:
-            raise ConfigError(f"{name} has no meaning {where}; leave one of the two out.")
 
 
 def _preview(run: "SampleRun", as_json: bool) -> None:

@@ -39,6 +39,7 @@ from flexalign.cli.options import (
     read_lambdas,
     read_prompt_pair,
     read_range,
+    refuse_options,
 )
 from flexalign.errors import ConfigError
 from flexalign.lambdas import Setting, parse_lambdas
@@ -56,8 +57,21 @@ _LAMBDAS = "a dial's range in quarters, or 0.25,0.5,0.75,1,"
 _SHOWN = 13
 """The most rows of a preview's table."""
 
+_OF_PREVIEW = (
+    *("system", "preview", "lambdas", "top_k", "limit", "batch_size", "output", "as_json"),
+    *("reference_prompt", "aligned_prompt", "by_id"),
+)
+"""Parameters that ``--preview`` reads."""
+
+_OF_SAMPLING = (
+    *("instruction", "limit", "temperature", "top_p", "max_new_tokens", "batch_size"),
+    *("lambda_range", "reference_prompt", "aligned_prompt", "by_id", "workers"),
+)
+"""Parameters that have no effect on answers that exist already."""
+
 
 def tune(
+    context: typer.Context,
     system: Annotated[
         str | None,
         typer.Argument(help="What is tuned, such as dial:BASE,ADAPTER; none with --from."),
@@ -166,6 +180,16 @@ def tune(
     From a sweep that is there, at no cost:
     [cyan]flexalign tune --from out/sweep --margin 0.02 -o out/tuned[/cyan]
     """
+    if preview is not None:
+        where = "with --preview, which reads traces and samples nothing"
+        refuse_options(context, where, besides=_OF_PREVIEW)
+    else:
+        refuse_options(context, "without --preview, as it limits no sampling", of=("top_k",))
+    if stored is not None:
+        refuse_options(context, "with --from, which samples nothing", of=_OF_SAMPLING)
+    if max_tokens_mean is not None:
+        refuse_options(context, "with --max-tokens-mean", of=("margin",))
+
     two_prompts = read_prompt_pair(reference_prompt, aligned_prompt)
     if preview is not None:
         _preview(
