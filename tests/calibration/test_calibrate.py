@@ -83,6 +83,9 @@ def test_the_range_and_the_measure_are_checked_before_anything_is_loaded():
         CalibrateOptions(measure="agreement")
     with pytest.raises(ConfigError, match="answers at λ = 1"):
         CalibrateOptions(dial="adaptive", lambda_range=(0.0, 0.5))
+    for without_fast in ({"dial": "lambda"}, {"lambda_range": (0.0, 0.5)}):
+        with pytest.raises(ConfigError, match=r"min_token_probability.*effort sets λ here"):
+            CalibrateOptions(measure="min_token_probability", **without_fast)
     task = load_task("miniature", limit=2)
     with pytest.raises(ConfigError, match="no InRa dial"):
         plan_sweeps(parse_system("pair:miniature"), task, CalibrateOptions(), SAMPLING)

@@ -118,6 +118,29 @@ def test_a_cache_is_made_checked_and_mended(
     HiddenStateCache.open(facts["cache"])
 
 
+@pytest.mark.parametrize("change", [{"rounds": 2}, {"rollouts": 0.5}])
+def test_a_cache_that_no_run_of_the_recipe_could_read_is_not_made(
+    flexalign: Callable[..., Any], tree: dict[str, Any], change: dict[str, Any]
+) -> None:
+    for options in ((), ("--dry-run",)):
+        result = flexalign("cache", tree | change, *options)
+        assert result.exit_code == 2
+        assert "no run of this recipe can read a cache: " in result.stderr
+        assert f"{next(iter(change))} with teacher='cached'" in result.stderr
+    assert not Path(tree["output"] + "-cache").exists()
+
+
+def test_a_cache_that_a_run_does_not_read_is_said(
+    flexalign: Callable[..., Any], tree: dict[str, Any]
+) -> None:
+    told = "-cache holds hidden states of teachers, which are not read"
+    assert told not in flexalign("realign", tree, "--dry-run").stderr
+    assert flexalign("cache", tree).exit_code == 0
+    assert told in flexalign("realign", tree, "--dry-run").stderr
+    cached = flexalign("realign", tree, "--dry-run", "--set", "teacher=cached")
+    assert (cached.exit_code, told in cached.stderr) == (0, False)
+
+
 def test_students_of_several_lambda_come_from_one_cache_with_one_report(
     flexalign: Callable[..., Any], tree: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

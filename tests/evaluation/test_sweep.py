@@ -300,6 +300,20 @@ def test_a_ladder_of_weights_is_measured_beside_a_pair(make, tmp_path) -> None:
         ),
         (("ref",), {"lams": [], "options": SystemOptions(top_p=0)}, "top_p must be above 0"),
         (("ref",), {"lams": [], "options": SystemOptions(engine="x")}, "engine is local or vllm"),
+        (("ref",), {"lams": [], "options": SystemOptions(gate=0.1)}, "--gate is about logits that"),
+        (("between",), {"options": SystemOptions(gate=0.1)}, "--gate is about logits that are mix"),
+        (
+            ("ref",),
+            {"lams": [], "options": SystemOptions(lambda_range=(0, 2))},
+            "--lambda-range is about what has a range",
+        ),
+        (("pair",), {"options": SystemOptions(model_name="m")}, "--model-name is about a server"),
+        (("pair",), {"options": SystemOptions(timeout_seconds=9)}, "--timeout is about a server"),
+        (
+            ("s=url:http://127.0.0.1:9",),
+            {"lams": [], "options": SystemOptions(batch_size=64)},
+            r"--batch-size is about what runs on this machine .*--concurrency",
+        ),
         (("model:nowhere",), {"lams": []}, "there is no model 'nowhere'"),
         ((), {"lams": []}, "at least one system and one --task"),
         (
@@ -312,6 +326,18 @@ def test_a_ladder_of_weights_is_measured_beside_a_pair(make, tmp_path) -> None:
 def test_what_does_not_go_together_is_said_at_once(make, systems, fields, problem) -> None:
     with pytest.raises(ConfigError, match=problem):
         make(*systems, **fields)
+
+
+def test_an_option_that_one_system_reads_is_taken(make) -> None:
+    """A model beside a pair has no gate, as it has no λ."""
+    options = dataclasses.replace(OPTIONS, gate=0.1, lambda_range=(0, 2), concurrency=2)
+    make("ref", "pair", "s=url:http://127.0.0.1:9", options=options)
+
+
+def test_a_baseline_that_no_system_is_held_against_is_said(make) -> None:
+    told = "--baseline dial has no effect: every system has λ = 0"
+    assert any(told in caution for caution in make("dial", "pair", baseline="dial").cautions())
+    assert not any(told in one for one in make("dial", "ref", baseline="dial").cautions())
 
 
 ASKED = SystemOptions(

@@ -9,7 +9,7 @@ import pytest
 from chat_server import say
 from flexalign.data import LogitsSettings, SamplingSettings, load_traces
 from flexalign.errors import ConfigError, LambdaError
-from flexalign.systems import parse_system, sample
+from flexalign.systems import SystemOptions, parse_system, sample
 
 
 @pytest.fixture
@@ -113,6 +113,25 @@ def test_the_lambda_belongs_to_the_run(questions: Path, tmp_path: Path):
     manifest = json.loads((tmp_path / "traces.jsonl.manifest.json").read_text("utf-8"))
     assert manifest["source"]["lambda"] == {"policy": "fixed", "lambda": 2.0}
     assert manifest["source"]["beside"]["name"] == "miniature:dial"
+
+
+@pytest.mark.parametrize(
+    ("system", "options", "message"),
+    [
+        ("miniature", {"temperature": 0.0}, "options.temperature .* settings.temperature says it"),
+        ("miniature", {"template": {"enable_thinking": False}}, "prompting.template says it"),
+        ("pair:miniature", {"gate": 0.1}, "options.gate .* sampled without a gate"),
+        ("miniature", {"lambda_range": (0, 2)}, "options.lambda_range .* has no dial"),
+        ("miniature", {"model_name": "m"}, "options.model_name .* is no server"),
+        ("url:http://127.0.0.1:9", {"dtype": "float16"}, "options.dtype .* a server has its own"),
+    ],
+)
+def test_options_that_have_no_effect_on_traces_are_refused(
+    questions: Path, tmp_path: Path, system: str, options: dict[str, Any], message: str
+):
+    with pytest.raises(ConfigError, match=message):
+        sample(system, questions, tmp_path / "traces.jsonl", options=SystemOptions(**options))
+    assert not (tmp_path / "traces.jsonl").exists()
 
 
 def test_what_is_no_dial_takes_no_lambda(questions: Path, tmp_path: Path):

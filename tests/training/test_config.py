@@ -47,6 +47,8 @@ def test_a_copy_from_its_own_dictionary_is_equal(tmp_path: Path) -> None:
         ({"rounds": 1.5}, "at least 1"),
         ({"teacher": "offline"}, "one of online, cached"),
         ({"teacher": "cached"}, "needs cache_dir"),
+        ({"cache_dir": "c"}, "set teacher='cached', or leave cache_dir out"),
+        ({"packing_strategy": "bfd_split"}, "set packing=True, or leave packing_strategy out"),
         ({"rollouts": 2.0}, "from 0 to 1"),
         ({"lam": [0.5, 1.0]}, "make one for each"),
         ({"lam": {"kind": "liner", "start": 0}}, "linear"),

@@ -155,6 +155,11 @@ def test_only_the_rows_of_a_step_count_not_over_what_they_are_spread(
         ({"training": {"save_total_limit": 1}}, "keep at least 2"),
         ({"training": {"save_only_model": True}}, "could not be resumed"),
         ({"training": {"lr_scheduler_type": "cosin"}}, "training: .*cosin"),
+        ({"training": {"resume_from_checkpoint": "x"}}, "newest complete checkpoint in `output`"),
+        ({"training": {"do_predict": True}}, "training.do_predict has no effect"),
+        ({"training": {"cache_dir": "c"}}, "training.cache_dir has no effect: it is no field"),
+        ({"training": {"eval_strategy": "steps"}}, "training.eval_strategy is about rows that are"),
+        ({"training": {"eval_steps": 10}}, "training.eval_steps is about rows that are held out"),
         ({"lambda": None}, "lambda is missing.*or give --lambda"),
         ({"lambda": [1, 2]}, "one λ in a run"),
         ({"lambda": True}, "lambda must be a number or a mapping"),
@@ -228,6 +233,26 @@ def test_other_trainings_take_no_range() -> None:
         BakeRecipe.parse(common | {"adapter": "x", "lambda": LambdaRange(0, 5)})
     with pytest.raises(ConfigError, match="bake each λ into an output of its own"):
         BakeRecipe.parse(common | {"adapter": "x", "lambda": [1, 2]})
+
+
+def test_what_a_layer_adapters_run_does_not_read_is_refused() -> None:
+    tree = {"base": "b", "data": "d.jsonl", "output": "o", "method": "trra", "aligned": "a"}
+    tree |= {"lambda": 1}
+    for key, value in (("rounds", 2), ("by_id", True), ("allow_pickle", True)):
+        with pytest.raises(ConfigError, match=rf"training\.{key} has no effect"):
+            AdaptRecipe.parse(tree | {"training": {key: value}})
+    with pytest.raises(ConfigError, match=r"training\.do_eval is about rows that are held out"):
+        AdaptRecipe.parse(
+            tree
+            | {"method": "sft", "aligned": None, "lambda": None}
+            | {"training": {"do_eval": True}}
+        )
+
+
+def test_rows_that_bake_holds_out_are_evaluated_when_the_recipe_says(tmp_path: Path) -> None:
+    tree = {"base": "b", "adapter": "a", "lambda": 0.5, "data": "d.jsonl", "output": "o"}
+    recipe = BakeRecipe.parse(tree | {"training": {"eval_strategy": "steps", "eval_steps": 10}})
+    assert recipe.training_arguments(tmp_path).eval_steps == 10
 
 
 def test_a_list_of_lambda_is_a_recipe_for_each(tmp_path: Path) -> None:

@@ -164,6 +164,11 @@ class CalibrateOptions:
                 f"effort goes from λ = 0 to a λ above it, and [{low:g}, {high:g}] leaves no room; "
                 "widen --lambda-range."
             )
+        if self.measure != type(self).measure and (self.dial == "lambda" or high < 1):
+            raise ConfigError(
+                f"measure {self.measure} is of how sure a fast answer is, at λ = 1, and effort sets λ "
+                "here; leave it out."
+            )
         if self.dial == "adaptive" and high < 1:
             raise ConfigError(f"an adaptive dial answers at λ = 1, and λ ends at {high:g} here.")
         if not 0 <= self.margin < 1:

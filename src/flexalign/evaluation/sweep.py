@@ -43,7 +43,12 @@ from flexalign.systems import (
     open_backend,
     parse_systems,
 )
-from flexalign.systems.open import refuse_ladders, require_two_models, require_two_prompts
+from flexalign.systems.open import (
+    refuse_ladders,
+    refuse_unread,
+    require_two_models,
+    require_two_prompts,
+)
 
 _SHOWN = 5
 """The most reasons of lost samples that a message names."""
@@ -277,6 +282,7 @@ class Sweep:
             require_two_prompts(self.systems)
         if self.options.by_id:
             require_two_models(self.systems)
+        refuse_unread(self.systems, self.options)
         for system in self.systems:
             if not self.settings_of(system):
                 refuse_ladders(system, self.settings)
@@ -380,6 +386,11 @@ class Sweep:
             found.append(
                 f"{', '.join(alone)}: no λ = 0 there, so that no token cut will be known; name the "
                 "system to hold it against with --baseline."
+            )
+        if self.baseline is not None and not alone:
+            found.append(
+                f"--baseline {self.baseline} has no effect: every system has λ = 0, which its token "
+                "cuts are held against."
             )
         warnings = (sample_warning(task, self.samples) for task in self.tasks)
         return [*found, *self.notes] + [warning for warning in warnings if warning is not None]

@@ -295,6 +295,42 @@ def require_two_prompts(systems: Sequence[System]) -> None:
         )
 
 
+_HERE = ("model", "dial", "lora", "pair", "prompts", "interpolate")
+_FUSED = ("dial", "lora", "pair", "prompts")
+_SERVER = (("url",), "a server, url:http://…")
+
+_READ_BY: dict[str, tuple[tuple[str, ...], str]] = {
+    "gate": (_FUSED, "logits that are mixed: dial:, pair: or prompts:"),
+    "lambda_range": (
+        (*_FUSED, "interpolate"),
+        "what has a range of λ: dial:, lora:, pair:, prompts: or interpolate:",
+    ),
+    "dtype": (_HERE, "weights on this machine"),
+    "batch_size": (_HERE, "what runs on this machine (a server has --concurrency)"),
+    **dict.fromkeys(("model_name", "tokenizer", "api_key"), _SERVER),
+    **dict.fromkeys(("concurrency", "timeout_seconds", "attempts"), _SERVER),
+}
+"""Options that only some kinds of systems read: the kinds, and what they are, for a message."""
+
+_SPELT = {"api_key": "--api-key-env", "timeout_seconds": "--timeout"}
+"""Options of the command line that have another name than the field."""
+
+
+def refuse_unread(systems: Sequence[System], options: SystemOptions) -> None:
+    """Refuse options that none of the systems reads, if they differ from their defaults.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    kinds = {system.kind for system in systems}
+    unchanged = SystemOptions()
+    for name, (readers, what) in _READ_BY.items():
+        is_given = getattr(options, name) != getattr(unchanged, name)
+        if is_given and kinds.isdisjoint(readers):
+            option = _SPELT.get(name, f"--{name.replace('_', '-')}")
+            raise ConfigError(f"{option} is about {what}, and no system here is one; leave it out.")
+
+
 def refuse_ladders(system: System, settings: Sequence[Setting]) -> None:
     """Refuse ladders for all systems but weights between two models.
 

@@ -44,6 +44,17 @@ if TYPE_CHECKING:
 
 _KINDS = ("model", "dial", "pair", "prompts", "url")
 
+_INSTEAD = {
+    **{
+        name: f"settings.{name} says it"
+        for name in ("max_new_tokens", "temperature", "top_p", "batch_size", "logits")
+    },
+    "template": "prompting.template says it",
+    "gate": "they are sampled without a gate",
+    "tokenizer": "their tokens are those that a server counts",
+}
+"""Options of systems that sampling does not read, each with the reason."""
+
 
 def sample(
     system: str | Path | System,
@@ -69,7 +80,7 @@ def sample(
         settings: How responses are sampled; if not given, one for each prompt at temperature 1.
         options: How the system is run: ``dtype`` of a model on this machine; ``model_name``,
             ``api_key``, ``concurrency``, ``timeout_seconds`` and ``attempts`` of a server;
-            ``prompts`` of ``prompts:MODEL``.
+            ``prompts`` of ``prompts:MODEL``. What `settings` and `prompting` say is refused here.
         prompting: A system message for prompts that have none, and, for a model on this machine,
             arguments of the chat template; the rows keep what they were sampled with.
         limit: Take only this many prompts, the first ones.
@@ -224,8 +235,10 @@ def _open_generator(
         )
     asked = [] if lam is None else [Setting.of(lam)]
 
+    options = options or SystemOptions()
+    _refuse_unread(system, options)
     options = replace(
-        options or SystemOptions(),
+        options,
         max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature,
         top_p=settings.top_p,
@@ -247,6 +260,25 @@ def _open_generator(
     if isinstance(backend, LocalBackend):
         return _SampledModel(backend, system, options, prompting, asked, plain=settings.plain)
     raise ConfigError("traces are sampled by the local engine, or from a server; leave engine out.")
+
+
+def _refuse_unread(system: System, options: SystemOptions) -> None:
+    """Refuse options that have no effect on sampling, if they differ from their defaults.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    unchanged = SystemOptions()
+    refused = dict(_INSTEAD)
+    if system.kind == "url":
+        refused |= dict.fromkeys(("dtype", "any_base", "lambda_range"), "a server has its own")
+    else:
+        refused |= dict.fromkeys(("model_name", "api_key"), f"{system.name} is no server")
+    if system.kind == "model":
+        refused["lambda_range"] = f"{system.name} has no dial"
+    for name, reason in refused.items():
+        if getattr(options, name) != getattr(unchanged, name):
+            raise ConfigError(f"options.{name} has no effect on traces: {reason}; leave it out.")
 
 
 class _SampledModel:

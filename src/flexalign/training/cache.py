@@ -63,7 +63,7 @@ def fill_cache(
             fingerprints.
         CheckpointError: If the folder cannot be written to.
     """
-    first = RealignRecipe.each(recipe, needs_lambda=False)[0]
+    first = _read_recipe(recipe)
     inputs = check_before_download(
         lambda: read_inputs(first, skip_bad_rows=skip_bad_rows, data=data)
     )
@@ -85,7 +85,7 @@ def plan_cache(
         data: As in `fill_cache`.
         skip_bad_rows: As in `fill_cache`.
     """
-    first = RealignRecipe.each(recipe, needs_lambda=False)[0]
+    first = _read_recipe(recipe)
     with downloads_wait() as waiting:
         inputs = read_inputs(first, skip_bad_rows=skip_bad_rows, data=data)
     form = _form(first, inputs, dtype)
@@ -102,6 +102,20 @@ def plan_cache(
         "epochs": plan_steps(first.arguments, inputs.lengths)[0]["epochs"],
         **({"downloads": waiting.sizes} if waiting.sizes else {}),
     }
+
+
+def _read_recipe(recipe: str | Path | Mapping[str, Any] | RealignRecipe) -> RealignRecipe:
+    """Return the recipe of a cache, with any λ.
+
+    Raises:
+        ConfigError: If nothing could be trained from its cache, or as in `RealignRecipe.load`.
+    """
+    first = RealignRecipe.each(recipe, needs_lambda=False)[0]
+    try:
+        RealignRecipe.parse(first.to_tree() | {"teacher": "cached"})
+    except ConfigError as error:
+        raise ConfigError(f"no run of this recipe can read a cache: {error}") from error
+    return first
 
 
 def cache_filler(

@@ -189,6 +189,11 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
 
         if self.teacher == "cached":
             self._check_cached()
+        elif self.cache_dir is not None:
+            raise ConfigError(
+                f"cache_dir={self.cache_dir!r} with teacher={self.teacher!r}: both teachers run, and "
+                "no cache is read; set teacher='cached', or leave cache_dir out."
+            )
         _require_choice("rollout_objective", self.rollout_objective, _OBJECTIVES)
         if self.rollout_max_new_tokens is not None:
             _require_count("rollout_max_new_tokens", self.rollout_max_new_tokens)
@@ -262,6 +267,11 @@ class TrRaConfig(SFTConfig):  # type: ignore[misc]
                 f"{' and '.join(_MODEL_OPTIONS)} are."
             )
 
+        if self.packing_strategy != "bfd" and not (self.packing or self.eval_packing):
+            raise ConfigError(
+                f"packing_strategy={self.packing_strategy!r} without packing: it says how rows are "
+                "packed; set packing=True, or leave packing_strategy out."
+            )
         if self.packing and self.packing_strategy == "wrapped":
             raise ConfigError(
                 "packing_strategy='wrapped' cuts documents and lets the pieces see each other; "

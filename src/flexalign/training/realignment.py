@@ -36,7 +36,7 @@ from flexalign.training.callbacks import AtLambda, StepClock, make_watcher, read
 from flexalign.training.card import table, versions_in_use
 from flexalign.training.checkpoints import MANIFEST, newest_complete, seal, writing
 from flexalign.training.events import Events
-from flexalign.training.hidden_cache import HiddenStateCache
+from flexalign.training.hidden_cache import HiddenStateCache, stored_dtype
 from flexalign.training.inputs import Inputs, Watched, read_inputs
 from flexalign.training.memory import count_parameters
 from flexalign.training.pair_rows import PairRows
@@ -182,9 +182,24 @@ def _give_cautions(recipes: Sequence[RealignRecipe], inputs: Inputs, events: Eve
     if inputs.survey is not None:
         for doubt in inputs.survey.cautions():
             events.caution(doubt)
+    unread = _unread_cache(recipes[0])
+    if unread is not None:
+        events.note(
+            f"{unread} holds hidden states of teachers, which are not read, as both teachers run in "
+            "every step; to train from them, set `teacher: cached`."
+        )
     caution = _caution_of_distance(recipes)
     if caution is not None:
         events.caution(caution)
+
+
+def _unread_cache(recipe: RealignRecipe) -> str | None:
+    """Return the folder of a cache that a run could read and does not; None if there is none."""
+    is_for_a_cache = recipe.rounds == 1 and not recipe.rollouts
+    if recipe.teacher == "cached" or not is_for_a_cache:
+        return None
+    folder = recipe.cache_folder
+    return folder if stored_dtype(Path(folder)) is not None else None
 
 
 def _caution_of_distance(recipes: Sequence[RealignRecipe]) -> str | None:

@@ -215,6 +215,19 @@ DEFAULT_ADAPT_TRAINING: dict[str, Any] = {
 """Where ``training`` differs from TRL's defaults in ``adapt``: the paper's three epochs at a
 learning rate of 2e-5 and a cut-off of 4096 tokens, the rest as in ``realign``."""
 
+_NOT_READ = {
+    "resume_from_checkpoint": "a run goes on from the newest complete checkpoint in `output`",
+    "do_predict": "a run ends with its training; flexalign evaluate measures the result",
+    **dict.fromkeys(
+        ("rounds", "cache_dir", "allow_pickle", "by_id"),
+        "it is no field of TRL's, and `training` has those alone",
+    ),
+}
+"""Fields of a trainer's settings that a run does not read, each with the reason."""
+
+_OF_EVALUATION = ("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "do_eval")
+"""Fields about rows that are held out, which only a recipe of ``bake`` has."""
+
 _WITHOUT_INFLUENCE = ("logging_", "save_", "report_to", "run_name", "disable_tqdm", "dataloader_")
 """Prefixes of the fields that change what is logged or saved, and not the trained weights."""
 
@@ -228,6 +241,9 @@ def parse_training(values: object, settings: Any) -> dict[str, Any]:
     hints = get_type_hints(settings)
     wanted = {item.name: hints[item.name] for item in fields(settings) if item.init}
     training = check_settings(values or {}, wanted, "training")
+    for name, reason in _NOT_READ.items():
+        if training.get(name):
+            raise ConfigError(f"training.{name} has no effect: {reason}; leave it out.")
     if "output_dir" in training:
         raise ConfigError("training.output_dir is the recipe's `output`; set that instead.")
     if training.get("save_only_model"):
@@ -315,6 +331,8 @@ class Recipe(Section):
     """The description of inherited fields that stand for something else in this recipe."""
     example: ClassVar[Mapping[str, Any]] = {}
     """The example values of inherited fields in this recipe."""
+    holds_out: ClassVar[bool] = False
+    """Whether a run evaluates rows that it does not train on."""
 
     data: str = Field(description="Prompts with responses.", examples=["traces.jsonl"])
     columns: dict[str, Any] | None = Field(
@@ -485,6 +503,12 @@ class Recipe(Section):
         check_columns(self.columns)
         # Importing the trainers takes seconds, so the keys that need none are checked before.
         self.training.update(parse_training(self.training, self._settings_class()))
+        for name in () if self.holds_out else _OF_EVALUATION:
+            if self.training.get(name, "no") not in (None, False, 0, "no"):
+                raise ConfigError(
+                    f"training.{name} is about rows that are held out, and this run trains on all; "
+                    "leave it out, and measure the result with flexalign evaluate."
+                )
         self._check_sections()
         return self
 
@@ -929,6 +953,7 @@ class AdaptRecipe(_AdapterRecipe):
 class BakeRecipe(_AdapterRecipe):
     """A plain model that behaves as base and adapter do at one λ: trained, or of a LoRA merged."""
 
+    holds_out: ClassVar[bool] = True
     deciding: ClassVar[tuple[str, ...]] = ("lambda", "held_out", *_LOSS)
     order: ClassVar[tuple[str, ...]] = (
         *("base", "adapter", "schedule", "data", "columns", "output", "held_out"),

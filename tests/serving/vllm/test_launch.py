@@ -128,6 +128,17 @@ def test_the_templates_arguments_are_vllms_default(hybrid_folder: Path):
     assert "--default-chat-template-kwargs" not in Launch(Path("f"), "m", "x", 1).command()
 
 
+def test_what_prepares_a_folder_is_refused_of_one_that_is_prepared(tmp_path: Path):
+    folder = prepare_folder("miniature", "miniature:fast", tmp_path / "out")
+    assert DialSource(str(folder)).folder() == folder
+    for source in (
+        DialSource(str(folder), place=tmp_path / "elsewhere"),
+        DialSource(str(folder), any_base=True),
+    ):
+        with pytest.raises(ConfigError, match=r"is about an --adapter, and .* is prepared already"):
+            source.folder()
+
+
 def test_a_key_is_in_the_environment_and_shown_nowhere(
     run_cli: Any, monkeypatch: pytest.MonkeyPatch
 ):

@@ -170,7 +170,8 @@ class DialSource:
         """Return the folder that vLLM will load.
 
         Raises:
-            ConfigError: If no adapter is given and the model is not a prepared folder.
+            ConfigError: If no adapter is given and the model is not a prepared folder, or is one
+                and an option is about preparing it.
         """
         if self.adapter is not None:
             cached = cached_folder(self.model, self.adapter, any_base=self.any_base)
@@ -181,6 +182,11 @@ class DialSource:
                 "--engine vllm is about a dial; name the model's --adapter, or a folder that was "
                 "prepared. A model without one is served by vLLM alone."
             )
+        for option, is_given in (("--prepared", self.place), ("--any-base", self.any_base)):
+            if is_given:
+                raise ConfigError(
+                    f"{option} is about an --adapter, and {folder} is prepared already; leave it out."
+                )
         return folder
 
     def rules(self, lambda_range: tuple[float, float] | None = None) -> DialRules:
