@@ -153,6 +153,24 @@ def test_rounds_packing_and_epochs_are_told_to_people(
 
 
 @pytest.mark.usefixtures("weightless")
+def test_what_has_no_effect_at_this_lambda_is_said(
+    realign: Callable[..., Any], tree: dict[str, Any]
+) -> None:
+    def said(lam: object, *more: str) -> str:
+        result = realign(tree | {"lambda": lam}, "--dry-run", "--set", "gate=0.01", *more)
+        assert result.exit_code == 0, result.stderr
+        return " ".join(result.stderr.split())
+
+    idle, longer = "gate has no effect", "the schedule of λ is longer than the 2 steps of a run"
+    assert (idle in said(1), idle in said(2)) == (True, False)
+    assert (idle in said([0.5, 1]), idle in said([0.5, 2])) == (True, False)
+    schedule = {"kind": "linear", "start": 0, "end": 2, "steps": 8}
+    told = said(schedule, "--set", "training.max_steps=2")
+    assert f"{longer}, which ends at λ = 0.5, not 2." in told
+    assert longer not in said(schedule | {"steps": 2}, "--set", "training.max_steps=2")
+
+
+@pytest.mark.usefixtures("weightless")
 def test_packing_without_a_length_is_refused(
     realign: Callable[..., Any], tree: dict[str, Any]
 ) -> None:

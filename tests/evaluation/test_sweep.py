@@ -340,6 +340,14 @@ def test_a_baseline_that_no_system_is_held_against_is_said(make) -> None:
     assert not any(told in one for one in make("dial", "ref", baseline="dial").cautions())
 
 
+def test_a_gate_that_no_setting_reaches_is_said(make) -> None:
+    gated = dataclasses.replace(OPTIONS, gate=0.1)
+    told = "--gate has no effect: it is about λ outside [0, 1], and none is measured."
+    assert told in make("pair", options=gated).cautions()
+    assert told not in make("pair", lams=[0, 2], options=gated).cautions()
+    assert told not in make("pair").cautions()
+
+
 ASKED = SystemOptions(
     max_new_tokens=9, temperature=0.5, top_p=0.8, concurrency=3, attempts=2, pause_seconds=0.0,
     model_name="m", timeout_seconds=5.0,

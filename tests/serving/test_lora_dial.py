@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,13 @@ def test_the_range_is_the_dials(app: Any) -> None:
     status, answer = ask(app, QUESTIONS[0], **{"lambda": 6})
     assert (status, "outside the range [0, 5]" in answer["error"]["message"]) == (400, True)
     assert ask(app, QUESTIONS[0])[1]["dial"]["lambda"] == 1.0
+
+
+def test_a_gate_that_no_request_can_reach_is_said() -> None:
+    options = ServeOptions("miniature", "miniature:fast", gate=0.01)
+    with pytest.warns(UserWarning, match=r"^--gate has no effect: .* --lambda-range permits none"):
+        load_service(options)[0].engine.stop()
+    load_service(replace(options, lambda_range=(0, 2)))[0].engine.stop()  # warnings are errors
 
 
 def test_a_gate_is_refused_and_a_plain_lora_has_two_settings(dial: Path, tmp_path: Path) -> None:

@@ -167,6 +167,7 @@ def test_only_the_rows_of_a_step_count_not_over_what_they_are_spread(
         ({"lambda": {"kind": "linear", "start": 0}}, "end"),
         ({"gate": 1.5}, "gate must be a number from 0 to 1"),
         ({"divergence": "revers"}, "divergence must be one of reverse, forward, jsd"),
+        ({"by_id": True, "aligned": "models/a"}, "both sides are one; leave it out"),
         ({"rounds": 0}, "rounds must be a whole number of at least 1"),
         ({"teacher": "cached", "rounds": 2}, "every round has another aligned"),
         ({"rollouts": 1.5}, "rollouts must be a number from 0 to 1"),
@@ -233,6 +234,15 @@ def test_other_trainings_take_no_range() -> None:
         BakeRecipe.parse(common | {"adapter": "x", "lambda": LambdaRange(0, 5)})
     with pytest.raises(ConfigError, match="bake each λ into an output of its own"):
         BakeRecipe.parse(common | {"adapter": "x", "lambda": [1, 2]})
+
+
+def test_a_gate_is_idle_where_no_lambda_leaves_the_ends() -> None:
+    gated = MINIMAL | {"gate": 0.01}
+    falling = {"kind": "linear", "start": 1, "end": -0.5, "steps": 9}
+    inside = falling | {"end": 0}
+    found = [Recipe.parse(gated | {"lambda": lam}).has_idle_gate for lam in (1, 2, falling, inside)]
+    assert found == [True, False, False, True]
+    assert not Recipe.parse(MINIMAL | {"lambda": 1}).has_idle_gate
 
 
 def test_what_a_layer_adapters_run_does_not_read_is_refused() -> None:

@@ -31,7 +31,7 @@ from flexalign.evaluation.tasks import (
     sample_warning,
     unreadable_golds,
 )
-from flexalign.lambdas import Setting, unique_settings
+from flexalign.lambdas import Setting, outside_range, unique_settings
 from flexalign.models.sources import resolve
 from flexalign.systems import (
     Answer,
@@ -386,6 +386,13 @@ class Sweep:
             found.append(
                 f"{', '.join(alone)}: no λ = 0 there, so that no token cut will be known; name the "
                 "system to hold it against with --baseline."
+            )
+        dials = [setting.dial for one in self.systems for setting in self.settings_of(one)]
+        if self.options.gate is not None and all(
+            dial is None or outside_range(dial, (0, 1)) is None for dial in dials
+        ):
+            found.append(
+                "--gate has no effect: it is about λ outside [0, 1], and none is measured."
             )
         if self.baseline is not None and not alone:
             found.append(

@@ -7,6 +7,7 @@ ASGI application.
 import logging
 import signal
 import socket
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePath
@@ -177,6 +178,12 @@ def _open(options: ServeOptions) -> tuple[Runner, Any, ThinkingTags | None, Dial
         rules = DialRules(Fixed(1.0), limits, without_effort=refusal)
     else:
         rules = adapter_rules(settings, options.lambda_range)
+    low, high = rules.lambda_range
+    if options.gate is not None and low >= 0 and high <= 1:
+        warnings.warn(
+            "--gate has no effect: it is about λ outside [0, 1], and --lambda-range permits none.",
+            stacklevel=3,
+        )
     if backend.kind == "prompts":
         return TwoPromptRunner(backend.load(), options.gate), tokenizer, None, rules
     if settings is None:

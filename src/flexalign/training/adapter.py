@@ -60,7 +60,7 @@ from flexalign.training.memory import Sizes
 from flexalign.training.merge import Merge, is_lora
 from flexalign.training.models import Teacher, TrainingModels, running_dtype
 from flexalign.training.plan import TrainingPlan, plan_memory, plan_steps, sample_rows
-from flexalign.training.recipes import AdaptRecipe, BakeRecipe, Recipe
+from flexalign.training.recipes import IDLE_GATE, AdaptRecipe, BakeRecipe, Recipe
 from flexalign.training.rows import RenderedPreferences, RenderedRows
 from flexalign.training.run import Outcome, Round, RunOptions, TrainingRun
 from flexalign.training.trainer import TrRaTrainer
@@ -632,6 +632,8 @@ def adapt(
         plan = AdaptRecipe.of(recipe)
         if plan.schedule is not None and not extrapolate:
             require_forward([(f"λ = {plan.lam}", plan.schedule)], "allow it with --extrapolate")
+    if plan.has_idle_gate:
+        (events or Events()).note(IDLE_GATE)
 
     def prepare() -> tuple[Adaptation, Base, Dataset, Lengths]:
         base = _read_adaptation(plan) if loaded is None else _take_loaded(plan, loaded, tokenizer)
@@ -757,6 +759,8 @@ def bake(
         return merge.run(events or Events())
     if not plan.data and data is None:
         raise ConfigError("data is missing; add a line `data: …`.")
+    if plan.has_idle_gate:
+        (events or Events()).note(IDLE_GATE)
 
     def prepare() -> tuple[Baking, Base, Dataset, Lengths]:
         base = _read_baking(plan, lambda_range)

@@ -19,7 +19,7 @@ from flexalign._storage import following_umask, write_json, write_text
 from flexalign.data.prompting import PromptSettings
 from flexalign.data.rendering import rendering_record
 from flexalign.data.thinking import ThinkingTags
-from flexalign.lambdas import require_forward
+from flexalign.lambdas import Schedule, require_forward
 from flexalign.models.compatibility import ModelFacts, PairFacts
 from flexalign.models.hub import (
     check_before_download,
@@ -41,7 +41,7 @@ from flexalign.training.inputs import Inputs, Watched, read_inputs
 from flexalign.training.memory import count_parameters
 from flexalign.training.pair_rows import PairRows
 from flexalign.training.plan import TrainingPlan, plan_memory, plan_steps, sample_rows
-from flexalign.training.recipes import RealignRecipe, plain_value
+from flexalign.training.recipes import IDLE_GATE, RealignRecipe, plain_value
 from flexalign.training.run import (
     LARGEST_EFFECTIVE_LAMBDA,
     Outcome,
@@ -188,6 +188,17 @@ def _give_cautions(recipes: Sequence[RealignRecipe], inputs: Inputs, events: Eve
             f"{unread} holds hidden states of teachers, which are not read, as both teachers run in "
             "every step; to train from them, set `teacher: cached`."
         )
+    if all(recipe.has_idle_gate for recipe in recipes):
+        events.note(IDLE_GATE)
+    schedule, steps = (
+        recipes[0].schedule,
+        plan_steps(recipes[0].arguments, inputs.lengths)[0]["steps"],
+    )
+    if isinstance(schedule, Schedule) and schedule.at(steps) != schedule.end_value:
+        events.note(
+            f"the schedule of λ is longer than the {steps:,} steps of a run, which ends at λ = "
+            f"{schedule.at(steps):g}, not {schedule.end_value:g}."
+        )
     caution = _caution_of_distance(recipes)
     if caution is not None:
         events.caution(caution)
@@ -309,6 +320,7 @@ class Realignment(TrainingRun):
     @contextmanager
     def _trainer(self, callbacks: list[TrainerCallback], round_: Round) -> Iterator[Any]:
         args = self.recipe.training_arguments(round_.output)
+        args.rounds = 1
         trainer = TrRaTrainer(
             reference=self.recipe.models[0],
             aligned=round_.aligned,

@@ -21,7 +21,14 @@ from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
 from flexalign.data.columns import check_columns
 from flexalign.errors import ConfigError, FlexAlignError, LambdaError
-from flexalign.lambdas import Fixed, LambdaRange, Schedule, TrainingLambda, parse_training_lambda
+from flexalign.lambdas import (
+    Fixed,
+    LambdaRange,
+    Schedule,
+    TrainingLambda,
+    outside_range,
+    parse_training_lambda,
+)
 from flexalign.training.settings import (
     Number,
     Section,
@@ -400,6 +407,12 @@ class Recipe(Section):
         """λ in its JSON form: a number, a mapping, or None."""
         return None if self.schedule is None else self.schedule.to_json()
 
+    @property
+    def has_idle_gate(self) -> bool:
+        """Whether there is a gate, and no λ that it is about."""
+        lam = self.schedule
+        return self.gate is not None and lam is not None and outside_range(lam, (0, 1)) is None
+
     @classmethod
     def load(cls, path: str | Path, *, overrides: Sequence[str] = (), **given: Any) -> Self:
         """Read a recipe.
@@ -570,6 +583,10 @@ def _without_points(value: Any) -> Any:
         return [_without_points(one) for one in value]
     is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e6
     return int(value) if is_whole else value
+
+
+IDLE_GATE = "gate has no effect: it is about λ outside [0, 1], and this run has none."
+"""Said of a recipe whose gate is idle."""
 
 
 class RealignRecipe(Recipe):
@@ -785,6 +802,8 @@ class RealignRecipe(Recipe):
         self.prompts  # noqa: B018 - reading them checks them
         if self.lambda_range is not None:
             self._check_range(self.lambda_range)
+        if self.by_id and self.models[0] == self.models[1]:
+            raise ConfigError("by_id is about two models, and both sides are one; leave it out.")
         if self.merge and self.lora is None:
             raise ConfigError("merge is for a LoRA student; add `lora:` or leave merge out.")
 

@@ -160,6 +160,11 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
         for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if options.get(name) is not None:
                 raise ConfigError(f"{name}: the loss builds no logits and is fixed; leave it out.")
+        if args.rounds != 1:
+            raise ConfigError(
+                f"rounds={args.rounds}: a trainer runs one round; use flexalign.realign, or leave "
+                "rounds out."
+            )
         require_metric(args.metric_for_best_model, eval_dataset, args.schedule)
 
         one, other, prompts = split_sides(reference, aligned)
