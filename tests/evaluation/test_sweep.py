@@ -314,6 +314,11 @@ def test_a_ladder_of_weights_is_measured_beside_a_pair(make, tmp_path) -> None:
             {"lams": [], "options": SystemOptions(batch_size=64)},
             r"--batch-size is about what runs on this machine .*--concurrency",
         ),
+        (
+            ("s=url:http://127.0.0.1:9",),
+            {"lams": [], "options": SystemOptions(engine="vllm")},
+            "--engine is about what runs on this machine",
+        ),
         (("model:nowhere",), {"lams": []}, "there is no model 'nowhere'"),
         ((), {"lams": []}, "at least one system and one --task"),
         (

@@ -306,6 +306,7 @@ _READ_BY: dict[str, tuple[tuple[str, ...], str]] = {
         "what has a range of λ: dial:, lora:, pair:, prompts: or interpolate:",
     ),
     "dtype": (_HERE, "weights on this machine"),
+    "engine": (_HERE, "what runs on this machine"),
     "batch_size": (_HERE, "what runs on this machine (a server has --concurrency)"),
     **dict.fromkeys(("model_name", "tokenizer", "api_key"), _SERVER),
     **dict.fromkeys(("concurrency", "timeout_seconds", "attempts"), _SERVER),

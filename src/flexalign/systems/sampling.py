@@ -271,7 +271,9 @@ def _refuse_unread(system: System, options: SystemOptions) -> None:
     unchanged = SystemOptions()
     refused = dict(_INSTEAD)
     if system.kind == "url":
-        refused |= dict.fromkeys(("dtype", "any_base", "lambda_range"), "a server has its own")
+        refused |= dict.fromkeys(
+            ("dtype", "any_base", "lambda_range", "engine"), "a server has its own"
+        )
     else:
         refused |= dict.fromkeys(("model_name", "api_key"), f"{system.name} is no server")
     if system.kind == "model":

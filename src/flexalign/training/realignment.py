@@ -182,22 +182,20 @@ def _give_cautions(recipes: Sequence[RealignRecipe], inputs: Inputs, events: Eve
     if inputs.survey is not None:
         for doubt in inputs.survey.cautions():
             events.caution(doubt)
-    unread = _unread_cache(recipes[0])
+    recipe = recipes[0]  # the recipes differ only in λ and output
+    unread = _unread_cache(recipe)
     if unread is not None:
         events.note(
             f"{unread} holds hidden states of teachers, which are not read, as both teachers run in "
             "every step; to train from them, set `teacher: cached`."
         )
-    if all(recipe.has_idle_gate for recipe in recipes):
+    if all(each.has_idle_gate for each in recipes):
         events.note(IDLE_GATE)
-    schedule, steps = (
-        recipes[0].schedule,
-        plan_steps(recipes[0].arguments, inputs.lengths)[0]["steps"],
-    )
-    if isinstance(schedule, Schedule) and schedule.at(steps) != schedule.end_value:
+    lam, steps = recipe.schedule, plan_steps(recipe.arguments, inputs.lengths)[0]["steps"]
+    if isinstance(lam, Schedule) and lam.at(steps) != lam.end_value:
         events.note(
             f"the schedule of λ is longer than the {steps:,} steps of a run, which ends at λ = "
-            f"{schedule.at(steps):g}, not {schedule.end_value:g}."
+            f"{lam.at(steps):g}, not {lam.end_value:g}."
         )
     caution = _caution_of_distance(recipes)
     if caution is not None:
