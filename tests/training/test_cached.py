@@ -299,6 +299,30 @@ def refused(
         TrRaTrainer(args=settings(teacher="cached", cache_dir=str(folder)), **given)
 
 
+@pytest.mark.parametrize(
+    ("given", "options", "reason"),
+    [
+        ({"parts": object()}, {}, "leave model, reference, aligned, pair and peft_config out"),
+        ({"cache": object()}, {}, "set teacher='cached', or leave cache out"),
+        ({}, {"rounds": 2}, "rounds=2: a trainer runs one round; use flexalign.realign"),
+    ],
+)
+def test_what_a_trainer_would_not_read_is_refused(
+    settings: Callable[..., Any],
+    given: dict[str, Any],
+    options: dict[str, Any],
+    reason: str,
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        TrRaTrainer(
+            args=settings(**options),
+            reference="nowhere/a",
+            aligned="nowhere/b",
+            train_dataset=Dataset.from_list([]),
+            **given,
+        )
+
+
 def test_what_does_not_go_with_a_cache_is_said(
     make_cache: Callable[..., HiddenStateCache],
     modules: Modules,

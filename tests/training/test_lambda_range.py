@@ -423,11 +423,6 @@ def test_a_lora_that_is_not_linear_in_its_strength_is_refused(
         make_trainer(lam=RANGE, peft_config=lora(use_dora=True))
 
 
-def test_a_trainer_refuses_rounds(make_trainer: Callable[..., Any]) -> None:
-    with pytest.raises(ConfigError, match=r"rounds=2: a trainer runs one round; use flexalign"):
-        make_trainer(lam=1.0, rounds=2)
-
-
 def test_settings_take_every_form_of_a_range_and_refuse_rounds(
     settings: Callable[..., TrRaConfig],
 ) -> None:

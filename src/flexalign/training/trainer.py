@@ -160,6 +160,17 @@ class TrRaTrainer(SealedCheckpoints, Rollouts):
         for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if options.get(name) is not None:
                 raise ConfigError(f"{name}: the loss builds no logits and is fixed; leave it out.")
+        given = (model, reference, aligned, pair, peft_config)
+        if parts is not None and any(one is not None for one in given):
+            raise ConfigError(
+                "parts are the student and its teachers, assembled; leave model, reference, aligned, "
+                "pair and peft_config out."
+            )
+        if cache is not None and args.teacher != "cached":
+            raise ConfigError(
+                f"cache with teacher={args.teacher!r}: the teachers would run and be read from it; set "
+                "teacher='cached', or leave cache out."
+            )
         if args.rounds != 1:
             raise ConfigError(
                 f"rounds={args.rounds}: a trainer runs one round; use flexalign.realign, or leave "
