@@ -4,6 +4,7 @@ A cell is one JSON file. What is there is not made again, so that a stopped run 
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -31,8 +32,21 @@ def store(path: Path, row: dict[str, Any]) -> None:
     """Write a cell, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(row, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(to_json(row), encoding="utf-8")
     partial.replace(path)
+
+
+def to_json(figures: Any) -> str:
+    """Return figures as JSON, with null where there is none, such as for a habit that was not seen."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(one) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(one) for one in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(figures), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_cells(work: Path) -> list[dict[str, Any]]:

@@ -1,11 +1,10 @@
 """The tables of `grpo.py`, and its section of the results, from its stored cells."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _cells import JUDGED
+from _cells import JUDGED, to_json
 from _document import put_section
 from _lora_dial_report import Row, accuracy, by_lambda, departure, mean, mean_of, tokens
 
@@ -28,7 +27,7 @@ _NAMES = {
 def publish(results: dict[str, Any]) -> None:
     """Write the figures and their tables."""
     RAW.parent.mkdir(parents=True, exist_ok=True)
-    RAW.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    RAW.write_text(to_json(results), encoding="utf-8")
     REPORT.write_text(report(results), encoding="utf-8")
     put_section("grpo", section(results))
 

@@ -1,11 +1,10 @@
 """The tables of `lora_dial.py`, and its section of the results, from its stored cells."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _cells import JUDGED
+from _cells import JUDGED, to_json
 from _document import put_section
 
 RAW = Path("benchmarks/results/lora_dial.json")
@@ -32,10 +31,7 @@ Row = dict[str, Any]
 def publish(results: dict[str, Any]) -> None:
     """Write the figures and their tables."""
     RAW.parent.mkdir(parents=True, exist_ok=True)
-    RAW.write_text(
-        json.dumps(results | {"options": _told(results)}, indent=1, ensure_ascii=False) + "\n",
-        encoding="utf-8",
-    )
+    RAW.write_text(to_json(results | {"options": _told(results)}), encoding="utf-8")
     REPORT.write_text(report(results), encoding="utf-8")
     put_section("lora_dial", section(results))
 
@@ -300,7 +296,7 @@ def tokens(rows: Sequence[Row]) -> str:
 
 
 def departure(row: Row, habit: str) -> str:
-    if habit not in row["departure"]:
+    if None in row["departure"].get(habit, [None]):
         return "–"
     low, mean, high = row["departure"][habit]
     return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
