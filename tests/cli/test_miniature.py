@@ -71,6 +71,7 @@ def test_aligning_prints_what_its_card_says(run_cli, tmp_path):
     for text in (result.stdout, (output / "README.md").read_text(encoding="utf-8")):
         assert f"{mean:.1f} [{low:.1f}, {high:.1f}]" in text
     assert f"wrote {output}" in result.stderr
+    assert "train_runtime" not in result.stdout + result.stderr
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,23 @@ def test_the_environment_names_the_run_and_later_machines(measured) -> None:
     assert environment["run"] == configuration
 
 
+@pytest.mark.parametrize("given", [{}, {"marker": "; "}], ids=["empty line", "named"])
+def test_an_exit_without_a_trial_answer_is_said_and_one_with_it_is_not(given) -> None:
+    policy = {"policy": "exit", "threshold": 0.9} | given
+    ids = ("exit 0.9", "exit 0.5")
+    configuration = _configuration({"m": (None,)}, ("t",))
+    configuration["systems"][0]["settings"] = [{"id": name, "lambda": None} for name in ids]
+    rows = [
+        _row("m", None, "t", question, 0) | {"setting": name, "policy": policy, "confidence": sure}
+        for name, sure in (("exit 0.9", None), ("exit 0.5", 0.7))
+        for question in "ab"
+    ]
+    rows[2]["confidence"] = None  # one trial answer in two responses is one
+    [note] = summarise(configuration, rows, [{}])["environment"]["notes"]
+    assert note.startswith("exit 0.9 of m had no trial answer in 2 responses")
+    assert repr(given.get("marker", "\n\n")) in note
+
+
 def test_settings_without_a_question_in_common_have_no_distances() -> None:
     rows = [_row("s", lam, "t", f"q{lam}", 0) for lam in (0, 1)]
     rows.append(_row("other", 0, "u", "q", 0))

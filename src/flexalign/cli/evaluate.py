@@ -367,6 +367,9 @@ def _run(sweep: "Sweep", output: Path, workers: int) -> "Summary":
     complete = f"{result.total - len(result.lost)} of {result.total} samples"
     console.print(f"{escape(str(output))}: {complete}, {result.made} made now.")
     summary = result.require_complete()
+    for text in (summary.environment or {}).get("notes", ()):
+        if text not in sweep.notes:  # those were printed before anything was sampled
+            note(text)
     _report(output)
     return summary
 

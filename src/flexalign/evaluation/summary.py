@@ -23,7 +23,7 @@ from flexalign.evaluation.frontier import Distances, Point, distance_intervals
 from flexalign.evaluation.samples import Samples
 from flexalign.evaluation.students import sweep_students, training_notes
 from flexalign.evaluation.systems import tell_apart
-from flexalign.lambdas import setting_label
+from flexalign.lambdas import Exit, setting_label
 from flexalign.statistics import Interval
 
 _STATUSES = ("wrong", "truncated", "unparsed", "no_answer")
@@ -265,7 +265,7 @@ def summarise(
         configuration: The configuration of the results folder.
         rows: The samples, as lines of ``samples.jsonl``.
         environments: Versions and machines that made them, the first one first.
-        notes: What a reader must know, for the environment.
+        notes: What a reader must know, for the environment, where what the samples show is added.
 
     Raises:
         ConfigError: If there are no samples.
@@ -287,8 +287,24 @@ def summarise(
             if (place, task) in groups
         ),
         tuple(_mean(place, tasks, groups, references[place]) for place in places),
-        _run_environment(configuration, environments, notes),
+        _run_environment(configuration, environments, [*notes, *_idle_exits(rows)]),
     )
+
+
+def _idle_exits(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say which exit policies had no trial answer in any response, one sentence each."""
+    trials: dict[tuple[str, str, str], list[bool]] = {}
+    for row in rows:
+        policy = row.get("policy") or {}
+        if policy.get("policy") == "exit":
+            place = (row["system"], row["setting"], policy.get("marker", Exit.marker))
+            trials.setdefault(place, []).append(row.get("confidence") is not None)
+    return [
+        f"{setting} of {system} had no trial answer in {len(own)} responses, and changed none: "
+        f"no part of their thinking ends with its marker {marker!r}; name another marker."
+        for (system, setting, marker), own in trials.items()
+        if not any(own)
+    ]
 
 
 def _places(

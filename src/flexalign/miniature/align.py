@@ -25,7 +25,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from flexalign._storage import replacing, write_json, write_text
 from flexalign.errors import ConfigError
 from flexalign.miniature import folder, make_questions
-from flexalign.miniature.build import ALIGNED_SCHOOLING, Schooling, save_part, teach
+from flexalign.miniature.build import (
+    ALIGNED_SCHOOLING,
+    Schooling,
+    save_part,
+    show_progress_alone,
+    teach,
+)
 from flexalign.miniature.demo import respond
 from flexalign.miniature.measure import branch_probabilities, is_right, split_trace
 from flexalign.miniature.world import Question
@@ -206,6 +212,7 @@ def reinforce(
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        show_progress_alone(trainer)
         trainer.train()
     model.eval()
 

@@ -31,7 +31,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_callback import ProgressCallback, TrainerCallback
 
 from flexalign._storage import following_umask
 from flexalign.inra import InRaModel
@@ -343,9 +343,24 @@ def teach(
             compute_loss_func=_summed_loss(schooling.batch_size),
             callbacks=callbacks,
         )
+        show_progress_alone(trainer)
         trainer.train()
 
     model.eval()
+
+
+class _Bar(ProgressCallback):  # type: ignore[misc]
+    """The progress bar, on standard error, without the logs, which go to standard output."""
+
+    def on_log(self, *_: Any, **__: Any) -> None:
+        """Write nothing."""
+
+
+def show_progress_alone(trainer: Trainer) -> None:
+    """Leave of what a trainer prints its progress bar, if it has one."""
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_Bar)
 
 
 def encode(
