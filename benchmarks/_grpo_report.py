@@ -86,21 +86,19 @@ def _pairs(rows: Sequence[Row], gates: dict[str, float]) -> list[str]:
         plain, gated = (_columns(own, which)["pair"] for which in (False, True))
         heads += [f"seed {seed}, plain", "own form", f"τ = {gates[str(seed)]:.3f}"]
         columns += [
-            {
-                lam: f"{mean_of(same, 'accuracy'):.3f}, {tokens(same)}"
-                for lam, same in plain.items()
-            },
+            {lam: _outcome(same) for lam, same in plain.items()},
             {lam: _own_form(same) for lam, same in plain.items()},
-            {
-                lam: f"{mean_of(same, 'accuracy'):.3f}, {tokens(same)}"
-                for lam, same in gated.items()
-            },
+            {lam: _outcome(same) for lam, same in gated.items()},
         ]
     lines = ["| λ | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     for lam in LAMS:
         cells = [column.get(lam, "–") for column in columns]
         lines.append(f"| {lam:g} | " + " | ".join(cells) + " |")
     return [*lines, ""]
+
+
+def _outcome(rows: Sequence[Row]) -> str:
+    return f"{mean_of(rows, 'accuracy'):.3f}, {tokens(rows)}"
 
 
 def _own_form(pair: Sequence[Row]) -> str:
